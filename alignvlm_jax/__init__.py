@@ -1,1 +1,19 @@
+"""AlignVLM in JAX.
+
+    import alignvlm_jax
+    reader = alignvlm_jax.load("runs/demo/checkpoint")
+    print(reader.ask("page.png", "What is the total?"))
+"""
+
 __version__ = "0.1.0"
+__all__ = ["UserError", "load"]
+
+from alignvlm_jax.errors import UserError
+
+
+def load(checkpoint):
+    """The trained model in `checkpoint` (a workdir), ready to be asked about images. See `inference.reader.Reader`."""
+    # Imported here, so that `import alignvlm_jax` and `alignvlm --help` do not wait for jax.
+    from alignvlm_jax.inference.reader import load as load_reader
+
+    return load_reader(checkpoint)

@@ -1,0 +1,37 @@
+# make install   build .venv with everything the tests need (the other targets call it when needed)
+# make test      run the tests
+# make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
+# make backbones make the shipped nano backbones again, from nothing (an hour or two)
+# make lint      ruff
+PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install test test-large demo backbones lint clean
+
+install: $(STAMP)
+
+# The stamp is younger than setup.py exactly when .venv holds what setup.py asks for.
+$(STAMP): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not large"
+
+test-large: $(STAMP)
+	$(BIN)/python -m pytest -m large
+
+demo: $(STAMP)
+	$(BIN)/alignvlm demo --out runs/demo
+
+backbones: $(STAMP)
+	$(BIN)/python -m alignvlm_jax.backbones
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,72 @@
+"""Packaging. Every dependency has a lower bound (what the tests ran on) and an upper bound (the next release that may break it)."""
+
+import pathlib
+import re
+
+from setuptools import setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "alignvlm_jax" / "__init__.py").read_text()).group(1)
+
+# jax 0.11 needs Python 3.12, so Python 3.11 gets 0.10 by itself.
+JAX = ">=0.10.2,<0.12"
+
+REQUIRES = [
+    f"jax{JAX}",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "array-record>=0.8.3,<0.9",
+    "tensorflow-datasets>=4.9.10,<4.10",
+    "etils[epath]>=1.13,<2",
+    "ml-collections>=1.1,<2",
+    "ml-dtypes>=0.5.4,<0.7",
+    "numpy>=2.1,<3",
+    "jaxtyping>=0.3.7,<0.4",
+    "safetensors>=0.8,<0.9",
+    "tokenizers>=0.22,<0.24",
+    "jinja2>=3.1,<4",
+    "pillow>=11,<14",
+    "matplotlib>=3.10,<4",  # its fonts draw the synthetic documents
+    "tensorboardX>=2.6.4,<3",
+    "tqdm>=4.67,<5",
+]
+
+TORCH = ["torch>=2.9,<3", "transformers>=5.0,<6"]
+
+EXTRAS = {
+    "tpu": [f"jax[tpu]{JAX}"],
+    "cuda": [f"jax[cuda12]{JAX}"],
+    "cuda13": [f"jax[cuda13]{JAX}"],
+    "torch": TORCH,
+    # torch is the oracle of a few tests. Pinned exactly: pip then finds the small CPU wheel where one is offered.
+    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.0,<6"],
+}
+
+
+def packages() -> list[str]:
+    """Every folder of alignvlm_jax/ that has an __init__.py, and configs/, which is installed as alignvlm_jax.configs."""
+    inits = (HERE / "alignvlm_jax").rglob("__init__.py")
+    found = [".".join(path.parent.relative_to(HERE).parts) for path in inits]
+    return sorted(found) + ["alignvlm_jax.configs"]
+
+
+setup(
+    name="alignvlm-jax",
+    version=VERSION,
+    description="AlignVLM in JAX: a vision-language model whose connector speaks the language model's own words",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=packages(),
+    package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
+    # The nano backbones (weights, tokenizer, card) and the chat templates travel with the package.
+    package_data={"alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["alignvlm = alignvlm_jax.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
