@@ -1,0 +1,138 @@
+"""The optimizer: AdamW or Muon from Optax, one learning rate per part of the model.
+
+The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"); whatever parts the
+tree holds are trained, so a frozen part is one that is not passed in: it gets no state and cannot move.
+
+Axis letters: P layers stacked by `nn.scan`, D width, H heads, K head width, F any other width.
+
+Every update is `-lr(part, step) * (direction + weight_decay * weight)`: the decay is scaled by the learning rate, like
+in AdamW. Muon's direction is scaled to the root mean square Adam's usually has (`muon_rms`, arXiv 2502.16982), so one learning
+rate serves both and a config can change the optimizer alone.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "constant")
+
+# A module made by `nn.scan` stacks its weights on a leading axis; these are the names such modules have.
+STACKED = ("layers",)
+# Projections from heads back to the width, [H, K, D]: every other three-axis kernel is [D, H, K].
+FROM_HEADS = ("o_proj", "out_proj")
+# Tables and first layers: their rows are looked up (or nearly so), a spectral norm says nothing about them.
+NEVER_MUON = ("embed", "embedding", "patch_embedding", "position_embedding", "embed_tokens", "lm_head", "vocab", "w2")
+NEVER_DECAYED = ("bias", "scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What to build. `b1`, `b2`, `eps` are Adam's (with Muon: of the weights that Muon leaves to Adam)."""
+
+    name: str = "adamw"
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    muon_beta: float = 0.95
+    muon_rms: float = 0.2
+
+
+def make_schedule(
+    peak: float, *, steps: int, warmup_steps: int = 0, kind: str = "cosine", final_fraction: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up to `peak`, then down to `final_fraction * peak` where the stage ends (or flat, if "constant").
+
+    The first step is already non-zero: with w warm-up steps, step i < w has rate peak * (i + 1) / (w + 1).
+    """
+    decay_steps = max(steps - warmup_steps, 1)
+    if kind == "cosine":
+        after = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_fraction)
+    elif kind == "linear":
+        after = optax.linear_schedule(peak, peak * final_fraction, decay_steps)
+    elif kind == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        raise ValueError(f"schedule {kind!r}: expected one of {', '.join(SCHEDULES)}")
+    if not warmup_steps:
+        return after
+    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig, learning_rates: Mapping[str, float | optax.Schedule]
+) -> optax.GradientTransformation:
+    """The gradient transformation for a tree whose top-level keys are (some of) the parts in `learning_rates`."""
+    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "adamw":
+        steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    elif config.name == "muon":
+        # A learning rate of -1 undoes the sign that `muon` puts in: the rates per part come below, with the decay.
+        steps.append(
+            optax.contrib.muon(
+                learning_rate=-1.0,
+                beta=config.muon_beta,
+                eps=config.eps,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                consistent_rms=config.muon_rms,
+                muon_weight_dimension_numbers=_map_named(muon_dimension_numbers),
+            )
+        )
+    else:
+        raise ValueError(f"optimizer {config.name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    if config.weight_decay:
+        steps.append(optax.add_decayed_weights(config.weight_decay, mask=_map_named(is_decayed)))
+    steps.append(
+        optax.partition(
+            {part: optax.scale_by_learning_rate(rate) for part, rate in learning_rates.items()},
+            lambda params: {part: jax.tree.map(lambda _, p=part: p, tree) for part, tree in params.items()},
+        )
+    )
+    return optax.chain(*steps)
+
+
+def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNumbers | None:
+    """Which axes of a weight are the rows and columns of the matrix Muon makes orthogonal; None leaves it to Adam.
+
+    Axes not named are batch axes, so stacked layers are handled one by one:
+
+      vision/layers/mlp/fc1/kernel       [P, D, F]     rows 1, columns 2
+      language/layers/attention/q_proj/kernel [P, D, H, K]  rows 1, columns (2, 3)
+      language/layers/attention/o_proj/kernel [P, H, K, D]  rows (1, 2), columns 3
+      language/embed_tokens/embedding    [V, D]        None
+    """
+    if names[-1] != "kernel" or any(name in NEVER_MUON for name in names):
+        return None
+    first = int(any(name in STACKED for name in names))
+    if ndim - first == 2:
+        return MuonDimensionNumbers(first, first + 1)
+    if ndim - first == 3 and any(name in FROM_HEADS for name in names):
+        return MuonDimensionNumbers((first, first + 1), first + 2)
+    if ndim - first == 3:
+        return MuonDimensionNumbers(first, (first + 1, first + 2))
+    return None
+
+
+def is_decayed(names: tuple[str, ...], ndim: int) -> bool:
+    """Matrices and tables are decayed; biases and the scales of norms are not, stacked or not."""
+    first = int(any(name in STACKED for name in names))
+    return ndim - first >= 2 and names[-1] not in NEVER_DECAYED
+
+
+def _map_named(rule: Callable) -> Callable:
+    """Lifts a rule on (names on the way down, number of axes) to a function of a parameter tree."""
+
+    def over_tree(params):
+        # optax masks weights that another transformation has with empty nodes, which have no leaves and stay as they are.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: rule(tuple(str(getattr(key, "key", key)) for key in path), leaf.ndim), params
+        )
+
+    return over_tree
