@@ -1,0 +1,7 @@
+"""`python -m alignvlm_jax` is the `alignvlm` command."""
+
+import sys
+
+from alignvlm_jax.cli import main
+
+sys.exit(main())

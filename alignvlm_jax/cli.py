@@ -1,0 +1,270 @@
+"""The `alignvlm` command: train, eval, ask, demo.
+
+Only argument handling lives here; each command calls the function that does the work. jax and its friends are imported
+inside the commands, so that `--help` and a mistyped option answer at once.
+
+Exit codes: 0 done, 2 the user can fix it (one line on stderr; `--debug` shows the traceback), 130 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import alignvlm_jax
+from alignvlm_jax.errors import UserError
+
+DESCRIPTION = """\
+AlignVLM in JAX: a vision-language model for documents whose connector says what it
+sees in the language model's own words.
+
+start here:
+  alignvlm demo                       draw documents, train a nano model on them, score it
+  alignvlm ask --checkpoint runs/demo/checkpoint PAGE.png --question "What is the total?"
+"""
+
+TRAIN_DESCRIPTION = """\
+Train a model through the stages of a config file. A stage says what is trainable, on
+which data, for how long and how fast. Before each stage a table of the parts of the
+model shows how many parameters each has and whether it is trained or frozen.
+
+The same command again resumes where it stopped: from the last checkpoint in WORKDIR,
+with the data in the same order.
+"""
+
+TRAIN_EPILOG = """\
+examples:
+  alignvlm train --config configs/nano.py --workdir runs/first
+  alignvlm train --config configs/nano.py --workdir runs/seed1 --config.seed=1
+  alignvlm train --config configs/nano.py --workdir runs/mlp --config.model.connector=mlp
+
+Any field of the config can be set with --config.path.to.key=value; a name that does not
+exist is refused with the nearest right one. `configs/nano.py` is looked for here first,
+then among the configs shipped with the package.
+
+WORKDIR then holds config.json, tokenizer/, the checkpoints and TensorBoard event files
+(`tensorboard --logdir WORKDIR`); it is what --checkpoint of `eval` and `ask` wants.
+"""
+
+EVAL_DESCRIPTION = """\
+Score a checkpoint on documents it has not seen: every question is answered by free
+greedy decoding and counts as right only if the answer matches exactly. The table has
+a row for each family of documents, one for the font that training never saw, and 95 %
+confidence intervals.
+"""
+
+EVAL_EPILOG = """\
+examples:
+  alignvlm eval --checkpoint runs/demo/checkpoint
+  alignvlm eval --checkpoint runs/demo/checkpoint --control blank
+  alignvlm eval --checkpoint runs/demo/checkpoint --split validation --json scores.json
+
+controls, which an honest reader fails:
+  blank   a white page of the same size: what can be guessed from the question alone
+  wrong   another document of the same family: what can be guessed from the family
+
+Tune on --split validation only; heldout is for the final word.
+"""
+
+ASK_DESCRIPTION = """\
+Ask a trained model about an image and print its answer.
+"""
+
+ASK_EPILOG = """\
+examples:
+  alignvlm ask --checkpoint runs/demo/checkpoint runs/demo/example.png --question "What is the total?"
+
+the same in Python:
+  import alignvlm_jax
+  reader = alignvlm_jax.load("runs/demo/checkpoint")
+  print(reader.ask("runs/demo/example.png", "What is the total?"))
+"""
+
+DEMO_DESCRIPTION = """\
+The whole path in one command, on a CPU, in about a quarter of an hour: draw a corpus of
+synthetic documents, start from the shipped nano backbones (a vision encoder that sees,
+a language model that speaks), align and train them in three stages, and score the
+result on held-out documents beside its honest controls.
+
+Writes OUT/results.json, OUT/example.png and OUT/checkpoint. The same command again
+resumes: what is done is not done twice.
+"""
+
+DEMO_EPILOG = """\
+examples:
+  alignvlm demo
+  alignvlm demo --out runs/seed1 --config.seed=1
+"""
+
+CONTROLS = ("none", "blank", "wrong")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    _quiet_logs(args.debug)
+    try:
+        args.run(args)
+        return 0
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        line = " ".join(str(error).split())
+        print(f"alignvlm: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if args.debug:
+            traceback.print_exc()
+        print("alignvlm: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line; `overrides` collects the --config.key=value pairs as "key=value"."""
+    parser, commands = _parsers()
+    args, rest = parser.parse_known_args(argv)
+    command = commands[args.command]
+    args.overrides, unknown = _split_overrides(rest)
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.overrides and not args.takes_overrides:
+        command.error(f"`alignvlm {args.command}` takes no --config.{args.overrides[0]}")
+    return args
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    # --debug is accepted before and after the command; SUPPRESS keeps the second from resetting the first.
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the traceback behind an error, and the log lines of the libraries",
+    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
+    parser = argparse.ArgumentParser(prog="alignvlm", description=DESCRIPTION, **style)
+    parser.add_argument("--version", action="version", version=f"alignvlm_jax {alignvlm_jax.__version__}")
+    parser.set_defaults(debug=False)
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    def add(name, run, summary, description, epilog, takes_overrides=False):
+        command = subparsers.add_parser(name, help=summary, description=description, epilog=epilog, **style)
+        command.set_defaults(run=run, takes_overrides=takes_overrides)
+        return command
+
+    train = add("train", _train, "train through the stages of a config", TRAIN_DESCRIPTION, TRAIN_EPILOG, True)
+    train.add_argument("--config", required=True, metavar="FILE", help="the experiment: a Python file such as configs/nano.py")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
+
+    evaluate = add("eval", _eval, "score a checkpoint on held-out documents", EVAL_DESCRIPTION, EVAL_EPILOG)
+    evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
+    evaluate.add_argument("--data", metavar="DIR", help="the data set's folder (default: the one the run was trained on)")
+    evaluate.add_argument("--split", default="heldout", help="which split to score (default: heldout)")
+    evaluate.add_argument("--control", choices=CONTROLS, default="none", help="replace the images (default: none)")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="score the first N questions only")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="questions decoded at once")
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures here")
+    evaluate.add_argument("--predictions", metavar="FILE", help="write one JSON line per question here")
+
+    ask = add("ask", _ask, "ask about an image", ASK_DESCRIPTION, ASK_EPILOG)
+    ask.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
+    ask.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
+    ask.add_argument("--question", required=True, help="what you want to know")
+    ask.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+
+    demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
+    demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="the experiment (default: configs/nano.py)")
+    return parser, subparsers.choices
+
+
+def _train(args: argparse.Namespace) -> None:
+    from alignvlm_jax import config
+    from alignvlm_jax.training import loop
+
+    loop.train(config.load(find_config(args.config), args.overrides), pathlib.Path(args.workdir))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from alignvlm_jax.evaluation import runner
+
+    runner.evaluate_checkpoint(
+        args.checkpoint,
+        data=args.data,
+        split=args.split,
+        control=args.control,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        json_file=args.json,
+        predictions_file=args.predictions,
+    )
+
+
+def _ask(args: argparse.Namespace) -> None:
+    from alignvlm_jax.data import images
+    from alignvlm_jax.inference import reader
+
+    # What can be wrong with the question and the image is said before the model is loaded.
+    question = reader.check_question(args.question)
+    image = images.open_image(args.image)
+    print(alignvlm_jax.load(args.checkpoint).ask(image, question, max_new_tokens=args.max_new_tokens))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from alignvlm_jax import config, demo
+
+    demo.run(config.load(find_config(args.config), args.overrides), pathlib.Path(args.out))
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The config file called `name`: as a path from here, else among those shipped with the package."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    import alignvlm_jax.configs
+
+    shipped = pathlib.Path(alignvlm_jax.configs.__file__).parent
+    if path.parent.name in ("", "configs") and (shipped / path.name).is_file() and path.name != "__init__.py":
+        return shipped / path.name
+    names = ", ".join(sorted(f"configs/{file.name}" for file in shipped.glob("*.py") if file.name != "__init__.py"))
+    raise UserError(f"--config: there is no file {name!r}, here or among the shipped ones ({names})")
+
+
+def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits what argparse did not know into config overrides ("key=value") and the truly unknown.
+
+    before: ["--config.seed=1", "--config.mesh.data", "2", "--bogus"]
+    after:  ["seed=1", "mesh.data=2"], ["--bogus"]
+    """
+    overrides, unknown, rest = [], [], list(rest)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--config."):
+            unknown.append(word)
+            continue
+        key = word.removeprefix("--config.")
+        if "=" not in key and rest and not rest[0].startswith("--"):
+            key = f"{key}={rest.pop(0)}"
+        (overrides if "=" in key else unknown).append(key if "=" in key else word)
+    return overrides, unknown
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def _quiet_logs(debug: bool) -> None:
+    """Keeps the libraries' notes off the terminal, where the tables and progress bars are."""
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
