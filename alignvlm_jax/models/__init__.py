@@ -1,0 +1,1 @@
+"""The networks, as pure Linen modules without any input or output."""

@@ -1,0 +1,74 @@
+"""ALIGN: each visual feature becomes a distribution over the LLM's vocabulary, and that the expected text embedding.
+
+    P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
+    F' = P · E_text                            a point in the convex hull of the text embeddings
+
+Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary. Source: arXiv 2502.01341, section 3.
+
+W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its
+own afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignvlm_jax.models import layers
+from alignvlm_jax.models.connectors.output import ConnectorOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """What the paper leaves open about ALIGN.
+
+    Attributes:
+      vocab_scale_init: initial value of LN_V's learned scale. LN_V fixes the logits' variance, so the scale alone decides
+        how decided P is at the start: at 1, with unstructured weights, P is nearly uniform and F' nearly constant.
+      use_bias: whether W1 has a bias.
+      layer_norm_eps: epsilon of both LayerNorms.
+      vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original
+        vocabulary when special tokens were added behind it.
+    """
+
+    vocab_scale_init: float = 2.0
+    use_bias: bool = True
+    layer_norm_eps: float = 1e-5
+    vocab_size: int | None = None
+
+
+class AlignConnector(nn.Module):
+    """The connector. `distribution` gives P itself, for analyses on small inputs."""
+
+    config: AlignConfig
+    output_size: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def log_distribution(
+        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
+    ) -> Float[Array, "B N V"]:
+        """log P for every feature, float32."""
+        config = self.config
+        vocab_size = config.vocab_size or text_embedding.shape[0]
+        width = self.output_size
+        hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
+        query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
+
+        keys = layers.param(self, "w2", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab_size, width))
+        scale_init = nn.initializers.constant(config.vocab_scale_init)
+        scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
+        bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
+        logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
+        logits = layers.standardize(logits, config.layer_norm_eps) * scale + bias
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        log_p = self.log_distribution(features, text_embedding)
+        p = jnp.exp(log_p)
+        values = text_embedding[: p.shape[-1]]
+        tokens = jnp.dot(p.astype(self.dtype), values.astype(self.dtype))
+        entropy = -jnp.sum(jax.lax.stop_gradient(p * log_p), axis=-1)
+        return ConnectorOutput(tokens, entropy)

@@ -1,0 +1,245 @@
+"""The Llama decoder, for packed training rows and for cached decoding.
+
+Axes: B rows, L positions, K cache slots, D model width, V vocabulary, H query heads, G key-value heads, h head width.
+
+Follows transformers' `LlamaForCausalLM`: RMSNorm before each block, rotary positions in the "rotate half" layout,
+grouped-query attention, SwiGLU, and a language-model head that may be the embedding table.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from alignvlm_jax.models import layers
+from alignvlm_jax.ops.attention import cached_attention, packed_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling (`rope_type: llama3` in transformers)."""
+
+    factor: float = 32.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Shape of the decoder. The defaults are Llama-3.2-1B."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_layers: int = 16
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int | None = None
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 131072
+    remat: str = "none"
+    dtype: str = "float32"
+
+    @property
+    def head_width(self) -> int:
+        """h: `head_dim` where given, else the model width shared out among the heads."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the positions decoded so far; every row writes the same slots, `filled` says which count.
+
+    Attributes:
+      keys: one slice a layer.
+      values: one slice a layer.
+      filled: whether a slot holds a real position of its row (padding slots stay False).
+      index: the next slot to write.
+    """
+
+    keys: Float[Array, "layers B K G h"]
+    values: Float[Array, "layers B K G h"]
+    filled: Bool[Array, "B K"]
+    index: Int[Array, ""]
+
+
+def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
+    """A cache for `batch_size` rows of at most `num_slots` positions, padding included."""
+    shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_width)
+    return KVCache(
+        keys=jnp.zeros(shape, config.dtype),
+        values=jnp.zeros(shape, config.dtype),
+        filled=jnp.zeros((batch_size, num_slots), bool),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+class LanguageModel(nn.Module):
+    """Embeddings in, hidden states out, with `embed` before and `logits` after."""
+
+    config: LanguageConfig
+
+    def setup(self):
+        config = self.config
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = layers.param(self, "embedding", nn.initializers.normal(0.02), ("vocab", "embed"), table)
+        if not config.tie_word_embeddings:
+            self.head = layers.param(self, "lm_head", nn.initializers.normal(0.02), ("vocab", "embed"), table)
+        stack = layers.scan_layers(DecoderLayer, config.num_layers, config.remat, in_axes=(nn.broadcast, 0))
+        self.layers = stack(config)
+        self.final_norm = layers.RMSNorm(config.rms_norm_eps)
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Looks tokens up in the embedding table."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+
+    def __call__(
+        self,
+        inputs: Float[Array, "B L D"],
+        *,
+        positions: Int[Array, "B L"],
+        segment_ids: Int[Array, "B L"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Runs all layers and the final norm.
+
+        Args:
+          inputs: embeddings of text and visual tokens.
+          positions: rotary positions; they restart with each example of a packed row.
+          segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example a row.
+          cache: if given, the L new positions are written behind what it holds and attend to all of it.
+
+        Returns:
+          Hidden states, and the extended cache (None if none was given).
+        """
+        cosines, sines = rotary_table(self.config, positions)
+        context = _Context(cosines, sines, segment_ids)
+        if cache is None:
+            hidden, _ = self.layers(inputs, context, None)
+            return self.final_norm(hidden), None
+
+        length, num_slots = inputs.shape[1], cache.filled.shape[1]
+        filled = jax.lax.dynamic_update_slice(cache.filled, segment_ids > 0, (0, cache.index))
+        slot_of_query = cache.index + jnp.arange(length)
+        backwards = jnp.arange(num_slots)[None, :] <= slot_of_query[:, None]
+        context = context.replace(visible=filled[:, None, :] & backwards[None], index=cache.index)
+        hidden, (keys, values) = self.layers(inputs, context, (cache.keys, cache.values))
+        return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores every word of the vocabulary, in float32."""
+        head = self.embedding if self.config.tie_word_embeddings else self.head
+        return jnp.dot(hidden, head.T.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+@flax.struct.dataclass
+class _Context:
+    """What every layer reads beside its input."""
+
+    cosines: Float[Array, "B L 1 h"]
+    sines: Float[Array, "B L 1 h"]
+    segment_ids: Int[Array, "B L"]
+    visible: Bool[Array, "B L K"] | None = None
+    index: Int[Array, ""] | None = None
+
+
+class DecoderLayer(nn.Module):
+    """A pre-RMSNorm block: causal grouped-query attention, then SwiGLU."""
+
+    config: LanguageConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
+        config = self.config
+        normed = layers.RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
+        attended, cache = DecoderAttention(config, name="attention")(normed, context, cache)
+        hidden += attended
+        normed = layers.RMSNorm(config.rms_norm_eps, name="mlp_norm")(hidden)
+        hidden += GatedMLP(config.intermediate_size, config.hidden_size, config.dtype, name="mlp")(normed)
+        return layers.constrain(hidden, "batch", "sequence", None), cache
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention with rotary positions; `cache` is this layer's (keys, values) or None."""
+
+    config: LanguageConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
+        config = self.config
+
+        def project(name, num_heads):
+            width = num_heads * config.head_width
+            outputs = layers.Dense(width, ("embed", "heads"), use_bias=False, dtype=config.dtype, name=name)(hidden)
+            return outputs.reshape(*hidden.shape[:2], num_heads, config.head_width)
+
+        query = rotate(project("query", config.num_heads), context.cosines, context.sines)
+        key = rotate(project("key", config.num_kv_heads), context.cosines, context.sines)
+        value = project("value", config.num_kv_heads)
+        if cache is None:
+            attended = packed_attention(query, key, value, segment_ids=context.segment_ids, causal=True)
+        else:
+            start = (0, context.index, 0, 0)
+            cache = (
+                jax.lax.dynamic_update_slice(cache[0], key, start),
+                jax.lax.dynamic_update_slice(cache[1], value, start),
+            )
+            attended = cached_attention(query, *cache, visible=context.visible)
+        attended = attended.reshape(*hidden.shape[:2], config.num_heads * config.head_width)
+        out = layers.Dense(config.hidden_size, ("heads", "embed"), use_bias=False, dtype=config.dtype, name="out")
+        return out(attended), cache
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    intermediate_size: int
+    output_size: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        def dense(features, axes, name):
+            return layers.Dense(features, axes, use_bias=False, dtype=self.dtype, name=name)
+
+        gate = dense(self.intermediate_size, ("embed", "mlp"), "gate")(inputs)
+        up = dense(self.intermediate_size, ("embed", "mlp"), "up")(inputs)
+        return dense(self.output_size, ("mlp", "embed"), "down")(nn.silu(gate) * up)
+
+
+def rotary_table(
+    config: LanguageConfig, positions: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L 1 h"], Float[Array, "B L 1 h"]]:
+    """Cosines and sines of the rotary angles, float32, each frequency twice (for the two halves of a head)."""
+    half = config.head_width // 2
+    frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is not None:
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.concatenate([frequencies, frequencies])
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    heads: Float[Array, "B L heads h"], cosines: Float[Array, "B L 1 h"], sines: Float[Array, "B L 1 h"]
+) -> Float[Array, "B L heads h"]:
+    """Turns each pair (i, i + h/2) of a head by its angle."""
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (heads * cosines + turned * sines).astype(heads.dtype)
+
+
+def _scale_frequencies(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
+    """Slows the low frequencies down by `factor`, keeps the high ones, blends between (transformers' `llama3` rule)."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelengths
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return frequencies * (blend + (1 - blend) / scaling.factor)

@@ -1,0 +1,123 @@
+"""The SigLIP vision transformer: one tile in, one feature a patch out.
+
+Axes: B tiles, S tile side in pixels, N patches (tokens) per tile, d encoder width.
+
+Follows transformers' `SiglipVisionTransformer` without its pooling head: the features are `last_hidden_state`, that is,
+after the final LayerNorm. The paper does not say which layer it reads; this is what the Ovis recipe it builds on reads.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from alignvlm_jax.models import layers
+from alignvlm_jax.ops.attention import packed_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the encoder. The defaults are SigLIP So400m/14 at 384 px, the paper's encoder."""
+
+    image_size: int = 384
+    patch_size: int = 14
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_layers: int = 27
+    num_heads: int = 16
+    layer_norm_eps: float = 1e-6
+    remat: str = "none"
+    dtype: str = "float32"
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile. SigLIP drops the remainder: 384 // 14 = 27."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches, and so visual features, per tile."""
+        return self.grid_size**2
+
+
+def normalize_tiles(tiles: UInt8[Array, "*b S S 3"], valid_hw: Int[Array, "*b 2"]) -> Float[Array, "*b S S 3"]:
+    """Maps pixels to [-1, 1] as SigLIP does; what lies outside the picture becomes exactly 0, which no pixel value does.
+
+    Args:
+      tiles: pixels; the picture sits in the top left corner.
+      valid_hw: height and width of the picture in each tile.
+    """
+    side = tiles.shape[-2]
+    rows = jnp.arange(side) < valid_hw[..., 0:1]
+    columns = jnp.arange(side) < valid_hw[..., 1:2]
+    inside = rows[..., :, None, None] & columns[..., None, :, None]
+    return jnp.where(inside, tiles.astype(jnp.float32) / 127.5 - 1.0, 0.0)
+
+
+def extract_patches(tiles: Float[Array, "B S S 3"], patch_size: int) -> Float[Array, "B N p*p*3"]:
+    """Cuts tiles into flattened patches in raster order; a remainder on the right and at the bottom is dropped."""
+    batch, side = tiles.shape[:2]
+    grid = side // patch_size
+    tiles = tiles[:, : grid * patch_size, : grid * patch_size]
+    tiles = tiles.reshape(batch, grid, patch_size, grid, patch_size, 3)
+    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, patch_size * patch_size * 3)
+
+
+class VisionEncoder(nn.Module):
+    """The encoder proper; normalisation is `normalize_tiles`."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
+        config = self.config
+        patches = extract_patches(tiles, config.patch_size)
+        hidden = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")(patches)
+        positions = layers.param(
+            self,
+            "position_embedding",
+            nn.initializers.normal(0.02),
+            ("position", "embed"),
+            (config.num_patches, config.hidden_size),
+        )
+        hidden = layers.constrain(hidden + positions.astype(hidden.dtype), "batch", None, None)
+        stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=())
+        hidden, _ = stack(config, name="layers")(hidden)
+        return layers.LayerNorm(config.layer_norm_eps, name="final_norm")(hidden)
+
+
+class VisionLayer(nn.Module):
+    """A pre-LayerNorm transformer block: bidirectional attention, then an MLP with the tanh GELU."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B N d"]):
+        config = self.config
+        normed = layers.LayerNorm(config.layer_norm_eps, name="attention_norm")(hidden)
+        hidden += VisionAttention(config, name="attention")(normed)
+        normed = layers.LayerNorm(config.layer_norm_eps, name="mlp_norm")(hidden)
+        inner = layers.Dense(config.intermediate_size, ("embed", "mlp"), dtype=config.dtype, name="mlp_in")(normed)
+        inner = nn.gelu(inner, approximate=True)
+        hidden += layers.Dense(config.hidden_size, ("mlp", "embed"), dtype=config.dtype, name="mlp_out")(inner)
+        return layers.constrain(hidden, "batch", None, None), None
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention among the patches of one tile."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
+        config = self.config
+        head_dim = config.hidden_size // config.num_heads
+
+        def project(name):
+            outputs = layers.Dense(config.hidden_size, ("embed", "heads"), dtype=config.dtype, name=name)(hidden)
+            return outputs.reshape(*hidden.shape[:2], config.num_heads, head_dim)
+
+        attended = packed_attention(project("query"), project("key"), project("value"), causal=False)
+        attended = attended.reshape(hidden.shape)
+        return layers.Dense(config.hidden_size, ("heads", "embed"), dtype=config.dtype, name="out")(attended)

@@ -1,0 +1,1 @@
+"""Numerics shared by the models: attention and the language-model loss."""
