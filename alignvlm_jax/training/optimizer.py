@@ -1,17 +1,18 @@
 """The optimizer: AdamW or Muon from Optax, one learning rate per part of the model.
 
-The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"); whatever parts the
-tree holds are trained, so a frozen part is one that is not passed in: it gets no state and cannot move.
+The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"). Whatever parts
+the tree holds are trained, so a frozen part is one that is not passed in: it gets no state and cannot move.
 
-Axis letters: P layers stacked by `nn.scan`, D width, H heads, K head width, F any other width.
+Axis letters: P layers stacked by `nn.scan`, D and F widths, V vocabulary.
 
 Every update is `-lr(part, step) * (direction + weight_decay * weight)`: the decay is scaled by the learning rate, like
-in AdamW. Muon's direction is scaled to the root mean square Adam's usually has (`muon_rms`, arXiv 2502.16982), so one learning
-rate serves both and a config can change the optimizer alone.
+in AdamW. Muon's direction is scaled to the root mean square that Adam's usually has (`muon_rms`, arXiv 2502.16982), so
+one learning rate serves both and a config can change the optimizer alone.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -20,12 +21,10 @@ from optax.contrib import MuonDimensionNumbers
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 
-# A module made by `nn.scan` stacks its weights on a leading axis; these are the names such modules have.
-STACKED = ("layers",)
-# Projections from heads back to the width, [H, K, D]: every other three-axis kernel is [D, H, K].
-FROM_HEADS = ("o_proj", "out_proj")
-# Tables and first layers: their rows are looked up (or nearly so), a spectral norm says nothing about them.
-NEVER_MUON = ("embed", "embedding", "patch_embedding", "position_embedding", "embed_tokens", "lm_head", "vocab", "w2")
+# A module made by `nn.scan` has this name, and its weights a leading axis, one slice a layer.
+STACKED = "layers"
+# The first layer sees pixels, not features of the model's width: Adam, as is usual with Muon.
+NEVER_MUON = "patch_embedding"
 NEVER_DECAYED = ("bias", "scale")
 
 
@@ -103,34 +102,26 @@ def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNu
 
     Axes not named are batch axes, so stacked layers are handled one by one:
 
-      vision/layers/mlp/fc1/kernel       [P, D, F]     rows 1, columns 2
-      language/layers/attention/q_proj/kernel [P, D, H, K]  rows 1, columns (2, 3)
-      language/layers/attention/o_proj/kernel [P, H, K, D]  rows (1, 2), columns 3
-      language/embed_tokens/embedding    [V, D]        None
+        vision/layers/mlp_in/kernel   [P, D, F]   rows 1, columns 2
+        connector/w1/kernel           [D, F]      rows 0, columns 1
+        language/embedding            [V, D]      None: its rows are looked up, a spectral norm says little about them
+        language/final_norm/scale     [D]         None
     """
-    if names[-1] != "kernel" or any(name in NEVER_MUON for name in names):
-        return None
-    first = int(any(name in STACKED for name in names))
-    if ndim - first == 2:
+    first = int(STACKED in names)
+    if names[-1] == "kernel" and ndim - first == 2 and NEVER_MUON not in names:
         return MuonDimensionNumbers(first, first + 1)
-    if ndim - first == 3 and any(name in FROM_HEADS for name in names):
-        return MuonDimensionNumbers((first, first + 1), first + 2)
-    if ndim - first == 3:
-        return MuonDimensionNumbers(first, (first + 1, first + 2))
     return None
 
 
 def is_decayed(names: tuple[str, ...], ndim: int) -> bool:
     """Matrices and tables are decayed; biases and the scales of norms are not, stacked or not."""
-    first = int(any(name in STACKED for name in names))
-    return ndim - first >= 2 and names[-1] not in NEVER_DECAYED
+    return ndim - int(STACKED in names) >= 2 and names[-1] not in NEVER_DECAYED
 
 
-def _map_named(rule: Callable) -> Callable:
+def _map_named(rule: Callable[[tuple[str, ...], int], Any]) -> Callable:
     """Lifts a rule on (names on the way down, number of axes) to a function of a parameter tree."""
 
     def over_tree(params):
-        # optax masks weights that another transformation has with empty nodes, which have no leaves and stay as they are.
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: rule(tuple(str(getattr(key, "key", key)) for key in path), leaf.ndim), params
         )

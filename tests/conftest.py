@@ -1,0 +1,21 @@
+"""Every test runs on the CPU, as eight simulated devices, so that meshes are real ones."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache():
+    """Tests that compile the same program twice pay once."""
+    with tempfile.TemporaryDirectory(prefix="jax_cache_") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
