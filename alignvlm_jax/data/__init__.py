@@ -1,0 +1,1 @@
+"""From documents to packed batches: drawing, storing, tiling, tokenizing, packing. Nothing here knows of models."""

@@ -1,0 +1,160 @@
+"""One document from (seed, split, index): its family, font and layout are drawn, then its page is printed and scanned."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from PIL import Image
+
+from alignvlm_jax.data.synthetic.dice import Dice
+from alignvlm_jax.data.synthetic.families import Questions, chart, form, receipt, table
+from alignvlm_jax.data.synthetic.fonts import HELD_OUT_FONT, TRAINING_FONTS, advance_range, get_face
+from alignvlm_jax.data.synthetic.layout import Page, Run
+from alignvlm_jax.data.synthetic.render import draw_look, render as render_page
+from alignvlm_jax.data.synthetic.values import SPLITS, DoesNotFitError, Values
+from alignvlm_jax.errors import UserError
+
+_COMPOSERS = {"receipt": receipt.compose, "form": form.compose, "table": table.compose, "chart": chart.compose}
+FAMILIES = tuple(_COMPOSERS)
+
+_WIDTHS, _HEIGHTS = (84, 96), (100, 192)  # px
+_LEAST_LINE = 11.5  # digits: what every family can be laid out in
+_MARGIN = 3.0  # px, the least
+_TALLEST_CONTENT = _HEIGHTS[1] - 2 * _MARGIN - 2
+_ATTEMPTS = 200
+_HELD_OUT_FONT_SHARE = 1 / 6
+_REVERSE_SHARE = 0.25  # documents in which one question asks from the value to its name
+
+
+class Glyph(NamedTuple):
+    """A printed character and its cell (its pitch wide, a capital high) in px of the finished page.
+
+    On a turned page the box stays upright, about the turned centre.
+    """
+
+    char: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A page, what is printed on it, and questions it answers."""
+
+    id: str
+    family: str
+    font: str
+    image: Image.Image | None
+    glyphs: tuple[Glyph, ...]  # in reading order, spaces left out
+    lines: tuple[str, ...]  # in reading order
+    transcription: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def draw_document(
+    seed: int, split: str, index: int, *, family: str | None = None, font: str | None = None, render: bool = True
+) -> Document:
+    """Document `index` of a split: a pure function of its arguments. Without `render`, the same but for the image."""
+    if split not in SPLITS:
+        raise UserError(f"no split {split!r} of synthetic documents: one of {', '.join(SPLITS)}")
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"no family {family!r} of synthetic documents: one of {', '.join(FAMILIES)}")
+    fonts = (*TRAINING_FONTS, HELD_OUT_FONT) if split == "heldout" else TRAINING_FONTS
+    if font is not None and font not in fonts:
+        raise UserError(f"font {font!r} is not for split {split!r}: one of {', '.join(fonts)}")
+
+    dice = Dice(seed, SPLITS.index(split), index)
+    family = family or dice.pick(FAMILIES)
+    if font is None:
+        unseen = split == "heldout" and dice.chance(_HELD_OUT_FONT_SHARE)
+        font = HELD_OUT_FONT if unseen else dice.pick(TRAINING_FONTS)
+
+    page, questions, width = _compose(dice, split, family, font)
+    left = dice.uniform(_MARGIN, width - _MARGIN - page.width)
+    height = max(_HEIGHTS[0], math.ceil(page.y + 2 * _MARGIN + dice.uniform(2, min(24, _TALLEST_CONTENT + 2 - page.y))))
+    top = dice.uniform(_MARGIN, height - _MARGIN - page.y)
+    angle = dice.uniform(-2, 2)
+    glyphs = _place_glyphs(page, (left, top), (width, height), angle)
+    while not _inside(glyphs, width, height):
+        angle /= 2
+        glyphs = _place_glyphs(page, (left, top), (width, height), angle)
+    asked = _choose(dice, questions)
+    look = draw_look(dice)
+    return Document(
+        id=f"synthetic-{seed}-{split}-{index}",
+        family=family,
+        font=font,
+        image=render_page((width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator)
+        if render
+        else None,
+        glyphs=tuple(glyphs),
+        lines=tuple(page.lines),
+        transcription="\n".join(page.lines),
+        questions=tuple([question for question, _ in asked]),
+        answers=tuple([answer for _, answer in asked]),
+    )
+
+
+def _compose(dice: Dice, split: str, family: str, font: str) -> tuple[Page, Questions, int]:
+    """Lay a page out; what does not fit is laid out afresh, with other values."""
+    for _ in range(_ATTEMPTS):
+        face = get_face(font, dice.uniform(*advance_range(font)))
+        narrowest = max(_WIDTHS[0], math.ceil(_LEAST_LINE * face.digit + 2 * _MARGIN))
+        width = dice.integer(narrowest, _WIDTHS[1])
+        spare = width - 2 * _MARGIN - _LEAST_LINE * face.digit
+        page = Page(dice, face, width - 2 * _MARGIN - dice.uniform(0, max(0, min(spare, 8))), dice.uniform(13, 17))
+        try:
+            questions = _COMPOSERS[family](page, Values(dice, split))
+        except DoesNotFitError:
+            continue
+        if page.y <= _TALLEST_CONTENT:
+            return page, questions, width
+    raise AssertionError(f"no {family} in {font} fits a page after {_ATTEMPTS} tries")
+
+
+def _place_glyphs(
+    page: Page, origin: tuple[float, float], size: tuple[int, int], angle: float
+) -> list[Glyph]:
+    """Cells of the printed characters after the page was turned by `angle` degrees about its middle."""
+    pitches, cap_height = page.face.pitches, page.face.cap_height
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    middle_x, middle_y = size[0] / 2, size[1] / 2
+    half_height = cap_height / 2
+    glyphs = []
+    run: Run
+    for run in page.runs:
+        x = origin[0] + run.x - middle_x
+        y = round(origin[1] + run.baseline) - half_height - middle_y
+        for character in run.text:
+            pitch = pitches[character]
+            if character != " ":
+                half = pitch / 2
+                centre_x = middle_x + cosine * (x + half) + sine * y
+                centre_y = middle_y - sine * (x + half) + cosine * y
+                glyphs.append(
+                    Glyph(character, centre_x - half, centre_y - half_height, centre_x + half, centre_y + half_height)
+                )
+            x += pitch
+    return glyphs
+
+
+def _inside(glyphs: list[Glyph], width: int, height: int) -> bool:
+    return (
+        min([g.left for g in glyphs]) >= 0
+        and min([g.top for g in glyphs]) >= 0
+        and max([g.right for g in glyphs]) <= width
+        and max([g.bottom for g in glyphs]) <= height
+    )
+
+
+def _choose(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
+    """Three or four questions, now and then one of them reversed; each in one of its phrasings."""
+    count = dice.integer(3, 4)
+    direct, reverse = dice.shuffled(questions.direct), dice.shuffled(questions.reverse)
+    turned = 1 if reverse and dice.chance(_REVERSE_SHARE) else 0
+    turned = max(turned, min(count - len(direct), len(reverse)))
+    chosen = dice.shuffled(direct[: count - turned] + reverse[:turned])
+    return [(dice.pick(phrasings), answer) for phrasings, answer in chosen]

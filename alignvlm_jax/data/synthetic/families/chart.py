@@ -1,0 +1,127 @@
+"""Charts: bars across or upright, or a curve with markers; every mark carries its name and its value.
+
+A chart is read mark by mark, "MAR 4821", from the top or from the left: what a person would say aloud.
+"""
+
+from alignvlm_jax.data.synthetic.families import Questions
+from alignvlm_jax.data.synthetic.layout import Page, Shape
+from alignvlm_jax.data.synthetic.values import DoesNotFitError, Values
+
+_TITLES = ("Sales", "Visits", "Rain", "Power", "Growth", "Output", "Votes", "Stock")
+_KINDS = ("quantity", "percent", "decimal", "quantity")
+_LONGEST_BAR = 60.0
+
+
+def compose(page: Page, values: Values) -> Questions:
+    dice = page.dice
+    direct = []
+    if dice.chance(0.5):
+        page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5))))
+        page.gap(0, 4)
+    elif dice.chance(0.6):
+        title = values.draw(values.name(4, 7), page.fits)
+        page.line(page.aligned(title, dice.pick((0.0, 0.5))))
+        page.gap(0, 4)
+        direct.append((("What is the title?", "What is the chart called?", "Which title is printed?"), title))
+
+    draw = dice.pick((_bars_across, _bars_under, _bars_upright, _curve))
+    marks = draw(page, values, getattr(values, dice.pick(_KINDS)))
+    reverse = []
+    for name, value in marks:
+        direct.append(((f"What is the value for {name}?", f"What value has {name}?", f"How much is {name}?"), value))
+        reverse.append(((f"Which one has {value}?", f"What has the value {value}?"), name))
+    return Questions(tuple(direct), tuple(reverse))
+
+
+def _bars_across(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+    """Name, bar and value in one row; the value stands right of the longest bar, or at the end of its own."""
+    dice, face = page.dice, page.face
+    names, numbers = _draw_marks(values, kind, dice.integer(3, 5), dice.pick((3, 4)), 5, page.fits)
+    name_width, number_width = (max(face.width(text) for text in texts) for texts in (names, numbers))
+    left = name_width + face.space * 0.6
+    room = page.width - left - number_width - face.space * 0.6
+    if room < 8:
+        raise DoesNotFitError
+    at_end = dice.chance(0.5)
+    for name, number, share in zip(names, numbers, _shares(numbers), strict=True):
+        top = page.y
+        length = room * share
+        page.line(
+            (name, name_width - face.width(name)),
+            (number, left + length + face.space * 0.6 if at_end else page.width - face.width(number)),
+        )
+        page.shapes.append(Shape("fill", (left, top + 3, left + length, top + page.pitch - 3), "mark"))
+        page.gap(0, 2)
+    page.shapes.append(Shape("line", (left, 0.0 if not page.lines else page.y - page.pitch * len(names), left, page.y)))
+    return list(zip(names, numbers, strict=True))
+
+
+def _bars_under(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+    """Name and value on a line, the bar across the page below it."""
+    dice = page.dice
+    names, numbers = _draw_marks(values, kind, dice.integer(3, 5), 5, 6, page.fits)
+    thickness = dice.uniform(2, 5)
+    for name, number, share in zip(names, numbers, _shares(numbers), strict=True):
+        page.spread(name, number)
+        page.shapes.append(Shape("fill", (0.0, page.y, page.width * share, page.y + thickness), "mark"))
+        page.y += thickness + dice.uniform(1, 3)
+    return list(zip(names, numbers, strict=True))
+
+
+def _bars_upright(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+    """Bars on an axis, the value above its bar and the name below the axis."""
+    names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
+    half = page.dice.uniform(5, min(11, page.width / len(names) / 2 - 2))
+    for centre, top in zip(centres, tops, strict=True):
+        page.shapes.append(Shape("fill", (centre - half, top, centre + half, axis), "mark"))
+    page.shapes.append(Shape("line", (0.0, axis, page.width, axis)))
+    return list(zip(names, numbers, strict=True))
+
+
+def _curve(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+    """Markers joined by a line, each with its value above it and its name below the axis."""
+    dice = page.dice
+    names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
+    points = [coordinate for point in zip(centres, tops, strict=True) for coordinate in point]
+    page.shapes.append(Shape("line", tuple(points), "mark", width=dice.integer(1, 2)))
+    for centre, top in zip(centres, tops, strict=True):
+        page.shapes.append(Shape("dot", (centre, top, dice.uniform(1.6, 2.6)), "mark"))
+    page.shapes.append(Shape("line", (0.0, axis, page.width, axis)))
+    if dice.chance(0.5):
+        page.shapes.append(Shape("line", (0.0, min(tops) - 6, 0.0, axis)))
+    return list(zip(names, numbers, strict=True))
+
+
+def _upright_marks(page: Page, values: Values, kind):
+    """Print two or three names under an axis and their values at heights in proportion."""
+    dice, face = page.dice, page.face
+    count = 3 if dice.chance(0.6) else 2
+    column = page.width / count
+    fits = lambda text: face.width(text) + 4 <= column  # noqa: E731
+    names, numbers = _draw_marks(values, kind, count, 4 if count == 2 else 3, 5, lambda *texts: all(map(fits, texts)))
+    tallest = dice.uniform(40, 80)
+    number_room = face.cap_height + 5
+    axis = page.y + number_room + tallest
+    baseline = axis + 4 + face.cap_height
+    centres = [column * (i + 0.5) for i in range(count)]
+    tops = [axis - tallest * share for share in _shares(numbers)]
+    for name, number, centre, top in zip(names, numbers, centres, tops, strict=True):
+        page.put(name, centre - face.width(name) / 2, baseline)
+        page.put(number, centre - face.width(number) / 2, top - 4)
+        page.lines.append(f"{name} {number}")
+    page.y = baseline + 3
+    return names, numbers, centres, tops, axis
+
+
+def _draw_marks(values: Values, kind, count: int, longest_name: int, longest_number: int, fits):
+    names, numbers = [], []
+    for _ in range(count):
+        numbers.append(values.draw(kind, lambda number: len(number) <= longest_number and fits(number)))
+        names.append(values.draw(values.name(3, longest_name), lambda name: fits(name, numbers[-1])))
+    return names, numbers
+
+
+def _shares(numbers: list[str]) -> list[float]:
+    """Each value as a share of the largest, small ones kept visible."""
+    amounts = [float(number.rstrip("%")) for number in numbers]
+    return [max(amount / max(amounts), 0.06) for amount in amounts]

@@ -1,0 +1,68 @@
+"""Forms: a title and a few fields, the label beside its value or above it."""
+
+from alignvlm_jax.data.synthetic.families import Questions
+from alignvlm_jax.data.synthetic.layout import Page, Shape
+from alignvlm_jax.data.synthetic.values import Values
+
+_TITLES = ("Order", "Permit", "Ticket", "Booking", "Claim", "Report", "Notice", "Visit")
+_FIELDS = {
+    "Name": "name",
+    "City": "name",
+    "Owner": "name",
+    "Agent": "name",
+    "Street": "name",
+    "Bank": "name",
+    "Date": "date",
+    "Due": "date",
+    "Born": "date",
+    "Phone": "phone",
+    "Fax": "phone",
+    "Code": "code",
+    "Number": "code",
+    "Room": "code",
+    "Amount": "amount",
+    "Fee": "amount",
+    "Paid": "amount",
+    "Time": "time",
+    "Rate": "percent",
+    "Weight": "quantity",
+}
+
+
+def compose(page: Page, values: Values) -> Questions:
+    dice, face = page.dice, page.face
+    if dice.chance(0.8):
+        page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5, 1.0))))
+        page.rule() if dice.chance(0.6) else page.gap(1, 6)
+
+    colon = ":" if dice.chance(0.4) else ""
+    above = dice.chance(0.4)
+    boxed = dice.chance(0.3)
+    indent = dice.uniform(0, 8) if dice.chance(0.5) else 0.0
+    fields = []
+    for label in dice.shuffled(tuple(_FIELDS))[: dice.integer(3, 4)]:
+        kind = values.name(4, 7) if _FIELDS[label] == "name" else getattr(values, _FIELDS[label])
+        value = values.draw(kind, lambda value: face.width(value) + 8 <= page.width)
+        fields.append((label, value))
+        printed = label + colon
+        if not above and page.fits(printed, value):
+            page.spread(printed, value) if dice.chance(0.3) else page.line(
+                (printed, 0.0), (value, face.width(printed) + face.space)
+            )
+        else:
+            page.line((printed, 0.0))
+            page.y -= dice.uniform(0, 1)
+            top = page.y
+            page.line((value, min(indent, page.width - face.width(value)) if not boxed else 3.0))
+            if boxed:
+                page.shapes.append(Shape("frame", (0.0, top, page.width, page.y), "faint"))
+        page.gap(0, 4)
+        if dice.chance(0.2):
+            page.rule("solid")
+
+    return Questions(
+        direct=tuple(
+            ((f"What is the {name}?", f"Which {name} is given?", f"What {name} is written?"), value)
+            for name, value in ((label.lower(), value) for label, value in fields)
+        )
+    )

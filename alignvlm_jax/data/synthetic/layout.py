@@ -1,0 +1,114 @@
+"""A page before it is a picture: runs of text with their places, and the rules, bars and curves around them.
+
+Coordinates are px from the top left of the *content*; the page adds its margins and its rotation afterwards
+(`document.py`). Text is given in reading order, line by line, because the transcription is read off from it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from alignvlm_jax.data.synthetic.dice import Dice
+from alignvlm_jax.data.synthetic.fonts import Face
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Text printed without a break, its pen starting at (x, baseline)."""
+
+    text: str
+    x: float
+    baseline: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Something drawn under the text. kind: "line" (points), "fill" or "frame" (two corners), "dot" (centre, radius)."""
+
+    kind: str
+    points: tuple[float, ...]
+    colour: str = "rule"  # "rule" (ink), "faint" (a light ink) or "mark" (the colour of bars and curves)
+    width: int = 1
+
+
+class Page:
+    """Collects runs and shapes from the top down, within a given width."""
+
+    def __init__(self, dice: Dice, face: Face, width: float, pitch: float):
+        self.dice = dice
+        self.face = face
+        self.width = width
+        self.pitch = pitch
+        self.y = 0.0
+        self.runs: list[Run] = []
+        self.shapes: list[Shape] = []
+        self.lines: list[str] = []
+
+    def fits(self, *texts: str) -> bool:
+        """Whether these texts go side by side, a word space between each two."""
+        face = self.face
+        return sum([face.width(text) for text in texts]) + face.space * (len(texts) - 1) <= self.width
+
+    def put(self, text: str, x: float, baseline: float) -> None:
+        """Print text somewhere, leaving the cursor and the transcription alone."""
+        self.runs.append(Run(text, x, baseline))
+
+    def next_baseline(self) -> float:
+        """Move the cursor down a line: where its baseline is. Capitals sit in the middle of the pitch."""
+        baseline = self.y + (self.pitch + self.face.cap_height) / 2
+        self.y += self.pitch
+        return baseline
+
+    def line(self, *cells: tuple[str, float]) -> None:
+        """Print a line of (text, x) cells, left to right."""
+        baseline = self.next_baseline()
+        for text, x in cells:
+            self.runs.append(Run(text, x, baseline))
+        self.lines.append(" ".join([text for text, _ in cells]))
+
+    def aligned(self, text: str, where: float) -> tuple[str, float]:
+        """A cell at the left (0), the middle (0.5) or the right (1) of the page, or anywhere between."""
+        return text, where * (self.width - self.face.width(text))
+
+    def spread(self, left: str, right: str) -> None:
+        """Print one text at the left and one at the right of the same line."""
+        self.line((left, 0.0), self.aligned(right, 1.0))
+
+    def gap(self, low: float, high: float) -> None:
+        self.y += self.dice.uniform(low, high)
+
+    def rule(self, style: str | None = None) -> None:
+        """A separator: "solid", "double", "dashed", "dotted" or "blank", at random if not said."""
+        style = style or self.dice.pick(("solid", "double", "dashed", "dotted", "blank"))
+        y = self.y + 2.0
+        if style in ("solid", "double"):
+            self.shapes.append(Shape("line", (0.0, y, self.width, y), "faint" if self.dice.chance(0.3) else "rule"))
+        if style == "double":
+            self.shapes.append(Shape("line", (0.0, y + 2, self.width, y + 2)))
+        if style in ("dashed", "dotted"):
+            period, mark = (6, 3) if style == "dashed" else (3, 0)
+            x = 0.0
+            while x + mark <= self.width:
+                self.shapes.append(Shape("line", (x, y, x + mark, y)))
+                x += period
+        self.y += 6.0 if style == "double" else 4.0
+
+    def columns(self, rows: Sequence[Sequence[str]], last_right: bool) -> list[list[float]] | None:
+        """Where each cell of a grid starts, columns spread over the page; None if they do not fit.
+
+        The first column is set flush left, the others flush right or left together.
+        """
+        widths = [[self.face.width(cell) for cell in row] for row in rows]
+        column_widths = [max(column) for column in zip(*widths, strict=True)]
+        spare = self.width - sum(column_widths)
+        gaps = len(column_widths) - 1
+        if spare < self.face.space * gaps:
+            return None
+        gap = spare / gaps if gaps else 0.0
+        starts = [sum(column_widths[:c]) + gap * c for c in range(len(column_widths))]
+        return [
+            [
+                starts[c] + (column_widths[c] - width if last_right and c else 0.0)
+                for c, width in enumerate(row_widths)
+            ]
+            for row_widths in widths
+        ]

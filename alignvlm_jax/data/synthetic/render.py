@@ -1,0 +1,108 @@
+"""From a laid-out page to pixels: ink on tinted paper, turned a degree or two, as a scanner would see it."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from alignvlm_jax.data.synthetic.dice import Dice
+from alignvlm_jax.data.synthetic.fonts import Face, glyph_picture
+from alignvlm_jax.data.synthetic.layout import Run, Shape
+
+_INKS = ((20, 20, 24), (45, 45, 50), (10, 10, 10), (20, 30, 90), (90, 25, 30), (20, 70, 40), (60, 40, 80))
+_MARKS = ((90, 120, 190), (200, 120, 90), (110, 170, 120), (150, 150, 155), (190, 160, 80), (150, 110, 170))
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a page was printed and scanned. Angle in degrees, counter-clockwise."""
+
+    paper: tuple[int, int, int]
+    ink: tuple[int, int, int]
+    mark: tuple[int, int, int]
+    grey: bool
+    noise: float
+    blur: float
+    shade: float
+    speckles: int
+
+
+def draw_look(dice: Dice) -> Look:
+    light = dice.integer(228, 255)
+    tint = dice.pick(((0, 0, 0), (0, 0, 0), (0, 3, 14), (0, 5, 5), (10, 4, 0), (6, 0, 8)))
+    return Look(
+        paper=tuple(light - t for t in tint),
+        ink=dice.pick(_INKS[:3]) if dice.chance(0.65) else dice.pick(_INKS),
+        mark=dice.pick(_MARKS),
+        grey=dice.chance(0.5),
+        noise=dice.uniform(2.0, 7.0),
+        blur=dice.uniform(0.3, 0.5) if dice.chance(0.25) else 0.0,
+        shade=dice.uniform(-14.0, 14.0),
+        speckles=dice.integer(1, 12) if dice.chance(0.2) else 0,
+    )
+
+
+def render(
+    size: tuple[int, int],
+    origin: tuple[float, float],
+    angle: float,
+    face: Face,
+    runs: list[Run],
+    shapes: list[Shape],
+    look: Look,
+    generator: np.random.Generator,
+) -> Image.Image:
+    """The page as an RGB picture of this (width, height)."""
+    page = Image.new("RGB", size, look.paper)
+    _draw_shapes(ImageDraw.Draw(page), origin, shapes, look)
+    left, top = origin
+    for run in runs:
+        x, baseline = left + run.x, round(top + run.baseline)
+        for character in run.text:
+            if character != " ":
+                picture, dx, dy = glyph_picture(face.font, face.size, character)
+                pen = round(x + (face.pitches[character] - face.advances[character]) / 2)
+                page.paste(look.ink, (pen + dx, baseline + dy), picture)
+            x += face.pitches[character]
+    page = page.rotate(angle, Image.Resampling.BILINEAR, fillcolor=look.paper)
+    if look.blur:
+        page = page.filter(ImageFilter.GaussianBlur(look.blur))
+    return _scan(page, look, generator)
+
+
+def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes: list[Shape], look: Look) -> None:
+    colours = {
+        "rule": look.ink,
+        "faint": tuple((p + i) // 2 for p, i in zip(look.paper, look.ink, strict=True)),
+        "band": tuple((6 * p + m) // 7 for p, m in zip(look.paper, look.mark, strict=True)),
+        "mark": look.mark,
+    }
+    left, top = origin
+    for shape in shapes:
+        colour = colours[shape.colour]
+        if shape.kind == "dot":
+            x, y, radius = shape.points
+            box = (left + x - radius, top + y - radius, left + x + radius, top + y + radius)
+            draw.ellipse(box, fill=look.ink)
+            continue
+        points = [round(p + (top if i % 2 else left)) for i, p in enumerate(shape.points)]
+        if shape.kind == "line":
+            draw.line(points, fill=colour, width=shape.width)
+        elif shape.kind == "fill":
+            draw.rectangle(points, fill=colour)
+        else:
+            draw.rectangle(points, outline=colour)
+
+
+def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Image.Image:
+    """Grain, uneven light, specks of dust; a grey scan half the time."""
+    pixels = np.asarray(page.convert("L") if look.grey else page, np.float32)
+    height, width = pixels.shape[:2]
+    grain = generator.standard_normal((height, width), np.float32) * np.float32(look.noise)
+    grain += np.linspace(-look.shade, look.shade, height, dtype=np.float32)[:, None]
+    if look.speckles:
+        rows, columns = generator.integers(0, (height, width), (look.speckles, 2)).T
+        grain[rows, columns] -= 90
+    pixels = pixels + (grain if look.grey else grain[..., None])
+    scanned = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return scanned.convert("RGB") if look.grey else scanned

@@ -1,0 +1,105 @@
+"""The values a document prints: invented names, amounts, dates, codes; and the split each one belongs to.
+
+A value belongs to a split by a hash of its text, for every seed and every corpus. A document of a split redraws a
+value until it belongs there, so no value printed in a held-out document was ever printed in a training one: a right
+answer on held-out documents was read, not remembered. Labels ("Total", "City") are few, fixed and shared.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+from alignvlm_jax.data.synthetic.dice import Dice
+
+SPLITS = ("train", "validation", "heldout")
+_TRAIN_SHARE, _VALIDATION_SHARE = 0.80, 0.08
+
+_CONSONANTS = "BCDFGHJKLMNPQRSTVWXYZ"
+_VOWELS = "AEIOU"
+_PATTERNS = {
+    3: ("CVC", "VCV", "VCC"),
+    4: ("CVCV", "CVCC", "VCVC"),
+    5: ("CVCVC", "CVCCV", "VCCVC"),
+    6: ("CVCCVC", "CVCVCV", "VCVCVC"),
+    7: ("CVCCVCV", "CVCVCVC", "CVCVCCV"),
+}
+_TRIES = 400
+
+
+class DoesNotFitError(Exception):
+    """No such value fits where it should go: the page is laid out afresh."""
+
+
+def split_of(value: str) -> str:
+    """The one split whose documents may print this value."""
+    share = int.from_bytes(hashlib.sha256(value.encode()).digest()[:4], "big") / 2**32
+    if share < _TRAIN_SHARE:
+        return "train"
+    return "validation" if share < _TRAIN_SHARE + _VALIDATION_SHARE else "heldout"
+
+
+class Values:
+    """Draws values of one split, no two alike on a page."""
+
+    def __init__(self, dice: Dice, split: str):
+        self._dice = dice
+        self._split = split
+        self._printed: set[str] = set()
+        # One page writes its amounts and dates one way.
+        self._dollar = dice.chance(0.35)
+        self._date_separator = dice.pick("//-.")
+
+    def draw(self, kind: Callable[[], str], fits: Callable[[str], bool] = lambda value: True) -> str:
+        """A value of this kind (`values.name`, `values.amount`, ...) of the split, new on the page, that fits."""
+        for _ in range(_TRIES):
+            value = kind()
+            if value not in self._printed and split_of(value) == self._split and fits(value):
+                self._printed.add(value)
+                return value
+        raise DoesNotFitError
+
+    def name(self, shortest: int, longest: int) -> Callable[[], str]:
+        dice = self._dice
+
+        def make() -> str:
+            pattern = dice.pick(_PATTERNS[dice.integer(shortest, longest)])
+            return "".join([dice.pick(_CONSONANTS if letter == "C" else _VOWELS) for letter in pattern])
+
+        return make
+
+    def amount(self) -> str:
+        """48.20, 128.40 or, on a page in dollars, $7.35."""
+        units = self._dice.integer(1, 99) if self._dice.chance(0.8) else self._dice.integer(100, 999)
+        return f"{'$' if self._dollar else ''}{units}.{self._dice.integer(0, 99):02d}"
+
+    def date(self) -> str:
+        dice, separator = self._dice, self._date_separator
+        day, month, year = dice.integer(1, 28), dice.integer(1, 12), dice.integer(0, 49)
+        return f"{day:02d}{separator}{month:02d}{separator}{year:02d}"
+
+    def code(self) -> str:
+        """RQ-5821, #48215 or K7-204."""
+        dice = self._dice
+        form = dice.integer(0, 2)
+        if form == 0:
+            return f"{self._letter()}{self._letter()}-{dice.integer(100, 9999)}"
+        if form == 1:
+            return f"#{dice.integer(1000, 99999)}"
+        return f"{self._letter()}{dice.integer(0, 9)}-{dice.integer(100, 999)}"
+
+    def phone(self) -> str:
+        return f"{self._dice.integer(200, 999)}-{self._dice.integer(0, 9999):04d}"
+
+    def time(self) -> str:
+        return f"{self._dice.integer(0, 23):02d}:{self._dice.integer(0, 59):02d}"
+
+    def quantity(self) -> str:
+        return str(self._dice.integer(100, 9999) if self._dice.chance(0.5) else self._dice.integer(1000, 9999))
+
+    def percent(self) -> str:
+        return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}%"
+
+    def decimal(self) -> str:
+        return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"
+
+    def _letter(self) -> str:
+        return self._dice.pick("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
