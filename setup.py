@@ -1,4 +1,4 @@
-"""Packaging. Every dependency has a lower bound (what the tests ran on) and an upper bound (the next release that may break it)."""
+"""Packaging. Every dependency is bounded: below by what the tests ran on, above by the next release that may break it."""
 
 import pathlib
 import re
@@ -46,7 +46,7 @@ EXTRAS = {
 
 
 def packages() -> list[str]:
-    """Every folder of alignvlm_jax/ that has an __init__.py, and configs/, which is installed as alignvlm_jax.configs."""
+    """The folders of alignvlm_jax/ that have an __init__.py, and configs/, installed as alignvlm_jax.configs."""
     inits = (HERE / "alignvlm_jax").rglob("__init__.py")
     found = [".".join(path.parent.relative_to(HERE).parts) for path in inits]
     return sorted(found) + ["alignvlm_jax.configs"]

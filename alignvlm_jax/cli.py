@@ -156,12 +156,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         return command
 
     train = add("train", _train, "train through the stages of a config", TRAIN_DESCRIPTION, TRAIN_EPILOG, True)
-    train.add_argument("--config", required=True, metavar="FILE", help="the experiment: a Python file such as configs/nano.py")
+    train.add_argument("--config", required=True, metavar="FILE", help="the experiment, such as configs/nano.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
 
     evaluate = add("eval", _eval, "score a checkpoint on held-out documents", EVAL_DESCRIPTION, EVAL_EPILOG)
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
-    evaluate.add_argument("--data", metavar="DIR", help="the data set's folder (default: the one the run was trained on)")
+    evaluate.add_argument("--data", metavar="DIR", help="folder of the data set (default: the run's own)")
     evaluate.add_argument("--split", default="heldout", help="which split to score (default: heldout)")
     evaluate.add_argument("--control", choices=CONTROLS, default="none", help="replace the images (default: none)")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="score the first N questions only")
@@ -177,7 +177,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
-    demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="the experiment (default: configs/nano.py)")
+    demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
     return parser, subparsers.choices
 
 

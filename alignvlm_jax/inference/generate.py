@@ -1,0 +1,151 @@
+"""Greedy decoding in batches of static shapes.
+
+Axes: B rows (prompts), L positions of the padded prompt, A positions of the answer, M tiles per row, S tile side.
+
+Prompts are padded on the right and read at once (prefill); the answers then grow in one compiled loop that stops when
+every row has ended. All rows write the same slots of the cache, and a slot that is padding in its row is never seen:
+
+    slots      | prompt of 5, padded to L = 8 | answer
+    row 0      | p p p p p . . .              | a a <end>
+    row 1      | p p p p p p p .              | a a a <end>
+    positions  | 0 1 2 3 4 . . .              | 5 6 7         (row 0: they go on where the prompt ended)
+
+so an answer does not depend on what else is in the batch. B, L and M are rounded up to few values, to compile rarely.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
+from alignvlm_jax.models.language import empty_cache
+
+_LENGTH_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One conversation up to where the model speaks.
+
+    Attributes:
+      tokens: ids, with placeholders where visual tokens go.
+      visual_index: which of this prompt's visual tokens goes at each position, -1 = text.
+      tiles: pixels of all tiles of all images; there may be none.
+      tile_valid_hw: the part of each tile that is picture.
+    """
+
+    tokens: Int[np.ndarray, " L"]
+    visual_index: Int[np.ndarray, " L"]
+    tiles: UInt8[np.ndarray, "M S S 3"]
+    tile_valid_hw: Int[np.ndarray, "M 2"]
+
+
+class Generator:
+    """A model with its parameters, ready to answer batches of prompts."""
+
+    def __init__(
+        self, config: AlignVLMConfig, params: Params, *, end_ids: Sequence[int], pad_id: int, batch_size: int = 32
+    ):
+        """Args:
+        config: of the model.
+        params: of the model, boxed in logical axis names or not.
+        end_ids: tokens that end an answer.
+        pad_id: fills prompts up; any valid id will do.
+        batch_size: most prompts decoded at once.
+        """
+        self.config = config
+        self.params = nn.meta.unbox(params)
+        self.end_ids = tuple(end_ids)
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Int[np.ndarray, " A"]]:
+        """The answers' ids, in the order of the prompts, without the end token."""
+        # Prompts of like size share a batch, so that little of it is padding.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
+        answers: list = [None] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = pad_prompts(
+                [prompts[i] for i in chosen],
+                rows=min(self.batch_size, _power_of_two(len(chosen))),
+                tile_size=self.config.vision.image_size,
+                pad_id=self.pad_id,
+            )
+            decoded = np.asarray(
+                greedy_decode(
+                    AlignVLM(self.config),
+                    self.params,
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    end_ids=self.end_ids,
+                    pad_id=self.pad_id,
+                )
+            )
+            for i, row in zip(chosen, decoded[: len(chosen)], strict=True):
+                ends = np.flatnonzero(np.isin(row, self.end_ids))
+                answers[i] = row[: ends[0]] if len(ends) else row
+        return answers
+
+
+def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:
+    """Prompts as the rows of a batch; rows beyond them are all padding.
+
+    before: tokens of lengths 5 and 7, rows=4
+    after:  tokens [4, 64], segment_ids 1 at the first 5 and 7 positions of rows 0 and 1, else 0
+    """
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    # At least one tile, so that gathering visual tokens has something to gather from.
+    num_tiles = _power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
+    batch = {
+        "tokens": np.full((rows, length), pad_id, np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "visual_index": np.full((rows, length), -1, np.int32),
+        "tiles": np.zeros((rows, num_tiles, tile_size, tile_size, 3), np.uint8),
+        "tile_valid_hw": np.zeros((rows, num_tiles, 2), np.int32),
+    }
+    for row, prompt in enumerate(prompts):
+        batch["tokens"][row, : len(prompt.tokens)] = prompt.tokens
+        batch["segment_ids"][row, : len(prompt.tokens)] = 1
+        batch["visual_index"][row, : len(prompt.tokens)] = prompt.visual_index
+        batch["tiles"][row, : len(prompt.tiles)] = prompt.tiles
+        batch["tile_valid_hw"][row, : len(prompt.tiles)] = prompt.tile_valid_hw
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id"))
+def greedy_decode(
+    model: AlignVLM, params: Params, batch: Batch, *, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int
+) -> Int[Array, "B A"]:
+    """Answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`."""
+    rows, length = batch["tokens"].shape
+    cache = empty_cache(model.config.language, rows, length + max_new_tokens)
+    logits, cache = model.apply({"params": params}, batch, cache, method="prefill")
+    prompt_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
+
+    def unfinished(state):
+        step, _, ended, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(ended)
+
+    def decode(state):
+        step, token, ended, answers, cache = state
+        answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
+        ended |= jnp.isin(token, jnp.array(end_ids))
+        logits, cache = model.apply({"params": params}, token, prompt_lengths + step, cache, method="decode_step")
+        return step + 1, jnp.argmax(logits, axis=-1), ended, answers, cache
+
+    answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
+    start = (0, jnp.argmax(logits, axis=-1), prompt_lengths == 0, answers, cache)
+    return jax.lax.while_loop(unfinished, decode, start)[3]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,103 @@
+"""Decoding: the same answer alone and in a batch, the same as scoring everything anew for each token."""
+
+import jax
+import numpy as np
+import pytest
+
+from alignvlm_jax.inference.generate import Generator, Prompt, greedy_decode, pad_prompts
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, random_parameters, tokens_per_tile
+from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+
+CONFIG = AlignVLMConfig(
+    vision=VisionConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
+    ),
+    connector=AlignConfig(vocab_scale_init=8.0),
+    language=LanguageConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    ),
+)
+END, PAD = 1, 0
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger weights than a fresh model's, so that the answers depend on the prompt.
+    return jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(CONFIG, rng)))(jax.random.key(0))
+
+
+def prompt(seed: int, num_tiles: int, text_length: int) -> Prompt:
+    rng = np.random.default_rng(seed)
+    visual = num_tiles * tokens_per_tile(CONFIG)
+    text = rng.integers(2, 48, text_length)
+    return Prompt(
+        tokens=np.concatenate([[2], np.full(visual, 3), text]).astype(np.int32),
+        visual_index=np.concatenate([[-1], np.arange(visual), np.full(text_length, -1)]).astype(np.int32),
+        tiles=rng.integers(0, 256, (num_tiles, 16, 16, 3)).astype(np.uint8),
+        tile_valid_hw=np.full((num_tiles, 2), 16, np.int32),
+    )
+
+
+PROMPTS = [prompt(0, 1, 5), prompt(1, 2, 11), prompt(2, 0, 4)]
+MAX_NEW = 8
+
+
+def generator(params, end_ids=(END,)):
+    return Generator(CONFIG, params, end_ids=end_ids, pad_id=PAD, batch_size=4)
+
+
+def test_batched_equals_alone(params):
+    together = generator(params).generate(PROMPTS, max_new_tokens=MAX_NEW)
+    for one, answer in zip(PROMPTS, together, strict=True):
+        np.testing.assert_array_equal(generator(params).generate([one], max_new_tokens=MAX_NEW)[0], answer)
+    assert len({tuple(answer) for answer in together}) == len(PROMPTS), "the prompts should lead to different answers"
+
+
+def test_cached_decoding_equals_scoring_everything_at_once(params):
+    one = PROMPTS[1]
+    answer = generator(params, end_ids=()).generate([one], max_new_tokens=MAX_NEW)[0]
+    batch = {
+        "tokens": np.concatenate([one.tokens, answer])[None],
+        "visual_index": np.concatenate([one.visual_index, np.full(len(answer), -1)])[None],
+        "tiles": one.tiles[None],
+        "tile_valid_hw": one.tile_valid_hw[None],
+    }
+    batch["segment_ids"] = np.ones_like(batch["tokens"])
+    batch["positions"] = np.arange(batch["tokens"].shape[1])[None]
+    scores = jax.jit(AlignVLM(CONFIG).apply)({"params": generator(params).params}, batch).logits
+    predicted = np.argmax(scores[0, len(one.tokens) - 1 : -1], axis=-1)
+    np.testing.assert_array_equal(predicted, answer)
+
+
+def test_answers_stop_before_the_end_token(params):
+    free = generator(params, end_ids=()).generate(PROMPTS, max_new_tokens=MAX_NEW)
+    end = int(free[0][3])
+    stopped = generator(params, end_ids=(end,)).generate(PROMPTS, max_new_tokens=MAX_NEW)
+    for before, after in zip(free, stopped, strict=True):
+        stop = list(before).index(end) if end in before else len(before)
+        np.testing.assert_array_equal(after, before[:stop])
+
+
+def test_rows_without_a_prompt_do_not_keep_the_loop_running(params):
+    batch = pad_prompts(PROMPTS[:1], rows=2, tile_size=16, pad_id=PAD)
+    answers = greedy_decode(
+        AlignVLM(CONFIG), generator(params).params, batch, max_new_tokens=MAX_NEW, end_ids=tuple(range(48)), pad_id=PAD
+    )
+    assert np.asarray(answers)[1].tolist() == [PAD] * MAX_NEW
+    assert np.asarray(answers)[0, 1:].tolist() == [PAD] * (MAX_NEW - 1)
+
+
+def test_lengths_and_tiles_are_rounded_up_to_few_shapes():
+    batches = [pad_prompts([prompt(0, *size)], rows=4, tile_size=16, pad_id=PAD) for size in [(0, 3), (1, 9), (3, 70)]]
+    assert [batch["tokens"].shape for batch in batches] == [(4, 64), (4, 64), (4, 128)]
+    assert [batch["tiles"].shape[1] for batch in batches] == [1, 1, 4]
