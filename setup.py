@@ -1,4 +1,4 @@
-"""Packaging. Every dependency is bounded: below by what the tests ran on, above by the next release that may break it."""
+"""Packaging. Each dependency is bounded: below by what the tests ran on, above by what may break it."""
 
 import pathlib
 import re

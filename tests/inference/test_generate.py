@@ -11,9 +11,7 @@ from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 
 CONFIG = AlignVLMConfig(
-    vision=VisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
-    ),
+    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2),
     connector=AlignConfig(vocab_scale_init=8.0),
     language=LanguageConfig(
         vocab_size=48,
