@@ -1,4 +1,4 @@
-"""One document from (seed, split, index): its family, font and layout are drawn, then its page is printed and scanned."""
+"""One document from (seed, split, index): family, font and layout are drawn, then the page is printed and scanned."""
 
 import dataclasses
 import math
@@ -6,22 +6,23 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from alignvlm_jax.data.synthetic import render as printing
 from alignvlm_jax.data.synthetic.dice import Dice
 from alignvlm_jax.data.synthetic.families import Questions, chart, form, receipt, table
 from alignvlm_jax.data.synthetic.fonts import HELD_OUT_FONT, TRAINING_FONTS, advance_range, get_face
-from alignvlm_jax.data.synthetic.layout import Page, Run
-from alignvlm_jax.data.synthetic.render import draw_look, render as render_page
+from alignvlm_jax.data.synthetic.layout import Page
 from alignvlm_jax.data.synthetic.values import SPLITS, DoesNotFitError, Values
 from alignvlm_jax.errors import UserError
 
 _COMPOSERS = {"receipt": receipt.compose, "form": form.compose, "table": table.compose, "chart": chart.compose}
 FAMILIES = tuple(_COMPOSERS)
 
-_WIDTHS, _HEIGHTS = (84, 96), (100, 192)  # px
-_LEAST_LINE = 11.5  # digits: what every family can be laid out in
-_MARGIN = 3.0  # px, the least
+_WIDTHS, _HEIGHTS = (68, 80), (96, 160)  # px
+_LEAST_LINE = 9.9  # digits: what every family can be laid out in
+_MARGIN = 2.0  # px, the least
 _TALLEST_CONTENT = _HEIGHTS[1] - 2 * _MARGIN - 2
 _ATTEMPTS = 200
+_PLACES = 12
 _HELD_OUT_FONT_SHARE = 1 / 6
 _REVERSE_SHARE = 0.25  # documents in which one question asks from the value to its name
 
@@ -74,22 +75,24 @@ def draw_document(
 
     page, questions, width = _compose(dice, split, family, font)
     left = dice.uniform(_MARGIN, width - _MARGIN - page.width)
-    height = max(_HEIGHTS[0], math.ceil(page.y + 2 * _MARGIN + dice.uniform(2, min(24, _TALLEST_CONTENT + 2 - page.y))))
-    top = dice.uniform(_MARGIN, height - _MARGIN - page.y)
+    height, top = _place_vertically(dice, page)
     angle = dice.uniform(-2, 2)
     glyphs = _place_glyphs(page, (left, top), (width, height), angle)
     while not _inside(glyphs, width, height):
         angle /= 2
         glyphs = _place_glyphs(page, (left, top), (width, height), angle)
     asked = _choose(dice, questions)
-    look = draw_look(dice)
+    image = None
+    if render:
+        look = printing.draw_look(dice)
+        image = printing.render(
+            (width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator
+        )
     return Document(
         id=f"synthetic-{seed}-{split}-{index}",
         family=family,
         font=font,
-        image=render_page((width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator)
-        if render
-        else None,
+        image=image,
         glyphs=tuple(glyphs),
         lines=tuple(page.lines),
         transcription="\n".join(page.lines),
@@ -115,16 +118,29 @@ def _compose(dice: Dice, split: str, family: str, font: str) -> tuple[Page, Ques
     raise AssertionError(f"no {family} in {font} fits a page after {_ATTEMPTS} tries")
 
 
-def _place_glyphs(
-    page: Page, origin: tuple[float, float], size: tuple[int, int], angle: float
-) -> list[Glyph]:
+def _place_vertically(dice: Dice, page: Page) -> tuple[int, float]:
+    """Height of the page and where its content starts.
+
+    A page is read as two tiles, cut at half its height, and no thumbnail: a line of print lying on the cut could not be
+    read by anyone who sees the halves apart. So of a few places the first that leaves the cut clear of print is taken.
+    """
+    spare = min(24.0, _HEIGHTS[1] - 2 * _MARGIN - page.y)
+    for _ in range(_PLACES):
+        height = max(_HEIGHTS[0], math.floor(page.y + 2 * _MARGIN + dice.uniform(min(2.0, spare), spare)))
+        top = dice.uniform(_MARGIN, max(_MARGIN, height - _MARGIN - page.y))
+        cut = height / 2 - top
+        if not any([run.baseline - page.face.cap_height - 1 < cut < run.baseline + 1 for run in page.runs]):
+            break
+    return height, top
+
+
+def _place_glyphs(page: Page, origin: tuple[float, float], size: tuple[int, int], angle: float) -> list[Glyph]:
     """Cells of the printed characters after the page was turned by `angle` degrees about its middle."""
     pitches, cap_height = page.face.pitches, page.face.cap_height
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     middle_x, middle_y = size[0] / 2, size[1] / 2
     half_height = cap_height / 2
     glyphs = []
-    run: Run
     for run in page.runs:
         x = origin[0] + run.x - middle_x
         y = round(origin[1] + run.baseline) - half_height - middle_y
