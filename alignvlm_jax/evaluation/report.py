@@ -1,7 +1,7 @@
 """Exact match, counted: how often, how sure, and as a table.
 
-A `Tally` counts right answers; its interval is Wilson's 95 % score interval, which stays inside [0, 1] and is honest for
-few questions and for scores near 0 or 1 (for 0 right of 20 it says 0.00 to 0.16, not 0 to 0).
+A `Tally` counts right answers. Its interval is Wilson's 95 % score interval, which stays inside [0, 1] and is honest
+for few questions and for scores near 0 or 1 (for 0 right of 20 it says 0.00 to 0.16, not 0 to 0).
 """
 
 import dataclasses

@@ -15,7 +15,8 @@ so an answer does not depend on what else is in the batch. B, L and M are rounde
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,8 +66,16 @@ class Generator:
         self.pad_id = pad_id
         self.batch_size = batch_size
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Int[np.ndarray, " A"]]:
-        """The answers' ids, in the order of the prompts, without the end token."""
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None
+    ) -> list[Int[np.ndarray, " A"]]:
+        """The answers' ids, in the order of the prompts, without the end token.
+
+        Args:
+          prompts: any number of them.
+          max_new_tokens: A, where an answer that does not end is cut off.
+          on_batch: called after each batch with the number of prompts it answered, for progress bars.
+        """
         # Prompts of like size share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
         answers: list = [None] * len(prompts)
@@ -91,6 +100,8 @@ class Generator:
             for i, row in zip(chosen, decoded[: len(chosen)], strict=True):
                 ends = np.flatnonzero(np.isin(row, self.end_ids))
                 answers[i] = row[: ends[0]] if len(ends) else row
+            if on_batch is not None:
+                on_batch(len(chosen))
         return answers
 
 

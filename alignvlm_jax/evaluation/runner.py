@@ -1,0 +1,156 @@
+"""Score a reader on documents: free greedy decoding, exact match, and controls that an honest reader fails.
+
+Controls replace the images and leave questions and answers alone:
+
+    none    the page itself
+    blank   a white page of the same size: what the questions alone give away
+    wrong   another document's page of the same family: what the family's layout and usual values give away
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from alignvlm_jax.data import images
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.report import Answer, Report
+from alignvlm_jax.inference.reader import Reader
+
+Control = Literal["none", "blank", "wrong"]
+Record = Mapping[str, Any]
+"""A document as `data/store.py` gives it: id, source (its family), font, image (encoded), questions, answers."""
+
+# Pages in memory at a time: enough to fill batches with prompts of like size, few enough for large pages.
+_DOCUMENTS_AT_ONCE = 64
+
+
+def evaluate(
+    reader: Reader,
+    records: Sequence[Record],
+    *,
+    control: Control = "none",
+    unseen_fonts: tuple[str, ...] = (),
+    limit: int | None = None,
+    max_new_tokens: int = 32,
+    title: str = "evaluating",
+    seed: int = 0,
+) -> Report:
+    """Asks every question of every document and counts the exact answers.
+
+    Args:
+      reader: the model.
+      records: the documents, with random access.
+      control: what to do with the images.
+      unseen_fonts: fonts that get a row of their own.
+      limit: ask only the first so many questions.
+      max_new_tokens: where an answer that does not end is cut off; it is wrong then anyway.
+      title: of the progress bar.
+      seed: of the choice of wrong images.
+    """
+    started = time.monotonic()
+    documents = _read_questions(records, limit)
+    shown = range(len(documents))
+    if control == "wrong":
+        shown = derangement([document.family for document in documents], seed)
+    answers = []
+    total = sum(len(document.questions) for document in documents)
+    with tqdm(total=total, desc=title, unit="question", dynamic_ncols=True) as progress:
+        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
+            prompts = []
+            for i in group:
+                image = _picture(records, documents[shown[i]], blank=control == "blank")
+                prompts += reader.prompts(image, documents[i].questions)
+            predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
+            for document in documents[group.start : group.stop]:
+                for question, expected in zip(document.questions, document.answers, strict=True):
+                    predicted = next(predictions)
+                    answers.append(Answer(document.id, document.family, document.font, question, expected, predicted))
+    return Report(answers, unseen_fonts, control, time.monotonic() - started)
+
+
+def derangement(families: Sequence[str], seed: int) -> list[int]:
+    """For each document another one of its family: each family shuffled into a ring, and everyone takes the next.
+
+    before: families = [form, form, table, form, table]
+    after:  [3, 0, 4, 1, 2]
+    """
+    rng = np.random.default_rng(seed)
+    others = [-1] * len(families)
+    for family in sorted(set(families)):
+        ring = rng.permutation([i for i, name in enumerate(families) if name == family])
+        if len(ring) < 2:
+            raise UserError(f"control 'wrong' needs two documents of each family, and there is one {family!r} only")
+        for document, other in zip(ring, np.roll(ring, 1), strict=True):
+            others[document] = int(other)
+    return others
+
+
+def write_predictions(report: Report, file: str | pathlib.Path) -> None:
+    """One JSON line a question."""
+    with _open_for_writing(file) as out:
+        for answer in report.answers:
+            fields = {name: getattr(answer, name) for name in answer.__dataclass_fields__}
+            out.write(json.dumps({**fields, "right": answer.is_right}, ensure_ascii=False) + "\n")
+
+
+def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:
+    """Figures as JSON."""
+    with _open_for_writing(file) as out:
+        json.dump(figures, out, indent=2, ensure_ascii=False)
+        out.write("\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Document:
+    """A record without its image, and its place among the records."""
+
+    index: int
+    id: str
+    family: str
+    font: str
+    questions: list[str]
+    answers: list[str]
+
+
+def _read_questions(records: Sequence[Record], limit: int | None) -> list[_Document]:
+    """The documents up to the question number `limit`; images stay where they are, they may not fit in memory."""
+    documents, left = [], sys.maxsize if limit is None else limit
+    for index in range(len(records)):
+        record = records[index]
+        questions = [_text(question) for question in record["questions"]][:left]
+        answers = [_text(answer) for answer in record["answers"]][:left]
+        if questions:
+            names = [_text(record[field]) for field in ("id", "source", "font")]
+            documents.append(_Document(index, *names, questions, answers))
+        left -= len(questions)
+        if not left:
+            break
+    if not documents:
+        raise UserError("there are no questions to ask: the split is empty, or its documents have none")
+    return documents
+
+
+def _picture(records: Sequence[Record], document: _Document, *, blank: bool) -> PIL.Image.Image:
+    image = images.open_image(records[document.index]["image"], name=document.id)
+    return PIL.Image.new("RGB", image.size, "white") if blank else image
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _open_for_writing(file: str | pathlib.Path):
+    try:
+        pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
+        return open(file, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error

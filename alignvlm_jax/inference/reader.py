@@ -1,0 +1,93 @@
+"""A trained model as something to ask: images and questions in, answers out.
+
+import alignvlm_jax
+reader = alignvlm_jax.load("runs/demo/checkpoint")
+print(reader.ask("page.png", "What is the total?"))
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import PIL.Image
+
+from alignvlm_jax.data import images
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference.generate import Generator, Prompt
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, tokens_per_tile
+
+ImageSource = str | os.PathLike | bytes | PIL.Image.Image
+
+
+class Reader:
+    """A model, its tokenizer and its way of cutting tiles."""
+
+    def __init__(
+        self,
+        config: AlignVLMConfig,
+        params: Params,
+        tokenizer: ChatTokenizer,
+        tiling: TilingConfig,
+        *,
+        batch_size: int = 32,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tiling = tiling
+        self.generator = Generator(
+            config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size
+        )
+
+    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
+        """The model's answer, decoded greedily.
+
+        Args:
+          image: a path, the bytes of an image file, or a PIL image.
+          question: what you want to know.
+          max_new_tokens: where an answer that does not end is cut off.
+        """
+        return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
+
+    def ask_batch(
+        self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
+    ) -> list[str]:
+        """Answers to many questions, one image each; the same as asking one by one, but faster."""
+        if len(images) != len(questions):
+            raise UserError(f"{len(images)} images for {len(questions)} questions: there must be one for each")
+        prompts = [self.prompts(image, [question])[0] for image, question in zip(images, questions, strict=True)]
+        return self.answer(prompts, max_new_tokens=max_new_tokens)
+
+    def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
+        """What the model is given for each question about one image, which is cut into tiles once."""
+        questions = [check_question(question) for question in questions]
+        image = images.to_rgb(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, self.tiling), self.tiling.tile_size)
+        num_visual = len(tiles) * tokens_per_tile(self.config)
+        prompts = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = self.tokenizer.encode_prompt([{"role": "user", "content": content}], [num_visual])
+            limit = self.config.language.max_position_embeddings
+            if len(chat.tokens) >= limit:
+                raise UserError(
+                    f"image and question take {len(chat.tokens)} tokens ({num_visual} of them the image's), "
+                    f"the model has room for {limit}: shorten the question"
+                )
+            prompts.append(Prompt(chat.tokens, chat.visual_index, tiles, valid_hw))
+        return prompts
+
+    def answer(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None
+    ) -> list[str]:
+        """The answers to prompts from `prompts`; `on_batch` hears how many more are done."""
+        answers = self.generator.generate(prompts, max_new_tokens, on_batch=on_batch)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def check_question(question: str) -> str:
+    """The question without spaces at its ends; an empty one is refused."""
+    if not question.strip():
+        raise UserError("the question is empty: say what you want to know about the image")
+    return question.strip()

@@ -1,0 +1,105 @@
+"""Evaluation with a reader that really looks: it answers with the name its page carries in its first pixel."""
+
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.runner import derangement, evaluate, write_json, write_predictions
+
+FAMILIES = ("form", "receipt", "table")
+
+
+def page(number: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (20, 30 + number), (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def record(number: int) -> dict:
+    """TFDS gives texts as bytes and sequences as arrays."""
+    return {
+        "id": f"page-{number}".encode(),
+        "source": FAMILIES[number % 3].encode(),
+        "font": b"Unseen" if number % 4 == 0 else b"Seen",
+        "image": page(number),
+        "questions": np.array([b"Which page?", b"Which page, plus one?"], object),
+        "answers": np.array([str(number).encode(), str(number + 1).encode()], object),
+    }
+
+
+class FakeReader:
+    def __init__(self):
+        self.sizes = []
+
+    def prompts(self, image, questions):
+        self.sizes.append(image.size)
+        return [(image.getpixel((0, 0))[0], question) for question in questions]
+
+    def answer(self, prompts, *, max_new_tokens, on_batch):
+        on_batch(len(prompts))
+        return [f"{number + ('plus' in question)} " for number, question in prompts]
+
+
+RECORDS = [record(number) for number in range(9)]
+
+
+def test_a_reader_that_looks_is_right_and_the_controls_are_not():
+    right = evaluate(FakeReader(), RECORDS, unseen_fonts=("Unseen",))
+    assert right.overall.right == right.overall.total == 18
+    assert {family: tally.total for family, tally in right.per_family.items()} == dict.fromkeys(FAMILIES, 6)
+    assert right.unseen_font.total == 6
+
+    blank_reader = FakeReader()
+    assert evaluate(blank_reader, RECORDS, control="blank").overall.right == 0
+    assert blank_reader.sizes == [(20, 30 + number) for number in range(9)]
+
+    wrong = evaluate(FakeReader(), RECORDS, control="wrong")
+    assert wrong.overall.right == 0
+    for answer in wrong.answers[::2]:
+        shown = int(answer.predicted)
+        assert FAMILIES[shown % 3] == answer.family and answer.document != f"page-{shown}"
+
+
+def test_limit_counts_questions():
+    report = evaluate(FakeReader(), RECORDS, limit=5)
+    assert [answer.document for answer in report.answers] == ["page-0", "page-0", "page-1", "page-1", "page-2"]
+
+
+def test_derangement_stays_in_the_family_and_moves_everyone():
+    families = ["a", "b", "a", "a", "b", "b", "b"]
+    others = derangement(families, seed=3)
+    assert sorted(others) == list(range(7))
+    assert all(other != i and families[other] == families[i] for i, other in enumerate(others))
+
+
+def test_what_cannot_be_evaluated():
+    with pytest.raises(UserError, match="no questions"):
+        evaluate(FakeReader(), [])
+    with pytest.raises(UserError, match="two documents of each family"):
+        evaluate(FakeReader(), RECORDS[:4], control="wrong")
+    with pytest.raises(UserError, match="page-0"):
+        evaluate(FakeReader(), [{**RECORDS[0], "image": b"not a picture"}])
+
+
+def test_files(tmp_path):
+    report = evaluate(FakeReader(), RECORDS)
+    write_json(report.to_json(), tmp_path / "new" / "scores.json")
+    assert json.loads((tmp_path / "new" / "scores.json").read_text())["exact_match"] == 1.0
+    write_predictions(report, tmp_path / "predictions.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 18
+    assert lines[1] == {
+        "document": "page-0",
+        "family": "form",
+        "font": "Unseen",
+        "question": "Which page, plus one?",
+        "expected": "1",
+        "predicted": "1 ",
+        "right": True,
+    }
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json({}, tmp_path)
