@@ -1,0 +1,330 @@
+"""From a conversation to token ids: a Hugging Face tokenizer folder without transformers.
+
+Axis letters: n tokens of one example, T visual tokens of one example.
+
+A folder holds `tokenizer.json` (the `tokenizers` library), `tokenizer_config.json` (which of its tokens begin and end a
+text, pad, and stand for an image) and `chat_template.jinja` (how a conversation is written down). A conversation is
+
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Total?"}]},
+     {"role": "assistant", "content": "12.50"}]
+
+where content may also be a plain string. The template writes the image token once per image; `encode` repeats it once
+per visual token and numbers the repetitions. With the nano template and a picture of 3 visual tokens:
+
+    rendered       <|begin|><|user|><|image|>Total?<|assistant|>12.50<|end|>
+    tokens         <|begin|> <|user|> <|image|> <|image|> <|image|> Tot al ? <|assistant|> 12 .50 <|end|>
+    visual_index       -1       -1        0         1         2      -1  -1 -1     -1      -1  -1    -1
+    loss_weights        0        0        0         0         0       0   0  0      1       1   1     0
+
+`loss_weights` belong to *targets*: position i predicts tokens[i + 1], so its weight is 1 where tokens[i + 1] is part of
+an answer or the token that ends one.
+
+Text typed by a user stays text, even if it reads like a special token. Every such passage is hidden behind a mark of
+private-use characters before the template is rendered, so that all special tokens found afterwards are the template's.
+A conversation without such passages (nearly all) is tokenized exactly as transformers' `apply_chat_template` does it.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+from jaxtyping import Float32, Int32
+
+from alignvlm_jax.errors import UserError
+
+Message = Mapping[str, Any]
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# A hidden passage is rendered as OPEN, its number, CLOSE. Either character in a user's text is hidden as well.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class EncodedChat(NamedTuple):
+    """One conversation in tokens; the module docstring has a worked example."""
+
+    tokens: Int32[np.ndarray, " n"]
+    loss_weights: Float32[np.ndarray, " n"]
+    visual_index: Int32[np.ndarray, " n"]
+
+
+class ChatTokenizer:
+    """Encodes conversations, decodes answers.
+
+    Attributes:
+      pad_id, image_id: ids of the padding and image placeholder tokens.
+      end_ids: the tokens that end an answer: what the template writes after one, and the end of text.
+      vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, tokenizer_json: str, tokenizer_config: Mapping[str, Any], chat_template: str):
+        self._files = (tokenizer_json, dict(tokenizer_config), chat_template)
+        self._tokenizer = _load_tokenizer(tokenizer_json)
+        self._template = _compile(chat_template)
+        self._names = _special_names(tokenizer_config)
+        added = self._tokenizer.get_added_tokens_decoder()
+        specials = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        if not specials:
+            raise UserError(f"{TOKENIZER_FILE}: it has no special tokens; a chat template needs some")
+        self._special = re.compile("|".join(map(re.escape, specials)))
+        self._hide = re.compile("|".join([*map(re.escape, specials), _OPEN, _CLOSE]))
+        self.image_id = self._named_id("image_token")
+        # Padding never enters attention or loss, so the end of text can stand in for a padding token.
+        self.pad_id = self._named_id("pad_token" if "pad_token" in self._names else "eos_token")
+        self.end_ids = self._find_end_ids()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "ChatTokenizer":
+        folder = pathlib.Path(folder)
+        config_text = _read(folder / CONFIG_FILE)
+        try:
+            config = json.loads(config_text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / CONFIG_FILE}: not valid JSON: {error}") from error
+        template = folder / TEMPLATE_FILE
+        if not template.exists() and isinstance(config.get("chat_template"), str):
+            chat_template = config["chat_template"]  # Where older folders keep it.
+        else:
+            chat_template = _read(template)
+        try:
+            return cls(_read(folder / TOKENIZER_FILE), config, chat_template)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the three files, so that a checkpoint can be read without the folder it came from."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer_json, config, chat_template = self._files
+        (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+
+    def __reduce__(self):
+        # Compiled templates do not pickle; worker processes compile their own.
+        return ChatTokenizer, self._files
+
+    def encode(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:
+        """A whole conversation for training; `tokens_per_image` counts the visual tokens of each image in order."""
+        hidden = []
+        messages = [_hide_message(message, self._hide, hidden) for message in messages]
+        rendered = self._render(messages, add_generation_prompt=False)
+        answers = self._answers(messages, rendered)
+        if not answers:
+            raise UserError("the conversation has no answer to learn from")
+        ids, offsets = self._tokenize(rendered, hidden)
+        is_answer = np.zeros(len(ids), bool)
+        for start, end in answers:
+            start, end = len(_shown(rendered[:start], hidden)), len(_shown(rendered[:end], hidden))
+            # Any overlap counts: a token across the border is one the model has to predict to begin its answer.
+            is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        return self._expand(ids, is_answer, tokens_per_image)
+
+    def encode_prompt(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:
+        """A conversation up to where the assistant is to go on; no position has weight."""
+        hidden = []
+        messages = [_hide_message(message, self._hide, hidden) for message in messages]
+        ids, _ = self._tokenize(self._render(messages, add_generation_prompt=True), hidden)
+        return self._expand(ids, np.zeros(len(ids), bool), tokens_per_image)
+
+    def encode_text(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Plain text alone: no template, nothing in it is special."""
+        return np.asarray(self._plain.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, special tokens left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, blind to special tokens."""
+        plain = _load_tokenizer(self._files[0])
+        plain.encode_special_tokens = True
+        return plain
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._names)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template cannot write this conversation: {error}") from error
+
+    def _answers(self, messages: Sequence[Message], rendered: str) -> list[tuple[int, int]]:
+        """Where the answers stand in the rendered text: from the end of the prompt through the token that ends it."""
+        answers = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:i], add_generation_prompt=True)
+            end = self._special.search(rendered, len(prompt))
+            if not rendered.startswith(prompt) or end is None:
+                raise UserError(
+                    f"the chat template does not let the answer in message {i + 1} be located: it must "
+                    "write what add_generation_prompt writes, the answer, and a special token"
+                )
+            answers.append((len(prompt), end.end()))
+        return answers
+
+    def _tokenize(self, rendered: str, hidden: Sequence[str]) -> tuple[Int32[np.ndarray, " n"], np.ndarray]:
+        """Ids and their (start, end) in the text as it reads once the hidden passages are back."""
+        if not hidden:
+            encoding = self._tokenizer.encode(rendered, add_special_tokens=False)
+            return np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        ids, offsets, cursor = [], [], 0
+
+        def add_text(text):
+            nonlocal cursor
+            encoding = self._plain.encode(text, add_special_tokens=False)
+            ids.extend(encoding.ids)
+            offsets.extend((start + cursor, end + cursor) for start, end in encoding.offsets)
+            cursor += len(text)
+
+        at = 0
+        for special in self._special.finditer(rendered):
+            add_text(_shown(rendered[at : special.start()], hidden))
+            ids.append(self._tokenizer.token_to_id(special.group()))
+            offsets.append((cursor, cursor + len(special.group())))
+            cursor += len(special.group())
+            at = special.end()
+        add_text(_shown(rendered[at:], hidden))
+        return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _expand(self, ids: np.ndarray, is_answer: np.ndarray, tokens_per_image: Sequence[int]) -> EncodedChat:
+        images = np.flatnonzero(ids == self.image_id)
+        if len(images) != len(tokens_per_image):
+            raise UserError(f"the conversation has {len(images)} image marks for {len(tokens_per_image)} images")
+        repeats = np.ones(len(ids), np.int64)
+        repeats[images] = tokens_per_image
+        tokens = np.repeat(ids, repeats)
+        visual = np.repeat(ids == self.image_id, repeats)
+        visual_index = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
+        loss_weights = np.zeros(len(tokens), np.float32)
+        loss_weights[:-1] = np.repeat(is_answer, repeats)[1:]
+        return EncodedChat(tokens, loss_weights, visual_index)
+
+    def _named_id(self, name: str) -> int:
+        token = self._names.get(name)
+        if token is None:
+            raise UserError(f"{CONFIG_FILE}: it names no {name}")
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None or not self._special.fullmatch(token):
+            raise UserError(f"{CONFIG_FILE}: {name} {token!r} is not a special token of {TOKENIZER_FILE}")
+        return token_id
+
+    def _find_end_ids(self) -> tuple[int, ...]:
+        """What the template writes after an answer, tried on a small conversation; then the end of text."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = self._render(messages, add_generation_prompt=False)
+        ((start, end),) = self._answers(messages, rendered)
+        ids = [self._tokenizer.token_to_id(self._special.findall(rendered[start:end])[-1])]
+        if "eos_token" in self._names and (eos := self._named_id("eos_token")) not in ids:
+            ids.append(eos)
+        return tuple(ids)
+
+
+def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> dict[str, Any]:
+    """A copy whose texts carry marks instead of passages that read like special tokens; those go to `hidden`."""
+
+    def hide(text):
+        if not isinstance(text, str):
+            raise UserError(f"a message's text must be a string, not {type(text).__name__}")
+        return pattern.sub(mark, text)
+
+    def mark(match):
+        hidden.append(match.group())
+        return f"{_OPEN}{len(hidden) - 1}{_CLOSE}"
+
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise UserError(f"a message's role must be 'user' or 'assistant', not {role!r}")
+    if isinstance(content, list | tuple):
+        parts = [{**part, "text": hide(part.get("text"))} if part.get("type") == "text" else part for part in content]
+        return {"role": role, "content": parts}
+    return {"role": role, "content": hide(content)}
+
+
+def _shown(text: str, hidden: Sequence[str]) -> str:
+    return _MARK.sub(lambda match: hidden[int(match.group(1))], text)
+
+
+def _load_tokenizer(tokenizer_json: str) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # The library raises plain Exception.
+        raise UserError(f"{TOKENIZER_FILE}: not a tokenizer the `tokenizers` library reads: {error}") from error
+    # Some files carry the settings of their last training run.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """{"bos_token": "<|begin|>", ...}: plain strings, AddedToken dicts, and the extra ones transformers nests."""
+    extra = config.get("extra_special_tokens")
+    entries = {**config, **(extra if isinstance(extra, Mapping) else {})}
+    names = {}
+    for name, value in entries.items():
+        content = value.get("content") if isinstance(value, Mapping) else value
+        if name.endswith("_token") and isinstance(content, str):
+            names[name] = content
+    return names
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """Accepts `{% generation %}`, with which some templates mark answers for transformers; it changes no text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(chat_template: str) -> jinja2.Template:
+    """The environment of transformers' apply_chat_template.
+
+    `strftime_now` is left out on purpose: templates that would write today's date fall back to a fixed one, and the
+    data stay the same from day to day.
+    """
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, indent=None):
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(chat_template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{TEMPLATE_FILE}: line {error.lineno}: {error.message}") from error
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file; a tokenizer folder holds {TOKENIZER_FILE}, {CONFIG_FILE} and {TEMPLATE_FILE}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
