@@ -27,7 +27,8 @@ _ADVANCES = {
 HELD_OUT_FONT = "DejaVuSerif"
 TRAINING_FONTS = tuple(font for font in _ADVANCES if font != HELD_OUT_FONT)
 
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-/%$#:"
+_CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHARACTERS = _CAPITALS + "abcdefghijklmnopqrstuvwxyz0123456789.-/%$#:"
 _NARROWEST_CELL = 0.9  # of a digit
 _STEP = 0.1  # advances come in steps of this, so that glyph pictures can be kept
 _REFERENCE_SIZE = 200
@@ -41,6 +42,7 @@ class Face:
     size: float
     digit: float
     space: float
+    capital: float  # the mean capital's pitch
     cap_height: float
     pitches: dict[str, float]
     advances: dict[str, float]
@@ -60,7 +62,7 @@ def get_face(font: str, digit_advance: float) -> Face:
     return _face(font, round(digit_advance / _STEP))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def glyph_picture(font: str, size: float, character: str) -> tuple[Image.Image, int, int]:
     """Coverage of one glyph (mode L, cropped to its ink) and where its corner lies from the pen on the baseline."""
     side = int(2 * size) + 4
@@ -71,7 +73,7 @@ def glyph_picture(font: str, size: float, character: str) -> tuple[Image.Image, 
     return canvas.crop(box), box[0] - pen, box[1] - pen
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _face(font: str, steps: int) -> Face:
     advances, cap_height = _reference_metrics(font)
     digit = steps * _STEP
@@ -83,13 +85,14 @@ def _face(font: str, steps: int) -> Face:
         size=size,
         digit=digit,
         space=digit,
+        capital=sum([pitches[c] for c in _CAPITALS]) / len(_CAPITALS),
         cap_height=size * cap_height,
         pitches=pitches,
         advances={c: size * advance for c, advance in advances.items()},
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reference_metrics(font: str) -> tuple[dict[str, float], float]:
     """Advance of each character and height of a capital, for a font of size 1."""
     loaded = _load(font, _REFERENCE_SIZE)
@@ -97,12 +100,13 @@ def _reference_metrics(font: str) -> tuple[dict[str, float], float]:
     return {c: loaded.getlength(c) / _REFERENCE_SIZE for c in CHARACTERS}, (bottom - top) / _REFERENCE_SIZE
 
 
+@functools.cache
 def _load(font: str, size: float) -> ImageFont.FreeTypeFont:
     # BASIC layout: one glyph at a time needs no shaping, and Raqm is not in every Pillow build.
     return ImageFont.truetype(str(_font_folder() / f"{font}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _font_folder() -> Path:
     # Found without importing matplotlib, which would cost every worker process half a second.
     return Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"

@@ -22,11 +22,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Something drawn under the text. kind: "line" (points), "fill" or "frame" (two corners), "dot" (centre, radius)."""
+    """Something drawn under the text.
+
+    kind is "line" (through points), "fill" or "frame" (two corners) or "dot" (centre and radius).
+    """
 
     kind: str
     points: tuple[float, ...]
-    colour: str = "rule"  # "rule" (ink), "faint" (a light ink) or "mark" (the colour of bars and curves)
+    colour: str = "rule"  # "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper"
     width: int = 1
 
 
@@ -45,8 +48,12 @@ class Page:
 
     def fits(self, *texts: str) -> bool:
         """Whether these texts go side by side, a word space between each two."""
+        return self.room(*texts) + self.face.space >= 0
+
+    def room(self, *texts: str) -> float:
+        """What these texts leave on their line for one more."""
         face = self.face
-        return sum([face.width(text) for text in texts]) + face.space * (len(texts) - 1) <= self.width
+        return self.width - sum([face.width(text) + face.space for text in texts])
 
     def put(self, text: str, x: float, baseline: float) -> None:
         """Print text somewhere, leaving the cursor and the transcription alone."""
@@ -106,9 +113,6 @@ class Page:
         gap = spare / gaps if gaps else 0.0
         starts = [sum(column_widths[:c]) + gap * c for c in range(len(column_widths))]
         return [
-            [
-                starts[c] + (column_widths[c] - width if last_right and c else 0.0)
-                for c, width in enumerate(row_widths)
-            ]
+            [starts[c] + (column_widths[c] - width if last_right and c else 0.0) for c, width in enumerate(row_widths)]
             for row_widths in widths
         ]

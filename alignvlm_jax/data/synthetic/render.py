@@ -54,7 +54,8 @@ def render(
 ) -> Image.Image:
     """The page as an RGB picture of this (width, height)."""
     page = Image.new("RGB", size, look.paper)
-    _draw_shapes(ImageDraw.Draw(page), origin, shapes, look)
+    draw = ImageDraw.Draw(page)
+    _draw_shapes(draw, origin, shapes, look)
     left, top = origin
     for run in runs:
         x, baseline = left + run.x, round(top + run.baseline)
@@ -62,7 +63,7 @@ def render(
             if character != " ":
                 picture, dx, dy = glyph_picture(face.font, face.size, character)
                 pen = round(x + (face.pitches[character] - face.advances[character]) / 2)
-                page.paste(look.ink, (pen + dx, baseline + dy), picture)
+                draw.bitmap((pen + dx, baseline + dy), picture, fill=look.ink)
             x += face.pitches[character]
     page = page.rotate(angle, Image.Resampling.BILINEAR, fillcolor=look.paper)
     if look.blur:
@@ -76,6 +77,7 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
         "faint": tuple((p + i) // 2 for p, i in zip(look.paper, look.ink, strict=True)),
         "band": tuple((6 * p + m) // 7 for p, m in zip(look.paper, look.mark, strict=True)),
         "mark": look.mark,
+        "paper": look.paper,
     }
     left, top = origin
     for shape in shapes:

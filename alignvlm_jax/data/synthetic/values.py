@@ -1,6 +1,7 @@
 """The values a document prints: invented names, amounts, dates, codes; and the split each one belongs to.
 
-A value belongs to a split by a hash of its text, for every seed and every corpus. A document of a split redraws a
+A value belongs to a split by a hash of its letters and digits, for every seed and every corpus ("$48.20" and "48.20" go
+together). A document of a split redraws a
 value until it belongs there, so no value printed in a held-out document was ever printed in a training one: a right
 answer on held-out documents was read, not remembered. Labels ("Total", "City") are few, fixed and shared.
 """
@@ -9,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 
 from alignvlm_jax.data.synthetic.dice import Dice
+from alignvlm_jax.data.synthetic.fonts import Face
 
 SPLITS = ("train", "validation", "heldout")
 _TRAIN_SHARE, _VALIDATION_SHARE = 0.80, 0.08
@@ -22,7 +24,8 @@ _PATTERNS = {
     6: ("CVCCVC", "CVCVCV", "VCVCVC"),
     7: ("CVCCVCV", "CVCVCVC", "CVCVCCV"),
 }
-_TRIES = 400
+_PUNCTUATION = str.maketrans("", "", ".,-/%$#: ")
+_TRIES = 200
 
 
 class DoesNotFitError(Exception):
@@ -31,7 +34,7 @@ class DoesNotFitError(Exception):
 
 def split_of(value: str) -> str:
     """The one split whose documents may print this value."""
-    share = int.from_bytes(hashlib.sha256(value.encode()).digest()[:4], "big") / 2**32
+    share = int.from_bytes(hashlib.sha256(value.translate(_PUNCTUATION).encode()).digest()[:4], "big") / 2**32
     if share < _TRAIN_SHARE:
         return "train"
     return "validation" if share < _TRAIN_SHARE + _VALIDATION_SHARE else "heldout"
@@ -49,22 +52,27 @@ class Values:
         self._date_separator = dice.pick("//-.")
 
     def draw(self, kind: Callable[[], str], fits: Callable[[str], bool] = lambda value: True) -> str:
-        """A value of this kind (`values.name`, `values.amount`, ...) of the split, new on the page, that fits."""
+        """A value of this kind (`values.amount`, `values.date`, ...) of the split, new on the page, that fits."""
         for _ in range(_TRIES):
             value = kind()
-            if value not in self._printed and split_of(value) == self._split and fits(value):
+            if value not in self._printed and fits(value) and split_of(value) == self._split:
                 self._printed.add(value)
                 return value
         raise DoesNotFitError
 
-    def name(self, shortest: int, longest: int) -> Callable[[], str]:
+    def name(self, shortest: int, longest: int, face: Face, room: float) -> str:
+        """TORVAL, MEB: an invented name of so many letters, printed in no more than `room` px."""
         dice = self._dice
+        # Lengths that will hardly ever fit are not tried: trying is most of what drawing a document costs.
+        longest = min(longest, max(shortest, int(room / face.capital)))
+        if room < 0.85 * shortest * face.capital:
+            raise DoesNotFitError
 
         def make() -> str:
             pattern = dice.pick(_PATTERNS[dice.integer(shortest, longest)])
             return "".join([dice.pick(_CONSONANTS if letter == "C" else _VOWELS) for letter in pattern])
 
-        return make
+        return self.draw(make, lambda name: face.width(name) <= room)
 
     def amount(self) -> str:
         """48.20, 128.40 or, on a page in dollars, $7.35."""
@@ -93,10 +101,22 @@ class Values:
         return f"{self._dice.integer(0, 23):02d}:{self._dice.integer(0, 59):02d}"
 
     def quantity(self) -> str:
-        return str(self._dice.integer(100, 9999) if self._dice.chance(0.5) else self._dice.integer(1000, 9999))
+        """Four digits as a rule, three or five now and then."""
+        digits = self._dice.pick((3, 4, 4, 5, 5))
+        return str(self._dice.integer(10 ** (digits - 1), 10**digits - 1))
+
+    def count(self) -> str:
+        """Three digits: for narrow columns."""
+        return str(self._dice.integer(100, 999))
 
     def percent(self) -> str:
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}%"
+
+    def whole_percent(self) -> str:
+        return f"{self._dice.integer(10, 99)}%"
+
+    def tenths(self) -> str:
+        return f"{self._dice.integer(1, 9)}.{self._dice.integer(0, 9)}"
 
     def decimal(self) -> str:
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"

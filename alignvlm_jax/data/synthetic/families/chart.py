@@ -3,13 +3,14 @@
 A chart is read mark by mark, "MAR 4821", from the top or from the left: what a person would say aloud.
 """
 
+from collections.abc import Callable
+
 from alignvlm_jax.data.synthetic.families import Questions
 from alignvlm_jax.data.synthetic.layout import Page, Shape
 from alignvlm_jax.data.synthetic.values import DoesNotFitError, Values
 
 _TITLES = ("Sales", "Visits", "Rain", "Power", "Growth", "Output", "Votes", "Stock")
 _KINDS = ("quantity", "percent", "decimal", "quantity")
-_LONGEST_BAR = 60.0
 
 
 def compose(page: Page, values: Values) -> Questions:
@@ -19,7 +20,7 @@ def compose(page: Page, values: Values) -> Questions:
         page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5))))
         page.gap(0, 4)
     elif dice.chance(0.6):
-        title = values.draw(values.name(4, 7), page.fits)
+        title = values.name(4, 7, page.face, page.width)
         page.line(page.aligned(title, dice.pick((0.0, 0.5))))
         page.gap(0, 4)
         direct.append((("What is the title?", "What is the chart called?", "Which title is printed?"), title))
@@ -33,16 +34,17 @@ def compose(page: Page, values: Values) -> Questions:
     return Questions(tuple(direct), tuple(reverse))
 
 
-def _bars_across(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+def _bars_across(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Name, bar and value in one row; the value stands right of the longest bar, or at the end of its own."""
     dice, face = page.dice, page.face
-    names, numbers = _draw_marks(values, kind, dice.integer(3, 5), dice.pick((3, 4)), 5, page.fits)
+    names, numbers = _draw_marks(page, values, kind, dice.integer(3, 5), dice.pick((3, 4)), 5)
     name_width, number_width = (max(face.width(text) for text in texts) for texts in (names, numbers))
     left = name_width + face.space * 0.6
     room = page.width - left - number_width - face.space * 0.6
     if room < 8:
         raise DoesNotFitError
     at_end = dice.chance(0.5)
+    first = page.y
     for name, number, share in zip(names, numbers, _shares(numbers), strict=True):
         top = page.y
         length = room * share
@@ -52,14 +54,14 @@ def _bars_across(page: Page, values: Values, kind) -> list[tuple[str, str]]:
         )
         page.shapes.append(Shape("fill", (left, top + 3, left + length, top + page.pitch - 3), "mark"))
         page.gap(0, 2)
-    page.shapes.append(Shape("line", (left, 0.0 if not page.lines else page.y - page.pitch * len(names), left, page.y)))
+    page.shapes.append(Shape("line", (left, first, left, page.y)))
     return list(zip(names, numbers, strict=True))
 
 
-def _bars_under(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+def _bars_under(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Name and value on a line, the bar across the page below it."""
     dice = page.dice
-    names, numbers = _draw_marks(values, kind, dice.integer(3, 5), 5, 6, page.fits)
+    names, numbers = _draw_marks(page, values, kind, dice.integer(3, 5), 5, 6)
     thickness = dice.uniform(2, 5)
     for name, number, share in zip(names, numbers, _shares(numbers), strict=True):
         page.spread(name, number)
@@ -68,7 +70,7 @@ def _bars_under(page: Page, values: Values, kind) -> list[tuple[str, str]]:
     return list(zip(names, numbers, strict=True))
 
 
-def _bars_upright(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+def _bars_upright(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Bars on an axis, the value above its bar and the name below the axis."""
     names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
     half = page.dice.uniform(5, min(11, page.width / len(names) / 2 - 2))
@@ -78,13 +80,16 @@ def _bars_upright(page: Page, values: Values, kind) -> list[tuple[str, str]]:
     return list(zip(names, numbers, strict=True))
 
 
-def _curve(page: Page, values: Values, kind) -> list[tuple[str, str]]:
+def _curve(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Markers joined by a line, each with its value above it and its name below the axis."""
-    dice = page.dice
+    dice, face = page.dice, page.face
     names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
     points = [coordinate for point in zip(centres, tops, strict=True) for coordinate in point]
     page.shapes.append(Shape("line", tuple(points), "mark", width=dice.integer(1, 2)))
-    for centre, top in zip(centres, tops, strict=True):
+    for number, centre, top in zip(numbers, centres, tops, strict=True):
+        # A steep stroke would run through its neighbour's number.
+        half = face.width(number) / 2
+        page.shapes.append(Shape("fill", (centre - half, top - 5 - face.cap_height, centre + half, top - 3), "paper"))
         page.shapes.append(Shape("dot", (centre, top, dice.uniform(1.6, 2.6)), "mark"))
     page.shapes.append(Shape("line", (0.0, axis, page.width, axis)))
     if dice.chance(0.5):
@@ -92,13 +97,18 @@ def _curve(page: Page, values: Values, kind) -> list[tuple[str, str]]:
     return list(zip(names, numbers, strict=True))
 
 
-def _upright_marks(page: Page, values: Values, kind):
-    """Print two or three names under an axis and their values at heights in proportion."""
+def _upright_marks(
+    page: Page, values: Values, kind: Callable[[], str]
+) -> tuple[list[str], list[str], list[float], list[float], float]:
+    """Two or three names under an axis, their values at heights in proportion.
+
+    Gives names, numbers, the x of each mark and the y of its top, and the y of the axis.
+    """
     dice, face = page.dice, page.face
     count = 3 if dice.chance(0.6) else 2
     column = page.width / count
-    fits = lambda text: face.width(text) + 4 <= column  # noqa: E731
-    names, numbers = _draw_marks(values, kind, count, 4 if count == 2 else 3, 5, lambda *texts: all(map(fits, texts)))
+    numbers = [values.draw(kind, lambda number: face.width(number) + 3 <= column) for _ in range(count)]
+    names = [values.name(3, 4 if count == 2 else 3, face, column - 3) for _ in range(count)]
     tallest = dice.uniform(40, 80)
     number_room = face.cap_height + 5
     axis = page.y + number_room + tallest
@@ -113,12 +123,12 @@ def _upright_marks(page: Page, values: Values, kind):
     return names, numbers, centres, tops, axis
 
 
-def _draw_marks(values: Values, kind, count: int, longest_name: int, longest_number: int, fits):
-    names, numbers = [], []
-    for _ in range(count):
-        numbers.append(values.draw(kind, lambda number: len(number) <= longest_number and fits(number)))
-        names.append(values.draw(values.name(3, longest_name), lambda name: fits(name, numbers[-1])))
-    return names, numbers
+def _draw_marks(
+    page: Page, values: Values, kind: Callable[[], str], count: int, longest_name: int, longest_number: int
+) -> tuple[list[str], list[str]]:
+    """Names and numbers that fit on lines of their own, two by two."""
+    numbers = [values.draw(kind, lambda number: len(number) <= longest_number) for _ in range(count)]
+    return [values.name(3, longest_name, page.face, page.room(number)) for number in numbers], numbers
 
 
 def _shares(numbers: list[str]) -> list[float]:

@@ -13,8 +13,8 @@ _FIELDS = {
     "Street": "name",
     "Bank": "name",
     "Date": "date",
-    "Due": "date",
-    "Born": "date",
+    "Start": "date",
+    "Expiry": "date",
     "Phone": "phone",
     "Fax": "phone",
     "Code": "code",
@@ -22,7 +22,7 @@ _FIELDS = {
     "Room": "code",
     "Amount": "amount",
     "Fee": "amount",
-    "Paid": "amount",
+    "Price": "amount",
     "Time": "time",
     "Rate": "percent",
     "Weight": "quantity",
@@ -41,8 +41,10 @@ def compose(page: Page, values: Values) -> Questions:
     indent = dice.uniform(0, 8) if dice.chance(0.5) else 0.0
     fields = []
     for label in dice.shuffled(tuple(_FIELDS))[: dice.integer(3, 4)]:
-        kind = values.name(4, 7) if _FIELDS[label] == "name" else getattr(values, _FIELDS[label])
-        value = values.draw(kind, lambda value: face.width(value) + 8 <= page.width)
+        if _FIELDS[label] == "name":
+            value = values.name(4, 7, face, page.width - 8)
+        else:
+            value = values.draw(getattr(values, _FIELDS[label]), lambda value: face.width(value) + 8 <= page.width)
         fields.append((label, value))
         printed = label + colon
         if not above and page.fits(printed, value):

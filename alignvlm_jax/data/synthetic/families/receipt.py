@@ -10,7 +10,7 @@ _DATE_LABELS = ("Date", "Day", "On")
 
 def compose(page: Page, values: Values) -> Questions:
     dice = page.dice
-    shop = values.draw(values.name(4, 7), page.fits)
+    shop = values.name(4, 7, page.face, page.width)
     page.line(page.aligned(shop, dice.pick((0.0, 0.5, 0.5, 1.0))))
     if dice.chance(0.5):
         page.rule()
@@ -25,18 +25,19 @@ def compose(page: Page, values: Values) -> Questions:
 
     items = []
     for _ in range(dice.integer(3, 5)):
-        price = values.draw(values.amount)
-        name = values.draw(values.name(4, 6), lambda name, price=price: page.fits(name, price))
+        price = values.draw(values.amount, lambda price: page.room(price) >= 3 * page.face.capital)
+        name = values.name(3, 6, page.face, page.room(price))
         items.append((name, price))
         page.spread(name, price)
     page.rule() if dice.chance(0.7) else page.gap(0, 8)
 
     total_label = dice.pick(_TOTAL_LABELS)
-    total = values.draw(values.amount, lambda total: page.fits("Total", total))
+    total = values.draw(values.amount)
     if page.fits(total_label, total):
         page.spread(total_label, total)
     else:
-        page.spread("Total", total)
+        page.line((total_label, 0.0))
+        page.line(page.aligned(total, dice.pick((0.0, 1.0))))
 
     return Questions(
         direct=(
