@@ -203,9 +203,8 @@ def test_wrong_folders(folder, tmp_path):
         config = {key: value for key, value in TOKENIZER_CONFIG.items() if key != "extra_special_tokens"}
         ChatTokenizer.from_folder(write_chat_folder(tmp_path / "b", config=config))
     with pytest.raises(UserError, match="'<img>' is not a special token"):
-        ChatTokenizer.from_folder(
-            write_chat_folder(tmp_path / "c", config={**TOKENIZER_CONFIG, "image_token": "<img>"})
-        )
+        config = {**TOKENIZER_CONFIG, "extra_special_tokens": {"image_token": "<img>"}}
+        ChatTokenizer.from_folder(write_chat_folder(tmp_path / "c", config=config))
     with pytest.raises(UserError, match="be located"):
         ChatTokenizer.from_folder(write_chat_folder(tmp_path / "d", template="{{ messages[-1].content }}"))
     broken = write_chat_folder(tmp_path / "e")
