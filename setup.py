@@ -41,7 +41,14 @@ EXTRAS = {
     "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": TORCH,
     # torch is the oracle of a few tests. Pinned exactly: pip then finds the small CPU wheel where one is offered.
-    "dev": ["pytest>=8.4,<10", "ruff>=0.14,<0.18", "torch==2.13.0", "transformers>=5.0,<6"],
+    "dev": [
+        "packaging>=25,<28",
+        "pytest>=8.4,<10",
+        "ruff>=0.14,<0.18",
+        "setuptools>=77,<90",
+        "torch==2.13.0",
+        "transformers>=5.0,<6",
+    ],
 }
 
 

@@ -126,6 +126,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line; `overrides` collects the --config.key=value pairs as "key=value"."""
     parser, commands = _parsers()
     args, rest = parser.parse_known_args(argv)
+    args.debug = getattr(args, "debug", False)
     command = commands[args.command]
     args.overrides, unknown = _split_overrides(rest)
     if unknown:
@@ -147,7 +148,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
     parser = argparse.ArgumentParser(prog="alignvlm", description=DESCRIPTION, **style)
     parser.add_argument("--version", action="version", version=f"alignvlm_jax {alignvlm_jax.__version__}")
-    parser.set_defaults(debug=False)
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, summary, description, epilog, takes_overrides=False):

@@ -126,11 +126,10 @@ def _read_questions(records: Sequence[Record], limit: int | None) -> list[_Docum
     documents, left = [], sys.maxsize if limit is None else limit
     for index in range(len(records)):
         record = records[index]
-        questions = [_text(question) for question in record["questions"]][:left]
-        answers = [_text(answer) for answer in record["answers"]][:left]
+        questions = record["questions"][:left]
+        answers = record["answers"][:left]
         if questions:
-            names = [_text(record[field]) for field in ("id", "source", "font")]
-            documents.append(_Document(index, *names, questions, answers))
+            documents.append(_Document(index, record["id"], record["source"], record["font"], questions, answers))
         left -= len(questions)
         if not left:
             break
@@ -142,10 +141,6 @@ def _read_questions(records: Sequence[Record], limit: int | None) -> list[_Docum
 def _picture(records: Sequence[Record], document: _Document, *, blank: bool) -> PIL.Image.Image:
     image = images.open_image(records[document.index]["image"], name=document.id)
     return PIL.Image.new("RGB", image.size, "white") if blank else image
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _open_for_writing(file: str | pathlib.Path):

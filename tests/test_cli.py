@@ -1,0 +1,140 @@
+"""The command line: help that teaches, one clear line for what the user can fix, `--debug` for the rest."""
+
+import json
+
+import PIL.Image
+import pytest
+
+import alignvlm_jax
+from alignvlm_jax import cli
+from alignvlm_jax.errors import UserError
+
+COMMANDS = ("train", "eval", "ask", "demo")
+
+
+def error_line(capsys, *argv: str) -> str:
+    """Runs a command that must fail for a reason the user can fix; returns the one line it says."""
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("alignvlm: error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.fixture
+def page(tmp_path):
+    PIL.Image.new("RGB", (80, 120), "white").save(tmp_path / "page.png")
+    return str(tmp_path / "page.png")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert f"  alignvlm {command}" in capsys.readouterr().out
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert alignvlm_jax.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["train", "--config", "configs/nano.py"],
+        ["train", "--config", "configs/nano.py", "--workdir", "x", "--confg.seed=1"],
+        ["ask", "--checkpoint", "x", "page.png", "--question", "q", "--config.seed=1"],
+        ["eval", "--checkpoint", "x", "--control", "upside-down"],
+        ["eval", "--checkpoint", "x", "--limit", "0"],
+    ],
+)
+def test_wrong_options_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_overrides_are_collected():
+    argv = ["train", "--config", "c.py", "--config.seed=1", "--workdir", "w", "--config.mesh.data", "2"]
+    args = cli.parse(argv)
+    assert args.overrides == ["seed=1", "mesh.data=2"]
+    assert (args.config, args.workdir) == ("c.py", "w")
+
+
+@pytest.mark.parametrize("argv", [["--debug", "demo"], ["demo", "--debug"], ["demo"]])
+def test_debug_before_and_after_the_command(argv):
+    assert cli.parse(argv).debug is ("--debug" in argv)
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path):
+    argv = ["ask", "--checkpoint", "x", str(tmp_path / "none.png"), "--question", "What?"]
+    assert "Traceback" not in error_line(capsys, *argv)
+    assert cli.main([*argv, "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("alignvlm: error: ")
+
+
+def test_find_config_prefers_the_one_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_config("configs/nano.py").is_file()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "nano.py").write_text("mine")
+    assert cli.find_config("configs/nano.py").read_text() == "mine"
+    with pytest.raises(UserError, match="configs/nano.py"):
+        cli.find_config("configs/nona.py")
+
+
+def test_missing_image(capsys, tmp_path):
+    line = error_line(capsys, "ask", "--checkpoint", "x", str(tmp_path / "none.png"), "--question", "What?")
+    assert "none.png" in line
+
+
+def test_unreadable_image(capsys, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    line = error_line(capsys, "ask", "--checkpoint", "x", str(tmp_path / "torn.png"), "--question", "What?")
+    assert "torn.png" in line
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_empty_question(capsys, page, question):
+    assert "question is empty" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", question)
+
+
+@pytest.mark.parametrize("command", ["ask", "eval"])
+@pytest.mark.parametrize("kind", ["missing", "a file", "empty", "broken"])
+def test_not_a_checkpoint(capsys, page, tmp_path, command, kind):
+    folder = tmp_path / "run"
+    if kind == "a file":
+        folder.write_text("")
+    elif kind != "missing":
+        folder.mkdir()
+    if kind == "broken":
+        (folder / "config.json").write_text(json.dumps({"model": 3}))
+    rest = [page, "--question", "What?"] if command == "ask" else []
+    assert str(folder) in error_line(capsys, command, "--checkpoint", str(folder), *rest)
+
+
+@pytest.mark.parametrize("text", ["def get_config(:\n", "x = 1\n", "import no_such_module\n"])
+def test_config_that_does_not_parse(capsys, tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    line = error_line(capsys, "train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"))
+    assert "mine.py" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_config_key_that_does_not_exist(capsys, tmp_path):
+    argv = ["train", "--config", "configs/nano.py", "--workdir", str(tmp_path / "w"), "--config.sed=1"]
+    line = error_line(capsys, *argv)
+    assert "sed" in line and "seed" in line
+    assert not (tmp_path / "w").exists()

@@ -1,0 +1,103 @@
+"""What is installed: bounded dependencies, every module, every shipped file, and imports that stay light."""
+
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "alignvlm_jax"
+
+
+@pytest.fixture(scope="module")
+def setup_arguments() -> dict:
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    return setup.call_args.kwargs
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> pathlib.Path:
+    """A copy of what a non-editable `pip install` puts into site-packages."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        folder / "base",
+        "--build-lib",
+        folder / "lib",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "lib"
+
+
+def run_installed(installed: pathlib.Path, *arguments: str) -> str:
+    """Runs Python away from the clone, with the installed copy before everything else."""
+    environment = {**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=installed.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound(setup_arguments):
+    everything = setup_arguments["install_requires"] + sum(setup_arguments["extras_require"].values(), [])
+    for line in everything:
+        operators = {specifier.operator for specifier in Requirement(line).specifier}
+        assert operators in ({">=", "<"}, {"=="}), f"{line} is not bounded on both sides"
+    assert {"tpu", "cuda", "torch", "dev"} <= setup_arguments["extras_require"].keys()
+
+
+def test_every_folder_with_code_is_a_package(setup_arguments):
+    folders = {file.parent for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(setup_arguments["packages"]) == expected | {"alignvlm_jax.configs"}
+
+
+def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
+    suffixes = {".py", ".jinja", ".json", ".safetensors", ".md"}
+    shipped = [file for file in PACKAGE.rglob("*") if file.suffix in suffixes and "__pycache__" not in file.parts]
+    missing = [file for file in shipped if not (installed / file.relative_to(ROOT)).is_file()]
+    assert not missing
+    assert (installed / "alignvlm_jax" / "configs" / "nano.py").is_file()
+
+    where = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
+    assert pathlib.Path(where.strip()).is_relative_to(installed)
+    found = run_installed(
+        installed, "-c", "from alignvlm_jax.cli import find_config; print(find_config('configs/nano.py'))"
+    )
+    assert pathlib.Path(found.strip()).is_relative_to(installed)
+
+
+def test_the_model_needs_jax_flax_and_optax_only(installed):
+    """So that it can be read, and run, on a machine that has nothing else."""
+    unwanted = ["grain", "tensorflow_datasets", "ml_collections", "orbax", "tokenizers", "PIL", "matplotlib", "torch"]
+    program = f"""
+import sys
+for name in {unwanted}:
+    sys.modules[name] = None  # makes `import name` fail
+import alignvlm_jax.models.alignvlm, alignvlm_jax.ops.attention, alignvlm_jax.training.step
+"""
+    run_installed(installed, "-c", program)
+
+
+def test_help_does_not_wait_for_jax(installed):
+    program = """
+import sys
+import alignvlm_jax.cli
+try:
+    alignvlm_jax.cli.main(["train", "--help"])
+except SystemExit as error:
+    assert error.code == 0
+assert "jax" not in sys.modules and "numpy" not in sys.modules
+"""
+    assert "examples:" in run_installed(installed, "-c", program)
