@@ -1,0 +1,137 @@
+"""One optimizer step, as a pure function: the same one is trained, tested and compiled ahead of time.
+
+Axis letters: K microbatches, B bins (rows), L positions, M tiles per bin, V vocabulary.
+
+The loss of a step is the sum over all answer tokens of the *global* batch divided by their total weight, so it does not
+matter how examples fell into bins and bins into microbatches: every microbatch adds its sum of losses, its weight and
+its gradient of the sum, and the division comes once, at the end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
+from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.training import stages
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Attributes:
+    step: optimizer steps done in this stage.
+    params: all weights, float32, frozen ones included.
+    opt_state: the optimizer's state of the trainable parts.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+def create_state(stage: stages.StageConfig, params: Params) -> TrainState:
+    """The state a stage starts from. Pure: evaluate its shapes, or jit it into shardings."""
+    opt_state = stages.stage_optimizer(stage).init(stages.trainable_params(stage, params))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
+def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into, and what is compiled ahead."""
+    boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
+    of_params = sharding.parameter_shardings(boxed, mesh)
+    of_opt_state = sharding.like_parameters(shapes.opt_state, shapes.params, of_params, mesh)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        TrainState(NamedSharding(mesh, PartitionSpec()), of_params, of_opt_state),
+    )
+
+
+def state_shardings(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
+    """Where each array of the state lives, as a `TrainState` of `NamedSharding`s."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model_config, stage, mesh))
+
+
+def make_train_step(
+    model_config: AlignVLMConfig, stage: stages.StageConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
+
+    The batch is the packed batch with its leading axis K; the metrics are float32 scalars over the whole of it.
+    """
+    model = AlignVLM(model_config)
+    optimizer = stages.stage_optimizer(stage)
+    schedules = stages.stage_schedules(stage)
+
+    def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
+        output = model.apply({"params": {**frozen, **trainable}}, microbatch)
+        loss, weight = weighted_cross_entropy(output.logits, microbatch["targets"], microbatch["loss_weights"])
+        tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
+        sums = {
+            "loss": loss,
+            "weight": weight,
+            "tokens": jnp.sum(microbatch["segment_ids"] > 0).astype(jnp.float32),
+            "positions": jnp.float32(microbatch["segment_ids"].size),
+            "tiles": tiles,
+            "effective_tokens": output.effective_tokens * tiles,
+        }
+        return loss, sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable = stages.trainable_params(stage, state.params)
+        frozen = stages.frozen_params(stage, state.params)
+
+        def accumulate(carry, microbatch):
+            (_, sums), gradients = jax.value_and_grad(summed_loss, has_aux=True)(trainable, frozen, microbatch)
+            return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+        with sharding.logical_rules():
+            one = jax.tree.map(lambda field: field[0], batch)
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                (trainable, jax.eval_shape(summed_loss, trainable, frozen, one)[1]),
+            )
+            # A scan over one microbatch is unrolled: no loop, so XLA sees all of the step.
+            (gradients, sums), _ = jax.lax.scan(accumulate, zeros, batch, unroll=len(batch["tokens"]) == 1)
+
+        # A step without a single answer has gradient 0, not NaN.
+        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+        params = {**frozen, **optax.apply_updates(trainable, updates)}
+        metrics = {
+            "loss": sums["loss"] / weight,
+            "weight": sums["weight"],
+            "grad_norm": optax.tree.norm(gradients),
+            "tokens": sums["tokens"],
+            "token_fraction": sums["tokens"] / sums["positions"],
+            "tiles": sums["tiles"],
+            "effective_tokens": sums["effective_tokens"] / jnp.maximum(sums["tiles"], 1.0),
+            **{f"learning_rate/{part}": jnp.float32(rate(state.step)) for part, rate in schedules.items()},
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def jit_train_step(
+    model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step compiled for a mesh: the state stays where it lies (and is donated), the bins are spread."""
+    where = state_shardings(model_config, stage, mesh)
+    return jax.jit(
+        make_train_step(model_config, stage),
+        in_shardings=(where, NamedSharding(mesh, sharding.BATCH_SPEC)),
+        out_shardings=(where, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
