@@ -1,0 +1,93 @@
+"""The reader: every kind of image source, one at a time or many, and what it refuses."""
+
+import io
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+from tests.data.nano_tokenizer import write_chat_folder
+
+QUESTION = "What is the total?"
+MAX_NEW = 6
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Reader:
+    tokenizer = ChatTokenizer.from_folder(write_chat_folder(tmp_path_factory.mktemp("tokenizer")))
+    config = AlignVLMConfig(
+        vision=VisionConfig(
+            image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
+        ),
+        connector=AlignConfig(vocab_scale_init=8.0),
+        language=LanguageConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=2,
+            max_position_embeddings=128,
+        ),
+    )
+    params = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(config, rng)))(jax.random.key(0))
+    tiling = TilingConfig(tile_size=16, max_tiles=4, thumbnail=False)
+    return Reader(config, params, tokenizer, tiling, batch_size=4)
+
+
+def page(seed: int, width: int = 16, height: int = 30) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def test_path_bytes_and_image_give_the_same_answer(reader, tmp_path):
+    image, encoded = page(0), io.BytesIO()
+    image.save(encoded, "PNG")
+    image.save(tmp_path / "page.png")
+    sources = [image, image.convert("RGBA"), encoded.getvalue(), tmp_path / "page.png", str(tmp_path / "page.png")]
+    answers = {reader.ask(source, QUESTION, max_new_tokens=MAX_NEW) for source in sources}
+    assert len(answers) == 1 and isinstance(answers.pop(), str)
+
+
+def test_a_batch_is_the_same_as_one_by_one(reader):
+    images = [page(1), page(2, 16, 16), page(3)]
+    questions = [QUESTION, "Read the page.", "Date?"]
+    one_by_one = [
+        reader.ask(image, question, max_new_tokens=MAX_NEW) for image, question in zip(images, questions, strict=True)
+    ]
+    assert reader.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
+
+
+def test_a_prompt_has_its_tiles_and_its_visual_tokens(reader):
+    first, second = reader.prompts(page(0), [QUESTION, "Date?"])
+    assert first.tiles.shape == (2, 16, 16, 3)
+    assert first.tiles is second.tiles, "tiles are cut once"
+    visual = first.visual_index[first.visual_index >= 0]
+    np.testing.assert_array_equal(visual, np.arange(8))
+    assert (first.tokens[first.visual_index >= 0] == reader.tokenizer.image_id).all()
+    assert QUESTION in reader.tokenizer.decode(first.tokens)
+
+
+def test_spaces_around_a_question_do_not_matter(reader):
+    first, second = reader.prompts(page(0), [QUESTION, f"  {QUESTION}\n"])
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_what_it_refuses(reader):
+    with pytest.raises(UserError, match="empty"):
+        reader.ask(page(0), " ")
+    with pytest.raises(UserError, match="shorten the question"):
+        reader.ask(page(0), "total " * 200)
+    with pytest.raises(UserError, match="one for each"):
+        reader.ask_batch([page(0)], [QUESTION, QUESTION])
+    with pytest.raises(UserError, match="no such image"):
+        reader.ask("nowhere.png", QUESTION)
