@@ -42,7 +42,7 @@ class VisionConfig:
 
 
 def normalize_tiles(tiles: UInt8[Array, "*b S S 3"], valid_hw: Int[Array, "*b 2"]) -> Float[Array, "*b S S 3"]:
-    """Maps pixels to [-1, 1] as SigLIP does; what lies outside the picture becomes exactly 0, which no pixel value does.
+    """Maps pixels to [-1, 1] as SigLIP does; what lies outside the picture becomes exactly 0, as no pixel value does.
 
     Args:
       tiles: pixels; the picture sits in the top left corner.
@@ -73,7 +73,7 @@ class VisionEncoder(nn.Module):
     def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
         config = self.config
         patches = extract_patches(tiles, config.patch_size)
-        hidden = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")(patches)
+        embed = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")
         positions = layers.param(
             self,
             "position_embedding",
@@ -81,7 +81,7 @@ class VisionEncoder(nn.Module):
             ("position", "embed"),
             (config.num_patches, config.hidden_size),
         )
-        hidden = layers.constrain(hidden + positions.astype(hidden.dtype), "batch", None, None)
+        hidden = layers.constrain(embed(patches) + positions.astype(config.dtype), "batch", None, None)
         stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=())
         hidden, _ = stack(config, name="layers")(hidden)
         return layers.LayerNorm(config.layer_norm_eps, name="final_norm")(hidden)

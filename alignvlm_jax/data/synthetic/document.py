@@ -47,6 +47,7 @@ class Document:
     id: str
     family: str
     font: str
+    size: tuple[int, int]  # width and height in px, known without an image
     image: Image.Image | None
     glyphs: tuple[Glyph, ...]  # in reading order, spaces left out
     lines: tuple[str, ...]  # in reading order
@@ -92,6 +93,7 @@ def draw_document(
         id=f"synthetic-{seed}-{split}-{index}",
         family=family,
         font=font,
+        size=(width, height),
         image=image,
         glyphs=tuple(glyphs),
         lines=tuple(page.lines),

@@ -1,0 +1,28 @@
+"""The nano backbones: a small SigLIP encoder and a small Llama decoder shipped with the package, and how they are made.
+
+They stand in for SigLIP and Llama where a run must fit a laptop: AlignVLM aligns a model that sees with a model that
+speaks, so the two have to exist first. `make backbones` makes them again; `nano/README.md` is their card.
+"""
+
+from pathlib import Path
+
+from alignvlm_jax.errors import UserError
+
+
+def backbone_folder(kind: str, name: str) -> Path:
+    """The folder of a backbone in Hugging Face layout.
+
+    Args:
+      kind: "vision" or "language".
+      name: "nano" for the shipped one, else a path.
+
+    Raises:
+      UserError: no such folder.
+    """
+    folder = Path(__file__).parent / "nano" / kind if name == "nano" else Path(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a {kind} backbone: it needs a Hugging Face config.json and model.safetensors "
+            "('nano' names the shipped one)"
+        )
+    return folder

@@ -1,0 +1,95 @@
+"""The loop both backbones are made with: resumable, one small model, one loss, no mesh.
+
+`training/` trains AlignVLM; this makes what it starts from, on a machine where nothing else is to be had.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from alignvlm_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """How long and how fast.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: pages per step.
+      learning_rate: peak; Muon for the matrices, Adam for the rest.
+      warmup_steps: linear warm-up, then cosine down to 2 % of the peak.
+      seed: of the pages drawn and of the initial weights.
+      save_every: steps between checkpoints.
+    """
+
+    steps: int
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    seed: int = 7
+    save_every: int = 200
+
+
+def pretrain(
+    name: str,
+    config: PretrainConfig,
+    params: dict[str, Any],
+    loss_fn: Callable[[dict[str, Any], dict[str, np.ndarray]], tuple[jax.Array, dict[str, jax.Array]]],
+    batches: grain.MapDataset,
+    workdir: str | Path,
+) -> dict[str, Any]:
+    """Trains `params` and returns them; the same call again goes on from the last checkpoint in `workdir`.
+
+    Args:
+      name: shown beside the progress bar.
+      config: see `PretrainConfig`.
+      params: initial parameters; the top level names parts, as `make_optimizer` wants it.
+      loss_fn: `(params, batch) -> (loss, metrics)`.
+      batches: element i is the batch of step i.
+      workdir: where checkpoints go.
+    """
+    schedule = make_schedule(
+        config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps, final_fraction=0.02
+    )
+    optimizer_config = OptimizerConfig(name="muon", weight_decay=config.weight_decay)
+    optimizer = make_optimizer(optimizer_config, {part: schedule for part in params})
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    manager = ocp.CheckpointManager(
+        Path(workdir).absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    )
+    first = manager.latest_step() or 0
+    if first:
+        state = manager.restore(first, args=ocp.args.StandardRestore(state))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_fn(state, batch):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {"loss": loss} | metrics
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    data = iter(batches.slice(slice(first, config.steps)).to_iter_dataset(options))
+    started = time.time()
+    with tqdm(total=config.steps, initial=first, desc=name, unit="step", mininterval=10) as bar:
+        for step in range(first + 1, config.steps + 1):
+            state, metrics = step_fn(state, next(data))
+            bar.update()
+            if step % 50 == 0:
+                shown = {key: round(float(value), 4) for key, value in metrics.items()}
+                bar.write(f"{name} step {step} at {time.time() - started:.0f} s: {shown}")
+            if step % config.save_every == 0 or step == config.steps:
+                manager.save(step, args=ocp.args.StandardSave(state))
+    manager.wait_until_finished()
+    return state["params"]

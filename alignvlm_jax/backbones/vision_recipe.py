@@ -1,0 +1,109 @@
+"""Makes the nano encoder: a SigLIP-layout transformer that has learned to read characters.
+
+Axes: B pages, M tiles per page, S tile side, N patches per tile, d encoder width, C classes (characters and "nothing").
+
+Two objectives share one linear head that is thrown away afterwards:
+
+  "patches"        which character lies under each patch: the renderer says so.
+  "transcription"  the page's characters in raster order, by CTC: nobody says where any of them is. The connectors are
+                   compared on an encoder made so, because labels per patch supervise ALIGN's own output space.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes, reading_order
+from alignvlm_jax.backbones.training import PretrainConfig, pretrain
+from alignvlm_jax.data.synthetic import draw_document
+from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.interop.huggingface import save_vision_folder
+from alignvlm_jax.models.layers import Dense
+from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
+
+NANO_VISION = VisionConfig(
+    image_size=80, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4
+)
+NANO_TILING = TilingConfig(tile_size=80, max_tiles=4, thumbnail=False)
+TILES_PER_PAGE = 2  # every page that the synthetic corpus draws
+MAX_CHARACTERS = 96
+
+OBJECTIVES = ("patches", "transcription")
+_NUM_CLASSES = len(CHARACTERS) + 1
+
+
+class Reader(nn.Module):
+    """The encoder and the head that names characters."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, tiles, tile_valid_hw):
+        pixels = normalize_tiles(tiles, tile_valid_hw).reshape(-1, *tiles.shape[2:])
+        features = VisionEncoder(self.config, name="vision")(pixels)
+        logits = Dense(_NUM_CLASSES, ("embed", "vocab"), name="head")(features)
+        return logits.reshape(*tiles.shape[:2], -1, _NUM_CLASSES)
+
+
+def make_batches(config: PretrainConfig, split: str = "train") -> grain.MapDataset:
+    """Pages drawn as they are needed: element i is the batch of step i."""
+
+    def draw(index: int) -> dict[str, np.ndarray]:
+        document = draw_document(config.seed, split, index)
+        plan = plan_tiles(*document.image.size, NANO_TILING)
+        tiles, valid_hw = cut_tiles(document.image, plan, NANO_TILING.tile_size)
+        classes = patch_classes(document, plan, NANO_TILING.tile_size, NANO_VISION.patch_size)
+        characters = reading_order(classes)[:MAX_CHARACTERS]
+        padded = np.zeros(MAX_CHARACTERS, np.int32)
+        padded[: len(characters)] = characters
+        return {"tiles": tiles, "tile_valid_hw": valid_hw, "classes": classes, "characters": padded}
+
+    pages = grain.MapDataset.range(config.steps * config.batch_size)
+    return pages.map(draw).batch(config.batch_size, drop_remainder=True)
+
+
+def patch_loss(logits, batch):
+    """Mean cross-entropy over patches, and how many of the characters are named right."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["classes"])
+    right = jnp.argmax(logits, -1) == batch["classes"]
+    printed = batch["classes"] > 0
+    return jnp.mean(losses), {
+        "character_accuracy": jnp.sum(right & printed) / jnp.sum(printed),
+        "blank_accuracy": jnp.sum(right & ~printed) / jnp.sum(~printed),
+    }
+
+
+def transcription_loss(logits, batch):
+    """CTC over all patches of a page in raster order, per character."""
+    logits = logits.reshape(logits.shape[0], -1, logits.shape[-1])
+    characters = batch["characters"]
+    losses = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), characters, characters == 0)
+    count = jnp.sum(characters > 0, axis=-1)
+    return jnp.mean(losses / count), {"named": jnp.mean(jnp.sum(jnp.argmax(logits, -1) > 0, -1) / count)}
+
+
+def make_vision_backbone(
+    out: str | Path, workdir: str | Path, config: PretrainConfig, objective: str = "patches"
+) -> dict[str, float]:
+    """Trains the encoder and writes it in Hugging Face layout; returns its accuracy on validation pages."""
+    model = Reader(NANO_VISION)
+    batches = make_batches(config)
+    example = jax.tree.map(jnp.asarray, batches[0])
+    params = nn.unbox(model.init(jax.random.key(config.seed), example["tiles"], example["tile_valid_hw"])["params"])
+    loss = {"patches": patch_loss, "transcription": transcription_loss}[objective]
+
+    def loss_fn(params, batch):
+        return loss(model.apply({"params": params}, batch["tiles"], batch["tile_valid_hw"]), batch)
+
+    params = pretrain(f"vision ({objective})", config, params, loss_fn, batches, workdir)
+    save_vision_folder(out, NANO_VISION, params["vision"])
+
+    validation = make_batches(dataclasses.replace(config, steps=256 // config.batch_size), split="validation")
+    scores = [jax.jit(loss_fn)(params, batch)[1] for batch in validation]
+    return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Makes the nano backbones again from nothing (`make backbones`).
+
+    tools/make_backbones.py                       both, one after the other
+    tools/make_backbones.py --only vision         one of them; both can run side by side, a core each
+    tools/make_backbones.py --only vision --objective transcription --out /tmp/vision_transcription
+                                                  an encoder that never saw labels per patch
+
+Resumable: the same command goes on from its last checkpoint in --workdir. Progress and scores are printed; scores are
+also written to `scores.json` beside each backbone's checkpoints.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from alignvlm_jax.backbones.language_recipe import make_language_backbone
+from alignvlm_jax.backbones.training import PretrainConfig
+from alignvlm_jax.backbones.vision_recipe import OBJECTIVES, make_vision_backbone
+
+VISION = PretrainConfig(steps=3500)
+LANGUAGE = PretrainConfig(steps=4500)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("vision", "language"), help="make one of the two")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="patches", help="what the encoder learns from")
+    parser.add_argument("--out", type=Path, default=Path("alignvlm_jax/backbones/nano"), help="where folders are written")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/backbones"), help="checkpoints of unfinished work")
+    parser.add_argument("--steps", type=int, help="fewer or more optimizer steps than the shipped ones were made with")
+    args = parser.parse_args()
+
+    def configure(config: PretrainConfig) -> PretrainConfig:
+        return config if args.steps is None else PretrainConfig(steps=args.steps)
+
+    if args.only != "language":
+        workdir = args.workdir / f"vision_{args.objective}"
+        scores = make_vision_backbone(args.out / "vision", workdir, configure(VISION), args.objective)
+        report("vision", scores, workdir)
+    if args.only != "vision":
+        workdir = args.workdir / "language"
+        scores = make_language_backbone(args.out / "language", workdir, configure(LANGUAGE))
+        report("language", scores, workdir)
+
+
+def report(name: str, scores: dict[str, float], workdir: Path) -> None:
+    """Prints a backbone's scores on validation pages and keeps them."""
+    (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+
+
+if __name__ == "__main__":
+    main()
