@@ -76,7 +76,7 @@ def glyph_picture(font: str, size: float, character: str) -> tuple[Image.Image, 
 @functools.cache
 def _face(font: str, steps: int) -> Face:
     advances, cap_height = _reference_metrics(font)
-    digit = steps * _STEP
+    digit = round(steps * _STEP, 1)
     size = round(digit / advances["0"], 2)
     pitches = {c: max(_NARROWEST_CELL * digit, size * advance) for c, advance in advances.items()}
     pitches[" "] = digit

@@ -1,0 +1,131 @@
+"""Records go to ArrayRecord and come back the same, without TensorFlow; a folder holds all of a data set or nothing."""
+
+import io
+import pickle
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from alignvlm_jax.data.store import open_dataset, read_metadata, write_dataset
+from alignvlm_jax.data.synthetic import draw_document
+from alignvlm_jax.data.synthetic.corpus import build_corpus
+from alignvlm_jax.data.synthetic.records import draw_records
+from alignvlm_jax.errors import UserError
+
+SIZES = {"train": 70, "validation": 5, "heldout": 6}
+FEATURES = {"name": tfds.features.Text(), "words": tfds.features.Sequence(tfds.features.Text())}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("data") / "corpus", seed=1, sizes=SIZES, progress=False)
+
+
+def test_records_come_back_as_they_were_drawn_and_in_order(corpus):
+    for split, size in SIZES.items():
+        source = open_dataset(corpus, split)
+        assert len(source) == size
+        assert [source[i] for i in range(size)] == draw_records(1, split, 0, size)
+
+
+def test_images_stay_encoded(corpus):
+    encoded = open_dataset(corpus, "heldout")[3]["image"]
+    assert isinstance(encoded, bytes)
+    assert np.array_equal(Image.open(io.BytesIO(encoded)), draw_document(1, "heldout", 3).image)
+
+
+def test_grain_reads_it_in_any_order_and_in_other_processes(corpus):
+    source = open_dataset(corpus, "train")
+    shuffled = grain.MapDataset.source(source).shuffle(seed=4).map(lambda record: record["id"])
+    ids = [source[i]["id"] for i in range(70)]
+    in_turn = [shuffled[i] for i in range(70)]
+    assert in_turn != ids and sorted(in_turn) == sorted(ids)
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+
+
+def test_any_tfds_reader_opens_it(corpus):
+    builder = tfds.builder_from_directory(str(corpus))
+    assert builder.info.file_format.value == "array_record"
+    assert builder.as_data_source("train")[0]["image"].ndim == 3
+
+
+def test_tensorflow_is_not_needed(corpus):
+    program = (
+        "import sys; from alignvlm_jax.data.store import open_dataset;"
+        f"open_dataset({str(corpus)!r}, 'train')[0]; print('tensorflow' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "False"]
+
+
+def test_two_processes_draw_the_same_corpus_as_one(corpus, tmp_path):
+    other = build_corpus(tmp_path / "corpus", seed=1, sizes=SIZES, progress=False, processes=2)
+    for split, size in SIZES.items():
+        ours, theirs = open_dataset(corpus, split), open_dataset(other, split)
+        assert all(ours[i] == theirs[i] for i in range(size))
+
+
+def test_a_corpus_is_drawn_once_and_again_if_asked_for_another(tmp_path):
+    folder = tmp_path / "corpus"
+    build_corpus(folder, seed=1, sizes={"train": 3}, progress=False)
+    written = (folder / "dataset_info.json").stat()
+    build_corpus(folder, seed=1, sizes={"train": 3}, progress=False)
+    assert (folder / "dataset_info.json").stat() == written
+    build_corpus(folder, seed=2, sizes={"train": 4}, progress=False)
+    assert [record["id"] for record in map(open_dataset(folder, "train").__getitem__, range(4))] == [
+        f"synthetic-2-train-{i}" for i in range(4)
+    ]
+
+
+def test_another_data_set_is_not_written_over(tmp_path):
+    write_dataset(tmp_path / "real", FEATURES, {"train": [{"name": "a", "words": []}]})
+    with pytest.raises(UserError, match="another kind"):
+        build_corpus(tmp_path / "real", seed=1, sizes={"train": 1}, progress=False)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a data set"):
+        build_corpus(tmp_path / "notes", seed=1, sizes={"train": 1}, progress=False)
+    with pytest.raises(UserError, match="exists already"):
+        write_dataset(tmp_path / "notes", FEATURES, {"train": []})
+    assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
+
+
+def test_an_interrupted_writing_leaves_nothing(tmp_path):
+    def records():
+        yield {"name": "a", "words": ["b"]}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "data", FEATURES, {"train": records()})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data.partial").mkdir()  # a run that was killed
+    (tmp_path / "data.partial" / "half.array_record").write_text("")
+    write_dataset(tmp_path / "data", FEATURES, {"train": [{"name": "a", "words": ["b"]}]})
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert not (tmp_path / "data" / "half.array_record").exists() and len(open_dataset(tmp_path / "data", "train")) == 1
+
+
+def test_records_of_any_shape(tmp_path):
+    records = [{"name": "Grüße\n", "words": []}, {"name": "", "words": ["one", "", "zwei ✓"]}]
+    write_dataset(tmp_path / "data", FEATURES, {"train": records}, metadata={"licence": "none"})
+    source = open_dataset(tmp_path / "data", "train")
+    assert [source[0], source[1]] == records
+    assert read_metadata(tmp_path / "data") == {"licence": "none"}
+
+
+def test_mistakes_are_named(corpus, tmp_path):
+    with pytest.raises(UserError, match="'test'.*heldout, train, validation"):
+        open_dataset(corpus, "test")
+    with pytest.raises(UserError, match="nowhere is not a data set"):
+        open_dataset(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="'all' cannot be the name"):
+        write_dataset(tmp_path / "data", FEATURES, {"all": []})
+    with pytest.raises(UserError, match="sizes: no split 'test'"):
+        build_corpus(tmp_path / "corpus", seed=1, sizes={"test": 3})
+    with pytest.raises(UserError, match=r"sizes\.train: .* got 0"):
+        build_corpus(tmp_path / "corpus", seed=1, sizes={"train": 0})
