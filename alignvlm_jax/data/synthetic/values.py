@@ -122,4 +122,5 @@ class Values:
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"
 
     def _letter(self) -> str:
-        return self._dice.pick("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        # No I and no O: beside digits nobody could tell them from 1 and 0.
+        return self._dice.pick("ABCDEFGHJKLMNPQRSTUVWXYZ")
