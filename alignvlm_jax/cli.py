@@ -185,7 +185,7 @@ def _train(args: argparse.Namespace) -> None:
     from alignvlm_jax import config
     from alignvlm_jax.training import loop
 
-    loop.train(config.load(find_config(args.config), args.overrides), pathlib.Path(args.workdir))
+    loop.train(config.load(args.config, args.overrides), pathlib.Path(args.workdir))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -216,21 +216,7 @@ def _ask(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
 
-    demo.run(config.load(find_config(args.config), args.overrides), pathlib.Path(args.out))
-
-
-def find_config(name: str) -> pathlib.Path:
-    """The config file called `name`: as a path from here, else among those shipped with the package."""
-    path = pathlib.Path(name)
-    if path.is_file():
-        return path
-    import alignvlm_jax.configs
-
-    shipped = pathlib.Path(alignvlm_jax.configs.__file__).parent
-    if path.parent.name in ("", "configs") and (shipped / path.name).is_file() and path.name != "__init__.py":
-        return shipped / path.name
-    names = ", ".join(sorted(f"configs/{file.name}" for file in shipped.glob("*.py") if file.name != "__init__.py"))
-    raise UserError(f"--config: there is no file {name!r}, here or among the shipped ones ({names})")
+    demo.run(config.load(args.config, args.overrides), pathlib.Path(args.out))
 
 
 def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:

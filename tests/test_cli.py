@@ -7,7 +7,6 @@ import pytest
 
 import alignvlm_jax
 from alignvlm_jax import cli
-from alignvlm_jax.errors import UserError
 
 COMMANDS = ("train", "eval", "ask", "demo")
 
@@ -85,14 +84,9 @@ def test_debug_shows_the_traceback(capsys, tmp_path):
     assert "Traceback" in err and err.splitlines()[-1].startswith("alignvlm: error: ")
 
 
-def test_find_config_prefers_the_one_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert cli.find_config("configs/nano.py").is_file()
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "nano.py").write_text("mine")
-    assert cli.find_config("configs/nano.py").read_text() == "mine"
-    with pytest.raises(UserError, match="configs/nano.py"):
-        cli.find_config("configs/nona.py")
+def test_config_that_does_not_exist(capsys, tmp_path):
+    line = error_line(capsys, "train", "--config", "configs/nona.py", "--workdir", str(tmp_path / "w"))
+    assert "configs/nona.py" in line and "nano.py" in line
 
 
 def test_missing_image(capsys, tmp_path):

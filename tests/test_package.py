@@ -72,10 +72,8 @@ def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
 
     where = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
     assert pathlib.Path(where.strip()).is_relative_to(installed)
-    found = run_installed(
-        installed, "-c", "from alignvlm_jax.cli import find_config; print(find_config('configs/nano.py'))"
-    )
-    assert pathlib.Path(found.strip()).is_relative_to(installed)
+    program = "from alignvlm_jax.config import find_config; print(find_config('configs/nano.py'))"
+    assert pathlib.Path(run_installed(installed, "-c", program).strip()).is_relative_to(installed)
 
 
 def test_the_model_needs_jax_flax_and_optax_only(installed):
