@@ -10,9 +10,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from alignvlm_jax.models.alignvlm import PARTS
 from alignvlm_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-
-PARTS = ("vision", "connector", "language")
 
 
 @dataclasses.dataclass(frozen=True)

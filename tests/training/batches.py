@@ -14,9 +14,7 @@ from alignvlm_jax.training.optimizer import OptimizerConfig
 from alignvlm_jax.training.stages import LearningRates, MixturePart, StageConfig
 
 MODEL = AlignVLMConfig(
-    vision=VisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2
-    ),
+    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
     connector=AlignConfig(),
     language=LanguageConfig(
         vocab_size=48,
@@ -40,7 +38,7 @@ def stage(**changes) -> StageConfig:
         mixture=(MixturePart("documents"),),
         steps=20,
         global_batch=8,
-        learning_rates=LearningRates(vision=1e-3, connector=2e-3, language=1e-3),
+        learning_rates=LearningRates(vision=3e-3, connector=6e-3, language=3e-3),
         warmup_steps=2,
         optimizer=OptimizerConfig(weight_decay=0.01),
     )

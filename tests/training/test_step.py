@@ -1,14 +1,16 @@
 """The train step: one loss however the batch is cut, frozen parts that do not move, one answer on every mesh."""
 
-import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from alignvlm_jax.models.alignvlm import random_parameters
+from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import step as train_step_lib
 from alignvlm_jax.training.optimizer import OptimizerConfig
@@ -18,22 +20,22 @@ from tests.training.batches import MODEL, random_batch, stage
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.unbox(random_parameters(MODEL, jax.random.key(0)))
+    return nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))())
+
+
+@functools.cache
+def jitted(stage_config):
+    """Tests that run the same stage share its compiled step."""
+    return jax.jit(train_step_lib.make_train_step(MODEL, stage_config))
 
 
 def run(stage_config, params, batches):
     """Final state and the metrics of each step, on one device."""
-    step = jax.jit(train_step_lib.make_train_step(MODEL, stage_config))
     state, history = train_step_lib.create_state(stage_config, params), []
     for batch in batches:
-        state, metrics = step(state, batch)
+        state, metrics = jitted(stage_config)(state, batch)
         history.append(jax.tree.map(float, metrics))
     return state, history
-
-
-def assert_trees_close(one, other, **tolerance):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
 def test_microbatches_add_up_to_one_big_step(params):
@@ -41,26 +43,24 @@ def test_microbatches_add_up_to_one_big_step(params):
     # large, so that what is compared is not lost in the rounding of the weights.
     almost_sgd = OptimizerConfig(eps=1.0, clip_norm=None)
     config = stage(optimizer=almost_sgd, warmup_steps=0, learning_rates=LearningRates(10.0, 10.0, 10.0))
-    big = random_batch(3, microbatches=1, bins=12)
-    weights = big["loss_weights"].reshape(4, -1).sum(axis=1)
-    assert len(set(weights)) > 1, "answers of unequal length, or the test shows nothing"
+    big = random_batch(3, microbatches=1, bins=8)
+    cut = jax.tree.map(lambda field: field.reshape(4, 2, *field.shape[2:]), big)
+    assert len(set(cut["loss_weights"].sum(axis=(1, 2)))) > 1, "answers of unequal length, or the test shows nothing"
     one_state, (one,) = run(config, params, [big])
-    for microbatches in (2, 12):
-        cut = jax.tree.map(lambda field, k=microbatches: field.reshape(k, 12 // k, *field.shape[2:]), big)
-        state, (metrics,) = run(config, params, [cut])
-        for name in one:
-            np.testing.assert_allclose(metrics[name], one[name], rtol=1e-6, err_msg=name)
-        moved = jax.tree.map(jnp.subtract, state.params, params)
-        one_moved = jax.tree.map(jnp.subtract, one_state.params, params)
-        assert_trees_close(moved, one_moved, atol=1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)))
+    state, (metrics,) = run(config, params, [cut])
+    for name in one:
+        np.testing.assert_allclose(metrics[name], one[name], rtol=1e-6, err_msg=name)
+    moved = jax.tree.map(jnp.subtract, one_state.params, params)
+    difference = jax.tree.map(jnp.subtract, state.params, one_state.params)
+    assert optax.tree.norm(difference) < 1e-6 * optax.tree.norm(moved)
 
 
 def test_empty_bins_change_nothing(params):
-    batch = random_batch(4, microbatches=1, bins=3)
+    batch = random_batch(4, microbatches=1, bins=4)
     padded = jax.tree.map(lambda field: np.concatenate([field, np.zeros_like(field)], axis=1), batch)
-    padded["visual_index"][:, 3:] = -1
-    state, (metrics,) = run(stage(), params, [batch])
-    padded_state, (padded_metrics,) = run(stage(), params, [padded])
+    padded["visual_index"][:, 4:] = -1
+    _, (metrics,) = run(stage(), params, [batch])
+    _, (padded_metrics,) = run(stage(), params, [padded])
     for name in ("loss", "weight", "grad_norm", "tokens", "tiles", "effective_tokens"):
         np.testing.assert_allclose(metrics[name], padded_metrics[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(padded_metrics["token_fraction"], metrics["token_fraction"] / 2, rtol=1e-6)
@@ -69,16 +69,15 @@ def test_empty_bins_change_nothing(params):
 def test_a_batch_without_answers_is_not_nan(params):
     batch = random_batch(5)
     batch["loss_weights"] *= 0
-    state, (metrics,) = run(stage(optimizer=OptimizerConfig()), params, [batch])
+    state, (metrics,) = run(stage(), params, [batch])
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("trainable", [("connector", "language"), ("connector",)])
+@pytest.mark.parametrize("optimizer, trainable", [("muon", ("connector", "language")), ("adamw", ("connector",))])
 def test_frozen_parts_do_not_move_and_hold_no_state(params, optimizer, trainable):
     config = stage(trainable=trainable, optimizer=OptimizerConfig(optimizer, weight_decay=0.1))
-    state, _ = run(config, params, [random_batch(seed) for seed in range(3)])
+    state, history = run(config, params, [random_batch(seed) for seed in range(3)])
     frozen = {"vision", "connector", "language"} - set(trainable)
     for part in frozen:
         jax.tree.map(np.testing.assert_array_equal, state.params[part], params[part])
@@ -87,23 +86,19 @@ def test_frozen_parts_do_not_move_and_hold_no_state(params, optimizer, trainable
     for part in trainable:
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params[part], params[part])
         assert all(jax.tree.leaves(moved)), moved
-
-
-def test_training_fits_a_batch(params):
-    batch, fast = random_batch(0), LearningRates(1e-2, 1e-2, 1e-2)
-    _, history = run(stage(steps=30, learning_rates=fast, optimizer=OptimizerConfig("muon")), params, [batch] * 30)
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    rates = [name for name in history[0] if name.startswith("learning_rate/")]
+    assert rates == [f"learning_rate/{part}" for part in trainable]
 
 
 def test_metrics_count_what_is_real(params):
-    batch = random_batch(6, microbatches=2, bins=4)
-    _, (metrics,) = run(stage(trainable=("connector",)), params, [batch])
+    batch = random_batch(6)
+    _, (metrics,) = run(stage(), params, [batch])
     real = batch["segment_ids"] > 0
     assert metrics["tokens"] == real.sum() and metrics["weight"] == batch["loss_weights"].sum()
     np.testing.assert_allclose(metrics["token_fraction"], real.mean(), rtol=1e-6)
     assert metrics["tiles"] == (batch["tile_valid_hw"][..., 0] > 0).sum()
     assert 1 <= metrics["effective_tokens"] <= MODEL.language.vocab_size
-    assert [name for name in metrics if name.startswith("learning_rate/")] == ["learning_rate/connector"]
+    np.testing.assert_allclose(metrics["learning_rate/connector"], 6e-3 / 3, rtol=1e-6)  # the first of two warm-ups
 
 
 def test_the_table_says_what_is_frozen(params):
@@ -111,13 +106,13 @@ def test_the_table_says_what_is_frozen(params):
     vision = sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
     (line,) = (line for line in table.splitlines() if line.startswith("vision"))
     assert f"{vision:,}" in line and "frozen" in line
-    assert table.count("trained") == 3 and "2.0e-03" in table
+    assert table.count("trained") == 3 and "6.0e-03" in table
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_mesh_gives_the_losses_of_one_device(params, optimizer):
     config = stage(optimizer=OptimizerConfig(optimizer, weight_decay=0.01))
-    batches = [random_batch(seed, microbatches=2, bins=4) for seed in range(20)]
+    batches = [random_batch(seed % 2, microbatches=2, bins=4) for seed in range(20)]
     histories = {}
     for name, mesh in {
         "one": make_mesh(MeshConfig(), jax.devices()[:1]),
@@ -125,15 +120,15 @@ def test_a_mesh_gives_the_losses_of_one_device(params, optimizer):
     }.items():
         with jax.set_mesh(mesh):
             where = train_step_lib.state_shardings(MODEL, config, mesh)
-            create = jax.jit(lambda params: train_step_lib.create_state(config, params), out_shardings=where)
-            state = create(params)
+            state = jax.jit(functools.partial(train_step_lib.create_state, config), out_shardings=where)(params)
             step = train_step_lib.jit_train_step(MODEL, config, mesh)
             history = []
             for batch in batches:
-                state, metrics = step(state, batch)
+                state, metrics = step(state, sharding.shard_batch(batch, mesh))
                 history.append(float(metrics["loss"]))
         histories[name] = history
     np.testing.assert_allclose(histories["2x2x2"], histories["one"], rtol=1e-5)
+    assert np.mean(history[-2:]) < np.mean(history[:2]) - 0.2, "it learns, too"
     assert_is_sharded(state)
 
 
@@ -155,8 +150,3 @@ def assert_is_sharded(state):
         if jax.tree_util.keystr(path).endswith("['mlp']['down']['kernel']")
     ]
     assert moments and all(moment.sharding.spec == down.sharding.spec for moment in moments)
-
-
-def test_stage_steps_must_be_known():
-    with pytest.raises(TypeError):
-        train_step_lib.make_train_step(MODEL, dataclasses.replace(stage(), steps=None, epochs=1.0))

@@ -1,0 +1,80 @@
+"""The whole path of AlignVLM at a scale that two CPU cores train in ten minutes: two nano backbones and ALIGN between.
+
+    alignvlm demo                                                       # draws the documents, trains, scores
+    alignvlm train --config configs/nano.py --workdir runs/nano         # trains on documents drawn before
+
+The stages are the paper's: the full model on captions (here: pages to be written out), the full model on documents
+(here: both tasks), then the language model and the connector on document tasks (here: questions), the vision
+encoder frozen. Geometry of the encoder and of the decoder is that of the shipped nano backbones.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.backbones = ConfigDict(dict(vision="nano", language="nano"))
+    config.model = ConfigDict()
+    config.model.vision = ConfigDict(
+        dict(image_size=80, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4)
+    )
+    config.model.connector = ConfigDict(dict(name="align", vocab_scale_init=2.0))
+    config.model.language = ConfigDict(
+        dict(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=384,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+        )
+    )
+
+    # A page is two tiles of 10 x 10 patches, 200 visual tokens, and some 100 of text: a bin holds two pages.
+    config.data = ConfigDict()
+    config.data.root = "runs/demo/data"
+    config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=80, max_tiles=4, thumbnail=False))
+    config.data.packing = ConfigDict(
+        dict(tokens_per_bin=704, tiles_per_bin=4, bins_per_microbatch=16, examples_per_bin=4)
+    )
+
+    config.stages = [
+        stage("captions", task="transcribe", steps=250, connector=3e-3, others=1e-3),
+        stage("documents", task="mixed", steps=250, connector=1e-3, others=6e-4),
+        stage("questions", task="qa", steps=150, connector=6e-4, others=6e-4, trainable=("connector", "language")),
+    ]
+    config.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
+    config.log_every_steps = 10
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    return config
+
+
+def stage(
+    name: str,
+    task: str,
+    steps: int,
+    connector: float,
+    others: float,
+    trainable: tuple[str, ...] = ("vision", "connector", "language"),
+) -> ConfigDict:
+    """One stage; `connector` and `others` are peak learning rates."""
+    return ConfigDict(
+        dict(
+            name=name,
+            trainable=trainable,
+            mixture=[dict(dataset="documents", split="train", task=task, weight=1.0)],
+            steps=steps,
+            global_batch=32,
+            learning_rates=dict(vision=others, connector=connector, language=others),
+            schedule="cosine",
+            warmup_steps=20,
+            final_lr_fraction=0.05,
+            optimizer=dict(name="muon", weight_decay=0.01, clip_norm=1.0),
+            max_text_tokens=256,
+        )
+    )

@@ -1,0 +1,171 @@
+"""A config is right before anything is built, or one line says what is wrong, where, and what was meant."""
+
+import dataclasses
+import json
+
+import pytest
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig, MLPConfig, PerceiverConfig
+
+NANO = "configs/nano.py"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "experiment.py"
+    path.write_text(text)
+    return path
+
+
+def complaint(overrides=(), file=NANO):
+    with pytest.raises(UserError) as error:
+        configs.load(file, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_nano_has_the_three_stages_of_the_paper():
+    config = configs.load(NANO)
+    assert [stage.trainable for stage in config.stages] == [
+        ("vision", "connector", "language"),
+        ("vision", "connector", "language"),
+        ("connector", "language"),
+    ]
+    assert isinstance(config.model.connector, AlignConfig)
+
+
+def test_a_config_survives_json():
+    config = configs.load(NANO, ["model.connector.vocab_size=500", "stages.1.steps=None", "stages.1.epochs=0.5"])
+    again = configs.from_dict(json.loads(configs.to_json(config)))
+    assert again == config
+    assert configs.config_hash(again) == configs.config_hash(config) != configs.config_hash(configs.load(NANO))
+    hash(config)  # configs are arguments of cached and jitted functions
+
+
+def test_overrides_are_read_as_the_type_of_their_field():
+    config = configs.load(
+        NANO,
+        [
+            "seed=7",
+            "--config.stages.0.learning_rates.vision=1e-5",
+            "stages.2.trainable=connector",
+            "stages.0.trainable=('vision', 'language')",
+            "stages.0.name=1",
+            "stages.1.optimizer.clip_norm=none",
+            "data.tiling.thumbnail=true",
+            "data.root=/some/where=else",
+            "mesh.fsdp=2",
+            "model.language.rope_scaling.factor=8",
+        ],
+    )
+    assert config.seed == 7 and config.stages[0].learning_rates.vision == 1e-5
+    assert config.stages[2].trainable == ("connector",) and config.stages[0].trainable == ("vision", "language")
+    assert config.stages[0].name == "1" and config.stages[1].optimizer.clip_norm is None
+    assert config.data.tiling.thumbnail is True and config.data.root == "/some/where=else"
+    assert config.mesh.fsdp == 2 and config.model.language.rope_scaling.factor == 8.0
+
+
+def test_an_override_keeps_its_neighbours():
+    before, after = configs.load(NANO), configs.load(NANO, ["stages.1.learning_rates.vision=0.5"])
+    rates = dataclasses.replace(before.stages[1].learning_rates, vision=0.5)
+    assert after.stages[1] == dataclasses.replace(before.stages[1], learning_rates=rates)
+    assert after.stages[0] == before.stages[0]
+
+
+@pytest.mark.parametrize("name", CONNECTOR_CONFIGS)
+def test_the_connector_is_chosen_by_name(name):
+    for override in (f"model.connector={name}", f"model.connector.name={name}"):
+        assert type(configs.load(NANO, [override]).model.connector) is CONNECTOR_CONFIGS[name]
+    assert configs.to_dict(configs.load(NANO, [override]))["model"]["connector"]["name"] == name
+
+
+def test_another_connector_takes_its_own_fields():
+    config = configs.load(NANO, ["model.connector=perceiver", "model.connector.num_latents=16"])
+    assert config.model.connector == PerceiverConfig(num_latents=16)
+    assert configs.load(NANO, ["model.connector=mlp"]).model.connector == MLPConfig()
+    assert configs.load(NANO, ["model.connector.vocab_scale_init=1.5"]).model.connector.vocab_scale_init == 1.5
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        # A wrong key: its full path and the nearest right one.
+        ("modle.connector=mlp", ["config.modle", "did you mean 'model'?"]),
+        ("stages.0.learning_rate.vision=1", ["config.stages.0.learning_rate:", "did you mean 'learning_rates'?"]),
+        ("stages.0.optimizer.wieght_decay=1", ["config.stages.0.optimizer.wieght_decay", "'weight_decay'"]),
+        ("stages.3.steps=1", ["config.stages.3", "3 entries: 0 to 2"]),
+        ("stages.first.steps=1", ["config.stages.first", "3 entries: 0 to 2"]),
+        ("model.connector.vocab_scale=1", ["config.model.connector.vocab_scale:", "'vocab_scale_init'"]),
+        ("seed.x=1", ["config.seed.x", "single value"]),
+        # A wrong type: what was expected.
+        ("seed=one", ["config.seed", "a whole number", "the string 'one'"]),
+        ("stages.0.steps=2.5", ["config.stages.0.steps", "a whole number", "2.5"]),
+        ("stages.0.steps=True", ["config.stages.0.steps", "a whole number", "True"]),
+        ("data.tiling.thumbnail=1", ["config.data.tiling.thumbnail", "True or False"]),
+        ("stages.0.learning_rates.vision=fast", ["config.stages.0.learning_rates.vision", "a number"]),
+        ("stages.0.learning_rates=1e-3", ["config.stages.0.learning_rates", "the fields of LearningRates"]),
+        ("seed", ["--config.seed=value"]),
+        # A wrong value: what is allowed.
+        ("model.connector=aling", ["config.model.connector.name", "did you mean 'align'?"]),
+        ("model.vision.dtype=float16", ["config.model.vision.dtype", "float32, bfloat16"]),
+        ("model.language.remat=ful", ["config.model.language.remat", "did you mean 'full'?"]),
+        ("stages.0.optimizer.name=moun", ["config.stages.0.optimizer.name", "did you mean 'muon'?"]),
+        ("stages.0.schedule=cos", ["config.stages.0.schedule", "cosine, linear, constant"]),
+        ("stages.0.trainable=visoin", ["config.stages.0.trainable.0", "did you mean 'vision'?"]),
+        ("stages.0.trainable=vision,vision", ["config.stages.0.trainable.1", "twice"]),
+        ("stages.0.trainable=()", ["config.stages.0.trainable", "at least one"]),
+        ("stages.0.mixture.0.task=read", ["config.stages.0.mixture.0.task", "transcribe, qa, mixed"]),
+        ("stages.0.mixture.0.weight=-1", ["config.stages.0.mixture.0.weight", "more than 0"]),
+        ("stages.0.epochs=1", ["config.stages.0", "either steps or epochs", "both"]),
+        ("stages.0.steps=None", ["config.stages.0", "either steps or epochs", "neither"]),
+        ("stages.0.global_batch=0", ["config.stages.0.global_batch", "more than 0"]),
+        ("stages.0.warmup_steps=1000", ["config.stages.0.warmup_steps", "fewer than"]),
+        ("stages.0.learning_rates.vision=nan", ["config.stages.0.learning_rates.vision", "a number"]),
+        ("stages.0.learning_rates.vision=1e999", ["config.stages.0.learning_rates.vision", "0 or more"]),
+        ("stages.1.name=captions", ["config.stages", "different names"]),
+        ("data.tiling.rule=internvl", ["config.data.tiling.rule", "ovis"]),
+        ("data.tiling.tile_size=84", ["config.data.tiling.tile_size", "image_size, 80", "84"]),
+        ("data.packing.tokens_per_bin=0", ["config.data.packing", "tokens_per_bin"]),
+        ("model.vision.num_heads=3", ["config.model.vision.num_heads", "hidden_size 128"]),
+        ("model.language.num_kv_heads=3", ["config.model.language.num_kv_heads", "num_heads 4"]),
+        ("model.vision.patch_size=100", ["config.model.vision.patch_size", "at most"]),
+        ("mesh.tensor=0", ["config.mesh", "tensor=0"]),
+        ("mesh.tensor=-1", ["config.mesh", "at most one"]),
+        ("checkpoint.keep=0", ["config.checkpoint.keep", "more than 0"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_path(override, expected):
+    message = complaint([override])
+    for part in expected:
+        assert part in message
+
+
+def test_a_missing_file_is_named_with_what_there_is():
+    message = complaint(file="configs/nanno.py")
+    assert "configs/nanno.py" in message and "nano.py" in message
+
+
+def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("configs/nano.py") == configs.load("nano.py")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("def get_config(:\n    pass\n", "line 1: "),
+        ("x = 1\n\ndef get_config():\n    return dict(seed=1 / 0)\n", "line 4: ZeroDivisionError"),
+        ("import nowhere_to_be_found\n", "line 1: ModuleNotFoundError"),
+        ("config = 1\n", "must define get_config()"),
+        ("def get_config():\n    return 3\n", "must return a ConfigDict"),
+        ("def get_config():\n    return {}\n", "config.stages: expected at least one stage"),
+        ("def get_config():\n    return dict(stages=dict(name='x'))\n", "config.stages: expected a list"),
+        ("def get_config():\n    return dict(stages=[dict(name='x')])\n", "config.stages.0.mixture: missing"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    message = complaint(file=path)
+    assert expected in message
+    assert str(path) in message or message.startswith("config.")
