@@ -19,10 +19,13 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from alignvlm_jax.data import images
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.data import images, store
+from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.report import Answer, Report
-from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.evaluation.report import Answer, Report, format_table
+from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.training import checkpoint as checkpoints
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -75,6 +78,50 @@ def evaluate(
                     predicted = next(predictions)
                     answers.append(Answer(document.id, document.family, document.font, question, expected, predicted))
     return Report(answers, unseen_fonts, control, time.monotonic() - started)
+
+
+def evaluate_checkpoint(
+    checkpoint: str | pathlib.Path,
+    *,
+    data: str | None = None,
+    split: str = "heldout",
+    control: Control = "none",
+    limit: int | None = None,
+    batch_size: int = 32,
+    json_file: str | None = None,
+    predictions_file: str | None = None,
+) -> Report:
+    """`alignvlm eval`: scores a checkpoint, prints the table, writes the files asked for.
+
+    Args:
+      checkpoint: a workdir or a step folder.
+      data: the folder of a data set; None is the one that the run's last stage trained on.
+      split: which of its splits.
+      control: what to do with the images.
+      limit: ask only the first so many questions.
+      batch_size: questions decoded at once.
+      json_file: for the figures.
+      predictions_file: for the answers, as JSON lines.
+    """
+    workdir, step = checkpoints.find_checkpoint(checkpoint)
+    folder = pathlib.Path(data) if data else dataset_folder(checkpoints.load_config(checkpoint))
+    records = store.open_dataset(folder, split)
+    reader = load(checkpoint, batch_size=batch_size)
+    report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+    shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
+    print(f"{workdir}, step {step}: split {split!r} of {folder}, every question with {shown}\n")
+    print(format_table({"exact match": report}))
+    figures = {"checkpoint": str(workdir), "step": step, "data": str(folder), "split": split, **report.to_json()}
+    if json_file:
+        write_json(figures, json_file)
+    if predictions_file:
+        write_predictions(report, predictions_file)
+    return report
+
+
+def dataset_folder(config: ExperimentConfig) -> pathlib.Path:
+    """Where the data set lies that the run's last stage is trained on."""
+    return pathlib.Path(config.data.root) / config.stages[-1].mixture[0].dataset
 
 
 def derangement(families: Sequence[str], seed: int) -> list[int]:

@@ -17,6 +17,7 @@ from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, tokens_per_tile
+from alignvlm_jax.training import checkpoint as checkpoints
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
@@ -84,6 +85,20 @@ class Reader:
         """The answers to prompts from `prompts`; `on_batch` hears how many more are done."""
         answers = self.generator.generate(prompts, max_new_tokens, on_batch=on_batch)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def load(checkpoint: str | os.PathLike, *, batch_size: int = 32) -> Reader:
+    """The model in the workdir of a training run, which holds all that is needed.
+
+    Args:
+      checkpoint: the workdir (its newest step is taken), or one of its step folders.
+      batch_size: most questions answered at once.
+    """
+    workdir, _ = checkpoints.find_checkpoint(checkpoint)
+    config = checkpoints.load_config(checkpoint)
+    tokenizer = ChatTokenizer.from_folder(workdir / checkpoints.TOKENIZER_FOLDER)
+    params = checkpoints.restore_params(checkpoint)
+    return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size)
 
 
 def check_question(question: str) -> str:
