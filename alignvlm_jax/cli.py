@@ -46,7 +46,7 @@ exist is refused with the nearest right one. `configs/nano.py` is looked for her
 then among the configs shipped with the package.
 
 WORKDIR then holds config.json, tokenizer/, the checkpoints and TensorBoard event files
-(`tensorboard --logdir WORKDIR`); it is what --checkpoint of `eval` and `ask` wants.
+(`pip install tensorboard`, `tensorboard --logdir WORKDIR`); it is what --checkpoint of `eval` and `ask` wants.
 """
 
 EVAL_DESCRIPTION = """\
@@ -182,10 +182,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _train(args: argparse.Namespace) -> None:
-    from alignvlm_jax import config
+    from alignvlm_jax import config, demo
     from alignvlm_jax.training import loop
 
-    loop.train(config.load(args.config, args.overrides), pathlib.Path(args.workdir))
+    experiment = config.load(args.config, args.overrides)
+    demo.draw_missing_corpus(experiment)
+    progress = loop.train(experiment, pathlib.Path(args.workdir)).progress
+    print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
+    print(f"  alignvlm eval --checkpoint {args.workdir}")
 
 
 def _eval(args: argparse.Namespace) -> None:

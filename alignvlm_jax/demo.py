@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +35,11 @@ from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.training import loop
-from alignvlm_jax.training.checkpoint import Checkpointer, Progress
+from alignvlm_jax.training.checkpoint import Progress
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+
+# The name under which a config's mixtures speak of the demo's corpus.
+CORPUS = "documents"
 
 # Pages a split. With three or four questions each, about a thousand held-out questions.
 _SIZES = {"train": 24_000, "validation": 300, "heldout": 300}
@@ -47,15 +50,16 @@ _ENLARGED = 5
 _COLUMN = 4  # characters shown of the word that a patch became
 
 
-def run(config: ExperimentConfig, out: pathlib.Path) -> None:
+def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int] = _SIZES) -> None:
     """Runs the demo, or what is left of it.
 
     Args:
       config: the experiment; its data root is replaced by a folder in `out`.
       out: where everything goes.
+      sizes: pages to draw for each split.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(out / "data")))
-    folder = runner.dataset_folder(config)
+    folder = out / "data" / CORPUS
     workdir = out / "checkpoint"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -63,9 +67,9 @@ def run(config: ExperimentConfig, out: pathlib.Path) -> None:
     _say("Interrupt it whenever you like: the same command goes on where it stopped.")
 
     _heading(1, "documents")
-    build_corpus(folder, seed=_CORPUS_SEED, sizes=_SIZES)
+    build_corpus(folder, seed=_CORPUS_SEED, sizes=sizes)
     heldout = store.open_dataset(folder, "heldout")
-    _say(", ".join(f"{size:,} {split}" for split, size in _SIZES.items()) + f" pages in {folder}")
+    _say(", ".join(f"{size:,} {split}" for split, size in sizes.items()) + f" pages in {folder}")
 
     _heading(2, "before training: shipped backbones, fresh connector")
     key = _hash(configs.to_dict(config), store.read_metadata(folder))
@@ -98,8 +102,17 @@ def run(config: ExperimentConfig, out: pathlib.Path) -> None:
     _say("\nAsk it something else, score it again, look at the curves, train another:\n")
     _say(f'  alignvlm ask --checkpoint {workdir} {out / "example.png"} --question "{question}"')
     _say(f"  alignvlm eval --checkpoint {workdir} --split validation")
-    _say(f"  tensorboard --logdir {workdir}")
+    _say(f"  tensorboard --logdir {workdir}   # after: pip install tensorboard")
     _say(f"  alignvlm demo --out {out.with_name(out.name + '-mlp')} --config.model.connector=mlp")
+
+
+def draw_missing_corpus(config: ExperimentConfig) -> None:
+    """Draws the demo's documents where a config names them and they are not there, so that `train` needs no demo."""
+    folder = pathlib.Path(config.data.root) / CORPUS
+    named = {part.dataset for stage in config.stages for part in stage.mixture}
+    if CORPUS in named and not folder.exists():
+        _say(f"{folder} is not there: drawing the demo's documents")
+        build_corpus(folder, seed=_CORPUS_SEED, sizes=_SIZES)
 
 
 def _untrained_reader(config: ExperimentConfig) -> Reader:
@@ -109,9 +122,7 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
     """Trains what is left to train; the progress knows the seconds of all sittings."""
-    loop.train(config, workdir)
-    with Checkpointer(workdir, config) as checkpointer:
-        progress = checkpointer.latest()
+    progress = loop.train(config, workdir).progress
     _say(f"trained {progress.step} steps in {progress.train_seconds:.0f} s")
     return progress
 
@@ -162,7 +173,8 @@ def _show_example(reader: Reader, record: runner.Record, report: Report, out: pa
         for tile in _patch_words(reader, image):
             for row in tile:
                 if any(row):
-                    _say("  " + "".join(f"{word[: _COLUMN - 1] or '·':<{_COLUMN}}" for word in row))
+                    cells = [f"{word[: _COLUMN - 1] or '·':<{_COLUMN}}" for word in row]
+                    _say("  " + "".join(cells).rstrip())
     return answers[0].question
 
 
