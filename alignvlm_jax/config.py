@@ -42,12 +42,10 @@ class BackbonesConfig:
     Attributes:
       vision: a SigLIP folder in Hugging Face layout; "nano" is the one shipped with the package.
       language: a Llama folder, likewise.
-      tokenizer: a folder with tokenizer.json; None is the language model's own.
     """
 
     vision: str = "nano"
     language: str = "nano"
-    tokenizer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +58,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything a run depends on."""
+    """Everything a run depends on.
+
+    `tokenizer` is a folder with tokenizer.json and its companions; None stands for the language backbone's folder.
+    """
 
     seed: int = 0
     model: AlignVLMConfig = AlignVLMConfig()
     backbones: BackbonesConfig = BackbonesConfig()
+    tokenizer: str | None = None
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     stages: tuple[StageConfig, ...] = ()
@@ -108,6 +110,14 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 def to_json(config: ExperimentConfig) -> str:
     """The config as it is saved with every checkpoint."""
     return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `to_json` wrote, as plain dicts and lists: `from_dict` makes a config of it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the config of a run ({error})") from error
 
 
 def config_hash(config: ExperimentConfig) -> str:

@@ -112,7 +112,7 @@ def stage_table(stage: StageConfig, params: dict[str, Any]) -> str:
     language           1,052,160   trained          1.0e-03
     total              1,826,816   1,184,000 trained
     """
-    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
+    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in PARTS}
     trained = sum(count for part, count in counts.items() if part in stage.trainable)
     lines = [
         f'stage "{stage.name}": {stage.steps} steps of {stage.global_batch} examples, '

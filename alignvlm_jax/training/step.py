@@ -25,6 +25,18 @@ from alignvlm_jax.training import stages
 
 Metrics = dict[str, Float[Array, ""]]
 
+FIELDS = (
+    "tokens",
+    "targets",
+    "loss_weights",
+    "segment_ids",
+    "positions",
+    "visual_index",
+    "tiles",
+    "tile_valid_hw",
+)
+"""What the step reads of the packed batch; the other fields are for reports and stay on the host."""
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Attributes:
@@ -60,6 +72,15 @@ def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh
 def state_shardings(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
     """Where each array of the state lives, as a `TrainState` of `NamedSharding`s."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model_config, stage, mesh))
+
+
+def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh, params: Params) -> TrainState:
+    """`create_state` straight into its shardings; `params` may be on the host, or on the mesh already."""
+    where = state_shardings(model_config, stage, mesh)
+    params = jax.device_put(params, where.params)
+    init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=where.opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
+    return TrainState(step, params, init(stages.trainable_params(stage, params)))
 
 
 def make_train_step(

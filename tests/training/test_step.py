@@ -119,8 +119,7 @@ def test_a_mesh_gives_the_losses_of_one_device(params, optimizer):
         "2x2x2": make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)),
     }.items():
         with jax.set_mesh(mesh):
-            where = train_step_lib.state_shardings(MODEL, config, mesh)
-            state = jax.jit(functools.partial(train_step_lib.create_state, config), out_shardings=where)(params)
+            state = train_step_lib.place_state(MODEL, config, mesh, params)
             step = train_step_lib.jit_train_step(MODEL, config, mesh)
             history = []
             for batch in batches:

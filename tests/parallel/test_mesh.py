@@ -1,0 +1,70 @@
+"""The mesh from its config, and the table of rules on shapes alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh, num_batch_shards
+
+
+@pytest.mark.parametrize(
+    "config, shape",
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
+        (MeshConfig(fsdp=8), (1, 8, 1)),
+    ],
+)
+def test_what_is_left_goes_to_minus_one(config, shape):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert num_batch_shards(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=16), MeshConfig(2, 2, 1)])
+def test_sizes_must_multiply_to_the_devices(config):
+    with pytest.raises(UserError, match="config.mesh: .* 8 device"):
+        make_mesh(config)
+
+
+def boxed(axes, shape):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+
+
+def test_names_become_specs():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    tree = {
+        "embedding": boxed(("vocab", "embed"), (64, 16)),
+        "down": boxed(("layers", "mlp", "embed"), (3, 32, 16)),
+        "norm": boxed(("norm",), (16,)),
+        "odd": boxed(("vocab", "embed"), (65, 16)),
+    }
+    specs = jax.tree.map(lambda where: where.spec, sharding.parameter_shardings(tree, mesh))
+    assert specs["embedding"] == jax.P("tensor", "fsdp")
+    assert specs["down"] == jax.P(None, "tensor", "fsdp")
+    assert specs["norm"] == jax.P(None)
+    assert specs["odd"] == jax.P(None, "fsdp"), "an axis the mesh does not divide stays whole"
+
+
+def test_every_weight_of_every_connector_has_a_rule():
+    from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+    from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+
+    known = {name for name, _ in sharding.RULES} | {None}
+    for connector in CONNECTOR_CONFIGS.values():
+        config = AlignVLMConfig(connector=connector())
+        tree = jax.eval_shape(lambda config=config: random_parameters(config, jax.random.key(0)))
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)):
+            assert isinstance(leaf, nn.LogicallyPartitioned), "every weight names its axes"
+            assert set(leaf.names) <= known, leaf.names
+        sharding.parameter_shardings(tree, make_mesh(MeshConfig(2, 2, 2)))
+
+
+def test_batches_are_cut_along_the_bins():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    placed = sharding.shard_batch({"tokens": jnp.zeros((3, 8, 5), jnp.int32)}, mesh)
+    assert placed["tokens"].addressable_shards[0].data.shape == (3, 2, 5)

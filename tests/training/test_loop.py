@@ -1,0 +1,187 @@
+"""Training as a whole: stages in order, what is on disk, and resuming as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.data.packing import PackingConfig
+from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.alignvlm import random_parameters
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.training import checkpoint, loop
+from alignvlm_jax.training.step import abstract_state
+from tests.training.batches import MODEL, random_batch, stage
+
+CONFIG = ExperimentConfig(
+    model=MODEL,
+    data=DataConfig(tiling=TilingConfig(tile_size=16), packing=PackingConfig(64, 3, 8)),
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    stages=(
+        stage(name="first", steps=4),
+        stage(name="second", steps=None, epochs=1.5, trainable=("connector", "language")),
+    ),
+    checkpoint=CheckpointConfig(every_steps=3, keep=10),
+    log_every_steps=2,
+)
+TOTAL = 4 + 3
+
+
+class RandomData:
+    """Batches that depend on the stage and the step alone, as those of the pipeline do."""
+
+    def __init__(self, config):
+        del config
+
+    def steps(self, stage_config):
+        return stage_config.steps or round(2 * stage_config.epochs)
+
+    def batches(self, stage_index, stage_config, start_step):
+        for step in range(start_step, 100):
+            batch = random_batch(1000 * stage_index + step)
+            yield batch | {"example_ids": np.zeros((1, 8, 4), np.int32), "num_refused": np.ones((1, 8), np.int32)}
+
+    def save_tokenizer(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def make_params(config):
+    return nn.unbox(jax.jit(lambda: random_parameters(config.model, jax.random.key(config.seed)))())
+
+
+def train(workdir, config=CONFIG, **seams):
+    return loop.train(config, workdir, open_data=RandomData, make_params=make_params, **seams)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: its workdir, its result and the stages it went through."""
+    workdir, seen = tmp_path_factory.mktemp("finished"), []
+    result = train(workdir, on_stage_start=lambda index, params: seen.append((index, jax.device_get(params))))
+    return workdir, result, seen
+
+
+def test_stages_run_in_order_and_freeze_what_they_say(finished):
+    _, result, seen = finished
+    assert [index for index, _ in seen] == [0, 1]
+    assert result.progress.step == TOTAL and result.progress.stage == 2 and result.progress.train_seconds > 0
+    before, after = seen[1][1], jax.device_get(result.params)
+    jax.tree.map(np.testing.assert_array_equal, before["vision"], after["vision"])
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before["language"], after["language"])))
+
+
+def test_the_workdir_holds_all_it_takes(finished):
+    workdir, result, _ = finished
+    assert checkpoint.find_checkpoint(workdir) == (workdir, TOTAL)
+    assert checkpoint.load_config(workdir) == CONFIG
+    assert (workdir / "tokenizer" / "tokenizer.json").is_file()
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == [3, 4, 6, 7]  # every third, and the ends of the stages
+    meta = json.loads((workdir / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    assert meta["progress"]["step_in_stage"] == 4 and "jax" in meta["versions"]
+    assert meta["config"] == json.loads((workdir / "config.json").read_text())
+
+
+def test_event_files_have_the_metrics(finished):
+    workdir, _, _ = finished
+    (events,) = (workdir / "tensorboard").iterdir()
+    recorded = events.read_bytes()
+    for name in ("loss", "grad_norm", "token_fraction", "tokens_per_second", "tiles_per_second", "effective_tokens"):
+        assert f"train/{name}".encode() in recorded
+    assert b"learning_rate/connector" in recorded and b"train/refused" in recorded
+
+
+@pytest.mark.parametrize("stop_after", [[2], [4], [1, 5, 6]], ids=["in stage 1", "at its end", "three times"])
+def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path, stop_after):
+    for stop in stop_after:
+
+        def interrupt(step, stop=stop):
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        if stop == 1:
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path, on_stage_start=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path, on_step=interrupt)
+        assert checkpoint.find_checkpoint(tmp_path)[1] == stop
+    result = train(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    workdir, result, _ = finished
+    again = train(workdir, on_step=lambda step: pytest.fail("there was nothing left to do"))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(result.params))
+    assert again.progress == result.progress
+
+
+def test_another_config_does_not_continue_a_run(finished):
+    workdir, _, _ = finished
+    with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 there, 16 now.*choose another workdir"):
+        changed = dataclasses.replace(CONFIG.stages[0], global_batch=16)
+        train(workdir, dataclasses.replace(CONFIG, stages=(changed, CONFIG.stages[1])))
+    train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
+
+
+def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
+    workdir, result, _ = finished
+    expected = jax.device_get(result.params)
+    alone = checkpoint.restore_params(workdir)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(alone), expected)
+    assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(alone))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    spread = checkpoint.restore_params(workdir / "checkpoints" / str(TOTAL), mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), expected)
+    assert spread["language"]["embedding"].addressable_shards[0].data.shape == (24, 4)
+
+
+def test_optimizer_state_is_restored_on_another_mesh(finished):
+    workdir, _, _ = finished
+    progress = checkpoint.Progress(step=3, stage=0, step_in_stage=3)
+    states = []
+    with checkpoint.Checkpointer(workdir, CONFIG) as checkpointer:
+        for mesh in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2)):
+            abstract = abstract_state(MODEL, CONFIG.stages[0], make_mesh(mesh))
+            states.append(checkpointer.restore(progress, abstract))
+            for leaf, wanted in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(abstract), strict=True):
+                assert leaf.sharding == wanted.sharding and leaf.shape == wanted.shape
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: None, "no such folder"),
+        (lambda folder: folder.mkdir(), "is not a checkpoint"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no finished checkpoint"),
+        (lambda folder: folder.write_text("x"), "no such folder"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
+    make(tmp_path / "run")
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.restore_params(tmp_path / "run")
+    assert "\n" not in str(error.value) and not checkpoint.is_checkpoint(tmp_path / "run")
+
+
+def test_bins_must_spread_over_the_mesh(tmp_path):
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, packing=PackingConfig(64, 3, 6)))
+    with pytest.raises(UserError, match="bins_per_microbatch: expected a multiple of 4"):
+        train(tmp_path, config)
+
+
+def test_a_mesh_must_use_the_devices(tmp_path):
+    with pytest.raises(UserError, match="data=3 fsdp=1 tensor=1 does not divide up 8"):
+        train(tmp_path, dataclasses.replace(CONFIG, mesh=MeshConfig(data=3)))
