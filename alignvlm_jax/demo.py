@@ -35,7 +35,7 @@ from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.training import loop
-from alignvlm_jax.training.checkpoint import Progress
+from alignvlm_jax.training.checkpoint import Checkpointer, Progress
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 
 # The name under which a config's mixtures speak of the demo's corpus.
@@ -122,7 +122,10 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
     """Trains what is left to train; the progress knows the seconds of all sittings."""
-    progress = loop.train(config, workdir).progress
+    loop.train(config, workdir)
+    # Read back, not taken from the result: what is on disk names the run when the demo is called again.
+    with Checkpointer(workdir, config) as checkpointer:
+        progress = checkpointer.latest()
     _say(f"trained {progress.step} steps in {progress.train_seconds:.0f} s")
     return progress
 

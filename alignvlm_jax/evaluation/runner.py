@@ -12,7 +12,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -59,10 +59,13 @@ def evaluate(
       seed: of the choice of wrong images.
     """
     started = time.monotonic()
-    documents = _read_questions(records, limit)
-    shown = range(len(documents))
     if control == "wrong":
-        shown = derangement([document.family for document in documents], seed)
+        # Chosen among all documents, asked about or not.
+        everything = list(_documents(records))
+        shown = [everything[other] for other in derangement([document.family for document in everything], seed)]
+        documents = _first_questions(everything, limit)
+    else:
+        documents = shown = _first_questions(_documents(records), limit)
     answers = []
     total = sum(len(document.questions) for document in documents)
     with tqdm(total=total, desc=title, unit="question", dynamic_ncols=True) as progress:
@@ -70,7 +73,7 @@ def evaluate(
             group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
             prompts = []
             for i in group:
-                image = _picture(records, documents[shown[i]], blank=control == "blank")
+                image = _picture(records, shown[i], blank=control == "blank")
                 prompts += reader.prompts(image, documents[i].questions)
             predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
             for document in documents[group.start : group.stop]:
@@ -168,21 +171,29 @@ class _Document:
     answers: list[str]
 
 
-def _read_questions(records: Sequence[Record], limit: int | None) -> list[_Document]:
-    """The documents up to the question number `limit`; images stay where they are, they may not fit in memory."""
-    documents, left = [], sys.maxsize if limit is None else limit
+def _documents(records: Sequence[Record]) -> Iterator[_Document]:
+    """The documents that have questions; their images stay where they are, they may not fit in memory."""
     for index in range(len(records)):
         record = records[index]
-        questions = record["questions"][:left]
-        answers = record["answers"][:left]
-        if questions:
-            documents.append(_Document(index, record["id"], record["source"], record["font"], questions, answers))
-        left -= len(questions)
+        if record["questions"]:
+            yield _Document(
+                index, record["id"], record["source"], record["font"], record["questions"], record["answers"]
+            )
+
+
+def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[_Document]:
+    """The documents up to the question number `limit`; no more are read than that takes."""
+    chosen, left = [], sys.maxsize if limit is None else limit
+    for document in documents:
+        chosen.append(
+            dataclasses.replace(document, questions=document.questions[:left], answers=document.answers[:left])
+        )
+        left -= len(chosen[-1].questions)
         if not left:
             break
-    if not documents:
+    if not chosen:
         raise UserError("there are no questions to ask: the split is empty, or its documents have none")
-    return documents
+    return chosen
 
 
 def _picture(records: Sequence[Record], document: _Document, *, blank: bool) -> PIL.Image.Image:

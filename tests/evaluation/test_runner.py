@@ -65,6 +65,9 @@ def test_a_reader_that_looks_is_right_and_the_controls_are_not():
 def test_limit_counts_questions():
     report = evaluate(FakeReader(), RECORDS, limit=5)
     assert [answer.document for answer in report.answers] == ["page-0", "page-0", "page-1", "page-1", "page-2"]
+    wrong = evaluate(FakeReader(), RECORDS, control="wrong", limit=3)
+    assert [answer.document for answer in wrong.answers] == ["page-0", "page-0", "page-1"]
+    assert wrong.overall.right == 0
 
 
 def test_derangement_stays_in_the_family_and_moves_everyone():

@@ -1,0 +1,92 @@
+"""The demo from end to end with a tiny model and a few documents, then `ask` and `eval` on what it leaves behind."""
+
+import json
+import pathlib
+
+import jax
+import PIL.Image
+import pytest
+from flax import linen as nn
+
+from alignvlm_jax import cli, config, demo
+from alignvlm_jax.interop import huggingface
+from alignvlm_jax.models.alignvlm import random_parameters
+from tests.data.nano_tokenizer import write_chat_folder
+
+SIZES = {"train": 24, "validation": 8, "heldout": 24}
+TINY = [
+    "data.tiling.tile_size=80",
+    "data.packing.bins_per_microbatch=8",
+    "model.vision.patch_size=20",
+    "model.vision.hidden_size=16",
+    "model.vision.intermediate_size=16",
+    "model.vision.num_layers=1",
+    "model.vision.num_heads=2",
+    "model.language.hidden_size=16",
+    "model.language.intermediate_size=16",
+    "model.language.num_layers=1",
+    "model.language.num_heads=2",
+    "model.language.num_kv_heads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> config.ExperimentConfig:
+    """configs/nano.py with a tiny model, on backbones of random weights."""
+    folder = tmp_path_factory.mktemp("backbones")
+    stages = [f"stages.{i}.{name}" for i in range(3) for name in ("steps=2", "warmup_steps=0", "global_batch=4")]
+    backbones = [f"backbones.{part}={folder / part}" for part in ("vision", "language")]
+    tiny = config.load("configs/nano.py", [*TINY, *stages, *backbones])
+    params = nn.unbox(jax.jit(lambda rng: random_parameters(tiny.model, rng))(jax.random.key(0)))
+    huggingface.save_vision_folder(folder / "vision", tiny.model.vision, params["vision"])
+    huggingface.save_language_folder(folder / "language", tiny.model.language, params["language"])
+    write_chat_folder(folder / "language")
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def out(experiment, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    demo.run(experiment, folder, sizes=SIZES)
+    return folder
+
+
+def test_results(out):
+    results = json.loads((out / "results.json").read_text())
+    for name in ("exact_match", "before_exact_match", "blank_image_exact_match", "wrong_image_exact_match"):
+        assert 0 <= results[name] <= 1
+    assert results["train_seconds"] > 0
+    assert set(results["per_family"]) <= {"receipt", "form", "table", "chart"}
+    assert results["num_questions"] >= 3 * SIZES["heldout"]
+    assert results["config"]["model"]["connector"]["name"] == "align"
+    answers = [json.loads(line) for line in (out / "evaluation" / "heldout.jsonl").read_text().splitlines()]
+    assert sum(answer["right"] for answer in answers) == results["evaluations"]["heldout"]["num_right"]
+
+
+def test_the_same_command_again_does_nothing_twice(out, experiment, capsys):
+    kept = [*out.glob("evaluation/*"), *out.glob("checkpoint/checkpoints/*/params"), *out.glob("data/documents/*")]
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    demo.run(experiment, out, sizes=SIZES)
+    assert {file: file.stat().st_mtime_ns for file in kept} == before
+    printed = capsys.readouterr().out
+    assert f"alignvlm ask --checkpoint {out / 'checkpoint'}" in printed
+    assert "another page" in printed and "font not trained" in printed
+
+
+def test_ask_the_checkpoint(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert PIL.Image.open(out / "example_large.png").width > PIL.Image.open(out / "example.png").width
+    argv = ["ask", "--checkpoint", str(out / "checkpoint"), str(out / "example.png"), "--max-new-tokens", "4"]
+    assert cli.main([*argv, "--question", "What is the total?"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 1
+
+
+def test_evaluate_the_checkpoint(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["eval", "--checkpoint", str(out / "checkpoint"), "--split", "validation", "--limit", "10"]
+    assert cli.main([*argv, "--json", "scores.json", "--predictions", "answers.jsonl"]) == 0
+    assert json.loads(pathlib.Path("scores.json").read_text())["num_questions"] == 10
+    assert len(pathlib.Path("answers.jsonl").read_text().splitlines()) == 10
+    assert "exact match" in capsys.readouterr().out
+    assert cli.main([*argv[:3], "--data", str(out)]) == 2
+    assert "is not a data set" in capsys.readouterr().err
