@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/alignvlm demo --out runs/demo
 
 backbones: $(STAMP)
-	$(BIN)/python -m alignvlm_jax.backbones
+	$(BIN)/python tools/make_backbones.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

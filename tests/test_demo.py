@@ -15,8 +15,8 @@ from tests.data.nano_tokenizer import write_chat_folder
 
 SIZES = {"train": 24, "validation": 8, "heldout": 24}
 TINY = [
-    "data.tiling.tile_size=80",
     "data.packing.bins_per_microbatch=8",
+    "data.packing.tokens_per_bin=256",
     "model.vision.patch_size=20",
     "model.vision.hidden_size=16",
     "model.vision.intermediate_size=16",
@@ -29,12 +29,14 @@ TINY = [
     "model.language.num_kv_heads=1",
 ]
 
+STAGE = ["steps=2", "warmup_steps=0", "global_batch=8", "optimizer.name=adamw"]
+
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> config.ExperimentConfig:
     """configs/nano.py with a tiny model, on backbones of random weights."""
     folder = tmp_path_factory.mktemp("backbones")
-    stages = [f"stages.{i}.{name}" for i in range(3) for name in ("steps=2", "warmup_steps=0", "global_batch=4")]
+    stages = [f"stages.{i}.{name}" for i in range(3) for name in STAGE]
     backbones = [f"backbones.{part}={folder / part}" for part in ("vision", "language")]
     tiny = config.load("configs/nano.py", [*TINY, *stages, *backbones])
     params = nn.unbox(jax.jit(lambda rng: random_parameters(tiny.model, rng))(jax.random.key(0)))
