@@ -19,7 +19,7 @@ from alignvlm_jax.backbones.training import PretrainConfig
 from alignvlm_jax.backbones.vision_recipe import OBJECTIVES, make_vision_backbone
 
 VISION = PretrainConfig(steps=3500)
-LANGUAGE = PretrainConfig(steps=4500)
+LANGUAGE = PretrainConfig(steps=5000, batch_size=8)
 
 
 def main() -> None:

@@ -29,11 +29,17 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = param(self, "kernel", fan_in_init, self.axes, (inputs.shape[-1], self.features))
-        outputs = jnp.dot(inputs.astype(self.dtype), kernel.astype(self.dtype))
+        outputs = matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = param(self, "bias", nn.initializers.zeros, self.axes[1:], (self.features,))
             outputs += bias.astype(self.dtype)
         return outputs
+
+
+def matmul(inputs: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """`inputs @ kernel` as one matrix product: on a CPU the gradient takes half the time of the batched form's."""
+    outputs = jnp.dot(inputs.reshape(-1, inputs.shape[-1]), kernel)
+    return outputs.reshape(*inputs.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nn.Module):
