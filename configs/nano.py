@@ -35,12 +35,12 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A page is two tiles of 10 x 10 patches, 200 visual tokens, and some 100 of text: a bin holds two pages.
+    # A page is two tiles of 10 x 10 patches, 200 visual tokens, and at most 88 of text: a bin holds two pages.
     config.data = ConfigDict()
     config.data.root = "runs/demo/data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=80, max_tiles=4, thumbnail=False))
     config.data.packing = ConfigDict(
-        dict(tokens_per_bin=704, tiles_per_bin=4, bins_per_microbatch=16, examples_per_bin=4)
+        dict(tokens_per_bin=576, tiles_per_bin=4, bins_per_microbatch=16, examples_per_bin=4)
     )
 
     config.stages = [

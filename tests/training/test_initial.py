@@ -1,0 +1,82 @@
+"""What stage 1 starts from: the backbones as they are, a connector of its own seed, W2 a copy of the LM head."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from alignvlm_jax.models.connectors import MLPConfig
+from alignvlm_jax.training.initial import initial_parameters
+from tests.training.batches import MODEL
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """Folders of random backbones, and the weights in them."""
+    folder = tmp_path_factory.mktemp("backbones")
+    params = nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(3)))())
+    save_vision_folder(folder / "vision", MODEL.vision, params["vision"], "float32")
+    save_language_folder(folder / "language", MODEL.language, params["language"], "float32")
+    return folder, params
+
+
+def experiment(folder, model=MODEL, seed=0):
+    names = BackbonesConfig(str(folder / "vision"), str(folder / "language"))
+    return ExperimentConfig(seed=seed, model=model, backbones=names)
+
+
+def test_backbones_come_in_and_w2_is_the_lm_head(backbones):
+    folder, saved = backbones
+    params = initial_parameters(experiment(folder))
+    for part in ("vision", "language"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], saved[part])
+    np.testing.assert_array_equal(params["connector"]["w2"], saved["language"]["embedding"])
+    assert params["connector"]["w2"] is not params["language"]["embedding"]
+
+
+def test_the_seed_draws_the_connector_alone(backbones):
+    folder, _ = backbones
+    for connector in (MODEL.connector, MLPConfig()):
+        model = AlignVLMConfig(MODEL.vision, connector, MODEL.language)
+        one, again, other = (initial_parameters(experiment(folder, model, seed)) for seed in (0, 0, 1))
+        jax.tree.map(np.testing.assert_array_equal, one, again)
+        jax.tree.map(np.testing.assert_array_equal, one["language"], other["language"])
+        kernel = "w1" if connector is MODEL.connector else "linear_in"
+        assert (one["connector"][kernel]["kernel"] != other["connector"][kernel]["kernel"]).any()
+
+
+def test_a_backbone_of_another_shape_is_refused(backbones):
+    folder, _ = backbones
+    vision = dataclasses.replace(MODEL.vision, num_layers=3, hidden_size=32)
+    with pytest.raises(UserError, match=r"config\.model\.vision .*hidden_size 32 \(the folder says 16\), num_layers 3"):
+        initial_parameters(experiment(folder, dataclasses.replace(MODEL, vision=vision)))
+
+
+def test_how_a_backbone_is_run_is_the_configs_to_say(backbones):
+    folder, _ = backbones
+    language = dataclasses.replace(MODEL.language, dtype="bfloat16", remat="full", head_dim=8)
+    initial_parameters(experiment(folder, dataclasses.replace(MODEL, language=language)))
+
+
+def test_a_missing_backbone_is_named(backbones, tmp_path):
+    shutil.copytree(backbones[0] / "vision", tmp_path / "vision")
+    with pytest.raises(UserError, match=f"{tmp_path}/language is not a language backbone"):
+        initial_parameters(experiment(tmp_path))
+
+
+def test_the_step_needs_no_data_libraries():
+    program = (
+        "import sys, alignvlm_jax.training.step; "
+        "print(*{'grain', 'tensorflow_datasets', 'ml_collections', 'tokenizers', 'PIL'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == ""
