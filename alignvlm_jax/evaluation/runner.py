@@ -108,6 +108,8 @@ def evaluate_checkpoint(
     """
     workdir, step = checkpoints.find_checkpoint(checkpoint)
     folder = pathlib.Path(data) if data else dataset_folder(checkpoints.load_config(checkpoint))
+    if not data and not folder.exists():
+        raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
     records = store.open_dataset(folder, split)
     reader = load(checkpoint, batch_size=batch_size)
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
