@@ -5,8 +5,8 @@
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
         params/  opt_state/  meta/   weights; the stage's optimizer; `Progress`, config and library versions
 
-So a workdir needs nothing but itself to be asked or scored, and a step folder nothing but itself to be read. Orbax
-writes in the background and gives a folder its final name once all of it is there: a step that exists is complete.
+So a workdir needs nothing but itself to be resumed, asked or scored. Orbax writes in the background and gives a folder
+its final name once all of it is there: a step that exists is complete.
 """
 
 import dataclasses
