@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import PIL.Image
@@ -92,3 +93,13 @@ def test_evaluate_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     assert "exact match" in capsys.readouterr().out
     assert cli.main([*argv[:3], "--data", str(out)]) == 2
     assert "is not a data set" in capsys.readouterr().err
+
+
+def test_data_that_moved_away(out, tmp_path, capsys):
+    shutil.copytree(out / "checkpoint", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    raw = json.loads(file.read_text())
+    raw["data"]["root"] = "no/such/place"
+    file.write_text(json.dumps(raw))
+    assert cli.main(["eval", "--checkpoint", str(tmp_path / "run")]) == 2
+    assert "--data" in capsys.readouterr().err
