@@ -1,1 +1,1 @@
-"""One experiment per file. Installed as `alignvlm_jax.configs`, so `--config configs/nano.py` works outside the clone too."""
+"""One experiment per file, installed as `alignvlm_jax.configs`: `--config configs/nano.py` works outside the clone too."""
