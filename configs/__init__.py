@@ -1,1 +1,1 @@
-"""One experiment per file, installed as `alignvlm_jax.configs`: `--config configs/nano.py` works outside the clone too."""
+"""One experiment per file, installed as `alignvlm_jax.configs`, so that they can be named outside the clone too."""
