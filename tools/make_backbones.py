@@ -18,15 +18,17 @@ from alignvlm_jax.backbones.language_recipe import make_language_backbone
 from alignvlm_jax.backbones.training import PretrainConfig
 from alignvlm_jax.backbones.vision_recipe import OBJECTIVES, make_vision_backbone
 
-VISION = PretrainConfig(steps=3500)
-LANGUAGE = PretrainConfig(steps=5000, batch_size=8)
+VISION = PretrainConfig(steps=5500)
+LANGUAGE = PretrainConfig(steps=4000, batch_size=8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("vision", "language"), help="make one of the two")
     parser.add_argument("--objective", choices=OBJECTIVES, default="patches", help="what the encoder learns from")
-    parser.add_argument("--out", type=Path, default=Path("alignvlm_jax/backbones/nano"), help="where folders are written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("alignvlm_jax/backbones/nano"), help="where folders are written"
+    )
     parser.add_argument("--workdir", type=Path, default=Path("runs/backbones"), help="checkpoints of unfinished work")
     parser.add_argument("--steps", type=int, help="fewer or more optimizer steps than the shipped ones were made with")
     args = parser.parse_args()

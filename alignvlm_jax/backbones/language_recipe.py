@@ -2,8 +2,8 @@
 
 Axes: B pages, L positions, T patches of a page (all tiles, raster order), D model width, V vocabulary.
 
-It never sees a picture. Where AlignVLM will put the visual tokens of a page, it reads the page's characters, one token a
-patch, blank patches as spaces; then it answers questions and writes the page out, in the chat format it will be used in:
+It never sees a picture. Where AlignVLM will put the visual tokens of a page, it reads the page's characters, one token
+a patch, blank patches as spaces; then it answers questions and writes the page out, in the chat format of later:
 
     <|begin|><|user|> T O T A L . . 4 8 . 2 0 ... What is the total?<|assistant|>48.20<|end|>
 
@@ -90,7 +90,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
         on_page[:length] = encoded.visual_index[:length] >= 0
         tokens[on_page] = token_of_class[classes]
         weights = np.zeros(LENGTH + 1, np.float32)
-        weights[: length] = encoded.loss_weights[:length]
+        weights[:length] = encoded.loss_weights[:length]
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],

@@ -47,5 +47,3 @@ def reading_order(classes: Int[np.ndarray, "M N"]) -> Int[np.ndarray, " P"]:
     """The characters of a page in raster order, blanks left out: what a transcription from left to right would say."""
     flat = classes.reshape(-1)
     return flat[flat > 0]
-
-

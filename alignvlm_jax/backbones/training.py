@@ -77,7 +77,9 @@ def pretrain(
     def step_fn(state, batch):
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {"loss": loss} | metrics
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {
+            "loss": loss
+        } | metrics
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     data = iter(batches.slice(slice(first, config.steps)).to_iter_dataset(options))

@@ -121,7 +121,11 @@ def test_folders_written_here_load_in_transformers_with_the_same_tensors(siglip,
     model, folder = siglip
     huggingface.save_vision_folder(tmp_path / "out", *huggingface.load_vision_folder(folder), dtype="float32")
     again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out")
-    expected = {key: value for key, value in model.state_dict().items() if not key.split("vision_model.")[-1].startswith("head.")}
+    expected = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not key.split("vision_model.")[-1].startswith("head.")
+    }
     got = again.state_dict()
     assert set(expected) <= set(got)
     assert all(torch.equal(expected[key], got[key]) for key in expected)

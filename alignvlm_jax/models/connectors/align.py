@@ -5,8 +5,8 @@
 
 Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary. Source: arXiv 2502.01341, section 3.
 
-W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its own
-afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
+W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its
+own afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ class AlignConfig:
 
     Attributes:
       vocab_scale_init: initial value of LN_V's learned scale. LN_V fixes the logits' variance, so the scale alone
-        decides how decided P is at the start: at 1, with unstructured weights, P is nearly uniform and F' nearly constant.
+        decides how decided P is at the start: at 1, with unstructured weights, P is nearly uniform and F' nearly
+        constant.
       use_bias: whether W1 has a bias.
       layer_norm_eps: epsilon of both LayerNorms.
       vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original

@@ -1,0 +1,222 @@
+"""The composed model: packed rows leak nothing, cached decoding is the full forward, parts have their real sizes."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from alignvlm_jax.models import connectors
+from alignvlm_jax.models.alignvlm import (
+    AlignVLM,
+    AlignVLMConfig,
+    example_batch,
+    random_parameters,
+    seed_connector,
+    tokens_per_tile,
+)
+from alignvlm_jax.models.language import LanguageConfig, empty_cache
+from alignvlm_jax.models.vision import VisionConfig, normalize_tiles
+from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
+
+VISION = VisionConfig(image_size=12, patch_size=4, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+LANGUAGE = LanguageConfig(
+    vocab_size=30, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, rope_theta=100.0
+)
+CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE)
+N = 9  # visual tokens a tile
+
+
+@pytest.fixture(scope="module")
+def params():
+    scattered = nn.unbox(random_parameters(CONFIG, jax.random.key(0)))
+    leaves, treedef = jax.tree.flatten(scattered)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Twice their usual spread: attention then matters enough for a leak to show.
+    return treedef.unflatten(
+        [leaf * 2 + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def _example(rng, num_tiles, text_length):
+    """One example, alone in a row: its visual tokens, then text, all of it with weight 1."""
+    visual = num_tiles * N
+    length = 1 + visual + text_length
+    tokens = rng.integers(0, 30, length + 1)
+    index = np.full(length, -1)
+    index[1 : 1 + visual] = np.arange(visual)
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "loss_weights": (np.arange(length) >= visual).astype(np.float32),
+        "visual_index": index,
+        "tiles": rng.integers(0, 256, (num_tiles, 12, 12, 3)).astype(np.uint8),
+        "tile_valid_hw": np.full((num_tiles, 2), 12),
+    }
+
+
+def _bin(examples, length, num_tiles):
+    """Puts examples into one row by hand, as the contract in models/alignvlm.py says."""
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    row["loss_weights"] = np.zeros(length, np.float32)
+    row["visual_index"] = np.full(length, -1)
+    row["tiles"] = np.zeros((num_tiles, 12, 12, 3), np.uint8)
+    row["tile_valid_hw"] = np.zeros((num_tiles, 2), np.int32)
+    at = tile = 0
+    for number, example in enumerate(examples, start=1):
+        here = slice(at, at + len(example["tokens"]))
+        for name in ("tokens", "targets", "loss_weights"):
+            row[name][here] = example[name]
+        row["segment_ids"][here] = number
+        row["positions"][here] = np.arange(len(example["tokens"]))
+        index = example["visual_index"]
+        row["visual_index"][here] = np.where(index >= 0, index + tile * N, -1)
+        tiles = slice(tile, tile + len(example["tiles"]))
+        row["tiles"][tiles], row["tile_valid_hw"][tiles] = example["tiles"], example["tile_valid_hw"]
+        at, tile = here.stop, tiles.stop
+    return jax.tree.map(lambda array: jnp.asarray(array)[None], row)
+
+
+def _loss(params, batch):
+    output = AlignVLM(CONFIG).apply({"params": params}, batch)
+    return weighted_cross_entropy(output.logits, batch["targets"], batch["loss_weights"])
+
+
+def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):
+    rng = np.random.default_rng(0)
+    examples = [_example(rng, 2, 7), _example(rng, 1, 4), _example(rng, 0, 9)]
+    value_and_grad = jax.value_and_grad(lambda p, b: _loss(p, b)[0])
+    alone = [value_and_grad(params, _bin([example], 64, 4)) for example in examples]
+    packed, packed_gradient = value_and_grad(params, _bin(examples, 64, 4))
+    np.testing.assert_allclose(packed, sum(loss for loss, _ in alone), rtol=1e-5)
+    summed = jax.tree.map(lambda *gradients: sum(gradients), *[gradient for _, gradient in alone])
+    for got, want in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(summed), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
+    # The oracle can tell: a neighbour's picture or text in the wrong segment moves the loss.
+    leaking = _bin(examples, 64, 4)
+    leaking["segment_ids"] = jnp.minimum(leaking["segment_ids"], 1)
+    assert abs(float(_loss(params, leaking)[0] - packed)) > 1e-2
+
+
+def test_every_tile_and_text_token_counts(params):
+    """Swapping two tiles, or two patches' places, changes the answer."""
+    batch = _bin([_example(np.random.default_rng(0), 2, 7)], 32, 2)
+    loss = _loss(params, batch)[0]
+    swapped = {**batch, "tiles": batch["tiles"][:, ::-1]}
+    assert abs(float(_loss(params, swapped)[0] - loss)) > 1e-3
+
+
+def test_prefill_and_decode_are_the_full_forward(params):
+    rng = np.random.default_rng(0)
+    examples = [_example(rng, 2, 7), _example(rng, 1, 3)]  # prompts of different lengths
+    continuation = rng.integers(0, 30, (2, 4))
+    model, variables = AlignVLM(CONFIG), {"params": params}
+    prompts = [_bin([example], 40, 2) for example in examples]
+    prompts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *prompts)
+    logits, cache = model.apply(variables, prompts, empty_cache(LANGUAGE, 2, 46), method="prefill")
+    lengths = np.array([len(example["tokens"]) for example in examples])
+    stepwise = [logits]
+    for step in range(4):
+        logits, cache = model.apply(
+            variables, continuation[:, step], jnp.asarray(lengths + step), cache, method="decode_step"
+        )
+        stepwise.append(logits)
+    for row, example in enumerate(examples):
+        longer = dict(example)
+        for name, more in (("tokens", continuation[row]), ("targets", [0] * 4), ("loss_weights", [0.0] * 4)):
+            longer[name] = np.concatenate([example[name], more])
+        longer["visual_index"] = np.concatenate([example["visual_index"], [-1] * 4])
+        full = model.apply(variables, _bin([longer], 46, 2)).logits[0]
+        for step in range(5):
+            np.testing.assert_allclose(stepwise[step][row], full[lengths[row] - 1 + step], rtol=1e-4, atol=1e-4)
+
+
+def test_w2_starts_as_the_lm_head_and_is_a_parameter_of_its_own():
+    for tied in (True, False):
+        config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, tie_word_embeddings=tied))
+        params = nn.unbox(random_parameters(config, jax.random.key(0)))
+        head = params["language"]["embedding" if tied else "lm_head"]
+        np.testing.assert_array_equal(params["connector"]["w2"], head)
+    fewer = dataclasses.replace(CONFIG, connector=connectors.AlignConfig(vocab_size=28))
+    params = nn.unbox(random_parameters(fewer, jax.random.key(0)))
+    np.testing.assert_array_equal(params["connector"]["w2"], params["language"]["embedding"][:28])
+    mlp = dataclasses.replace(CONFIG, connector=connectors.MLPConfig())
+    params = nn.unbox(random_parameters(mlp, jax.random.key(0)))
+    assert seed_connector(mlp, params) is params
+
+
+def test_what_is_not_picture_is_zero_after_normalisation():
+    tiles = jnp.full((1, 4, 4, 3), 255, jnp.uint8)
+    pixels = normalize_tiles(tiles, jnp.array([[2, 3]]))
+    assert np.all(pixels[0, :2, :3] == 1.0) and np.all(pixels[0, 2:] == 0.0) and np.all(pixels[0, :, 3:] == 0.0)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing_but_memory(params, remat):
+    again = AlignVLMConfig(
+        dataclasses.replace(VISION, remat=remat), CONFIG.connector, dataclasses.replace(LANGUAGE, remat=remat)
+    )
+    batch = _bin([_example(np.random.default_rng(0), 1, 4)], 20, 1)
+
+    def gradient(config):
+        return jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2))(params)
+
+    for got, want in zip(jax.tree.leaves(gradient(again)), jax.tree.leaves(gradient(CONFIG)), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("connector", "count"),
+    [
+        (connectors.AlignConfig(), N),
+        (connectors.MLPConfig(), N),
+        (connectors.PerceiverConfig(num_latents=4, num_heads=2, num_kv_heads=1, head_dim=4), 4),
+        (connectors.OvisConfig(num_words=8), N),
+        (connectors.HReducerConfig(window=2), 6),
+    ],
+)
+def test_every_connector_fits_between(connector, count):
+    config = AlignVLMConfig(VISION, connector, LANGUAGE)
+    assert tokens_per_tile(config) == count
+    batch = example_batch(config, rows=2, tiles=2, length=2 * count + 3)
+    shapes = jax.eval_shape(lambda: AlignVLM(config).init_with_output(jax.random.key(0), batch))
+    output, variables = shapes
+    assert output.logits.shape == (2, 2 * count + 3, 30)
+    assert set(variables["params"]) == {"vision", "connector", "language"}
+
+
+def test_the_papers_sizes_have_as_many_parameters_as_transformers_says():
+    """So400m/14-384 and Llama-3.2-1B, without a byte of weights."""
+    ours = jax.eval_shape(lambda: nn.unbox(random_parameters(AlignVLMConfig(), jax.random.key(0))))
+    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in ours.items()}
+    with torch.device("meta"):
+        siglip = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(
+                hidden_size=1152,
+                image_size=384,
+                patch_size=14,
+                intermediate_size=4304,
+                num_hidden_layers=27,
+                num_attention_heads=16,
+                vision_use_head=False,
+            )
+        )
+        llama = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=128256,
+                hidden_size=2048,
+                intermediate_size=8192,
+                num_hidden_layers=16,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                tie_word_embeddings=True,
+            )
+        )
+    assert counts["vision"] == sum(p.numel() for p in siglip.parameters())
+    assert counts["language"] == sum(p.numel() for p in llama.parameters())
+    w1, norm, w2, vocab_norm = 1152 * 2048 + 2048, 2 * 2048, 128256 * 2048, 2 * 128256
+    assert counts["connector"] == w1 + norm + w2 + vocab_norm

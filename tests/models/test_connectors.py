@@ -1,0 +1,168 @@
+"""Connectors against PyTorch written from the papers, and Perceiver against transformers' Idefics2."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.idefics2.configuration_idefics2 import Idefics2Config
+from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+
+from alignvlm_jax.models import connectors
+
+D_IN, D_OUT, VOCAB = 12, 16, 40
+
+
+def _scattered(module, *inputs):
+    """Random parameters everywhere, norms and biases included: at their initial values they hide mistakes."""
+    params = nn.unbox(module.init(jax.random.key(0), *inputs))["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return treedef.unflatten([jax.random.normal(key, leaf.shape) * 0.5 for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def _inputs(num_features=9):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, num_features, D_IN)).astype(np.float32)
+    embedding = rng.normal(size=(VOCAB, D_OUT)).astype(np.float32)
+    return jnp.asarray(features), jnp.asarray(embedding)
+
+
+def _run(config, *inputs):
+    module = connectors.make_connector(config, output_size=D_OUT, dtype="float32")
+    params = _scattered(module, *inputs)
+    wide = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64), params)
+    return module, params, wide, module.apply({"params": params}, *inputs)
+
+
+def _wide(*arrays):
+    return [torch.tensor(np.asarray(array), dtype=torch.float64) for array in arrays]
+
+
+def _close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def _align(features, embedding, p):
+    norm = torch.nn.functional.layer_norm
+    hidden = features @ p["w1"]["kernel"] + p["w1"]["bias"]
+    hidden = norm(hidden, (D_OUT,), p["hidden_norm"]["scale"], p["hidden_norm"]["bias"])
+    logits = norm(hidden @ p["w2"].T, (VOCAB,), p["vocab_norm_scale"], p["vocab_norm_bias"])
+    return torch.softmax(logits, -1)
+
+
+def test_align_is_the_papers_formula_in_value_and_gradient():
+    features, embedding = _inputs()
+    module, params, wide, output = _run(connectors.AlignConfig(), features, embedding)
+    for leaf in jax.tree.leaves(wide):
+        leaf.requires_grad_(True)
+    wide_features, wide_embedding = _wide(features, embedding)
+    wide_embedding.requires_grad_(True)
+    p = _align(wide_features, wide_embedding, wide)
+    _close(output.tokens, p @ wide_embedding)
+    _close(output.entropy, -(p * p.log()).sum(-1))
+
+    cotangent = np.random.default_rng(2).normal(size=output.tokens.shape)
+    ((p @ wide_embedding) * torch.tensor(cotangent)).sum().backward()
+
+    def loss(params, embedding):
+        return jnp.sum(module.apply({"params": params}, features, embedding).tokens * cotangent)
+
+    ours, of_embedding = jax.grad(loss, (0, 1))(params, embedding)
+    theirs = jax.tree.map(lambda leaf: leaf.grad.numpy(), wide)
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
+    # E_text is live: the connector's output moves it.
+    assert np.linalg.norm(of_embedding - wide_embedding.grad.numpy()) <= 1e-4 * np.linalg.norm(of_embedding)
+
+
+def test_align_over_fewer_words_than_the_table_has():
+    features, embedding = _inputs()
+    _, params, _, output = _run(connectors.AlignConfig(vocab_size=VOCAB - 3), features, embedding)
+    assert params["w2"].shape == (VOCAB - 3, D_OUT)
+    again = connectors.make_connector(connectors.AlignConfig(), output_size=D_OUT, dtype="float32").apply(
+        {"params": params}, features, embedding[:-3]
+    )
+    np.testing.assert_array_equal(output.tokens, again.tokens)
+
+
+def test_align_starts_at_the_scale_of_the_config():
+    features, embedding = _inputs()
+    module = connectors.make_connector(connectors.AlignConfig(vocab_scale_init=3.0), output_size=D_OUT, dtype="float32")
+    params = nn.unbox(module.init(jax.random.key(0), features, embedding))["params"]
+    assert np.all(params["vocab_norm_scale"] == 3.0)
+
+
+def test_mlp():
+    features, embedding = _inputs()
+    _, _, p, output = _run(connectors.MLPConfig(), features, embedding)
+    (x,) = _wide(features)
+    hidden = torch.nn.functional.gelu(x @ p["linear_in"]["kernel"] + p["linear_in"]["bias"])
+    _close(output.tokens, hidden @ p["linear_out"]["kernel"] + p["linear_out"]["bias"])
+    assert output.entropy is None
+
+
+def test_ovis():
+    features, embedding = _inputs()
+    _, _, p, output = _run(connectors.OvisConfig(num_words=7), features, embedding)
+    (x,) = _wide(features)
+    z = torch.nn.functional.layer_norm(x @ p["head"]["kernel"], (7,), p["word_norm"]["scale"], p["word_norm"]["bias"])
+    _close(output.tokens, torch.softmax(z, -1) @ p["table"])
+
+
+@pytest.mark.parametrize("grid", [4, 7])  # 7 columns are padded to 8, as 27 to 28
+def test_h_reducer(grid):
+    features, embedding = _inputs(grid * grid)
+    _, _, p, output = _run(connectors.HReducerConfig(window=4), features, embedding)
+    (x,) = _wide(features)
+    image = torch.nn.functional.pad(x.reshape(2, grid, grid, D_IN).permute(0, 3, 1, 2), (0, -grid % 4))
+    weight = p["reduce"]["kernel"].reshape(4, D_IN, D_IN).permute(2, 1, 0)[:, :, None]  # out, in, 1, 4
+    reduced = torch.nn.functional.conv2d(image, weight, p["reduce"]["bias"], stride=(1, 4))
+    tokens = reduced.permute(0, 2, 3, 1).reshape(2, -1, D_IN)
+    _close(output.tokens, tokens @ p["project"]["kernel"] + p["project"]["bias"])
+
+
+def test_perceiver_is_that_of_idefics2():
+    features, embedding = _inputs()
+    config = connectors.PerceiverConfig(
+        num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20
+    )
+    _, p, _, output = _run(config, features, embedding)
+    theirs = Idefics2Connector(
+        Idefics2Config(
+            vision_config={"hidden_size": D_IN},
+            text_config={"model_type": "mistral", "hidden_size": D_OUT, "intermediate_size": 20, "hidden_act": "silu"},
+            perceiver_config={
+                "hidden_size": D_OUT,
+                "resampler_n_latents": 5,
+                "resampler_depth": 2,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 6,
+                "num_key_value_heads": 2,
+            },
+        )
+    ).eval()
+
+    def gated(prefix, tree):
+        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+        return {f"{prefix}.{names[name]}.weight": tree[name]["kernel"].T for name in names}
+
+    state = gated("modality_projection", p["modality_projection"])
+    state["perceiver_resampler.latents"] = p["latents"]
+    state["perceiver_resampler.norm.weight"] = p["final_norm"]["scale"]
+    for index in range(2):
+        layer, prefix = p[f"layer_{index}"], f"perceiver_resampler.layers.{index}"
+        names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+        state |= {f"{prefix}.self_attn.{names[n]}.weight": layer[n]["kernel"].T for n in names}
+        state |= gated(f"{prefix}.mlp", layer["mlp"])
+        norms = {
+            "latents_norm": "input_latents_norm",
+            "context_norm": "input_context_norm",
+            "mlp_norm": "post_attention_layernorm",
+        }
+        state |= {f"{prefix}.{norms[n]}.weight": layer[n]["scale"] for n in norms}
+    theirs.load_state_dict({key: torch.tensor(np.asarray(value)) for key, value in state.items()})
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.asarray(features)), torch.ones(2, 9, dtype=torch.bool))
+    _close(output.tokens, expected)
