@@ -83,10 +83,13 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 
 def find_config(file: str | Path) -> Path:
-    """The file as given, or the one of that name shipped with the package, or in the clone's configs/."""
-    package = Path(alignvlm_jax.__file__).parent
-    shipped = [package / "configs", package.parent / "configs"]
-    for candidate in [Path(file)] + [folder / Path(file).name for folder in shipped]:
+    """The file as given; `configs/NAME.py` and `NAME.py` also mean the one shipped with the package."""
+    package, file = Path(alignvlm_jax.__file__).parent, Path(file)
+    shipped = [package / "configs", package.parent / "configs"]  # installed, and in a clone
+    candidates = [file]
+    if file in (Path(file.name), Path("configs", file.name)):
+        candidates += [folder / file.name for folder in shipped]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
     names = {path.name for folder in shipped for path in folder.glob("*.py") if path.name != "__init__.py"}

@@ -149,6 +149,8 @@ def test_a_missing_file_is_named_with_what_there_is():
 def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert configs.load("configs/nano.py") == configs.load("nano.py")
+    with pytest.raises(UserError, match="no such config file"):  # another folder is another file
+        configs.load("elsewhere/nano.py")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ class StageConfig:
       warmup_steps: steps of linear warm-up.
       final_lr_fraction: where the schedule ends, as a fraction of the peak.
       optimizer: which, and its constants. Unstated in the paper, as are schedule and warm-up.
-      max_text_tokens: text tokens of an example (visual tokens are not counted); a longer one is refused, not cut.
+      max_text_tokens: text tokens of an example (visual tokens are not counted); a longer one is cut behind the last
+        answer that fits, and refused if none does. Both are counted in the training log.
     """
 
     name: str
