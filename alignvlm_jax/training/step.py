@@ -75,7 +75,10 @@ def state_shardings(model_config: AlignVLMConfig, stage: stages.StageConfig, mes
 
 
 def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh, params: Params) -> TrainState:
-    """`create_state` straight into its shardings; `params` may be on the host, or on the mesh already."""
+    """`create_state` straight into its shardings.
+
+    `params` may be on the host, or on the mesh already; then they are not copied, and the first step consumes them.
+    """
     where = state_shardings(model_config, stage, mesh)
     params = jax.device_put(params, where.params)
     init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=where.opt_state)

@@ -101,9 +101,8 @@ def test_event_files_have_the_metrics(finished):
     assert b"learning_rate/connector" in recorded and b"train/refused" in recorded
 
 
-@pytest.mark.parametrize("stops", [[2], [1, 4, 6]], ids=["once", "at once, between stages, in stage 2"])
-def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path, stops):
-    for stop in stops:
+def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):
+    for stop in (1, 4, 6):  # in stage 1, between the stages, in stage 2
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), signal.SIGTERM))
         assert checkpoint.find_checkpoint(tmp_path)[1] == stop
