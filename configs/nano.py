@@ -43,10 +43,11 @@ def get_config() -> ConfigDict:
         dict(tokens_per_bin=576, tiles_per_bin=4, bins_per_microbatch=16, examples_per_bin=4)
     )
 
+    # Stage 1 turns the connector fast and the rest gently: until the connector speaks, it shows the decoder noise.
     config.stages = [
-        stage("captions", task="transcribe", steps=250, connector=3e-3, others=1e-3),
-        stage("documents", task="mixed", steps=250, connector=1e-3, others=6e-4),
-        stage("questions", task="qa", steps=150, connector=6e-4, others=6e-4, trainable=("connector", "language")),
+        stage("captions", task="transcribe", steps=140, connector=4e-3, others=2e-4),
+        stage("documents", task="mixed", steps=170, connector=2e-3, others=6e-4),
+        stage("questions", task="qa", steps=110, connector=1e-3, others=4e-4, trainable=("connector", "language")),
     ]
     config.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
     config.log_every_steps = 10
@@ -72,7 +73,7 @@ def stage(
             global_batch=32,
             learning_rates=dict(vision=others, connector=connector, language=others),
             schedule="cosine",
-            warmup_steps=20,
+            warmup_steps=10,
             final_lr_fraction=0.05,
             optimizer=dict(name="muon", weight_decay=0.01, clip_norm=1.0),
             max_text_tokens=256,
