@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
 
     # Stage 1 turns the connector fast and the rest gently: until the connector speaks, it shows the decoder noise.
     config.stages = [
-        stage("captions", task="transcribe", steps=140, connector=4e-3, others=2e-4),
-        stage("documents", task="mixed", steps=170, connector=2e-3, others=6e-4),
-        stage("questions", task="qa", steps=110, connector=1e-3, others=4e-4, trainable=("connector", "language")),
+        stage("captions", task="transcribe", steps=110, connector=4e-3, others=2e-4),
+        stage("documents", task="mixed", steps=140, connector=2e-3, others=6e-4),
+        stage("questions", task="qa", steps=100, connector=1e-3, others=4e-4, trainable=("connector", "language")),
     ]
     config.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
     config.log_every_steps = 10
