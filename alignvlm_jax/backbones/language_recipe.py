@@ -141,6 +141,8 @@ def make_language_backbone(out: str | Path, workdir: str | Path, config: Pretrai
     ids["pad_token_id"] = chat.pad_id
     save_language_folder(out, NANO_LANGUAGE, params["language"], special_tokens=ids)
 
-    validation = make_batches(dataclasses.replace(config, steps=256 // config.batch_size), chat, split="validation")
+    validation = make_batches(
+        dataclasses.replace(config, steps=config.validation_pages // config.batch_size), chat, split="validation"
+    )
     scores = [jax.jit(loss_fn)(params, batch)[1] for batch in validation]
     return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}

@@ -31,6 +31,7 @@ class PretrainConfig:
       warmup_steps: linear warm-up, then cosine down to 2 % of the peak.
       seed: of the pages drawn and of the initial weights.
       save_every: steps between checkpoints.
+      validation_pages: how many the finished model is scored on.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class PretrainConfig:
     weight_decay: float = 0.01
     seed: int = 7
     save_every: int = 200
+    validation_pages: int = 256
 
 
 def pretrain(

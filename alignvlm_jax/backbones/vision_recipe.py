@@ -104,6 +104,8 @@ def make_vision_backbone(
     params = pretrain(f"vision ({objective})", config, params, loss_fn, batches, workdir)
     save_vision_folder(out, NANO_VISION, params["vision"])
 
-    validation = make_batches(dataclasses.replace(config, steps=256 // config.batch_size), split="validation")
+    validation = make_batches(
+        dataclasses.replace(config, steps=config.validation_pages // config.batch_size), split="validation"
+    )
     scores = [jax.jit(loss_fn)(params, batch)[1] for batch in validation]
     return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}

@@ -1,0 +1,97 @@
+"""The recipes run from nothing to folders that transformers loads, resume, and see no held-out page."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import transformers
+
+from alignvlm_jax.backbones import backbone_folder, language_recipe, vision_recipe
+from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes, reading_order
+from alignvlm_jax.backbones.training import PretrainConfig
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.synthetic import FAMILIES, HELD_OUT_FONT, draw_document
+from alignvlm_jax.data.tiling import plan_tiles
+from alignvlm_jax.errors import UserError
+
+TINY = PretrainConfig(steps=2, batch_size=2, save_every=1, warmup_steps=0, validation_pages=2)
+
+
+@pytest.mark.parametrize("objective", vision_recipe.OBJECTIVES)
+def test_an_encoder_is_made(tmp_path, objective):
+    scores = vision_recipe.make_vision_backbone(tmp_path / "out", tmp_path / "work", TINY, objective)
+    assert all(np.isfinite(value) for value in scores.values())
+    model = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out")
+    assert model.config.patch_size == vision_recipe.NANO_VISION.patch_size
+
+
+def test_a_decoder_is_made_and_an_unfinished_one_is_continued(tmp_path):
+    language_recipe.make_language_backbone(tmp_path / "first", tmp_path / "work", TINY)
+    longer = dataclasses.replace(TINY, steps=3)
+    language_recipe.make_language_backbone(tmp_path / "second", tmp_path / "work", longer)
+    assert {path.name for path in (tmp_path / "work" / "checkpoints").iterdir()} >= {"2", "3"}  # 1 was not made again
+    transformers.LlamaForCausalLM.from_pretrained(tmp_path / "second")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "second")
+    ours = ChatTokenizer.from_folder(tmp_path / "second")
+    text = "What is the total of TORVAL?\n48.20%"
+    assert tokenizer(text, add_special_tokens=False).input_ids == list(ours.encode_text(text))
+
+
+def test_values_are_spelled_one_character_a_token():
+    chat = ChatTokenizer.from_folder(backbone_folder("language", "nano"))
+    for value in ("TORVAL", "14/03/21", "$128.40", "RQ-5821", "48.2%"):
+        assert [chat.decode([token]) for token in chat.encode_text(value)] == list(value)
+    assert all(len(chat.encode_text(character)) == 1 for character in CHARACTERS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_labels_spell_the_page(family):
+    """Nearly every printed character has a patch of its own, in its place."""
+    printed = placed = 0
+    for index in range(50):
+        document = draw_document(3, "train", index, family=family, render=False)
+        plan = plan_tiles(*document.size, vision_recipe.NANO_TILING)
+        classes = patch_classes(document, plan, 80, 8)
+        assert classes.shape == (vision_recipe.TILES_PER_PAGE, 100)
+        characters = [CHARACTERS[c - 1] for c in reading_order(classes)]
+        placed += len(characters)
+        printed += len(document.glyphs)
+        assert not set(characters) - {glyph.char for glyph in document.glyphs}
+    assert placed > 0.99 * printed
+
+
+def test_the_recipes_see_neither_held_out_values_nor_the_held_out_font():
+    """They draw the train split; the corpus tests show what a split keeps apart."""
+    assert draw_document(TINY.seed, "train", 0).font != HELD_OUT_FONT
+    drawn = vision_recipe.make_batches(TINY)[0]["tiles"]
+    document = draw_document(TINY.seed, "train", 0)
+    tiles, _ = vision_recipe.cut_tiles(
+        document.image, plan_tiles(*document.size, vision_recipe.NANO_TILING), vision_recipe.NANO_TILING.tile_size
+    )
+    np.testing.assert_array_equal(drawn[0], tiles)
+
+
+def test_a_page_the_decoder_reads_is_the_page_as_printed():
+    chat = ChatTokenizer.from_folder(backbone_folder("language", "nano"))
+    batch = language_recipe.make_batches(dataclasses.replace(TINY, batch_size=8), chat)[0]
+    text = chat.decode(batch["tokens"][0][batch["segment_ids"][0] > 0])
+    document = draw_document(TINY.seed, "train", 0, render=False)
+    answered = batch["loss_weights"][0] > 0
+    answers = chat.decode(batch["targets"][0][answered])
+    assert all(answer in text for answer in document.answers) or document.transcription in text
+    assert answers and all(piece in document.transcription for piece in answers.split("\n")[1:-1])
+    assert np.all(batch["mixed"] <= 0.4) and np.all(batch["mixed"][batch["loss_weights"] > 0] == 0)
+
+
+def test_transcription_needs_no_places():
+    """Moving every character to another patch, in order, leaves what CTC is told alone."""
+    classes = np.zeros((1, 2, 100), np.int32)
+    classes[0, 0, [3, 5, 9]] = 7, 8, 9
+    moved = np.zeros_like(classes)
+    moved[0, 1, [1, 50, 99]] = 7, 8, 9
+    np.testing.assert_array_equal(reading_order(classes[0]), reading_order(moved[0]))
+
+
+def test_a_folder_that_is_no_backbone_is_refused(tmp_path):
+    with pytest.raises(UserError, match="needs a Hugging Face config.json"):
+        backbone_folder("vision", str(tmp_path))
