@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-large demo backbones lint clean
+.PHONY: install test demo backbones lint clean
 
 install: $(STAMP)
 
@@ -19,10 +19,7 @@ $(STAMP): setup.py
 	touch $(STAMP)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not large"
-
-test-large: $(STAMP)
-	$(BIN)/python -m pytest -m large
+	$(BIN)/python -m pytest
 
 demo: $(STAMP)
 	$(BIN)/alignvlm demo --out runs/demo
