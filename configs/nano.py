@@ -1,7 +1,7 @@
 """The whole path of AlignVLM at a scale that two CPU cores train in ten minutes: two nano backbones and ALIGN between.
 
     alignvlm demo                                                       # draws the documents, trains, scores
-    alignvlm train --config configs/nano.py --workdir runs/nano         # trains on documents drawn before
+    alignvlm train --config configs/nano.py --workdir runs/nano         # draws what is missing, trains
 
 The stages are the paper's: the full model on captions (here: pages to be written out), the full model on documents
 (here: both tasks), then the language model and the connector on document tasks (here: questions), the vision
