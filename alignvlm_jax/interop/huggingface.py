@@ -124,9 +124,7 @@ def save_vision_folder(folder: str | Path, config: VisionConfig, params: Params,
         "vision_use_head": False,
         "dtype": dtype,
     }
-    conv = (config.hidden_size, 3, config.patch_size, config.patch_size)
-    shapes = {"vision_model.embeddings.patch_embedding.weight": conv}
-    _write_folder(folder, raw, to_tensors(params, tables.SIGLIP, config.num_layers, shapes), dtype)
+    _write_folder(folder, raw, to_tensors(params, tables.SIGLIP, config.num_layers), dtype)
 
 
 def save_language_folder(
@@ -214,20 +212,15 @@ def to_params(
     return unflatten_dict(params)
 
 
-def to_tensors(
-    params: Params,
-    table: tuple[tables.Row, ...],
-    num_layers: int,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> dict[str, np.ndarray]:
-    """Turns a parameter tree into tensors: `to_params` backwards. `shapes` are those of tensors that were flattened."""
+def to_tensors(params: Params, table: tuple[tables.Row, ...], num_layers: int) -> dict[str, np.ndarray]:
+    """Turns a parameter tree into tensors: `to_params` backwards."""
     flat = {"/".join(path): np.asarray(array) for path, array in flatten_dict(params).items()}
     tensors = {}
     for row in table:
         array = flat[row.path]
         slices = [(row.key.format(layer=layer), array[layer]) for layer in range(num_layers)]
         for key, part in slices if "{layer}" in row.key else [(row.key, array)]:
-            tensors[key] = row.transform.to_torch(part, (shapes or {}).get(key, ()))
+            tensors[key] = row.transform.to_torch(part)
     return tensors
 
 

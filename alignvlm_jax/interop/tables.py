@@ -1,34 +1,92 @@
-"""Conversion tables: which Hugging Face tensor holds which parameter, and how its axes lie.
+"""Conversion tables: which PyTorch tensor holds which parameter, and how its axes lie.
 
 A `Row` pairs a parameter's path in our tree with a tensor's key; `{layer}` stands for a layer's number, whose tensors
-are stacked on a leading axis here (the layers run under `nn.scan`). Reading, writing, shape checks and the report of
-what is missing or left over are in `huggingface.py`; nothing but names and axes is said here.
+are stacked on a leading axis here (the layers run under `nn.scan`). Tables: `SIGLIP` and `llama` for the backbones as
+transformers lays them out, `connector` for each connector, `alignvlm` for a whole exported folder. Nothing but names
+and axes is said here; reading is in `convert.py`, writing in `export.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 
+from alignvlm_jax.models.alignvlm import AlignVLMConfig
+from alignvlm_jax.models.connectors import (
+    AlignConfig,
+    ConnectorConfig,
+    HReducerConfig,
+    MLPConfig,
+    OvisConfig,
+    PerceiverConfig,
+)
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a tensor's axes become a parameter's, and back. Sizes the tensor does not tell are taken from its shape."""
+    """How a tensor's axes become a parameter's, and back. Both ways give views where numpy can.
+
+    Attributes:
+      to_jax: the parameter that a tensor is.
+      to_torch: the tensor that a parameter is.
+      torch_shape: its shape.
+      axes: for every axis of the tensor, which axis of the parameter it is; None for those that lie flattened in one.
+        () means that nothing moves, whatever the rank.
+    """
 
     to_jax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    torch_shape: Callable[[Shape], Shape]
+    axes: tuple[int | None, ...] = ()
+
+    def split_index(self, index: Index) -> tuple[Index, Index]:
+        """What to read of a tensor for a slice of the parameter, so that little more than the slice is read.
+
+        Args:
+          index: one slice for every axis of the parameter.
+
+        Returns:
+          The slices of the tensor, and those still to take after `to_jax` (flattened axes cannot be cut in the file).
+        """
+        if not self.axes:
+            return index, (slice(None),) * len(index)
+        of_tensor = tuple(slice(None) if axis is None else index[axis] for axis in self.axes)
+        rest = tuple(slice(None) if axis in self.axes else part for axis, part in enumerate(index))
+        return of_tensor, rest
 
 
-def _patches_to_conv(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    out, channels, height, width = shape
-    return kernel.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
+def _conv(torch_shape: Callable[[Shape], Shape]) -> Transform:
+    """torch.nn.Conv2d holds [out, channel, row, column]; ours multiplies windows laid flat: (row, column, channel)."""
+
+    def to_torch(kernel: np.ndarray) -> np.ndarray:
+        out, channels, height, width = torch_shape(kernel.shape)
+        return kernel.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
+
+    def to_jax(tensor: np.ndarray) -> np.ndarray:
+        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+
+    return Transform(to_jax, to_torch, torch_shape, axes=(1, None, None, None))
 
 
-SAME = Transform(lambda tensor: tensor, lambda array, shape: array)
+def _patch_shape(shape: Shape) -> Shape:
+    side = math.isqrt(shape[0] // 3)
+    return shape[1], 3, side, side
+
+
+def _window_shape(shape: Shape) -> Shape:
+    width = shape[1]
+    return width, width, 1, shape[0] // width
+
+
+SAME = Transform(lambda tensor: tensor, lambda array: array, lambda shape: shape)
 # torch.nn.Linear holds [out, in]; our Dense holds [in, out].
-TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array, shape: array.T)
-# torch.nn.Conv2d holds [out, channel, row, column]; ours multiplies patches flattened as (row, column, channel).
-CONV = Transform(lambda tensor: tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0]), _patches_to_conv)
+TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array: array.T, lambda shape: shape[::-1], axes=(1, 0))
+CONV = _conv(_patch_shape)  # square patches of RGB
+WINDOW_CONV = _conv(_window_shape)  # windows of one row, as many channels out as in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +143,67 @@ _LLAMA: tuple[Row, ...] = (
 def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
     """The decoder's table: with tied embeddings there is no `lm_head.weight`."""
     return _LLAMA if tie_word_embeddings else (*_LLAMA, Row("lm_head", "lm_head.weight"))
+
+
+_GATED_MLP = ("gate", "up", "down")
+
+
+def _perceiver(config: PerceiverConfig) -> tuple[Row, ...]:
+    """Its layers are modules of their own, not stacked: a row for each."""
+    rows = [Row("latents", "latents"), Row("final_norm/scale", "final_norm.weight")]
+    for name in _GATED_MLP:
+        rows += _linear(f"modality_projection/{name}", f"modality_projection.{name}", bias=False)
+    for index in range(config.depth):
+        path, key = f"layer_{index}", f"layers.{index}"
+        for name in ("latents_norm", "context_norm", "mlp_norm"):
+            rows.append(Row(f"{path}/{name}/scale", f"{key}.{name}.weight"))
+        for name in ("query", "key", "value", "out"):
+            rows += _linear(f"{path}/{name}", f"{key}.{name}", bias=False)
+        for name in _GATED_MLP:
+            rows += _linear(f"{path}/mlp/{name}", f"{key}.mlp.{name}", bias=False)
+    return tuple(rows)
+
+
+def connector(config: ConnectorConfig) -> tuple[Row, ...]:
+    """A connector's table, paths and keys relative to the connector; the type of `config` selects it."""
+    match config:
+        case AlignConfig():
+            return (
+                *_linear("w1", "w1", bias=config.use_bias),
+                *_layer_norm("hidden_norm", "hidden_norm"),
+                Row("w2", "w2.weight"),
+                Row("vocab_norm_scale", "vocab_norm.weight"),
+                Row("vocab_norm_bias", "vocab_norm.bias"),
+            )
+        case MLPConfig():
+            return (*_linear("linear_in", "linear_in", bias=True), *_linear("linear_out", "linear_out", bias=True))
+        case OvisConfig():
+            return (
+                *_linear("head", "head", bias=False),
+                *_layer_norm("word_norm", "word_norm"),
+                Row("table", "table.weight"),
+            )
+        case HReducerConfig():
+            return (
+                Row("reduce/kernel", "reduce.weight", WINDOW_CONV),
+                Row("reduce/bias", "reduce.bias"),
+                *_linear("project", "project", bias=True),
+            )
+        case PerceiverConfig():
+            return _perceiver(config)
+
+
+def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
+    """The table of a whole exported folder."""
+
+    def under(path: str, rows: tuple[Row, ...], rename: Callable[[str], str]) -> list[Row]:
+        return [dataclasses.replace(row, path=f"{path}/{row.path}", key=rename(row.key)) for row in rows]
+
+    def language_key(key: str) -> str:
+        return key if key.startswith("lm_head.") else key.replace("model.", "model.language_model.", 1)
+
+    return (
+        *under("vision", SIGLIP, "model.vision_tower.{}".format),
+        *under("connector", connector(config.connector), "model.connector.{}".format),
+        *under("language", llama(config.language.tie_word_embeddings), language_key),
+    )

@@ -1,0 +1,119 @@
+"""The conversion tables cover every parameter once, and their transforms are those of torch's own layers."""
+
+import zlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+
+from alignvlm_jax.interop import tables
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from alignvlm_jax.models.connectors import (
+    AlignConfig,
+    HReducerConfig,
+    MLPConfig,
+    OvisConfig,
+    PerceiverConfig,
+)
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.layers import Dense
+from alignvlm_jax.models.vision import VisionConfig
+
+CONNECTORS = {
+    "align": AlignConfig(),
+    "align_plain": AlignConfig(use_bias=False, vocab_size=40),
+    "mlp": MLPConfig(),
+    "ovis": OvisConfig(num_words=20),
+    "h_reducer": HReducerConfig(window=3),
+    "perceiver": PerceiverConfig(num_latents=3, depth=2, num_heads=2, num_kv_heads=1, head_dim=4),
+}
+
+
+def tiny(connector, *, tied: bool = True) -> AlignVLMConfig:
+    vision = VisionConfig(image_size=20, patch_size=5, hidden_size=12, intermediate_size=20, num_layers=2, num_heads=2)
+    language = LanguageConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return AlignVLMConfig(vision, connector, language)
+
+
+def shapes_of(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
+    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    return {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_every_parameter_has_one_row_and_every_row_a_key_of_its_own(name, tied):
+    config = tiny(CONNECTORS[name], tied=tied)
+    rows = tables.alignvlm(config)
+    assert sorted(row.path for row in rows) == sorted(shapes_of(config))
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert all(key.startswith("model.") or key == "lm_head.weight" for key in keys)
+
+
+def test_the_keys_of_the_contract():
+    keys = {row.key for row in tables.alignvlm(tiny(AlignConfig(), tied=False))}
+    assert keys >= {
+        "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "model.vision_tower.vision_model.encoder.layers.{layer}.self_attn.q_proj.bias",
+        "model.vision_tower.vision_model.post_layernorm.weight",
+        "model.connector.w2.weight",
+        "model.connector.vocab_norm.bias",
+        "model.language_model.embed_tokens.weight",
+        "model.language_model.layers.{layer}.mlp.down_proj.weight",
+        "model.language_model.norm.weight",
+        "lm_head.weight",
+    }
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_transforms_undo_each_other_and_know_the_tensors_shape(name):
+    config = tiny(CONNECTORS[name])
+    shapes = shapes_of(config)
+    for row in tables.alignvlm(config):
+        shape = shapes[row.path][1 if "{layer}" in row.key else 0 :]
+        array = np.random.default_rng(zlib.crc32(row.path.encode())).normal(size=shape)
+        tensor = row.transform.to_torch(array)
+        assert tensor.shape == row.transform.torch_shape(shape), row
+        np.testing.assert_array_equal(row.transform.to_jax(tensor), array)
+
+
+@pytest.mark.parametrize(
+    ("transform", "layer", "inputs"),
+    [
+        (tables.TRANSPOSED, torch.nn.Linear(6, 4, bias=False), (3, 6)),
+        (tables.CONV, torch.nn.Conv2d(3, 5, kernel_size=(4, 4), bias=False), (2, 3, 4, 4)),
+        (tables.WINDOW_CONV, torch.nn.Conv2d(6, 6, kernel_size=(1, 3), bias=False), (2, 6, 1, 3)),
+    ],
+)
+def test_a_tensor_of_torchs_layer_becomes_a_kernel_that_computes_the_same(transform, layer, inputs):
+    inputs = torch.randn(inputs, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = layer(inputs).numpy().reshape(inputs.shape[0], -1)
+    kernel = transform.to_jax(layer.weight.detach().numpy())
+    flat = inputs.numpy().transpose(0, 2, 3, 1).reshape(len(theirs), -1) if inputs.ndim == 4 else inputs.numpy()
+    ours = Dense(theirs.shape[-1], ("a", "b"), use_bias=False).apply({"params": {"kernel": kernel}}, flat)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [(tables.SAME, (6, 8)), (tables.TRANSPOSED, (6, 8)), (tables.CONV, (12, 8)), (tables.WINDOW_CONV, (24, 8))],
+)
+def test_a_slice_of_a_parameter_is_read_from_a_slice_of_the_tensor(transform, shape):
+    array = np.arange(np.prod(shape)).reshape(shape)
+    tensor = np.ascontiguousarray(transform.to_torch(array))
+    for index in ((slice(2, 5), slice(4, 8)), (slice(None), slice(0, 4)), (slice(0, 6), slice(None))):
+        of_tensor, rest = transform.split_index(index)
+        np.testing.assert_array_equal(transform.to_jax(tensor[of_tensor])[rest], array[index])
