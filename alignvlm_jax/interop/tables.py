@@ -23,7 +23,6 @@ from alignvlm_jax.models.connectors import (
 )
 
 Shape = tuple[int, ...]
-Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +33,11 @@ class Transform:
       to_jax: the parameter that a tensor is.
       to_torch: the tensor that a parameter is.
       torch_shape: its shape.
-      axes: for every axis of the tensor, which axis of the parameter it is; None for those that lie flattened in one.
-        () means that nothing moves, whatever the rank.
     """
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
     torch_shape: Callable[[Shape], Shape]
-    axes: tuple[int | None, ...] = ()
-
-    def split_index(self, index: Index) -> tuple[Index, Index]:
-        """What to read of a tensor for a slice of the parameter, so that little more than the slice is read.
-
-        Args:
-          index: one slice for every axis of the parameter.
-
-        Returns:
-          The slices of the tensor, and those still to take after `to_jax` (flattened axes cannot be cut in the file).
-        """
-        if not self.axes:
-            return index, (slice(None),) * len(index)
-        of_tensor = tuple(slice(None) if axis is None else index[axis] for axis in self.axes)
-        rest = tuple(slice(None) if axis in self.axes else part for axis, part in enumerate(index))
-        return of_tensor, rest
 
 
 def _conv(torch_shape: Callable[[Shape], Shape]) -> Transform:
@@ -69,7 +50,7 @@ def _conv(torch_shape: Callable[[Shape], Shape]) -> Transform:
     def to_jax(tensor: np.ndarray) -> np.ndarray:
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
 
-    return Transform(to_jax, to_torch, torch_shape, axes=(1, None, None, None))
+    return Transform(to_jax, to_torch, torch_shape)
 
 
 def _patch_shape(shape: Shape) -> Shape:
@@ -84,7 +65,7 @@ def _window_shape(shape: Shape) -> Shape:
 
 SAME = Transform(lambda tensor: tensor, lambda array: array, lambda shape: shape)
 # torch.nn.Linear holds [out, in]; our Dense holds [in, out].
-TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array: array.T, lambda shape: shape[::-1], axes=(1, 0))
+TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array: array.T, lambda shape: shape[::-1])
 CONV = _conv(_patch_shape)  # square patches of RGB
 WINDOW_CONV = _conv(_window_shape)  # windows of one row, as many channels out as in
 

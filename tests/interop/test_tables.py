@@ -105,15 +105,3 @@ def test_a_tensor_of_torchs_layer_becomes_a_kernel_that_computes_the_same(transf
     flat = inputs.numpy().transpose(0, 2, 3, 1).reshape(len(theirs), -1) if inputs.ndim == 4 else inputs.numpy()
     ours = Dense(theirs.shape[-1], ("a", "b"), use_bias=False).apply({"params": {"kernel": kernel}}, flat)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("transform", "shape"),
-    [(tables.SAME, (6, 8)), (tables.TRANSPOSED, (6, 8)), (tables.CONV, (12, 8)), (tables.WINDOW_CONV, (24, 8))],
-)
-def test_a_slice_of_a_parameter_is_read_from_a_slice_of_the_tensor(transform, shape):
-    array = np.arange(np.prod(shape)).reshape(shape)
-    tensor = np.ascontiguousarray(transform.to_torch(array))
-    for index in ((slice(2, 5), slice(4, 8)), (slice(None), slice(0, 4)), (slice(0, 6), slice(None))):
-        of_tensor, rest = transform.split_index(index)
-        np.testing.assert_array_equal(transform.to_jax(tensor[of_tensor])[rest], array[index])
