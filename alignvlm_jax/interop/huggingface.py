@@ -108,23 +108,8 @@ def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
 
 def save_vision_folder(folder: str | Path, config: VisionConfig, params: Params, dtype: str = "bfloat16") -> None:
     """Writes the encoder as a folder that transformers' `SiglipVisionModel.from_pretrained` loads."""
-    raw = {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "hidden_size": config.hidden_size,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_channels": 3,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": config.layer_norm_eps,
-        "attention_dropout": 0.0,
-        "vision_use_head": False,
-        "dtype": dtype,
-    }
-    _write_folder(folder, raw, to_tensors(params, tables.SIGLIP, config.num_layers), dtype)
+    tensors = to_tensors(params, tables.SIGLIP, config.num_layers)
+    _write_folder(folder, siglip_config(config, dtype), tensors, dtype)
 
 
 def save_language_folder(
@@ -144,10 +129,36 @@ def save_language_folder(
       dtype: "bfloat16" or "float32".
       special_tokens: `bos_token_id` and the like, written into `config.json`.
     """
+    tensors = to_tensors(params, tables.llama(config.tie_word_embeddings), config.num_layers)
+    _write_folder(folder, {**llama_config(config, dtype), **(special_tokens or {})}, tensors, dtype)
+
+
+def siglip_config(config: VisionConfig, dtype: str) -> dict[str, Any]:
+    """The encoder's `config.json`: a `SiglipVisionConfig`."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_size": config.hidden_size,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": config.layer_norm_eps,
+        "attention_dropout": 0.0,
+        "vision_use_head": False,
+        "dtype": dtype,
+    }
+
+
+def llama_config(config: LanguageConfig, dtype: str) -> dict[str, Any]:
+    """The decoder's `config.json`: a `LlamaConfig`."""
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-    raw = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -165,10 +176,7 @@ def save_language_folder(
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": dtype,
-        **(special_tokens or {}),
     }
-    tensors = to_tensors(params, tables.llama(config.tie_word_embeddings), config.num_layers)
-    _write_folder(folder, raw, tensors, dtype)
 
 
 def to_params(
