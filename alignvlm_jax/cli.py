@@ -40,6 +40,7 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/first
   alignvlm train --config configs/nano.py --workdir runs/seed1 --config.seed=1
   alignvlm train --config configs/nano.py --workdir runs/mlp --config.model.connector=mlp
+  alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
 
 Any field of the config can be set with --config.path.to.key=value; a name that does not
 exist is refused with the nearest right one. `configs/nano.py` is looked for here first,
@@ -158,6 +159,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = add("train", _train, "train through the stages of a config", TRAIN_DESCRIPTION, TRAIN_EPILOG, True)
     train.add_argument("--config", required=True, metavar="FILE", help="the experiment, such as configs/nano.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
+    train.add_argument(
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="start with this checkpoint's weights and tokenizer, not with the backbones (same as --config.init_from)",
+    )
 
     evaluate = add("eval", _eval, "score a checkpoint on held-out documents", EVAL_DESCRIPTION, EVAL_EPILOG)
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
@@ -185,6 +191,8 @@ def _train(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
     from alignvlm_jax.training import loop
 
+    if args.init_from:
+        args.overrides.append(f"init_from={args.init_from}")
     experiment = config.load(args.config, args.overrides)
     demo.draw_missing_corpus(experiment)
     progress = loop.train(experiment, pathlib.Path(args.workdir)).progress

@@ -60,12 +60,14 @@ class CheckpointConfig:
 class ExperimentConfig:
     """Everything a run depends on.
 
-    `tokenizer` is a folder with tokenizer.json and its companions; None stands for the language backbone's folder.
+    `init_from` is a checkpoint whose weights and tokenizer the run starts with, in place of the backbones.
+    `tokenizer` is a folder with tokenizer.json and its companions; None stands for the one that the weights come with.
     """
 
     seed: int = 0
     model: AlignVLMConfig = AlignVLMConfig()
     backbones: BackbonesConfig = BackbonesConfig()
+    init_from: str | None = None
     tokenizer: str | None = None
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

@@ -1,26 +1,40 @@
 """All of Orbax: what a run leaves on disk, and how it is read again.
 
     WORKDIR/config.json              the experiment
+    WORKDIR/history.json             where its first weights came from, if not from the backbones the config names
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
         params/  opt_state/  meta/   weights; the stage's optimizer; `Progress`, config and library versions
 
 So a workdir needs nothing but itself to be resumed, asked or scored. Orbax writes in the background and gives a folder
-its final name once all of it is there: a step that exists is complete.
+its final name once all of it is there: a step that exists is complete. A workdir that was imported rather than trained
+holds one step without an `opt_state`.
+
+Weights are stored in chunks of at most `_CHUNK_BYTES`, stacked layers cut between layers first: whoever wants one layer
+of an 8B model (`ParameterReader`) reads that layer, on whatever mesh it was saved.
 """
 
 import dataclasses
 import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, random_parameters
 from alignvlm_jax.parallel import sharding
@@ -29,6 +43,8 @@ from alignvlm_jax.training.step import TrainState
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
+HISTORY_FILE = "history.json"
+_CHUNK_BYTES = 128 * 2**20
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -71,19 +87,21 @@ class Checkpointer:
         """Saves in the background; a step that is saved already is left as it is."""
         if progress.step in self._manager.all_steps():
             return
-        meta = {
-            "progress": dataclasses.asdict(progress),
-            "config": configs.to_dict(self._config),
-            "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        }
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave(meta),
+                params=_save_in_chunks(state.params),
+                opt_state=_save_in_chunks(state.opt_state),
+                meta=ocp.args.JsonSave(_meta(self._config, progress)),
             ),
         )
+
+    def save_params(self, progress: Progress, params: Params) -> None:
+        """Saves weights alone, as the start of a stage: its optimizer is made when training begins."""
+        args = ocp.args.Composite(
+            params=_save_in_chunks(params), meta=ocp.args.JsonSave(_meta(self._config, progress))
+        )
+        self._manager.save(progress.step, args=args)
 
     def wait(self) -> None:
         """Until everything is on disk."""
@@ -96,6 +114,10 @@ class Checkpointer:
             return None
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         return Progress(**meta["progress"])
+
+    def has_optimizer(self, progress: Progress) -> bool:
+        """Whether the checkpoint at `progress` can be gone on from in the middle of its stage."""
+        return "opt_state" in self._manager.item_metadata(progress.step)
 
     def restore(self, progress: Progress, abstract: TrainState) -> TrainState:
         """The state at `progress`, with the shapes and shardings of `abstract`, on whatever mesh those are."""
@@ -113,6 +135,91 @@ class Checkpointer:
         """The weights alone: what the next stage starts from."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return self._manager.restore(progress.step, args=args).params
+
+
+def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:
+    return {
+        "progress": dataclasses.asdict(progress),
+        "config": configs.to_dict(config),
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def _save_in_chunks(tree: Any) -> ocp.args.StandardSave:
+    def arguments(path, leaf):
+        del leaf
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    return ocp.args.StandardSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
+
+
+def write_checkpoint(
+    workdir: str | Path,
+    config: ExperimentConfig,
+    params: Params,
+    tokenizer: ChatTokenizer,
+    *,
+    history: Sequence[dict[str, Any]],
+    progress: Progress | None = None,
+) -> None:
+    """Writes weights that were not trained here as a workdir that can be asked, trained from and exported.
+
+    Everything is written beside `workdir` first and gets its name at the end: there is no half-written checkpoint.
+
+    Args:
+      workdir: must not exist, or be an empty folder.
+      config: the experiment that goes on from here.
+      params: weights, wherever they lie; stored in the dtypes they have.
+      tokenizer: of the language model.
+      history: what was done to the weights so far, oldest first; for the model card.
+      progress: what the weights went through already.
+    """
+    workdir = Path(workdir).absolute()
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"{workdir} exists already: name a new folder, or remove it")
+    try:
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
+    except OSError as error:
+        raise UserError(f"{workdir.parent}: cannot be written ({error.strerror})") from error
+    try:
+        scratch.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        (scratch / CONFIG_FILE).write_text(configs.to_json(config), encoding="utf-8")
+        write_history(scratch, history)
+        tokenizer.save(scratch / TOKENIZER_FOLDER)
+        with Checkpointer(scratch, config) as checkpointer:
+            checkpointer.save_params(progress or Progress(), params)
+        if workdir.exists():
+            workdir.rmdir()
+        scratch.rename(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
+    except ValueError as error:
+        # tensorstore reports a full disk so; anything else is a mistake here and must show itself.
+        if "No space left" not in str(error):
+            raise
+        raise UserError(f"{workdir}: cannot be written (no space left on the device)") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Writes down where a run's first weights came from."""
+    (workdir / HISTORY_FILE).write_text(json.dumps(list(history), indent=2) + "\n", encoding="utf-8")
+
+
+def read_history(folder: str | Path) -> list[dict[str, Any]]:
+    """What `write_history` wrote into a checkpoint's workdir; nothing for a run that began with its backbones."""
+    path = find_checkpoint(folder)[0] / HISTORY_FILE
+    return configs.read_json(path) if path.is_file() else []
+
+
+def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
+    """What was done to a checkpoint's weights, its own training included: the history of whatever starts from it."""
+    reader = ParameterReader(folder)
+    trained = {"what": "trained", "progress": reader.meta["progress"], "config": reader.meta["config"]}
+    return [*reader.history, *([trained] if reader.step else [])]
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -147,21 +254,76 @@ def load_config(folder: str | Path) -> ExperimentConfig:
     return configs.from_dict(configs.read_json(find_checkpoint(folder)[0] / CONFIG_FILE))
 
 
-def restore_params(folder: str | Path, mesh: Mesh | None = None) -> Params:
-    """A checkpoint's weights, float32, for inference: on a mesh, or whole on the first device."""
-    workdir, step = find_checkpoint(folder)
+def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
+    """A checkpoint's weights without its optimizer, in `dtype`: on a mesh, or whole on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(load_config(folder).model, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
         where = sharding.parameter_shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, where
+    return restore_params_into(
+        folder,
+        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes, where),
     )
+
+
+def restore_params_into(folder: str | Path, abstract: Params) -> Params:
+    """A checkpoint's weights without its optimizer, with the shapes, dtypes and shardings of `abstract`."""
+    workdir, step = find_checkpoint(folder)
     path = (workdir / CHECKPOINTS_FOLDER / str(step) / "params").absolute()
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.restore(path, args=ocp.args.StandardRestore(abstract))
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+class ParameterReader:
+    """A checkpoint's weights, whatever mesh saved them, a slice at a time on the host.
+
+    Attributes:
+      config, step, meta, history: what the workdir says of the checkpoint; `meta` has its progress and versions.
+      tokenizer_folder: the run's tokenizer.
+      shapes, dtypes: of every weight, by its path ("language/layers/mlp/gate/kernel").
+    """
+
+    def __init__(self, folder: str | Path):
+        workdir, self.step = find_checkpoint(folder)
+        self.config = load_config(folder)
+        self.history = read_history(folder)
+        self.tokenizer_folder = workdir / TOKENIZER_FOLDER
+        self._folder = (workdir / CHECKPOINTS_FOLDER / str(self.step)).absolute()
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                self.meta = reader.restore(self._folder / "meta", args=ocp.args.JsonRestore())
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                metadata = reader.metadata(self._folder / "params").item_metadata
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{self._folder} cannot be read: {str(error).splitlines()[0]}") from error
+        if metadata is None:
+            raise UserError(f"{self._folder / 'params'} cannot be read: parts of it are missing")
+        leaves = {"/".join(path): leaf for path, leaf in flatten_dict(metadata.tree).items()}
+        self.shapes: dict[str, tuple[int, ...]] = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        self.dtypes: dict[str, np.dtype] = {path: jnp.dtype(leaf.dtype) for path, leaf in leaves.items()}
+
+    def read(self, path: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """One weight, or the part of it that `index` names; `read("language/layers/mlp/gate/kernel", (3,))`.
+
+        Raises:
+          UserError: its bytes cannot be read.
+        """
+        try:
+            return self._open(path)[(*index, ...)].read().result()
+        except ValueError as error:
+            raise UserError(f"{self._folder / 'params'}: {path} cannot be read: {error}") from error
+
+    def chunk_shape(self, path: str) -> tuple[int, ...]:
+        """The pieces a weight is stored in: what has to be read at least."""
+        return tuple(self._open(path).chunk_layout.read_chunk.shape)
+
+    def _open(self, path: str) -> tensorstore.TensorStore:
+        # Orbax's layout: an OCDBT store whose folders are zarr arrays, named by the weight's path with dots.
+        base = {"driver": "file", "path": f"{self._folder / 'params'}/"}
+        store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".")}
+        return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()

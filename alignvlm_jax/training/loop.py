@@ -29,7 +29,15 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
 from alignvlm_jax.training import metrics
 from alignvlm_jax.training import step as steps
-from alignvlm_jax.training.checkpoint import CONFIG_FILE, TOKENIZER_FOLDER, Checkpointer, Progress, is_checkpoint
+from alignvlm_jax.training.checkpoint import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    Checkpointer,
+    Progress,
+    history_of_run,
+    is_checkpoint,
+    write_history,
+)
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from alignvlm_jax.training.stages import StageConfig, stage_table
 
@@ -168,10 +176,12 @@ class _Run:
         if progress is None:
             return None
         stage = self.stages[progress.stage]
-        if progress.step_in_stage < stage.steps:
+        done = progress.step_in_stage >= stage.steps
+        if not done and self.checkpointer.has_optimizer(progress):
             return None, progress
         abstract = steps.abstract_state(self.config.model, stage, self.mesh)
-        return self.checkpointer.restore_params(progress, abstract.params), _next_stage(progress)
+        params = self.checkpointer.restore_params(progress, abstract.params)
+        return params, _next_stage(progress) if done else progress
 
     def begin_stage(self, progress: Progress, params: Params | None) -> steps.TrainState:
         """The state to go on from: fresh from `params` at the start of a stage, else from the checkpoint."""
@@ -256,6 +266,8 @@ def _prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData
             _refuse_other_run(configs.read_json(path), configs.to_dict(config), workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         data.save_tokenizer(workdir / TOKENIZER_FOLDER)
+        if config.init_from is not None:
+            write_history(workdir, history_of_run(config.init_from))
         path.write_text(configs.to_json(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
