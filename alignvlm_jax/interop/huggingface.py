@@ -1,109 +1,303 @@
-"""SigLIP and Llama folders in Hugging Face layout: `config.json` and `model.safetensors`, read and written.
+"""SigLIP and Llama folders in Hugging Face layout: `config.json` and safetensors, read and written.
 
     config, params = load_vision_folder("siglip/")        # VisionConfig, parameters of models.vision.VisionEncoder
     config, params = load_language_folder("llama/")       # LanguageConfig, parameters of models.language.LanguageModel
 
-Parameters come out as nested dicts of float32 numpy arrays. Every tensor is matched exactly once: what is missing, left
-over or of another shape is reported together, in one error.
+A whole model is made of two folders by `assemble.py`, which uses `Backbone` to look at both before it reads either.
+What `config.json` leaves out has transformers' default, since transformers leaves out what is its default.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import tables
+from alignvlm_jax.interop import convert, tables
+from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, RopeScaling
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
 
 Params = dict[str, Any]
 
-# Tensors of a full SigLIP checkpoint that AlignVLM has no use for.
+# Tensors that AlignVLM has no use for: the pooling head, the text tower, and buffers that older versions stored.
 _SIGLIP_UNUSED = ("vision_model.head.", "vision_model.embeddings.position_ids", "text_model.", "logit_")
 _LLAMA_UNUSED = ("model.rotary_emb.",)
+_ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A folder that has been looked at: its config understood, its files opened, no weight read.
+
+    Attributes:
+      folder: where it is.
+      config: the shape of the model in it.
+      files: its tensors.
+      rows: which tensor is which parameter.
+      rename: a tensor's key -> its key in `rows`.
+      unused: prefixes of keys that are left alone.
+    """
+
+    folder: Path
+    config: VisionConfig | LanguageConfig
+    files: TensorFiles
+    rows: tuple[tables.Row, ...]
+    rename: Any
+    unused: tuple[str, ...]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.files.close()
+
+    def match(self, abstract: Params, grow: Collection[str] = ()) -> list[convert.Part]:
+        """Finds the tensor of each parameter of `abstract`; see `convert.match`."""
+        return convert.match(
+            self.files,
+            self.rows,
+            abstract,
+            source=self.folder,
+            ignore=self.unused,
+            rename=self.rename,
+            grow=grow,
+        )
+
+
+def open_vision(folder: str | Path) -> Backbone:
+    """Looks at a SigLIP folder: a whole SigLIP or its vision model alone, in either key layout.
+
+    Raises:
+      UserError: it is not SigLIP of a fixed resolution, or its files are damaged.
+    """
+    folder = Path(folder)
+    config = read_vision_config(folder)
+    files = TensorFiles(folder)
+    # Up to version 5.0, transformers' SiglipVisionModel had its layers in an inner `vision_model`, as SiglipModel has.
+    prefixed = any(key.startswith("vision_model.") for key in files.shapes)
+    rename = None if prefixed else "vision_model.{}".format
+    return Backbone(folder, config, files, tables.SIGLIP, rename, _SIGLIP_UNUSED)
+
+
+def open_language(folder: str | Path) -> Backbone:
+    """Looks at a Llama folder.
+
+    Raises:
+      UserError: it is not a Llama that `models/language.py` computes, or its files are damaged.
+    """
+    folder = Path(folder)
+    config = read_language_config(folder)
+    files = TensorFiles(folder)
+    # With tied embeddings some files hold the table a second time; transformers does not look at it either.
+    unused = _LLAMA_UNUSED + (("lm_head.",) if config.tie_word_embeddings else ())
+    unused += tuple(key for key in files.shapes if key.endswith(_ROTARY_BUFFER))
+    return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), None, unused)
 
 
 def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
-    """Reads a SigLIP folder (a whole SigLIP, or its vision model alone).
+    """Reads a SigLIP folder, float32, onto the first device.
 
     Raises:
-      UserError: the folder, its config or its tensors are not what SigLIP's should be; all problems in one message.
+      UserError: the folder, its config or its tensors are not what SigLIP's should be.
     """
-    folder = Path(folder)
-    raw = _read_config(folder)
-    raw = raw.get("vision_config", raw)
-    if raw.get("model_type") not in ("siglip_vision_model", "siglip", "siglip2_vision_model"):
-        raise UserError(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, not a SigLIP vision model")
-    if raw.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise UserError(f"{folder}/config.json: hidden_act is {raw['hidden_act']!r}, expected 'gelu_pytorch_tanh'")
-    config = VisionConfig(
-        image_size=raw.get("image_size", 224),
-        patch_size=raw.get("patch_size", 16),
-        hidden_size=raw.get("hidden_size", 768),
-        intermediate_size=raw.get("intermediate_size", 3072),
-        num_layers=raw.get("num_hidden_layers", 12),
-        num_heads=raw.get("num_attention_heads", 12),
-        layer_norm_eps=raw.get("layer_norm_eps", 1e-6),
-    )
-    tensors = _read_tensors(folder)
-    if not any(key.startswith("vision_model.") for key in tensors):
-        tensors = {f"vision_model.{key}": tensor for key, tensor in tensors.items()}  # newer transformers' key layout
-    tensors = _without(tensors, _SIGLIP_UNUSED)
-    side = config.image_size
-    shapes = _shapes(VisionEncoder(config), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    return config, to_params(tensors, tables.SIGLIP, shapes, config.num_layers, folder)
+    with open_vision(folder) as backbone:
+        side = backbone.config.image_size
+        abstract = _abstract(VisionEncoder(backbone.config), jnp.zeros((1, side, side, 3)))
+        return backbone.config, convert.read(backbone.match(abstract), backbone.folder)
 
 
 def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
-    """Reads a Llama folder.
+    """Reads a Llama folder, float32, onto the first device.
 
     Raises:
-      UserError: the folder, its config or its tensors are not what Llama's should be; all problems in one message.
+      UserError: the folder, its config or its tensors are not what Llama's should be.
     """
-    folder = Path(folder)
-    raw = _read_config(folder)
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, expected 'llama'")
-    # transformers 5 moved the rotary settings from two top-level keys into `rope_parameters`.
-    rope = raw.get("rope_parameters")
-    if rope is None:
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise UserError(f"{folder}/config.json: rope type {rope_type!r} is not supported, only 'default' and 'llama3'")
-    scaling_fields = {field.name: rope.get(field.name) for field in dataclasses.fields(RopeScaling)}
-    config = LanguageConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim"),
-        rope_theta=rope.get("rope_theta", 10000.0),
-        rope_scaling=RopeScaling(**scaling_fields) if rope_type == "llama3" else None,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+    with open_language(folder) as backbone:
+        ids = jnp.zeros((1, 1), jnp.int32)
+        inputs = jnp.zeros((1, 1, backbone.config.hidden_size))
+        abstract = _abstract(LanguageModel(backbone.config), inputs, positions=ids, segment_ids=ids)
+        return backbone.config, convert.read(backbone.match(abstract), backbone.folder)
+
+
+def _abstract(module: nn.Module, *inputs: jax.Array, **keywords: jax.Array) -> Params:
+    return nn.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keywords)))["params"]
+
+
+# Configs in
+
+
+def read_vision_config(folder: str | Path) -> VisionConfig:
+    """The encoder that `config.json` describes; all that is wrong with it in one error."""
+    raw = _RawConfig(Path(folder))
+    kinds = [raw.get("model_type", None)]
+    if isinstance(raw.fields.get("vision_config"), dict):
+        raw.fields = raw.fields["vision_config"]
+        kinds.append(raw.get("model_type", None))
+    if {"siglip2", "siglip2_vision_model"} & set(kinds) or "num_patches" in raw.fields:
+        raise UserError(
+            f"{raw.path}: this is a NaFlex SigLIP 2, which takes images of any shape; AlignVLM cuts square tiles and "
+            'needs one of fixed resolution (of model_type "siglip", such as siglip2-so400m-patch14-384)'
+        )
+    if not {"siglip", "siglip_vision_model"} & set(kinds):
+        raise UserError(f"{raw.path}: model_type is {kinds[-1]!r}, not that of a SigLIP vision model")
+    raw.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    raw.must_be("num_channels", 3, 3)
+    config = VisionConfig(
+        image_size=raw.side("image_size", 224),
+        patch_size=raw.side("patch_size", 16),
+        hidden_size=raw.count("hidden_size", 768),
+        intermediate_size=raw.count("intermediate_size", 3072),
+        num_layers=raw.count("num_hidden_layers", 12),
+        num_heads=raw.count("num_attention_heads", 12),
+        layer_norm_eps=raw.number("layer_norm_eps", 1e-6),
     )
-    unused = _LLAMA_UNUSED + (("lm_head.",) if config.tie_word_embeddings else ())
-    tensors = _without(_read_tensors(folder), unused)
-    inputs = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = _shapes(LanguageModel(config), inputs, positions=ids, segment_ids=ids)
-    table = tables.llama(config.tie_word_embeddings)
-    return config, to_params(tensors, table, shapes, config.num_layers, folder)
+    if config.patch_size > config.image_size:
+        raw.problems.append(f"patch_size {config.patch_size} is more than image_size {config.image_size}")
+    if config.hidden_size % config.num_heads:
+        raw.problems.append(f"{config.num_heads} heads do not divide hidden_size {config.hidden_size}")
+    raw.finish()
+    return config
+
+
+def read_language_config(folder: str | Path) -> LanguageConfig:
+    """The decoder that `config.json` describes; all that is wrong with it in one error."""
+    raw = _RawConfig(Path(folder))
+    kind = raw.get("model_type", None)
+    if kind != "llama":
+        raise UserError(f"{raw.path}: model_type is {kind!r}, expected 'llama'")
+    raw.must_be("hidden_act", "silu", "silu")
+    raw.must_be("attention_bias", False, False)
+    raw.must_be("mlp_bias", False, False)
+    hidden_size, num_heads = raw.count("hidden_size", 4096), raw.count("num_attention_heads", 32)
+    theta, scaling = _read_rope(raw)
+    config = LanguageConfig(
+        vocab_size=raw.count("vocab_size", 32000),
+        hidden_size=hidden_size,
+        intermediate_size=raw.count("intermediate_size", 11008),
+        num_layers=raw.count("num_hidden_layers", 32),
+        num_heads=num_heads,
+        num_kv_heads=raw.count("num_key_value_heads", num_heads),
+        head_dim=raw.count("head_dim", 0) or None,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=raw.count("max_position_embeddings", 2048),
+    )
+    if config.head_dim is None and hidden_size % num_heads:
+        raw.problems.append(f"{num_heads} heads do not divide hidden_size {hidden_size}, and no head_dim is given")
+    elif config.head_width % 2:
+        raw.problems.append(f"head_dim is {config.head_width}, which does not fall into rotary pairs")
+    if num_heads % config.num_kv_heads:
+        raw.problems.append(f"num_key_value_heads {config.num_kv_heads} does not divide {num_heads} heads")
+    raw.finish()
+    return config
+
+
+def _read_rope(raw: "_RawConfig") -> tuple[float, RopeScaling | None]:
+    """The rotary base and scaling: two top-level keys, which transformers 5 moved into `rope_parameters`."""
+    rope = raw.get("rope_scaling", None) or raw.get("rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        raw.problems.append(f"the rotary settings are {rope!r}, not a table of names and values")
+        rope = {}
+    settings = raw.nested({"rope_theta": raw.get("rope_theta", 10000.0), **rope})
+    theta = settings.number("rope_theta", 10000.0)
+    settings.must_be("partial_rotary_factor", 1.0, 1.0)
+    kind = settings.get("rope_type", None) or settings.get("type", "default")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raw.problems.append(f"rope type {kind!r} is not supported, only 'default' and 'llama3'")
+        return theta, None
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    missing = [name for name in names if settings.get(name, None) is None]
+    if missing:
+        raw.problems.append(f"rope type 'llama3' needs {', '.join(missing)}")
+        return theta, None
+    return theta, RopeScaling(
+        factor=settings.number("factor", None),
+        low_freq_factor=settings.number("low_freq_factor", None),
+        high_freq_factor=settings.number("high_freq_factor", None),
+        original_max_position_embeddings=settings.count("original_max_position_embeddings", None),
+    )
+
+
+class _RawConfig:
+    """The fields of a `config.json`, and what is wrong with them. A field that is null counts as left out."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "config.json"
+        self.problems: list[str] = []
+        try:
+            self.fields = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} is not JSON: {error}") from error
+        if not isinstance(self.fields, dict):
+            raise UserError(f"{self.path} is not a config: it must be a table of names and values")
+        if self.fields.get("quantization_config"):
+            self.problems.append("the weights are quantized; import the folder they were made from")
+
+    def nested(self, fields: dict[str, Any]) -> "_RawConfig":
+        """Other fields of the same file."""
+        nested = object.__new__(_RawConfig)
+        nested.path, nested.problems, nested.fields = self.path, self.problems, fields
+        return nested
+
+    def get(self, name: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def number(self, name: str, default: float | None) -> float:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self.problems.append(f"{name} is {value!r}, expected a number above 0")
+            return 1.0
+        return float(value)
+
+    def count(self, name: str, default: int | None) -> int:
+        """A whole number above 0; `default` may be 0 for "not given"."""
+        value = self.get(name, default)
+        if value == default and value is not None:
+            return value
+        if type(value) is not int or value < 1:
+            self.problems.append(f"{name} is {value!r}, expected a whole number above 0")
+            return 1
+        return value
+
+    def side(self, name: str, default: int) -> int:
+        """The side of a square: one number, or the same one twice."""
+        value = self.get(name, default)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            self.fields = {**self.fields, name: value[0]}
+        elif isinstance(value, list):
+            self.problems.append(f"{name} is {value}, expected a square")
+            return default
+        return self.count(name, default)
+
+    def must_be(self, name: str, expected: Any, default: Any) -> None:
+        value = self.get(name, default)
+        if value != expected:
+            self.problems.append(f"{name} is {value!r}, only {expected!r} is supported")
+
+    def finish(self) -> None:
+        """Raises what was found, if anything."""
+        if self.problems:
+            raise UserError(f"{self.path}: " + "; ".join(self.problems))
+
+
+# Folders out
 
 
 def save_vision_folder(folder: str | Path, config: VisionConfig, params: Params, dtype: str = "bfloat16") -> None:
@@ -179,49 +373,8 @@ def llama_config(config: LanguageConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def to_params(
-    tensors: dict[str, np.ndarray],
-    table: tuple[tables.Row, ...],
-    shapes: dict[str, tuple[int, ...]],
-    num_layers: int,
-    source: str | Path,
-) -> Params:
-    """Turns tensors into a parameter tree by a conversion table.
-
-    Args:
-      tensors: what the checkpoint holds.
-      table: which tensor is which parameter.
-      shapes: the shape each parameter must have, by path.
-      num_layers: how many tensors `{layer}` stands for.
-      source: named in the error.
-
-    Raises:
-      UserError: listing every tensor that is missing, left over, or of another shape than the config promises.
-    """
-    problems, params, used = [], {}, set()
-    for row in table:
-        keys = [row.key.format(layer=layer) for layer in range(num_layers)] if "{layer}" in row.key else [row.key]
-        used.update(keys)
-        missing = [key for key in keys if key not in tensors]
-        if missing:
-            problems += [f"{key} is missing" for key in missing]
-            continue
-        stacked = "{layer}" in row.key
-        expected = shapes[row.path][1:] if stacked else shapes[row.path]
-        arrays = [np.asarray(row.transform.to_jax(tensors[key]), np.float32) for key in keys]
-        wrong = [(key, array.shape) for key, array in zip(keys, arrays, strict=True) if array.shape != expected]
-        if wrong:
-            problems += [f"{key} becomes {shape}, the config says {expected}" for key, shape in wrong]
-            continue
-        params[tuple(row.path.split("/"))] = np.stack(arrays) if stacked else arrays[0]
-    problems += [f"{key} is not part of this model" for key in sorted(set(tensors) - used)]
-    if problems:
-        raise UserError(f"{source}: the tensors do not fit the config: " + "; ".join(problems))
-    return unflatten_dict(params)
-
-
 def to_tensors(params: Params, table: tuple[tables.Row, ...], num_layers: int) -> dict[str, np.ndarray]:
-    """Turns a parameter tree into tensors: `to_params` backwards."""
+    """Turns a parameter tree into tensors."""
     flat = {"/".join(path): np.asarray(array) for path, array in flatten_dict(params).items()}
     tensors = {}
     for row in table:
@@ -230,40 +383,6 @@ def to_tensors(params: Params, table: tuple[tables.Row, ...], num_layers: int) -
         for key, part in slices if "{layer}" in row.key else [(row.key, array)]:
             tensors[key] = row.transform.to_torch(part)
     return tensors
-
-
-def _shapes(module, *inputs, **keywords) -> dict[str, tuple[int, ...]]:
-    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *_zeros(inputs), **_zeros(keywords)))["params"]
-    return {"/".join(path): array.shape for path, array in flatten_dict(nn.unbox(boxed)).items()}
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _without(tensors: dict[str, np.ndarray], prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    path = folder / "model.safetensors"
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no model.safetensors") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _write_folder(folder: str | Path, config: dict, tensors: dict[str, np.ndarray], dtype: str) -> None:

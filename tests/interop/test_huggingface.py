@@ -146,7 +146,7 @@ def test_all_problems_are_reported_together(tmp_path):
     with pytest.raises(UserError) as error:
         huggingface.load_language_folder(tmp_path)
     assert "model.layers.2.mlp.up_proj.weight is not part of this model" in str(error.value)
-    assert "model.layers.0.mlp.gate_proj.weight becomes (32, 48), the config says (32, 64)" in str(error.value)
+    assert "model.layers.{0,1}.mlp.gate_proj.weight has shape [48, 32], the config says [64, 32]" in str(error.value)
 
 
 def test_a_truncated_file_and_a_folder_that_is_none(tmp_path):

@@ -1,0 +1,167 @@
+"""The tensors of a Hugging Face folder, read from memory-mapped safetensors as they are needed.
+
+    with TensorFiles("llama/") as files:
+        files.shapes["model.norm.weight"]                 # known without reading anything
+        files.read("model.embed_tokens.weight", 17)       # one row: only its pages are read
+
+What `read` returns is a view into the file: slicing or transposing it reads nothing yet, and copying a part of it reads
+that part alone. So a tensor never takes memory of its own, only what is made of it does.
+"""
+
+import json
+import mmap
+import shlex
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from alignvlm_jax.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+# weights_only keeps torch from running what a pickle says; the clones part tensors that share memory.
+_CONVERT = (
+    "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
+    "s.save_file({k: v.clone().contiguous() for f in sorted(glob.glob(d + '/pytorch_model*.bin')) "
+    "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}, "
+    f"d + '/{WEIGHTS_FILE}', metadata={{'format': 'pt'}})"
+)
+
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+
+
+class TensorFiles:
+    """The tensors of a folder: of `model.safetensors`, or of shards with `model.safetensors.index.json`.
+
+    Attributes:
+      folder: where they are.
+      shapes: of every tensor, by key.
+      dtypes: of every tensor; bfloat16 is `ml_dtypes.bfloat16`.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Opens the files and reads their headers.
+
+        Raises:
+          UserError: no weights, pickled ones, damaged files, or an index that does not fit its files; all in one.
+        """
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._places: dict[str, tuple[mmap.mmap, int]] = {}
+        self._problems: list[str] = []
+        if (self.folder / WEIGHTS_FILE).is_file():
+            self._open(WEIGHTS_FILE)
+        elif (self.folder / INDEX_FILE).is_file():
+            self._open_shards()
+        else:
+            self._problems.append(_no_weights(self.folder))
+        if self._problems:
+            self.close()
+            raise UserError(f"{self.folder}: " + "; ".join(self._problems))
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the files; each stays mapped for as long as a view into it is in use."""
+        self._places.clear()
+
+    def read(self, key: str, index: Index = ...) -> np.ndarray:
+        """One tensor, or a part of it, as a read-only view into the file."""
+        memory, offset = self._places[key]
+        shape = self.shapes[key]
+        count = int(np.prod(shape))
+        if count == 0:
+            return np.empty(shape, self.dtypes[key])[index]
+        return np.frombuffer(memory, self.dtypes[key], count, offset).reshape(shape)[index]
+
+    def _open_shards(self) -> None:
+        try:
+            weight_map = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
+            if not all(isinstance(shard, str) for shard in shards):
+                raise TypeError("a shard's name must be text")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._problems.append(f"{INDEX_FILE} is not an index of safetensors ({type(error).__name__}: {error})")
+            return
+        opened = [shard for shard in shards if self._may_open(shard) and self._open(shard)]
+        for key, shard in weight_map.items():
+            if shard in opened and key not in self.shapes:
+                self._problems.append(f"{INDEX_FILE} says {key} is in {shard}, where it is not")
+
+    def _may_open(self, shard: str) -> bool:
+        """Whether the index names a file in its own folder, which must not be a link that leads elsewhere."""
+        folder, path = self.folder.resolve(), (self.folder / shard).resolve()
+        # The cache of huggingface_hub links snapshots/REVISION/* to blobs/*, two folders up.
+        in_cache = folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs"
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or not (path.is_relative_to(folder) or in_cache):
+            self._problems.append(f"{INDEX_FILE} points outside the folder, to {shard!r} ({path})")
+            return False
+        return True
+
+    def _open(self, name: str) -> bool:
+        path = self.folder / name
+        try:
+            # The library checks the header against the size of the file. It would copy what it reads: it reads no more.
+            with safetensors.safe_open(path, framework="np"):
+                pass
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            self._problems.append(f"{name} is missing")
+            return False
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            self._problems.append(f"{name} is damaged, cut short or not safetensors ({error}): fetch it again")
+            return False
+        length = int.from_bytes(memory[:8], "little")
+        for key, entry in json.loads(memory[8 : 8 + length]).items():
+            if key == "__metadata__":
+                continue
+            if key in self.shapes:
+                self._problems.append(f"{key} is in {name} and in another file as well")
+            elif entry["dtype"] not in _DTYPES:
+                self._problems.append(f"{key} in {name} has dtype {entry['dtype']}, which is not supported")
+            else:
+                self.shapes[key] = tuple(entry["shape"])
+                self.dtypes[key] = np.dtype(_DTYPES[entry["dtype"]])
+                self._places[key] = memory, 8 + length + entry["data_offsets"][0]
+        return True
+
+
+def _no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        return f"no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+    return (
+        f"the weights are pickled ({pickled[0]}), and reading a pickle can run what its author put in; "
+        f"where torch is installed, convert them with: python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
+    )
