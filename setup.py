@@ -71,7 +71,10 @@ setup(
     packages=packages(),
     package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
     # The nano backbones (weights, tokenizer, card) and the chat templates travel with the package.
-    package_data={"alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"]},
+    package_data={
+        "alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"],
+        "alignvlm_jax.interop": ["*.jinja"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["alignvlm = alignvlm_jax.cli:main"]},

@@ -46,10 +46,14 @@ Message = Mapping[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+# Our own entry of tokenizer_config.json: further tokens that end an answer, which Hugging Face folders list elsewhere.
+END_TOKENS = "end_tokens"
 
 # A hidden passage is rendered as OPEN, its number, CLOSE. Either character in a user's text is hidden as well.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# Stands before a passage that is encoded apart from what precedes it, so that it is not taken for the start.
+_BREAK = "\ue002\ue003\ue002"
 
 
 class EncodedChat(NamedTuple):
@@ -65,15 +69,17 @@ class ChatTokenizer:
 
     Attributes:
       pad_id, image_id: ids of the padding and image placeholder tokens.
-      end_ids: the tokens that end an answer: what the template writes after one, and the end of text.
+      end_ids: the tokens that end an answer: what the template writes after one, the end of text, and those that
+        the configuration lists besides.
       vocab_size: one more than the largest id.
     """
 
     def __init__(self, tokenizer_json: str, tokenizer_config: Mapping[str, Any], chat_template: str):
         self._files = (tokenizer_json, dict(tokenizer_config), chat_template)
         self._tokenizer = _load_tokenizer(tokenizer_json)
-        self._template = _compile(chat_template)
-        self._names = _special_names(tokenizer_config)
+        self._template = compile_template(chat_template)
+        self._names = special_names(tokenizer_config)
+        self._end_tokens = tuple(tokenizer_config.get(END_TOKENS, ()))
         added = self._tokenizer.get_added_tokens_decoder()
         specials = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
         if not specials:
@@ -112,6 +118,11 @@ class ChatTokenizer:
         (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+
+    @property
+    def chat_template(self) -> str:
+        """The template's text."""
+        return self._files[2]
 
     def __reduce__(self):
         # Compiled templates do not pickle; worker processes compile their own.
@@ -158,9 +169,21 @@ class ChatTokenizer:
         plain.encode_special_tokens = True
         return plain
 
+    @functools.cached_property
+    def _plain_later(self) -> tokenizers.Tokenizer | None:
+        """`_plain` that knows `_BREAK`, for a tokenizer that puts a blank before a text's first word, there only."""
+        if not re.search(r'"prepend_scheme":\s*"first"', self._files[0]):
+            return None
+        plain = _load_tokenizer(self._files[0])
+        plain.encode_special_tokens = True
+        plain.add_tokens([tokenizers.AddedToken(_BREAK, normalized=False)])
+        return plain
+
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._names)
+            # As in transformers, tools and documents are defined, if only as None.
+            variables = {"messages": messages, "tools": None, "documents": None, **self._names}
+            return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template cannot write this conversation: {error}") from error
 
@@ -189,9 +212,13 @@ class ChatTokenizer:
 
         def add_text(text):
             nonlocal cursor
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            ids.extend(encoding.ids)
-            offsets.extend((start + cursor, end + cursor) for start, end in encoding.offsets)
+            if cursor and text and self._plain_later and _BREAK not in text:
+                encoding, skip = self._plain_later.encode(_BREAK + text, add_special_tokens=False), 1
+            else:
+                encoding, skip = self._plain.encode(text, add_special_tokens=False), 0
+            shift = cursor - skip * len(_BREAK)
+            ids.extend(encoding.ids[skip:])
+            offsets.extend((start + shift, end + shift) for start, end in encoding.offsets[skip:])
             cursor += len(text)
 
         at = 0
@@ -227,13 +254,19 @@ class ChatTokenizer:
         return token_id
 
     def _find_end_ids(self) -> tuple[int, ...]:
-        """What the template writes after an answer, tried on a small conversation; then the end of text."""
+        """What the template writes after an answer, tried on a small conversation; end of text; those listed."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = self._render(messages, add_generation_prompt=False)
         ((start, end),) = self._answers(messages, rendered)
         ids = [self._tokenizer.token_to_id(self._special.findall(rendered[start:end])[-1])]
         if "eos_token" in self._names and (eos := self._named_id("eos_token")) not in ids:
             ids.append(eos)
+        for token in self._end_tokens:
+            token_id = self._tokenizer.token_to_id(token)
+            if token_id is None:
+                raise UserError(f"{CONFIG_FILE}: {END_TOKENS} names {token!r}, which {TOKENIZER_FILE} does not have")
+            if token_id not in ids:
+                ids.append(token_id)
         return tuple(ids)
 
 
@@ -273,10 +306,11 @@ def _load_tokenizer(tokenizer_json: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+def special_names(config: Mapping[str, Any]) -> dict[str, str]:
     """{"bos_token": "<|begin|>", ...}: plain strings, AddedToken dicts, and the extra ones transformers nests."""
-    extra = config.get("extra_special_tokens")
-    entries = {**config, **(extra if isinstance(extra, Mapping) else {})}
+    entries = dict(config)
+    for nested in ("extra_special_tokens", "model_specific_special_tokens"):
+        entries.update(config[nested] if isinstance(config.get(nested), Mapping) else {})
     names = {}
     for name, value in entries.items():
         content = value.get("content") if isinstance(value, Mapping) else value
@@ -295,7 +329,7 @@ class _GenerationBlocks(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _compile(chat_template: str) -> jinja2.Template:
+def compile_template(chat_template: str) -> jinja2.Template:
     """The environment of transformers' apply_chat_template.
 
     `strftime_now` is left out on purpose: templates that would write today's date fall back to a fixed one, and the

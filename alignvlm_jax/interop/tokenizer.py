@@ -1,0 +1,447 @@
+"""A language model's tokenizer, from its Hugging Face folder to ours, and from ours to one for transformers.
+
+In: a Llama-family folder knows text only. `import_tokenizer` names one of its tokens the image placeholder (or adds
+one), makes its chat template take images, writes down all that ends an answer, and drops what a training run left
+behind (padding, truncation, today's date). Out: `export_tokenizer` writes the same tokens, ids and template as
+transformers 5.x reads them. Neither needs transformers.
+
+A chat template is a small program that writes a conversation down. Those of text models expect each message's content
+to be a string; ours are lists of images and texts. So a prelude is put in front, in the template's own language, that
+turns each list into a string with the image token where the image is. The template behind it is left as it was, and
+one file serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM alike.
+
+One difference remains. Text typed by a user that reads like a special token stays text in `ChatTokenizer`, and becomes
+that token in transformers, unless `apply_chat_template(..., sanitize_control_tokens=True)` is asked for.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+
+from alignvlm_jax.data.chat import (
+    CONFIG_FILE,
+    END_TOKENS,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    ChatTokenizer,
+    compile_template,
+    special_names,
+)
+from alignvlm_jax.errors import UserError
+
+DEFAULT_TEMPLATE = pathlib.Path(__file__).with_name("default_chat_template.jinja")
+
+# What models that see call their placeholder, and what Llama 3 calls the rows it keeps free.
+_IMAGE_TOKENS = ("<image>", "<|image|>", "<image_pad>", "<|image_pad|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
+_RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>")
+_NEW_IMAGE_TOKEN = "<image>"
+# A table that has to grow grows to a multiple of this, which keeps its matrix product fast and lets it be sharded.
+_ROW_MULTIPLE = 64
+_LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
+
+# The day that Llama 3.1's template writes where it is told none. A macro hides transformers' function of that name.
+_DATE = {
+    **{"%-d": "26", "%d": "26", "%m": "07", "%Y": "2024", "%y": "24", "%B": "July", "%b": "Jul"},
+    **{"%A": "Friday", "%a": "Fri", "%j": "208", "%H": "00", "%M": "00", "%S": "00"},
+}
+_DATE_PRELUDE = (
+    "{#- Today is 26 July 2024 for ever: the same conversation is always the same tokens. -#}\n"
+    "{%- macro strftime_now(format) -%}\n    {{- format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " -}}\n{%- endmacro -%}\n"
+)
+
+# The loops are spelled so that vLLM sees that this template takes lists of parts. A sandbox forbids list.append, and
+# an assignment inside a loop ends with it unless it is to a namespace.
+_PARTS_PRELUDE = """{#- The template below expects texts: a list of parts becomes one, with the image token inline. -#}
+{%- set chat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+    {%- if message['content'] is string or message['content'] is mapping or message['content'] is not iterable -%}
+        {%- set chat.messages = chat.messages + [message] -%}
+    {%- else -%}
+        {%- set chat.text = '' -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {%- set chat.text = chat.text + IMAGE_TOKEN -%}
+            {%- elif part['type'] == 'text' -%}
+                {%- set chat.text = chat.text + part['text'] -%}
+            {%- else -%}
+                {{- raise_exception('a part of a message is an image or a text, not ' ~ part['type']) -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set chat.messages = chat.messages + [dict(message, content=chat.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = chat.messages %}
+"""
+
+
+class ImportedTokenizer(NamedTuple):
+    """`num_embeddings`: rows the embedding table must have. `notes`: sentences for the user about what was decided."""
+
+    chat: ChatTokenizer
+    num_embeddings: int
+    notes: tuple[str, ...]
+
+
+def import_tokenizer(
+    folder: str | os.PathLike,
+    *,
+    num_embeddings: int,
+    image_token: str | None = None,
+    chat_template: str | None = None,
+) -> ImportedTokenizer:
+    """The tokenizer of a Hugging Face folder, ready for images.
+
+    Args:
+      folder: holds tokenizer.json, and what there is of tokenizer_config.json, chat_template.jinja,
+        special_tokens_map.json, generation_config.json and config.json.
+      num_embeddings: rows of the language model's embedding table.
+      image_token: the placeholder's text. Otherwise the one that the folder names, a well-known one of its vocabulary,
+        a reserved token of Llama 3, or `<image>` added behind the vocabulary.
+      chat_template: text of a Jinja template instead of the folder's.
+
+    Returns:
+      The tokenizer; the rows the embedding table must have, more than given where the image token needs one; notes.
+
+    Raises:
+      UserError: a file is missing or damaged, or vocabulary and embedding table do not belong together.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        return _import(_read_folder(folder), num_embeddings, image_token, chat_template)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def export_tokenizer(
+    tokenizer_folder: str | os.PathLike, out_folder: str | os.PathLike, *, language_only: bool = False
+) -> None:
+    """Write a tokenizer of ours as transformers 5.x reads it: tokenizer.json and its configuration, the chat template.
+
+    The chat template writes the token that begins a text. transformers' processors would have tokenizer.json add
+    another, so the rule that adds it is left out.
+
+    Args:
+      tokenizer_folder: the tokenizer folder of a checkpoint.
+      out_folder: made if need be; the three files in it are replaced.
+      language_only: for a folder that goes without our processor: the rule stays, as in the folder once imported.
+    """
+    tokenizer_folder, out_folder = pathlib.Path(tokenizer_folder), pathlib.Path(out_folder)
+    chat = ChatTokenizer.from_folder(tokenizer_folder)  # Complains about a folder that is not one.
+    vocabulary = _read_json(tokenizer_folder / TOKENIZER_FILE)
+    config = _read_json(tokenizer_folder / CONFIG_FILE)
+    vocabulary["padding"] = vocabulary["truncation"] = None
+    if not language_only:
+        vocabulary["post_processor"] = _without_added_tokens(vocabulary.get("post_processor"))
+    names = special_names(config)
+    image_token = names.pop("image_token")
+    token_of = {token_id: token for token, token_id in _token_ids(vocabulary).items()}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "pad_token": token_of[chat.pad_id],
+        "extra_special_tokens": {"image_token": image_token},
+        # Prompts of different lengths go on at the same position.
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **{key: config[key] for key in ("model_max_length", END_TOKENS) if key in config},
+    }
+    ChatTokenizer(_dump(vocabulary), config, chat.chat_template).save(out_folder)
+
+
+def _import(files: "_Files", num_embeddings: int, image_token: str | None, template: str | None) -> ImportedTokenizer:
+    notes = []
+    vocabulary = files.vocabulary
+    vocabulary["padding"] = vocabulary["truncation"] = None
+    _add_missing(vocabulary, files.config)
+    names = _find_names(files, vocabulary, notes)
+    if template is None:
+        template = _find_template(files, notes)
+    if "pad_token" not in names and _LLAMA_PAD_TOKEN in _token_ids(vocabulary):
+        names["pad_token"] = _LLAMA_PAD_TOKEN
+
+    named_image = names.pop("image_token", None)
+    ends = _listed_ends(files, _token_ids(vocabulary), notes)
+    taken = {*names.values(), *ends}
+    image_token = image_token or named_image or _find_image_token(vocabulary, taken, template)
+    if image_token in taken:
+        raise UserError(f"the image token {image_token!r} begins, ends or pads a text: name another one")
+    added = image_token not in _token_ids(vocabulary)
+    _make_special(vocabulary, image_token)
+    names["image_token"] = image_token
+    for token in names.values():
+        _make_special(vocabulary, token)
+    ids = _token_ids(vocabulary)
+    image_id = ids[image_token]
+    _check_rows({token: i for token, i in ids.items() if token != image_token}, num_embeddings, notes)
+    rows = num_embeddings
+    if image_id >= rows:
+        rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        notes.append(
+            f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows "
+            f"from {num_embeddings} to {rows} rows"
+        )
+    else:
+        where = ", a spare row of the embedding table" if added else ", which the vocabulary already has"
+        notes.append(f"image token {image_token!r} has id {image_id}{where}")
+
+    template = _for_images(template, names, notes)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: token for name, token in names.items() if name != "image_token"},
+        "extra_special_tokens": {"image_token": image_token},
+        "clean_up_tokenization_spaces": False,
+    }
+    limit = files.config.get("model_max_length")
+    if isinstance(limit, int) and limit < 2**31:  # Larger ones mean that nobody set it.
+        config["model_max_length"] = limit
+    if ends:
+        config[END_TOKENS] = ends
+    chat = ChatTokenizer(_dump(vocabulary), config, template)
+    if chat.token_to_id(image_token) != image_id:
+        raise UserError(
+            f"{TOKENIZER_FILE}: its ids have gaps, so that the new image token {image_token!r} has no sure id; "
+            "name a token that the vocabulary has"
+        )
+    return ImportedTokenizer(chat, rows, tuple(notes))
+
+
+class _Files(NamedTuple):
+    """A folder's files, parsed; the optional ones are empty where they are missing."""
+
+    vocabulary: dict[str, Any]
+    config: dict[str, Any]
+    special_map: dict[str, Any]
+    generation: dict[str, Any]
+    model: dict[str, Any]
+    template: str | None
+
+
+def _read_folder(folder: pathlib.Path) -> _Files:
+    if not folder.is_dir():
+        raise UserError("no such folder")
+    if not (folder / TOKENIZER_FILE).exists():
+        if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
+            raise UserError(
+                f"it holds a tokenizer in an older form, without {TOKENIZER_FILE}. Convert it where transformers and "
+                'sentencepiece are installed: python -c "import transformers as t; '
+                f"t.AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
+        raise UserError(f"it has no {TOKENIZER_FILE}")
+    template = None
+    if (folder / TEMPLATE_FILE).exists():
+        template = _read_text(folder / TEMPLATE_FILE)
+    elif (folder / "chat_template.json").exists():  # For a while processors kept it there.
+        template = _read_json(folder / "chat_template.json").get("chat_template")
+    optional = (CONFIG_FILE, "special_tokens_map.json", "generation_config.json", "config.json")
+    parsed = [_read_json(folder / name) if (folder / name).exists() else {} for name in optional]
+    return _Files(_read_json(folder / TOKENIZER_FILE), *parsed, template)
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.name}: cannot be read ({error})") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path.name}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name}: not a JSON object; copy the file again")
+    return content
+
+
+def _dump(vocabulary: Mapping[str, Any]) -> str:
+    return json.dumps(vocabulary, ensure_ascii=False, indent=2) + "\n"
+
+
+def _token_ids(vocabulary: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of a parsed tokenizer.json."""
+    try:
+        ids = vocabulary["model"]["vocab"]
+        ids = dict(ids) if isinstance(ids, dict) else {piece[0]: i for i, piece in enumerate(ids)}
+        return ids | {token["content"]: token["id"] for token in vocabulary.get("added_tokens") or ()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{TOKENIZER_FILE}: it has no vocabulary where one belongs; copy the file again") from error
+
+
+def _make_special(vocabulary: dict[str, Any], token: str) -> None:
+    """Have the token recognised whole wherever it stands; one that is new gets the id behind all others."""
+    entries = vocabulary.setdefault("added_tokens", [])
+    for entry in entries:
+        if entry["content"] == token:
+            entry["special"] = True
+            return
+    ids = _token_ids(vocabulary)
+    token_id = ids.get(token, 1 + max(ids.values()))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entries.append({"id": token_id, "content": token, **flags})
+    entries.sort(key=lambda entry: entry["id"])
+
+
+def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Tokens that only tokenizer_config.json lists; transformers adds them as well."""
+    listed = config.get("added_tokens_decoder") or {}
+    for token_id, entry in sorted(((int(i), entry) for i, entry in listed.items()), key=lambda item: item[0]):
+        ids = _token_ids(vocabulary)
+        if entry["content"] in ids:
+            continue
+        if token_id in ids.values():
+            raise UserError(
+                f"{CONFIG_FILE} gives {entry['content']!r} the id {token_id}, which {TOKENIZER_FILE} gives another "
+                "token: the two files are not of one tokenizer"
+            )
+        vocabulary.setdefault("added_tokens", []).append({"id": token_id, **entry})
+    vocabulary["added_tokens"] = sorted(vocabulary.get("added_tokens") or [], key=lambda entry: entry["id"])
+
+
+def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    """{"bos_token": "<s>", ...}: those named, less those that no vocabulary has."""
+    names = special_names(files.special_map) | special_names(files.config)
+    ids = _token_ids(vocabulary)
+    token_of = {token_id: token for token, token_id in ids.items()}
+    for name in ("bos_token", "eos_token"):
+        for config in (files.generation, files.model):
+            token_id = config.get(f"{name}_id")
+            token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+            if name not in names and token_id in token_of:
+                names[name] = token_of[token_id]
+    if "eos_token" not in names:
+        raise UserError(f'{CONFIG_FILE} names no token that ends a text: add "eos_token"')
+    for name, token in list(names.items()):
+        if token in ids or name == "image_token":
+            continue
+        if name in ("bos_token", "eos_token"):
+            raise UserError(f"{CONFIG_FILE}: {name} {token!r} is not in {TOKENIZER_FILE}")
+        del names[name]
+        notes.append(f"{name} {token!r} is in no vocabulary and was left out")
+    return names
+
+
+def _find_template(files: _Files, notes: list[str]) -> str:
+    template = files.template if files.template is not None else files.config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default") or next(iter(named.values()), None)
+        if len(named) > 1:
+            used = next(name for name, text in named.items() if text == template)
+            notes.append(f"of the chat templates {', '.join(map(str, named))} the one named {used!r} is used")
+    if isinstance(template, str):
+        return template
+    notes.append(
+        "the folder has no chat template (a base model?): a plain one is used, 'User: ...' and 'Assistant: ...' line "
+        "by line; give another with --chat-template"
+    )
+    return _read_text(DEFAULT_TEMPLATE)
+
+
+def _find_image_token(vocabulary: Mapping[str, Any], taken: Collection[str], template: str) -> str:
+    added = [entry["content"] for entry in vocabulary["added_tokens"]]
+    for token in _IMAGE_TOKENS:
+        if token in added:
+            return token
+    reserved = [token for token in added if _RESERVED.fullmatch(token)]
+    free = [token for token in reserved if token not in taken and token not in template]
+    return min(free, key=lambda token: int(_RESERVED.fullmatch(token)[1]), default=_NEW_IMAGE_TOKEN)
+
+
+def _check_rows(ids: Mapping[str, int], num_embeddings: int, notes: list[str]) -> None:
+    outside = sorted((token for token, i in ids.items() if i >= num_embeddings), key=ids.get)
+    if outside:
+        some = ", ".join([*map(repr, outside[:5]), *(["..."] if len(outside) > 5 else [])])
+        raise UserError(
+            f"{TOKENIZER_FILE} has {1 + max(ids.values())} ids, but the embedding table has {num_embeddings} rows: none "
+            f"for {len(outside)} tokens ({some}). Is this the tokenizer of another model?"
+        )
+    without = num_embeddings - len(set(ids.values()))
+    if without > num_embeddings // 2:
+        notes.append(
+            f"{without} of the embedding table's {num_embeddings} rows belong to no token of {TOKENIZER_FILE}: "
+            "make sure that it is this model's tokenizer"
+        )
+
+
+def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:
+    """The tokens that generation_config.json, or else config.json, lists as ends of a text."""
+    listed = files.generation.get("eos_token_id", files.model.get("eos_token_id"))
+    listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
+    token_of = {token_id: token for token, token_id in ids.items()}
+    unknown = [token_id for token_id in listed if token_id not in token_of]
+    if unknown:
+        notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which no token has: left out")
+    return [token_of[token_id] for token_id in listed if token_id in token_of]
+
+
+def _for_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:
+    """The template with what it needs in front of it to take images, tried out on small conversations."""
+    if "strftime_now" in template:
+        template = _DATE_PRELUDE + template
+        notes.append(
+            "the chat template writes the day's date: it now always writes 26 Jul 2024, so that a conversation is the "
+            "same tokens every day"
+        )
+    if _takes_parts(template, names):
+        return template
+    image_token = json.dumps(names["image_token"], ensure_ascii=False)
+    wrapped = _PARTS_PRELUDE.replace("IMAGE_TOKEN", image_token) + template
+    if not _takes_parts(wrapped, names):
+        raise UserError(
+            "the chat template writes neither a user's text nor an image where they belong; give another with "
+            "--chat-template"
+        )
+    return wrapped
+
+
+def _takes_parts(template: str, names: Mapping[str, str]) -> bool:
+    """Whether texts come out the same as strings and as lists of parts, and an image as the image token."""
+    compiled = compile_template(template)
+
+    def render(*contents):
+        messages = [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=False)
+        ]
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False, **names}
+        try:
+            return compiled.render(**variables)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return None
+
+    def parts(text):
+        return [{"type": "text", "text": text}]
+
+    # Words that no template is likely to write itself.
+    question, answer = "qwestion", "annswer"
+    plain = render(question, answer)
+    seen = render([{"type": "image"}, *parts(question)], answer)
+    if plain is None or seen is None or plain.count(question) != 1 or plain.count(answer) != 1:
+        return False
+    if names["image_token"] in plain:
+        raise UserError(
+            f"the chat template writes the image token {names['image_token']!r} where there is no image: name another"
+        )
+    if seen != plain.replace(question, names["image_token"] + question):
+        # Templates of models that see may put something of their own about an image.
+        before, _, behind = seen.partition(question)
+        if before.count(names["image_token"]) != 1 or names["image_token"] in behind:
+            return False
+    return render(parts(question), parts(answer)) == plain
+
+
+def _without_added_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor of tokenizer.json without the rule that adds tokens at the ends of a text."""
+    if processor is None or processor.get("type") == "TemplateProcessing":
+        return None
+    if processor.get("type") == "Sequence":
+        kept = [_without_added_tokens(entry) for entry in processor["processors"]]
+        return {**processor, "processors": [entry for entry in kept if entry is not None]}
+    return processor
