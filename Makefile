@@ -1,5 +1,6 @@
 # make install   build .venv with everything the tests need (the other targets call it when needed)
 # make test      run the tests
+# make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk
 # make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones make the shipped nano backbones again, from nothing (an hour or two)
 # make lint      ruff
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test demo backbones lint clean
+.PHONY: install test test-large demo backbones lint clean
 
 install: $(STAMP)
 
@@ -20,6 +21,9 @@ $(STAMP): setup.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-large: $(STAMP)
+	$(BIN)/python -m pytest -m large -s
 
 demo: $(STAMP)
 	$(BIN)/alignvlm demo --out runs/demo

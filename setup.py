@@ -16,6 +16,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorstore>=0.1.80,<0.2",  # reads slices of what Orbax wrote
     "grain>=0.2.18,<0.3",
     "array-record>=0.8.3,<0.9",
     "tensorflow-datasets>=4.9.10,<4.10",

@@ -78,7 +78,7 @@ class ExperimentConfig:
 
 def load(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a config file, applies overrides ("a.b=value", with or without "--config." in front), checks the result."""
-    raw = _plain(_run_config_file(find_config(file)))
+    raw = _plain(read_config_file(file))
     for override in overrides:
         _apply(raw, override)
     return from_dict(raw)
@@ -133,8 +133,12 @@ def config_hash(config: ExperimentConfig) -> str:
 # Reading
 
 
-def _run_config_file(path: Path) -> Any:
-    """Runs the file and its `get_config`; whatever goes wrong names the file and the line."""
+def read_config_file(file: str | Path) -> Any:
+    """What the file's `get_config` returns, unchecked: for configs that are another one with a few changes.
+
+    Whatever goes wrong in it is a `UserError` that names the file and the line.
+    """
+    path = find_config(file)
     try:
         namespace = runpy.run_path(str(path))
         if not callable(namespace.get("get_config")):

@@ -1,0 +1,93 @@
+"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN, Llama-3.2-1B; the paper's three stages.
+
+    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \\
+        --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
+
+The backbones are folders as Hugging Face lays them out; `tools/import_hf.py` makes a checkpoint of the same model
+before any training. The data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) lie under `data.root`.
+
+Source: arXiv 2502.01341. Stages, what they train, global batches, learning rates, text lengths and epochs are the
+paper's. Optimizer, schedule and warm-up are not in it; here they are what VLM recipes usually take: AdamW without
+weight decay, a cosine to 0, 500 steps of warm-up.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.backbones = ConfigDict(dict(vision="siglip-so400m-patch14-384", language="Llama-3.2-1B-Instruct"))
+    config.model = ConfigDict()
+    config.model.vision = ConfigDict(
+        dict(
+            image_size=384,
+            patch_size=14,
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_layers=27,
+            num_heads=16,
+            layer_norm_eps=1e-6,
+            dtype="bfloat16",
+            remat="full",
+        )
+    )
+    config.model.connector = ConfigDict(dict(name="align"))
+    config.model.language = ConfigDict(
+        dict(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=500000.0,
+            rope_scaling=dict(
+                factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+            ),
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            max_position_embeddings=131072,
+            dtype="bfloat16",
+            remat="full",
+        )
+    )
+
+    # A page is at most nine tiles and its thumbnail, 7,290 visual tokens; with 2,048 of text it fits a bin of 19 x 512.
+    config.data = ConfigDict()
+    config.data.root = "data"
+    config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))
+    config.data.packing = ConfigDict(
+        dict(tokens_per_bin=9728, tiles_per_bin=10, bins_per_microbatch=64, examples_per_bin=32)
+    )
+
+    everything, all_but_vision = ("vision", "connector", "language"), ("connector", "language")
+    config.stages = [
+        stage("captions", "cc12m", everything, epochs=1, batch=512, rate=1e-5, max_text_tokens=1024),
+        stage("documents", "bigdocs", everything, epochs=1, batch=512, rate=5e-5, max_text_tokens=2048),
+        stage("tasks", "docdownstream", all_but_vision, epochs=5, batch=512, rate=5e-5, max_text_tokens=2048),
+    ]
+    config.checkpoint = ConfigDict(dict(every_steps=1000, keep=2))
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    return config
+
+
+def stage(
+    name: str, dataset: str, trainable: tuple[str, ...], epochs: float, batch: int, rate: float, max_text_tokens: int
+) -> ConfigDict:
+    """One stage: one data set, one learning rate for all that is trained."""
+    return ConfigDict(
+        dict(
+            name=name,
+            trainable=trainable,
+            mixture=[dict(dataset=dataset, split="train", task="mixed", weight=1.0)],
+            epochs=float(epochs),
+            global_batch=batch,
+            learning_rates=dict(vision=rate, connector=rate, language=rate),
+            schedule="cosine",
+            warmup_steps=500,
+            optimizer=dict(name="adamw", weight_decay=0.0, clip_norm=1.0),
+            max_text_tokens=max_text_tokens,
+        )
+    )

@@ -1,0 +1,30 @@
+"""The paper's 8B model: as `alignvlm_1b.py`, with Llama-3.1-8B, half the batch in stages 2 and 3, and 1e-5 throughout.
+
+    alignvlm train --config configs/alignvlm_8b.py --workdir runs/8b \\
+        --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.1-8B-Instruct
+"""
+
+from ml_collections import ConfigDict
+
+from alignvlm_jax.config import read_config_file
+
+
+def get_config() -> ConfigDict:
+    config = read_config_file("configs/alignvlm_1b.py")
+    config.backbones.language = "Llama-3.1-8B-Instruct"
+    config.model.language.update(
+        dict(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            tie_word_embeddings=False,
+        )
+    )
+    config.model.language.rope_scaling.factor = 8.0
+    for stage, batch, rate in zip(config.stages, (512, 256, 256), (1e-5, 1e-5, 1e-5), strict=True):
+        stage.global_batch = batch
+        stage.learning_rates = ConfigDict(dict(vision=rate, connector=rate, language=rate))
+    return config

@@ -1,0 +1,74 @@
+"""The whole path on one 16 GB GPU: shapes of SigLIP-base/16 at 224 px and of SmolLM2-135M, on the demo's documents.
+
+    alignvlm train --config configs/debug_gpu.py --workdir runs/debug
+
+Weights are random and the tokenizer is the nano one, so that it starts without a download: it shows that training runs
+and how fast, not what it learns. With real backbones:
+
+    python tools/import_hf.py --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \\
+        --config configs/debug_gpu.py --out runs/smol
+    alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.backbones = ConfigDict(dict(vision="random", language="random"))
+    config.model = ConfigDict()
+    config.model.vision = ConfigDict(
+        dict(
+            image_size=224,
+            patch_size=16,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_layers=12,
+            num_heads=12,
+            dtype="bfloat16",
+            remat="full",
+        )
+    )
+    config.model.connector = ConfigDict(dict(name="align"))
+    config.model.language = ConfigDict(
+        dict(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_layers=30,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            rope_theta=100000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+            dtype="bfloat16",
+            remat="full",
+        )
+    )
+
+    # A page of the demo fits one tile of 196 visual tokens, with at most 256 of text.
+    config.data = ConfigDict()
+    config.data.root = "runs/demo/data"
+    config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=224, max_tiles=4, thumbnail=True))
+    config.data.packing = ConfigDict(
+        dict(tokens_per_bin=2048, tiles_per_bin=8, bins_per_microbatch=4, examples_per_bin=8)
+    )
+    config.stages = [
+        ConfigDict(
+            dict(
+                name="documents",
+                trainable=("vision", "connector", "language"),
+                mixture=[dict(dataset="documents", split="train", task="mixed", weight=1.0)],
+                steps=200,
+                global_batch=24,
+                learning_rates=dict(vision=1e-5, connector=1e-4, language=1e-5),
+                warmup_steps=10,
+                max_text_tokens=256,
+            )
+        )
+    ]
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    return config

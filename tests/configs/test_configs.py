@@ -1,0 +1,82 @@
+"""The shipped configs at full size: shapes only, so nothing is allocated. Oracle: transformers' models on "meta"."""
+
+import math
+
+import flax.linen as nn
+import jax
+import pytest
+import torch
+import transformers
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.interop.huggingface import llama_config, siglip_config
+from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, tokens_per_tile
+from alignvlm_jax.training.stages import StageConfig
+
+# What the cards of the backbones say they have, LM head counted once where it is tied.
+PUBLISHED = {
+    "alignvlm_1b": 1_235_814_400,
+    "alignvlm_3b": 3_212_749_824,
+    "alignvlm_8b": 8_030_261_248,
+    "debug_gpu": 134_515_008,
+}
+# Batches of the three stages, learning rates of the three stages: the paper's table.
+PAPER = {
+    "alignvlm_1b": ((512, 512, 512), (1e-5, 5e-5, 5e-5)),
+    "alignvlm_3b": ((512, 256, 256), (1e-5, 5e-5, 5e-5)),
+    "alignvlm_8b": ((512, 256, 256), (1e-5, 1e-5, 1e-5)),
+}
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module", params=sorted(PUBLISHED))
+def shipped(request):
+    """The name, the config, and the shapes of its weights."""
+    config = configs.load(f"configs/{request.param}.py")
+    return request.param, config, nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
+
+
+def test_parameter_counts_are_those_of_hugging_face(shipped):
+    name, config, params = shipped
+    with torch.device("meta"):
+        raw = llama_config(config.model.language, "bfloat16")
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(raw))
+        siglip = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig.from_dict(siglip_config(config.model.vision, "bfloat16"))
+        )
+    theirs = {parameter for parameter in llama.parameters()}  # tied weights are one parameter
+    assert count(params["language"]) == sum(parameter.numel() for parameter in theirs) == PUBLISHED[name]
+    assert count(params["vision"]) == sum(parameter.numel() for parameter in siglip.parameters())
+    width, words = config.model.language.hidden_size, config.model.language.vocab_size
+    align = config.model.vision.hidden_size * width + width + 2 * width + words * width + 2 * words
+    assert count(params["connector"]) == align
+
+
+def test_a_full_bin_goes_through(shipped):
+    _, config, params = shipped
+    packing = config.data.packing
+    batch = example_batch(config.model, rows=1, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
+    output = jax.eval_shape(lambda params: AlignVLM(config.model).apply({"params": params}, batch), params)
+    assert output.logits.shape == (1, packing.tokens_per_bin, config.model.language.vocab_size)
+    longest = max(stage.max_text_tokens for stage in config.stages)
+    image = config.data.tiling.max_tiles_per_image * tokens_per_tile(config.model)
+    assert packing.tokens_per_bin >= image + longest and packing.tiles_per_bin >= config.data.tiling.max_tiles_per_image
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_three_stages_are_the_papers(name):
+    stages: tuple[StageConfig, ...] = configs.load(f"configs/{name}.py").stages
+    batches, rates = PAPER[name]
+    assert tuple(stage.global_batch for stage in stages) == batches
+    for stage, rate in zip(stages, rates, strict=True):
+        assert {stage.learning_rates.vision, stage.learning_rates.connector, stage.learning_rates.language} == {rate}
+    assert [stage.trainable for stage in stages] == [
+        ("vision", "connector", "language"),
+        ("vision", "connector", "language"),
+        ("connector", "language"),
+    ]
+    assert [stage.max_text_tokens for stage in stages] == [1024, 2048, 2048]
+    assert [stage.epochs for stage in stages] == [1, 1, 5]
