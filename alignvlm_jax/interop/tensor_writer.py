@@ -78,6 +78,7 @@ def write_tensors(
                 safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
             except safetensors.SafetensorError as error:
                 raise UserError(f"{folder.parent}: {name} cannot be written: {error}") from error
+            (folder / name).chmod(0o644)  # the library's files are their owner's alone
     if len(shards) > 1:
         where = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

@@ -1,0 +1,246 @@
+"""A checkpoint as a folder for PyTorch.
+
+    export_alignvlm("runs/demo/checkpoint", "alignvlm-nano")       # the whole model, with its own code
+    export_language("runs/demo/checkpoint", "llama-nano")          # the decoder, a plain Llama
+    export_vision("runs/demo/checkpoint", "siglip-nano")           # the encoder, a plain SigLIP
+
+The whole model's folder is what `AutoModelForImageTextToText`, `AutoProcessor` and `pipeline` of transformers 5 load:
+
+    config.json                    the three parts' shapes, and which class of which code file makes which object
+    model.safetensors              weights (above 5 GB: shards and an index)
+    *_alignvlm.py                  the model and its processor in PyTorch
+    processor_config.json          how pages are cut into tiles
+    tokenizer.json, tokenizer_config.json, chat_template.jinja
+    generation_config.json         what begins, ends and pads a text
+    alignvlm_training.json         this checkpoint's config, progress and history: for the way back
+    README.md                      the model card
+
+Weights are read from the checkpoint one layer at a time and written one file at a time, on the host: neither torch nor
+an accelerator is needed, and memory stays below one file (5 GB) and one matrix.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import alignvlm_jax
+from alignvlm_jax import config as configs
+from alignvlm_jax.data.chat import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from alignvlm_jax.data.chat import ChatTokenizer, special_names
+from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop import tables
+from alignvlm_jax.interop.huggingface import llama_config, siglip_config
+from alignvlm_jax.interop.model_card import model_card
+from alignvlm_jax.interop.new_folder import new_folder
+from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, TensorSpec, write_tensors
+from alignvlm_jax.interop.tokenizer import export_tokenizer
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.training.checkpoint import ParameterReader
+
+TRAINING_FILE = "alignvlm_training.json"
+_PACKAGE = Path(alignvlm_jax.__file__).parent
+
+
+def export_alignvlm(
+    checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the whole model.
+
+    Args:
+      checkpoint: a workdir (its newest step is taken), or one of its step folders.
+      out: must not exist, or be empty.
+      dtype: "float32", "bfloat16" or "float16"; None leaves every weight as the checkpoint has it.
+      max_shard_bytes: where weights are cut into several files.
+
+    Raises:
+      UserError: the checkpoint is none, unfinished or damaged; `out` is taken, or cannot be written.
+    """
+    source = _Source(checkpoint, dtype)
+    with new_folder(out) as folder:
+        source.write_weights(folder, tables.alignvlm(source.model), "", max_shard_bytes)
+        export_tokenizer(source.reader.tokenizer_folder, folder)
+        for name, file in REMOTE_CODE_FILES.items():
+            shutil.copyfile(_PACKAGE / file, folder / name)
+        _write_json(folder / "config.json", source.config_json())
+        _write_json(folder / "processor_config.json", processor_config(source.model, source.tiling, source.image_token))
+        _write_json(folder / "generation_config.json", source.special_ids)
+        _write_json(folder / TRAINING_FILE, source.training_json())
+        (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype), encoding="utf-8")
+
+
+def export_language(
+    checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the decoder alone, for `LlamaForCausalLM`; arguments and errors as for `export_alignvlm`."""
+    source = _Source(checkpoint, dtype)
+    language = source.model.language
+    with new_folder(out) as folder:
+        rows = tables.llama(language.tie_word_embeddings)
+        source.write_weights(folder, rows, "language/", max_shard_bytes)
+        export_tokenizer(source.reader.tokenizer_folder, folder, language_only=True)
+        _write_json(folder / "config.json", {**llama_config(language, source.dtype), **source.special_ids})
+        _write_json(folder / "generation_config.json", source.special_ids)
+        (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype, part="language"), "utf-8")
+
+
+def export_vision(
+    checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the encoder alone, for `SiglipVisionModel`; arguments and errors as for `export_alignvlm`."""
+    source = _Source(checkpoint, dtype)
+    vision = source.model.vision
+    with new_folder(out) as folder:
+        source.write_weights(folder, tables.SIGLIP, "vision/", max_shard_bytes)
+        _write_json(folder / "config.json", siglip_config(vision, source.dtype))
+        _write_json(folder / "preprocessor_config.json", _siglip_preprocessor(vision.image_size))
+        (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype, part="vision"), "utf-8")
+
+
+def alignvlm_config(
+    config: AlignVLMConfig, *, dtype: str, image_token_id: int, special_ids: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole model's `config.json`."""
+    connector = next(name for name, kind in CONNECTOR_CONFIGS.items() if type(config.connector) is kind)
+    return {
+        "architectures": ["AlignVLMForConditionalGeneration"],
+        "model_type": "alignvlm",
+        "auto_map": {
+            "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
+            "AutoModel": "modeling_alignvlm.AlignVLMModel",
+            "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+            "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
+            "AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor",
+        },
+        "vision_config": _without_class(siglip_config(config.vision, dtype)),
+        "text_config": _without_class({**llama_config(config.language, dtype), **special_ids}),
+        "connector_config": {"name": connector, **dataclasses.asdict(config.connector)},
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": config.language.tie_word_embeddings,
+        "dtype": dtype,
+        **special_ids,
+    }
+
+
+def processor_config(config: AlignVLMConfig, tiling: TilingConfig, image_token: str) -> dict[str, Any]:
+    """`processor_config.json`: how pages become tiles, and tiles placeholders."""
+    return {
+        "processor_class": "AlignVLMProcessor",
+        "auto_map": {"AutoProcessor": "processing_alignvlm.AlignVLMProcessor"},
+        "tokens_per_tile": tokens_per_tile(config),
+        "image_token": image_token,
+        "image_processor": {
+            "image_processor_type": "AlignVLMImageProcessor",
+            "auto_map": {"AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"},
+            "processor_class": "AlignVLMProcessor",
+            **dataclasses.asdict(tiling),
+        },
+    }
+
+
+class _Source:
+    """A checkpoint, and what of it goes into JSON files.
+
+    Attributes:
+      reader: of its weights.
+      dtype: what the folder's config says; weights have it too, unless they keep the checkpoint's.
+      special_ids: ids of the tokens that begin, end and pad a text.
+    """
+
+    def __init__(self, checkpoint: str | Path, dtype: str | None):
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        self.reader = ParameterReader(checkpoint)
+        self.model = self.reader.config.model
+        self.tiling = self.reader.config.data.tiling
+        self._dtype = dtype
+        self._check_shapes(checkpoint)
+        self.dtype = dtype or self.reader.dtypes["language/embedding"].name
+        chat = ChatTokenizer.from_folder(self.reader.tokenizer_folder)
+        names = special_names(json.loads((self.reader.tokenizer_folder / TOKENIZER_CONFIG_FILE).read_text("utf-8")))
+        self.image_token, self.image_id = names["image_token"], chat.image_id
+        self.special_ids = {
+            "bos_token_id": chat.token_to_id(names["bos_token"]) if "bos_token" in names else None,
+            "eos_token_id": list(chat.end_ids),
+            "pad_token_id": chat.pad_id,
+        }
+
+    def write_weights(self, folder: Path, rows: Sequence[tables.Row], prefix: str, max_shard_bytes: int) -> None:
+        """Writes the tensors of `rows`, whose paths begin below `prefix` in the checkpoint."""
+        parts = dict(self._tensors(rows, prefix))
+
+        def produce(spec: TensorSpec) -> np.ndarray:
+            row, layer = parts[spec]
+            return row.transform.to_torch(self.reader.read(prefix + row.path, () if layer is None else (layer,)))
+
+        write_tensors(folder, list(parts), produce, max_shard_bytes=max_shard_bytes, title=f"writing {self.dtype}")
+
+    def _tensors(
+        self, rows: Sequence[tables.Row], prefix: str
+    ) -> Iterator[tuple[TensorSpec, tuple[tables.Row, int | None]]]:
+        """Every tensor with its row and, where that is stacked, its layer; in the order of the rows."""
+        for row in rows:
+            shape = self.reader.shapes[prefix + row.path]
+            dtype = DTYPES[self._dtype] if self._dtype else self.reader.dtypes[prefix + row.path]
+            layers, shape = (range(shape[0]), shape[1:]) if "{layer}" in row.key else ((None,), shape)
+            for layer in layers:
+                yield TensorSpec(row.key.format(layer=layer), row.transform.torch_shape(shape), dtype), (row, layer)
+
+    def config_json(self) -> dict[str, Any]:
+        return alignvlm_config(self.model, dtype=self.dtype, image_token_id=self.image_id, special_ids=self.special_ids)
+
+    def training_json(self) -> dict[str, Any]:
+        return {
+            "config": configs.to_dict(self.reader.config),
+            "meta": self.reader.meta,
+            "history": self.reader.history,
+        }
+
+    def _check_shapes(self, checkpoint: str | Path) -> None:
+        """The weights must be those of the config beside them."""
+        boxed = jax.eval_shape(lambda: random_parameters(self.model, jax.random.key(0)))
+        expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
+        found = self.reader.shapes
+        problems = [f"{path} is missing" for path in expected if path not in found]
+        problems += [f"{path} is not part of this model" for path in found if path not in expected]
+        problems += [
+            f"{path} has shape {list(found[path])}, the config says {list(shape)}"
+            for path, shape in expected.items()
+            if found.get(path, shape) != shape
+        ]
+        if problems:
+            raise UserError(f"{checkpoint}: the weights do not fit its config: " + "; ".join(problems))
+
+
+def _without_class(config: dict[str, Any]) -> dict[str, Any]:
+    """A part's config inside the whole one's: only a model of its own names its class."""
+    return {key: value for key, value in config.items() if key != "architectures"}
+
+
+def _siglip_preprocessor(side: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic, as our tiles are resized
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

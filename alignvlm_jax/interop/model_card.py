@@ -1,0 +1,213 @@
+"""The `README.md` of an exported folder: what was trained on what, read off the checkpoint and never guessed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
+from alignvlm_jax.training.checkpoint import ParameterReader
+from alignvlm_jax.training.stages import StageConfig
+
+_CONNECTORS = {
+    "align": "ALIGN: every visual feature becomes a distribution over the language model's vocabulary, and the visual "
+    "token is the expected text embedding under it (arXiv 2502.01341)",
+    "mlp": "two linear layers with GELU on each feature, as in LLaVA-1.5",
+    "perceiver": "a Perceiver resampler: a fixed number of learned latents reads the features, as in Idefics2",
+    "ovis": "a distribution over visual words of its own, and their expected embedding, as in Ovis",
+    "h_reducer": "a convolution that merges neighbours of a row, as in DocOwl 1.5",
+}
+
+_USAGE = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+messages = [{"role": "user", "content": [{"type": "image", "url": "page.png"}, {"type": "text", "text": "Total?"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+_PLAIN_USAGE = {
+    "language": """```python
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+model, tokenizer = LlamaForCausalLM.from_pretrained("THIS_FOLDER"), AutoTokenizer.from_pretrained("THIS_FOLDER")
+```""",
+    "vision": """```python
+from transformers import SiglipVisionModel
+
+features = SiglipVisionModel.from_pretrained("THIS_FOLDER")(pixel_values).last_hidden_state
+```""",
+}
+
+
+def model_card(
+    reader: ParameterReader, *, dtype: str, part: Literal["alignvlm", "language", "vision"] = "alignvlm"
+) -> str:
+    """Writes the card.
+
+    Args:
+      reader: of the checkpoint that was exported.
+      dtype: of the exported weights.
+      part: what was exported: the whole model, or one of its backbones.
+    """
+    config = reader.config
+    connector = configs.to_dict(config)["model"]["connector"]["name"]
+    title = {
+        "alignvlm": f"AlignVLM ({connector})",
+        "language": "The language model of an AlignVLM",
+        "vision": "The vision encoder of an AlignVLM",
+    }[part]
+    sections = [
+        _front_matter(part, connector),
+        f"# {title}",
+        _introduction(part),
+        "## Use\n\n" + (_USAGE if part == "alignvlm" else _PLAIN_USAGE[part]),
+        "## Model\n\n" + _model(reader, connector, dtype, part),
+        "## Training\n\n" + _training(reader),
+        "## Limits\n\n" + _limits(config, part),
+        "## Licence\n\nThe checkpoint does not record one. The licences of the backbones named above apply to their "
+        "weights, and so to what was made of them; those of the training data may too.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(part: str, connector: str) -> str:
+    task = {"alignvlm": "image-text-to-text", "language": "text-generation", "vision": "image-feature-extraction"}[part]
+    tags = ["alignvlm", *(["vision-language-model", "document-understanding", connector] if part == "alignvlm" else [])]
+    lines = ["library_name: transformers", f"pipeline_tag: {task}", "license: unknown", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _introduction(part: str) -> str:
+    if part == "alignvlm":
+        return (
+            "A vision-language model that answers questions about pictures of documents. Trained in JAX with "
+            "`alignvlm_jax` and exported for PyTorch; the code in this folder is all that transformers (5.0 or newer) "
+            "needs. `alignvlm_jax`'s `tools/import_pytorch.py` reads the folder back without loss."
+        )
+    what = "decoder" if part == "language" else "encoder"
+    return (
+        f"The {what} alone, as it was trained inside an AlignVLM with `alignvlm_jax`: a plain folder that transformers "
+        "loads without remote code."
+    )
+
+
+def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> str:
+    config = reader.config
+    vision, language, tiling = config.model.vision, config.model.language, config.data.tiling
+    counts = {name: _count(reader, name) for name in PARTS}
+    fields = dataclasses.asdict(config.model.connector)
+    settings = ", ".join(f"{name} {value}" for name, value in fields.items())
+    rows = [
+        (
+            "vision",
+            counts["vision"],
+            f"SigLIP ViT, {vision.image_size} px tiles in patches of {vision.patch_size}, {vision.num_layers} layers, "
+            f"width {vision.hidden_size}",
+        ),
+        ("connector", counts["connector"], f"`{connector}`{f' ({settings})' if settings else ''}"),
+        (
+            "language",
+            counts["language"],
+            f"Llama, {language.num_layers} layers, width {language.hidden_size}, vocabulary {language.vocab_size}, "
+            f"{language.max_position_embeddings} positions",
+        ),
+    ]
+    rows = [row for row in rows if part in ("alignvlm", row[0])]
+    lines = ["| part | parameters | |", "|---|---|---|", *(f"| {a} | {b:,} | {c} |" for a, b, c in rows)]
+    if part == "alignvlm":
+        tiles = f"up to {tiling.max_tiles} tiles of {tiling.tile_size} px (rule `{tiling.rule}`"
+        tiles += ", and the whole page as a thumbnail)" if tiling.thumbnail and tiling.max_tiles > 1 else ")"
+        lines += [
+            f"| all | {sum(counts.values()):,} | |",
+            "",
+            f"The connector is {_CONNECTORS[connector]}.",
+            "",
+            f"A page is cut into {tiles}; each tile becomes {tokens_per_tile(config.model)} visual tokens.",
+        ]
+    lines += ["", f"Weights: {dtype}."]
+    return "\n".join(lines)
+
+
+def _count(reader: ParameterReader, part: str) -> int:
+    return sum(math.prod(shape) for path, shape in reader.shapes.items() if path.startswith(f"{part}/"))
+
+
+def _training(reader: ParameterReader) -> str:
+    """What the weights went through: their history, then this checkpoint's own run."""
+    passages = [_event(event) for event in reader.history]
+    if not reader.history:
+        backbones = reader.config.backbones
+        passages.append(
+            f"Backbones: vision `{backbones.vision}`, language `{backbones.language}`"
+            + (" (`nano`: the ones shipped with `alignvlm_jax`)." if "nano" in dataclasses.astuple(backbones) else ".")
+        )
+    if reader.step:
+        passages.append(_run(reader.config, reader.meta["progress"]))
+    else:
+        passages.append("Not trained any further: these are the weights that training would start from.")
+    versions = ", ".join(f"{name} {version}" for name, version in reader.meta.get("versions", {}).items())
+    return "\n\n".join([*passages, *([f"Saved by: {versions}."] if versions else [])])
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    """One entry of the history; a past training run is told as fully as the last."""
+    if event.get("what") == "trained":
+        return "Before that:\n\n" + _run(configs.from_dict(event["config"]), event["progress"])
+    details = [f"- {name}: {_shown(value)}" for name, value in event.items() if name != "what"]
+    return "\n".join([f"{str(event.get('what', 'step')).capitalize()}:", "", *details])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_shown, value))
+    return f"`{value}`"
+
+
+def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
+    """The stages of one run as a table, and how far it got."""
+    lines = [
+        "| stage | data | trained | steps done | examples a step | peak learning rates | optimizer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for index, stage in enumerate(config.stages):
+        if index < progress["stage"]:
+            done = _length(stage)
+        elif index == progress["stage"]:
+            done = f"{progress['step_in_stage']} of {_length(stage)}"
+        else:
+            done = f"0 of {_length(stage)}"
+        rates = ", ".join(f"{part} {getattr(stage.learning_rates, part):.2g}" for part in stage.trainable)
+        optimizer = f"{stage.optimizer.name}, {stage.schedule}, {stage.warmup_steps} steps of warm-up"
+        data = ", ".join(
+            f"{part.dataset}/{part.split} ({part.task}{f', weight {part.weight:g}' if len(stage.mixture) > 1 else ''})"
+            for part in stage.mixture
+        )
+        trained = ", ".join(stage.trainable)
+        lines.append(f"| {stage.name} | {data} | {trained} | {done} | {stage.global_batch} | {rates} | {optimizer} |")
+    lines += ["", f"Seed {config.seed}; {progress['step']} optimizer steps in all."]
+    return "\n".join(lines)
+
+
+def _length(stage: StageConfig) -> str:
+    return str(stage.steps) if stage.steps is not None else f"{stage.epochs:g} epochs"
+
+
+def _limits(config: ExperimentConfig, part: str) -> str:
+    if part == "alignvlm":
+        return (
+            f"- A conversation, its visual tokens included, has {config.model.language.max_position_embeddings} "
+            "positions at most.\n"
+            "- The connector and what was trained with it saw the data named above and nothing else.\n"
+            "- Answers can be wrong, and nothing says how sure they are. No scores are recorded in the checkpoint."
+        )
+    return "- Trained as a part of a vision-language model; it has not been scored on its own."

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Writes a checkpoint as a folder for PyTorch, which transformers 5 loads.
+
+    tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out alignvlm-nano --dtype bfloat16
+    tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out llama-nano --language-only
+    tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out siglip-nano --vision-only
+
+Neither torch nor transformers nor an accelerator is needed here. Without --dtype every weight stays as the checkpoint
+has it, so that `tools/import_pytorch.py` gives the same checkpoint back bit by bit; bfloat16 is what you want to serve.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop import export
+from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="the workdir of a training run, or one of its step folders")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it they stay as they are")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=MAX_SHARD_BYTES,
+        metavar="SIZE",
+        help='where weights are cut into several files, such as "2GB"; the default is 5GB',
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--language-only", action="store_true", help="write the decoder, as a plain Llama folder")
+    part.add_argument("--vision-only", action="store_true", help="write the encoder, as a plain SigLIP folder")
+    args = parser.parse_args()
+    write = export.export_alignvlm
+    if args.language_only:
+        write = export.export_language
+    if args.vision_only:
+        write = export.export_vision
+    try:
+        write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:,.1f} MB")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 2GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+if __name__ == "__main__":
+    main()
