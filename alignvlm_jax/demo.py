@@ -19,6 +19,7 @@ import pathlib
 import platform
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -34,6 +35,7 @@ from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import loop
 from alignvlm_jax.training.checkpoint import Checkpointer, Progress
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
@@ -117,7 +119,8 @@ def draw_missing_corpus(config: ExperimentConfig) -> None:
 
 def _untrained_reader(config: ExperimentConfig) -> Reader:
     """The backbones joined by a fresh connector: what stage 1 starts from."""
-    return Reader(config.model, initial_parameters(config), load_tokenizer(config), config.data.tiling)
+    params = initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return Reader(config.model, params, load_tokenizer(config), config.data.tiling)
 
 
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:

@@ -1,9 +1,9 @@
 """Tensors into parameters by a conversion table, one at a time, from the mapped file straight onto the devices.
 
 First every tensor is matched with a parameter by name and shape, and all that does not fit is reported together;
-nothing has been allocated by then. Then the parameters are made one after the other: for each shard a host buffer of its size,
-filled from the part of the tensors that it needs, and handed to its device. On a CPU the buffer *is* the parameter (XLA
-takes over aligned memory as it is), so the peak is what the parameters take, and next to nothing more.
+nothing has been allocated by then. Then the parameters are made one after the other: for each shard a host buffer of
+its size, filled from the part of the tensors that it needs, and handed to its device. On a CPU the buffer *is* the
+parameter (XLA takes over aligned memory as it is), so the peak is what the parameters take, and next to nothing more.
 """
 
 import dataclasses
