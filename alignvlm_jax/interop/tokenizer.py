@@ -42,6 +42,7 @@ _RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>")
 _NEW_IMAGE_TOKEN = "<image>"
 # A table that has to grow grows to a multiple of this, which keeps its matrix product fast and lets it be sharded.
 _ROW_MULTIPLE = 64
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 # The day that Llama 3.1's template writes where it is told none. A macro hides transformers' function of that name.
@@ -53,7 +54,7 @@ _DATE_PRELUDE = (
     "{#- Today is 26 July 2024 for ever: the same conversation is always the same tokens. -#}\n"
     "{%- macro strftime_now(format) -%}\n    {{- format"
     + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
-    + " -}}\n{%- endmacro -%}\n"
+    + " -}}\n{%- endmacro %}\n"
 )
 
 # The loops are spelled so that vLLM sees that this template takes lists of parts. A sandbox forbids list.append, and
@@ -61,7 +62,7 @@ _DATE_PRELUDE = (
 _PARTS_PRELUDE = """{#- The template below expects texts: a list of parts becomes one, with the image token inline. -#}
 {%- set chat = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
-    {%- if message['content'] is string or message['content'] is mapping or message['content'] is not iterable -%}
+    {%- if message['content'] is not defined or message['content'] is none or message['content'] is string -%}
         {%- set chat.messages = chat.messages + [message] -%}
     {%- else -%}
         {%- set chat.text = '' -%}
@@ -262,7 +263,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _dump(vocabulary: Mapping[str, Any]) -> str:
-    return json.dumps(vocabulary, ensure_ascii=False, indent=2) + "\n"
+    # In one line: with indentation, json needs seconds for a vocabulary of Llama 3's size.
+    return json.dumps(vocabulary, ensure_ascii=False) + "\n"
 
 
 def _token_ids(vocabulary: Mapping[str, Any]) -> dict[str, int]:
@@ -284,25 +286,32 @@ def _make_special(vocabulary: dict[str, Any], token: str) -> None:
             return
     ids = _token_ids(vocabulary)
     token_id = ids.get(token, 1 + max(ids.values()))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    entries.append({"id": token_id, "content": token, **flags})
+    entries.append({"id": token_id, "content": token, **_FLAGS, "special": True})
     entries.sort(key=lambda entry: entry["id"])
 
 
 def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json lists; transformers adds them as well."""
+    """Tokens that only tokenizer_config.json lists, or lists as special; transformers follows it as well."""
     listed = config.get("added_tokens_decoder") or {}
-    for token_id, entry in sorted(((int(i), entry) for i, entry in listed.items()), key=lambda item: item[0]):
-        ids = _token_ids(vocabulary)
-        if entry["content"] in ids:
-            continue
-        if token_id in ids.values():
+    try:
+        listed = [{"id": int(i), **_FLAGS, "special": False, **entry} for i, entry in listed.items()]
+        contents = [entry["content"] for entry in listed]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{CONFIG_FILE}: added_tokens_decoder is not a table of tokens; copy the file again") from error
+    entries = vocabulary["added_tokens"] = vocabulary.get("added_tokens") or []
+    ids = _token_ids(vocabulary)
+    taken = set(ids.values())
+    for content, entry in zip(contents, listed, strict=True):
+        if content not in ids and entry["id"] in taken:
             raise UserError(
-                f"{CONFIG_FILE} gives {entry['content']!r} the id {token_id}, which {TOKENIZER_FILE} gives another "
-                "token: the two files are not of one tokenizer"
+                f"{CONFIG_FILE} gives {content!r} the id {entry['id']}, which {TOKENIZER_FILE} gives another token: "
+                "the two files are not of one tokenizer"
             )
-        vocabulary.setdefault("added_tokens", []).append({"id": token_id, **entry})
-    vocabulary["added_tokens"] = sorted(vocabulary.get("added_tokens") or [], key=lambda entry: entry["id"])
+        if content not in ids:
+            entries.append(entry)
+        elif entry["special"]:
+            _make_special(vocabulary, content)
+    entries.sort(key=lambda entry: entry["id"])
 
 
 def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
@@ -331,7 +340,9 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
 def _find_template(files: _Files, notes: list[str]) -> str:
     template = files.template if files.template is not None else files.config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+    if isinstance(template, Mapping):
+        named = dict(template)
         template = named.get("default") or next(iter(named.values()), None)
         if len(named) > 1:
             used = next(name for name, text in named.items() if text == template)
@@ -360,8 +371,8 @@ def _check_rows(ids: Mapping[str, int], num_embeddings: int, notes: list[str]) -
     if outside:
         some = ", ".join([*map(repr, outside[:5]), *(["..."] if len(outside) > 5 else [])])
         raise UserError(
-            f"{TOKENIZER_FILE} has {1 + max(ids.values())} ids, but the embedding table has {num_embeddings} rows: none "
-            f"for {len(outside)} tokens ({some}). Is this the tokenizer of another model?"
+            f"{TOKENIZER_FILE} has {1 + max(ids.values())} ids, but the embedding table has {num_embeddings} rows: "
+            f"none for {len(outside)} tokens ({some}). Is this the tokenizer of another model?"
         )
     without = num_embeddings - len(set(ids.values()))
     if without > num_embeddings // 2:
@@ -384,7 +395,7 @@ def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> lis
 
 def _for_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:
     """The template with what it needs in front of it to take images, tried out on small conversations."""
-    if "strftime_now" in template:
+    if "strftime_now" in template and _DATE_PRELUDE not in template:
         template = _DATE_PRELUDE + template
         notes.append(
             "the chat template writes the day's date: it now always writes 26 Jul 2024, so that a conversation is the "
@@ -405,36 +416,37 @@ def _for_images(template: str, names: Mapping[str, str], notes: list[str]) -> st
 def _takes_parts(template: str, names: Mapping[str, str]) -> bool:
     """Whether texts come out the same as strings and as lists of parts, and an image as the image token."""
     compiled = compile_template(template)
+    image_token = names["image_token"]
+    # Words that no template is likely to write itself.
+    texts = {"system": "sistem", "user": "qwestion", "assistant": "annswer"}
 
-    def render(*contents):
-        messages = [
-            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=False)
-        ]
+    def render(*roles, in_parts=False, image=False):
+        messages = []
+        for role in roles:
+            content = [{"type": "text", "text": texts[role]}] if in_parts else texts[role]
+            content = (
+                [{"type": "image"}, {"type": "text", "text": texts[role]}] if image and role == "user" else content
+            )
+            messages.append({"role": role, "content": content})
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False, **names}
         try:
             return compiled.render(**variables)
         except (jinja2.TemplateError, TypeError, ValueError):
             return None
 
-    def parts(text):
-        return [{"type": "text", "text": text}]
-
-    # Words that no template is likely to write itself.
-    question, answer = "qwestion", "annswer"
-    plain = render(question, answer)
-    seen = render([{"type": "image"}, *parts(question)], answer)
-    if plain is None or seen is None or plain.count(question) != 1 or plain.count(answer) != 1:
+    plain = render("user", "assistant")
+    if plain is None or any(plain.count(texts[role]) != 1 for role in ("user", "assistant")):
         return False
-    if names["image_token"] in plain:
-        raise UserError(
-            f"the chat template writes the image token {names['image_token']!r} where there is no image: name another"
-        )
-    if seen != plain.replace(question, names["image_token"] + question):
-        # Templates of models that see may put something of their own about an image.
-        before, _, behind = seen.partition(question)
-        if before.count(names["image_token"]) != 1 or names["image_token"] in behind:
-            return False
-    return render(parts(question), parts(answer)) == plain
+    if image_token in plain:
+        raise UserError(f"the chat template writes {image_token!r} where there is no image: name another image token")
+    if plain != render("user", "assistant", in_parts=True):
+        return False
+    # A template that knows no system message may refuse one in either form.
+    if render("system", "user") != render("system", "user", in_parts=True):
+        return False
+    # Templates of models that see may write more about an image than its token.
+    before, _, behind = (render("user", "assistant", image=True) or "").partition(texts["user"])
+    return before.count(image_token) == 1 and image_token not in behind
 
 
 def _without_added_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:

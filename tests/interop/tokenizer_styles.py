@@ -1,4 +1,4 @@
-"""Small tokenizer folders in the styles of the Llama family, trained in milliseconds, with templates in their manner."""
+"""Small tokenizer folders in the styles of the Llama family, with templates in their manner; made in milliseconds."""
 
 import json
 import pathlib

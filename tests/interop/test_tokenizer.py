@@ -1,0 +1,464 @@
+"""Llama-family tokenizers, in and out: equal to transformers', images in every template, loss on every answer."""
+
+import json
+import random
+
+import jinja2.nodes
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from alignvlm_jax.data.chat import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, ChatTokenizer, compile_template
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.tokenizer import export_tokenizer, import_tokenizer
+from tests.interop.tokenizer_styles import LLAMA3_TEMPLATE, SMOLLM2_TEMPLATE, num_ids, write_style
+
+transformers = pytest.importorskip("transformers")
+
+STYLES = ("llama3", "base", "smollm2", "tinyllama", "llama2", "llama2_new")
+LLAMA3_IMAGE = "<|reserved_special_token_0|>"
+
+
+class Style:
+    """One folder, what we make of it, and what transformers makes of the folder and of what we export."""
+
+    def __init__(self, root, style):
+        self.name = style
+        self.folder = write_style(root / "folder", style)
+        self.num_ids = num_ids(self.folder)
+        self.imported = import_tokenizer(self.folder, num_embeddings=self.num_ids)
+        self.imported.chat.save(root / "ours")
+        # As a checkpoint gives it back.
+        self.chat = ChatTokenizer.from_folder(root / "ours")
+        self.exported_folder = root / "exported"
+        export_tokenizer(root / "ours", self.exported_folder)
+        self.original = transformers.AutoTokenizer.from_pretrained(self.folder)
+        self.exported = transformers.AutoTokenizer.from_pretrained(self.exported_folder)
+        self.image_token = self.exported.image_token
+
+    def read(self, ids):
+        return self.chat._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    return {style: Style(tmp_path_factory.mktemp(style), style) for style in STYLES}
+
+
+@pytest.fixture(params=STYLES)
+def style(request, styles):
+    return styles[request.param]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A folder in a style, with entries of its JSON files replaced (None takes one out)."""
+
+    def write(style, files=()):
+        folder = write_style(tmp_path / "model", style)
+        for name, entries in dict(files).items():
+            content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            content = {key: value for key, value in {**content, **entries}.items() if value is not None}
+            (folder / name).write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def user(text, images=0):
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def answers(style, encoded):
+    """The text under the loss, one string per stretch."""
+    stretches, current = [], []
+    for target, weight in zip([*encoded.tokens[1:], -1], [*encoded.loss_weights[:-1], 0], strict=True):
+        if weight:
+            current.append(target)
+        elif current:
+            stretches.append(style.read(current))
+            current = []
+    return stretches
+
+
+def random_text(rng, more=()):
+    pieces = ["total", " the", "12.50", "\n", "  ", "é", "日本", "😀", "<|", "|>", "end", "?", "\t", " ", "Name:", "'s"]
+    return "".join(rng.choice([*pieces, *more]) for _ in range(rng.randint(1, 12)))
+
+
+def random_chat(rng, *, images, more=()):
+    """Turns ending with an answer; a system message before half of them."""
+    messages = [system(random_text(rng, more))] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 3)):
+        content = [{"type": "text", "text": random_text(rng, more)}]
+        for _ in range(rng.randint(0, 2) if images else 0):
+            content.insert(rng.randint(0, len(content)), {"type": "image"})
+        answer = random_text(rng, more)
+        messages.append({"role": "user", "content": content if images else content[0]["text"]})
+        messages.append(assistant([{"type": "text", "text": answer}] if images and rng.random() < 0.5 else answer))
+    return messages
+
+
+def count_images(messages):
+    parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    return sum(part["type"] == "image" for part in parts)
+
+
+def assert_same(chat, official, messages, **variables):
+    for given, mine, generate in [
+        (messages, chat.encode(messages, [1] * count_images(messages)), False),
+        (messages[:-1], chat.encode_prompt(messages[:-1], [1] * count_images(messages[:-1])), True),
+    ]:
+        theirs = official.apply_chat_template(given, add_generation_prompt=generate, return_dict=False, **variables)
+        assert mine.tokens.tolist() == theirs
+
+
+@pytest.mark.parametrize("name", [name for name in STYLES if name != "base"])
+def test_texts_are_the_original_folders(name, styles):
+    """What the language model was trained with is what it goes on with."""
+    style, rng = styles[name], random.Random(0)
+    variables = {"date_string": "26 Jul 2024"} if name == "llama3" else {}
+    for _ in range(30):
+        assert_same(style.chat, style.original, random_chat(rng, images=False), **variables)
+
+
+def test_images_are_the_exported_folders(style):
+    rng, seen = random.Random(1), 0
+    for _ in range(30):
+        messages = random_chat(rng, images=True)
+        assert_same(style.chat, style.exported, messages)
+        seen += count_images(messages)
+    assert seen > 20
+
+
+def test_exported_folder_reads_back(style):
+    """The way back from PyTorch, and a second export, change nothing."""
+    again = ChatTokenizer.from_folder(style.exported_folder)
+    messages = [system("Short."), user("What is the total?", 1), assistant("12.50")]
+    for mine, theirs in zip(again.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert (again.pad_id, again.image_id, again.end_ids) == (style.chat.pad_id, style.chat.image_id, style.chat.end_ids)
+
+
+def test_an_export_imported_again_is_left_as_it_is(style):
+    again = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
+    assert again.chat.chat_template == style.chat.chat_template
+    assert (again.num_embeddings, again.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_passages_encoded_apart(name, styles):
+    """Text next to a passage that has to be hidden is encoded as if nothing had been hidden.
+
+    The private-use characters of the marks are hidden as well, and transformers knows nothing special about them.
+    """
+    style, rng = styles[name], random.Random(2)
+    for _ in range(30):
+        assert_same(style.chat, style.exported, random_chat(rng, images=True, more=["\ue000", "\ue001"] * 3))
+
+
+def test_special_tokens_typed_by_users_stay_text(style):
+    """In ours always; in transformers if it is asked to, though it may cut the text about them differently."""
+    rng = random.Random(3)
+    specials = [style.exported.eos_token, style.image_token, style.exported.bos_token]
+    typed = 0
+    for _ in range(20):
+        messages = random_chat(rng, images=True, more=specials)
+        mine = style.chat.encode(messages, [1] * count_images(messages)).tokens
+        theirs = style.exported.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
+        # Sentencepiece's blank before a text's first word need not be before the same words.
+        assert style.read(mine).replace(" ", "") == style.read(theirs).replace(" ", "")
+        for token_id in style.exported.all_special_ids:
+            assert (mine == token_id).sum() == theirs.count(token_id)
+        assert (mine == style.chat.image_id).sum() == count_images(messages)
+        typed += style.read(mine).count(style.image_token) - count_images(messages)
+    assert typed > 10
+
+
+def test_what_transformers_does_with_special_tokens_typed_by_users(style):
+    """The difference that the module's docstring tells of."""
+    messages = [user(f"a {style.image_token} b")]
+    theirs = style.exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert theirs.count(style.chat.image_id) == 1
+    assert style.chat.image_id not in style.chat.encode_prompt(messages).tokens
+
+
+EXPECTED_ANSWERS = {
+    "llama3": ["12.50<|eot_id|>", "no<|eot_id|>"],
+    "base": [" 12.50<|end_of_text|>", "  no \n<|end_of_text|>"],
+    "smollm2": ["12.50<|im_end|>", " no \n<|im_end|>"],
+    "tinyllama": ["12.50</s>", "no \n</s>"],
+    # Trimmed by the template, which writes a blank on either side; the decoder takes the first one away.
+    "llama2": ["12.50 </s>", "no </s>"],
+    "llama2_new": ["12.50 </s>", "no </s>"],
+}
+
+
+def test_loss_on_answers(style):
+    messages = [system("Short."), user("Total?", 1), assistant("12.50"), user("<|eot_id|></s> b?"), assistant(" no \n")]
+    encoded = style.chat.encode(messages, [2])
+    assert answers(style, encoded) == EXPECTED_ANSWERS[style.name]
+    ends = encoded.tokens[1:][(encoded.loss_weights[:-1] > 0) & (encoded.loss_weights[1:] == 0)]
+    assert set(ends) == {style.chat.end_ids[0]}
+    assert (encoded.visual_index >= 0).sum() == 2
+
+
+def test_prompt_is_how_training_begins(style):
+    encoded = style.chat.encode([user("Total?", 1), assistant("12.50")], [3])
+    prompt = style.chat.encode_prompt([user("Total?", 1)], [3])
+    first = np.flatnonzero(encoded.loss_weights)[0]
+    np.testing.assert_array_equal(prompt.tokens, encoded.tokens[: first + 1])
+
+
+def test_ids(styles):
+    """Whatever Llama 3 lists ends an answer; a tokenizer without padding pads with its end of text."""
+    llama3 = styles["llama3"].chat
+    ends = ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
+    assert llama3.end_ids == tuple(map(llama3.token_to_id, ends))
+    assert llama3.pad_id == llama3.token_to_id("<|eot_id|>")
+    assert styles["base"].chat.end_ids == (styles["base"].chat.token_to_id("<|end_of_text|>"),)
+    assert styles["smollm2"].chat.end_ids == (2,)
+    assert styles["llama2"].chat.end_ids == (2,)
+
+
+def test_image_tokens(styles):
+    """Llama 3 keeps rows free; the others need a new one, and the table grows to a multiple of 64."""
+    for name in ("llama3", "base"):
+        assert styles[name].image_token == LLAMA3_IMAGE
+        assert styles[name].imported.num_embeddings == styles[name].num_ids
+    for name in ("smollm2", "tinyllama", "llama2", "llama2_new"):
+        style = styles[name]
+        assert (style.image_token, style.chat.image_id) == ("<image>", style.num_ids)
+        assert style.num_ids < style.imported.num_embeddings <= style.num_ids + 64
+        assert style.imported.num_embeddings % 64 == 0
+        assert any(f"from {style.num_ids} to {style.imported.num_embeddings} rows" in n for n in style.imported.notes)
+
+
+def test_exported_configuration(style):
+    tokenizer = style.exported
+    assert isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
+    assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (style.chat.image_id, style.chat.pad_id)
+    assert tokenizer.eos_token_id in style.chat.end_ids
+    assert tokenizer.padding_side == "left"
+    # All that the folder's own padding to 50 and truncation to 6 would do.
+    assert len(tokenizer("the total of the page " * 10).input_ids) > 50
+    batch = tokenizer(["total", "the total of the page"], padding=True)
+    assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
+    # Prompts are rendered with their first token; none is added to it.
+    text = tokenizer.apply_chat_template([user("a")], tokenize=False)
+    assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_language_only_export_keeps_the_rule_for_plain_text(styles, tmp_path):
+    for name in ("llama3", "tinyllama"):
+        styles[name].chat.save(tmp_path / name)
+        export_tokenizer(tmp_path / name, tmp_path / f"{name}_text", language_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}_text")
+        assert theirs("the total").input_ids == styles[name].original("the total").input_ids
+        assert theirs("the total").input_ids[0] == theirs.bos_token_id
+
+
+def test_date_is_fixed(write):
+    """Also where a template insists on the function; transformers and ours agree on the text."""
+    template = "{{ strftime_now('%A %-d %B %Y, %d.%m.%y') }}" + SMOLLM2_TEMPLATE
+    folder = write("smollm2", {CONFIG_FILE: {"chat_template": template}})
+    imported = import_tokenizer(folder, num_embeddings=512)
+    assert any("26 Jul 2024" in note for note in imported.notes)
+    imported.chat.save(folder / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "ours")
+    text = theirs.apply_chat_template([user("a")], tokenize=False)
+    assert text.startswith("Friday 26 July 2024, 26.07.24<|im_start|>")
+    assert_same(imported.chat, theirs, [user("a"), assistant("b")])
+
+
+def test_vllm_sees_that_the_template_takes_parts(style):
+    """vLLM looks for a loop over the contents of what a loop over the messages gives."""
+    tree = compile_template(style.chat.chat_template).environment.parse(style.chat.chat_template)
+    assert any(
+        isinstance(loop.iter, jinja2.nodes.Name) and loop.iter.name == "messages" and loop.target.name == "message"
+        for loop in tree.find_all(jinja2.nodes.For)
+    )
+    assert any(
+        isinstance(loop.iter, jinja2.nodes.Getitem)
+        and loop.iter.node.name == "message"
+        and loop.iter.arg.value == "content"
+        for loop in tree.find_all(jinja2.nodes.For)
+    )
+
+
+def test_the_other_fields_of_a_message_pass_the_prelude(style):
+    """Tool calls have no content, and templates that know them read other fields."""
+    prelude = style.chat.chat_template.partition("{%- set messages = chat.messages %}\n")
+    template = "".join(prelude[:2]) + "{% for m in messages %}[{{ m.role }} {{ m.name }} {{ m.content }}]{% endfor %}"
+    messages = [{"role": "assistant", "name": "x"}, {"role": "user", "name": "y", "content": user("b", 1)["content"]}]
+    text = style.exported.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert text == f"[assistant x ][user y {style.image_token}b]"
+
+
+# A template that takes images itself, as those of models that see.
+SEEING_TEMPLATE = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string %}{{- message.content }}
+{%- else %}
+    {%- for part in message.content %}
+        {{- 'Picture: <image>\n' if part.type == 'image' else part.text }}
+    {%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+
+
+def test_given_image_token_and_template(write):
+    folder = write("smollm2")
+    imported = import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>")
+    assert (imported.chat.image_id, imported.num_embeddings) == (3, 600)
+    imported = import_tokenizer(folder, num_embeddings=600, chat_template=SEEING_TEMPLATE)
+    assert imported.chat.chat_template == SEEING_TEMPLATE
+    tokens = imported.chat.encode_prompt([user("a", 1)], [2]).tokens
+    assert "user\nPicture: <image><image>\na<|im_end|>" in imported.chat._tokenizer.decode(
+        list(tokens), skip_special_tokens=False
+    )
+    assert imported.num_embeddings == 600 and imported.chat.image_id == num_ids(folder)  # A spare row.
+
+
+@pytest.mark.parametrize("nested", [None, "extra_special_tokens", "model_specific_special_tokens"])
+def test_image_token_named_by_the_folder(write, nested):
+    named = {"image_token": "<repo_name>"}
+    folder = write("smollm2", {CONFIG_FILE: {nested: named} if nested else named})
+    assert import_tokenizer(folder, num_embeddings=600).chat.image_id == 3
+
+
+def test_known_image_token_that_is_not_special(write):
+    folder = write("llama3")
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokenizer.add_tokens([AddedToken("<|image|>", special=False)])
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+    chat = import_tokenizer(folder, num_embeddings=600).chat
+    assert chat.image_id == tokenizer.token_to_id("<|image|>")
+    assert (chat.encode_prompt([user("<|image|>", 1)], [3]).tokens == chat.image_id).sum() == 3
+
+
+def test_reserved_tokens_in_use_stay(write):
+    """The first is the padding, and the second is in the template: the image token is new."""
+    template = LLAMA3_TEMPLATE.replace("Environment: ipython", "<|reserved_special_token_1|>")
+    config = {"pad_token": LLAMA3_IMAGE, "chat_template": template}
+    folder = write("llama3", {CONFIG_FILE: config})
+    chat = import_tokenizer(folder, num_embeddings=600).chat
+    assert chat.image_id == num_ids(folder) and chat.pad_id == chat.token_to_id(LLAMA3_IMAGE)
+
+
+def test_llama3_padding_token(write):
+    folder = write("llama3")
+    text = (folder / TOKENIZER_FILE).read_text().replace("<|reserved_special_token_1|>", "<|finetune_right_pad_id|>")
+    (folder / TOKENIZER_FILE).write_text(text)
+    chat = import_tokenizer(folder, num_embeddings=600).chat
+    assert chat.pad_id == chat.token_to_id("<|finetune_right_pad_id|>") not in chat.end_ids
+
+
+def test_where_a_template_may_be(write):
+    """A file of its own goes before the configuration; of several, the default one; older names for the file."""
+    expected = import_tokenizer(write("smollm2"), num_embeddings=600).chat.encode_prompt([user("a", 1)], [2]).tokens
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": SMOLLM2_TEMPLATE}]
+    folder = write("smollm2", {CONFIG_FILE: {"chat_template": named}})
+    imported = import_tokenizer(folder, num_embeddings=600)
+    assert any("'default'" in note for note in imported.notes)
+    np.testing.assert_array_equal(imported.chat.encode_prompt([user("a", 1)], [2]).tokens, expected)
+    for name, content in [
+        ("chat_template.json", json.dumps({"chat_template": SMOLLM2_TEMPLATE})),
+        (TEMPLATE_FILE, SMOLLM2_TEMPLATE),
+    ]:
+        folder = write("smollm2", {CONFIG_FILE: {"chat_template": "not this one"}})
+        (folder / name).write_text(content)
+        chat = import_tokenizer(folder, num_embeddings=600).chat
+        np.testing.assert_array_equal(chat.encode_prompt([user("a", 1)], [2]).tokens, expected)
+        (folder / name).unlink()
+
+
+def test_names_in_other_files(write):
+    """No tokenizer_config.json names: the special tokens' own file, then the ids that the model's files give."""
+    folder = write("llama2", {"special_tokens_map.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}})
+    template = json.loads((folder / CONFIG_FILE).read_text())["chat_template"]
+    (folder / CONFIG_FILE).unlink()
+    expected = import_tokenizer(folder, num_embeddings=600, chat_template=template).chat.encode_prompt([user("a")])
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2]}))
+    chat = import_tokenizer(folder, num_embeddings=600, chat_template=template).chat
+    np.testing.assert_array_equal(chat.encode_prompt([user("a")]).tokens, expected.tokens)
+    assert chat.end_ids == (2,)
+
+
+def test_tokens_that_only_the_configuration_lists(write):
+    listed = {"600": {"content": "<tool>", "special": True}, "3": {"content": "<repo_name>", "special": True}}
+    folder = write("smollm2")
+    new_id = num_ids(folder)
+    listed[str(new_id)] = listed.pop("600")
+    folder = write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": listed}})
+    chat = import_tokenizer(folder, num_embeddings=600).chat
+    assert (chat.token_to_id("<tool>"), chat.image_id) == (new_id, new_id + 1)
+    assert transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<tool>") == new_id
+
+
+def test_vocabulary_and_embedding_disagree(write):
+    folder = write("smollm2", {CONFIG_FILE: {"pad_token": "[PAD]"}})
+    size = num_ids(folder)
+    with pytest.raises(UserError, match=f"{size} ids, but the embedding table has {size - 2} rows: none for 2 tokens"):
+        import_tokenizer(folder, num_embeddings=size - 2)
+    assert not any("belong to no token" in note for note in import_tokenizer(folder, num_embeddings=size).notes)
+    notes = import_tokenizer(folder, num_embeddings=2 * size + 8).notes
+    assert any(f"{size + 8} of the embedding table's {2 * size + 8} rows belong to no token" in note for note in notes)
+    assert any("'[PAD]' is in no vocabulary" in note for note in notes)
+
+
+def test_wrong_folders(write, tmp_path):
+    def fails(folder, **arguments):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as caught:
+            import_tokenizer(folder, num_embeddings=600, **arguments)
+        assert str(folder) in str(caught.value)
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(caught.value)
+
+    assert "no such folder" in fails(tmp_path / "nowhere")
+    folder = write("smollm2")
+    assert "name another" in fails(folder, image_token="<|im_end|>")
+    template = SEEING_TEMPLATE + "<repo_name>"
+    assert "where there is no image" in fails(folder, image_token="<repo_name>", chat_template=template)
+    assert "line 1" in fails(folder, chat_template="{% if %}")
+    assert "be located" in fails(folder, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "neither" in fails(folder, chat_template="{{ messages[0].role }}")
+    assert "names no token that ends a text" in fails(
+        write("smollm2", {CONFIG_FILE: {"eos_token": None}, "generation_config.json": {"eos_token_id": None}})
+    )
+    assert "eos_token '<end>' is not in" in fails(write("smollm2", {CONFIG_FILE: {"eos_token": "<end>"}}))
+    listed = {"5": {"content": "<tool>"}}
+    assert "not of one tokenizer" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": listed}}))
+    assert "not a table of tokens" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": {"a": 1}}}))
+    assert "no vocabulary" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE"}}}))
+    assert "not a tokenizer" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE", "vocab": {"a": 0}}}}))
+    for name in (CONFIG_FILE, "generation_config.json", TOKENIZER_FILE):
+        folder = write("smollm2")
+        for content, complaint in (("{", "not valid JSON"), ("[]", "not a JSON object")):
+            (folder / name).write_text(content)
+            message = fails(folder)
+            assert complaint in message and name in message
+    (folder / TOKENIZER_FILE).unlink()
+    assert f"has no {TOKENIZER_FILE}" in fails(folder)
+    (folder / "tokenizer.model").write_bytes(b"spm")
+    assert "save_pretrained" in fails(folder)
+
+
+def test_listed_ends_without_token(write):
+    folder = write("smollm2", {"generation_config.json": {"eos_token_id": [2, 5000]}})
+    imported = import_tokenizer(folder, num_embeddings=600)
+    assert imported.chat.end_ids == (2,)
+    assert any("5000" in note for note in imported.notes)
