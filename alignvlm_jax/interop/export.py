@@ -49,6 +49,7 @@ from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.training.checkpoint import ParameterReader
 
 TRAINING_FILE = "alignvlm_training.json"
+PROCESSOR_FILE = "processor_config.json"
 _PACKAGE = Path(alignvlm_jax.__file__).parent
 
 
@@ -73,7 +74,7 @@ def export_alignvlm(
         for name, file in REMOTE_CODE_FILES.items():
             shutil.copyfile(_PACKAGE / file, folder / name)
         _write_json(folder / "config.json", source.config_json())
-        _write_json(folder / "processor_config.json", processor_config(source.model, source.tiling, source.image_token))
+        _write_json(folder / PROCESSOR_FILE, processor_config(source.model, source.tiling, source.image_token))
         _write_json(folder / "generation_config.json", source.special_ids)
         _write_json(folder / TRAINING_FILE, source.training_json())
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype), encoding="utf-8")

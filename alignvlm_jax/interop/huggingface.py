@@ -169,9 +169,11 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
     return config
 
 
-def read_language_config(folder: str | Path) -> LanguageConfig:
-    """The decoder that `config.json` describes; all that is wrong with it in one error."""
+def read_language_config(folder: str | Path, section: str | None = None) -> LanguageConfig:
+    """The decoder that `config.json`, or a section of it, describes; all that is wrong with it in one error."""
     raw = _RawConfig(Path(folder))
+    if section is not None:
+        raw.fields = raw.get(section, {})
     kind = raw.get("model_type", None)
     if kind != "llama":
         raise UserError(f"{raw.path}: model_type is {kind!r}, expected 'llama'")

@@ -17,9 +17,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
       UserError: there is something in `folder` already, or the disk does not take what is written.
     """
+    refuse_taken(folder)
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already and is not empty: name a new folder, or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -37,3 +36,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_taken(folder: str | Path) -> None:
+    """Raises a `UserError` if there is something in `folder`: to be asked before long work, too."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already and is not empty: name a new folder, or remove it")
