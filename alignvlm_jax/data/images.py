@@ -9,24 +9,15 @@ import io
 import os
 import pathlib
 
-import numpy as np
 import PIL.Image
 
+from alignvlm_jax.data.rgb import to_rgb
 from alignvlm_jax.errors import UserError
 
 # An A4 page at 600 dots per inch has 35 million pixels. Decoded, this many take a quarter of a gigabyte.
 DEFAULT_MAX_PIXELS = 80_000_000
 
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
+__all__ = ["DEFAULT_MAX_PIXELS", "open_image", "to_rgb"]
 
 
 def open_image(
@@ -63,23 +54,6 @@ def open_image(
         raise UserError(f"{name}: the image cannot be read, it may be damaged ({error})") from error
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image already in memory, upright and in RGB, transparent parts white."""
-    image = _upright(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits a pixel, which convert() would clip at 255.
-        return _from_grey(np.asarray(image).astype(np.float64) / 257.0)
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        return _from_grey(values * 255.0 if values.max() <= 1.0 else values)
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = PIL.Image.new("RGBA", image.size, "white")
-        return PIL.Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")
-
-
 def _read(path: str | os.PathLike, name: str) -> bytes:
     try:
         return pathlib.Path(path).read_bytes()
@@ -89,15 +63,3 @@ def _read(path: str | os.PathLike, name: str) -> bytes:
         raise UserError(f"{name}: is a folder, not an image file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path.
         raise UserError(f"{name}: the image file cannot be opened ({error})") from error
-
-
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # Damaged EXIF beside a sound picture: take the picture as it lies.
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _from_grey(values: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")

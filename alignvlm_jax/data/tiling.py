@@ -18,7 +18,11 @@ lose nothing, coverage 1: two tiles.
 
 The original centres a cell in its tile. Here it sits in the top left corner and `valid_hw` says which part of the
 tile is picture: the rest must become zero *after* normalisation, and a uint8 has no value that normalises to zero.
+
+A copy of this file travels with every exported PyTorch model (`interop/pytorch`): numpy, PIL and the standard library.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -27,7 +31,11 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Int, UInt8
+
+try:
+    from jaxtyping import Float, Int, UInt8
+except ImportError:  # beside an exported model, where annotations stay strings that nobody reads
+    pass
 
 Box = tuple[int, int, int, int]
 

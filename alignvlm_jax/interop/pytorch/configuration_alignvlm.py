@@ -1,0 +1,81 @@
+"""The shape of an AlignVLM: a SigLIP encoder, a connector, a Llama decoder.
+
+`config.json` of an exported folder; `connector_config` holds the connector's name and the fields of its dataclass in
+`alignvlm_jax.models.connectors` (null where the dataclass has None):
+
+    {
+      "model_type": "alignvlm",
+      "architectures": ["AlignVLMForConditionalGeneration"],
+      "auto_map": {
+        "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
+        "AutoModel": "modeling_alignvlm.AlignVLMModel",
+        "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+        "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
+        "AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"
+      },
+      "vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, ...},
+      "text_config": {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {...}, ...},
+      "connector_config": {"name": "align", "vocab_scale_init": 2.0, "use_bias": true, "layer_norm_eps": 1e-05,
+                           "vocab_size": null},
+      "image_token_id": 128011,
+      "tie_word_embeddings": true,
+      "bos_token_id": 128000, "eos_token_id": [128009, 128001], "pad_token_id": 128004,
+      "dtype": "bfloat16"
+    }
+
+The other connectors: {"name": "mlp"}, {"name": "ovis", "num_words", "layer_norm_eps"}, {"name": "h_reducer", "window"},
+{"name": "perceiver", "num_latents", "depth", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+"rms_norm_eps"}. `processor_config.json` stands in `processing_alignvlm.py`. Both files are read through `auto_map`.
+"""
+
+import math
+
+from transformers import LlamaConfig, PretrainedConfig, SiglipVisionConfig
+
+
+class AlignVLMConfig(PretrainedConfig):
+    """The three parts' configs and the token that holds an image's place.
+
+    Args:
+        vision_config: a `SiglipVisionConfig` or its dict.
+        text_config: a `LlamaConfig` or its dict.
+        connector_config: the connector's name and fields; see the module docstring.
+        image_token_id: the token that the processor repeats once per visual token.
+        tie_word_embeddings: whether the language-model head is the embedding table.
+    """
+
+    model_type = "alignvlm"
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": LlamaConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        connector_config=None,
+        image_token_id=0,
+        tie_word_embeddings=True,
+        **kwargs,
+    ):
+        if not isinstance(vision_config, SiglipVisionConfig):
+            vision_config = SiglipVisionConfig(**{"vision_use_head": False, **(vision_config or {})})
+        if not isinstance(text_config, LlamaConfig):
+            text_config = LlamaConfig(**(text_config or {}))
+        text_config.tie_word_embeddings = tie_word_embeddings
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.connector_config = dict(connector_config or {"name": "align"})
+        self.image_token_id = image_token_id
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens that one tile becomes, after the connector."""
+        grid = self.vision_config.image_size // self.vision_config.patch_size
+        if self.connector_config["name"] == "perceiver":
+            return self.connector_config["num_latents"]
+        if self.connector_config["name"] == "h_reducer":
+            return grid * math.ceil(grid / self.connector_config["window"])
+        return grid * grid
+
+
+__all__ = ["AlignVLMConfig"]

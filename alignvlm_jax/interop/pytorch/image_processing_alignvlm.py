@@ -1,0 +1,144 @@
+"""From pictures to normalised tiles, as training cuts them.
+
+Axes: M tiles of all images, S tile side.
+
+    pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the picture
+    num_tiles     int64 [images]: how many of the M tiles belong to each image, in order
+"""
+
+import base64
+import dataclasses
+import io
+import os
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from .rgb_alignvlm import to_rgb
+from .tiling_alignvlm import TilePlan, TilingConfig, cut_tiles, plan_tiles
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(TilingConfig))
+
+
+class AlignVLMImagesKwargs(ImagesKwargs, total=False):
+    """What may be set for one call: fewer tiles are faster, and read less.
+
+    Args:
+        max_tiles: cells of the largest grid.
+        thumbnail: whether the whole image comes first when it is cut into cells.
+    """
+
+    max_tiles: int
+    thumbnail: bool
+
+
+class AlignVLMImageProcessor(BaseImageProcessor):
+    """Cuts pictures into tiles. Its settings are the fields of `TilingConfig`."""
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = AlignVLMImagesKwargs
+
+    def __init__(self, **kwargs):
+        tiling = TilingConfig(**{name: kwargs.pop(name) for name in _FIELDS if name in kwargs})
+        super().__init__(**kwargs)
+        for name, value in dataclasses.asdict(tiling).items():
+            setattr(self, name, value)
+
+    def tiling(self, **overrides) -> TilingConfig:
+        """The settings, with those of `overrides` that are not None."""
+        given = {name: value for name, value in overrides.items() if name in _FIELDS and value is not None}
+        return TilingConfig(**{name: getattr(self, name) for name in _FIELDS} | given)
+
+    def plan(self, height: int, width: int, **overrides) -> TilePlan:
+        """How an image of this size is cut."""
+        return plan_tiles(width, height, self.tiling(**overrides))
+
+    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        """Cuts and normalises.
+
+        Args:
+            images: a PIL image, an array or tensor ([H, W], [H, W, 3] or [3, H, W], uint8), a path, a URL, or (nested)
+                lists of them.
+            return_tensors: "pt" or "np"; by default arrays of numpy.
+            **kwargs: settings of `TilingConfig` for this call alone.
+        """
+        tiling = self.tiling(**kwargs)
+        pixel_values, num_tiles = [], []
+        for image in flatten_images(self.fetch_images(images)):
+            image = to_rgb(_to_pil(image))
+            tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, tiling), tiling.tile_size)
+            pixel_values.append(normalize_tiles(tiles, valid_hw))
+            num_tiles.append(len(tiles))
+        if not num_tiles:
+            raise ValueError("no images were given; leave `images` out (or None) for text alone")
+        data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": np.asarray(num_tiles, np.int64)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens what is named by a path, a URL or base64 text, here and not in transformers.
+
+        transformers' own loader lays transparent pictures on black and clips 16 bits at 255.
+        """
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, str | os.PathLike | bytes):
+            return _open(image_url_or_urls)
+        return image_url_or_urls
+
+
+def normalize_tiles(tiles: np.ndarray, valid_hw: np.ndarray) -> np.ndarray:
+    """uint8 [M, S, S, 3] to float32 [M, 3, S, S] in [-1, 1]; what lies outside the picture becomes exactly 0."""
+    side = np.arange(tiles.shape[1])
+    inside = (side < valid_hw[:, 0:1])[:, None, :, None] & (side < valid_hw[:, 1:2])[:, None, None, :]
+    pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    return np.where(inside, pixels, np.float32(0.0))
+
+
+def flatten_images(images) -> Iterator:
+    """The images of nested lists, in order."""
+    if isinstance(images, list | tuple):
+        for item in images:
+            yield from flatten_images(item)
+    else:
+        yield images
+
+
+def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+    if isinstance(source, bytes):
+        data = source
+    elif os.path.isfile(source):
+        with open(source, "rb") as file:
+            data = file.read()
+    elif str(source).startswith(("http://", "https://")):
+        with urllib.request.urlopen(source, timeout=60) as reply:
+            data = reply.read()
+    elif str(source).startswith("data:image/"):
+        data = base64.b64decode(str(source).split(",", 1)[1])
+    else:
+        try:
+            data = base64.b64decode(str(source), validate=True)
+        except ValueError:
+            raise ValueError(f"{str(source)[:200]!r} is neither a file, a http(s) URL nor base64 text") from None
+    image = PIL.Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def _to_pil(image) -> PIL.Image.Image:
+    if isinstance(image, PIL.Image.Image):
+        return image
+    array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise ValueError(f"an image is a PIL image or uint8 [H, W, 3], not {array.dtype} of shape {array.shape}")
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    return PIL.Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[-1:] == (1,) else array))
+
+
+__all__ = ["AlignVLMImageProcessor"]

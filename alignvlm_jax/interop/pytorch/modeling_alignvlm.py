@@ -1,0 +1,684 @@
+"""AlignVLM in PyTorch: SigLIP encoder, connector, Llama decoder.
+
+ALIGN turns every visual feature f into a distribution over the LLM's own words, and that into the expected embedding:
+
+    P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
+    F' = P · E_text                            a point in the convex hull of the text embeddings
+
+It is attention over the vocabulary (queries LN_D(W1 f), keys W2, values E_text) and is computed like it: in blocks, the
+whole T x V array never existing, neither at inference (`_stream_words`) nor in training (`_checkpoint_tokens`).
+Source: arXiv 2502.01341, section 3.
+
+Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T = M * N visual features, d encoder width,
+D decoder width, V vocabulary, v a block of it, B rows, L positions.
+
+Encoder and decoder are transformers' own layers: attention goes through its interface (`attn_implementation=` eager,
+sdpa, flash_attention_2, ...). Loaded by `trust_remote_code`; needs torch and transformers only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaModel, SiglipVisionConfig
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipPreTrainedModel, SiglipVisionEmbeddings
+from transformers.utils import can_return_tuple
+
+from .configuration_alignvlm import AlignVLMConfig
+
+_IGNORED_LABEL = -100
+
+# Logits held at once: 2^25 float32 are 128 MiB.
+_MAX_LOGITS = 2**25
+# Queries that read the vocabulary together, so that a block of it stays tall enough for fast matrix products.
+_MAX_QUERIES = 4096
+
+
+# --- ALIGN's arithmetic ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """The words that a distribution ranges over. Each callable takes the slice of words that a block spans.
+
+    They call modules instead of reading weights, so that weights a hook brings (offloading, tensor parallelism) are
+    there.
+
+    Attributes:
+        size: V.
+        keys: [v, D] rows of W2.
+        norm: ([v], [v]) scale and bias of LN_V.
+        values: [v, D'] embeddings.
+        eps: of LN_V.
+    """
+
+    size: int
+    keys: Callable[[slice], torch.Tensor]
+    norm: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+    values: Callable[[slice], torch.Tensor]
+    eps: float
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.size, size):
+            yield slice(start, min(start + size, self.size))
+
+
+def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
+    """softmax(LN_V(query · keysᵀ)) · values, [T, D] to [T, D'] in the dtype of `query`; statistics are float32."""
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            return _checkpoint_queries(query, words)
+        return torch.cat([_stream_words(part, words) for part in query.split(_MAX_QUERIES)])
+
+
+def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
+    """P itself, float32 [T, V]: for analyses of a few tiles."""
+    everything = slice(0, words.size)
+    return _softmax_of_norm(query, words.keys(everything).to(query.dtype), *words.norm(everything), words.eps)
+
+
+def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
+    """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
+    everything = slice(0, words.size)
+    keys, values = words.keys(everything).to(query.dtype), words.values(everything).to(query.dtype)
+    scale, bias = words.norm(everything)
+
+    def attend(query, keys, scale, bias, values):
+        p = _softmax_of_norm(query, keys, scale, bias, words.eps)
+        return matmul_float32(p.to(values.dtype), values).to(query.dtype)
+
+    blocks = query.split(max(1, _MAX_LOGITS // words.size))
+    return torch.cat(
+        [
+            checkpoint(attend, block, keys, scale, bias, values, use_reentrant=False, preserve_rng_state=False)
+            for block in blocks
+        ]
+    )
+
+
+def _softmax_of_norm(query, keys, scale, bias, eps) -> torch.Tensor:
+    logits = matmul_float32(query, keys.T)
+    return F.softmax(F.layer_norm(logits, logits.shape[-1:], scale.float(), bias.float(), eps), dim=-1)
+
+
+def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
+    """A block of V at a time: a first pass for LN_V's statistics, a second for softmax and expectation.
+
+    The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
+    matrix is either computed anew in float32, which costs more than a pass in bfloat16, or kept, which is wrong as soon
+    as somebody writes to the weights.
+    """
+    num_queries, dtype = query.shape[0], query.dtype
+    block_size = max(256, _MAX_LOGITS // max(num_queries, 1))
+
+    def logits(block: slice) -> torch.Tensor:
+        return matmul_float32(query, words.keys(block).to(dtype).T)
+
+    count, mean, squares = 0, query.new_zeros(num_queries, 1, dtype=torch.float32), 0.0
+    for block in words.blocks(block_size):
+        scores, size = logits(block), block.stop - block.start
+        block_mean = scores.mean(dim=-1, keepdim=True)
+        delta = block_mean - mean
+        # Chan's rule for joining the moments of two sets.
+        squares = squares + (scores - block_mean).square_().sum(dim=-1, keepdim=True)
+        squares = squares + delta.square() * (count * size / (count + size))
+        mean = mean + delta * (size / (count + size))
+        count += size
+    inverse_deviation = torch.rsqrt(squares / words.size + words.eps)
+
+    maximum, total, expected = torch.full_like(mean, -math.inf), torch.zeros_like(mean), 0.0
+    for block in words.blocks(block_size):
+        scale, bias = words.norm(block)
+        scores = logits(block).sub_(mean).mul_(inverse_deviation).mul_(scale.float()).add_(bias.float())
+        new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
+        weights = scores.sub_(new_maximum).exp_()
+        correction = torch.exp(maximum - new_maximum)
+        total = total * correction + weights.sum(dim=-1, keepdim=True)
+        expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(dtype))
+        maximum = new_maximum
+    return (expected / total).to(dtype)
+
+
+def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices, accumulated and returned in float32 whatever dtype they have."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if not left.is_cuda:
+        return left.float() @ right.float()
+    return _Float32Product.apply(left, right)
+
+
+class _Float32Product(torch.autograd.Function):
+    """On a GPU bfloat16 factors give a float32 product at bfloat16's speed; `torch.mm` has no gradient for that."""
+
+    @staticmethod
+    def forward(ctx, left, right):
+        ctx.save_for_backward(left, right)
+        return torch.mm(left, right, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        left, right = ctx.saved_tensors
+        gradient = gradient.to(left.dtype)
+        return gradient @ right.T, left.T @ gradient
+
+
+# --- Connectors: connector(features [M, N, d], embed_tokens) -> visual tokens [M, N', D] ------------------------------
+
+
+class WordTable(nn.Module):
+    """A table with one row per word."""
+
+    def __init__(self, num_words: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_words, width))
+
+    def forward(self, block: slice) -> torch.Tensor:
+        return self.weight[block]
+
+
+class WordNorm(nn.Module):
+    """Scale and bias of a LayerNorm over the words, whose statistics span all blocks."""
+
+    def __init__(self, num_words: int, initial_scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_words))
+        self.bias = nn.Parameter(torch.empty(num_words))
+        self.initial_scale = initial_scale
+
+    def forward(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight[block], self.bias[block]
+
+
+class AlignConnector(nn.Module):
+    """ALIGN. Its values are the live rows of the decoder's embedding table, which it is handed at every call."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        fields, width = config.connector_config, config.text_config.hidden_size
+        self.num_words = fields.get("vocab_size") or config.text_config.vocab_size
+        self.eps = fields["layer_norm_eps"]
+        self.w1 = nn.Linear(config.vision_config.hidden_size, width, bias=fields["use_bias"])
+        self.hidden_norm = nn.LayerNorm(width, eps=self.eps)
+        self.w2 = WordTable(self.num_words, width)
+        self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
+
+    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+        query, words = self.query(features), self.words(features.device, embed_tokens)
+        return expected_embedding(query.flatten(0, 1), words).view(query.shape)
+
+    def distribution(self, features: torch.Tensor) -> torch.Tensor:
+        """P for every feature, float32 [M, N, V]: for analyses of a few tiles."""
+        query = self.query(features)
+        return word_distribution(query.flatten(0, 1), self.words(features.device, None)).view(*query.shape[:2], -1)
+
+    def query(self, features: torch.Tensor) -> torch.Tensor:
+        return self.hidden_norm(self.w1(features))
+
+    def words(self, device: torch.device, embed_tokens: nn.Module | None) -> Words:
+        def values(block: slice) -> torch.Tensor:
+            return embed_tokens(torch.arange(block.start, block.stop, device=device))
+
+        return Words(self.num_words, self.w2, self.vocab_norm, values, self.eps)
+
+
+class OvisConnector(nn.Module):
+    """Ovis: like ALIGN, but the words and their embeddings are the connector's own."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        fields = config.connector_config
+        self.num_words, self.eps = fields["num_words"], fields["layer_norm_eps"]
+        self.head = WordTable(self.num_words, config.vision_config.hidden_size)
+        self.word_norm = WordNorm(self.num_words, initial_scale=1.0)
+        self.table = WordTable(self.num_words, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+        words = Words(self.num_words, self.head, self.word_norm, self.table, self.eps)
+        return expected_embedding(features.flatten(0, 1), words).view(*features.shape[:2], -1)
+
+
+class MLPConnector(nn.Module):
+    """LLaVA-1.5's: Linear, exact GELU, Linear on each feature."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_in = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_out = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+        return self.linear_out(F.gelu(self.linear_in(features)))
+
+
+class HReducerConnector(nn.Module):
+    """DocOwl 1.5's: `window` neighbours of a row become one token, since text runs along rows; then Linear."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        width, self.window = config.vision_config.hidden_size, config.connector_config["window"]
+        self.reduce = nn.Conv2d(width, width, kernel_size=(1, self.window), stride=(1, self.window))
+        self.project = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+        grid = math.isqrt(features.shape[1])
+        rows = features.transpose(1, 2).unflatten(2, (grid, grid))
+        reduced = self.reduce(F.pad(rows, (0, -grid % self.window)))
+        return self.project(reduced.flatten(2).transpose(1, 2))
+
+
+class PerceiverConnector(nn.Module):
+    """Idefics2's resampler: a fixed number of learned latents reads the features."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        fields, width = config.connector_config, config.text_config.hidden_size
+        inner = fields.get("intermediate_size") or 4 * width
+        self.modality_projection = GatedMLP(config.vision_config.hidden_size, inner, width)
+        self.latents = nn.Parameter(torch.empty(fields["num_latents"], width))
+        self.layers = nn.ModuleList(PerceiverLayer(fields, width) for _ in range(fields["depth"]))
+        self.final_norm = nn.RMSNorm(width, eps=fields["rms_norm_eps"])
+
+    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+        context = self.modality_projection(features)
+        latents = self.latents.expand(len(features), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, context)
+        return self.final_norm(latents)
+
+
+class PerceiverLayer(nn.Module):
+    """Latents attend to [features; latents], then pass a gated MLP of four times their width."""
+
+    def __init__(self, fields: dict, width: int):
+        super().__init__()
+        self.head_dim, eps = fields["head_dim"], fields["rms_norm_eps"]
+        query_width, key_width = fields["num_heads"] * self.head_dim, fields["num_kv_heads"] * self.head_dim
+        self.latents_norm = nn.RMSNorm(width, eps=eps)
+        self.context_norm = nn.RMSNorm(width, eps=eps)
+        self.query = nn.Linear(width, query_width, bias=False)
+        self.key = nn.Linear(width, key_width, bias=False)
+        self.value = nn.Linear(width, key_width, bias=False)
+        self.out = nn.Linear(query_width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=eps)
+        self.mlp = GatedMLP(width, 4 * width, width)
+
+    def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        def heads(projected):
+            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        queries = self.latents_norm(latents)
+        context = torch.cat([self.context_norm(context), queries], dim=1)
+        attended = F.scaled_dot_product_attention(
+            heads(self.query(queries)), heads(self.key(context)), heads(self.value(context)), enable_gqa=True
+        )
+        latents = latents + self.out(attended.transpose(1, 2).flatten(2))
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, inner: int, output_width: int):
+        super().__init__()
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, output_width, bias=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(inputs)) * self.up(inputs))
+
+
+CONNECTORS: dict[str, type[nn.Module]] = {
+    "align": AlignConnector,
+    "mlp": MLPConnector,
+    "perceiver": PerceiverConnector,
+    "ovis": OvisConnector,
+    "h_reducer": HReducerConnector,
+}
+
+
+# --- The model --------------------------------------------------------------------------------------------------------
+
+
+class AlignVLMVisionTransformer(SiglipPreTrainedModel):
+    """SigLIP without its pooling head; the features are those after the final LayerNorm.
+
+    Put together from transformers' modules, because `SiglipVisionModel` has changed its parameter names within 5.x.
+    """
+
+    config: SiglipVisionConfig
+    main_input_name = "pixel_values"
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+        hidden = self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
+        return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden))
+
+
+class AlignVLMVisionTower(SiglipPreTrainedModel):
+    """The encoder under the name that checkpoints of SigLIP give it, `vision_model`."""
+
+    config: SiglipVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.vision_model = AlignVLMVisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+        return self.vision_model(pixel_values)
+
+
+class AlignVLMPreTrainedModel(PreTrainedModel):
+    config: AlignVLMConfig
+    config_class = AlignVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "PerceiverLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, WordTable):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, WordNorm):
+            init.constant_(module.weight, module.initial_scale)
+            init.zeros_(module.bias)
+        elif isinstance(module, PerceiverConnector):
+            init.normal_(module.latents)
+
+
+@dataclasses.dataclass
+class AlignVLMModelOutput(BaseModelOutputWithPast):
+    """Attributes:
+    image_hidden_states: the visual tokens, [M, N', D].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class AlignVLMCausalLMOutput(CausalLMOutputWithPast):
+    """Attributes:
+    image_hidden_states: the visual tokens, [M, N', D].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class AlignVLMModel(AlignVLMPreTrainedModel):
+    """Encoder, connector and decoder, without the language-model head."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__(config)
+        self.vision_tower = AlignVLMVisionTower(config.vision_config)
+        self.connector = CONNECTORS[config.connector_config["name"]](config)
+        self.language_model = LlamaModel(config.text_config)
+        # A padding row would get no gradient, but its token may also end an answer, and ALIGN's values are all rows.
+        self.language_model.embed_tokens.padding_idx = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Tiles to visual tokens.
+
+        Args:
+            pixel_values: [M, 3, S, S] from the image processor.
+            **kwargs: `return_dict`; what else callers pass along is ignored.
+
+        Returns:
+            `last_hidden_state`: the encoder's features [M, N, d]; `pooler_output`: the visual tokens [M, N', D].
+        """
+        features = self.vision_tower(pixel_values).last_hidden_state
+        visual = self.connector(features, self.get_input_embeddings())
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> AlignVLMModelOutput:
+        """Runs the decoder over text with visual tokens in the image tokens' places.
+
+        Args:
+            input_ids: [B, L]; the image token stands wherever a visual token goes, row by row, tile by tile.
+            pixel_values: [M, 3, S, S], all tiles of all rows; None where no row has an image.
+            attention_mask: [B, L], 0 at padding, on either side.
+            position_ids: [B, L]; by default they count the positions that are not padding.
+            past_key_values: what came before.
+            inputs_embeds: [B, L, D] in place of `input_ids`, visual tokens already in their places.
+            mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
+            **kwargs: to the decoder and its attention.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError("give either `pixel_values` or their `mm_encoder_outputs`")
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        visual = None if encoded is None else encoded.pooler_output
+        if isinstance(visual, list | tuple):
+            visual = torch.cat([features.flatten(0, -2) for features in visual])
+        if input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if visual is not None:
+                inputs_embeds = self.place_visual_tokens(input_ids, inputs_embeds, visual)
+            elif past_key_values is None or _is_empty(past_key_values):
+                _check_counts(input_ids == self.config.image_token_id, num_visual=0)
+        elif visual is not None:
+            raise ValueError("`pixel_values` need `input_ids`, which say where the visual tokens go")
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return AlignVLMModelOutput(**outputs, image_hidden_states=visual)
+
+    def place_visual_tokens(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, visual: torch.Tensor
+    ) -> torch.Tensor:
+        """`inputs_embeds` [B, L, D] with the visual tokens in the image tokens' places, in order."""
+        visual = visual.flatten(0, -2).to(inputs_embeds.device, inputs_embeds.dtype)
+        is_image = input_ids == self.config.image_token_id
+        _check_counts(is_image, len(visual))
+        return inputs_embeds.masked_scatter(is_image.to(inputs_embeds.device)[..., None], visual)
+
+
+class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
+    """The whole model: generates, and with `labels` computes the loss of training."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__(config)
+        self.model = AlignVLMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `AlignVLMModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> AlignVLMCausalLMOutput:
+        """Scores the next token at every position, or computes the loss.
+
+        Args:
+            input_ids: and what follows up to `mm_encoder_outputs`: see `AlignVLMModel.forward`.
+            labels: [B, L]; the token that stands at each position, -100 where it is not to be learned (prompt, visual
+                tokens, padding). The shift by one is made here.
+            logits_to_keep: how many positions at the end are scored (0: all), or which.
+            num_items_in_batch: divides the summed loss in place of this batch's count of labels, when gradients are
+                accumulated over several batches.
+            return_logits: whether logits come with the loss. By default not in training mode: the loss scores only the
+                positions before a label, few beside thousands of visual tokens.
+            **kwargs: to the decoder and its attention.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self.label_loss(hidden, labels, num_items_in_batch)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        logits = None
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return AlignVLMCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def label_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum of -log p(label) over the labels, over their count; 0 if there is none."""
+        targets = labels[:, 1:].to(hidden.device)
+        labelled = targets != _IGNORED_LABEL
+        logits = self.lm_head(hidden[:, :-1][labelled]).float()
+        total = F.cross_entropy(logits, targets[labelled], reduction="sum")
+        count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """Images are read with the prompt; afterwards the cache knows them."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("pixel_values", None)
+            inputs.pop("mm_encoder_outputs", None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
+    ):
+        """Rows are repeated in place (a a b b), and each row's tiles with it (a1 a2 a1 a2 b1 b1)."""
+        if pixel_values is not None and expand_size > 1:
+            is_image = input_ids == self.config.image_token_id
+            _check_counts(is_image, len(pixel_values) * self.config.tokens_per_tile)
+            tiles_of_rows = pixel_values.split((is_image.sum(dim=-1) // self.config.tokens_per_tile).tolist())
+            pixel_values = torch.cat([tiles for tiles in tiles_of_rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def _is_empty(past_key_values) -> bool:
+    # Under torch.compile the length of a static cache is a tensor: no branch on it then.
+    return not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0
+
+
+def _check_counts(is_image: torch.Tensor, num_visual: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    num_places = int(is_image.sum())
+    if num_places != num_visual:
+        raise ValueError(
+            f"the text has {num_places} image tokens for {num_visual} visual tokens: use the processor of the same "
+            "folder, and do not truncate its output"
+        )
+
+
+__all__ = ["AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]

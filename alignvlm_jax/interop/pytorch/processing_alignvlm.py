@@ -1,0 +1,213 @@
+"""From conversations and pictures to what the model reads: `AutoProcessor` of an exported folder.
+
+The chat template writes the image token once per image; here it is repeated once per visual token of that image:
+
+    rendered   <|begin|><|user|><|image|>Total?<|assistant|>
+    input_ids  <|begin|> <|user|> <|image|> <|image|> <|image|> Tot al ? <|assistant|>
+
+The ids are those of training. No special token is added to what the template writes, and in `apply_chat_template`
+text typed by a user stays text, even where it reads like a special token.
+
+`processor_config.json`, whose nested part is the image processor's; the tokenizer stands in its own files:
+
+    {
+      "processor_class": "AlignVLMProcessor",
+      "auto_map": {"AutoProcessor": "processing_alignvlm.AlignVLMProcessor"},
+      "tokens_per_tile": 729,
+      "image_token": "<|image|>",
+      "image_processor": {
+        "image_processor_type": "AlignVLMImageProcessor",
+        "auto_map": {"AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"},
+        "rule": "ovis", "tile_size": 384, "max_tiles": 9, "thumbnail": true
+      }
+    }
+"""
+
+import re
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
+
+# Put behind the first character of what reads like a special token in a user's text, so that it is none.
+_MARK = "\ue000"
+
+
+class AlignVLMProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: AlignVLMImagesKwargs
+    _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}
+
+
+class AlignVLMProcessor(ProcessorMixin):
+    """An image processor and a tokenizer.
+
+    Args:
+        image_processor: an `AlignVLMImageProcessor`.
+        tokenizer: a fast tokenizer.
+        tokens_per_tile: visual tokens that the model makes of one tile.
+        image_token: the special token that holds their places.
+        chat_template: how a conversation is written down.
+    """
+
+    valid_processor_kwargs = AlignVLMProcessorKwargs
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, tokens_per_tile=1, image_token="<|image|>", chat_template=None
+    ):
+        self.tokens_per_tile = tokens_per_tile
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no image token {image_token!r}")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """Cuts images, repeats their places in the text, tokenizes.
+
+        Args:
+            images: pictures, paths or URLs, flat or one list per text, in the order of the image tokens.
+            text: one text or several, each image token standing for one image.
+            videos: not supported.
+            audio: not supported.
+            **kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and the image processor (`max_tiles`, ...).
+
+        Returns:
+            `input_ids`, `attention_mask` and, with images, `pixel_values`; on request `mm_token_type_ids` (1 at visual
+            tokens) and `text_replacement_offsets`.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("this model reads text and images, no videos and no audio")
+        if text is None and images is None:
+            raise ValueError("nothing to process: give `text`, `images` or both")
+        wants_types = kwargs.pop("return_mm_token_type_ids", False)
+        wants_offsets = kwargs.pop("return_text_replacement_offsets", False)
+        merged = self._merge_kwargs(AlignVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        wants_types = text_kwargs.pop("return_mm_token_type_ids", False) or wants_types
+        wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False) or wants_offsets
+        return_tensors = text_kwargs.pop("return_tensors", None)
+
+        data, num_tiles = {}, []
+        images = None if images is None else list(flatten_images(images))
+        if images:
+            images_kwargs = {**merged["images_kwargs"], "return_tensors": None}
+            data = dict(self.image_processor(images, **images_kwargs))
+            num_tiles = data.pop("num_tiles").tolist()
+        if text is None:
+            return BatchFeature(data, tensor_type=return_tensors)
+
+        texts = [text] if isinstance(text, str) else list(text)
+        texts, offsets = self._repeat_image_tokens(texts, num_tiles)
+        text_inputs = self._tokenize(texts, text_kwargs)
+        if wants_types:
+            text_inputs["mm_token_type_ids"] = [
+                [int(i == self.image_token_id) for i in ids] for ids in text_inputs["input_ids"]
+            ]
+        self._check_special_mm_tokens(texts, text_inputs, modalities=["image"])
+        features = BatchFeature({**text_inputs, **data}, tensor_type=return_tensors)
+        if wants_offsets:
+            features["text_replacement_offsets"] = offsets
+        return features
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers, except that a user's text cannot write special tokens (with `tokenize=True`)."""
+        if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
+            conversation = self._hide_special_tokens(conversation)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _repeat_image_tokens(self, texts: list[str], num_tiles: list[int]) -> tuple[list[str], list[list[dict]]]:
+        """Writes the image token once per visual token; also returns where, in the words of transformers."""
+        found = sum(text.count(self.image_token) for text in texts)
+        if found != len(num_tiles):
+            raise ValueError(f"the text has {found} image tokens ({self.image_token}) for {len(num_tiles)} images")
+        remaining = iter(num_tiles)
+        expanded, offsets = [], []
+        for text in texts:
+            pieces, spans, start, shift = [], [], 0, 0
+            for match in re.finditer(re.escape(self.image_token), text):
+                replacement = self.image_token * (next(remaining) * self.tokens_per_tile)
+                new_start = match.start() + shift
+                spans.append(
+                    {
+                        "type": "image",
+                        "span": match.span(),
+                        "new_span": (new_start, new_start + len(replacement)),
+                        "text": self.image_token,
+                        "replacement": replacement,
+                    }
+                )
+                pieces += [text[start : match.start()], replacement]
+                start, shift = match.end(), shift + len(replacement) - len(self.image_token)
+            expanded.append("".join([*pieces, text[start:]]))
+            offsets.append(spans)
+        return expanded, offsets
+
+    def _tokenize(self, texts: list[str], text_kwargs: dict):
+        if not any(_MARK in text for text in texts):
+            return self.tokenizer(texts, **text_kwargs)
+        ids = [self._tokenize_marked(text) for text in texts]
+        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+        return self.tokenizer.pad({"input_ids": ids}, **{k: v for k, v in text_kwargs.items() if k in names})
+
+    def _tokenize_marked(self, text: str) -> list[int]:
+        """Ids of a text with marks: between the special tokens that bear none, everything is plain text."""
+        ids, start = [], 0
+        special = self._special_tokens()
+        for match in [*special.finditer(text), None]:
+            plain = text[start : match.start() if match else None]
+            plain = re.sub(f"(.){_MARK}", r"\1", plain, flags=re.DOTALL)
+            ids += self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
+            if match:
+                ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
+                start = match.end()
+        return ids
+
+    def _special_tokens(self) -> re.Pattern:
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def _hide_special_tokens(self, conversation):
+        """A copy in which texts bear a mark wherever they read like a special token."""
+        special = re.compile(f"{self._special_tokens().pattern}|{_MARK}")
+
+        def hide(text):
+            return special.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
+
+        def hide_content(content):
+            if isinstance(content, str):
+                return hide(content)
+            if not isinstance(content, list | tuple):
+                return content
+            return [
+                {**part, "text": hide(part["text"])} if isinstance(part.get("text"), str) else part for part in content
+            ]
+
+        def hide_message(message):
+            return {**message, "content": hide_content(message["content"])} if "content" in message else message
+
+        conversation = getattr(conversation, "messages", conversation)
+        if conversation and isinstance(conversation[0], dict):
+            return [hide_message(message) for message in conversation]
+        return [[hide_message(message) for message in getattr(chat, "messages", chat)] for chat in conversation]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What an image's token becomes (asked for by transformers' tools and vLLM)."""
+        return self.image_token * (int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Visual tokens and tiles of images of the given (height, width); vLLM reserves room by it."""
+        if image_sizes is None:
+            return MultiModalData()
+        overrides = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+        tiles = [self.image_processor.plan(height, width, **overrides).num_tiles for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+__all__ = ["AlignVLMProcessor"]

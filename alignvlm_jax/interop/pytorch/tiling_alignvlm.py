@@ -1,0 +1,5 @@
+"""`data/tiling.py` under the name it has in an exported folder."""
+
+from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
+
+__all__ = ["TilePlan", "TilingConfig", "cut_tiles", "plan_tiles"]
