@@ -10,8 +10,9 @@ to be a string; ours are lists of images and texts. So a prelude is put in front
 turns each list into a string with the image token where the image is. The template behind it is left as it was, and
 one file serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM alike.
 
-One difference remains. Text typed by a user that reads like a special token stays text in `ChatTokenizer`, and becomes
-that token in transformers, unless `apply_chat_template(..., sanitize_control_tokens=True)` is asked for.
+Text typed by a user that reads like a special token stays text in `ChatTokenizer`, and in the processor of an exported
+folder. transformers' own `tokenizer.apply_chat_template` takes it for that token, unless its argument
+`sanitize_control_tokens=True` says otherwise.
 """
 
 import json
@@ -43,6 +44,8 @@ _NEW_IMAGE_TOKEN = "<image>"
 # A table that has to grow grows to a multiple of this, which keeps its matrix product fast and lets it be sharded.
 _ROW_MULTIPLE = 64
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+# Our own entry of an exported tokenizer_config.json: the rule that was taken out of tokenizer.json, for the way back.
+_RULE = "plain_text_post_processor"
 _LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 # The day that Llama 3.1's template writes where it is told none. A macro hides transformers' function of that name.
@@ -138,8 +141,9 @@ def export_tokenizer(
     vocabulary = _read_json(tokenizer_folder / TOKENIZER_FILE)
     config = _read_json(tokenizer_folder / CONFIG_FILE)
     vocabulary["padding"] = vocabulary["truncation"] = None
+    rule = vocabulary.get("post_processor")
     if not language_only:
-        vocabulary["post_processor"] = _without_added_tokens(vocabulary.get("post_processor"))
+        vocabulary["post_processor"] = _without_added_tokens(rule)
     names = special_names(config)
     image_token = names.pop("image_token")
     token_of = {token_id: token for token, token_id in _token_ids(vocabulary).items()}
@@ -153,6 +157,8 @@ def export_tokenizer(
         "clean_up_tokenization_spaces": False,
         **{key: config[key] for key in ("model_max_length", END_TOKENS) if key in config},
     }
+    if vocabulary.get("post_processor") != rule:
+        config[_RULE] = rule
     ChatTokenizer(_dump(vocabulary), config, chat.chat_template).save(out_folder)
 
 
@@ -160,6 +166,8 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     notes = []
     vocabulary = files.vocabulary
     vocabulary["padding"] = vocabulary["truncation"] = None
+    if _RULE in files.config:
+        vocabulary["post_processor"] = files.config[_RULE]
     _add_missing(vocabulary, files.config)
     names = _find_names(files, vocabulary, notes)
     if template is None:
@@ -173,6 +181,8 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     image_token = image_token or named_image or _find_image_token(vocabulary, taken, template)
     if image_token in taken:
         raise UserError(f"the image token {image_token!r} begins, ends or pads a text: name another one")
+    if not re.fullmatch(r"<.+>|\[.+\]", image_token):
+        raise UserError(f"the image token {image_token!r} could stand in a text: name one that is in <> or []")
     added = image_token not in _token_ids(vocabulary)
     _make_special(vocabulary, image_token)
     names["image_token"] = image_token
@@ -383,14 +393,15 @@ def _check_rows(ids: Mapping[str, int], num_embeddings: int, notes: list[str]) -
 
 
 def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:
-    """The tokens that generation_config.json, or else config.json, lists as ends of a text."""
+    """The tokens that generation_config.json, or else config.json, lists as ends of a text, or one of our exports."""
     listed = files.generation.get("eos_token_id", files.model.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
     token_of = {token_id: token for token, token_id in ids.items()}
     unknown = [token_id for token_id in listed if token_id not in token_of]
     if unknown:
         notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which no token has: left out")
-    return [token_of[token_id] for token_id in listed if token_id in token_of]
+    ours = [token for token in files.config.get(END_TOKENS) or () if token in ids]
+    return list(dict.fromkeys([*ours, *(token_of[token_id] for token_id in listed if token_id in token_of)]))
 
 
 def _for_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:

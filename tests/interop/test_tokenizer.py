@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.data.chat import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, ChatTokenizer, compile_template
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.tokenizer import export_tokenizer, import_tokenizer
@@ -96,7 +97,9 @@ def random_text(rng, more=()):
 
 def random_chat(rng, *, images, more=()):
     """Turns ending with an answer; a system message before half of them."""
-    messages = [system(random_text(rng, more))] if rng.random() < 0.5 else []
+    text = random_text(rng, more)
+    text = [{"type": "text", "text": text}] if images and rng.random() < 0.5 else text
+    messages = [system(text)] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 3)):
         content = [{"type": "text", "text": random_text(rng, more)}]
         for _ in range(rng.randint(0, 2) if images else 0):
@@ -146,6 +149,39 @@ def test_exported_folder_reads_back(style):
     for mine, theirs in zip(again.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert (again.pad_id, again.image_id, again.end_ids) == (style.chat.pad_id, style.chat.image_id, style.chat.end_ids)
+
+
+def test_saved_by_transformers_reads_back(style, tmp_path):
+    """What somebody who went on training in PyTorch hands back, with the padding of the last batch in it."""
+    theirs = transformers.AutoTokenizer.from_pretrained(style.exported_folder)
+    theirs(["a", "the total"], padding="max_length", truncation=True, max_length=5)
+    theirs.save_pretrained(tmp_path)
+    again = import_tokenizer(tmp_path, num_embeddings=style.imported.num_embeddings)
+    assert (again.num_embeddings, again.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
+    assert (again.chat.pad_id, again.chat.end_ids) == (style.chat.pad_id, style.chat.end_ids)
+    rng = random.Random(4)
+    for _ in range(5):
+        assert_same(again.chat, style.exported, random_chat(rng, images=True))
+
+
+def test_nano_goes_out_as_well(tmp_path):
+    """Its tokenizer was never a language model's from Hugging Face."""
+    folder = backbone_folder("language", "nano")
+    export_tokenizer(folder, tmp_path)
+    chat, theirs = ChatTokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.image_token_id, theirs.pad_token_id) == (chat.image_id, chat.pad_id)
+    assert (theirs.eos_token_id,) == chat.end_ids
+    rng = random.Random(5)
+    for _ in range(10):
+        messages = [m for m in random_chat(rng, images=True) if m["role"] != "system"]
+        assert_same(chat, theirs, messages)
+
+
+def test_an_answer_begun_goes_on(style):
+    """transformers' continue_final_message looks for the last text in what the template wrote."""
+    begun = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
+    text = style.exported.apply_chat_template(begun, continue_final_message=True, tokenize=False)
+    assert text.endswith("It is") and text.count(style.image_token) == 1
 
 
 def test_an_export_imported_again_is_left_as_it_is(style):
@@ -257,12 +293,16 @@ def test_exported_configuration(style):
     assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_language_only_export_keeps_the_rule_for_plain_text(styles, tmp_path):
-    for name in ("llama3", "tinyllama"):
-        styles[name].chat.save(tmp_path / name)
-        export_tokenizer(tmp_path / name, tmp_path / f"{name}_text", language_only=True)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}_text")
-        assert theirs("the total").input_ids == styles[name].original("the total").input_ids
+@pytest.mark.parametrize("name", ["llama3", "tinyllama"])
+def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_path):
+    """Also after the way out to PyTorch, where the rule is not, and back."""
+    style = styles[name]
+    back = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
+    for i, chat in enumerate((style.chat, back.chat)):
+        chat.save(tmp_path / f"{i}")
+        export_tokenizer(tmp_path / f"{i}", tmp_path / f"{i}_text", language_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{i}_text")
+        assert theirs("the total").input_ids == style.original("the total").input_ids
         assert theirs("the total").input_ids[0] == theirs.bos_token_id
 
 
@@ -316,6 +356,16 @@ SEEING_TEMPLATE = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
+
+
+def test_base_models_get_a_plain_template(styles):
+    base = styles["base"]
+    assert any("no chat template" in note for note in base.imported.notes)
+    messages = [system("Short."), user("Total?", 1), assistant("12.50"), user("Date?")]
+    text = base.exported.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        f"<|begin_of_text|>Short.\nUser: {LLAMA3_IMAGE}Total?\nAssistant: 12.50<|end_of_text|>\nUser: Date?\nAssistant:"
+    )
 
 
 def test_given_image_token_and_template(write):
@@ -431,6 +481,7 @@ def test_wrong_folders(write, tmp_path):
     assert "no such folder" in fails(tmp_path / "nowhere")
     folder = write("smollm2")
     assert "name another" in fails(folder, image_token="<|im_end|>")
+    assert "stand in a text" in fails(folder, image_token="total")
     template = SEEING_TEMPLATE + "<repo_name>"
     assert "where there is no image" in fails(folder, image_token="<repo_name>", chat_template=template)
     assert "line 1" in fails(folder, chat_template="{% if %}")
