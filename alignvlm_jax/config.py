@@ -86,16 +86,25 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 def find_config(file: str | Path) -> Path:
     """The file as given; `configs/NAME.py` and `NAME.py` also mean the one shipped with the package."""
-    package, file = Path(alignvlm_jax.__file__).parent, Path(file)
-    shipped = [package / "configs", package.parent / "configs"]  # installed, and in a clone
+    file = Path(file)
     candidates = [file]
     if file in (Path(file.name), Path("configs", file.name)):
-        candidates += [folder / file.name for folder in shipped]
+        candidates += [folder / file.name for folder in _shipped_folders()]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    names = {path.name for folder in shipped for path in folder.glob("*.py") if path.name != "__init__.py"}
-    raise UserError(f"{file}: no such config file; the package ships {', '.join(sorted(names)) or 'none'}")
+    raise UserError(f"{file}: no such config file; the package ships {', '.join(shipped_configs()) or 'none'}")
+
+
+def shipped_configs() -> list[str]:
+    """The names of the config files that come with the package, such as "nano.py"."""
+    names = {path.name for folder in _shipped_folders() for path in folder.glob("*.py")}
+    return sorted(names - {"__init__.py"})
+
+
+def _shipped_folders() -> list[Path]:
+    package = Path(alignvlm_jax.__file__).parent
+    return [package / "configs", package.parent / "configs"]  # installed, and in a clone
 
 
 def from_dict(raw: Mapping[str, Any]) -> ExperimentConfig:

@@ -17,7 +17,8 @@ from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import checkpoint
 
 RANDOM = "random"
-"""In the place of a backbone's folder: weights of the configured shape, drawn from the seed. To try a config out."""
+"""In the place of a backbone's folder: weights of the configured shape, drawn from the seed, to try a config out. Where
+the decoder is random and no tokenizer is named, the nano one stands in."""
 
 
 def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Params:
@@ -41,10 +42,9 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         folder = Path(config.tokenizer)
     elif config.init_from is not None:
         folder = checkpoint.find_checkpoint(config.init_from)[0] / checkpoint.TOKENIZER_FOLDER
-    elif config.backbones.language == RANDOM:
-        raise UserError("config.tokenizer: random weights bring no tokenizer; name a folder that holds one")
     else:
-        folder = backbone_folder("language", config.backbones.language)
+        name = config.backbones.language
+        folder = backbone_folder("language", "nano" if name == RANDOM else name)
     rows = config.model.language.vocab_size
     if _takes_images(folder):
         chat = ChatTokenizer.from_folder(folder)

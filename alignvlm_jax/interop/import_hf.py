@@ -1,0 +1,178 @@
+"""Two Hugging Face folders into a checkpoint that can be asked, trained from and exported.
+
+    import_huggingface("siglip-so400m-patch14-384/", "Llama-3.2-1B-Instruct/", "runs/1b_start", dtype="bfloat16")
+
+The shape of the model comes from the folders. All else that a checkpoint's config says (how pages are cut and packed,
+which stages train it, in what precision it computes) comes from a config file, by default from the shipped one of the
+same shape.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop import huggingface
+from alignvlm_jax.interop.assemble import assemble, check_same_model
+from alignvlm_jax.interop.new_folder import new_folder
+from alignvlm_jax.interop.tokenizer import import_tokenizer
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.training.checkpoint import write_checkpoint
+
+# Whose stages, tiles and bins a model of no shipped config's shape gets: the paper's.
+_PAPER_CONFIG = "alignvlm_1b.py"
+# Positions that are kept for text where the number of tiles is to fit the decoder's context.
+_TEXT_TOKENS = 256
+_BIN_MULTIPLE = 512
+
+
+def import_huggingface(
+    vision: str | Path,
+    language: str | Path,
+    out: str | Path,
+    *,
+    connector: str | None = None,
+    dtype: str = "float32",
+    mesh: MeshConfig | None = None,
+    config_file: str | Path | None = None,
+    image_token: str | None = None,
+    chat_template: str | None = None,
+    max_tiles: int | None = None,
+    say: Callable[[str], None] = print,
+) -> ExperimentConfig:
+    """Joins two backbones by a fresh connector and writes the checkpoint.
+
+    Args:
+      vision: a SigLIP folder, or "nano".
+      language: a Llama folder with its tokenizer, or "nano".
+      out: the workdir to make; must not exist, or be empty.
+      connector: its name; None takes the config's.
+      dtype: of the weights in the checkpoint.
+      mesh: where the weights are put on their way; None is the first device.
+      config_file: the experiment; None takes the shipped config of the folders' shape, or else the paper's stages.
+      image_token: the token that stands for an image; None finds or adds one.
+      chat_template: text of a Jinja template in place of the folder's.
+      max_tiles: tiles that a page may be cut into; None takes the config's, or fewer if the context is too short.
+      say: told what was decided on the way.
+
+    Returns:
+      The config in the checkpoint.
+
+    Raises:
+      UserError: a folder, the tokenizer or the config is not right, or does not fit the others. Nothing is written.
+    """
+    if connector is not None and connector not in CONNECTOR_CONFIGS:
+        raise UserError(f"connector {connector!r}: there is none of this name, only {', '.join(CONNECTOR_CONFIGS)}")
+    names = {"vision": Path(vision).name, "language": Path(language).name}
+    vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
+    with new_folder(out) as folder:
+        encoder, decoder = huggingface.read_vision_config(vision), huggingface.read_language_config(language)
+        tokenizer = import_tokenizer(
+            language, num_embeddings=decoder.vocab_size, image_token=image_token, chat_template=chat_template
+        )
+        for note in tokenizer.notes:
+            say(note)
+        config = configs.load(config_file) if config_file else _shipped_config(encoder, decoder)
+        if config is None:
+            say(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
+            config = _paper_config(encoder, decoder, dtype)
+        _check_shape(config, encoder, decoder)
+        model = _model(config.model, encoder, decoder, tokenizer.num_embeddings, connector)
+        config = dataclasses.replace(
+            config,
+            model=model,
+            data=_data(config, model, max_tiles, say),
+            backbones=BackbonesConfig(str(vision), str(language)),
+            init_from=None,
+            tokenizer=None,
+        )
+        config = configs.from_dict(configs.to_dict(config))  # checks it
+        devices = None if mesh is None else make_mesh(mesh)
+        params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed)
+        history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}
+        write_checkpoint(folder, config, params, tokenizer.chat, history=[history])
+    return config
+
+
+def _shipped_config(encoder: VisionConfig, decoder: LanguageConfig) -> ExperimentConfig | None:
+    """The first shipped config of these shapes, if there is one."""
+    for file in configs.shipped_configs():
+        config = configs.load(file)
+        with contextlib.suppress(UserError):
+            _check_shape(config, encoder, decoder)
+            return config
+    return None
+
+
+def _check_shape(config: ExperimentConfig, encoder: VisionConfig, decoder: LanguageConfig) -> None:
+    check_same_model("config.model.vision", config.model.vision, encoder, "the folder of --vision")
+    # The config may count the row of an image token already.
+    rows = min(config.model.language.vocab_size, decoder.vocab_size)
+    language = dataclasses.replace(config.model.language, vocab_size=rows)
+    check_same_model("config.model.language", language, decoder, "the folder of --language")
+
+
+def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) -> ExperimentConfig:
+    """The paper's stages around these backbones, with bins that are just large enough."""
+    config = configs.load(_PAPER_CONFIG)
+    encoder, decoder = dataclasses.replace(encoder, dtype=dtype), dataclasses.replace(decoder, dtype=dtype)
+    tiling = dataclasses.replace(config.data.tiling, tile_size=encoder.image_size)
+    packing = dataclasses.replace(config.data.packing, tokens_per_bin=1, tiles_per_bin=1)
+    return dataclasses.replace(
+        config,
+        model=AlignVLMConfig(encoder, config.model.connector, decoder),
+        data=dataclasses.replace(config.data, tiling=tiling, packing=packing),
+    )
+
+
+def _model(
+    base: AlignVLMConfig, encoder: VisionConfig, decoder: LanguageConfig, rows: int, connector: str | None
+) -> AlignVLMConfig:
+    """The folders' shapes, run as `base` says, with its connector or the one that is named."""
+    kind = CONNECTOR_CONFIGS[connector] if connector else type(base.connector)
+    settings = base.connector if isinstance(base.connector, kind) else kind()
+    if isinstance(settings, AlignConfig) and rows > decoder.vocab_size:
+        settings = dataclasses.replace(settings, vocab_size=decoder.vocab_size)
+    encoder = dataclasses.replace(encoder, dtype=base.vision.dtype, remat=base.vision.remat)
+    decoder = dataclasses.replace(
+        decoder,
+        vocab_size=rows,
+        max_position_embeddings=base.language.max_position_embeddings,
+        dtype=base.language.dtype,
+        remat=base.language.remat,
+    )
+    return AlignVLMConfig(encoder, settings, decoder)
+
+
+def _data(
+    config: ExperimentConfig, model: AlignVLMConfig, max_tiles: int | None, say: Callable[[str], None]
+) -> DataConfig:
+    """The config's data, with no more tiles to a page than fit the decoder's context, and bins that hold a page."""
+    tiling, packing = config.data.tiling, config.data.packing
+    per_tile, positions = tokens_per_tile(model), model.language.max_position_embeddings
+    wanted = dataclasses.replace(tiling, max_tiles=max_tiles or tiling.max_tiles)
+    tiling = wanted
+    while tiling.max_tiles > 1 and tiling.max_tiles_per_image * per_tile + _TEXT_TOKENS > positions:
+        tiling = dataclasses.replace(tiling, max_tiles=tiling.max_tiles - 1)
+    if tiling.max_tiles_per_image * per_tile + _TEXT_TOKENS > positions:
+        raise UserError(
+            f"a tile takes {per_tile} positions, and the language model has {positions}: no room for {_TEXT_TOKENS} of "
+            "text. Take an encoder of fewer patches, or a language model with a longer context"
+        )
+    if tiling != wanted:
+        say(f"at most {tiling.max_tiles} tiles a page, not {wanted.max_tiles}: the context has {positions} positions")
+    tiles = tiling.max_tiles_per_image
+    tokens = tiles * per_tile + max(stage.max_text_tokens for stage in config.stages)
+    if packing.tiles_per_bin < tiles or packing.tokens_per_bin < tokens:
+        tokens = -(-tokens // _BIN_MULTIPLE) * _BIN_MULTIPLE
+        packing = dataclasses.replace(packing, tokens_per_bin=tokens, tiles_per_bin=tiles)
+    return dataclasses.replace(config.data, tiling=tiling, packing=packing)

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Joins a SigLIP folder and a Llama folder, as Hugging Face lays them out, into a checkpoint of an untrained AlignVLM.
+
+    tools/import_hf.py --vision siglip-so400m-patch14-384 --language Llama-3.2-1B-Instruct --out runs/1b_start
+    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b --init-from runs/1b_start
+
+Weights must be safetensors, one file or shards with an index. The vision folder may hold a whole SigLIP or SigLIP 2 of
+fixed resolution or its vision model alone; the language folder a Llama 2 or 3, SmolLM2 or TinyLlama, with its
+tokenizer. Neither torch nor transformers is needed, and memory stays at what the converted weights take.
+
+What the checkpoint's config says beside the model's shape (stages, tiles, bins, precision of the computation) is taken
+from --config; without it, from the shipped config of the same shapes (configs/debug_gpu.py for SigLIP-base/16 at 224 px
+with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px with Llama-3.2-1B, and so on); if there is none, the
+stages are the paper's. It matters for `alignvlm ask` (tiles, precision) and for training in that very workdir;
+`alignvlm train --config FILE --init-from CHECKPOINT` takes everything but the weights and the tokenizer from FILE.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", required=True, metavar="DIR", help='a SigLIP folder; "nano" is the shipped one')
+    parser.add_argument("--language", required=True, metavar="DIR", help='a Llama folder; "nano" is the shipped one')
+    parser.add_argument(
+        "--connector", metavar="NAME", help="align, mlp, perceiver, ovis or h_reducer (default: the config's)"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to make; a new folder")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights (default: float32)"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="the experiment whose stages, tiles and bins to take; see above"
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="data=1,fsdp=1,tensor=1",
+        help="spread the weights over all devices so on their way; without it they are put together on the host",
+    )
+    parser.add_argument(
+        "--image-token",
+        metavar="TOKEN",
+        help="stands for an image in the text (default: found in the vocabulary or added)",
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja file in place of the folder's template"
+    )
+    parser.add_argument(
+        "--max-tiles",
+        type=_positive,
+        metavar="N",
+        help="tiles a page is cut into, its thumbnail apart (default: the config's)",
+    )
+    args = parser.parse_args()
+    if args.mesh is None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Imported here, so that --help answers at once, and jax sees the variable above.
+    from alignvlm_jax.errors import UserError
+    from alignvlm_jax.interop.import_hf import import_huggingface
+    from alignvlm_jax.parallel.mesh import MeshConfig
+
+    try:
+        template = None if args.chat_template is None else _read(args.chat_template)
+        config = import_huggingface(
+            args.vision,
+            args.language,
+            args.out,
+            connector=args.connector,
+            dtype=args.dtype,
+            mesh=None if args.mesh is None else MeshConfig(**args.mesh),
+            config_file=args.config,
+            image_token=args.image_token,
+            chat_template=template,
+            max_tiles=args.max_tiles,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    tiling = config.data.tiling
+    print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px a page; ask it, train it or export it:")
+    print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        sizes = {"": 0}
+    if not set(sizes) <= {"data", "fsdp", "tensor"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected such as data=1,fsdp=2,tensor=4")
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more, at most one of them -1 (what is left)")
+    return sizes
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def _read(path: Path) -> str:
+    from alignvlm_jax.errors import UserError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+if __name__ == "__main__":
+    main()
