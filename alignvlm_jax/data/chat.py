@@ -81,11 +81,14 @@ class ChatTokenizer:
         self._names = special_names(tokenizer_config)
         self._end_tokens = tuple(tokenizer_config.get(END_TOKENS, ()))
         added = self._tokenizer.get_added_tokens_decoder()
-        specials = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        specials = sorted((token for token in added.values() if token.special), key=lambda t: -len(t.content))
         if not specials:
             raise UserError(f"{TOKENIZER_FILE}: it has no special tokens; a chat template needs some")
-        self._special = re.compile("|".join(map(re.escape, specials)))
-        self._hide = re.compile("|".join([*map(re.escape, specials), _OPEN, _CLOSE]))
+        # Some take the white space beside them along.
+        self._special = re.compile(
+            "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in specials)
+        )
+        self._hide = re.compile("|".join([*(re.escape(t.content) for t in specials), _OPEN, _CLOSE]))
         self.image_id = self._named_id("image_token")
         # Padding never enters attention or loss, so the end of text can stand in for a padding token.
         self.pad_id = self._named_id("pad_token" if "pad_token" in self._names else "eos_token")
@@ -224,7 +227,7 @@ class ChatTokenizer:
         at = 0
         for special in self._special.finditer(rendered):
             add_text(_shown(rendered[at : special.start()], hidden))
-            ids.append(self._tokenizer.token_to_id(special.group()))
+            ids.append(self._tokenizer.token_to_id(special.group().strip()))
             offsets.append((cursor, cursor + len(special.group())))
             cursor += len(special.group())
             at = special.end()
@@ -258,7 +261,7 @@ class ChatTokenizer:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = self._render(messages, add_generation_prompt=False)
         ((start, end),) = self._answers(messages, rendered)
-        ids = [self._tokenizer.token_to_id(self._special.findall(rendered[start:end])[-1])]
+        ids = [self._tokenizer.token_to_id(self._special.findall(rendered[start:end])[-1].strip())]
         if "eos_token" in self._names and (eos := self._named_id("eos_token")) not in ids:
             ids.append(eos)
         for token in self._end_tokens:

@@ -190,6 +190,10 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         _make_special(vocabulary, token)
     ids = _token_ids(vocabulary)
     image_id = ids[image_token]
+    for entry in vocabulary["added_tokens"]:
+        if entry.get("special"):
+            # Otherwise sentencepiece's blank is put before it as well, and it is found in some places only.
+            entry["normalized"] = False
     _check_rows({token: i for token, i in ids.items() if token != image_token}, num_embeddings, notes)
     rows = num_embeddings
     if image_id >= rows:

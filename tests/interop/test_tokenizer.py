@@ -201,6 +201,25 @@ def test_passages_encoded_apart(name, styles):
         assert_same(style.chat, style.exported, random_chat(rng, images=True, more=["\ue000", "\ue001"] * 3))
 
 
+@pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
+@pytest.mark.parametrize("name", ["llama3", "tinyllama", "llama2_new"])
+def test_special_tokens_with_flags(name, flag, tmp_path):
+    """Special tokens looked for in the normalised text, or found with the white space beside them, as in some folders."""
+    folder = write_style(tmp_path / "model", name)
+    vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
+    vocabulary["added_tokens"] = [{**token, flag: True} for token in vocabulary["added_tokens"]]
+    (folder / TOKENIZER_FILE).write_text(json.dumps(vocabulary))
+    imported = import_tokenizer(folder, num_embeddings=600)
+    imported.chat.save(tmp_path / "ours")
+    export_tokenizer(tmp_path / "ours", tmp_path / "exported")
+    rng = random.Random(6)
+    for official in map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / "exported")):
+        variables = {"date_string": "26 Jul 2024"} if name == "llama3" else {}
+        for more in ((), ("\ue000", "\ue001")):
+            for _ in range(8):
+                assert_same(imported.chat, official, random_chat(rng, images=False, more=more), **variables)
+
+
 def test_special_tokens_typed_by_users_stay_text(style):
     """In ours always; in transformers if it is asked to, though it may cut the text about them differently."""
     rng = random.Random(3)
