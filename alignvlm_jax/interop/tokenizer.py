@@ -170,46 +170,28 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         vocabulary["post_processor"] = files.config[_RULE]
     _add_missing(vocabulary, files.config)
     names = _find_names(files, vocabulary, notes)
+    ends = _listed_ends(files, _token_ids(vocabulary), notes)
     if template is None:
         template = _find_template(files, notes)
-    if "pad_token" not in names and _LLAMA_PAD_TOKEN in _token_ids(vocabulary):
-        names["pad_token"] = _LLAMA_PAD_TOKEN
 
-    named_image = names.pop("image_token", None)
-    ends = _listed_ends(files, _token_ids(vocabulary), notes)
+    named = names.pop("image_token", None)
     taken = {*names.values(), *ends}
-    image_token = image_token or named_image or _find_image_token(vocabulary, taken, template)
+    image_token = image_token or named or _find_image_token(vocabulary, taken, template)
     if image_token in taken:
         raise UserError(f"the image token {image_token!r} begins, ends or pads a text: name another one")
     if not re.fullmatch(r"<.+>|\[.+\]", image_token):
         raise UserError(f"the image token {image_token!r} could stand in a text: name one that is in <> or []")
-    added = image_token not in _token_ids(vocabulary)
-    _make_special(vocabulary, image_token)
-    names["image_token"] = image_token
-    for token in names.values():
+    rows = _check_rows(_token_ids(vocabulary), image_token, num_embeddings, notes)
+    for token in (*names.values(), image_token):
         _make_special(vocabulary, token)
-    ids = _token_ids(vocabulary)
-    image_id = ids[image_token]
     for entry in vocabulary["added_tokens"]:
         if entry.get("special"):
             # Otherwise sentencepiece's blank is put before it as well, and it is found in some places only.
             entry["normalized"] = False
-    _check_rows({token: i for token, i in ids.items() if token != image_token}, num_embeddings, notes)
-    rows = num_embeddings
-    if image_id >= rows:
-        rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        notes.append(
-            f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows "
-            f"from {num_embeddings} to {rows} rows"
-        )
-    else:
-        where = ", a spare row of the embedding table" if added else ", which the vocabulary already has"
-        notes.append(f"image token {image_token!r} has id {image_id}{where}")
 
-    template = _for_images(template, names, notes)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: token for name, token in names.items() if name != "image_token"},
+        **names,
         "extra_special_tokens": {"image_token": image_token},
         "clean_up_tokenization_spaces": False,
     }
@@ -218,11 +200,14 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         config["model_max_length"] = limit
     if ends:
         config[END_TOKENS] = ends
-    chat = ChatTokenizer(_dump(vocabulary), config, template)
-    if chat.token_to_id(image_token) != image_id:
+    chat = ChatTokenizer(_dump(vocabulary), config, _for_images(template, special_names(config), notes))
+    moved = [
+        entry["content"] for entry in vocabulary["added_tokens"] if chat.token_to_id(entry["content"]) != entry["id"]
+    ]
+    if moved:
         raise UserError(
-            f"{TOKENIZER_FILE}: its ids have gaps, so that the new image token {image_token!r} has no sure id; "
-            "name a token that the vocabulary has"
+            f"{TOKENIZER_FILE}: its ids have gaps, so that {', '.join(map(repr, moved))} cannot be added behind them; "
+            "name an image token that the vocabulary has"
         )
     return ImportedTokenizer(chat, rows, tuple(notes))
 
@@ -291,6 +276,10 @@ def _token_ids(vocabulary: Mapping[str, Any]) -> dict[str, int]:
         raise UserError(f"{TOKENIZER_FILE}: it has no vocabulary where one belongs; copy the file again") from error
 
 
+def _next_id(ids: Mapping[str, int]) -> int:
+    return 1 + max(ids.values())
+
+
 def _make_special(vocabulary: dict[str, Any], token: str) -> None:
     """Have the token recognised whole wherever it stands; one that is new gets the id behind all others."""
     entries = vocabulary.setdefault("added_tokens", [])
@@ -299,8 +288,7 @@ def _make_special(vocabulary: dict[str, Any], token: str) -> None:
             entry["special"] = True
             return
     ids = _token_ids(vocabulary)
-    token_id = ids.get(token, 1 + max(ids.values()))
-    entries.append({"id": token_id, "content": token, **_FLAGS, "special": True})
+    entries.append({"id": ids.get(token, _next_id(ids)), "content": token, **_FLAGS, "special": True})
     entries.sort(key=lambda entry: entry["id"])
 
 
@@ -348,6 +336,8 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
             raise UserError(f"{CONFIG_FILE}: {name} {token!r} is not in {TOKENIZER_FILE}")
         del names[name]
         notes.append(f"{name} {token!r} is in no vocabulary and was left out")
+    if "pad_token" not in names and _LLAMA_PAD_TOKEN in ids:
+        names["pad_token"] = _LLAMA_PAD_TOKEN
     return names
 
 
@@ -380,12 +370,13 @@ def _find_image_token(vocabulary: Mapping[str, Any], taken: Collection[str], tem
     return min(free, key=lambda token: int(_RESERVED.fullmatch(token)[1]), default=_NEW_IMAGE_TOKEN)
 
 
-def _check_rows(ids: Mapping[str, int], num_embeddings: int, notes: list[str]) -> None:
-    outside = sorted((token for token, i in ids.items() if i >= num_embeddings), key=ids.get)
+def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, notes: list[str]) -> int:
+    """Rows that the embedding table must have: as many as it has, unless the image token needs another."""
+    outside = sorted((token for token, i in ids.items() if i >= num_embeddings and token != image_token), key=ids.get)
     if outside:
         some = ", ".join([*map(repr, outside[:5]), *(["..."] if len(outside) > 5 else [])])
         raise UserError(
-            f"{TOKENIZER_FILE} has {1 + max(ids.values())} ids, but the embedding table has {num_embeddings} rows: "
+            f"{TOKENIZER_FILE} has {_next_id(ids)} ids, but the embedding table has {num_embeddings} rows: "
             f"none for {len(outside)} tokens ({some}). Is this the tokenizer of another model?"
         )
     without = num_embeddings - len(set(ids.values()))
@@ -394,6 +385,18 @@ def _check_rows(ids: Mapping[str, int], num_embeddings: int, notes: list[str]) -
             f"{without} of the embedding table's {num_embeddings} rows belong to no token of {TOKENIZER_FILE}: "
             "make sure that it is this model's tokenizer"
         )
+    added = image_token not in ids
+    image_id = _next_id(ids) if added else ids[image_token]
+    if image_id < num_embeddings:
+        where = ", a spare row of the embedding table" if added else ", which the vocabulary already has"
+        notes.append(f"image token {image_token!r} has id {image_id}{where}")
+        return num_embeddings
+    rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    notes.append(
+        f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows from "
+        f"{num_embeddings} to {rows} rows"
+    )
+    return rows
 
 
 def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:

@@ -204,7 +204,7 @@ def test_passages_encoded_apart(name, styles):
 @pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
 @pytest.mark.parametrize("name", ["llama3", "tinyllama", "llama2_new"])
 def test_special_tokens_with_flags(name, flag, tmp_path):
-    """Special tokens looked for in the normalised text, or found with the white space beside them, as in some folders."""
+    """Special tokens looked for in normalised text, or found with the white space beside them, as in some folders."""
     folder = write_style(tmp_path / "model", name)
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["added_tokens"] = [{**token, flag: True} for token in vocabulary["added_tokens"]]
@@ -486,6 +486,17 @@ def test_vocabulary_and_embedding_disagree(write):
     notes = import_tokenizer(folder, num_embeddings=2 * size + 8).notes
     assert any(f"{size + 8} of the embedding table's {2 * size + 8} rows belong to no token" in note for note in notes)
     assert any("'[PAD]' is in no vocabulary" in note for note in notes)
+
+
+def test_ids_with_gaps(write):
+    """The `tokenizers` library numbers a new token by how many there are, which another token may have."""
+    folder = write("smollm2")
+    vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
+    vocabulary["model"]["vocab"]["unseen"] = num_ids(folder) + 10
+    (folder / TOKENIZER_FILE).write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match="gaps, so that '<image>' cannot be added"):
+        import_tokenizer(folder, num_embeddings=600)
+    assert import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>").chat.image_id == 3
 
 
 def test_wrong_folders(write, tmp_path):
