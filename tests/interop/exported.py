@@ -1,0 +1,87 @@
+"""Tiny checkpoints for tests of what leaves and comes back: every connector, random weights, the nano tokenizer."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.training.checkpoint import ParameterReader, Progress, write_checkpoint
+
+CONNECTORS = {
+    "align": {"vocab_size": 480},
+    "mlp": {},
+    "ovis": {"num_words": 24},
+    "h_reducer": {"window": 3},
+    "perceiver": {"num_latents": 3, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+}
+
+PROGRESS = Progress(step=7, stage=1, step_in_stage=3, train_seconds=1.5)
+HISTORY = [{"what": "joined by a test", "vision": "siglip-x", "language": "llama-y"}]
+
+
+def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentConfig:
+    """The nano experiment around a model of a few thousand weights."""
+    raw = configs.to_dict(configs.load("configs/nano.py"))
+    raw["model"]["vision"] |= {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+    }
+    raw["model"]["language"] |= {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "tie_word_embeddings": tied,
+        "rope_scaling": {"original_max_position_embeddings": 64},
+    }
+    raw["model"]["connector"] = {"name": connector, **CONNECTORS[connector]}
+    raw["data"]["tiling"] |= {"tile_size": 16, "max_tiles": 3, "thumbnail": True}
+    return configs.from_dict(raw)
+
+
+def random_params(config: AlignVLMConfig, *, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
+    """Random weights, norms and biases included: their usual ones and zeros would hide mistakes."""
+    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (leaf.ndim == 1)).astype(dtype), nn.unbox(boxed)
+    )
+    return jax.device_put(params, None if mesh is None else sharding.parameter_shardings(boxed, mesh))
+
+
+def nano_tokenizer() -> ChatTokenizer:
+    return ChatTokenizer.from_folder(backbone_folder("language", "nano"))
+
+
+def make_checkpoint(
+    workdir: Path, connector: str = "align", *, tied: bool = True, dtype: str = "float32", mesh: Mesh | None = None
+) -> Path:
+    config = tiny_config(connector, tied=tied)
+    params = random_params(config.model, dtype=dtype, mesh=mesh)
+    write_checkpoint(workdir, config, params, nano_tokenizer(), history=HISTORY, progress=PROGRESS)
+    return workdir
+
+
+def read_weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    reader = ParameterReader(checkpoint)
+    return {path: reader.read(path) for path in reader.shapes}
+
+
+def assert_same_weights(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    """Equal names, dtypes and bits."""
+    assert {name: array.dtype for name, array in left.items()} == {name: array.dtype for name, array in right.items()}
+    for name, array in left.items():
+        np.testing.assert_array_equal(array, right[name], err_msg=name)
