@@ -5,6 +5,7 @@ import random
 
 import jinja2.nodes
 import numpy as np
+import PIL.Image
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
@@ -236,6 +237,35 @@ def test_special_tokens_typed_by_users_stay_text(style):
         assert (mine == style.chat.image_id).sum() == count_images(messages)
         typed += style.read(mine).count(style.image_token) - count_images(messages)
     assert typed > 10
+
+
+def test_exported_processor_writes_the_same_ids(style):
+    """Texts with and without passages that read like special tokens; two visual tokens an image."""
+    pytest.importorskip("torch")
+    from alignvlm_jax.interop.pytorch.image_processing_alignvlm import AlignVLMImageProcessor
+    from alignvlm_jax.interop.pytorch.processing_alignvlm import AlignVLMProcessor
+
+    image_processor = AlignVLMImageProcessor(rule="ovis", tile_size=16, max_tiles=1, thumbnail=False)
+    processor = AlignVLMProcessor(
+        image_processor,
+        style.exported,
+        tokens_per_tile=2,
+        image_token=style.image_token,
+        chat_template=style.exported.chat_template,
+    )
+    rng, picture = random.Random(7), PIL.Image.new("RGB", (16, 16))
+    for more in ((), (style.exported.eos_token, style.image_token), ("\ue000", "\ue001")):
+        for _ in range(10):
+            messages = random_chat(rng, images=True, more=more)[:-1]
+            given = []
+            for message in messages:
+                content = message["content"]
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                parts = [part | {"image": picture} if part["type"] == "image" else part for part in parts]
+                given.append({**message, "content": parts})
+            theirs = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
+            mine = style.chat.encode_prompt(messages, [2] * count_images(messages))
+            assert mine.tokens.tolist() == list(theirs["input_ids"][0])
 
 
 def test_what_transformers_does_with_special_tokens_typed_by_users(style):
