@@ -15,12 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import export
-from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES
-
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -28,18 +22,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the workdir of a training run, or one of its step folders")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it they stay as they are")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
+    )
     parser.add_argument(
         "--max-shard-size",
         type=_size,
-        default=MAX_SHARD_BYTES,
+        default="5GB",
         metavar="SIZE",
-        help='where weights are cut into several files, such as "2GB"; the default is 5GB',
+        help="where weights are cut into several files (default: 5GB); memory stays below one file and one matrix",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write the decoder, as a plain Llama folder")
     part.add_argument("--vision-only", action="store_true", help="write the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Imported here, so that --help answers at once, and jax sees the variable above.
+    from alignvlm_jax.errors import UserError
+    from alignvlm_jax.interop import export
+
     write = export.export_alignvlm
     if args.language_only:
         write = export.export_language

@@ -9,50 +9,52 @@ those of --config.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
-
-from alignvlm_jax import config as configs
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop.import_pytorch import DEFAULT_CONFIG, import_alignvlm
-from alignvlm_jax.interop.tensor_writer import DTYPES
-from alignvlm_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="the PyTorch folder")
-    parser.add_argument("--out", type=Path, required=True, help="the workdir to make; it must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; without it they stay as they are")
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="the PyTorch folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint to make; a new folder")
     parser.add_argument(
-        "--mesh", metavar="SIZES", help='devices to spread the weights over on their way, such as "fsdp=8"'
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the stored weights (default: as in the folder)"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="data=1,fsdp=1,tensor=1",
+        help="spread the weights over all devices so on their way; without it they are put together on the host",
     )
     parser.add_argument(
         "--config",
-        help=f"what a folder without alignvlm_training.json does not say, such as stages; default {DEFAULT_CONFIG}",
+        metavar="FILE",
+        help="what a folder without alignvlm_training.json does not say, such as stages (default: the paper's)",
     )
     args = parser.parse_args()
+    if args.mesh is None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Imported here, so that --help answers at once, and jax sees the variable above.
+    from alignvlm_jax import config as configs
+    from alignvlm_jax.errors import UserError
+    from alignvlm_jax.interop.import_pytorch import import_alignvlm
+    from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+
     try:
-        mesh = make_mesh(_mesh_config(args.mesh)) if args.mesh else None
+        mesh = None
+        if args.mesh is not None:
+            try:
+                sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
+                mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"--mesh {args.mesh}: expected such as data=1,fsdp=2,tensor=4 ({error})") from error
         base = configs.load(args.config) if args.config else None
         import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: a checkpoint")
-
-
-def _mesh_config(text: str) -> MeshConfig:
-    sizes = {}
-    for part in text.replace(",", " ").split():
-        axis, _, size = part.partition("=")
-        if axis not in AXES or not size.removeprefix("-").isdigit():
-            raise UserError(f"--mesh {text!r}: expected sizes of {', '.join(AXES)}, such as 'fsdp=4,tensor=2'")
-        sizes[axis] = int(size)
-    try:
-        return MeshConfig(**{"data": 1, **sizes})
-    except ValueError as error:
-        raise UserError(f"--mesh {text!r}: {error}") from error
+    print(f"{args.out}: ask it, score it, export it, or train from it:")
+    print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
 
 
 if __name__ == "__main__":

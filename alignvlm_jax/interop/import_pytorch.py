@@ -99,6 +99,7 @@ def _read_run(
         raw = configs.to_dict(base)
         for part in ("vision", "language"):
             raw["model"][part] |= {"dtype": dtype, "remat": "none"}
+        raw["model"]["language"]["head_dim"] = None
         progress, history = Progress(), [{"what": "imported from PyTorch", "folder": folder.resolve().name}]
     raw["model"] = _read_model(folder, config_json, raw["model"])
     raw["data"]["tiling"] = _read_tiling(folder, raw["data"]["tiling"] if file.is_file() else None)

@@ -1,0 +1,178 @@
+"""The way back: nothing is lost between a checkpoint and a PyTorch folder, and what is not one is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.export import export_alignvlm, export_language
+from alignvlm_jax.interop.import_pytorch import import_alignvlm
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.training.checkpoint import ParameterReader, restore_params
+from tests.interop.exported import (
+    CONNECTORS,
+    HISTORY,
+    assert_same_weights,
+    make_checkpoint,
+    nano_tokenizer,
+    read_weights,
+    tiny_config,
+)
+
+_CONVERSATION = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Total? <|end|>"}]},
+    {"role": "assistant", "content": "12.50"},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("align") / "checkpoint", tied=False)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint):
+    out = checkpoint.parent / "exported"
+    export_alignvlm(checkpoint, out, max_shard_bytes=20_000)
+    return out
+
+
+@pytest.fixture
+def edited(folder, tmp_path):
+    """A copy of the folder to be spoilt."""
+    return shutil.copytree(folder, tmp_path / "edited")
+
+
+def _edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _refused(match, folder, tmp_path, **kwargs):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=match):
+        import_alignvlm(folder, tmp_path / "out", **kwargs)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_there_and_back_is_bit_exact_both_ways(connector, dtype, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", connector, dtype=dtype)
+    export_alignvlm(checkpoint, tmp_path / "folder")
+    import_alignvlm(tmp_path / "folder", tmp_path / "back")
+    assert_same_weights(read_weights(checkpoint), read_weights(tmp_path / "back"))
+    before, after = ParameterReader(checkpoint), ParameterReader(tmp_path / "back")
+    assert after.config == before.config == tiny_config(connector)
+    assert (after.step, after.meta["progress"]) == (before.step, before.meta["progress"])
+    assert after.step == 7 and after.history == HISTORY
+
+    export_alignvlm(tmp_path / "back", tmp_path / "again")
+    for file in sorted((tmp_path / "folder").iterdir()):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_tokenizer_comes_back(checkpoint, folder, tmp_path):
+    import_alignvlm(folder, tmp_path / "back")
+    before, after = nano_tokenizer(), ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
+    assert (after.end_ids, after.pad_id, after.image_id) == (before.end_ids, before.pad_id, before.image_id)
+    for left, right in zip(before.encode(_CONVERSATION, [3]), after.encode(_CONVERSATION, [3]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_onto_a_mesh_and_in_another_dtype(checkpoint, folder, tmp_path):
+    import_alignvlm(folder, tmp_path / "back", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), dtype="bfloat16")
+    halves = {name: array.astype("bfloat16") for name, array in read_weights(checkpoint).items()}
+    assert_same_weights(halves, read_weights(tmp_path / "back"))
+
+
+def test_what_pytorch_trained_and_saved(folder, tmp_path):
+    """`save_pretrained` leaves no word of our training: model and tiling come from its own files."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "trained", max_shard_size="30KB")
+    processor.save_pretrained(tmp_path / "trained")
+    import_alignvlm(tmp_path / "trained", tmp_path / "back")
+    changed = read_weights(tmp_path / "back")
+    import_alignvlm(folder, tmp_path / "unchanged")
+    for name, array in read_weights(tmp_path / "unchanged").items():
+        np.testing.assert_array_equal(changed[name], 1.5 * array, err_msg=name)
+    reader = ParameterReader(tmp_path / "back")
+    assert reader.step == 0
+    assert reader.config.data.tiling == tiny_config().data.tiling
+    assert reader.config.model == tiny_config(tied=False).model
+    assert [event["what"] for event in reader.history] == ["imported from PyTorch"]
+    tokenizer = ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
+    assert tokenizer.end_ids == nano_tokenizer().end_ids
+    expected = nano_tokenizer().encode(_CONVERSATION, [3])
+    for left, right in zip(expected, tokenizer.encode(_CONVERSATION, [3]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+    export_alignvlm(tmp_path / "back", tmp_path / "again")
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_alone_come_back_without_the_code(edited, tmp_path):
+    for file in [*edited.glob("*.py"), edited / "README.md", edited / "generation_config.json"]:
+        file.unlink()
+    import_alignvlm(edited, tmp_path / "back")
+    assert jax.tree.leaves(restore_params(tmp_path / "back"))
+
+
+def test_tensors_that_do_not_fit_are_reported_together(edited, tmp_path):
+    index = json.loads((edited / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for file in sorted(set(index["weight_map"].values())):
+        tensors |= safetensors.numpy.load_file(edited / file)
+        (edited / file).unlink()
+    (edited / "model.safetensors.index.json").unlink()
+    del tensors["model.connector.w1.bias"]
+    tensors["model.connector.w2.weight"] = tensors["model.connector.w2.weight"][:100]
+    tensors["model.connector.gate.weight"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, edited / "model.safetensors")
+    problems = (
+        r"w1.bias is missing.*w2.weight has shape \[100, 16\], the config says \[480, 16\].*gate.weight is not part"
+    )
+    _refused(problems, edited, tmp_path)
+
+
+def test_folders_of_other_models(checkpoint, edited, tmp_path):
+    export_language(checkpoint, tmp_path / "llama")
+    _refused("model_type is 'llama'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
+    _refused("no config.json", tmp_path / "nowhere", tmp_path)
+    _edit_json(edited / "config.json", connector_config={"name": "qformer"})
+    _refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)
+    (edited / "config.json").write_text("{")
+    _refused("config.json is not JSON", edited, tmp_path)
+
+
+def test_parts_that_do_not_belong_together(edited, tmp_path):
+    _edit_json(edited / "config.json", image_token_id=5)
+    _refused("image token has id 3, config.json's is 5", edited, tmp_path)
+    _edit_json(edited / "config.json", image_token_id=3)
+    shard = min(edited.glob("model-*.safetensors"))
+    shard.rename(tmp_path / "shard")
+    _refused(f"{shard.name} is missing", edited, tmp_path)
+    (tmp_path / "shard").rename(shard)
+    (edited / "alignvlm_training.json").write_text('{"config": {}}')
+    _refused("not as it was exported.*remove it", edited, tmp_path)
+    (edited / "alignvlm_training.json").unlink()
+    (edited / "processor_config.json").write_text('{"image_processor": {"tile_size": 16}}')
+    _refused("does not say rule, max_tiles, thumbnail", edited, tmp_path)
+
+
+def test_a_taken_workdir_is_refused_before_anything_is_read(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    _refused("is not empty", folder, tmp_path)
+    assert (tmp_path / "out" / "precious").exists()
