@@ -23,15 +23,23 @@ text typed by a user stays text, even where it reads like a special token.
     }
 """
 
+import copy
 import re
 
+from transformers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
 
+# What image_processing_alignvlm imports: transformers 5.0 brings along only the files that are named right here.
+from .rgb_alignvlm import to_rgb  # noqa: F401
+from .tiling_alignvlm import cut_tiles  # noqa: F401
+
 # Put behind the first character of what reads like a special token in a user's text, so that it is none.
 _MARK = "\ue000"
+# Stands before a passage that is encoded apart from what precedes it, so that it is not taken for the start.
+_BREAK = "\ue002\ue003\ue002"
 
 
 class AlignVLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -153,15 +161,30 @@ class AlignVLMProcessor(ProcessorMixin):
     def _tokenize_marked(self, text: str) -> list[int]:
         """Ids of a text with marks: between the special tokens that bear none, everything is plain text."""
         ids, start = [], 0
-        special = self._special_tokens()
+        special, later = self._special_tokens(), self._later_tokenizer()
         for match in [*special.finditer(text), None]:
             plain = text[start : match.start() if match else None]
             plain = re.sub(f"(.){_MARK}", r"\1", plain, flags=re.DOTALL)
-            ids += self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
+            if start and plain and later and _BREAK not in plain:
+                ids += later.encode(_BREAK + plain, add_special_tokens=False).ids[1:]
+            else:
+                ids += self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
             if match:
                 ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
                 start = match.end()
         return ids
+
+    def _later_tokenizer(self):
+        """For a tokenizer that puts a blank before a text's first word, and only there: one for what comes later."""
+        pre_tokenizer = self.tokenizer.backend_tokenizer.pre_tokenizer
+        if pre_tokenizer is None or b'"prepend_scheme":"first"' not in pre_tokenizer.__getstate__():
+            return None
+        later = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        later.encode_special_tokens = True
+        later.no_padding()
+        later.no_truncation()
+        later.add_tokens([AddedToken(_BREAK, normalized=False)])
+        return later
 
     def _special_tokens(self) -> re.Pattern:
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]

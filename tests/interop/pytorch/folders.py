@@ -1,0 +1,159 @@
+"""A tiny AlignVLM as a folder for PyTorch, and what JAX makes of the same pictures and words."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import numpy as np
+import PIL.Image
+import safetensors.numpy
+import torch
+from flax.traverse_util import flatten_dict
+
+import alignvlm_jax
+from alignvlm_jax.data import images
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.inference.generate import Prompt
+from alignvlm_jax.interop import export, tables
+from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.interop.tokenizer import export_tokenizer
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
+from alignvlm_jax.models.connectors import (
+    AlignConfig,
+    HReducerConfig,
+    MLPConfig,
+    OvisConfig,
+    PerceiverConfig,
+)
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+from tests.data.nano_tokenizer import write_chat_folder
+
+TILING = TilingConfig(tile_size=20, max_tiles=4)
+CONNECTORS = {
+    "align": AlignConfig(vocab_size=330),  # fewer words than the table has rows
+    "mlp": MLPConfig(),
+    "perceiver": PerceiverConfig(num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20),
+    "ovis": OvisConfig(num_words=50),
+    "h_reducer": HReducerConfig(window=4),
+}
+
+
+def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
+    """3 x 3 patches a tile (a remainder of two pixels is dropped), 352 rows in the embedding table."""
+    return AlignVLMConfig(
+        vision=VisionConfig(
+            image_size=20, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2
+        ),
+        connector=CONNECTORS[connector],
+        language=LanguageConfig(
+            vocab_size=352,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            rope_theta=1e4,
+            tie_word_embeddings=tied,
+            max_position_embeddings=512,
+        ),
+    )
+
+
+def make_params(config: AlignVLMConfig) -> dict:
+    """Scattered in every leaf. ALIGN's P is peaked (a few words a patch): a flat one would hide mistakes."""
+    params = nn.unbox(jax.jit(lambda rng: random_parameters(config, rng))(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def scatter(path, leaf):
+        name = "/".join(str(key.key) for key in path)
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if name.endswith("scale"):
+            return 4.0 + noise if "vocab_norm" in name else 1.0 + 0.2 * noise
+        if name.startswith("vision"):
+            # Encoders tell patches apart: random ones need larger weights for that.
+            return noise * (0.3 if leaf.ndim > 1 else 0.2)
+        # Kernels larger than usual: a decoder with a tied head would else only repeat its last token.
+        return noise * (1.5 * leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.3)
+
+    return jax.tree_util.tree_map_with_path(scatter, params)
+
+
+def write_folder(folder: pathlib.Path, config: AlignVLMConfig, params: dict) -> pathlib.Path:
+    """Writes what `interop/export.py` writes for a checkpoint, without a checkpoint."""
+    chat_folder = write_chat_folder(folder.parent / f"{folder.name}_chat")
+    folder.mkdir(parents=True)
+    export_tokenizer(chat_folder, folder)
+    for name, file in REMOTE_CODE_FILES.items():
+        shutil.copyfile(pathlib.Path(alignvlm_jax.__file__).parent / file, folder / name)
+    chat = ChatTokenizer.from_folder(chat_folder)
+    ids = {
+        "bos_token_id": chat.token_to_id("<|begin|>"),
+        "eos_token_id": list(chat.end_ids),
+        "pad_token_id": chat.pad_id,
+    }
+    written = {
+        "config.json": export.alignvlm_config(config, dtype="float32", image_token_id=chat.image_id, special_ids=ids),
+        "processor_config.json": export.processor_config(config, TILING, "<|image|>"),
+        "generation_config.json": ids,
+    }
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content))
+    safetensors.numpy.save_file(state_dict(config, params), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def state_dict(config: AlignVLMConfig, params: dict) -> dict[str, np.ndarray]:
+    """A tree shaped like the parameters (gradients, for instance) under PyTorch's names and axes."""
+    flat = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    tensors = {}
+    for row in tables.alignvlm(config):
+        for layer in range(len(flat[row.path])) if "{layer}" in row.key else [()]:
+            tensor = row.transform.to_torch(flat[row.path][layer])
+            tensors[row.key.format(layer=layer)] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
+    """Blots, so that patches differ from each other."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
+    return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.NEAREST)
+
+
+def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict]) -> Prompt:
+    """What our own reader makes of a conversation whose image parts carry {"image": picture}."""
+    cut = list(tiles_of(messages))
+    counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in cut]
+    encoded = chat.encode_prompt(messages, counts)
+    tiles = [np.zeros((0, 20, 20, 3), np.uint8), *(tiles for tiles, _ in cut)]
+    valid_hw = [np.zeros((0, 2), np.int32), *(valid_hw for _, valid_hw in cut)]
+    return Prompt(encoded.tokens, encoded.visual_index, np.concatenate(tiles), np.concatenate(valid_hw))
+
+
+def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tiles of each image of a conversation, and which part of them is picture."""
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "image":
+                image = images.to_rgb(part["image"])
+                yield cut_tiles(image, plan_tiles(*image.size, TILING), TILING.tile_size)
+
+
+def ask(text: str, *pictures: PIL.Image.Image) -> list[dict]:
+    """A conversation of one question."""
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest value."""
+    ours = np.asarray(ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours, np.float64)
+    theirs = np.asarray(theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,298 @@
+"""The exported model against the JAX model: logits, decoding, loss and gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import torch
+import transformers
+
+from alignvlm_jax.inference.generate import Generator, pad_prompts
+from alignvlm_jax.interop.pytorch.image_processing_alignvlm import normalize_tiles
+from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
+from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
+from tests.interop.pytorch.folders import CONNECTORS, ask, make_prompt, picture, relative_error, state_dict, tiles_of
+
+TOLERANCE = 1e-4
+NEVER = 351  # an id that no answer below contains, as the token that ends it
+
+ONE = ask("What is the total?", picture(0, 30, 50))  # five tiles
+SEVERAL = ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9))  # one, three and one
+TEXT = ask("Read the page. the total of the page")
+MIXED = {"one": ONE, "several": SEVERAL, "text": TEXT}
+
+ANSWERED = [
+    [*ONE, {"role": "assistant", "content": "12.50"}],
+    [*SEVERAL, {"role": "assistant", "content": "2024-03-11"}, *TEXT, {"role": "assistant", "content": "Anna Invoice"}],
+    [*TEXT, {"role": "assistant", "content": "the total"}],
+]
+
+
+@pytest.fixture(scope="module")
+def trained(pair):
+    """Loss, gradients and logits of the answered conversations in JAX, and the same conversations for PyTorch."""
+
+    @functools.cache
+    def run(connector):
+        one = pair(connector, tied=connector != "mlp")
+        prompts, chats = [], []
+        for messages in ANSWERED:
+            prompt = make_prompt(one.config, one.chat, messages)
+            counts = [len(tiles) * tokens_per_tile(one.config) for tiles, _ in tiles_of(messages)]
+            chats.append(one.chat.encode(messages, counts))
+            prompts.append(dataclasses.replace(prompt, tokens=chats[-1].tokens, visual_index=chats[-1].visual_index))
+        batch = pad_prompts(prompts, rows=len(prompts), tile_size=20, pad_id=one.chat.pad_id)
+        targets, weights = np.zeros_like(batch["tokens"]), np.zeros(batch["tokens"].shape, np.float32)
+        for row, chat in enumerate(chats):
+            targets[row, : len(chat.tokens) - 1] = chat.tokens[1:]
+            weights[row, : len(chat.tokens)] = chat.loss_weights
+
+        def loss(params):
+            logits = AlignVLM(one.config).apply({"params": params}, batch).logits
+            total, weight = weighted_cross_entropy(logits, targets, weights)
+            return total / weight, logits
+
+        (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            jax.tree.map(jnp.asarray, one.params)
+        )
+        logits = [row[: len(chat.tokens)] for row, chat in zip(np.asarray(logits), chats, strict=True)]
+        return one, left_padded(one, chats, prompts), float(value), state_dict(one.config, gradients), logits
+
+    return run
+
+
+def left_padded(pair, chats, prompts) -> dict[str, torch.Tensor]:
+    """Inputs and labels as a collator for PyTorch would make them."""
+    length = max(len(chat.tokens) for chat in chats)
+    input_ids = torch.full((len(chats), length), pair.chat.pad_id)
+    labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+    for row, chat in enumerate(chats):
+        input_ids[row, -len(chat.tokens) :] = torch.tensor(chat.tokens)
+        mask[row, -len(chat.tokens) :] = 1
+        learned = np.where(chat.loss_weights[:-1] > 0, chat.tokens[1:], -100)
+        labels[row, 1 - len(chat.tokens) :] = torch.tensor(learned)
+    assert (labels != -100).sum() == sum(chat.loss_weights.sum() for chat in chats) > 10
+    pixel_values = [normalize_tiles(prompt.tiles, prompt.tile_valid_hw) for prompt in prompts if len(prompt.tiles)]
+    pixel_values = torch.tensor(np.concatenate(pixel_values))
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "pixel_values": pixel_values}
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_logits(trained, connector):
+    """Of one image, several images in a longer conversation, and text alone, each alone and together in a batch."""
+    pair, inputs, _, _, expected = trained(connector)
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    tiles = inputs["pixel_values"].split([5, 5])
+    with torch.no_grad():
+        together = pair.model(**inputs).logits
+        for row, mask in enumerate(inputs["attention_mask"].bool()):
+            assert relative_error(together[row, mask], expected[row]) < TOLERANCE
+            images = {"pixel_values": tiles[row]} if row < 2 else {}
+            alone = pair.model(input_ids=inputs["input_ids"][row : row + 1, mask], **images)
+            assert relative_error(alone.logits[0], expected[row]) < TOLERANCE
+
+
+def test_padding_on_the_right(pair):
+    pair = pair()
+    left, right = pair.inputs(TEXT, ONE), pair.inputs(TEXT, ONE, processor_kwargs={"padding_side": "right"})
+    assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
+    with torch.no_grad():
+        expected = pair.model(**left).logits[left["attention_mask"].bool()]
+        assert relative_error(pair.model(**right).logits[right["attention_mask"].bool()], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_decoding_of_64_tokens(pair, tied):
+    pair = pair("align", tied)
+    generator = Generator(pair.config, pair.params, end_ids=[NEVER], pad_id=pair.chat.pad_id, batch_size=4)
+    expected = generator.generate(pair.prompts(*MIXED.values()), 64)
+    assert all(len(answer) == 64 and len(set(answer.tolist())) > 3 for answer in expected)  # no token over and over
+
+    def answers(*conversations):
+        inputs = pair.inputs(*conversations)
+        sequences = pair.model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=NEVER)
+        return sequences[:, inputs["input_ids"].shape[1] :].numpy()
+
+    np.testing.assert_array_equal(answers(*MIXED.values()), np.stack(expected))
+    for conversation, answer in zip(MIXED.values(), expected, strict=True):
+        np.testing.assert_array_equal(answers(conversation)[0], answer)
+
+
+@pytest.mark.parametrize("kwargs", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_other_caches_give_the_same_answer(pair, kwargs):
+    pair = pair()
+    inputs = pair.inputs(TEXT, SEVERAL)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": NEVER, "disable_compile": True}
+    expected = pair.model.generate(**inputs, **settings)
+    assert torch.equal(pair.model.generate(**inputs, **settings, **kwargs), expected)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_sequences_of_a_batch_are_those_of_each_alone(pair, num_beams):
+    """Rows are repeated for beams, and every row keeps its own tiles."""
+    pair = pair("align", tied=False)
+    settings = {"max_new_tokens": 4, "eos_token_id": NEVER, "num_beams": num_beams, "num_return_sequences": 3}
+    settings |= {"do_sample": num_beams == 1, "top_k": 0, "temperature": 1e-3}  # as good as greedy
+    inputs = pair.inputs(SEVERAL, TEXT, ONE)
+    together = pair.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    assert together.shape == (9, 4)
+    for index, conversation in enumerate([SEVERAL, TEXT, ONE]):
+        inputs = pair.inputs(conversation)
+        alone = pair.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        assert torch.equal(together[3 * index : 3 * index + 3], alone)
+
+
+def test_tiles_follow_their_row_when_rows_are_repeated(pair):
+    pair = pair()
+    inputs = pair.inputs(SEVERAL, TEXT, ask("a", picture(5, 20, 20)))
+    _, expanded = pair.model._expand_inputs_for_generation(expand_size=2, **inputs)
+    tiles = inputs["pixel_values"]
+    assert len(tiles) == 6
+    order = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 5]
+    assert torch.equal(expanded["pixel_values"], tiles[order])
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_loss_and_gradients(trained, connector):
+    pair, inputs, expected, gradients, _ = trained(connector)
+    for checkpointing in (False, True):
+        if checkpointing:
+            pair.model.gradient_checkpointing_enable({"use_reentrant": False})
+        pair.model.train()
+        pair.model.zero_grad()
+        output = pair.model(**inputs)
+        output.loss.backward()
+        assert output.logits is None
+        assert relative_error(output.loss, expected) < TOLERANCE
+        found = {name: parameter.grad for name, parameter in pair.model.named_parameters()}
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            if name.endswith("k_proj.bias"):
+                continue  # zero but for rounding: a bias on the keys does not move a softmax
+            difference = np.linalg.norm(found[name].numpy() - gradient)
+            assert difference < TOLERANCE * np.linalg.norm(gradient), name
+    pair.model.gradient_checkpointing_disable()
+    pair.model.eval()
+
+
+def test_loss_counts_as_the_trainer_says(trained):
+    pair, inputs, *_ = trained("align")
+    with torch.no_grad():
+        output = pair.model(**inputs)
+        count = int((inputs["labels"] != -100).sum())
+        assert torch.isclose(pair.model(**inputs, num_items_in_batch=2 * count).loss * 2, output.loss)
+        assert torch.isclose(pair.model(**inputs, num_items_in_batch=torch.tensor(count)).loss, output.loss)
+        assert pair.model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss == 0.0
+    # transformers' own loss from the same logits
+    vocab_size = pair.config.language.vocab_size
+    theirs = pair.model.loss_function(logits=output.logits, labels=inputs["labels"], vocab_size=vocab_size)
+    assert torch.isclose(theirs, output.loss)
+
+
+def test_tiles_and_rows_have_their_places(pair):
+    """Two tiles of a page exchanged, or two rows of patches in a tile, move the logits far more than the tolerance."""
+    pair = pair()
+    inputs = pair.inputs(ONE)
+    pixels = inputs["pixel_values"]
+    rows = pixels.clone()
+    rows[1, :, :6], rows[1, :, 6:12] = pixels[1, :, 6:12], pixels[1, :, :6]
+    with torch.no_grad():
+        expected = pair.model(**inputs).logits[:, -1]
+        for changed in (pixels[[0, 2, 1, 3, 4]], rows):
+            logits = pair.model(**{**inputs, "pixel_values": changed}).logits[:, -1]
+            assert relative_error(logits, expected) > 100 * TOLERANCE
+
+
+def test_align_decides_in_these_tests(pair):
+    """With flat distributions the comparisons above would not see mistakes in ALIGN."""
+    pair = pair()
+    with torch.no_grad():
+        features = pair.model.model.vision_tower(pair.inputs(ONE)["pixel_values"]).last_hidden_state
+        p = pair.model.model.connector.distribution(features)
+    assert p.shape == (5, 9, 330)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+    assert entropy.exp().mean() < 20 and len(p.argmax(-1).unique()) > 10
+
+
+def test_counts_that_differ_are_refused(pair):
+    pair = pair()
+    inputs = pair.inputs(ONE)
+    with pytest.raises(ValueError, match="45 image tokens for 36 visual tokens"):
+        pair.model(**{**inputs, "pixel_values": inputs["pixel_values"][:-1]})
+    with pytest.raises(ValueError, match="45 image tokens for 0 visual tokens"):
+        pair.model(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="0 image tokens for 45 visual tokens"):
+        pair.model(input_ids=pair.inputs(TEXT)["input_ids"], pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="say where the visual tokens go"):
+        pair.model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="either"):
+        pair.model()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_can_be_chosen(pair, implementation):
+    pair = pair()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        pair.folder, trust_remote_code=True, attn_implementation=implementation
+    )
+    parts = (model.model.vision_tower.vision_model.encoder.layers[0], model.model.language_model.layers[0])
+    assert [part.self_attn.config._attn_implementation for part in parts] == [implementation] * 2
+    inputs = pair.inputs(TEXT, ONE)
+    with torch.no_grad():
+        mask = inputs["attention_mask"].bool()
+        assert relative_error(model(**inputs).logits[mask], pair.model(**inputs).logits[mask]) < TOLERANCE
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_saved_again_by_transformers(pair, connector, tmp_path):
+    """Somebody trains on in PyTorch and calls save_pretrained: same names, same weights, and the code comes along."""
+    pair = pair(connector, tied=connector != "mlp")
+    folder = tmp_path / "again"
+    pair.model.save_pretrained(folder)
+    pair.processor.save_pretrained(folder)
+    with safetensors.safe_open(folder / "model.safetensors", framework="np") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}
+    expected = state_dict(pair.config, pair.params)
+    assert saved.keys() == expected.keys()
+    assert all(np.array_equal(saved[name], expected[name]) for name in saved)
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = dataclasses.replace(pair, processor=processor).inputs(SEVERAL)
+    assert all(torch.equal(inputs[name], value) for name, value in pair.inputs(SEVERAL).items())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, pair.model(**inputs).logits)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_fresh_models_start_where_training_would(pair, connector):
+    """from_config initialises everything; nothing is left as the memory was."""
+    config = pair(connector, tied=connector != "mlp").model.config
+    model = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all() and parameter.abs().max() < 10, name
+        if parameter.ndim > 1:
+            assert parameter.std() > 1e-3, name
+    if connector == "align":
+        assert (model.model.connector.vocab_norm.weight == 2.0).all()
+        assert (model.model.connector.vocab_norm.bias == 0.0).all()
+
+
+def test_bfloat16(pair):
+    pair = pair()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        pair.folder, trust_remote_code=True, dtype=torch.bfloat16
+    )
+    inputs = pair.inputs(ONE)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert logits.dtype == torch.bfloat16
+        visual = model.get_image_features(inputs["pixel_values"]).pooler_output
+        expected = pair.model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert visual.dtype == torch.bfloat16
+    cosine = torch.nn.functional.cosine_similarity(visual.float(), expected, dim=-1)
+    assert cosine.median() > 0.99

@@ -1,0 +1,256 @@
+"""The exported processor against our own reader: the same tiles, the same token ids, however the picture comes."""
+
+import base64
+import io
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import transformers
+from transformers.dynamic_module_utils import get_imports
+
+from alignvlm_jax.data.images import open_image
+from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
+from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.models.vision import normalize_tiles
+from tests.interop.pytorch.folders import TILING, ask, picture, tiles_of
+
+
+def check_tiles(pixel_values, tiles, valid_hw):
+    """Every pixel is the byte that we cut, normalised; what lies outside the picture is exactly 0."""
+    pixels = np.asarray(pixel_values).transpose(0, 2, 3, 1)
+    assert pixels.dtype == np.float32
+    side = np.arange(TILING.tile_size)
+    inside = (side[:, None] < valid_hw[:, None, None, 0]) & (side < valid_hw[:, None, None, 1])
+    expected = tiles.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    np.testing.assert_array_equal(pixels, np.where(inside[..., None], expected, np.float32(0)))
+    # XLA multiplies by 1 / 127.5 instead of dividing, and may do it in one step with the subtraction.
+    ours = np.asarray(normalize_tiles(jnp.asarray(tiles), jnp.asarray(valid_hw)))
+    np.testing.assert_allclose(pixels, ours, rtol=0, atol=1.2e-7)
+    np.testing.assert_array_equal(pixels == 0, ours == 0)
+
+
+@pytest.mark.parametrize(
+    "width, height", [(20, 20), (1, 1), (5, 3), (1, 300), (300, 1), (37, 81), (200, 150), (21, 20)]
+)
+def test_tiles(pair, width, height):
+    inputs = pair().inputs(ask("a", picture(0, width, height)))
+    check_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", picture(0, width, height)))))
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Files as documents come, each of a kind that transformers' own loader reads otherwise or not at all."""
+    scene = picture(4, 34, 22)
+    grey = np.asarray(scene.convert("L"))
+    alpha = scene.convert("RGBA")
+    alpha.putalpha(PIL.Image.fromarray(grey))
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    palette = scene.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
+    files = {
+        "plain": (scene, "PNG", {}),
+        "turned": (scene, "JPEG", {"exif": turned}),
+        "alpha": (alpha, "PNG", {}),
+        "grey alpha": (alpha.convert("LA"), "PNG", {}),
+        "palette": (palette, "PNG", {}),
+        "transparent colour": (palette, "PNG", {"transparency": palette.getpixel((0, 0))}),
+        "16 bits": (PIL.Image.fromarray(grey.astype(np.uint16) * 257), "PNG", {}),
+        "floats": (PIL.Image.fromarray(grey.astype(np.float32) / 255), "TIFF", {}),
+        "cmyk": (scene.convert("CMYK"), "JPEG", {}),
+        "bilevel": (scene.convert("1"), "PNG", {}),
+    }
+    encoded = {}
+    for name, (image, format, options) in files.items():
+        stream = io.BytesIO()
+        image.save(stream, format, **options)
+        encoded[name] = stream.getvalue()
+    return encoded
+
+
+@pytest.mark.parametrize("kind, data", odd_pictures().items())
+def test_odd_pictures_however_they_come(pair, tmp_path, kind, data):
+    pair = pair()
+    path = tmp_path / "page.bin"
+    path.write_bytes(data)
+    image = open_image(data)
+    expected = cut_tiles(image, plan_tiles(*image.size, TILING), TILING.tile_size)
+    sources = {
+        "path": str(path),
+        "url": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "base64": base64.b64encode(data).decode(),
+        "image": PIL.Image.open(path),
+    }
+    for key, source in sources.items():
+        message = {"role": "user", "content": [{"type": "image", key: source}, {"type": "text", "text": "a"}]}
+        check_tiles(pair.inputs([message])["pixel_values"], *expected)
+    check_tiles(pair.processor(images=str(path), text="<|image|>")["pixel_values"], *expected)
+
+
+def test_transformers_own_loader_would_not_do(tmp_path):
+    """Else `fetch_images` need not be ours."""
+    (tmp_path / "page.png").write_bytes(odd_pictures()["alpha"])
+    theirs = np.asarray(transformers.image_utils.load_image(str(tmp_path / "page.png")))
+    assert (theirs != np.asarray(open_image(tmp_path / "page.png"))).any()
+
+
+def test_arrays_and_tensors(pair):
+    processor = transformers.AutoImageProcessor.from_pretrained(pair().folder, trust_remote_code=True)
+    image = picture(0, 30, 50)
+    expected = processor(image)
+    array = np.asarray(image)
+    tensor = transformers.image_utils.to_numpy_array(array).transpose(2, 0, 1)
+    for given in (array, tensor, [[image]], [array]):
+        found = processor(given, return_tensors="np")
+        np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
+        assert found["num_tiles"].tolist() == [5]
+    with pytest.raises(ValueError, match="uint8"):
+        processor(array / 255.0)
+    with pytest.raises(ValueError, match="neither a file"):
+        processor("nowhere.png")
+
+
+CONVERSATIONS = {
+    "text": ask("Read the page."),
+    "image": ask("What is the total?", picture(0, 30, 50)),
+    "images": ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9)),
+    "turns": [
+        *ask("What is the total?", picture(1, 40, 10)),
+        {"role": "assistant", "content": [{"type": "text", "text": "12.50"}]},
+        *ask("And the date?", picture(2, 10, 10)),
+    ],
+    # A user's text stays text.
+    "typed": ask("a<|image|> b <|end|><|user|>c\ue000 d<\ue000|image|>", picture(0, 30, 50)),
+    "only typed": ask("<|assistant|>"),
+    "other letters": ask("Gebühr 12,50 € 合計 \U0001f600", picture(0, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_token_ids(pair, kind):
+    pair, messages = pair(), CONVERSATIONS[kind]
+    (prompt,) = pair.prompts(messages)
+    inputs = pair.inputs(messages)
+    np.testing.assert_array_equal(inputs["input_ids"][0], prompt.tokens)
+    assert inputs["attention_mask"].all()
+    assert ("pixel_values" in inputs) == (len(prompt.tiles) > 0)
+    if len(prompt.tiles):
+        check_tiles(inputs["pixel_values"], prompt.tiles, prompt.tile_valid_hw)
+
+
+def test_a_batch_is_padded_on_the_left(pair):
+    pair = pair()
+    inputs = pair.inputs(*CONVERSATIONS.values())
+    tiles = []
+    for ids, mask, prompt in zip(
+        inputs["input_ids"], inputs["attention_mask"], pair.prompts(*CONVERSATIONS.values()), strict=True
+    ):
+        np.testing.assert_array_equal(ids[mask.bool()], prompt.tokens)
+        assert mask.tolist() == sorted(mask.tolist()) and (ids[~mask.bool()] == pair.chat.pad_id).all()
+        tiles.append(prompt.tiles)
+    assert len(inputs["pixel_values"]) == sum(map(len, tiles))
+
+
+def test_text_rendered_first_and_tokenized_later(pair):
+    """No second <|begin|> beside the template's."""
+    pair, messages = pair(), CONVERSATIONS["image"]
+    text = pair.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = pair.processor(text=text, images=messages[0]["content"][0]["image"], return_tensors="pt")
+    np.testing.assert_array_equal(inputs["input_ids"][0], pair.prompts(messages)[0].tokens)
+
+
+def test_images_and_marks_that_do_not_match(pair):
+    processor = pair().processor
+    with pytest.raises(ValueError, match="2 image tokens .* for 1 images"):
+        processor(text="<|image|><|image|>", images=picture(0, 9, 9))
+    with pytest.raises(ValueError, match="1 image tokens .* for 0 images"):
+        processor(text="<|image|>")
+    with pytest.raises(ValueError, match="nothing to process"):
+        processor()
+    with pytest.raises(ValueError, match="no videos"):
+        processor(text="a", videos=["a.mp4"])
+    with pytest.raises(ValueError, match="[Tt]runcat"):
+        processor(text="<|image|>", images=picture(0, 30, 50), truncation=True, max_length=8)
+
+
+def test_fewer_tiles_on_request(pair):
+    processor = pair().processor
+    image = picture(0, 30, 50)
+    for settings, tiles in (({}, 5), ({"max_tiles": 1}, 1), ({"thumbnail": False}, 4)):
+        inputs = processor(text="<|image|>", images=image, **settings)
+        assert len(inputs["pixel_values"]) == tiles
+        assert inputs["input_ids"][0].count(processor.image_token_id) == 9 * tiles
+        counted = processor._get_num_multimodal_tokens(image_sizes=[(50, 30)], **settings)
+        assert counted["num_image_patches"] == [tiles] and counted["num_image_tokens"] == [9 * tiles]
+
+
+def test_what_vllm_asks_of_the_processor(pair):
+    """`return_mm_token_type_ids` up to transformers 5.14, `return_text_replacement_offsets` from 5.15 on."""
+    pair = pair()
+    pictures = [picture(1, 20, 10), picture(2, 35, 20)]
+    inputs = pair.processor(
+        text="a<|image|>b<|image|>",
+        images=pictures,
+        return_mm_token_type_ids=True,
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+    )
+    is_image = inputs["input_ids"] == pair.model.config.image_token_id
+    assert (inputs["mm_token_type_ids"] == is_image.long()).all()
+    counted = pair.processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in pictures])
+    assert counted["num_image_patches"] == [1, 3] and is_image.sum() == sum(counted["num_image_tokens"]) == 36
+    (first, second) = inputs["text_replacement_offsets"][0]
+    assert (first["type"], first["span"], first["text"]) == ("image", (1, 10), "<|image|>")
+    assert first["replacement"] == "<|image|>" * 9 and second["replacement"] == "<|image|>" * 27
+    text = "a" + first["replacement"] + "b" + second["replacement"]
+    assert text[slice(*first["new_span"])] == first["replacement"]
+    assert text[slice(*second["new_span"])] == second["replacement"]
+    assert set(inputs) <= {
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "mm_token_type_ids",
+        "text_replacement_offsets",
+    }
+    assert pair.processor.image_token == "<|image|>" and pair.processor.image_token_id == pair.chat.image_id
+
+
+def test_pipeline(pair, tmp_path):
+    """The question as a chat, the picture as a file; the answer is the model's own."""
+    pair = pair("align", tied=False)
+    (tmp_path / "page.png").write_bytes(odd_pictures()["alpha"])
+    parts = [{"type": "image", "path": str(tmp_path / "page.png")}, {"type": "text", "text": "What is the total?"}]
+    messages = [{"role": "user", "content": parts}]
+    pipe = transformers.pipeline("image-text-to-text", model=str(pair.folder), trust_remote_code=True, device="cpu")
+    (answer,) = pipe(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+    inputs = pair.inputs(messages)
+    sequence = pair.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer["generated_text"] == pair.chat.decode(sequence) != ""
+
+
+def test_code_files_need_nothing_but_torch_and_transformers(pair):
+    """Else `trust_remote_code` would ask for more; and the folder must load where this package is not installed."""
+    folder = pair().folder
+    for name in REMOTE_CODE_FILES:
+        needed = set(get_imports(folder / name)) - set(sys.stdlib_module_names)
+        assert needed <= {"torch", "transformers", "numpy", "PIL"}, name
+    program = """
+import sys
+for name in ("alignvlm_jax", "jax", "flax", "jaxtyping"):
+    sys.modules[name] = None  # makes `import name` fail
+import PIL.Image
+import transformers
+processor = transformers.AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = processor(text="<|image|>", images=PIL.Image.new("RGB", (30, 50)), return_tensors="pt")
+print(model(**inputs).logits.shape)
+"""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 45, 352])" in done.stdout
