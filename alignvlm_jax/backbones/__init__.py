@@ -2,11 +2,15 @@
 
 They stand in for SigLIP and Llama where a run must fit a laptop: AlignVLM aligns a model that sees with a model that
 speaks, so the two have to exist first. `make backbones` makes them again; `nano/README.md` is their card.
+
+`NANO_MODEL` is the two joined by ALIGN and trained by the demo: what `tools/export_pytorch.py` writes, less its code.
 """
 
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
+
+NANO_MODEL = Path(__file__).parent / "nano" / "model"
 
 
 def backbone_folder(kind: str, name: str) -> Path:

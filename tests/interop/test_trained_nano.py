@@ -1,0 +1,171 @@
+"""The trained nano model, in JAX and as PyTorch reads it: the same answer to every question held out from training.
+
+Random weights prove little here: ALIGN's output is then almost the same for every patch, and tiles or rows in a wrong
+order would not show.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from alignvlm_jax.backbones import NANO_MODEL
+from alignvlm_jax.data import images
+from alignvlm_jax.data.synthetic.records import draw_records
+from alignvlm_jax.evaluation import runner
+from alignvlm_jax.inference.generate import pad_prompts
+from alignvlm_jax.inference.reader import load
+from alignvlm_jax.interop.export import export_alignvlm
+from alignvlm_jax.interop.import_pytorch import import_alignvlm
+from alignvlm_jax.models.alignvlm import AlignVLM
+from tests.interop.pytorch.folders import relative_error
+
+PARITY = 1e-4
+_PAGES = 300  # the demo's held-out set, 1,049 questions
+_BATCH = 64
+_NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The shipped weights, which are bfloat16, in float32."""
+    folder = tmp_path_factory.mktemp("nano") / "checkpoint"
+    import_alignvlm(NANO_MODEL, folder, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(checkpoint):
+    return load(checkpoint, batch_size=_BATCH)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    folder = checkpoint.parent / "exported"
+    export_alignvlm(checkpoint, folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    assert model.dtype == torch.float32
+    return model.eval(), transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def records():
+    return draw_records(0, "heldout", 0, _PAGES)
+
+
+def _ask(processor, *pages_and_questions):
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": page}, {"type": "text", "text": question}]}]
+        for page, question in pages_and_questions
+    ]
+    return processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def _answers_in_pytorch(model, processor, records):
+    asked = []
+    for record in records:
+        page = images.open_image(record["image"])
+        questions = zip(record["questions"], record["answers"], strict=True)
+        asked += [(page, question, len(answer)) for question, answer in questions]
+    # Batches of like answers' length: none of them waits long for its last.
+    order = sorted(range(len(asked)), key=lambda i: asked[i][2])
+    answers = [""] * len(asked)
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        inputs = _ask(processor, *(asked[i][:2] for i in chosen))
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+        for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
+            answers[i] = processor.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def test_the_same_answer_to_every_held_out_question(reader, exported, records):
+    report = runner.evaluate(reader, records, max_new_tokens=_NEW_TOKENS)
+    in_jax = [answer.predicted for answer in report.answers]
+    in_pytorch = _answers_in_pytorch(*exported, records)
+    expected = [answer.expected for answer in report.answers]
+    right = {
+        "JAX": sum(map(str.__eq__, in_jax, expected)),
+        "PyTorch": sum(map(str.__eq__, in_pytorch, expected)),
+    }
+    print(f"exact match of {len(expected)} held-out questions:", right)
+    assert len(expected) == 1049
+    assert in_pytorch == in_jax
+    assert right["JAX"] == report.overall.right > 0.75 * len(expected)
+
+
+def _logits_in_jax(reader, prompt):
+    batch = pad_prompts([prompt], rows=1, tile_size=reader.tiling.tile_size, pad_id=reader.tokenizer.pad_id)
+    model = AlignVLM(reader.config)
+    logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(
+        reader.generator.params, batch
+    )
+    return np.asarray(logits)[:, : len(prompt.tokens)]
+
+
+def _logits_in_pytorch(model, inputs):
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+def _swapped(array, axis, first, second):
+    """The array with two blocks of an axis, given as slices, exchanged."""
+    order = np.arange(array.shape[axis])
+    order[first], order[second] = order[second].copy(), order[first].copy()
+    return np.take(array, order, axis)
+
+
+def _move(reader, exported, record, change_jax, change_pytorch):
+    """How far the answer's first logits move, relative to the largest, when tiles change: on both sides alike."""
+    model, processor = exported
+    page, question = images.open_image(record["image"]), record["questions"][0]
+    (prompt,) = reader.prompts(page, [question])
+    inputs = _ask(processor, (page, question))
+    before = _logits_in_jax(reader, prompt)
+    assert relative_error(before, _logits_in_pytorch(model, inputs)) < PARITY
+    after = _logits_in_jax(reader, dataclasses.replace(prompt, **change_jax(prompt)))
+    changed = torch.from_numpy(change_pytorch(inputs["pixel_values"].numpy()))
+    assert relative_error(after, _logits_in_pytorch(model, {**inputs, "pixel_values": changed})) < PARITY
+    return relative_error(after[:, -1], before[:, -1])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_two_tiles_or_two_rows_exchanged_move_the_logits(reader, exported, records, number):
+    record = records[number]
+    first, second = slice(0, 1), slice(1, 2)
+
+    def exchange_tiles(prompt):
+        return {
+            "tiles": _swapped(prompt.tiles, 0, first, second),
+            "tile_valid_hw": _swapped(prompt.tile_valid_hw, 0, first, second),
+        }
+
+    tiles = _move(reader, exported, record, exchange_tiles, lambda pixels: _swapped(pixels, 0, first, second))
+    assert tiles > 100 * PARITY
+
+    # Rows of patches of the first tile: the one with the most ink, and the one above or below it.
+    patch = reader.config.vision.patch_size
+    (prompt,) = reader.prompts(images.open_image(record["image"]), ["?"])
+    height = prompt.tile_valid_hw[0, 0] // patch
+    ink = prompt.tiles[0, : height * patch].astype(float).reshape(height, -1).std(axis=1)
+    row = min(int(ink.argmax()), height - 2)
+    upper, lower = slice(row * patch, (row + 1) * patch), slice((row + 1) * patch, (row + 2) * patch)
+
+    def exchange_rows(tiles, axis):
+        return np.concatenate([_swapped(tiles[:1], axis, upper, lower), tiles[1:]])
+
+    rows = _move(
+        reader,
+        exported,
+        record,
+        lambda prompt: {"tiles": exchange_rows(prompt.tiles, axis=1)},
+        lambda pixels: exchange_rows(pixels, axis=2),
+    )
+    assert rows > 100 * PARITY
+    print(f"logits move by {tiles:.3f} (tiles exchanged), {rows:.3f} (rows exchanged) of the largest")
