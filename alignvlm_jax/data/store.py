@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from alignvlm_jax.errors import UserError
 
@@ -109,7 +110,7 @@ def write_dataset(
 
 
 def _open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:
-    if not (Path(folder) / "dataset_info.json").is_file():
+    if not (epath.Path(folder) / "dataset_info.json").is_file():
         raise UserError(f"{folder} is not a data set: it holds no dataset_info.json")
     return tfds.builder_from_directory(str(folder))
 

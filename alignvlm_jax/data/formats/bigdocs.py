@@ -1,0 +1,86 @@
+"""BigDocs-7.5M and BigDocs-Bench in Parquet: questions and answers in two columns.
+
+    sample_id | image {bytes, path} | queries ["What is the total?", ...] | annotations ["12.50", ...]
+
+The columns differ a little between subsets: `identifier` or `img_id` may stand for sample_id, `images` (a list) for
+image, `query` for queries. Subsets without image bytes (COCO-Text, TextOCR) name a file under the image root. One
+question with several annotations has several right answers: the first is taken.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignvlm_jax.data.formats import parquet_files
+from alignvlm_jax.data.formats.conversation import (
+    IMAGE,
+    Conversation,
+    FormatOptions,
+    Message,
+    Refusal,
+    Refused,
+    Slice,
+    expect_text,
+    name_of,
+    text_part,
+)
+
+SUFFIXES = (".parquet",)
+_IDS = ("sample_id", "identifier", "img_id")
+_IMAGES = ("images", "image", "img_path")
+_QUERIES = ("queries", "query")
+_ANSWERS = ("annotations", "annotation")
+_SOURCES = ("dataset_name", "source")
+
+
+def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
+    """Slices of row groups."""
+    return parquet_files.plan_files(files, options)
+
+
+def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
+    """The conversations of a slice."""
+    columns = (*_IDS, *_IMAGES, *_QUERIES, *_ANSWERS, *_SOURCES)
+    stem = Path(piece.file).stem
+    for number, row in parquet_files.read_slice(piece, columns):
+        where, record_id = f"{piece.file}: row {number + 1}", f"{stem}:{number}"
+        try:
+            if isinstance(row, Refusal):
+                raise row
+            record_id = name_of(_first(row, _IDS), record_id)
+            images = [parquet_files.image_source(image) for image in _listed(_first(row, _IMAGES))]
+            yield Conversation(
+                where=where,
+                id=record_id,
+                source=options.source or name_of(_first(row, _SOURCES), stem),
+                messages=_messages(row, len(images)),
+                images=images,
+            )
+        except Refusal as refusal:
+            yield Refused(where, record_id, refusal.kind, str(refusal))
+
+
+def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
+    queries = [expect_text(query, "a query") for query in _listed(_first(row, _QUERIES))] or [""]
+    answers = [expect_text(answer, "an annotation") for answer in _listed(_first(row, _ANSWERS))]
+    if len(queries) == 1:
+        answers = answers[:1]
+    if len(queries) != len(answers):
+        raise Refusal("unreadable record", f"{len(queries)} queries for {len(answers)} annotations")
+    messages = []
+    for query, answer in zip(queries, answers, strict=True):
+        messages.append({"role": "user", "content": [text_part(query)] if query else []})
+        messages.append({"role": "assistant", "content": [text_part(answer)]})
+    messages[0]["content"][:0] = [IMAGE] * num_images
+    return messages
+
+
+def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of these columns that the row has."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

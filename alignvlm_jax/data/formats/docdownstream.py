@@ -1,0 +1,55 @@
+"""mPLUG's DocDownstream (and its sisters DocStruct, DocReason): a record a line, images marked `<|image|>`.
+
+{"image": ["./imgs/DocVQA/1.png"], "task_name": "qa_sft", "dataset_name": "DocVQA", "messages": [
+    {"role": "user", "content": "<|image|>What is the date?"}, {"role": "assistant", "content": "1/8/93"}]}
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignvlm_jax.data.formats import json_files
+from alignvlm_jax.data.formats.conversation import (
+    Conversation,
+    FormatOptions,
+    Refusal,
+    Refused,
+    Slice,
+    expect_list,
+    expect_object,
+    expect_text,
+    name_of,
+    text_message,
+)
+
+SUFFIXES = (".jsonl",)
+IMAGE_MARK = "<|image|>"
+
+
+def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
+    """Slices of lines."""
+    return [piece for file in files for piece in json_files.plan_file(file, options)]
+
+
+def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
+    """The conversations of a slice."""
+    for number, record in json_files.read_slice(piece, options):
+        where = f"{piece.file}: record {number + 1}"
+        try:
+            if isinstance(record, Refusal):
+                raise record
+            yield _conversation(expect_object(record, "the record"), where, Path(piece.file).stem, number, options)
+        except Refusal as refusal:
+            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
+            yield Refused(where, record_id, refusal.kind, str(refusal))
+
+
+def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:
+    messages = [expect_object(message, "a message") for message in expect_list(record.get("messages"), "'messages'")]
+    return Conversation(
+        where=where,
+        id=name_of(record.get("id"), f"{stem}:{number}"),
+        source=options.source or name_of(record.get("dataset_name"), stem),
+        messages=[text_message(message.get("role"), message.get("content"), IMAGE_MARK) for message in messages],
+        images=[expect_text(image, "the name of an image") for image in expect_list(record.get("image"), "'image'")],
+    )

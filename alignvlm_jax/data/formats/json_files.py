@@ -1,0 +1,152 @@
+"""Records in JSON files, a list of them or one a line, found without parsing the whole file.
+
+Files of a gigabyte are common. The list's elements are found by their brackets alone, so that a slice is a range of
+bytes which a worker reads by itself, and damage in one record (bytes that are not UTF-8, a missing comma) costs that
+record and no other.
+
+    [{"id": 1, "x": "}"}, {"id": 2}]        two elements: bytes 1-20 and 22-31
+"""
+
+import contextlib
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice
+from alignvlm_jax.data.paths import is_local, opened
+
+Buffer = bytes | mmap.mmap
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A string ends with its line at the latest: after a lost quotation mark the next line is understood again.
+_BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
+_SPACE = b" \t\r\n"
+
+
+def count_records(file: str) -> int:
+    """How many records are in the file."""
+    with _mapped(file) as buffer:
+        return sum(1 for _ in _spans(buffer))
+
+
+def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None) -> list[Slice]:
+    """Slices of the file; of those records only that `picks` names, if it is given."""
+    with _mapped(file) as buffer:
+        starts, stops = array("q"), array("q")
+        for start, stop in _spans(buffer):
+            starts.append(start)
+            stops.append(stop)
+    numbers = range(len(starts)) if picks is None else sorted(picks)
+    slices = []
+    for at in range(0, len(numbers), options.records_per_shard):
+        chosen = numbers[at : at + options.records_per_shard]
+        first, last = chosen[0], chosen[-1]
+        everything = last - first + 1 == len(chosen)
+        slices.append(
+            Slice(file, starts[first], stops[last], first, len(chosen), None if everything else tuple(chosen))
+        )
+    return slices
+
+
+def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any | Refusal]]:
+    """The records of a slice, parsed, with their numbers; in place of one that cannot be parsed, why."""
+    wanted = None if piece.picks is None else set(piece.picks)
+    with _mapped(piece.file) as buffer:
+        find = _elements if _is_list(buffer) else _lines
+        for number, (start, stop) in enumerate(find(buffer, piece.start, piece.stop), piece.first):
+            if wanted is not None and number not in wanted:
+                continue
+            try:
+                yield number, _parse(buffer, start, stop, options.max_record_bytes)
+            except Refusal as refusal:
+                yield number, refusal
+
+
+def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
+    if stop - start > max_bytes:
+        raise Refusal("too large", f"the record has {stop - start} bytes, more than the limit of {max_bytes}")
+    try:
+        text = buffer[start:stop].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal("text encoding", f"not UTF-8 at byte {error.start} of the record ({error.reason})") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: ten thousand nested lists.
+        raise Refusal("unreadable record", f"not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _mapped(path: str) -> Iterator[Buffer]:
+    with opened(path) as file:
+        if not is_local(path) or file.seek(0, 2) == 0:
+            yield file.read()  # What is in a bucket, or empty, cannot be mapped.
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            yield buffer
+
+
+def _spans(buffer: Buffer) -> Iterator[tuple[int, int]]:
+    """Where each record of the file starts and stops."""
+    start = _text_start(buffer)
+    if not _is_list(buffer):
+        yield from _lines(buffer, start, len(buffer))
+        return
+    start, stop = buffer.find(b"[", start) + 1, len(buffer)
+    end = stop
+    while end > start and buffer[end - 1 : end] in (b" ", b"\t", b"\r", b"\n"):
+        end -= 1
+    if buffer[end - 1 : end] == b"]" and end > start:
+        stop = end - 1
+    yield from _elements(buffer, start, stop)
+
+
+def _text_start(buffer: Buffer) -> int:
+    return len(_BYTE_ORDER_MARK) if buffer[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
+
+
+def _is_list(buffer: Buffer) -> bool:
+    return re.compile(rb"\s*\[").match(buffer, _text_start(buffer)) is not None
+
+
+def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    while start < stop:
+        end = buffer.find(b"\n", start, stop)
+        end = stop if end < 0 else end
+        if buffer[start:end].strip(_SPACE):
+            yield start, end
+        start = end + 1
+
+
+def _elements(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The elements of a list, its own brackets left out.
+
+    Whatever stands between two bracketed elements and is not a comma is an element too (and no conversation), and so
+    is all that follows a bracket that is never closed.
+    """
+    depth, begin = 0, start
+    for token in _BRACKET_OR_STRING.finditer(buffer, start, stop):
+        first = token.group()[:1]
+        if first in (b"{", b"["):
+            if depth == 0:
+                yield from _between(buffer, start, token.start())
+                begin = token.start()
+            depth += 1
+        elif first in (b"}", b"]") and depth:
+            depth -= 1
+            if depth == 0:
+                yield begin, token.end()
+                start = token.end()
+    if depth:
+        yield begin, stop
+    else:
+        yield from _between(buffer, start, stop)
+
+
+def _between(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    between = buffer[start:stop]
+    if content := between.strip(_SPACE + b","):
+        start += between.index(content)
+        yield start, start + len(content)

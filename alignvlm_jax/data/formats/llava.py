@@ -1,0 +1,88 @@
+"""LLaVA's JSON: a list (or one a line) of records with turns in them, and the mixtures of such files in YAML.
+
+    {"id": "17", "image": "coco/000.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]}
+
+`image` may be a list (also under the name `images`), or be missing from a conversation without images.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignvlm_jax.data.formats import json_files, mixture
+from alignvlm_jax.data.formats.conversation import (
+    Conversation,
+    FormatOptions,
+    Message,
+    Refusal,
+    Refused,
+    Slice,
+    expect_list,
+    expect_object,
+    expect_text,
+    name_of,
+    text_message,
+)
+
+_MIXTURES = (".yaml", ".yml")
+SUFFIXES = (".json", ".jsonl", *_MIXTURES)
+
+
+def files_behind(files: Sequence[str]) -> list[str]:
+    """The files that mixtures name."""
+    mixtures = [file for file in files if file.endswith(_MIXTURES)]
+    return [part.file for file in mixtures for part in mixture.read_mixture(file)]
+
+
+def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
+    """Slices of JSON files, and of those that mixtures name."""
+    slices = []
+    for file in files:
+        if file.endswith(_MIXTURES):
+            for part in mixture.read_mixture(file):
+                picks = part.sampling.choose(json_files.count_records(part.file)) if part.sampling else None
+                slices += json_files.plan_file(part.file, options, picks)
+        else:
+            slices += json_files.plan_file(file, options)
+    return slices
+
+
+def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
+    """The conversations of a slice."""
+    for number, record in json_files.read_slice(piece, options):
+        where = f"{piece.file}: record {number + 1}"
+        try:
+            if isinstance(record, Refusal):
+                raise record
+            yield _conversation(expect_object(record, "the record"), where, piece.file, number, options)
+        except Refusal as refusal:
+            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
+            yield Refused(where, record_id, refusal.kind, str(refusal))
+
+
+def turns(conversations: Any) -> list[Message]:
+    """LLaVA's turns as messages."""
+    turns = [expect_object(turn, "a turn") for turn in expect_list(conversations, "'conversations'")]
+    return [text_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+
+
+def _conversation(record: dict[str, Any], where: str, file: str, number: int, options: FormatOptions) -> Conversation:
+    stem = Path(file).stem
+    if "video" in record:
+        raise Refusal("unreadable record", "the record is about a video")
+    return Conversation(
+        where=where,
+        id=name_of(record.get("id"), f"{stem}:{number}"),
+        source=options.source or name_of(record.get("data_source"), stem),
+        messages=turns(record.get("conversations")),
+        images=_image_paths(record),
+    )
+
+
+def _image_paths(record: dict[str, Any]) -> list[str]:
+    images = record.get("image", record.get("images"))
+    if images is None or images == "":
+        return []
+    images = images if isinstance(images, list) else [images]
+    return [expect_text(image, "the name of an image") for image in images]

@@ -1,0 +1,91 @@
+"""Mixtures of LLaVA files, as LLaVA-NeXT and LLaVA-OneVision write them in YAML.
+
+    datasets:
+      - json_path: chartqa.json
+        sampling_strategy: first:10%
+      - json_path: docvqa.jsonl
+        sampling_strategy: all
+
+A path is looked for beside the YAML file, then from the folder one stands in.
+"""
+
+import dataclasses
+import math
+import random
+import re
+from typing import Any
+
+import yaml
+from etils import epath
+
+from alignvlm_jax.errors import UserError
+
+_STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
+_KNOWN_KEYS = {"json_path", "sampling_strategy"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which records of a file are wanted.
+
+    strategy: the "first" ones, those at the "end", or some drawn at "random".
+    amount: how many; a percentage (rounded up) if is_percentage.
+    seed: what "random" is drawn from; the file's path, so that every run draws the same.
+    """
+
+    strategy: str
+    amount: int
+    is_percentage: bool
+    seed: str
+
+    def choose(self, total: int) -> list[int]:
+        """The numbers of the records wanted out of so many, in order."""
+        amount = math.ceil(self.amount * total / 100) if self.is_percentage else self.amount
+        amount = min(amount, total)
+        if self.strategy == "first":
+            return list(range(amount))
+        if self.strategy == "end":
+            return list(range(total - amount, total))
+        return sorted(random.Random(self.seed).sample(range(total), amount))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixturePart:
+    """One file of a mixture; without a sampling all its records are wanted."""
+
+    file: str
+    sampling: Sampling | None
+
+
+def read_mixture(file: str) -> list[MixturePart]:
+    """The files that a mixture names, in its order."""
+    try:
+        content = yaml.safe_load(epath.Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from error
+    datasets = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(datasets, list) or not datasets:
+        raise UserError(f"{file}: a mixture is a list of json_path and sampling_strategy under the name 'datasets'")
+    return [_part(entry, file, i) for i, entry in enumerate(datasets, 1)]
+
+
+def _part(entry: Any, file: str, position: int) -> MixturePart:
+    where = f"{file}: data set {position}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+        raise UserError(f"{where}: it has no json_path")
+    if unknown := sorted(map(str, set(entry) - _KNOWN_KEYS)):
+        raise UserError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(_KNOWN_KEYS))}")
+    beside = epath.Path(file).parent / entry["json_path"]
+    path = str(beside) if beside.exists() else entry["json_path"]
+    if not epath.Path(path).is_file():
+        raise UserError(f"{where}: there is no file {path}")
+    strategy = entry.get("sampling_strategy", "all")
+    if strategy == "all":
+        return MixturePart(path, None)
+    match = _STRATEGY.fullmatch(str(strategy))
+    if match is None or match[3] and int(match[2]) > 100:
+        examples = "'all', 'first:1000', 'end:5%' or 'random:10%'"
+        raise UserError(f"{where}: sampling_strategy is {strategy!r}; expected something like {examples}")
+    return MixturePart(path, Sampling(match[1], int(match[2]), bool(match[3]), seed=entry["json_path"]))

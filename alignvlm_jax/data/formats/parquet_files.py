@@ -1,0 +1,98 @@
+"""Rows of Parquet files, by row groups, one bad row or damaged group at a time."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice, expect_text
+from alignvlm_jax.data.paths import opened
+
+# Rows hold images: few at a time.
+_ROWS_AT_A_TIME = 16
+_BYTES_PER_SLICE = 512 * 2**20
+
+
+def plan_files(files: Sequence[str], options: FormatOptions) -> list[Slice]:
+    """Slices of whole row groups; a file that cannot be read is one slice with one record, to be refused."""
+    return [piece for file in files for piece in _plan_file(file, options)]
+
+
+def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Refusal]]:
+    """The rows of a slice with their numbers, of those columns that there are; in place of one unreadable, why."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(_parquet(piece.file))
+        except Refusal as refusal:
+            yield piece.first, refusal
+            return
+        present = [name for name in columns if name in file.schema_arrow.names]
+        number = piece.first
+        for group in range(piece.start, piece.stop):
+            stop = number + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, [group], present):
+                    for i in range(batch.num_rows):
+                        yield number, _row(batch, i)
+                        number += 1
+            except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+                for lost in range(number, stop):
+                    yield lost, Refusal("damaged file", f"row group {group} cannot be read ({_brief(error)})")
+            number = stop
+
+
+def image_source(value: Any) -> bytes | str:
+    """An image as Hugging Face's `datasets` stores it: {"bytes", "path"}, bytes alone, or a path."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes) else expect_text(value, "an image")
+
+
+def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
+    try:
+        with _parquet(path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+    except Refusal:
+        yield Slice(path, records=1)
+        return
+    start, first, rows, size = 0, 0, 0, 0
+    for group, (group_rows, group_size) in enumerate(sizes):
+        if rows and (rows + group_rows > options.records_per_shard or size + group_size > _BYTES_PER_SLICE):
+            yield Slice(path, start, group, first, rows)
+            start, first, rows, size = group, first + rows, 0, 0
+        rows, size = rows + group_rows, size + group_size
+    if rows:
+        yield Slice(path, start, len(sizes), first, rows)
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    with opened(path) as handle:
+        size = handle.seek(0, 2)
+        handle.seek(0)
+        try:
+            file = pq.ParquetFile(handle)
+            rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            file.schema_arrow  # noqa: B018, which is where an impossible schema shows.
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+            raise Refusal("damaged file", f"not a Parquet file that can be read ({_brief(error)})") from error
+        # A row with an image takes more than a byte: what claims otherwise was damaged.
+        if min(rows, default=0) < 0 or sum(rows) > size:
+            raise Refusal("damaged file", f"it claims {sum(rows)} rows")
+        yield file
+
+
+def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | Refusal:
+    try:
+        return batch.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Refusal("text encoding", f"a column is not UTF-8 ({error.reason})")
+    except (pa.ArrowException, ValueError) as error:
+        return Refusal("unreadable record", f"the row cannot be read ({_brief(error)})")
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200]

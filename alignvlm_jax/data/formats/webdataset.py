@@ -1,0 +1,175 @@
+"""WebDataset archives of images and captions, such as CC-12M as img2dataset writes it. Nothing is unpacked to disk.
+
+    00000.tar: 000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
+
+Files in a row whose names are the same up to the first dot are a sample: its images, and its caption in a `.txt` file
+or under "caption" in a `.json` file. An archive is one slice; it may be compressed by gzip. The user shows the image
+and says `FormatOptions.instruction`, by default nothing, as in LLaVA's pre-training; the caption is the answer.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import os
+import posixpath
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+from alignvlm_jax.data.formats.conversation import (
+    IMAGE,
+    Conversation,
+    FormatOptions,
+    Refusal,
+    Refused,
+    Slice,
+    expect_object,
+    expect_text,
+    text_part,
+)
+from alignvlm_jax.data.paths import opened
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_TEXTS = ("txt", "caption")
+_WANTED = (*_IMAGES, *_TEXTS, "json")
+# WebDataset's rule; files that it does not match (hidden ones) belong to no sample.
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+
+
+@dataclasses.dataclass
+class _Sample:
+    """The files of one sample, by the endings of their names; problem says why it cannot be used."""
+
+    key: str
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    problem: Refusal | None = None
+
+
+def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
+    """A slice an archive: how many samples are in it is seen when it is read."""
+    return [Slice(file) for file in files]
+
+
+def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
+    """The captioned images of an archive; what follows damage in it is one more record, and refused."""
+    source = options.source or posixpath.basename(posixpath.dirname(os.path.abspath(piece.file)))
+    try:
+        for sample in _samples(piece.file, options.max_record_bytes):
+            where, record_id = (
+                f"{piece.file}: {sample.key}",
+                f"{posixpath.basename(piece.file).split('.')[0]}/{sample.key}",
+            )
+            try:
+                if sample.problem is not None:
+                    raise sample.problem
+                yield _conversation(sample, where, record_id, source, options.instruction)
+            except Refusal as refusal:
+                yield Refused(where, record_id, refusal.kind, str(refusal))
+    except _Damaged as damage:
+        yield Refused(f"{piece.file}: byte {damage.offset}", "", "damaged file", str(damage))
+
+
+class _Damaged(Exception):
+    """The archive cannot be read any further."""
+
+    def __init__(self, offset: int, why: str):
+        super().__init__(f"the archive cannot be read from here on: {why}")
+        self.offset = offset
+
+
+def _conversation(sample: _Sample, where: str, record_id: str, source: str, instruction: str) -> Conversation:
+    images = [data for ending, data in sample.files.items() if ending in _IMAGES]
+    if not images:
+        raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
+    question = [IMAGE] * len(images) + ([text_part(instruction)] if instruction else [])
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [text_part(_caption(sample.files))]},
+    ]
+    return Conversation(where, record_id, source, messages, images)
+
+
+def _caption(files: dict[str, bytes]) -> str:
+    try:
+        for ending in _TEXTS:
+            if ending in files:
+                return files[ending].decode("utf-8").strip()
+        if "json" in files:
+            values = expect_object(json.loads(files["json"].decode("utf-8")), "the sample's .json")
+            return expect_text(values.get("caption"), "the caption").strip()
+    except UnicodeDecodeError as error:
+        raise Refusal("text encoding", f"the caption is not UTF-8 ({error.reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise Refusal("unreadable record", f"the sample's .json is not valid JSON: {error}") from error
+    raise Refusal("empty conversation", "the sample has no caption: no .txt file, and none in .json")
+
+
+def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
+    sample = None
+    try:
+        for name, size, data in _members(path, max_bytes):
+            match = _NAME.fullmatch(name)
+            if match is None:
+                continue
+            key, ending = match[1], match[2].lower()
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield sample
+                sample = _Sample(key)
+            if ending not in _WANTED:
+                continue
+            if ending in sample.files:
+                sample.problem = Refusal("unreadable record", f"two files {name}")
+            elif size > max_bytes:
+                sample.problem = Refusal("too large", f"{name} has {size} bytes, more than the limit of {max_bytes}")
+            elif data is not None:
+                sample.files[ending] = data
+    except _Damaged as damage:
+        if sample is not None:
+            sample.problem = Refusal("damaged file", f"{damage}; the sample may not be all there")
+            yield sample
+        raise
+    if sample is not None:
+        yield sample
+
+
+def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None]]:
+    """Name, size and content of each file; of links, devices and what is too large no content."""
+    with _unpacked(path) as file:
+        offset = 0
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    offset = member.offset
+                    data = archive.extractfile(member).read() if member.isfile() and member.size <= max_bytes else None
+                    if not member.isdir():
+                        yield member.name, member.size, data
+                offset = archive.offset
+            _check_end(file, offset)
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+            raise _Damaged(offset, str(error)) from error
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """tarfile takes damage for the end of the archive, which is a block of zeros with nothing after it."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise _Damaged(offset, "it stops without the mark of an archive's end")
+    while block:
+        if block.strip(b"\0"):
+            raise _Damaged(offset, "neither a file nor the end of the archive begins here")
+        block = file.read(2**20)
+
+
+@contextlib.contextmanager
+def _unpacked(path: str) -> Iterator[BinaryIO]:
+    with opened(path) as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        with gzip.open(file) if compressed else contextlib.nullcontext(file) as unpacked:
+            yield unpacked

@@ -1,0 +1,102 @@
+"""A data set written shard by shard, by any number of processes, and finished when all shards are there.
+
+A shard appears under its name once it is complete. What makes a folder of shards a data set, `dataset_info.json`, is
+written last: until then no reader takes the folder for one.
+"""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+
+from alignvlm_jax.data.paths import appearing_whole
+
+VERSION = "1.0.0"
+INFO_FILE = "dataset_info.json"
+_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How many records are in a shard, and their bytes."""
+
+    records: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedDataset:
+    """A data set of one split that is being written.
+
+    folder: where. split, name: of the data set; features: the fields of a record.
+    """
+
+    folder: epath.Path
+    name: str
+    split: str
+    features: tfds.features.FeaturesDict
+
+    def write_shard(self, index: int, records: Iterable[Mapping[str, Any]], scratch: epath.Path) -> Shard:
+        """Write a shard; a file half written is in the folder `scratch`, on the same disk."""
+        serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
+        number, size = 0, 0
+        with appearing_whole(self.shard_path(index), scratch) as partial:
+            writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+            try:
+                for record in records:
+                    example = serializer.get_tf_example(self.features.encode_example(record))
+                    # Else the order of the fields, and so the file, would change from process to process.
+                    encoded = example.SerializeToString(deterministic=True)
+                    writer.write(encoded)
+                    number, size = number + 1, size + len(encoded)
+            finally:
+                writer.close()
+        return Shard(number, size)
+
+    def shard_path(self, index: int) -> epath.Path:
+        """The file of a shard."""
+        return epath.Path(self._template.sharded_filepath(shard_index=index, num_shards=None))
+
+    def finish(
+        self, shards: Sequence[Shard], scratch: epath.Path, *, description: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """Make the folder a data set that consists of these shards."""
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.DatasetIdentity(
+                name=self.name, version=tfds.core.Version(VERSION), data_dir=str(self.folder), module_name=__name__
+            ),
+            description=description,
+            features=self.features,
+            metadata=tfds.core.MetadataDict(metadata),
+        )
+        info.set_file_format("array_record")
+        split = tfds.core.SplitInfo(
+            name=self.split,
+            shard_lengths=[shard.records for shard in shards],
+            num_bytes=sum(shard.bytes for shard in shards),
+            filename_template=self._template,
+        )
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        with tempfile.TemporaryDirectory() as written:
+            info.write_to_directory(written)
+            # The mark of completeness comes last.
+            for file in sorted(os.listdir(written), key=lambda name: name == INFO_FILE):
+                with appearing_whole(self.folder / file, scratch) as partial:
+                    shutil.copy(Path(written, file), partial)
+
+    @property
+    def _template(self) -> tfds.core.ShardedFileTemplate:
+        return tfds.core.ShardedFileTemplate(
+            dataset_name=self.name,
+            data_dir=self.folder,
+            split=self.split,
+            filetype_suffix="array_record",
+            template=_NAMES,
+        )

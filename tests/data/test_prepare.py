@@ -1,0 +1,236 @@
+"""Any format to a data set that anyone can read; nothing lost, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.formats import FORMATS
+from alignvlm_jax.data.formats.checks import Limits
+from alignvlm_jax.data.formats.conversation import FormatOptions
+from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
+from alignvlm_jax.data.store import open_dataset
+from alignvlm_jax.errors import UserError
+from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
+from tests.data.nano_tokenizer import write_chat_folder
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+HERE = in_processes(1)
+
+
+def recipe_for(folder: Path, name: str = "llava", **options) -> Recipe:
+    inputs = [str(path) for path in sorted(folder.iterdir()) if path.is_file()]
+    return Recipe(
+        name, tuple(inputs), options=FormatOptions(**options), limits=Limits(image_root=str(folder / "images"))
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What the files of a folder hold."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def pages(tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder / "images", 8)
+    return folder
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_a_data_set(name, tmp_path):
+    file = write_input(name, tmp_path, 9)
+    recipe = Recipe(name, (str(file),), options=FormatOptions(4), limits=Limits(image_root=str(tmp_path / "images")))
+    summary = prepare(recipe, tmp_path / "out", convert=HERE, progress=False)
+    assert (summary.accepted, summary.rejected) == (9, {})
+    assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
+    source = open_dataset(tmp_path / "out", "train")
+    assert len(source) == 9
+    encoding = "JPEG" if name == "webdataset" else "PNG"
+    for i in range(9):
+        record = source[i]
+        assert record["images"] == [image_bytes(i, format=encoding)]  # the very bytes
+        messages = json.loads(record["conversation"])
+        assert messages[0]["content"][0] == {"type": "image"} and str(i) in messages[1]["content"]
+        assert record["id"] and record["source"]
+    chat = ChatTokenizer.from_folder(write_chat_folder(tmp_path / "tokenizer"))
+    assert (chat.encode(messages, [3]).visual_index >= 0).sum() == 3
+
+
+def test_anyone_reads_it_without_tensorflow(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(8)])
+    prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False)
+    program = (
+        "import sys, tensorflow_datasets as tfds;"
+        f"record = tfds.builder_from_directory({str(tmp_path / 'out')!r}).as_data_source('train')[5];"
+        "print(record['id'], len(record['images'][0]), 'tensorflow' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["b'r5'", str(len(image_bytes(5))), "False"]
+    builder = tfds.builder_from_directory(str(tmp_path / "out"))
+    assert builder.info.file_format.value == "array_record" and builder.info.splits["train"].num_examples == 8
+
+
+def test_every_record_is_in_the_data_set_or_refused_with_the_reason(pages, tmp_path):
+    records = [llava_record(i) for i in range(8)]
+    records[2] = llava_record(2, image="missing.png")
+    records[5] = "not a record"
+    write_json(pages / "a.json", records)
+    summary = prepare(
+        recipe_for(pages, records_per_shard=3), tmp_path / "out", max_rejects=0.3, convert=HERE, progress=False
+    )
+    assert summary.accepted == 6 and summary.rejected == {"missing image": 1, "unreadable record": 1}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["where"].rsplit(": ")[1], r["id"], r["kind"]) for r in rejects] == [
+        ("record 3", "r2", "missing image"),
+        ("record 6", "", "unreadable record"),
+    ]
+    assert "missing.png" in rejects[0]["why"] and "str" in rejects[1]["why"]
+    ids = [open_dataset(tmp_path / "out", "train")[i]["id"] for i in range(6)]
+    assert ids == ["r0", "r1", "r3", "r4", "r6", "r7"]
+
+
+def test_too_many_rejects_stop_it_and_what_was_put_right_is_tried_again(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(10)])  # there are but 8 images
+    recipe, out = recipe_for(pages, records_per_shard=2), tmp_path / "out"
+    with pytest.raises(UserError, match=r"2 of 10 records.*limit of 1\.0%: 2 missing image.*rejects\.jsonl") as error:
+        prepare(recipe, out, convert=HERE, progress=False)
+    assert str(out) in str(error.value) and len((out / "rejects.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="not a data set"):
+        open_dataset(out, "train")
+    shard = out / "conversations-train.array_record-00000"
+    written = shard.stat().st_mtime_ns
+    write_images(pages / "images", 10)
+    assert prepare(recipe, out, convert=HERE, progress=False).accepted == 10
+    assert shard.stat().st_mtime_ns == written  # what was well is not done again
+    assert (out / "rejects.jsonl").read_text() == "" and len(open_dataset(out, "train")) == 10
+
+
+def test_a_higher_limit_lets_it_pass(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(10)])
+    with pytest.raises(UserError, match="2 of 10"):
+        prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.19, convert=HERE, progress=False)
+    assert prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.2, convert=HERE, progress=False).accepted == 8
+
+
+def test_it_stops_early_where_the_limit_is_certain_to_be_passed(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(100 + i) for i in range(400)])
+    with pytest.raises(UserError, match="10 of 10 records so far"):
+        prepare(recipe_for(pages, records_per_shard=10), tmp_path / "out", convert=HERE, progress=False)
+
+
+def test_one_bad_shard_of_unknown_size_is_no_reason_to_stop_early(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "1.tar", range(40))
+    (tmp_path / "in" / "0.tar").write_bytes(b"nothing")
+    recipe = Recipe("webdataset", (str(tmp_path / "in"),))
+    summary = prepare(recipe, tmp_path / "out", max_rejects=0.03, convert=HERE, progress=False)
+    assert summary.accepted == 40 and summary.rejected == {"damaged file": 1}
+
+
+def test_processes_write_the_same_as_one(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i % 9) for i in range(24)])  # every ninth is missing
+    recipe = recipe_for(pages, records_per_shard=5)
+    prepare(recipe, tmp_path / "one", max_rejects=0.2, convert=HERE, progress=False)
+    prepare(recipe, tmp_path / "two", max_rejects=0.2, convert=in_processes(2), progress=False)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_killed_at_any_point_and_started_again_it_ends_the_same(tmp_path):
+    """Really killed, with its worker processes at work, and twice, so that it dies at different points."""
+    file, killed = write_input("llava", tmp_path, 120), tmp_path / "killed"
+    options, limits = FormatOptions(records_per_shard=3), Limits(image_root=str(tmp_path / "images"))
+    recipe = Recipe("llava", (str(file),), options=options, limits=limits)
+    prepare(recipe, tmp_path / "whole", convert=HERE, progress=False)
+
+    arguments = [sys.executable, TOOL, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
+    arguments += ["--records-per-shard", "3", "--processes", "2", "--out", killed]
+    finished = []
+    for shards_before_death in (1, 15):
+        run = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while run.poll() is None and len(list(killed.glob("progress/0*.json"))) < shards_before_death:
+            time.sleep(0.002)
+        os.kill(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        finished.append(len(list(killed.glob("progress/0*.json"))))
+        assert not (killed / "dataset_info.json").exists()
+    assert 1 <= finished[0] <= finished[1] < 40
+    prepare(recipe, killed, convert=HERE, progress=False)
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_killed_while_it_clears_away_it_is_done(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(8)])
+    first = prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False)
+    (tmp_path / "out" / "progress").mkdir()
+    (tmp_path / "out" / "progress" / "000000.json").write_text("{}")
+    before = contents(tmp_path / "out")
+    assert prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False) == first
+    del before["progress/000000.json"]
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_with_anything_else_is_left_alone(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(8)])
+    recipe, out = recipe_for(pages), tmp_path / "out"
+    prepare(recipe, out, convert=HERE, progress=False)
+    other = recipe_for(pages, records_per_shard=2)
+    with pytest.raises(UserError, match="exists already"):
+        prepare(other, out, convert=HERE, progress=False)
+    write_json(pages / "a.json", [llava_record(i) for i in range(7)])  # the same settings, another input
+    with pytest.raises(UserError, match="exists already"):
+        prepare(recipe, out, convert=HERE, progress=False)
+
+
+def test_unfinished_work_is_not_gone_on_with_from_other_input(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(10)])
+    with pytest.raises(UserError, match="limit"):
+        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=HERE, progress=False)
+    write_json(pages / "a.json", [llava_record(i) for i in range(9)])
+    with pytest.raises(UserError, match="other settings or input files"):
+        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=HERE, progress=False)
+
+
+def test_mistakes_are_named(pages, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no format 'llama'.*llava, docdownstream"):
+        prepare(Recipe("llama", ("a",)), out)
+    with pytest.raises(UserError, match="nowhere.json: no such file, and no .json or .jsonl"):
+        prepare(Recipe("llava", (str(tmp_path / "nowhere.json"),)), out)
+    write_json(pages / "a.json", [])
+    with pytest.raises(UserError, match="no records to make a data set of"):
+        prepare(recipe_for(pages), out, progress=False)
+    with pytest.raises(UserError, match="image root .*lost is not a folder"):
+        prepare(Recipe("llava", (str(pages / "a.json"),), limits=Limits(image_root=str(tmp_path / "lost"))), out)
+
+
+def test_the_tool_says_what_came_of_it(pages, tmp_path, monkeypatch, capsys):
+    write_json(pages / "a.json", [llava_record(i) for i in range(9)])
+    main = runpy.run_path(str(TOOL))["main"]
+
+    def run(*arguments):
+        command = ["--format", "llava", "--input", pages, "--images", pages / "images", "--out", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in (TOOL, *command, "--processes", 1, *arguments)])
+        return main(), *capsys.readouterr()
+
+    code, _, errors = run()
+    assert code == 2 and "error: 1 of 9 records" in errors
+    code, output, errors = run("--max-rejects", 0.2)
+    assert code == 0 and "9/9" in errors  # the bar
+    assert output.splitlines() == [f"{tmp_path / 'out'}: 8 of 9 records, 1 refused", "         1  missing image"]
+    with pytest.raises(SystemExit):
+        run("--temp_location", "x")
+    assert "unrecognized arguments: --temp_location x" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Turns conversations about images into a data set to train on.
+
+    tools/prepare_data.py --format llava --input llava_v1_5_mix665k.json --images playground/data --out data/llava
+
+    tools/prepare_data.py --format webdataset --input 'gs://bucket/cc12m/*.tar' --out gs://bucket/data/cc12m \\
+        --runner DataflowRunner --project ... --region ... --temp_location gs://bucket/tmp
+
+OUT is then a TFDS data set in ArrayRecord files. Records that cannot be used are named in OUT/rejects.jsonl with the
+reason. Interrupted or killed, the same command goes on where it stopped. With --runner the work is an Apache Beam
+pipeline, and arguments not listed here are Beam's.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+
+from alignvlm_jax.data import prepare
+from alignvlm_jax.data.formats import FORMATS
+from alignvlm_jax.data.formats.checks import Limits
+from alignvlm_jax.data.formats.conversation import FormatOptions
+from alignvlm_jax.data.prepare_beam import in_beam
+from alignvlm_jax.errors import UserError
+
+
+def main() -> int:
+    args, beam_arguments = parse()
+    recipe = prepare.Recipe(
+        args.format,
+        tuple(args.input),
+        args.split,
+        FormatOptions(args.records_per_shard, args.source, args.instruction, args.max_record_bytes),
+        Limits(args.images, args.follow_links, args.max_pixels, args.max_record_bytes),
+    )
+    try:
+        if args.runner:
+            convert = in_beam([f"--runner={args.runner}", *beam_arguments])
+        else:
+            convert = prepare.in_processes(args.processes)
+        summary = prepare.prepare(recipe, args.out, max_rejects=args.max_rejects, convert=convert)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {summary.accepted} of {summary.total} records, {summary.num_rejected} refused")
+    for kind, number in summary.rejected.items():
+        print(f"  {number:>8}  {kind}")
+    return 0
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    options = {field.name: field.default for field in dataclasses.fields(FormatOptions)}
+    limits = {field.name: field.default for field in dataclasses.fields(Limits)}
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what the input looks like")
+    parser.add_argument("--input", required=True, nargs="+", help="files, folders of them, or quoted patterns with *")
+    parser.add_argument("--images", help="the folder that image paths start from; by default that of the input file")
+    parser.add_argument("--out", required=True, help="the folder of the data set")
+    parser.add_argument("--split", default="train", help="the name of the split (default: %(default)s)")
+    parser.add_argument("--source", help="the name of the data set, in place of what the records say")
+    parser.add_argument("--instruction", default="", help="what the user asks of an image that has only a caption")
+    parser.add_argument(
+        "--max-rejects",
+        type=float,
+        default=prepare.DEFAULT_MAX_REJECTS,
+        help="stop when a larger share of the records is refused (default: %(default)s)",
+    )
+    parser.add_argument("--max-pixels", type=int, default=limits["max_pixels"], help="refuse larger images")
+    parser.add_argument(
+        "--max-record-bytes", type=int, default=limits["max_record_bytes"], help="refuse larger records"
+    )
+    parser.add_argument("--follow-links", action="store_true", help="let links in the image folder lead out of it")
+    parser.add_argument(
+        "--records-per-shard", type=int, default=options["records_per_shard"], help="(default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one a core)")
+    parser.add_argument("--runner", help="do it in Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, ...")
+    args, rest = parser.parse_known_args()
+    if rest and not args.runner:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
