@@ -43,8 +43,9 @@ _IGNORED_LABEL = -100
 
 # Logits held at once: 2^25 float32 are 128 MiB.
 _MAX_LOGITS = 2**25
-# Queries that read the vocabulary together, so that a block of it stays tall enough for fast matrix products.
+# Queries that read the vocabulary together, and words in a block at least: below that matrix products get slow.
 _MAX_QUERIES = 4096
+_MIN_WORDS = 256
 
 
 # --- ALIGN's arithmetic ---------------------------------------------------------------------------------------------
@@ -77,8 +78,14 @@ class Words:
 
 
 def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """softmax(LN_V(query · keysᵀ)) · values, [T, D] to [T, D'] in the dtype of `query`; statistics are float32."""
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    """softmax(LN_V(query · keysᵀ)) · values, [T, D] to [T, D']; statistics are float32.
+
+    The factors of both products have the dtype of `query`, or that of autocast where it is on; so has the result.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query = query.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             return _checkpoint_queries(query, words)
         return torch.cat([_stream_words(part, words) for part in query.split(_MAX_QUERIES)])
@@ -122,7 +129,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
     as somebody writes to the weights.
     """
     num_queries, dtype = query.shape[0], query.dtype
-    block_size = max(256, _MAX_LOGITS // max(num_queries, 1))
+    block_size = max(_MIN_WORDS, _MAX_LOGITS // max(num_queries, 1))
 
     def logits(block: slice) -> torch.Tensor:
         return matmul_float32(query, words.keys(block).to(dtype).T)

@@ -67,7 +67,7 @@ def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
 
 def make_params(config: AlignVLMConfig) -> dict:
     """Scattered in every leaf. ALIGN's P is peaked (a few words a patch): a flat one would hide mistakes."""
-    params = nn.unbox(jax.jit(lambda rng: random_parameters(config, rng))(jax.random.key(0)))
+    params = nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
     rng = np.random.default_rng(0)
 
     def scatter(path, leaf):

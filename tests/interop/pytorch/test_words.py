@@ -1,0 +1,120 @@
+"""ALIGN's attention over the vocabulary: blocks of any size, checkpointed or streamed, equal the dense form."""
+
+import pytest
+import torch
+
+from alignvlm_jax.interop.pytorch import modeling_alignvlm as modeling
+
+QUERIES, WORDS, WIDTH, OUT = 37, 203, 16, 24
+
+
+def tensors(dtype=torch.float32, offset=0.0) -> dict[str, torch.Tensor]:
+    """Peaked distributions. `offset` moves all logits of a query by the same amount, which LN_V has to take out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "query": normal(QUERIES, WIDTH).to(dtype),
+        "keys": (normal(WORDS, WIDTH) + offset).to(dtype),
+        "scale": (4 + normal(WORDS)).to(dtype),
+        "bias": normal(WORDS).to(dtype),
+        "values": normal(WORDS, OUT).to(dtype),
+    }
+
+
+def words(t) -> modeling.Words:
+    return modeling.Words(
+        size=WORDS,
+        keys=lambda block: t["keys"][block],
+        norm=lambda block: (t["scale"][block], t["bias"][block]),
+        values=lambda block: t["values"][block],
+        eps=1e-5,
+    )
+
+
+def dense(t) -> torch.Tensor:
+    """The formula in float64, everything at once."""
+    t = {name: tensor.double() for name, tensor in t.items()}
+    logits = t["query"] @ t["keys"].T
+    logits = (logits - logits.mean(-1, keepdim=True)) / torch.sqrt(logits.var(-1, keepdim=True, correction=0) + 1e-5)
+    return torch.softmax(logits * t["scale"] + t["bias"], -1) @ t["values"]
+
+
+@pytest.fixture(params=[1, 300, 2**25])
+def small_blocks(request, monkeypatch):
+    """From many blocks with an uneven rest to a single one."""
+    monkeypatch.setattr(modeling, "_MAX_LOGITS", request.param * 37)
+    monkeypatch.setattr(modeling, "_MIN_WORDS", 7)
+    monkeypatch.setattr(modeling, "_MAX_QUERIES", 16)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_streamed_is_dense(small_blocks, offset):
+    t = tensors(offset=offset)
+    with torch.no_grad():
+        found = modeling.expected_embedding(t["query"], words(t))
+    assert (found - dense(t)).abs().max() < (1e-5 if offset == 0 else 2e-4)
+
+
+def test_checkpointed_is_dense_in_value_and_gradient(small_blocks):
+    ours, theirs = tensors(), tensors()
+    for t in (*ours.values(), *theirs.values()):
+        t.requires_grad_(True)
+    found, expected = modeling.expected_embedding(ours["query"], words(ours)), dense(theirs)
+    assert (found - expected).abs().max() < 1e-5
+    weights = torch.randn(QUERIES, OUT)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, t in ours.items():
+        assert (t.grad - theirs[name].grad).norm() < 1e-5 * theirs[name].grad.norm(), name
+
+
+def test_no_array_of_all_queries_and_all_words(monkeypatch):
+    monkeypatch.setattr(modeling, "_MAX_LOGITS", 20 * QUERIES)
+    monkeypatch.setattr(modeling, "_MIN_WORDS", 1)
+    largest = 0
+    product = modeling.matmul_float32
+
+    def record(left, right):
+        nonlocal largest
+        found = product(left, right)
+        largest = max(largest, found.numel())
+        return found
+
+    monkeypatch.setattr(modeling, "matmul_float32", record)
+    t = tensors()
+    with torch.no_grad():
+        modeling.expected_embedding(t["query"], words(t))
+    assert largest <= max(20 * QUERIES, QUERIES * OUT) < QUERIES * WORDS / 4
+    largest = 0
+    modeling.expected_embedding(t["query"].requires_grad_(), words(t)).sum().backward()
+    assert largest < QUERIES * WORDS / 4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bfloat16_keeps_its_statistics_in_float32(training):
+    """Logits of some hundreds with a spread of some tens: in bfloat16 LN_V would see steps of one or two."""
+    t = tensors(torch.bfloat16, offset=10.0)
+    with torch.set_grad_enabled(training):
+        found = modeling.expected_embedding(t["query"], words(t))
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - dense(t)).abs().max() < 2e-2
+
+
+def test_autocast_is_bfloat16():
+    """Under autocast float32 weights give what bfloat16 weights give."""
+    t = tensors(offset=10.0)
+    narrow = {name: tensor if name in ("scale", "bias") else tensor.bfloat16() for name, tensor in t.items()}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = modeling.expected_embedding(t["query"], words(t))
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - dense(narrow)).abs().max() < 2e-2
+
+
+def test_distribution():
+    t = tensors()
+    p = modeling.word_distribution(t["query"], words(t))
+    assert (p @ t["values"] - dense(t)).abs().max() < 1e-5
+    assert torch.allclose(p.sum(-1), torch.ones(QUERIES))
