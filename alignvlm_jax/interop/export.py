@@ -22,13 +22,12 @@ an accelerator is needed, and memory stays below one file (5 GB) and one matrix.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 import alignvlm_jax
@@ -42,7 +41,7 @@ from alignvlm_jax.interop.huggingface import llama_config, siglip_config
 from alignvlm_jax.interop.model_card import model_card
 from alignvlm_jax.interop.new_folder import new_folder
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
-from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, TensorSpec, write_tensors
+from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
@@ -178,24 +177,16 @@ class _Source:
 
     def write_weights(self, folder: Path, rows: Sequence[tables.Row], prefix: str, max_shard_bytes: int) -> None:
         """Writes the tensors of `rows`, whose paths begin below `prefix` in the checkpoint."""
-        parts = dict(self._tensors(rows, prefix))
-
-        def produce(spec: TensorSpec) -> np.ndarray:
-            row, layer = parts[spec]
-            return row.transform.to_torch(self.reader.read(prefix + row.path, () if layer is None else (layer,)))
-
-        write_tensors(folder, list(parts), produce, max_shard_bytes=max_shard_bytes, title=f"writing {self.dtype}")
-
-    def _tensors(
-        self, rows: Sequence[tables.Row], prefix: str
-    ) -> Iterator[tuple[TensorSpec, tuple[tables.Row, int | None]]]:
-        """Every tensor with its row and, where that is stacked, its layer; in the order of the rows."""
-        for row in rows:
-            shape = self.reader.shapes[prefix + row.path]
-            dtype = DTYPES[self._dtype] if self._dtype else self.reader.dtypes[prefix + row.path]
-            layers, shape = (range(shape[0]), shape[1:]) if "{layer}" in row.key else ((None,), shape)
-            for layer in layers:
-                yield TensorSpec(row.key.format(layer=layer), row.transform.torch_shape(shape), dtype), (row, layer)
+        reader = self.reader
+        write_parameters(
+            folder,
+            [dataclasses.replace(row, path=prefix + row.path) for row in rows],
+            shapes=reader.shapes,
+            dtypes=dict.fromkeys(reader.dtypes, DTYPES[self._dtype]) if self._dtype else reader.dtypes,
+            read=reader.read,
+            max_shard_bytes=max_shard_bytes,
+            title=f"writing {self.dtype}",
+        )
 
     def config_json(self) -> dict[str, Any]:
         return alignvlm_config(self.model, dtype=self.dtype, image_token_id=self.image_id, special_ids=self.special_ids)

@@ -9,21 +9,20 @@ What `config.json` leaves out has transformers' default, since transformers leav
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
 from alignvlm_jax.interop.tensor_reader import TensorFiles
+from alignvlm_jax.interop.tensor_writer import DTYPES, write_parameters
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, RopeScaling
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
 
@@ -304,8 +303,7 @@ class _RawConfig:
 
 def save_vision_folder(folder: str | Path, config: VisionConfig, params: Params, dtype: str = "bfloat16") -> None:
     """Writes the encoder as a folder that transformers' `SiglipVisionModel.from_pretrained` loads."""
-    tensors = to_tensors(params, tables.SIGLIP, config.num_layers)
-    _write_folder(folder, siglip_config(config, dtype), tensors, dtype)
+    _write_folder(folder, siglip_config(config, dtype), params, tables.SIGLIP, dtype)
 
 
 def save_language_folder(
@@ -325,8 +323,8 @@ def save_language_folder(
       dtype: "bfloat16" or "float32".
       special_tokens: `bos_token_id` and the like, written into `config.json`.
     """
-    tensors = to_tensors(params, tables.llama(config.tie_word_embeddings), config.num_layers)
-    _write_folder(folder, {**llama_config(config, dtype), **(special_tokens or {})}, tensors, dtype)
+    raw = {**llama_config(config, dtype), **(special_tokens or {})}
+    _write_folder(folder, raw, params, tables.llama(config.tie_word_embeddings), dtype)
 
 
 def siglip_config(config: VisionConfig, dtype: str) -> dict[str, Any]:
@@ -375,22 +373,15 @@ def llama_config(config: LanguageConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def to_tensors(params: Params, table: tuple[tables.Row, ...], num_layers: int) -> dict[str, np.ndarray]:
-    """Turns a parameter tree into tensors."""
-    flat = {"/".join(path): np.asarray(array) for path, array in flatten_dict(params).items()}
-    tensors = {}
-    for row in table:
-        array = flat[row.path]
-        slices = [(row.key.format(layer=layer), array[layer]) for layer in range(num_layers)]
-        for key, part in slices if "{layer}" in row.key else [(row.key, array)]:
-            tensors[key] = row.transform.to_torch(part)
-    return tensors
-
-
-def _write_folder(folder: str | Path, config: dict, tensors: dict[str, np.ndarray], dtype: str) -> None:
+def _write_folder(folder: str | Path, config: dict, params: Params, rows: Sequence[tables.Row], dtype: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    numpy_dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype]
-    tensors = {key: np.ascontiguousarray(tensor.astype(numpy_dtype)) for key, tensor in tensors.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    flat = flatten_dict(params, sep="/")
+    write_parameters(
+        folder,
+        rows,
+        shapes={path: array.shape for path, array in flat.items()},
+        dtypes=dict.fromkeys(flat, DTYPES[dtype]),
+        read=lambda path, index: np.asarray(flat[path][index]),
+    )

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +18,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop import tables
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Where transformers and the Hub used to cut, and still small enough to be moved about."""
@@ -36,6 +37,41 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_parameters(
+    folder: Path,
+    rows: Sequence[tables.Row],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    read: Callable[[str, tuple[int, ...]], np.ndarray],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    title: str = "writing",
+) -> None:
+    """Writes parameters as PyTorch's tensors, in the order of the table.
+
+    Args:
+      folder: where the files go.
+      rows: which parameter is which tensor; of stacked layers each is a tensor.
+      shapes: of the parameters, by path.
+      dtypes: that the tensors will have, by path.
+      read: gives a parameter, or of stacked ones that of a layer: `read("layers/mlp/up/kernel", (3,))`.
+      max_shard_bytes, title: as for `write_tensors`, which has the errors, too.
+    """
+    parts: dict[TensorSpec, tuple[tables.Row, tuple[int, ...]]] = {}
+    for row in rows:
+        shape, stacked = shapes[row.path], "{layer}" in row.key
+        for index in [(layer,) for layer in range(shape[0])] if stacked else [()]:
+            of_torch = row.transform.torch_shape(shape[len(index) :])
+            key = row.key.format(layer=index[0]) if stacked else row.key
+            parts[TensorSpec(key, of_torch, dtypes[row.path])] = row, index
+
+    def produce(spec: TensorSpec) -> np.ndarray:
+        row, index = parts[spec]
+        return row.transform.to_torch(read(row.path, index))
+
+    write_tensors(folder, list(parts), produce, max_shard_bytes=max_shard_bytes, title=title)
 
 
 def write_tensors(
