@@ -1,0 +1,35 @@
+"""The benchmarks' scores, as their official scorers compute them, flaws included: only then do numbers compare.
+
+    benchmark                   function              official scorer
+    DocVQA, InfoVQA             anls                  the RRC server's script
+    ChartQA                     relaxed_accuracy      google-research/pix2struct
+    TextVQA                     vqa_accuracy          facebookresearch/mmf
+    DeepForm, KLC               due_f1                due-benchmark/evaluator
+    WikiTableQuestions          wtq_denotation        ppasupat/WikiTableQuestions, evaluator.py
+    TabFact                     tabfact_accuracy      X-PLUG/mPLUG-DocOwl
+    TableVQA-Bench              tablevqa_correct      naver-ai/tablevqabench
+    VCR                         vcr_scores            tianyu-z/VCR
+
+Every function scores one question (`due_f1` a data set), from 0 to 1. A data set's score is the plain mean over its
+questions, except where a docstring says otherwise. Nothing is cleaned up before: where a popular harness strips or
+rewrites answers first, the docstring says so and whoever compares with that harness does it.
+"""
+
+from alignvlm_jax.evaluation.metrics.answers import anls, evalai_normalize, relaxed_accuracy, vqa_accuracy
+from alignvlm_jax.evaluation.metrics.arguments import ScorerAborted
+from alignvlm_jax.evaluation.metrics.forms import due_f1
+from alignvlm_jax.evaluation.metrics.restoration import vcr_scores
+from alignvlm_jax.evaluation.metrics.tables import tabfact_accuracy, tablevqa_correct, wtq_denotation
+
+__all__ = [
+    "ScorerAborted",
+    "anls",
+    "due_f1",
+    "evalai_normalize",
+    "relaxed_accuracy",
+    "tabfact_accuracy",
+    "tablevqa_correct",
+    "vcr_scores",
+    "vqa_accuracy",
+    "wtq_denotation",
+]

@@ -1,0 +1,22 @@
+"""What every metric asks of its arguments, and what is raised where an official scorer would stop."""
+
+from collections.abc import Sequence
+
+from alignvlm_jax.errors import UserError
+
+
+class ScorerAborted(UserError, AssertionError):
+    """The official scorer ends its whole run at this answer. A runner may rather count it as wrong, and say so."""
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Refuses one string where several are meant: its letters would be scored, and the score would look plausible."""
+    if isinstance(texts, str):
+        raise UserError(f"{name} is the string {texts!r}: give a list of strings, [{texts!r}]")
+
+
+def check_references(references: Sequence[str]) -> None:
+    """As `check_texts`, and refuses an empty list."""
+    check_texts("references", references)
+    if not references:
+        raise UserError("references is empty: a question needs at least one accepted answer")
