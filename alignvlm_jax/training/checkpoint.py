@@ -124,8 +124,8 @@ class Checkpointer:
         restored = self._manager.restore(
             progress.step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                params=_restore_into(abstract.params),
+                opt_state=_restore_into(abstract.opt_state),
             ),
         )
         step = jax.device_put(jax.numpy.int32(progress.step_in_stage), abstract.step.sharding)
@@ -133,7 +133,7 @@ class Checkpointer:
 
     def restore_params(self, progress: Progress, abstract: Params) -> Params:
         """The weights alone: what the next stage starts from."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        args = ocp.args.Composite(params=_restore_into(abstract))
         return self._manager.restore(progress.step, args=args).params
 
 
@@ -145,13 +145,20 @@ def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _save_in_chunks(tree: Any) -> ocp.args.StandardSave:
+def _save_in_chunks(tree: Any) -> ocp.args.PyTreeSave:
     def arguments(path, leaf):
         del leaf
         stacked = any(getattr(key, "key", None) == "layers" for key in path)
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
-    return ocp.args.StandardSave(tree, save_args=jax.tree_util.tree_map_with_path(arguments, tree))
+    save_args = jax.tree_util.tree_map_with_path(arguments, tree)
+    # What is written stays in memory until a file is full, 2 GB of it by default.
+    return ocp.args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=2 * _CHUNK_BYTES)
+
+
+def _restore_into(abstract: Any) -> ocp.args.PyTreeRestore:
+    # StandardRestore does just this, but its manager then refuses to save by anything but StandardSave.
+    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def write_checkpoint(
