@@ -86,7 +86,7 @@ def import_huggingface(
             say(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
             config = _paper_config(encoder, decoder, dtype)
         _check_shape(config, encoder, decoder)
-        model = _model(config.model, encoder, decoder, tokenizer.num_embeddings, connector)
+        model = _model(config.model, decoder.vocab_size, tokenizer.num_embeddings, connector)
         config = dataclasses.replace(
             config,
             model=model,
@@ -134,23 +134,14 @@ def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) ->
     )
 
 
-def _model(
-    base: AlignVLMConfig, encoder: VisionConfig, decoder: LanguageConfig, rows: int, connector: str | None
-) -> AlignVLMConfig:
-    """The folders' shapes, run as `base` says, with its connector or the one that is named."""
+def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -> AlignVLMConfig:
+    """`base` with room for `rows` tokens, and with the connector that is named; ALIGN may use the first `words`."""
     kind = CONNECTOR_CONFIGS[connector] if connector else type(base.connector)
     settings = base.connector if isinstance(base.connector, kind) else kind()
-    if isinstance(settings, AlignConfig) and rows > decoder.vocab_size:
-        settings = dataclasses.replace(settings, vocab_size=decoder.vocab_size)
-    encoder = dataclasses.replace(encoder, dtype=base.vision.dtype, remat=base.vision.remat)
-    decoder = dataclasses.replace(
-        decoder,
-        vocab_size=rows,
-        max_position_embeddings=base.language.max_position_embeddings,
-        dtype=base.language.dtype,
-        remat=base.language.remat,
-    )
-    return AlignVLMConfig(encoder, settings, decoder)
+    rows = max(rows, base.language.vocab_size)
+    if isinstance(settings, AlignConfig) and rows > words:
+        settings = dataclasses.replace(settings, vocab_size=min(settings.vocab_size or words, words))
+    return AlignVLMConfig(base.vision, settings, dataclasses.replace(base.language, vocab_size=rows))
 
 
 def _data(

@@ -1,10 +1,13 @@
-"""SigLIP and Llama folders against transformers: what it computes is the oracle."""
+"""SigLIP and Llama folders against transformers, in every form in which they are found."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -12,148 +15,345 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.models.language import LanguageModel, empty_cache
 from alignvlm_jax.models.vision import VisionEncoder
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+from tests.interop import oracle
+from tests.interop.oracle import LLAMA3, PLAIN, relative_error
 
 
-def _relative_error(ours, theirs) -> float:
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def edit_config(folder, remove=(), **changes):
+    path = folder / "config.json"
+    raw = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
 
 
-def _scatter(model):
-    """Random weights with random norms and biases: transformers starts those at one and zero, which hides mistakes."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
-    return model.eval()
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file(edit(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
 
-@pytest.fixture
-def siglip(tmp_path):
-    config = transformers.SiglipVisionConfig(
-        hidden_size=24, image_size=20, patch_size=6, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2
-    )
-    model = _scatter(transformers.SiglipVisionModel(config))
-    model.save_pretrained(tmp_path)
-    return model, tmp_path
+# SigLIP
 
 
-def _llama(folder, *, tied, kv_heads, rope):
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        tie_word_embeddings=tied,
-        rope_parameters=rope,
-        max_position_embeddings=64,
-    )
-    model = _scatter(transformers.LlamaForCausalLM(config))
-    model.save_pretrained(folder)
+def write_vision_alone(folder, **changes):
+    return oracle.siglip(folder, **changes)
+
+
+def write_with_inner_vision_model(folder, **changes):
+    """As transformers up to 5.0 has it, and the folders on the Hub."""
+    model = oracle.siglip(folder, **changes)
+    edit_tensors(folder, lambda tensors: {f"vision_model.{key}": tensor for key, tensor in tensors.items()})
     return model
 
 
-def test_siglip_features_are_those_of_transformers(siglip):
-    model, folder = siglip
-    config, params = huggingface.load_vision_folder(folder)
-    tiles = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(tiles.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
-    ours = VisionEncoder(config).apply({"params": params}, tiles)
-    assert ours.shape == (2, 9, 24)
-    assert _relative_error(ours, theirs) < 1e-4
+def write_whole(folder, **changes):
+    """Both towers."""
+    text = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    config = transformers.SiglipConfig(text_config=text, vision_config=oracle.siglip_config(**changes).to_dict())
+    model = oracle.scatter(transformers.SiglipModel(config))
+    model.save_pretrained(folder)
+    return model.vision_model
+
+
+def write_whole_in_brief(folder, **changes):
+    """As on the Hub: of the vision config, what is not transformers' default; buffers that old versions stored."""
+    model = write_whole(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
+    brief = dict(intermediate_size=40, num_hidden_layers=1, image_size=20, patch_size=6)
+    edit_config(folder, vision_config={"model_type": "siglip_vision_model", **brief})
+    ids = {"vision_model.embeddings.position_ids": torch.arange(9)[None]}
+    edit_tensors(folder, lambda tensors: {**tensors, **ids})
+    return model
 
 
 @pytest.mark.parametrize(
-    ("tied", "kv_heads", "rope"), [(True, 2, PLAIN), (False, 4, PLAIN), (True, 1, LLAMA3), (False, 2, LLAMA3)]
+    ("write", "changes"),
+    [
+        (write_vision_alone, {}),
+        (write_vision_alone, {"vision_use_head": False}),
+        (write_with_inner_vision_model, {"image_size": 28, "patch_size": 14}),
+        (write_with_inner_vision_model, {"image_size": 32, "patch_size": 16, "vision_use_head": False}),
+        (write_whole, {"num_attention_heads": 3}),
+        (write_whole_in_brief, {"num_attention_heads": 12}),
+    ],
 )
-def test_llama_logits_are_those_of_transformers(tmp_path, tied, kv_heads, rope):
-    model = _llama(tmp_path, tied=tied, kv_heads=kv_heads, rope=rope)
-    config, params = huggingface.load_language_folder(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 50, (2, 40))  # beyond the original context of the llama3 case
+def test_siglip_features_are_those_of_transformers(tmp_path, write, changes):
+    model = write(tmp_path, **changes)
+    config, params = huggingface.load_vision_folder(tmp_path)
+    side = model.config.image_size
+    tiles = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype(np.float32)
     with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        theirs = model(torch.from_numpy(tiles.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
+    ours = jax.jit(VisionEncoder(config).apply)({"params": params}, tiles)
+    assert ours.shape == (2, (side // model.config.patch_size) ** 2, model.config.hidden_size)
+    assert relative_error(ours, theirs) < 1e-4
+
+
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "siglip", "vision_config": {"hidden_size": 24}}')
+    expected = huggingface.siglip_config(huggingface.read_vision_config(tmp_path), "float32")
+    theirs = transformers.SiglipVisionConfig(hidden_size=24).to_dict()
+    assert {key: theirs[key] for key in expected if key in theirs} | {
+        "architectures": ["SiglipVisionModel"],
+        "dtype": "float32",
+        "vision_use_head": False,
+    } == expected
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    expected = huggingface.llama_config(huggingface.read_language_config(tmp_path), "float32")
+    theirs = transformers.LlamaConfig().to_dict()
+    assert {key: theirs[key] for key in expected} | {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+    } == expected
+
+
+# Llama
+
+
+def run_language(config, params, tokens):
+    """Our logits, without a cache."""
 
     def run(module, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = module(module.embed(tokens), positions=positions, segment_ids=jnp.ones_like(tokens))
         return module.logits(hidden)
 
-    ours = LanguageModel(config).apply({"params": params}, jnp.asarray(tokens), method=run)
-    assert _relative_error(ours, theirs) < 1e-4
+    apply = jax.jit(lambda params, tokens: LanguageModel(config).apply({"params": params}, tokens, method=run))
+    return apply(params, jnp.asarray(tokens))
 
 
-def test_cached_decoding_equals_the_full_forward(tmp_path):
-    model = _llama(tmp_path, tied=True, kv_heads=2, rope=PLAIN)
-    config, params = huggingface.load_language_folder(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 50, (2, 10))
+def transformers_logits(model, tokens):
     with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        return model(torch.from_numpy(np.asarray(tokens))).logits.float().numpy()
 
-    def run(module, tokens, positions, cache):
-        ones = jnp.ones_like(tokens)
-        hidden, cache = module(module.embed(tokens), positions=positions, segment_ids=ones, cache=cache)
+
+def old_rope_spelling(folder):
+    """Two top-level keys, as transformers 4 wrote them."""
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    scaling = None if kind == "default" else {"rope_type": kind, **rope}
+    edit_config(folder, remove=("rope_parameters",), rope_theta=theta, rope_scaling=scaling, torch_dtype="bfloat16")
+
+
+def older_rope_spelling(folder):
+    """The first files of Llama 3.1 called it `type`."""
+    old_rope_spelling(folder)
+    scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
+    edit_config(folder, rope_scaling={"type": scaling.pop("rope_type"), **scaling})
+
+
+def without_head_dim(folder):
+    edit_config(folder, remove=("head_dim",))
+
+
+def lm_head_though_tied(folder):
+    def add(tensors):
+        return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    edit_tensors(folder, add)
+
+
+def with_rotary_buffers(folder):
+    """As the oldest Llama 2 folders have them."""
+
+    def add(tensors):
+        buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+        return {**tensors, **buffers}
+
+    edit_tensors(folder, add)
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit"),
+    [
+        pytest.param({"rope_parameters": LLAMA3}, None, id="Llama 3.2: tied, scaled"),
+        pytest.param(
+            {"rope_parameters": LLAMA3, "tie_word_embeddings": False}, old_rope_spelling, id="Llama 3.1: untied, scaled"
+        ),
+        pytest.param({"rope_parameters": LLAMA3}, older_rope_spelling, id="scaled, oldest spelling"),
+        pytest.param(
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, old_rope_spelling, id="SmolLM2"
+        ),
+        pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, with_rotary_buffers, id="Llama 2"),
+        pytest.param({"num_key_value_heads": 1, "tie_word_embeddings": False}, without_head_dim, id="multi-query"),
+        pytest.param({"head_dim": 6, "rope_parameters": {**PLAIN, "rope_theta": 5e5}}, None, id="narrow heads"),
+        pytest.param({}, lm_head_though_tied, id="tied, but the head is there"),
+    ],
+)
+def test_llama_logits_are_those_of_transformers(tmp_path, changes, edit):
+    model = oracle.llama(tmp_path, **changes)
+    if edit:
+        edit(tmp_path)
+    config, params = huggingface.load_language_folder(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 40))  # beyond the original context of the scaled cases
+    theirs = transformers_logits(model, tokens)
+    assert relative_error(run_language(config, params, tokens), theirs) < 1e-4
+
+
+def test_shards_with_an_index(tmp_path):
+    model = oracle.llama(tmp_path, save={"max_shard_size": "10KB"}, tie_word_embeddings=False)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    config, params = huggingface.load_language_folder(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 50, (1, 9))
+    assert relative_error(run_language(config, params, tokens), transformers_logits(model, tokens)) < 1e-4
+
+
+def test_cached_decoding_of_rows_of_different_length_beyond_the_original_context(tmp_path):
+    model = oracle.llama(tmp_path, rope_parameters=LLAMA3)
+    config, params = huggingface.load_language_folder(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 50, length) for length in (27, 19, 33)]
+    decoded, lengths = 12, np.array([len(row) - 12 for row in rows])  # the original context is 16
+    theirs = [transformers_logits(model, row[None])[0] for row in rows]
+
+    def run(module, tokens, positions, segment_ids, cache):
+        hidden, cache = module(module.embed(tokens), positions=positions, segment_ids=segment_ids, cache=cache)
         return module.logits(hidden), cache
 
-    cache, pieces = empty_cache(config, 2, 12), []
-    for start, stop in ((0, 6), (6, 7), (7, 10)):
-        positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        logits, cache = LanguageModel(config).apply(
-            {"params": params}, jnp.asarray(tokens[:, start:stop]), positions, cache, method=run
-        )
-        pieces.append(logits)
-    assert _relative_error(jnp.concatenate(pieces, axis=1), theirs) < 1e-4
+    @jax.jit
+    def step(*arguments):
+        return LanguageModel(config).apply({"params": params}, *arguments, method=run)
+
+    width = lengths.max()
+    prompts = np.stack([np.pad(row[:length], (0, width - length)) for row, length in zip(rows, lengths, strict=True)])
+    positions = np.broadcast_to(np.arange(width), prompts.shape)
+    inside = (positions < lengths[:, None]).astype(np.int32)
+    logits, cache = step(prompts, positions, inside, empty_cache(config, len(rows), int(width) + decoded))
+    for row, length in enumerate(lengths):
+        assert relative_error(logits[row, :length], theirs[row][:length]) < 1e-4
+    for offset in range(decoded):
+        tokens = np.stack([row[length + offset] for row, length in zip(rows, lengths, strict=True)])[:, None]
+        logits, cache = step(tokens, (lengths + offset)[:, None], np.ones_like(tokens), cache)
+        for row, length in enumerate(lengths):
+            assert relative_error(logits[row, 0], theirs[row][length + offset]) < 1e-4
 
 
-def test_folders_written_here_load_in_transformers_with_the_same_tensors(siglip, tmp_path):
-    model, folder = siglip
-    huggingface.save_vision_folder(tmp_path / "out", *huggingface.load_vision_folder(folder), dtype="float32")
-    again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out")
+# Bfloat16
+
+
+def l2_error(got, exact) -> float:
+    got = np.asarray(got, np.float64)
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+def test_siglip_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
+    model = oracle.siglip(tmp_path, hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=6)
+    config, params = huggingface.load_vision_folder(tmp_path)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    tiles = np.random.default_rng(0).normal(size=(4, 20, 20, 3)).astype(np.float32)
+    pixels = torch.from_numpy(tiles.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        exact = model(pixels).last_hidden_state.numpy()
+        theirs = model.bfloat16()(pixels.bfloat16()).last_hidden_state.float().numpy()
+    ours = jax.jit(VisionEncoder(config).apply)({"params": params}, jnp.asarray(tiles, jnp.bfloat16))
+    print(f"SigLIP bfloat16 error: ours {l2_error(ours, exact):.4f}, transformers {l2_error(theirs, exact):.4f}")
+    assert 0 < l2_error(ours, exact) <= 1.5 * l2_error(theirs, exact)
+    assert l2_error(ours, exact) < 0.05
+
+
+def test_llama_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
+    model = oracle.llama(tmp_path, rope_parameters=LLAMA3)
+    config, params = huggingface.load_language_folder(tmp_path)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    tokens = np.random.default_rng(0).integers(0, 50, (4, 40))
+    exact, ours = transformers_logits(model, tokens), run_language(config, params, tokens)
+    theirs = transformers_logits(model.bfloat16(), tokens)
+    print(f"Llama bfloat16 error: ours {l2_error(ours, exact):.4f}, transformers {l2_error(theirs, exact):.4f}")
+    assert 0 < l2_error(ours, exact) <= 1.5 * l2_error(theirs, exact)
+    assert l2_error(ours, exact) < 0.05
+
+
+# Out
+
+
+def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_path):
+    model = oracle.siglip(tmp_path / "siglip")
+    config, params = huggingface.load_vision_folder(tmp_path / "siglip")
+    huggingface.save_vision_folder(tmp_path / "siglip_out", config, params, dtype="float32")
+    again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "siglip_out").state_dict()
     expected = {
         key: value
         for key, value in model.state_dict().items()
         if not key.split("vision_model.")[-1].startswith("head.")
     }
-    got = again.state_dict()
-    assert set(expected) <= set(got)
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert set(expected) <= set(again)
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
 
-    llama = _llama(tmp_path / "llama", tied=False, kv_heads=2, rope=LLAMA3)
-    huggingface.save_language_folder(
-        tmp_path / "llama_out", *huggingface.load_language_folder(tmp_path / "llama"), dtype="float32"
-    )
+    llama = oracle.llama(tmp_path / "llama", tie_word_embeddings=False, rope_parameters=LLAMA3)
+    config, params = huggingface.load_language_folder(tmp_path / "llama")
+    huggingface.save_language_folder(tmp_path / "llama_out", config, params, dtype="float32")
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama_out")
     assert again.config.rope_parameters == llama.config.rope_parameters
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in llama.state_dict().items())
 
 
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "siglip2"}, "NaFlex"),
+        ({"model_type": "siglip2_vision_model"}, "NaFlex"),
+        ({"num_patches": 256}, "NaFlex"),
+        ({"model_type": "clip_vision_model"}, "'clip_vision_model', not that of a SigLIP"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'gelu_pytorch_tanh' is supported"),
+        ({"num_channels": 1}, "num_channels is 1"),
+        ({"image_size": [20, 40]}, r"image_size is \[20, 40\], expected a square"),
+        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 24"),
+        ({"patch_size": 0, "num_hidden_layers": "3"}, "patch_size is 0, .*num_hidden_layers is '3', expected a whole"),
+    ],
+)
+def test_refused_vision_configs(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps({**oracle.siglip_config().to_dict(), **changes}))
+    with pytest.raises(UserError, match=message):
+        huggingface.open_vision(tmp_path)
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            "needs low_freq_factor, high_freq_factor, original_max",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True, .*mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide 4 heads"),
+        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 32, and no head_dim is given"),
+        ({"head_dim": 7}, "head_dim is 7, which does not fall into rotary pairs"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
+def test_refused_language_configs(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    with pytest.raises(UserError, match=message):
+        huggingface.open_language(tmp_path)
+
+
+def test_a_config_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="has no config.json"):
+        huggingface.open_vision(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="must be a table"):
+        huggingface.open_vision(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        huggingface.open_language(tmp_path)
+
+
 def test_all_problems_are_reported_together(tmp_path):
-    _llama(tmp_path, tied=True, kv_heads=2, rope=PLAIN)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 64, "num_hidden_layers": 2}))
+    oracle.llama(tmp_path)
+    edit_config(tmp_path, intermediate_size=64, num_hidden_layers=2, tie_word_embeddings=False)
     with pytest.raises(UserError) as error:
         huggingface.load_language_folder(tmp_path)
     assert "model.layers.2.mlp.up_proj.weight is not part of this model" in str(error.value)
     assert "model.layers.{0,1}.mlp.gate_proj.weight has shape [48, 32], the config says [64, 32]" in str(error.value)
-
-
-def test_a_truncated_file_and_a_folder_that_is_none(tmp_path):
-    _llama(tmp_path, tied=True, kv_heads=2, rope=PLAIN)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged"):
-        huggingface.load_language_folder(tmp_path)
-    with pytest.raises(UserError, match="has no config.json"):
-        huggingface.load_language_folder(tmp_path / "nowhere")
+    assert "lm_head.weight is missing" in str(error.value)

@@ -1,0 +1,222 @@
+"""`tools/import_hf.py`: two folders become a checkpoint that can be asked, trained from and exported."""
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import alignvlm_jax
+from alignvlm_jax import config as configs
+from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop import export
+from alignvlm_jax.interop.import_hf import import_huggingface
+from alignvlm_jax.models.alignvlm import tokens_per_tile
+from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
+from alignvlm_jax.parallel.mesh import MeshConfig
+from alignvlm_jax.training import checkpoint
+from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from tests.interop import oracle
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def write_text_tokenizer(folder):
+    """The nano tokenizer without its image token: what a language model's folder has."""
+    nano = backbone_folder("language", "nano")
+    vocabulary = json.loads((nano / "tokenizer.json").read_text())
+    names = json.loads((nano / "tokenizer_config.json").read_text())
+    text = json.dumps(vocabulary).replace("<|image|>", "<|other|>")
+    (folder / "tokenizer.json").write_text(text)
+    config = {"eos_token": names["eos_token"], "bos_token": names.get("bos_token", names["eos_token"])}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """A tiny SigLIP, and a tiny Llama whose vocabulary is full: an image token needs a row of its own."""
+    folder = tmp_path_factory.mktemp("backbones")
+    oracle.siglip(folder / "vision")
+    llama = oracle.llama(
+        folder / "language", vocab_size=512, max_position_embeddings=400, save={"max_shard_size": "60KB"}
+    )
+    write_text_tokenizer(folder / "language")
+    return folder, llama
+
+
+@pytest.fixture(scope="module")
+def imported(backbones, tmp_path_factory):
+    """A checkpoint, its config, and what was said on the way."""
+    folder, _ = backbones
+    out, notes = tmp_path_factory.mktemp("imported") / "start", []
+    config = import_huggingface(folder / "vision", folder / "language", out, connector="align", say=notes.append)
+    return out, config, notes
+
+
+def test_the_config_is_made_of_what_is_in_the_folders(backbones, imported):
+    out, config, notes = imported
+    assert checkpoint.load_config(out) == config
+    assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
+    assert any("512 to 576 rows" in note for note in notes)
+    # The paper's nine tiles and a thumbnail, 9 tokens each, fit the 400 positions with 256 of text.
+    tiling, packing = config.data.tiling, config.data.packing
+    assert tokens_per_tile(config.model) == 9
+    assert (tiling.tile_size, tiling.max_tiles, tiling.thumbnail) == (20, 9, True)
+    assert (packing.tiles_per_bin, packing.tokens_per_bin) == (10, 2560)  # 10 * 9 + 2048, rounded up to 512s
+    assert [stage.name for stage in config.stages] == [stage.name for stage in configs.load("alignvlm_1b.py").stages]
+    assert any("alignvlm_1b.py" in note for note in notes)
+
+
+def test_the_weights_are_the_folders(backbones, imported):
+    (_, llama), (out, _, _) = backbones, imported
+    params = checkpoint.restore_params(out)
+    table = llama.model.embed_tokens.weight.detach().numpy()
+    np.testing.assert_array_equal(params["language"]["embedding"][:512], table)
+    np.testing.assert_array_equal(params["connector"]["w2"], table)
+    gates = [layer.mlp.gate_proj.weight.detach().numpy().T for layer in llama.model.layers]
+    np.testing.assert_array_equal(params["language"]["layers"]["mlp"]["gate"]["kernel"], np.stack(gates))
+
+
+def test_it_can_be_asked(imported):
+    page = PIL.Image.new("RGB", (50, 30), "white")
+    assert isinstance(alignvlm_jax.load(imported[0]).ask(page, "Total?", max_new_tokens=2), str)
+
+
+def test_it_can_be_trained_from(imported):
+    out, config, _ = imported
+    config = dataclasses.replace(config, init_from=str(out), backbones=configs.BackbonesConfig("gone", "gone"))
+    params = initial_parameters(config)
+    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.restore_params(out))
+    assert load_tokenizer(config).image_id == 512
+
+
+def test_it_can_be_exported(imported, tmp_path):
+    export.export_alignvlm(imported[0], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == 512
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Imported" in card and "`language`" in card
+
+
+def with_context(backbones, folder, positions):
+    """The backbones with another `max_position_embeddings`."""
+    shutil.copytree(backbones[0], folder)
+    path = folder / "language" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
+    return folder / "vision", folder / "language"
+
+
+def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones, tmp_path):
+    vision, language = with_context(backbones, tmp_path / "short", 300)
+    mesh, notes, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
+    config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, say=notes.append)
+    assert config.model.connector == MLPConfig()
+    # With 256 of text, 300 positions hold four tiles of 9 tokens: three and the thumbnail.
+    assert config.data.tiling.max_tiles == 3
+    assert "at most 3 tiles a page, not 9: the context has 300 positions" in notes
+    reader = checkpoint.ParameterReader(out)
+    assert {str(dtype) for dtype in reader.dtypes.values()} == {"bfloat16"}
+    names = {"vision": "vision", "language": "language", "connector": "fresh, seed 0"}
+    assert reader.history == [{"what": "imported", **names, "dtype": "bfloat16"}]
+
+
+def test_a_context_without_room_for_a_tile(backbones, tmp_path):
+    vision, language = with_context(backbones, tmp_path / "short", 260)
+    with pytest.raises(UserError, match="a tile takes 9 positions, and the language model has 260"):
+        import_huggingface(vision, language, tmp_path / "out", say=str)
+
+
+def test_the_shipped_config_of_the_same_shape_is_taken(tmp_path, capsys):
+    arguments = ["--vision", "nano", "--language", "nano", "--out", str(tmp_path / "out"), "--max-tiles", "3"]
+    run_tool(*arguments)
+    config, nano = checkpoint.load_config(tmp_path / "out"), configs.load("nano.py")
+    assert config.stages == nano.stages and config.model == nano.model
+    assert config.data.tiling == dataclasses.replace(nano.data.tiling, max_tiles=3)
+    assert "up to 3 tiles of 80 px" in capsys.readouterr().out
+    again = checkpoint.restore_params(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, again, initial_parameters(nano))
+
+
+def run_tool(*arguments):
+    """Runs the script as its own program would be; raises SystemExit where it fails."""
+    before = sys.argv
+    sys.argv = ["tools/import_hf.py", *arguments]
+    try:
+        runpy.run_path("tools/import_hf.py", run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def break_weights(folder):
+    path = next((folder / "language").glob("model-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def escape_by_index(folder):
+    path = folder / "language" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({"weight_map": {**index["weight_map"], "x": "../../etc/model.safetensors"}}))
+
+
+def break_tokenizer(folder):
+    path = folder / "language" / "tokenizer.json"
+    path.write_text(
+        path.read_text().replace(
+            '"added_tokens": [',
+            '"added_tokens": [{"id": 600, "content": "<x>", '
+            '"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}, ',
+        )
+    )
+
+
+def break_both(folder):
+    break_weights(folder)
+    (folder / "vision" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_weights, r"model-.* is damaged, cut short"),
+        (escape_by_index, "points outside the folder"),
+        (break_tokenizer, "the embedding table has 512 rows"),
+        (break_both, r"vision: no weights.*is damaged"),
+    ],
+)
+def test_bad_folders_leave_nothing_behind(backbones, tmp_path, spoil, message):
+    shutil.copytree(backbones[0], tmp_path / "spoilt")
+    spoil(tmp_path / "spoilt")
+    out = tmp_path / "made" / "out"
+    with pytest.raises(UserError, match=message):
+        import_huggingface(tmp_path / "spoilt" / "vision", tmp_path / "spoilt" / "language", out, say=str)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_bad_arguments(backbones, tmp_path, capsys):
+    folder, _ = backbones
+    start = ["--vision", str(folder / "vision"), "--language", str(folder / "language")]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    for arguments, message in (
+        (["--out", str(tmp_path / "taken")], "exists already"),
+        (["--out", str(tmp_path / "out"), "--connector", "alin"], "only align, mlp,"),
+        (["--out", str(tmp_path / "out"), "--config", "nano.py"], r"config\.model\.vision is not the model in"),
+        (["--out", str(tmp_path / "out"), "--chat-template", "gone.jinja"], "gone.jinja: cannot be read"),
+        (["--out", str(tmp_path / "out"), "--mesh", "data=2,model=4"], "expected such as data=1"),
+        (["--out", str(tmp_path / "out"), "--mesh", "data=3"], "does not divide up 8 device"),
+        (["--out", str(tmp_path / "out"), "--max-tiles", "0"], "a whole number above 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_tool(*start, *arguments)
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err), message
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
