@@ -156,11 +156,11 @@ class _Shards:
         shard = _aligned_empty(tuple(part.stop - part.start for part in index), self._part.leaf.dtype)
         if self._part.stacked:
             for layer, key in enumerate(self._part.keys[index[0]]):
-                _copy(self._tensor(key)[index[1:]], shard[layer])
+                copy(self._tensor(key)[index[1:]], shard[layer])
             return shard
         tensor = self._tensor(self._part.keys[0])
         old = tensor[index]
-        _copy(old, shard[: len(old)])
+        copy(old, shard[: len(old)])
         if len(old) < len(shard):
             shard[len(old) :] = np.mean(tensor[:, *index[1:]], axis=0, dtype=np.float64)
         return shard
@@ -199,7 +199,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(source: np.ndarray, target: np.ndarray) -> None:
+def copy(source: np.ndarray, target: np.ndarray) -> None:
     """`target[...] = source`, which takes a third of the time for a turned matrix if done block by block."""
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source

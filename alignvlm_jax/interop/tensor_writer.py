@@ -18,7 +18,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import tables
+from alignvlm_jax.interop import convert, tables
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Where transformers and the Hub used to cut, and still small enough to be moved about."""
@@ -137,8 +137,11 @@ def _contiguous(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     """The array as it lies in the file: of the spec's dtype, row by row."""
     if array.shape != spec.shape:
         raise ValueError(f"{spec.key} has shape {array.shape}, its spec says {spec.shape}")
+    if array.dtype == spec.dtype and array.flags.c_contiguous:
+        return array
+    tensor = np.empty(spec.shape, spec.dtype)
     with np.errstate(over="ignore"):
-        tensor = np.ascontiguousarray(array, dtype=spec.dtype)
-    if spec.dtype == np.float16 and array.dtype != np.float16 and not np.isfinite(tensor).all():
+        convert.copy(array, tensor)
+    if spec.dtype == np.float16 and not np.isfinite(tensor).all():
         raise UserError(f"{spec.key} has values that float16 cannot hold: choose bfloat16")
     return tensor

@@ -1,0 +1,131 @@
+"""Exporting an 8B model holds one shard and little more: measured on a checkpoint of that size with random weights."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import tensorstore
+from flax.traverse_util import flatten_dict
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.interop.tensor_writer import MAX_SHARD_BYTES
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from tests.interop.exported import make_checkpoint
+
+_REPOSITORY = Path(__file__).parents[2]
+_ALLOWED = MAX_SHARD_BYTES + 4 * 10**9
+_CHUNK_ROWS = 16032  # of a vocabulary's table; stacked weights are cut between layers
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that is emptied at once: pytest keeps those of the last runs."""
+    if shutil.disk_usage(tmp_path).free < 45 * 10**9:
+        pytest.skip("needs 45 GB of disk")
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.large
+def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
+    config = configs.load("configs/alignvlm_8b.py")
+    shapes = _write_random_checkpoint(disk / "checkpoint", config)
+    total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    started = time.monotonic()
+    tool = _REPOSITORY / "tools" / "export_pytorch.py"
+    command = [sys.executable, str(tool), "--checkpoint", str(disk / "checkpoint"), "--out", str(disk / "out")]
+    peak = _peak_anonymous_memory(command)
+    seconds = time.monotonic() - started
+    print(f"{total / 1e9:.1f} GB exported in {seconds:.0f} s; peak {peak / 1e9:.2f} GB of anonymous memory")
+
+    index = json.loads((disk / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total > 16e9
+    files = list((disk / "out").glob("*.safetensors"))
+    assert all(file.stat().st_size < MAX_SHARD_BYTES + 10**6 for file in files)
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    for key, path, layer in (
+        ("model.language_model.layers.31.mlp.down_proj.weight", "language/layers/mlp/down/kernel", 31),
+        ("model.vision_tower.vision_model.encoder.layers.26.mlp.fc1.weight", "vision/layers/mlp_in/kernel", 26),
+    ):
+        with safetensors.safe_open(disk / "out" / index["weight_map"][key], framework="np") as file:
+            np.testing.assert_array_equal(file.get_tensor(key), _random_block(path, layer, shapes[path][1:]).T)
+    assert peak < _ALLOWED
+
+
+def _write_random_checkpoint(workdir: Path, config: configs.ExperimentConfig) -> dict[str, tuple[int, ...]]:
+    """A bfloat16 checkpoint as `training/checkpoint.py` would write it, a block at a time; returns the shapes.
+
+    A small checkpoint of the same tree is written first. Then its arrays are replaced by large ones.
+    """
+    make_checkpoint(workdir, tied=False, dtype="bfloat16")
+    (workdir / "config.json").write_text(configs.to_json(config))
+    shapes = _shapes(config.model)
+    for path, shape in shapes.items():
+        base = {"driver": "file", "path": f"{workdir / 'checkpoints' / '7' / 'params'}/"}
+        store = {
+            "driver": "ocdbt",
+            "base": base,
+            "path": path.replace("/", "."),
+            "config": {"max_inline_value_bytes": 1024},
+            "target_data_file_size": 2**28,
+        }
+        stacked = "/layers/" in path
+        rows = 1 if stacked else min(shape[0], _CHUNK_ROWS)
+        metadata = {
+            "shape": shape,
+            "chunks": [rows, *shape[1:]],
+            "dtype": "bfloat16",
+            "compressor": {"id": "zstd", "level": 1},
+            "dimension_separator": ".",
+        }
+        spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
+        array = tensorstore.open(spec, create=True, delete_existing=True).result()
+        for block, start in enumerate(range(0, shape[0], rows)):
+            stop = min(start + rows, shape[0])
+            size = shape[1:] if stacked else (stop - start, *shape[1:])
+            array[start:stop].write(_random_block(path, block, size).reshape(stop - start, *shape[1:])).result()
+    return shapes
+
+
+def _shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
+    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items()}
+
+
+def _random_block(path: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Finite values with all bits random but the exponent's highest."""
+    rng = np.random.default_rng([zlib.crc32(path.encode()), block])
+    return (rng.integers(0, 2**16, shape, np.uint16) & 0xBFFF).view(ml_dtypes.bfloat16)
+
+
+def _peak_anonymous_memory(command: list[str]) -> int:
+    """Runs a command to its end; the most anonymous memory it had, in bytes, sampled every 20 ms."""
+    process = subprocess.Popen(command)
+    peak, ended = 0, threading.Event()
+
+    def sample():
+        nonlocal peak
+        while not ended.wait(0.02):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = re.search(r"RssAnon:\s+(\d+) kB", status)
+            peak = max(peak, 1024 * int(found[1]) if found else 0)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    status = process.wait()
+    ended.set()
+    sampler.join()
+    assert status == 0
+    return peak
