@@ -35,6 +35,7 @@ from alignvlm_jax.training.checkpoint import Progress, write_checkpoint
 
 # The paper's stages: what a folder that says nothing of training gets, so that the checkpoint can be trained.
 DEFAULT_CONFIG = "alignvlm_1b.py"
+_FROM_PYTORCH = "saved by PyTorch"
 
 
 def import_alignvlm(
@@ -91,6 +92,11 @@ def _read_run(
             progress = Progress(**training["meta"]["progress"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{file}: not as it was exported ({error}); remove it") from error
+        if "transformers_version" in config_json:
+            # save_pretrained has written into the exported folder: the weights may have moved on since our run.
+            history.append({"what": "trained", "progress": training["meta"]["progress"], "config": raw})
+            history.append({"what": _FROM_PYTORCH, "transformers": config_json["transformers_version"]})
+            progress = Progress()
     else:
         base = dataclasses.replace(
             base or configs.load(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None
@@ -100,7 +106,7 @@ def _read_run(
         for part in ("vision", "language"):
             raw["model"][part] |= {"dtype": dtype, "remat": "none"}
         raw["model"]["language"]["head_dim"] = None
-        progress, history = Progress(), [{"what": "imported from PyTorch", "folder": folder.resolve().name}]
+        progress, history = Progress(), [{"what": _FROM_PYTORCH, "folder": folder.resolve().name}]
     raw["model"] = _read_model(folder, config_json, raw["model"])
     raw["data"]["tiling"] = _read_tiling(folder, raw["data"]["tiling"] if file.is_file() else None)
     try:

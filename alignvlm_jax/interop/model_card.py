@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
 from alignvlm_jax.training.checkpoint import ParameterReader
 from alignvlm_jax.training.stages import StageConfig
@@ -150,7 +151,7 @@ def _training(reader: ParameterReader) -> str:
             + (" (`nano`: the ones shipped with `alignvlm_jax`)." if "nano" in dataclasses.astuple(backbones) else ".")
         )
     if reader.step:
-        passages.append(_run(reader.config, reader.meta["progress"]))
+        passages.append("Trained:\n\n" + _run(reader.config, reader.meta["progress"]))
     else:
         passages.append("Not trained any further: these are the weights that training would start from.")
     versions = ", ".join(f"{name} {version}" for name, version in reader.meta.get("versions", {}).items())
@@ -160,9 +161,14 @@ def _training(reader: ParameterReader) -> str:
 def _event(event: Mapping[str, Any]) -> str:
     """One entry of the history; a past training run is told as fully as the last."""
     if event.get("what") == "trained":
-        return "Before that:\n\n" + _run(configs.from_dict(event["config"]), event["progress"])
+        try:
+            config = configs.from_dict(event["config"])
+        except UserError:  # of an older version, whose keys were others
+            return f"Trained for {event['progress']['step']} steps."
+        return "Trained:\n\n" + _run(config, event["progress"])
     details = [f"- {name}: {_shown(value)}" for name, value in event.items() if name != "what"]
-    return "\n".join([f"{str(event.get('what', 'step')).capitalize()}:", "", *details])
+    what = str(event.get("what", "step"))
+    return "\n".join([f"{what[:1].upper()}{what[1:]}:", "", *details])
 
 
 def _shown(value: Any) -> str:

@@ -142,6 +142,6 @@ def _contiguous(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     tensor = np.empty(spec.shape, spec.dtype)
     with np.errstate(over="ignore"):
         convert.copy(array, tensor)
-    if spec.dtype == np.float16 and not np.isfinite(tensor).all():
+    if spec.dtype == np.float16 and array.dtype != np.float16 and not np.isfinite(tensor).all():
         raise UserError(f"{spec.key} has values that float16 cannot hold: choose bfloat16")
     return tensor

@@ -110,7 +110,7 @@ def test_what_pytorch_trained_and_saved(folder, tmp_path):
     assert reader.step == 0
     assert reader.config.data.tiling == tiny_config().data.tiling
     assert reader.config.model == tiny_config(tied=False).model
-    assert [event["what"] for event in reader.history] == ["imported from PyTorch"]
+    assert [event["what"] for event in reader.history] == ["saved by PyTorch"]
     tokenizer = ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
     assert tokenizer.end_ids == nano_tokenizer().end_ids
     expected = nano_tokenizer().encode(_CONVERSATION, [3])
@@ -120,6 +120,19 @@ def test_what_pytorch_trained_and_saved(folder, tmp_path):
     export_alignvlm(tmp_path / "back", tmp_path / "again")
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_what_pytorch_saved_over_the_export_is_not_taken_for_our_run(edited, tmp_path):
+    """`save_pretrained` writes its version into config.json and leaves our training file as it was."""
+    _edit_json(edited / "config.json", transformers_version="5.23.0")
+    import_alignvlm(edited, tmp_path / "back")
+    reader = ParameterReader(tmp_path / "back")
+    assert reader.step == 0
+    assert [event["what"] for event in reader.history] == ["joined by a test", "trained", "saved by PyTorch"]
+    assert reader.config == tiny_config(tied=False)
+    export_alignvlm(tmp_path / "back", tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.index("siglip-x") < card.index("7 optimizer steps in all") < card.index("Saved by PyTorch")
 
 
 def test_weights_alone_come_back_without_the_code(edited, tmp_path):
