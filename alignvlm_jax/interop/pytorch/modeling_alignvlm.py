@@ -118,7 +118,8 @@ def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 def _softmax_of_norm(query, keys, scale, bias, eps) -> torch.Tensor:
     logits = matmul_float32(query, keys.T)
-    return F.softmax(F.layer_norm(logits, logits.shape[-1:], scale.float(), bias.float(), eps), dim=-1)
+    scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
+    return F.softmax(F.layer_norm(logits, logits.shape[-1:], scale, bias, eps), dim=-1)
 
 
 def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
@@ -149,7 +150,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
     maximum, total, expected = torch.full_like(mean, -math.inf), torch.zeros_like(mean), 0.0
     for block in words.blocks(block_size):
         scale, bias = words.norm(block)
-        scores = logits(block).sub_(mean).mul_(inverse_deviation).mul_(scale.float()).add_(bias.float())
+        scores = logits(block).sub_(mean).mul_(inverse_deviation).mul_(scale).add_(bias)
         new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
         weights = scores.sub_(new_maximum).exp_()
         correction = torch.exp(maximum - new_maximum)
@@ -160,8 +161,8 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of two matrices, accumulated and returned in float32 whatever dtype they have."""
-    if left.dtype == torch.float32:
+    """The product of two matrices; of bfloat16 or float16 it is accumulated and returned in float32."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
         return left @ right
     if not left.is_cuda:
         return left.float() @ right.float()

@@ -119,7 +119,7 @@ def test_the_values_of_align_are_the_live_table(pair):
     torch.testing.assert_close(after, before + 1.0)  # the words' probabilities sum to one
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", ["align", "perceiver", "h_reducer"])
 def test_shapes_do_not_depend_on_data(pair, connector):
     """Encoder and connector are one graph without a break, for any number of tiles."""
     model = load_base(pair(connector, tied=connector != "mlp"))

@@ -113,6 +113,31 @@ def test_autocast_is_bfloat16():
     assert (found.double() - dense(narrow)).abs().max() < 2e-2
 
 
+def test_the_product_for_gpus_has_the_right_gradient(monkeypatch):
+    """cuBLAS gives a float32 product of bfloat16 factors; here something stands in for it."""
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    t = tensors(torch.bfloat16)
+    left, right, weights = t["query"], t["keys"].T.contiguous(), torch.randn(QUERIES, WORDS)
+    gradients = []
+    for product in (modeling._Float32Product.apply, lambda left, right: left.float() @ right.float()):
+        factors = left.clone().requires_grad_(), right.clone().requires_grad_()
+        found = product(*factors)
+        assert found.dtype == torch.float32
+        (found * weights).sum().backward()
+        gradients.append([factor.grad.float() for factor in factors])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_float64():
+    t = {name: tensor.double() for name, tensor in tensors().items()}
+    with torch.no_grad():
+        streamed = modeling.expected_embedding(t["query"], words(t))
+    assert streamed.dtype == torch.float64
+    torch.testing.assert_close(streamed, dense(t))
+    torch.testing.assert_close(modeling.expected_embedding(t["query"], words(t)), dense(t))
+
+
 def test_distribution():
     t = tensors()
     p = modeling.word_distribution(t["query"], words(t))
