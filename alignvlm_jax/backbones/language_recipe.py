@@ -19,6 +19,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes
 from alignvlm_jax.backbones.tokenizer import READING_INSTRUCTIONS, VOCAB_SIZE, save_tokenizer
@@ -29,7 +30,6 @@ from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import plan_tiles
 from alignvlm_jax.interop.huggingface import save_language_folder
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel
-from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
 
 NANO_LANGUAGE = LanguageConfig(
     vocab_size=VOCAB_SIZE,
@@ -132,9 +132,10 @@ def make_language_backbone(out: str | Path, workdir: str | Path, config: Pretrai
 
     def loss_fn(params, batch):
         logits = model.apply({"params": params}, batch)
-        loss, weight = weighted_cross_entropy(logits, batch["targets"], batch["loss_weights"])
-        right = (jnp.argmax(logits, -1) == batch["targets"]) * batch["loss_weights"]
-        return loss / weight, {"token_accuracy": jnp.sum(right) / weight}
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        right = jnp.argmax(logits, -1) == batch["targets"]
+        weights, weight = batch["loss_weights"], jnp.sum(batch["loss_weights"])
+        return jnp.sum(weights * losses) / weight, {"token_accuracy": jnp.sum(weights * right) / weight}
 
     params = pretrain("language", config, params, loss_fn, batches, workdir)
     ids = {"bos_token_id": chat.token_to_id("<|begin|>"), "eos_token_id": chat.token_to_id("<|end|>")}

@@ -69,6 +69,19 @@ class AlignVLMOutput:
     effective_tokens: Float[Array, ""]
 
 
+@flax.struct.dataclass
+class AlignVLMLoss:
+    """Attributes:
+    loss: sum over positions of weight * -log p(target), float32.
+    weight: sum of the weights.
+    effective_tokens: as in `AlignVLMOutput`.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    effective_tokens: Float[Array, ""]
+
+
 class AlignVLM(nn.Module):
     """The whole model. Parameters have the top-level keys `PARTS`."""
 
@@ -89,10 +102,25 @@ class AlignVLM(nn.Module):
           batch: `tokens`, `segment_ids`, `positions`, `visual_index` [B, L], `tiles` [B, M, S, S, 3] and
             `tile_valid_hw` [B, M, 2]; further fields are ignored.
         """
+        hidden, effective_tokens = self.read(batch)
+        return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
+
+    def loss(self, batch: Batch) -> AlignVLMLoss:
+        """The loss of packed rows; the scores of all positions and words are never held.
+
+        Args:
+          batch: as for `__call__`, with `targets` and `loss_weights` [B, L].
+        """
+        hidden, effective_tokens = self.read(batch)
+        loss, weight = self.language.loss(hidden, batch["targets"], batch["loss_weights"])
+        return AlignVLMLoss(loss, weight, effective_tokens)
+
+    def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""]]:
+        """Hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
         inputs = self.merge(batch["tokens"], batch["visual_index"], visual)
         hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
-        return AlignVLMOutput(self.language.logits(hidden), _effective_tokens(entropy, batch["tile_valid_hw"]))
+        return hidden, _effective_tokens(entropy, batch["tile_valid_hw"])
 
     def encode_images(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
+from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCa
 
 
 class LanguageModel(nn.Module):
-    """Embeddings in, hidden states out, with `embed` before and `logits` after."""
+    """Embeddings in, hidden states out, with `embed` before and `logits` or `loss` after."""
 
     config: LanguageConfig
 
@@ -136,8 +137,18 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores every word of the vocabulary, in float32."""
-        head = self.embedding if self.config.tie_word_embeddings else self.head
-        return jnp.dot(hidden, head.T.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(hidden, self._head_table().T.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def loss(
+        self, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Sum over positions of weight * -log p(target), and the sum of the weights; no logits are kept."""
+        return linear_cross_entropy(
+            hidden, self._head_table(), targets, weights, mesh_axes=layers.vocabulary_mesh()
+        )
+
+    def _head_table(self) -> Float[Array, "V D"]:
+        return self.embedding if self.config.tie_word_embeddings else self.head
 
 
 @flax.struct.dataclass

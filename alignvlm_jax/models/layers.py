@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignvlm_jax.ops.vocabulary_streaming import VocabularyMesh
+
 fan_in_init = nn.initializers.lecun_normal()
 
 
@@ -78,6 +80,20 @@ def standardize(inputs: Float[Array, "... D"], eps: float) -> Float[Array, "... 
 def constrain(inputs: Array, *axes: str | None) -> Array:
     """Names the axes of an activation; without sharding rules in force this does nothing."""
     return nn.with_logical_constraint(inputs, axes)
+
+
+def vocabulary_mesh() -> VocabularyMesh:
+    """The mesh axes that cut bins and vocabulary, by the sharding rules in force; without rules, none."""
+    cuts = nn.logical_to_mesh_axes(("batch", "vocab"))
+    return VocabularyMesh(*((cut,) if isinstance(cut, str) else tuple(cut or ()) for cut in cuts))
+
+
+class Parameters(nn.Module):
+    """Parameters under the name of a layer whose arithmetic is done elsewhere: name -> (init, axes, shape)."""
+
+    @nn.compact
+    def __call__(self, **declared: tuple[Callable, tuple[str | None, ...], tuple[int, ...]]) -> dict[str, Array]:
+        return {name: param(self, name, *declaration) for name, declaration in declared.items()}
 
 
 def remat_policy(name: str) -> Callable | None:

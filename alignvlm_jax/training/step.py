@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
-from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training import stages
 
@@ -98,18 +97,17 @@ def make_train_step(
     schedules = stages.stage_schedules(stage)
 
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
-        output = model.apply({"params": {**frozen, **trainable}}, microbatch)
-        loss, weight = weighted_cross_entropy(output.logits, microbatch["targets"], microbatch["loss_weights"])
+        output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
         tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
         sums = {
-            "loss": loss,
-            "weight": weight,
+            "loss": output.loss,
+            "weight": output.weight,
             "tokens": jnp.sum(microbatch["segment_ids"] > 0).astype(jnp.float32),
             "positions": jnp.float32(microbatch["segment_ids"].size),
             "tiles": tiles,
             "effective_tokens": output.effective_tokens * tiles,
         }
-        return loss, sums
+        return output.loss, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable = stages.trainable_params(stage, state.params)

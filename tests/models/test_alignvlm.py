@@ -21,7 +21,6 @@ from alignvlm_jax.models.alignvlm import (
 )
 from alignvlm_jax.models.language import LanguageConfig, empty_cache
 from alignvlm_jax.models.vision import VisionConfig, normalize_tiles
-from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
 
 VISION = VisionConfig(image_size=12, patch_size=4, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 LANGUAGE = LanguageConfig(
@@ -82,8 +81,8 @@ def _bin(examples, length, num_tiles):
 
 
 def _loss(params, batch):
-    output = AlignVLM(CONFIG).apply({"params": params}, batch)
-    return weighted_cross_entropy(output.logits, batch["targets"], batch["loss_weights"])
+    output = AlignVLM(CONFIG).apply({"params": params}, batch, method="loss")
+    return output.loss, output.weight
 
 
 def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):

@@ -1,6 +1,7 @@
 """The train step: one loss however the batch is cut, frozen parts that do not move, one answer on every mesh."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignvlm_jax.models.alignvlm import random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, example_batch, random_parameters
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import step as train_step_lib
@@ -19,6 +20,9 @@ from tests.training.batches import MODEL, random_batch, stage
 
 # Adam with a large eps is plain gradient descent: weights show the gradient and not its sign. The first rate is 1.
 DESCENT = stage(optimizer=OptimizerConfig(eps=1.0, clip_norm=None), learning_rates=LearningRates(3.0, 3.0, 3.0))
+
+
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,18 @@ def test_a_mesh_gives_the_losses_of_one_device(params):
     np.testing.assert_allclose(histories["2x2x2"], histories["one"], rtol=1e-5)
     assert np.mean(history[-2:]) < np.mean(history[:2]) - 0.2, "it learns, too"
     assert_is_sharded(state)
+
+
+def test_the_1b_step_holds_no_scores_of_all_words():
+    """Traced at the paper's size, not run: a nine-tile page and its thumbnail, over less text."""
+    model = AlignVLMConfig()
+    words, visual, length = model.language.vocab_size, 10 * model.vision.num_patches, 320
+    state = jax.eval_shape(lambda: train_step_lib.create_state(stage(), nn.unbox(random_parameters(model, KEY))))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[None], example_batch(model, tiles=10, length=length)))
+    text = str(jax.make_jaxpr(train_step_lib.make_train_step(model, stage()))(state, batch))
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+    assert (words, model.language.hidden_size) in shapes and any(visual in shape for shape in shapes)
+    assert not any({words, visual} <= set(shape) or {words, length} <= set(shape) for shape in shapes)
 
 
 def test_muons_momentum_is_sharded_like_its_weights():

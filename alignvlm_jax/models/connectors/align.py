@@ -7,6 +7,13 @@ Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabula
 
 W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its
 own afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
+
+That is attention with queries LN_D(W1 f), keys W2 and values E_text, and is computed so: `ops/vocabulary_attention.py`
+passes over the words in blocks and never holds P. A model whose weights are frozen may bring, in the collection
+"vocabulary" (`inference/vocabulary.py` makes it), what then need not be computed at every call:
+
+    statistics   mean and covariance of the rows of W2
+    words        which words the rows of W2 are, where most were pruned away
 """
 
 import dataclasses
@@ -18,6 +25,7 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,35 +49,53 @@ class AlignConfig:
 
 
 class AlignConnector(nn.Module):
-    """The connector. `distribution` gives P itself, for analyses on small inputs."""
+    """The connector. `log_distribution` gives P itself, for analyses on small inputs."""
 
     config: AlignConfig
     output_size: int
     dtype: str = "float32"
 
+    def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
+        tokens, summary = vocabulary_attention(
+            query,
+            keys,
+            scale,
+            bias,
+            self.values(text_embedding),
+            eps=self.config.layer_norm_eps,
+            statistics=self.get_variable("vocabulary", "statistics"),
+            entropy=True,
+            mesh_axes=layers.vocabulary_mesh(),
+        )
+        return ConnectorOutput(tokens, summary.entropy)
+
     @nn.compact
-    def log_distribution(
-        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
-    ) -> Float[Array, "B N V"]:
-        """log P for every feature, float32."""
-        config = self.config
-        vocab_size = config.vocab_size or text_embedding.shape[0]
-        width = self.output_size
+    def query_and_keys(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]):
+        """LN_D(W1 f) [B, N, D], W2 [V, D], and LN_V's scale and bias [V]."""
+        config, width = self.config, self.output_size
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
 
+        vocab_size = self.values(text_embedding).shape[0]
         keys = layers.param(self, "w2", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab_size, width))
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
         bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
-        logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
-        logits = layers.standardize(logits, config.layer_norm_eps) * scale + bias
-        return jax.nn.log_softmax(logits, axis=-1)
+        return query, keys, scale, bias
 
-    def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
-        log_p = self.log_distribution(features, text_embedding)
-        p = jnp.exp(log_p)
-        values = text_embedding[: p.shape[-1]]
-        tokens = jnp.dot(p.astype(self.dtype), values.astype(self.dtype))
-        entropy = -jnp.sum(jax.lax.stop_gradient(p * log_p), axis=-1)
-        return ConnectorOutput(tokens, entropy)
+    def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
+        """The embeddings of the words that P ranges over."""
+        words = self.get_variable("vocabulary", "words")
+        if words is not None:
+            return jnp.take(text_embedding, words, axis=0)
+        return text_embedding[: self.config.vocab_size]
+
+    def log_distribution(
+        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
+    ) -> Float[Array, "B N V"]:
+        """log P for every feature and word, float32."""
+        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
+        logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
+        logits = layers.standardize(logits, self.config.layer_norm_eps) * scale + bias
+        return jax.nn.log_softmax(logits, axis=-1)

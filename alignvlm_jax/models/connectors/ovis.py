@@ -8,12 +8,11 @@ Axes: B tiles, N features per tile, d encoder width, K visual words, D decoder w
 import dataclasses
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class OvisConfig:
 
 
 class OvisConnector(nn.Module):
-    """ALIGN's nearest relative: the words are the connector's own, not the LLM's."""
+    """ALIGN's nearest relative, and computed like it; the words are the connector's own, not the LLM's."""
 
     config: OvisConfig
     output_size: int
@@ -37,14 +36,24 @@ class OvisConnector(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         del text_embedding
-        config = self.config
-        dense = layers.Dense(config.num_words, ("embed", "vocab"), use_bias=False, dtype=self.dtype, name="head")
-        logits = dense(features).astype(jnp.float32)
-        logits = layers.LayerNorm(config.layer_norm_eps, name="word_norm")(logits)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        table = layers.param(
-            self, "table", nn.initializers.normal(0.02), ("vocab", "embed"), (config.num_words, self.output_size)
+        config, num_words = self.config, self.config.num_words
+        head = layers.Parameters(name="head")(
+            kernel=(layers.fan_in_init, ("embed", "vocab"), (features.shape[-1], num_words))
         )
-        p = jnp.exp(log_p)
-        tokens = jnp.dot(p.astype(self.dtype), table.astype(self.dtype))
-        return ConnectorOutput(tokens, -jnp.sum(jax.lax.stop_gradient(p * log_p), axis=-1))
+        norm = layers.Parameters(name="word_norm")(
+            scale=(nn.initializers.ones, ("norm",), (num_words,)), bias=(nn.initializers.zeros, ("norm",), (num_words,))
+        )
+        table = layers.param(
+            self, "table", nn.initializers.normal(0.02), ("vocab", "embed"), (num_words, self.output_size)
+        )
+        tokens, summary = vocabulary_attention(
+            features.astype(self.dtype),
+            head["kernel"].T,
+            norm["scale"],
+            norm["bias"],
+            table,
+            eps=config.layer_norm_eps,
+            entropy=True,
+            mesh_axes=layers.vocabulary_mesh(),
+        )
+        return ConnectorOutput(tokens, summary.entropy)

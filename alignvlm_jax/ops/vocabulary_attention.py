@@ -1,0 +1,450 @@
+"""ALIGN as attention over the vocabulary: queries, keys and values, and a LayerNorm between scores and softmax.
+
+    logits   l_tv = q_t·w_v                      w: rows of the keys
+    LayerNorm    z_tv = r_t (l_tv - mu_t)        mu, 1/r² - eps: mean and variance over v
+    scores   s_tv = scale_v z_tv + bias_v
+    P        p_tv = exp(s_tv) / sum_v exp(s_tv)
+    result   o_t  = sum_v p_tv e_v               e: rows of the values
+
+Axes: T queries, D width, V vocabulary, Dv value width, K rows of the vocabulary in a block, k words of the largest P.
+
+P is never held: forward and backward pass over the vocabulary a block at a time (`vocabulary_streaming.py`); mu and r
+come from `vocabulary_statistics.py`. With d_tv = scale_v dL/ds_tv, a1_t = sum_v d_tv and a2_t = sum_v d_tv z_tv, the
+LayerNorm's gradient is
+
+    dL/dq_t = r_t (sum_v d_tv w_v - a1_t w̄ - a2_t r_t C q_t)
+    dL/dw_v = sum_t r_t (d_tv - a1_t/V - a2_t/V z_tv) q_t
+            = sum_t r_t d_tv q_t  -  sum_t r_t a1_t/V q_t  -  (sum_t r_t² a2_t/V q_t q_tᵀ) (w_v - w̄)
+
+The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocabulary, known when the pass is over:
+
+- with the covariance C at hand, their terms come after it, as products with D x D matrices;
+- without (few queries), a2 is known before it: the forward pass also sums  h_t = sum_v p_tv scale_v z_tv e_v, of which
+  a2_t = dL/do_t·h_t - (dL/do_t·o_t) sum_v p_tv scale_v z_tv.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignvlm_jax.ops import vocabulary_streaming as streaming
+from alignvlm_jax.ops.vocabulary_statistics import (
+    VocabularyStatistics,
+    centred_covariance,
+    covariance_is_cheaper,
+    mean_row,
+    num_rows,
+    streamed_variance,
+)
+
+
+@flax.struct.dataclass
+class VocabularySummary:
+    """What was asked of P beside the result; no gradient flows through it.
+
+    Attributes:
+      entropy: of each query's P, in nats; None if not asked for.
+      top_probabilities: the k largest probabilities of each query, largest first; None if not asked for.
+      top_ids: their words.
+    """
+
+    entropy: Float[Array, "..."] | None = None
+    top_probabilities: Float[Array, "... k"] | None = None
+    top_ids: Int[Array, "... k"] | None = None
+
+
+def vocabulary_attention(
+    q: Float[Array, "... D"],
+    keys: Float[Array, "V D"],
+    scale: Float[Array, " V"],
+    bias: Float[Array, " V"],
+    values: Float[Array, "V Dv"],
+    *,
+    eps: float = 1e-5,
+    statistics: VocabularyStatistics | None = None,
+    entropy: bool = False,
+    top_k: int = 0,
+    block_size: int | None = None,
+    mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
+) -> Float[Array, "... Dv"] | tuple[Float[Array, "... Dv"], VocabularySummary]:
+    """`softmax(LayerNorm(q @ keys.T) * scale + bias) @ values` in memory that does not grow with T x V.
+
+    Args:
+      q: queries, of any leading shape; products are computed in their dtype, sums and statistics in float32.
+      keys: a row for each word, cast to the dtype of `q` a block at a time.
+      scale: of the LayerNorm.
+      bias: of the LayerNorm.
+      values: a row for each word, cast like the keys.
+      eps: of the LayerNorm.
+      statistics: of frozen keys (`vocabulary_statistics`): saves their computation. They are constants: the gradient of
+        the keys does not flow through them. They may be those of another table, of which `keys` are some rows.
+      entropy: whether to return the entropy of P.
+      top_k: how many of the largest probabilities to return.
+      block_size: K; None means `default_block_size`.
+      mesh_axes: which axes of the mesh in force cut the first axis of `q`, and which cut the vocabulary.
+
+    Returns:
+      The result in the dtype of `q`; with `entropy` or `top_k`, a pair of it and a `VocabularySummary`.
+    """
+    num_queries = q.shape[0] if q.ndim > 1 else 1
+    options = _Options(
+        eps=eps,
+        entropy=entropy,
+        top_k=min(top_k, keys.shape[0]),
+        block_size=block_size,
+        axes=streaming.resolve(mesh_axes, num_queries=num_queries, num_rows=keys.shape[0]),
+    )
+    queries = q if q.ndim > 1 else q[None]
+    mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
+    if q.ndim == 1:
+        mixed, summary = mixed[0], jax.tree.map(lambda leaf: leaf[0], summary)
+    return (mixed, summary) if entropy or top_k else mixed
+
+
+def vocabulary_usage(
+    q: Float[Array, "... D"],
+    keys: Float[Array, "V D"],
+    scale: Float[Array, " V"],
+    bias: Float[Array, " V"],
+    *,
+    eps: float = 1e-5,
+    statistics: VocabularyStatistics | None = None,
+    weights: Float[Array, "..."] | None = None,
+    block_size: int | None = None,
+) -> Float[Array, " V"]:
+    """How much each word is used: the sum over queries of weight * P, float32. One pass more than attention needs.
+
+    Args:
+      q: queries, of any leading shape.
+      keys: as for `vocabulary_attention`, and so are `scale`, `bias`, `eps`, `statistics` and `block_size`.
+      scale: of the LayerNorm.
+      bias: of the LayerNorm.
+      eps: of the LayerNorm.
+      statistics: of frozen keys.
+      weights: of the queries; None means 1.
+      block_size: K.
+    """
+    flat = q.reshape(-1, q.shape[-1])
+    weights = jnp.ones(flat.shape[:1]) if weights is None else weights.reshape(-1).astype(jnp.float32)
+    block_size = block_size or streaming.default_block_size(flat.shape[0])
+    moments = _moments(flat, keys, statistics, eps, block_size, across=())
+
+    def find_normalizer(start, size, running):
+        return running.update(_scores(flat, keys, scale, bias, moments, start, size)[0])[0]
+
+    fold = functools.partial(streaming.stream, num_rows=keys.shape[0], block_size=block_size)
+    softmax = fold(find_normalizer, streaming.RunningSoftmax.empty(flat.shape[0]))
+
+    def count(start, size, usage):
+        scores, _ = _scores(flat, keys, scale, bias, moments, start, size)
+        return streaming.put(usage, start, weights @ softmax.probabilities(scores))
+
+    return fold(count, jnp.zeros(keys.shape[:1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is static."""
+
+    eps: float
+    entropy: bool
+    top_k: int
+    block_size: int | None
+    axes: streaming.VocabularyMesh
+
+
+@flax.struct.dataclass
+class _Moments:
+    """Of the logits of each query, float32.
+
+    Attributes:
+      mean_row: w̄.
+      mean: mu.
+      rate: r = 1 / sqrt(variance + eps).
+      spread: C q, where C was at hand.
+    """
+
+    mean_row: Float[Array, " D"]
+    mean: Float[Array, " T"]
+    rate: Float[Array, " T"]
+    spread: Float[Array, "T D"] | None = None
+
+
+@flax.struct.dataclass
+class _Saved:
+    """What the forward pass leaves to the backward pass, float32.
+
+    Attributes:
+      moments: of the logits.
+      softmax: largest score and sum of exp(score - largest).
+      mixed: o.
+      tilted: h and sum_v p_tv scale_v z_tv, both less the largest score's share; only where C is not at hand.
+    """
+
+    moments: _Moments
+    softmax: streaming.RunningSoftmax
+    mixed: Float[Array, "T Dv"]
+    tilted: tuple[Float[Array, "T Dv"], Float[Array, " T"]] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, keys, scale, bias, values, statistics):
+    return _forward(options, False, q, keys, scale, bias, values, statistics)[:2]
+
+
+def _attend_forward(options, q, keys, scale, bias, values, statistics):
+    mixed, summary, saved = _forward(options, True, q, keys, scale, bias, values, statistics)
+    return (mixed, summary), (q, keys, scale, bias, values, statistics, saved)
+
+
+def _attend_backward(options, inputs, cotangents):
+    return (*_backward(options, *inputs, cotangents[0]), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
+    """Result, summary and (`for_gradient`) what is to be saved, from all devices."""
+    axes = options.axes
+    of_query, of_row = streaming.query_spec(axes), streaming.row_spec(axes)
+
+    def local(q, keys, scale, bias, values, statistics):
+        flat = q.reshape(-1, q.shape[-1])
+        mixed, summary, saved = _forward_rows(options, for_gradient, flat, keys, scale, bias, values, statistics)
+
+        def unflatten(leaf):
+            return leaf.reshape(*q.shape[:-1], *leaf.shape[1:])
+
+        return unflatten(mixed), jax.tree.map(unflatten, summary), saved
+
+    saved_spec = None
+    if for_gradient:
+        with_spread = statistics is not None or _uses_covariance(options, q)
+        moments = _Moments(jax.P(), of_query, of_query, of_query if with_spread else None)
+        saved_spec = _Saved(moments, of_query, of_query, None if with_spread else (of_query, of_query))
+    summary_spec = VocabularySummary(
+        of_query if options.entropy else None, *((of_query, of_query) if options.top_k else ())
+    )
+    in_specs = (of_query, of_row, of_row, of_row, of_row, jax.P())
+    sharded = streaming.shard(local, axes, in_specs, (of_query, summary_spec, saved_spec))
+    return sharded(q, keys, scale, bias, values, statistics)
+
+
+def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistics):
+    """The forward pass over this device's rows [V, .] for its queries [T, D], merged with the other devices'."""
+    across = options.axes.vocabulary
+    num_queries, block_size = q.shape[0], options.block_size or streaming.default_block_size(q.shape[0])
+    moments = _moments(q, keys, statistics, options.eps, block_size, across)
+    tilt = for_gradient and moments.spread is None
+    # The rounded weights of a mixture are divided by their own sum: they then add up to 1, and a large mean of the
+    # values, which the gradient's differences of mixtures must not see, is exact.
+    rounds = q.dtype != jnp.float32
+
+    def step(start, size, carry):
+        previous, sums, top = carry
+        scores, _ = _scores(q, keys, scale, bias, moments, start, size)
+        block = streaming.take(values, start, size).astype(q.dtype)
+        running, weights, decay = previous.update(scores)
+        # What is weighted by the distance to the largest score grows when that rises.
+        risen = (previous.maximum - running.maximum)[:, None]
+        distance = scores - running.maximum[:, None]
+        rounded = weights.astype(q.dtype)
+        new = {"mixed": decay * sums["mixed"] + streaming.dot(rounded, block)}
+        if rounds:
+            new["share"] = decay * sums["share"] + _row_sum(rounded)
+        if tilt:
+            tilted = (weights * (distance - streaming.take(bias, start, size))).astype(q.dtype)
+            new["tilted"] = decay * (sums["tilted"] + risen * sums["mixed"]) + streaming.dot(tilted, block)
+            new["tilt"] = decay * (sums["tilt"] + risen * previous.total[:, None]) + _row_sum(tilted)
+        if options.entropy:
+            new["distance"] = decay * (sums["distance"] + risen * previous.total[:, None])
+            new["distance"] += _row_sum(weights * distance)
+        if options.top_k:
+            top = _merge_top(options.top_k, top, scores, start + jnp.arange(size))
+        return running, new, top
+
+    # The width of each sum: mixtures of values, and scalars.
+    widths = {"mixed": values.shape[1]}
+    if rounds:
+        widths |= {"share": 1}
+    if tilt:
+        widths |= {"tilted": values.shape[1], "tilt": 1}
+    if options.entropy:
+        widths |= {"distance": 1}
+    sums = {name: jnp.zeros((num_queries, width)) for name, width in widths.items()}
+    no_words = jnp.full((num_queries, options.top_k), streaming.LOWEST), jnp.zeros((num_queries, options.top_k), int)
+    start = (streaming.RunningSoftmax.empty(num_queries), sums, no_words)
+    local, sums, top = streaming.stream(step, start, num_rows=keys.shape[0], block_size=block_size)
+
+    running, decay = local.merge(across)
+    risen, total = (local.maximum - running.maximum)[:, None], local.total[:, None]
+    for name, weight in (("tilted", sums["mixed"]), ("tilt", total), ("distance", total)):
+        if name in sums:
+            sums[name] += risen * weight
+    merged = streaming.add_up({name: decay * partial for name, partial in sums.items()}, across)
+    means = {name: total / running.total[:, None] for name, total in merged.items()}
+    if rounds:
+        means["mixed"] = merged["mixed"] / merged["share"]
+
+    summary = VocabularySummary()
+    if options.entropy:
+        summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
+    if options.top_k:
+        scores, ids = _share_top(options.top_k, top, keys.shape[0], across)
+        summary = summary.replace(top_probabilities=running.probabilities(scores), top_ids=ids)
+    saved = None
+    if for_gradient:
+        saved = _Saved(
+            moments, running, means["mixed"], (means["tilted"], means["tilt"][:, 0]) if tilt else None
+        )
+    return means["mixed"].astype(q.dtype), summary, saved
+
+
+def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent):
+    """The five gradients, from all devices."""
+    axes = options.axes
+    of_query, of_row = streaming.query_spec(axes), streaming.row_spec(axes)
+
+    def local(q, keys, scale, bias, values, saved, cotangent):
+        flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+        frozen = statistics is not None
+        of_q, *of_tables = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
+        return of_q.reshape(q.shape), *(streaming.add_up(gradient, axes.queries) for gradient in of_tables)
+
+    saved_spec = jax.tree.map(lambda _: of_query, saved)
+    saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
+    in_specs = (of_query, of_row, of_row, of_row, of_row, saved_spec, of_query)
+    sharded = streaming.shard(local, axes, in_specs, (of_query, of_row, of_row, of_row, of_row))
+    return sharded(q, keys, scale, bias, values, saved, cotangent)
+
+
+def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent):
+    """Gradients of this device's rows from its queries, and of its queries from all rows."""
+    across, moments = options.axes.vocabulary, saved.moments
+    block_size = options.block_size or streaming.default_block_size(q.shape[0])
+    rows = num_rows(keys, across)
+    rate = moments.rate[:, None]
+    # sum_v p_tv dL/dp_tv, which the softmax subtracts from each dL/dp_tv.
+    expected = jnp.sum(cotangent.astype(jnp.float32) * saved.mixed, axis=-1)
+    second = None
+    if saved.tilted is not None:
+        tilted, tilt = saved.tilted
+        second = jnp.sum(cotangent.astype(jnp.float32) * tilted, axis=-1) - expected * tilt
+
+    def step(start, size, carry):
+        of_q, of_keys, of_scale, of_bias, of_values, sums = carry
+        key_block = streaming.take(keys, start, size).astype(q.dtype)
+        value_block = streaming.take(values, start, size).astype(q.dtype)
+        scores, normed = _scores(q, keys, scale, bias, moments, start, size)
+        p = saved.softmax.probabilities(scores)
+        of_scores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
+        of_normed = of_scores * streaming.take(scale, start, size)
+        sums = dict(sums)
+        if second is None:
+            sums["second"] += jnp.sum(of_normed * normed, axis=-1)
+        else:
+            of_normed -= (second / rows)[:, None] * normed
+        # Rounded first and summed then: so the gradient of q does not depend on the mean row, which may be large.
+        of_logits = (of_normed * rate).astype(q.dtype)
+        sums["first"] += jnp.sum(of_logits, axis=-1, dtype=jnp.float32)
+        return (
+            of_q + streaming.dot(of_logits, key_block),
+            streaming.put(of_keys, start, streaming.dot(of_logits.T, q)),
+            streaming.put(of_scale, start, jnp.sum(of_scores * normed, axis=0)),
+            streaming.put(of_bias, start, jnp.sum(of_scores, axis=0)),
+            streaming.put(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
+            sums,
+        )
+
+    # The gradient of the keys is corrected once more below, and rounded to their dtype only then.
+    zeros = (jnp.zeros(keys.shape, keys.dtype if frozen else jnp.float32), *map(jnp.zeros_like, (scale, bias, values)))
+    sums = {name: jnp.zeros(q.shape[:1]) for name in (("first",) if second is not None else ("first", "second"))}
+    carry = (jnp.zeros(q.shape), *zeros, sums)
+    fold = functools.partial(streaming.stream, num_rows=keys.shape[0], block_size=block_size)
+    of_q, of_keys, of_scale, of_bias, of_values, sums = fold(step, carry)
+    of_q, sums = streaming.add_up((of_q, sums), across)
+
+    first = sums["first"][:, None]
+    of_q -= first * moments.mean_row
+    if second is None:
+        second = (sums["second"] * moments.rate**2)[:, None]
+        of_q -= second * moments.spread
+    if not frozen:
+        # The share of the mean and, with the covariance, of the variance: see the module's docstring.
+        shift = jnp.sum(first / rows * q, axis=0)
+        matrix = None
+        if moments.spread is not None:
+            matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q).astype(q.dtype)
+
+        def correct(start, size, of_keys):
+            block = streaming.take(of_keys, start, size) - shift
+            if matrix is not None:
+                centred = streaming.take(keys, start, size).astype(jnp.float32) - moments.mean_row
+                block -= streaming.dot(centred.astype(q.dtype), matrix)
+            return streaming.put(of_keys, start, block)
+
+        of_keys = fold(correct, of_keys)
+    return of_q.astype(q.dtype), of_keys.astype(keys.dtype), of_scale, of_bias, of_values
+
+
+def _uses_covariance(options, q) -> bool:
+    """Of the queries [..., D] of all devices."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    num_queries = q.size // q.shape[-1]
+    for axis in options.axes.queries:
+        num_queries //= mesh[axis]
+    return covariance_is_cheaper(num_queries, q.shape[-1])
+
+
+def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
+    """Mean and variance of the logits of queries [T, D], by whatever is cheapest."""
+    wide = q.astype(jnp.float32)
+    mean_of_rows = mean_row(keys, q.dtype, across) if statistics is None else statistics.mean
+    mean = wide @ mean_of_rows
+    if statistics is None and not covariance_is_cheaper(*q.shape):
+        variance, spread = streamed_variance(q, keys, mean, block_size, across), None
+    else:
+        if statistics is None:
+            covariance = centred_covariance(keys, mean_of_rows, q.dtype, across)
+        else:
+            covariance = statistics.covariance
+        # The TPU's default would round both to bfloat16; T D² of V T D multiplications may cost three times as much.
+        spread = jnp.dot(wide, covariance, precision=jax.lax.Precision.HIGH)
+        variance = jnp.maximum(jnp.sum(wide * spread, axis=-1), 0.0)
+    return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps), spread)
+
+
+def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
+    """s and z of a block."""
+    logits = streaming.dot(q, streaming.take(keys, start, size).astype(q.dtype).T)
+    normed = (logits - moments.mean[:, None]) * moments.rate[:, None]
+    return normed * streaming.take(scale, start, size) + streaming.take(bias, start, size), normed
+
+
+def _row_sum(block: Float[Array, "T K"]) -> Float[Array, "T 1"]:
+    return jnp.sum(block, axis=-1, keepdims=True, dtype=jnp.float32)
+
+
+def _merge_top(k, top, scores, ids):
+    """The k largest of those so far and of a block's, with their words."""
+    scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
+    scores = jnp.concatenate([top[0], scores], axis=1)
+    ids = jnp.concatenate([top[1], jnp.take(ids, places)], axis=1)
+    scores, places = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(ids, places, axis=1)
+
+
+def _share_top(k, top, num_local_rows, across):
+    """The k largest of all devices'."""
+    if not across:
+        return top
+    scores, ids = top
+    ids += jax.lax.axis_index(across) * num_local_rows
+    scores, ids = (jax.lax.all_gather(leaf, across, axis=1, tiled=True) for leaf in (scores, ids))
+    scores, places = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(ids, places, axis=1)

@@ -1,0 +1,129 @@
+"""Mean and variance of a query's logits over the vocabulary: what the LayerNorm between logits and softmax needs.
+
+Axes: T queries, V vocabulary, D width of a row.
+
+They seem to need all V logits before the first one can be normalised. With w̄ the mean row of the table and
+C = (W - w̄)ᵀ(W - w̄)/V they do not:
+
+    mean over v of q·w_v     = q·w̄
+    variance over v of q·w_v = qᵀ C q
+
+C costs V D² multiplications, about half of it here because C is symmetric; another pass over the table costs V T D. So
+which one is cheaper depends on T (`covariance_is_cheaper`), and where the table is frozen, C is computed once and kept.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignvlm_jax.ops import vocabulary_streaming as streaming
+
+_PANELS = 4
+_PANEL_WIDTH = 128
+
+
+@flax.struct.dataclass
+class VocabularyStatistics:
+    """Of the rows of a table, float32. Kept for a frozen table, they save the computation of them at every call.
+
+    Attributes:
+      mean: w̄.
+      covariance: C, of the population (divided by V).
+    """
+
+    mean: Float[Array, " D"]
+    covariance: Float[Array, "D D"]
+
+
+def vocabulary_statistics(
+    keys: Float[Array, "V D"],
+    *,
+    dtype: str | None = None,
+    mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
+) -> VocabularyStatistics:
+    """Statistics of a table for `vocabulary_attention(..., statistics=...)`.
+
+    Args:
+      keys: the table.
+      dtype: that of the queries it will meet: logits are products of the table cast to it. None means its own.
+      mesh_axes: which axes of the mesh in force cut its rows.
+    """
+    axes = streaming.resolve(mesh_axes, num_queries=1, num_rows=keys.shape[0])
+
+    def local(keys):
+        mean = mean_row(keys, dtype or keys.dtype, axes.vocabulary)
+        covariance = centred_covariance(keys, mean, dtype or keys.dtype, axes.vocabulary)
+        return VocabularyStatistics(mean, covariance)
+
+    return streaming.shard(local, axes, streaming.row_spec(axes), jax.P())(keys)
+
+
+def covariance_is_cheaper(num_queries: int, width: int) -> bool:
+    """Whether V D² / 2 (forward) + V D² (backward) are fewer multiplications than V T D + V T D.
+
+    The backward terms are those of `vocabulary_attention`: with the covariance, one product of the table with a D x D
+    matrix; without, one more mixture of the values in the forward pass. Close to equality the covariance wins on time:
+    its products have no softmax in them.
+    """
+    return 3 * width <= 4 * num_queries
+
+
+def mean_row(keys: Float[Array, "V D"], dtype, across: tuple[str, ...]) -> Float[Array, " D"]:
+    """w̄, float32, over this device's rows and those of the devices `across`."""
+    total = streaming.add_up(jnp.sum(keys.astype(dtype), axis=0, dtype=jnp.float32), across)
+    return total / num_rows(keys, across)
+
+
+def centred_covariance(
+    keys: Float[Array, "V D"], mean: Float[Array, " D"], dtype, across: tuple[str, ...]
+) -> Float[Array, "D D"]:
+    """C, float32. Only panels on and above the diagonal are computed: 5/8 of the products, for four panels.
+
+    panels of 4:  0 0 0 0
+                    1 1 1
+                      2 2
+                        3
+    """
+    width = keys.shape[1]
+    panels = _PANELS if width % _PANELS == 0 and width >= _PANELS * _PANEL_WIDTH else 1
+    starts = [width // panels * panel for panel in range(panels)]
+    stops = [*starts[1:], width]
+
+    def step(start, size, sums):
+        # Centred before it is rounded to `dtype` again: the products then carry no large mean.
+        rows = (streaming.take(keys, start, size).astype(dtype).astype(jnp.float32) - mean).astype(dtype)
+        return [
+            total + streaming.dot(rows[:, first:stop].T, rows[:, first:])
+            for total, first, stop in zip(sums, starts, stops, strict=True)
+        ]
+
+    zeros = [jnp.zeros((stop - first, width - first)) for first, stop in zip(starts, stops, strict=True)]
+    block_size = streaming.default_block_size(width)
+    sums = streaming.stream(step, zeros, num_rows=keys.shape[0], block_size=block_size)
+    upper = jnp.concatenate([jnp.pad(total, ((0, 0), (first, 0))) for total, first in zip(sums, starts, strict=True)])
+    covariance = jnp.triu(upper) + jnp.triu(upper, 1).T
+    return streaming.add_up(covariance, across) / num_rows(keys, across)
+
+
+def streamed_variance(
+    q: Float[Array, "T D"],
+    keys: Float[Array, "V D"],
+    mean_logit: Float[Array, " T"],
+    block_size: int,
+    across: tuple[str, ...],
+) -> Float[Array, " T"]:
+    """Variance of the logits by a pass over the table; the mean is known already, so nothing large cancels."""
+
+    def step(start, size, total):
+        logits = streaming.dot(q, streaming.take(keys, start, size).astype(q.dtype).T)
+        return total + jnp.sum((logits - mean_logit[:, None]) ** 2, axis=-1)
+
+    zeros = jnp.zeros((q.shape[0],))
+    total = streaming.stream(step, zeros, num_rows=keys.shape[0], block_size=block_size)
+    return streaming.add_up(total, across) / num_rows(keys, across)
+
+
+def num_rows(keys: Float[Array, "V D"], across: tuple[str, ...]) -> int:
+    """V of the whole table, of which this device may hold a part."""
+    return keys.shape[0] * (jax.lax.axis_size(across) if across else 1)

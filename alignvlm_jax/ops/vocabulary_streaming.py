@@ -1,0 +1,162 @@
+"""What ALIGN and the loss share: one pass over the rows of a vocabulary table, never holding T x V of anything.
+
+Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block.
+
+A pass works like flash attention over keys: `stream` hands out the blocks, `RunningSoftmax` keeps the largest score so
+far, the sum of exponentials relative to it, and what is mixed by them (Milakov & Gimelshein, arXiv 1805.02867;
+Rabe & Staats, arXiv 2112.05682).
+
+Where a mesh is set, `shard` cuts the vocabulary over some of its axes and the queries over others: each device passes
+over its own rows only, and what they found is added up over `across`, the axes that cut the vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+Carry = TypeVar("Carry")
+
+LOWEST = -1e30
+"""Below every score, and finite: the difference of two such maxima is 0, not NaN."""
+
+_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ROWS = (256, 4096)
+
+
+def default_block_size(num_queries: int) -> int:
+    """K: T x K scores fill 8 MB in float32, so that they stay in a CPU's cache; at least 256 rows, at most 4096.
+
+    See docs/vocabulary.md for what was measured on CPUs, and for what the TPU compiler says of larger blocks.
+    """
+    smallest, largest = _BLOCK_ROWS
+    fitting = max(1, _BLOCK_ELEMENTS // max(1, num_queries))
+    return min(largest, max(smallest, 1 << (fitting.bit_length() - 1)))
+
+
+def stream(
+    step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, num_rows: int, block_size: int
+) -> Carry:
+    """Folds `carry = step(start, size, carry)` over blocks of rows: full ones in a loop, then the ragged last one.
+
+    before: num_rows=10, block_size=4
+    after:  step(0, 4, .), step(4, 4, .) in one loop, step(8, 2, .) behind it, in its own shape: no row is padding
+    """
+    full, ragged = divmod(num_rows, block_size)
+    if full == 1:
+        carry = step(0, block_size, carry)
+    elif full:
+        carry = jax.lax.fori_loop(0, full, lambda i, carry: step(i * block_size, block_size, carry), carry)
+    return step(full * block_size, ragged, carry) if ragged else carry
+
+
+def take(table: Float[Array, "V ..."], start: Array | int, size: int) -> Float[Array, "K ..."]:
+    """A block of rows."""
+    return jax.lax.dynamic_slice_in_dim(table, start, size)
+
+
+def put(table: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]) -> Float[Array, "V ..."]:
+    """The table with a block of its rows replaced; in a loop XLA does so in place."""
+    return jax.lax.dynamic_update_slice_in_dim(table, block.astype(table.dtype), start, 0)
+
+
+def dot(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """A matrix product with a float32 result, whatever the dtype of its inputs."""
+    return jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+
+@flax.struct.dataclass
+class RunningSoftmax:
+    """A softmax over the rows passed so far, float32.
+
+    Attributes:
+      maximum: m, the largest score.
+      total: sum of exp(score - m).
+    """
+
+    maximum: Float[Array, " T"]
+    total: Float[Array, " T"]
+
+    @classmethod
+    def empty(cls, num_queries: int) -> "RunningSoftmax":
+        return cls(jnp.full((num_queries,), LOWEST), jnp.zeros((num_queries,)))
+
+    def update(
+        self, scores: Float[Array, "T K"]
+    ) -> tuple["RunningSoftmax", Float[Array, "T K"], Float[Array, "T 1"]]:
+        """Takes in a block; returns its exp(score - m) too, and what sums of earlier blocks are to be multiplied by."""
+        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - maximum[:, None])
+        decay = jnp.exp(self.maximum - maximum)
+        return RunningSoftmax(maximum, self.total * decay + jnp.sum(weights, axis=-1)), weights, decay[:, None]
+
+    def merge(self, across: tuple[str, ...]) -> tuple["RunningSoftmax", Float[Array, "T 1"]]:
+        """Over all devices that share the vocabulary; returns the decay of this device's sums too."""
+        if not across:
+            return self, jnp.ones_like(self.total)[:, None]
+        maximum = jax.lax.pmax(self.maximum, across)
+        decay = jnp.exp(self.maximum - maximum)
+        return RunningSoftmax(maximum, jax.lax.psum(self.total * decay, across)), decay[:, None]
+
+    def probabilities(self, scores: Float[Array, "T K"]) -> Float[Array, "T K"]:
+        """Of scores of a block, when all blocks were passed. Not exp(score - log Z): that rounds like a large score."""
+        return jnp.exp(scores - self.maximum[:, None]) / self.total[:, None]
+
+
+def add_up(partial, across: tuple[str, ...]):
+    """The sum over the devices of some mesh axes, of every array of a tree; without axes, what was given."""
+    return jax.lax.psum(partial, across) if across else partial
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyMesh:
+    """Names of mesh axes; those that the mesh in force lacks, or that do not divide what they cut, cut nothing.
+
+    Attributes:
+      queries: axes that cut the first axis of the queries.
+      vocabulary: axes that cut the rows of the tables.
+    """
+
+    queries: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+
+
+UNSHARDED = VocabularyMesh()
+
+
+def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int) -> VocabularyMesh:
+    """What of `mesh_axes` the mesh in force (`jax.set_mesh`) can cut: an axis that does not divide leaves it whole."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def keep(axes, size):
+        axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+        return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
+
+    return VocabularyMesh(keep(mesh_axes.queries, num_queries), keep(mesh_axes.vocabulary, num_rows))
+
+
+def shard(function: Callable, axes: VocabularyMesh, in_specs, out_specs) -> Callable:
+    """`function` on each device's queries and rows; on one device, `function` itself.
+
+    `axes` come from `resolve`. The specs are made of `query_spec`, `row_spec` and P().
+    """
+    if not axes.queries and not axes.vocabulary:
+        return function
+    # Replication is not checked: psum over `across` and over the queries' axes is written out by hand.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def query_spec(axes: VocabularyMesh) -> P:
+    """Of an array whose first axis is that of the queries."""
+    return P(axes.queries or None)
+
+
+def row_spec(axes: VocabularyMesh) -> P:
+    """Of a table whose rows are the vocabulary."""
+    return P(axes.vocabulary or None)

@@ -1,0 +1,167 @@
+"""The vocabulary over the axes of a mesh: the same numbers, and nothing large gathered or held.
+
+The mesh is data 2 x fsdp 2 x tensor 2: queries over (data, fsdp), rows of tables over tensor, their widths over fsdp.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from alignvlm_jax.ops import (
+    VocabularyMesh,
+    linear_cross_entropy,
+    vocabulary_attention,
+    vocabulary_statistics,
+)
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.ops import dense
+
+AXES = VocabularyMesh(queries=("data", "fsdp"), vocabulary=("tensor",))
+WIDTH, VALUE_WIDTH, BLOCK = 16, 24, 32
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def attention_inputs(rows, length, words):
+    rng = np.random.default_rng(0)
+    tables = [(words, WIDTH), (words,), (words,), (words, VALUE_WIDTH)]
+    shapes = [(rows, length, WIDTH), *tables, (rows, length, VALUE_WIDTH)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    arrays[2] += 2
+    return arrays
+
+
+def loss_inputs(rows, length, words):
+    """Rows differ in how many positions count, so devices differ in how many chunks they have."""
+    rng = np.random.default_rng(0)
+    weights = rng.random((rows, length)) * (rng.random((rows, length)) < np.linspace(0, 1, rows)[:, None])
+    hidden, head = rng.normal(size=(rows, length, WIDTH)), rng.normal(size=(words, WIDTH))
+    targets = jnp.asarray(rng.integers(0, words, (rows, length)))
+    hidden, head, weights = (jnp.asarray(array, jnp.float32) for array in (hidden, head, weights))
+    return [hidden, head, targets, weights]
+
+
+def place(mesh, arrays, words):
+    """Tables over (tensor, fsdp), whole where tensor does not divide them; everything else over (data, fsdp)."""
+    cut = "tensor" if words % mesh.shape["tensor"] == 0 else None
+
+    def spec(array):
+        if array.shape[0] == words:
+            return jax.P(cut, "fsdp") if array.ndim == 2 else jax.P(cut)
+        return jax.P(("data", "fsdp") if array.shape[0] % 4 == 0 else None)
+
+    return [jax.device_put(array, NamedSharding(mesh, spec(array))) for array in arrays]
+
+
+def compile_on(mesh, function, arrays, num_gradients):
+    """Compiled with gradients lying like their arguments, as the train step's do."""
+    with jax.set_mesh(mesh):
+        where = (None, tuple(array.sharding for array in arrays[:num_gradients]))
+        return jax.jit(function, out_shardings=where).lower(*arrays).compile()
+
+
+def attention_with_gradients(attention):
+    def run(*arrays):
+        value, pull_back = jax.vjp(attention, *arrays[:5])
+        return value, pull_back(arrays[5])
+
+    return run
+
+
+def streamed_attention(*arrays):
+    return vocabulary_attention(*arrays, block_size=BLOCK, mesh_axes=AXES)
+
+
+# 8 x 16 queries on 4 devices: statistics from the covariance. 8 x 2: from another pass. 101 words: tensor does not
+# divide them, and each device passes over all. 6 rows: data x fsdp do not divide them.
+@pytest.mark.parametrize(("rows", "length", "words"), [(8, 16, 96), (8, 2, 96), (8, 16, 101), (6, 16, 96)])
+def test_attention_is_that_of_one_device(mesh, rows, length, words):
+    arrays = attention_inputs(rows, length, words)
+    placed = place(mesh, arrays, words)
+    value, gradients = compile_on(mesh, attention_with_gradients(streamed_attention), placed, 5)(*placed)
+    wanted, wanted_gradients = dense.in_float64(attention_with_gradients(dense.vocabulary_attention), *arrays)
+    assert dense.distance(value, wanted) <= TOLERANCE
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert dense.distance(got, want) <= TOLERANCE
+
+
+def test_summary_and_statistics_are_those_of_one_device(mesh):
+    *arrays, _ = attention_inputs(8, 4, 96)
+    p = dense.in_float64(lambda *a: jax.nn.softmax(dense.scores(*a)), *arrays[:4])
+
+    @jax.jit
+    def run(*arrays):
+        statistics = vocabulary_statistics(arrays[1], mesh_axes=AXES)
+        options = dict(statistics=statistics, entropy=True, top_k=5, block_size=BLOCK, mesh_axes=AXES)
+        return vocabulary_attention(*arrays, **options)
+
+    with jax.set_mesh(mesh):
+        value, summary = run(*place(mesh, arrays, 96))
+    assert dense.distance(value, p @ np.asarray(arrays[4], float)) <= TOLERANCE
+    assert dense.distance(summary.entropy, dense.entropy(p)) <= TOLERANCE
+    np.testing.assert_array_equal(summary.top_ids, np.argsort(-p, axis=-1)[..., :5])
+    np.testing.assert_allclose(summary.top_probabilities, -np.sort(-p, axis=-1)[..., :5], rtol=1e-4)
+
+
+def loss_with_gradients(loss):
+    def run(hidden, head, targets, weights):
+        return jax.value_and_grad(loss, (0, 1))(hidden, head, targets, weights)
+
+    return run
+
+
+def streamed_loss(*arrays):
+    return linear_cross_entropy(*arrays, z_loss=0.01, chunk_size=8, block_size=BLOCK, mesh_axes=AXES)[0]
+
+
+@pytest.mark.parametrize("words", [96, 101])
+def test_loss_is_that_of_one_device(mesh, words):
+    arrays = loss_inputs(8, 20, words)
+    placed = place(mesh, arrays, words)
+    value, gradients = compile_on(mesh, loss_with_gradients(streamed_loss), placed, 2)(*placed)
+    wanted, wanted_gradients = dense.in_float64(
+        loss_with_gradients(lambda *a: dense.linear_cross_entropy(*a, z_loss=0.01)), *arrays
+    )
+    np.testing.assert_allclose(value, wanted, rtol=TOLERANCE)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert dense.distance(got, want) <= TOLERANCE
+
+
+@pytest.mark.parametrize("which", ["attention", "loss"])
+def test_no_table_is_gathered_over_tensor_and_nothing_is_queries_times_words(mesh, which):
+    words, rows, length = 704, 8, 256
+    if which == "attention":
+        arrays, function, count = attention_inputs(rows, length, words), attention_with_gradients(streamed_attention), 5
+    else:
+        arrays, function, count = loss_inputs(rows, length, words), loss_with_gradients(streamed_loss), 2
+    placed = place(mesh, arrays, words)
+    text = compile_on(mesh, function, placed, count).as_text()
+    shapes = set(map(_shape, re.findall(r"\w+\[([\d,]*)\]", text)))
+    local_queries, local_words = rows * length // 4, words // 2
+    assert (local_words, WIDTH) in shapes, "this device's rows, whole in width"
+    assert not any(words in shape for shape in shapes), "never all rows"
+    # The largest arrays are a block's scores, local queries and local tables.
+    assert max(map(math.prod, shapes)) <= local_queries * BLOCK < local_queries * local_words / 10
+    for gathered in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text):
+        assert _shape(gathered) in ((local_words, WIDTH), (local_words, VALUE_WIDTH)), "over fsdp"
+
+
+def test_the_check_sees_a_dense_form(mesh):
+    """The same text of the dense form, under the same mesh, does hold queries times words."""
+    arrays = attention_inputs(8, 256, 704)
+    placed = place(mesh, arrays, 704)
+    text = compile_on(mesh, attention_with_gradients(dense.vocabulary_attention), placed, 5).as_text()
+    assert max(math.prod(_shape(shape)) for shape in re.findall(r"\w+\[([\d,]*)\]", text)) >= 8 * 256 // 4 * 704 // 2
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size)
