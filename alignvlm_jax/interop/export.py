@@ -142,7 +142,6 @@ def processor_config(config: AlignVLMConfig, tiling: TilingConfig, image_token: 
         "image_processor": {
             "image_processor_type": "AlignVLMImageProcessor",
             "auto_map": {"AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"},
-            "processor_class": "AlignVLMProcessor",
             **dataclasses.asdict(tiling),
         },
     }
