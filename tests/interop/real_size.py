@@ -42,6 +42,7 @@ LLAMA_1B = dict(
     tie_word_embeddings=True,
     max_position_embeddings=131072,
 )
+SO400M_PARAMETERS = 412_987_248  # without the pooling head
 _SHARD_BYTES = 600_000_000
 
 

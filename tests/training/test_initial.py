@@ -1,6 +1,7 @@
 """What stage 1 starts from: the backbones as they are, a connector of its own seed, W2 a copy of the LM head."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
-from alignvlm_jax.training.initial import initial_parameters
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.parallel.sharding import parameter_shardings
+from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from tests.training.batches import MODEL
 
 
@@ -65,6 +69,52 @@ def test_how_a_backbone_is_run_is_the_configs_to_say(backbones):
     folder, _ = backbones
     language = dataclasses.replace(MODEL.language, dtype="bfloat16", remat="full", head_dim=8)
     initial_parameters(experiment(folder, dataclasses.replace(MODEL, language=language)))
+
+
+def test_weights_come_straight_onto_the_runs_mesh(backbones):
+    folder, saved = backbones
+    config = dataclasses.replace(experiment(folder), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    params = initial_parameters(config)
+    where = parameter_shardings(
+        jax.eval_shape(lambda: random_parameters(MODEL, jax.random.key(0))), make_mesh(config.mesh)
+    )
+    jax.tree.map(lambda leaf, place: leaf.sharding == place or pytest.fail(str(place)), params, where)
+    gate = params["language"]["layers"]["mlp"]["gate"]["kernel"]
+    assert gate.addressable_shards[0].data.size == gate.size // 4
+    jax.tree.map(np.testing.assert_array_equal, params["language"], saved["language"])
+
+
+def test_random_backbones_need_no_folder(backbones):
+    folder, saved = backbones
+    config = dataclasses.replace(experiment(folder), backbones=BackbonesConfig("random", str(folder / "language")))
+    params = initial_parameters(config)
+    jax.tree.map(np.testing.assert_array_equal, params["language"], saved["language"])
+    assert (params["vision"]["position_embedding"] != saved["vision"]["position_embedding"]).any()
+    both = dataclasses.replace(experiment(folder), backbones=BackbonesConfig("random", "random"))
+    assert initial_parameters(both)["language"]["embedding"].shape == saved["language"]["embedding"].shape
+    language = dataclasses.replace(MODEL.language, vocab_size=512)
+    assert load_tokenizer(dataclasses.replace(both, model=dataclasses.replace(MODEL, language=language))).image_id == 3
+
+
+def test_a_tokenizer_for_text_alone_learns_of_images(tmp_path):
+    """A language model's own folder, of whose rows none is free."""
+    nano = backbone_folder("language", "nano")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text((nano / name).read_text().replace("<|image|>", "<|other|>"))
+    path = tmp_path / "tokenizer_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in raw.items() if "<|other|>" not in json.dumps(value)}))
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+    def load(rows):
+        language = dataclasses.replace(MODEL.language, vocab_size=rows)
+        model = dataclasses.replace(MODEL, language=language)
+        return load_tokenizer(ExperimentConfig(model=model, tokenizer=str(tmp_path)))
+
+    assert load(576).image_id == 512
+    with pytest.raises(UserError, match=r"needs 576 rows, the config has 512.*connector\.vocab_size to 512"):
+        load(512)
 
 
 def test_a_missing_backbone_is_named(backbones, tmp_path):
