@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaModel, SiglipVisionConfig
+from transformers import LlamaForCausalLM, LlamaModel, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -94,13 +94,13 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
 def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
     """P itself, float32 [T, V]: for analyses of a few tiles."""
     everything = slice(0, words.size)
-    return _softmax_of_norm(query, words.keys(everything).to(query.dtype), *words.norm(everything), words.eps)
+    return _softmax_of_norm(query, words.keys(everything).to(query), *words.norm(everything), words.eps)
 
 
 def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
     """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
     everything = slice(0, words.size)
-    keys, values = words.keys(everything).to(query.dtype), words.values(everything).to(query.dtype)
+    keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
 
     def attend(query, keys, scale, bias, values):
@@ -133,7 +133,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
     block_size = max(_MIN_WORDS, _MAX_LOGITS // max(num_queries, 1))
 
     def logits(block: slice) -> torch.Tensor:
-        return matmul_float32(query, words.keys(block).to(dtype).T)
+        return matmul_float32(query, words.keys(block).to(query).T)
 
     count, mean, squares = 0, query.new_zeros(num_queries, 1, dtype=torch.float32), 0.0
     for block in words.blocks(block_size):
@@ -155,7 +155,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
         weights = scores.sub_(new_maximum).exp_()
         correction = torch.exp(maximum - new_maximum)
         total = total * correction + weights.sum(dim=-1, keepdim=True)
-        expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(dtype))
+        expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(query))
         maximum = new_maximum
     return (expected / total).to(dtype)
 
@@ -184,7 +184,12 @@ class _Float32Product(torch.autograd.Function):
         return gradient @ right.T, left.T @ gradient
 
 
-# --- Connectors: connector(features [M, N, d], embed_tokens) -> visual tokens [M, N', D] ------------------------------
+# --- Connectors: connector(features [M, N, d], embed_words) -> visual tokens [M, N', D] -------------------------------
+# `embed_words` gives the decoder's embeddings of a block of words. It is a function and no module, because the hooks of
+# offloading would try to move a module that is passed to another.
+
+
+EmbedWords = Callable[[slice], torch.Tensor]
 
 
 class WordTable(nn.Module):
@@ -224,23 +229,20 @@ class AlignConnector(nn.Module):
         self.w2 = WordTable(self.num_words, width)
         self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
 
-    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
-        query, words = self.query(features), self.words(features.device, embed_tokens)
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
+        query, words = self.query(features), self.words(embed_words)
         return expected_embedding(query.flatten(0, 1), words).view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
         """P for every feature, float32 [M, N, V]: for analyses of a few tiles."""
         query = self.query(features)
-        return word_distribution(query.flatten(0, 1), self.words(features.device, None)).view(*query.shape[:2], -1)
+        return word_distribution(query.flatten(0, 1), self.words()).view(*query.shape[:2], -1)
 
     def query(self, features: torch.Tensor) -> torch.Tensor:
         return self.hidden_norm(self.w1(features))
 
-    def words(self, device: torch.device, embed_tokens: nn.Module | None) -> Words:
-        def values(block: slice) -> torch.Tensor:
-            return embed_tokens(torch.arange(block.start, block.stop, device=device))
-
-        return Words(self.num_words, self.w2, self.vocab_norm, values, self.eps)
+    def words(self, embed_words: EmbedWords | None = None) -> Words:
+        return Words(self.num_words, self.w2, self.vocab_norm, embed_words, self.eps)
 
 
 class OvisConnector(nn.Module):
@@ -254,7 +256,7 @@ class OvisConnector(nn.Module):
         self.word_norm = WordNorm(self.num_words, initial_scale=1.0)
         self.table = WordTable(self.num_words, config.text_config.hidden_size)
 
-    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         words = Words(self.num_words, self.head, self.word_norm, self.table, self.eps)
         return expected_embedding(features.flatten(0, 1), words).view(*features.shape[:2], -1)
 
@@ -268,7 +270,7 @@ class MLPConnector(nn.Module):
         self.linear_in = nn.Linear(config.vision_config.hidden_size, width)
         self.linear_out = nn.Linear(width, width)
 
-    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         return self.linear_out(F.gelu(self.linear_in(features)))
 
 
@@ -281,7 +283,7 @@ class HReducerConnector(nn.Module):
         self.reduce = nn.Conv2d(width, width, kernel_size=(1, self.window), stride=(1, self.window))
         self.project = nn.Linear(width, config.text_config.hidden_size)
 
-    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         grid = math.isqrt(features.shape[1])
         rows = features.transpose(1, 2).unflatten(2, (grid, grid))
         reduced = self.reduce(F.pad(rows, (0, -grid % self.window)))
@@ -300,7 +302,7 @@ class PerceiverConnector(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(fields, width) for _ in range(fields["depth"]))
         self.final_norm = nn.RMSNorm(width, eps=fields["rms_norm_eps"])
 
-    def forward(self, features: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         context = self.modality_projection(features)
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
@@ -408,7 +410,12 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "PerceiverLayer"]
+    _no_split_modules = [
+        "LlamaDecoderLayer",
+        "SiglipVisionEmbeddings",
+        "SiglipEncoderLayer",
+        *(connector.__name__ for connector in CONNECTORS.values()),
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -475,7 +482,12 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             `last_hidden_state`: the encoder's features [M, N, d]; `pooler_output`: the visual tokens [M, N', D].
         """
         features = self.vision_tower(pixel_values).last_hidden_state
-        visual = self.connector(features, self.get_input_embeddings())
+        embed_tokens = self.get_input_embeddings()
+
+        def embed_words(block: slice) -> torch.Tensor:
+            return embed_tokens(torch.arange(block.start, block.stop, device=features.device))
+
+        visual = self.connector(features, embed_words)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
 
     @can_return_tuple
@@ -545,7 +557,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     """The whole model: generates, and with `labels` computes the loss of training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tp_plan = LlamaForCausalLM._tp_plan
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__(config)

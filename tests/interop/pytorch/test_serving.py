@@ -106,6 +106,23 @@ def test_layers_can_be_replaced(pair, connector):
         assert torch.equal(model(**inputs).last_hidden_state, expected)
 
 
+def test_modules_are_not_passed_to_modules(pair):
+    """The hooks with which accelerate offloads weights move all that a module is called with."""
+    pair = pair()
+    model, inputs = load_base(pair), pair.inputs(QUESTION)
+    called = []
+
+    def check(module, args, kwargs):
+        called.append(module)
+        assert not any(hasattr(value, "to") for value in (*args, *kwargs.values()) if not torch.is_tensor(value))
+
+    for module in model.connector.modules():
+        module.register_forward_pre_hook(check, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    assert set(called) == set(model.connector.modules())
+
+
 def test_the_values_of_align_are_the_live_table(pair):
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
