@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -57,8 +58,8 @@ def appearing_whole(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         folder = scratch if is_local(path) else stack.enter_context(tempfile.TemporaryDirectory())
-        # Named by process: of a run that was killed, a worker may still be at the same file.
-        partial = Path(folder, f"{path.name}.{os.getpid()}")
+        # No two writers share a name: of a run that was killed, a worker may still be at the same file.
+        partial = Path(folder, f"{path.name}.{uuid.uuid4().hex}")
         try:
             yield partial
             put(partial, path)
@@ -81,8 +82,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     """A file; the files of a folder with such endings, however deep; or those that match a pattern with `*`."""
     path = epath.Path(pattern)
     if path.is_dir():
-        inside = [epath.Path(folder) / name for folder, _, names in path.walk() for name in names]
-        return sorted(str(file) for file in inside if file.name.endswith(suffixes))
+        return sorted(str(file) for file in _files_in(path, suffixes))
     if path.exists():
         return [pattern]
     wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
@@ -90,3 +90,16 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         return []
     start = epath.Path(*path.parts[:wild]) if wild else epath.Path(".")
     return sorted(str(file) for file in start.glob("/".join(path.parts[wild:])))
+
+
+def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
+    if is_local(folder):  # os.walk does not follow links, which may lead back to the folder.
+        yield from (
+            epath.Path(at) / name for at, _, names in os.walk(folder) for name in names if name.endswith(suffixes)
+        )
+        return
+    for entry in folder.iterdir():  # epath's own walk forgets the gs:// of what it finds.
+        if entry.name.endswith(suffixes):
+            yield entry
+        elif entry.is_dir():
+            yield from _files_in(entry, suffixes)

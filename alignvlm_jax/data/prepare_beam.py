@@ -2,7 +2,8 @@
 
 The elements are the slices of the plan; converting one writes its shard and its note, as a process on one machine
 does, so the data set is the same, byte for byte. A slice that a runner does twice is written twice, the same each time.
-OUT and the input must be where all workers reach them: in a bucket, or on a disk that they share.
+Refused records are counted when the pipeline is done. OUT and the input must be where all workers reach them: in a
+bucket, or on a disk that they share.
 """
 
 from collections.abc import Iterator, Sequence

@@ -20,6 +20,7 @@ from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
 from alignvlm_jax.data.store import open_dataset
 from alignvlm_jax.errors import UserError
+from tests.data.bucket import bucket_in
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
 
@@ -170,6 +171,26 @@ def test_killed_at_any_point_and_started_again_it_ends_the_same(tmp_path):
     assert 1 <= finished[0] <= finished[1] < 40
     prepare(recipe, killed, convert=HERE, progress=False)
     assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_from_a_bucket_to_a_bucket_it_is_the_same(tmp_path):
+    local = tmp_path / "local"
+    with bucket_in(tmp_path / "cloud") as bucket:
+        for name in FORMATS:
+            (tmp_path / "cloud" / "test" / name).mkdir()
+            write_input(name, tmp_path / "cloud" / "test" / name, 5)
+            limits = Limits(image_root=f"{bucket}/{name}/images")
+            recipe = Recipe(name, (f"{bucket}/{name}/data.*",), options=FormatOptions(2), limits=limits)
+            prepare(recipe, f"{bucket}/out/{name}", convert=HERE, progress=False)
+            prepare(recipe, local / name, convert=HERE, progress=False)
+            assert contents(tmp_path / "cloud" / "test" / "out" / name) == contents(local / name)
+            assert prepare(recipe, f"{bucket}/out/{name}", convert=HERE, progress=False).accepted == 5
+            assert len(open_dataset(local / name, "train")) == 5
+        lost = [llava_record(0, image="../../test/llava/images/0.png"), llava_record(1, image="/etc/hostname")]
+        write_json(tmp_path / "cloud" / "test" / "lost.json", [*lost, llava_record(0), llava_record(9)])
+        recipe = Recipe("llava", (f"{bucket}/lost.json",), limits=Limits(image_root=f"{bucket}/llava/images"))
+        summary = prepare(recipe, local / "lost", max_rejects=1, convert=HERE, progress=False)
+        assert summary.accepted == 1 and summary.rejected == {"image path": 2, "missing image": 1}
 
 
 def test_killed_while_it_clears_away_it_is_done(pages, tmp_path):

@@ -45,13 +45,11 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
         raise Refusal("image marks", f"{marks} image marks for {len(conversation.images)} images")
-    budget = limits.max_record_bytes - len(text.encode())
+    budget = _spend(limits.max_record_bytes, len(text.encode()))
     images = []
     for i, image in enumerate(conversation.images, 1):
         data = image if isinstance(image, bytes) else _read_image(image, image_root, limits, budget)
-        budget -= len(data)
-        if budget < 0:
-            raise Refusal("too large", f"text and images have more than the limit of {limits.max_record_bytes} bytes")
+        budget = _spend(budget, len(data))
         _check_image(data, f"image {i}" if isinstance(image, bytes) else image, limits.max_pixels)
         images.append(data)
     return {"id": conversation.id, "source": conversation.source, "conversation": text, "images": images}
@@ -75,6 +73,12 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise Refusal("empty conversation", f"message {i}, the {message['role']}'s, is empty")
         if message["role"] != "user" and IMAGE in message["content"]:
             raise Refusal("image marks", f"message {i}, the {message['role']}'s, shows an image")
+
+
+def _spend(budget: int, size: int) -> int:
+    if size > budget:
+        raise Refusal("too large", f"{size} bytes of text or image, where the limit leaves {budget}")
+    return budget - size
 
 
 def _plain(message: Message) -> Message:
@@ -104,8 +108,7 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
         found = status(path)
         if not found.is_regular:
             raise Refusal("image path", f"{name}: not an image file but a folder or a device")
-        if found.size > max_bytes:
-            raise Refusal("too large", f"{name}: {found.size} bytes, more than the {max_bytes} left of the limit")
+        _spend(max_bytes, found.size)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise Refusal("missing image", f"{name}: no such file in {image_root}") from error

@@ -5,6 +5,9 @@ bytes which a worker reads by itself, and damage in one record (bytes that are n
 record and no other.
 
     [{"id": 1, "x": "}"}, {"id": 2}]        two elements: bytes 1-20 and 22-31
+
+After a lost quotation mark brackets and texts change places to the end of the file. A record that does not close where
+another seems to begin, by its first name (`}, {"id":`), and is not valid JSON either, is therefore cut there.
 """
 
 import contextlib
@@ -20,10 +23,13 @@ from alignvlm_jax.data.paths import is_local, opened
 
 Buffer = bytes | mmap.mmap
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = re.compile(rb"(?:\xef\xbb\xbf)?")
+_LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
 # A string ends with its line at the latest: after a lost quotation mark the next line is understood again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
+# So far past what looks like the next record's beginning, the end of this one is looked for.
+_PATIENCE = 2**20
 
 
 def count_records(file: str) -> int:
@@ -55,8 +61,9 @@ def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any 
     """The records of a slice, parsed, with their numbers; in place of one that cannot be parsed, why."""
     wanted = None if piece.picks is None else set(piece.picks)
     with _mapped(piece.file) as buffer:
-        find = _elements if _is_list(buffer) else _lines
-        for number, (start, stop) in enumerate(find(buffer, piece.start, piece.stop), piece.first):
+        for number, (start, stop) in enumerate(_spans(buffer, piece.start), piece.first):
+            if start >= piece.stop:
+                return
             if wanted is not None and number not in wanted:
                 continue
             try:
@@ -88,27 +95,24 @@ def _mapped(path: str) -> Iterator[Buffer]:
             yield buffer
 
 
-def _spans(buffer: Buffer) -> Iterator[tuple[int, int]]:
-    """Where each record of the file starts and stops."""
-    start = _text_start(buffer)
-    if not _is_list(buffer):
-        yield from _lines(buffer, start, len(buffer))
+def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Where each record of the file starts and stops, from the one that starts there on."""
+    beginning = _LIST.match(buffer)
+    if beginning is None:
+        yield from _lines(buffer, start or _BYTE_ORDER_MARK.match(buffer).end(), len(buffer))
         return
-    start, stop = buffer.find(b"[", start) + 1, len(buffer)
-    end = stop
-    while end > start and buffer[end - 1 : end] in (b" ", b"\t", b"\r", b"\n"):
-        end -= 1
-    if buffer[end - 1 : end] == b"]" and end > start:
-        stop = end - 1
-    yield from _elements(buffer, start, stop)
+    stop = len(buffer)
+    while buffer[stop - 1 : stop] in (b" ", b"\t", b"\r", b"\n"):
+        stop -= 1
+    if buffer[stop - 1 : stop] == b"]" and stop > beginning.end():
+        stop -= 1
+    yield from _elements(buffer, start or beginning.end(), stop, _border(buffer, beginning.end()))
 
 
-def _text_start(buffer: Buffer) -> int:
-    return len(_BYTE_ORDER_MARK) if buffer[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
-
-
-def _is_list(buffer: Buffer) -> bool:
-    return re.compile(rb"\s*\[").match(buffer, _text_start(buffer)) is not None
+def _border(buffer: Buffer, start: int) -> re.Pattern | None:
+    """What stands between two records, if all begin with the same name as the first."""
+    name = re.compile(rb'\s*\{\s*("[^"\\]*")\s*:').match(buffer, start)
+    return name and re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(name[1]) + rb"\s*:)")
 
 
 def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -120,29 +124,51 @@ def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start = end + 1
 
 
-def _elements(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> Iterator[tuple[int, int]]:
     """The elements of a list, its own brackets left out.
 
-    Whatever stands between two bracketed elements and is not a comma is an element too (and no conversation), and so
-    is all that follows a bracket that is never closed.
+    Whatever stands between two bracketed elements and is not a comma is an element too, and no conversation.
     """
-    depth, begin = 0, start
-    for token in _BRACKET_OR_STRING.finditer(buffer, start, stop):
-        first = token.group()[:1]
-        if first in (b"{", b"["):
-            if depth == 0:
-                yield from _between(buffer, start, token.start())
-                begin = token.start()
+    while start < stop:
+        opening = next((t.start() for t in _tokens(buffer, start, stop) if t[0] in (b"{", b"[")), stop)
+        yield from _between(buffer, start, opening)
+        if opening < stop:
+            start = _end_of_element(buffer, opening, stop, border)
+            yield opening, start
+        else:
+            start = stop
+
+
+def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> int:
+    next_one = border and border.search(buffer, start, stop)
+    end, depth = None, 0
+    for token in _tokens(buffer, start, stop):
+        if token[0] in (b"{", b"["):
             depth += 1
-        elif first in (b"}", b"]") and depth:
+        elif token[0] in (b"}", b"]"):
             depth -= 1
-            if depth == 0:
-                yield begin, token.end()
-                start = token.end()
-    if depth:
-        yield begin, stop
-    else:
-        yield from _between(buffer, start, stop)
+        if depth == 0:
+            end = token.end()
+            break
+        if next_one and token.start() > next_one.end() + _PATIENCE:
+            break
+    if next_one is None:
+        return end or stop
+    if end is None or end > next_one.start() + 1 and not _is_json(buffer[start:end]):
+        return next_one.start() + 1
+    return end
+
+
+def _tokens(buffer: Buffer, start: int, stop: int) -> Iterator[re.Match]:
+    return _BRACKET_OR_STRING.finditer(buffer, start, stop)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _between(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -32,14 +32,16 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
         number = piece.first
         for group in range(piece.start, piece.stop):
             stop = number + file.metadata.row_group(group).num_rows
+            problem = "it has fewer rows than it claims"
             try:
                 for batch in file.iter_batches(_ROWS_AT_A_TIME, [group], present):
-                    for i in range(batch.num_rows):
+                    for i in range(min(batch.num_rows, stop - number)):
                         yield number, _row(batch, i)
                         number += 1
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-                for lost in range(number, stop):
-                    yield lost, Refusal("damaged file", f"row group {group} cannot be read ({_brief(error)})")
+                problem = _brief(error)
+            for lost in range(number, stop):
+                yield lost, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
             number = stop
 
 

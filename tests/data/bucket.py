@@ -1,0 +1,23 @@
+"""A stand-in for gs:// that keeps its files in a local folder: what epath asks of fsspec, without a network."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+
+class _Bucket(DirFileSystem):
+    protocol = ("gs", "gcs")
+
+
+@contextlib.contextmanager
+def bucket_in(folder: Path) -> Iterator[str]:
+    """Within it, gs://test/x is folder/test/x, in this process."""
+    (folder / "test").mkdir(parents=True)
+    stand_in = _Bucket(str(folder), LocalFileSystem(auto_mkdir=True))
+    with mock.patch.object(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: stand_in):
+        yield "gs://test"

@@ -1,0 +1,81 @@
+"""Records are found in JSON by their brackets, whatever is written between them."""
+
+import json
+
+import pytest
+
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal
+from alignvlm_jax.data.formats.json_files import count_records, plan_file, read_slice
+
+
+def read(path, records_per_shard=2, **options):
+    options = FormatOptions(records_per_shard=records_per_shard, **options)
+    slices = plan_file(str(path), options)
+    found = [record for piece in slices for record in read_slice(piece, options)]
+    assert [number for number, _ in found] == list(range(len(found)))
+    assert sum(piece.records for piece in slices) == len(found) == count_records(str(path))
+    return [record for _, record in found]
+
+
+RECORDS = [
+    {"a": 'a "quote", a \\ and a }'},
+    {"b": [1, {"c": "]["}], "d": {}},
+    {},
+    {"e": "\\"},
+    {"f": "ü✓\n\t"},
+    [1, [2]],
+    {"g": "[{" * 50},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("records_per_shard", [1, 2, 100])
+def test_every_record_is_found_as_json_has_it(tmp_path, indent, records_per_shard):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(RECORDS, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert read(path, records_per_shard) == RECORDS
+    path.write_bytes(b"\xef\xbb\xbf\r\n " + json.dumps(RECORDS, indent=indent).encode() + b"\n\n")
+    assert read(path, records_per_shard) == RECORDS
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS[:5]) + "\r\n\n \n")
+    assert read(path) == RECORDS[:5]
+
+
+@pytest.mark.parametrize("content", [b"", b"   \n", b"[]", b" [ \n ] "])
+def test_nothing_is_no_record(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    assert read(tmp_path / "a.json") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "outcomes"),
+    [
+        (b'[{"a": 1}, 17, {"a": 2}]', [dict, int, dict]),
+        (b'[null, {"a": 2}, "end"]', [None.__class__, dict, str]),
+        (b'[{"a": 1} {"a": 2}]', [dict, dict]),  # a lost comma between records harms nobody
+        (b'[{"a": 1}, {"a": }, {"a": 2}]', [dict, Refusal, dict]),
+        (b'[{"a": 1}, {"a": 2}, {"a": "cut o', [dict, dict, Refusal]),
+        (b'[{"a": 1}, {"a": {"b": 2}, {"a": 3}]', [dict, Refusal, dict]),
+        (b'[{"a": 1, "b": "lost quote}, {"a": 2, "b": "]"}, {"a": 3}]', [Refusal, dict, dict]),
+        (b'[{"a": "{", "c": [{"a": 1}, {"a": 2}]}, {"a": 3}]', [dict, dict]),
+        (b'[\n{"a": "lost quote},\n{"a": 1}\n]', [Refusal, dict]),
+        (b'[{"a": 1}]{"a": 2}', [dict, Refusal, dict]),
+        (b"<html>no such file</html>", [Refusal]),
+        (b'[{"a": "\xff"}, {"a": 1}]', [Refusal, dict]),
+        (b"[" + b"[" * 5000 + b"]" * 5000 + b"]", [Refusal]),
+        (b'[{"a": ' + b"9" * 5000 + b"}]", [Refusal]),
+    ],
+)
+def test_damage_costs_the_record_that_has_it(tmp_path, content, outcomes):
+    (tmp_path / "a.json").write_bytes(content)
+    assert [type(record) for record in read(tmp_path / "a.json", 1)] == outcomes
+
+
+def test_an_enormous_record_is_not_parsed(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"a": 1}, {"a": "x" * 2000}, {"a": 2}]))
+    records = read(tmp_path / "a.json", max_record_bytes=1000)
+    assert records[1].kind == "too large" and "2009 bytes" in str(records[1])
+    assert [records[0], records[2]] == [{"a": 1}, {"a": 2}]

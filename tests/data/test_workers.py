@@ -1,0 +1,27 @@
+"""Tasks in processes: every one done once, errors and deaths reported."""
+
+import functools
+import signal
+
+import pytest
+
+from alignvlm_jax.data.workers import WorkerDied, run_tasks
+
+
+def test_every_task_is_done_once():
+    for processes in (1, 3):
+        results = dict(run_tasks(functools.partial(pow, 2), range(30), processes))
+        assert results == {i: 2**i for i in range(30)}
+    assert list(run_tasks(abs, [], 4)) == []
+
+
+def test_an_error_in_a_task_is_raised_here():
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match="invalid literal"):
+            list(run_tasks(int, ["1", "x", "3"], processes))
+
+
+def test_the_death_of_a_process_ends_it_and_says_at_which_tasks():
+    with pytest.raises(WorkerDied) as error:
+        list(run_tasks(signal.raise_signal, [signal.SIGKILL] * 9, 2))
+    assert 1 <= len(error.value.tasks) <= 4
