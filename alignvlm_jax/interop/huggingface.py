@@ -31,6 +31,7 @@ Params = dict[str, Any]
 # Tensors that AlignVLM has no use for: the pooling head, the text tower, and buffers that older versions stored.
 _SIGLIP_UNUSED = ("vision_model.head.", "vision_model.embeddings.position_ids", "text_model.", "logit_")
 _LLAMA_UNUSED = ("model.rotary_emb.",)
+_COMPARED_ROWS = 4096
 _ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
 
 
@@ -51,7 +52,7 @@ class Backbone:
     config: VisionConfig | LanguageConfig
     files: TensorFiles
     rows: tuple[tables.Row, ...]
-    rename: Any
+    rename: Callable[[str], str] | None
     unused: tuple[str, ...]
 
     def __enter__(self) -> Self:
@@ -97,10 +98,26 @@ def open_language(folder: str | Path) -> Backbone:
     folder = Path(folder)
     config = read_language_config(folder)
     files = TensorFiles(folder)
-    # With tied embeddings some files hold the table a second time; transformers does not look at it either.
-    unused = _LLAMA_UNUSED + (("lm_head.",) if config.tie_word_embeddings else ())
+    unused = _LLAMA_UNUSED
+    if config.tie_word_embeddings:
+        _check_tied(files)
+        unused += ("lm_head.",)  # some files hold the table a second time
     unused += tuple(key for key in files.shapes if key.endswith(_ROTARY_BUFFER))
     return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), None, unused)
+
+
+def _check_tied(files: TensorFiles) -> None:
+    """A head that is there and is not the embedding table contradicts the config; transformers 5 then unties them."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in files.shapes or files.shapes[head] != files.shapes.get(table):
+        return
+    rows = range(0, files.shapes[head][0], _COMPARED_ROWS)
+    blocks = (slice(start, start + _COMPARED_ROWS) for start in rows)
+    if not all(np.array_equal(files.read(head, block), files.read(table, block)) for block in blocks):
+        raise UserError(
+            f"{files.folder}: config.json says tie_word_embeddings, but {head} is not {table}: "
+            "set tie_word_embeddings to false there"
+        )
 
 
 def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
@@ -141,14 +158,15 @@ def read_vision_config(folder: str | Path) -> VisionConfig:
     kinds = [raw.get("model_type", None)]
     if isinstance(raw.fields.get("vision_config"), dict):
         raw.fields = raw.fields["vision_config"]
-        kinds.append(raw.get("model_type", None))
+        kinds.append(raw.get("model_type", "siglip_vision_model"))
     if {"siglip2", "siglip2_vision_model"} & set(kinds) or "num_patches" in raw.fields:
         raise UserError(
             f"{raw.path}: this is a NaFlex SigLIP 2, which takes images of any shape; AlignVLM cuts square tiles and "
             'needs one of fixed resolution (of model_type "siglip", such as siglip2-so400m-patch14-384)'
         )
-    if not {"siglip", "siglip_vision_model"} & set(kinds):
-        raise UserError(f"{raw.path}: model_type is {kinds[-1]!r}, not that of a SigLIP vision model")
+    others = [kind for kind in kinds if kind not in ("siglip", "siglip_vision_model")]
+    if others:
+        raise UserError(f"{raw.path}: model_type is {others[0]!r}, not that of a SigLIP vision model")
     raw.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     raw.must_be("num_channels", 3, 3)
     config = VisionConfig(

@@ -295,6 +295,7 @@ def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_pat
         ({"model_type": "siglip2_vision_model"}, "NaFlex"),
         ({"num_patches": 256}, "NaFlex"),
         ({"model_type": "clip_vision_model"}, "'clip_vision_model', not that of a SigLIP"),
+        ({"model_type": "alignvlm", "vision_config": {"model_type": "siglip_vision_model"}}, "is 'alignvlm', not that"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'gelu_pytorch_tanh' is supported"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"image_size": [20, 40]}, r"image_size is \[20, 40\], expected a square"),
@@ -335,6 +336,16 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
 def test_refused_language_configs(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
     with pytest.raises(UserError, match=message):
+        huggingface.open_language(tmp_path)
+
+
+def test_a_head_that_is_not_the_table_it_is_said_to_be(tmp_path):
+    oracle.llama(tmp_path)
+    lm_head_though_tied(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1})
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
         huggingface.open_language(tmp_path)
 
 
