@@ -9,7 +9,7 @@ What `config.json` leaves out has transformers' default, since transformers leav
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
