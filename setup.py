@@ -37,15 +37,21 @@ REQUIRES = [
 TORCH = ["torch>=2.9,<3", "transformers>=5.0,<6"]
 EVAL = ["spacy>=3.8,<3.9"]  # VCR is scored over its tokens
 
+DATA = ["pyarrow>=25,<28", "pyyaml>=6.0.2,<7"]
+
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": TORCH,
+    # What tools/prepare_data.py reads YAML and Parquet with; other dependencies bring both as well.
+    "data": DATA,
+    "beam": [*DATA, "apache-beam>=2.77,<3"],
     "eval": EVAL,
     # torch is the oracle of a few tests. Pinned exactly: pip then finds the small CPU wheel where one is offered.
     "dev": [
         *EVAL,
+        *DATA,
         "packaging>=25,<28",
         "pytest>=8.4,<10",
         "ruff>=0.14,<0.18",
