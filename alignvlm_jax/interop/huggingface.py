@@ -152,9 +152,11 @@ def _abstract(module: nn.Module, *inputs: jax.Array, **keywords: jax.Array) -> P
 # Configs in
 
 
-def read_vision_config(folder: str | Path) -> VisionConfig:
-    """The encoder that `config.json` describes; all that is wrong with it in one error."""
+def read_vision_config(folder: str | Path, section: str | None = None) -> VisionConfig:
+    """The encoder that `config.json`, or a section of it, describes; all that is wrong with it in one error."""
     raw = _RawConfig(Path(folder))
+    if section is not None:
+        raw.fields = raw.get(section, {})
     kinds = [raw.get("model_type", None)]
     if isinstance(raw.fields.get("vision_config"), dict):
         raw.fields = raw.fields["vision_config"]

@@ -73,6 +73,10 @@ def import_alignvlm(
 def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
     kind = config_json.get("model_type")
     if kind == "alignvlm":
+        sections = ("vision_config", "text_config", "connector_config")
+        lost = [section for section in sections if not isinstance(config_json.get(section), dict)]
+        if lost:
+            raise UserError(f"{folder}/config.json: it has no {', '.join(lost)}")
         return
     advice = ""
     if kind in ("llama", "siglip", "siglip_vision_model"):
@@ -121,8 +125,8 @@ def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) 
         read_language_config(folder, "text_config"),
         tie_word_embeddings=bool(config_json.get("tie_word_embeddings", False)),
     )
-    model = {"connector": config_json.get("connector_config", {})}
-    for name, part in (("vision", read_vision_config(folder)), ("language", language)):
+    model = {"connector": config_json["connector_config"]}
+    for name, part in (("vision", read_vision_config(folder, "vision_config")), ("language", language)):
         model[name] = dataclasses.asdict(part) | {field: run[name][field] for field in ("dtype", "remat")}
     # PyTorch's config always says how wide a head is; ours need not where it follows from the rest.
     if run["language"].get("head_dim") is None and language.head_width * language.num_heads == language.hidden_size:

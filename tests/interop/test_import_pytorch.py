@@ -164,6 +164,8 @@ def test_folders_of_other_models(checkpoint, edited, tmp_path):
     _refused("no config.json", tmp_path / "nowhere", tmp_path)
     _edit_json(edited / "config.json", connector_config={"name": "qformer"})
     _refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)
+    _edit_json(edited / "config.json", connector_config=None, text_config=[])
+    _refused("config.json: it has no text_config, connector_config", edited, tmp_path)
     (edited / "config.json").write_text("{")
     _refused("config.json is not JSON", edited, tmp_path)
 
