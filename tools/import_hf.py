@@ -80,9 +80,14 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    tiling = config.data.tiling
-    print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px a page; ask it, train it or export it:")
-    print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
+    tiling, model = config.data.tiling, config.model
+    print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px a page; ask it, export it or train it:")
+    command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
+    words = getattr(model.connector, "vocab_size", None)
+    if words is not None:  # the table has grown, which a config written for the folders does not know
+        command += f" --config.model.language.vocab_size={model.language.vocab_size}"
+        command += f" --config.model.connector.vocab_size={words}"
+    print(f"  {command}")
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -156,6 +156,14 @@ def run_tool(*arguments):
         sys.argv = before
 
 
+def test_the_command_to_go_on_with_knows_the_grown_table(backbones, tmp_path, capsys):
+    folder, _ = backbones
+    out = tmp_path / "out"
+    run_tool("--vision", str(folder / "vision"), "--language", str(folder / "language"), "--out", str(out))
+    grown = "--config.model.language.vocab_size=576 --config.model.connector.vocab_size=512"
+    assert f"--init-from {out} {grown}" in capsys.readouterr().out
+
+
 def break_weights(folder):
     path = next((folder / "language").glob("model-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-50])
