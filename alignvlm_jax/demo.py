@@ -192,8 +192,8 @@ def _patch_words(reader: Reader, image: PIL.Image.Image) -> list[list[list[str]]
         return jnp.argmax(model.connector.log_distribution(features, model.language.embedding), axis=-1)
 
     prompt = reader.prompts(image, ["?"])[0]
-    variables = {"params": reader.generator.params}
-    ids = AlignVLM(reader.config).apply(variables, prompt.tiles[None], prompt.tile_valid_hw[None], method=likeliest)
+    tiles, valid_hw = prompt.tiles[None], prompt.tile_valid_hw[None]
+    ids = AlignVLM(reader.config).apply(reader.generator.variables, tiles, valid_hw, method=likeliest)
     side = reader.config.vision.grid_size
     grids = np.asarray(ids).reshape(-1, side, side)
     return [[[reader.tokenizer.decode([token]).strip() for token in row] for row in grid] for grid in grids]

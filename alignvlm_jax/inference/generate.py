@@ -16,14 +16,14 @@ so an answer does not depend on what else is in the batch. B, L and M are rounde
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.language import empty_cache
 
@@ -61,10 +61,17 @@ class Generator:
         batch_size: most prompts decoded at once.
         """
         self.config = config
-        self.params = nn.meta.unbox(params)
+        # The weights are frozen from here on: what ALIGN needs to know of W2 is computed once.
+        self.variables = cache_vocabulary(config, params)
         self.end_ids = tuple(end_ids)
         self.pad_id = pad_id
         self.batch_size = batch_size
+
+    def prune_vocabulary(
+        self, usage: Float[Array, " V"], k: int, *, statistics: Literal["full", "kept"] = "full"
+    ) -> None:
+        """From now on ALIGN knows only the k most used words; see `inference.vocabulary.prune_vocabulary`."""
+        self.variables = prune_vocabulary(self.config, self.variables["params"], usage, k, statistics=statistics)
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None
@@ -90,7 +97,7 @@ class Generator:
             decoded = np.asarray(
                 greedy_decode(
                     AlignVLM(self.config),
-                    self.params,
+                    self.variables,
                     batch,
                     max_new_tokens=max_new_tokens,
                     end_ids=self.end_ids,
@@ -134,12 +141,12 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id"))
 def greedy_decode(
-    model: AlignVLM, params: Params, batch: Batch, *, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int
+    model: AlignVLM, variables: Variables, batch: Batch, *, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int
 ) -> Int[Array, "B A"]:
     """Answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`."""
     rows, length = batch["tokens"].shape
     cache = empty_cache(model.config.language, rows, length + max_new_tokens)
-    logits, cache = model.apply({"params": params}, batch, cache, method="prefill")
+    logits, cache = model.apply(variables, batch, cache, method="prefill")
     prompt_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
 
     def unfinished(state):
@@ -150,7 +157,7 @@ def greedy_decode(
         step, token, ended, answers, cache = state
         answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
         ended |= jnp.isin(token, jnp.array(end_ids))
-        logits, cache = model.apply({"params": params}, token, prompt_lengths + step, cache, method="decode_step")
+        logits, cache = model.apply(variables, token, prompt_lengths + step, cache, method="decode_step")
         return step + 1, jnp.argmax(logits, axis=-1), ended, answers, cache
 
     answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)

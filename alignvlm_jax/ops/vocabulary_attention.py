@@ -403,20 +403,16 @@ def _uses_covariance(options, q) -> bool:
 
 def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
     """Mean and variance of the logits of queries [T, D], by whatever is cheapest."""
-    wide = q.astype(jnp.float32)
-    mean_of_rows = mean_row(keys, q.dtype, across) if statistics is None else statistics.mean
-    mean = wide @ mean_of_rows
-    if statistics is None and not covariance_is_cheaper(*q.shape):
-        variance, spread = streamed_variance(q, keys, mean, block_size, across), None
-    else:
-        if statistics is None:
-            covariance = centred_covariance(keys, mean_of_rows, q.dtype, across)
-        else:
-            covariance = statistics.covariance
-        # The TPU's default would round both to bfloat16; T D² of V T D multiplications may cost three times as much.
-        spread = jnp.dot(wide, covariance, precision=jax.lax.Precision.HIGH)
-        variance = jnp.maximum(jnp.sum(wide * spread, axis=-1), 0.0)
-    return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps), spread)
+    if statistics is None:
+        mean_of_rows = mean_row(keys, q.dtype, across)
+        if not covariance_is_cheaper(*q.shape):
+            mean = q.astype(jnp.float32) @ mean_of_rows
+            variance = streamed_variance(q, keys, mean, block_size, across)
+            return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps))
+        covariance = centred_covariance(keys, mean_of_rows, q.dtype, across)
+        statistics = VocabularyStatistics(mean_of_rows, covariance)
+    mean, variance, spread = statistics.moments(q)
+    return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)
 
 
 def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:

@@ -35,6 +35,15 @@ class VocabularyStatistics:
     mean: Float[Array, " D"]
     covariance: Float[Array, "D D"]
 
+    def moments(
+        self, q: Float[Array, "... D"]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "... D"]]:
+        """Mean and variance of the logits of queries, and C q; float32."""
+        q = q.astype(jnp.float32)
+        # The TPU's default would round both to bfloat16; T D² of V T D multiplications may cost three times as much.
+        spread = jnp.dot(q, self.covariance, precision=jax.lax.Precision.HIGH)
+        return q @ self.mean, jnp.maximum(jnp.sum(q * spread, axis=-1), 0.0), spread
+
 
 def vocabulary_statistics(
     keys: Float[Array, "V D"],

@@ -72,7 +72,7 @@ def test_cached_decoding_equals_scoring_everything_at_once(params):
     }
     batch["segment_ids"] = np.ones_like(batch["tokens"])
     batch["positions"] = np.arange(batch["tokens"].shape[1])[None]
-    scores = jax.jit(AlignVLM(CONFIG).apply)({"params": generator(params).params}, batch).logits
+    scores = jax.jit(AlignVLM(CONFIG).apply)(generator(params).variables, batch).logits
     predicted = np.argmax(scores[0, len(one.tokens) - 1 : -1], axis=-1)
     np.testing.assert_array_equal(predicted, answer)
 
@@ -88,8 +88,9 @@ def test_answers_stop_before_the_end_token(params):
 
 def test_rows_without_a_prompt_do_not_keep_the_loop_running(params):
     batch = pad_prompts(PROMPTS[:1], rows=2, tile_size=16, pad_id=PAD)
+    variables, every_id = generator(params).variables, tuple(range(48))
     answers = greedy_decode(
-        AlignVLM(CONFIG), generator(params).params, batch, max_new_tokens=MAX_NEW, end_ids=tuple(range(48)), pad_id=PAD
+        AlignVLM(CONFIG), variables, batch, max_new_tokens=MAX_NEW, end_ids=every_id, pad_id=PAD
     )
     assert np.asarray(answers)[1].tolist() == [PAD] * MAX_NEW
     assert np.asarray(answers)[0, 1:].tolist() == [PAD] * (MAX_NEW - 1)

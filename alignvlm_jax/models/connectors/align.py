@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
-from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
+from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention, vocabulary_usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,5 +97,20 @@ class AlignConnector(nn.Module):
         """log P for every feature and word, float32."""
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
-        logits = layers.standardize(logits, self.config.layer_norm_eps) * scale + bias
-        return jax.nn.log_softmax(logits, axis=-1)
+        eps, statistics = self.config.layer_norm_eps, self.get_variable("vocabulary", "statistics")
+        if statistics is None:
+            normed = layers.standardize(logits, eps)
+        else:
+            mean, variance, _ = statistics.moments(query)
+            normed = (logits - mean[..., None]) * jax.lax.rsqrt(variance + eps)[..., None]
+        return jax.nn.log_softmax(normed * scale + bias, axis=-1)
+
+    def usage(
+        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, " V"]:
+        """Sum over features of weight * P."""
+        query_and_keys = self.query_and_keys(features, text_embedding)
+        statistics = self.get_variable("vocabulary", "statistics")
+        return vocabulary_usage(
+            *query_and_keys, eps=self.config.layer_norm_eps, statistics=statistics, weights=weights
+        )
