@@ -14,7 +14,6 @@ import transformers
 from alignvlm_jax.inference.generate import Generator, pad_prompts
 from alignvlm_jax.interop.pytorch.image_processing_alignvlm import normalize_tiles
 from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
-from alignvlm_jax.ops.cross_entropy import weighted_cross_entropy
 from tests.interop.pytorch.folders import CONNECTORS, ask, make_prompt, picture, relative_error, state_dict, tiles_of
 
 TOLERANCE = 1e-4
@@ -46,19 +45,18 @@ def trained(pair):
             chats.append(one.chat.encode(messages, counts))
             prompts.append(dataclasses.replace(prompt, tokens=chats[-1].tokens, visual_index=chats[-1].visual_index))
         batch = pad_prompts(prompts, rows=len(prompts), tile_size=20, pad_id=one.chat.pad_id)
-        targets, weights = np.zeros_like(batch["tokens"]), np.zeros(batch["tokens"].shape, np.float32)
+        batch["targets"] = np.zeros_like(batch["tokens"])
+        batch["loss_weights"] = np.zeros(batch["tokens"].shape, np.float32)
         for row, chat in enumerate(chats):
-            targets[row, : len(chat.tokens) - 1] = chat.tokens[1:]
-            weights[row, : len(chat.tokens)] = chat.loss_weights
+            batch["targets"][row, : len(chat.tokens) - 1] = chat.tokens[1:]
+            batch["loss_weights"][row, : len(chat.tokens)] = chat.loss_weights
 
-        def loss(params):
-            logits = AlignVLM(one.config).apply({"params": params}, batch).logits
-            total, weight = weighted_cross_entropy(logits, targets, weights)
-            return total / weight, logits
+        def loss(params, batch):
+            output = AlignVLM(one.config).apply({"params": params}, batch, method="loss")
+            return output.loss / output.weight, AlignVLM(one.config).apply({"params": params}, batch).logits
 
-        (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            jax.tree.map(jnp.asarray, one.params)
-        )
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, logits), gradients = compiled(*jax.tree.map(jnp.asarray, (one.params, batch)))
         logits = [row[: len(chat.tokens)] for row, chat in zip(np.asarray(logits), chats, strict=True)]
         return one, left_padded(one, chats, prompts), float(value), state_dict(one.config, gradients), logits
 
