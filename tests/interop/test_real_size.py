@@ -147,7 +147,8 @@ def test_one_image_gives_the_same_logits_in_jax_and_in_pytorch(folders):
     PIL.Image.fromarray(pixels).resize((300, 380)).save(folders / "page.png")
     started = time.monotonic()
     export = [sys.executable, "tools/export_pytorch.py", "--checkpoint", out, "--out", folders / "exported"]
-    subprocess.run(export, check=True)
+    exported = subprocess.run(export, capture_output=True, text=True)
+    assert exported.returncode == 0, exported.stderr[-3000:]
     print(json.dumps({"what": "export bfloat16", "seconds": round(time.monotonic() - started)}))
     for name, program, source in (("jax", RUN_JAX, out), ("torch", RUN_TORCH, folders / "exported")):
         figures = run(program, source, folders / "page.png", folders / f"{name}.npz")
