@@ -158,8 +158,8 @@ def test_the_decoder_alone_answers_from_vectors(pair, tmp_path):
     save_language_folder(tmp_path / "llama", pair.config.language, pair.params["language"], "float32")
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
     prompts = pair.prompts(QUESTION, ask("Read the page."))
-    vectors = prompt_embeds(pair.config, pair.params, prompts, pad_id=pair.chat.pad_id)
     generator = Generator(pair.config, pair.params, end_ids=[351], pad_id=pair.chat.pad_id, batch_size=2)
+    vectors = prompt_embeds(generator, prompts)
     for prompt, embeds, expected in zip(prompts, vectors, generator.generate(prompts, 32), strict=True):
         assert embeds.shape == (len(prompt.tokens), 32) and embeds.dtype == np.float32
         embeds = torch.tensor(embeds)[None]
