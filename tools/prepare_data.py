@@ -8,7 +8,7 @@
 
 OUT is then a TFDS data set in ArrayRecord files. Records that cannot be used are named in OUT/rejects.jsonl with the
 reason. Interrupted or killed, the same command goes on where it stopped. With --runner the work is an Apache Beam
-pipeline, and arguments not listed here are Beam's.
+pipeline, and arguments not listed here are Beam's; its workers need this package, by a container or --setup_file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> int:
         else:
             convert = prepare.in_processes(args.processes)
         summary = prepare.prepare(recipe, args.out, max_rejects=args.max_rejects, convert=convert)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

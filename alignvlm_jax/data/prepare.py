@@ -113,6 +113,7 @@ def prepare(
       convert: has slices converted, and yields the summary of each when it is done; by default `in_processes()`.
     """
     job = Job(recipe, os.fspath(out))
+    _check(recipe, max_rejects)
     files = _input_files(recipe)
     fingerprint = _fingerprint(recipe, files)
     if (done := _finished(job, fingerprint)) is not None:
@@ -210,7 +211,7 @@ def _plan(job: Job, files: Sequence[str], fingerprint: str) -> list[Slice]:
                 f"{job.out} holds work begun with other settings or input files: remove it or choose another folder"
             )
         return plan[1]
-    if not notes.stands_alone(epath.Path(job.out)):
+    if not notes.stand_alone():
         raise UserError(f"{job.out} exists already: remove it or choose another folder")
     slices = FORMATS[job.recipe.format].plan(files, job.recipe.options)
     notes.write_plan(fingerprint, slices)
@@ -241,13 +242,22 @@ def _plain(recipe: Recipe) -> Mapping[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-def _input_files(recipe: Recipe) -> list[str]:
+def _check(recipe: Recipe, max_rejects: float) -> None:
     if recipe.format not in FORMATS:
         raise UserError(f"no format {recipe.format!r}: one of {', '.join(FORMATS)}")
-    suffixes = FORMATS[recipe.format].suffixes
+    if not 0 <= max_rejects <= 1:
+        raise UserError(f"max_rejects is a share, from 0 to 1, not {max_rejects}")
+    if recipe.options.records_per_shard < 1:
+        raise UserError(f"records_per_shard must be positive, not {recipe.options.records_per_shard}")
+    if not recipe.split.isidentifier() or recipe.split == "all":
+        raise UserError(f"the split cannot be called {recipe.split!r}: a word, but not 'all'")
     root = recipe.limits.image_root
     if root is not None and not epath.Path(root).is_dir():
         raise UserError(f"the image root {root} is not a folder")
+
+
+def _input_files(recipe: Recipe) -> list[str]:
+    suffixes = FORMATS[recipe.format].suffixes
     files = []
     for entry in recipe.inputs:
         found = find_files(entry, suffixes)

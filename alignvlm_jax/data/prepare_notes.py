@@ -44,11 +44,11 @@ class Notes:
     """The notes in a data set's folder; any number of processes write different ones at the same time."""
 
     def __init__(self, out: epath.Path):
-        self.folder = out / _FOLDER
+        self.out, self.folder = out, out / _FOLDER
 
-    def stands_alone(self, out: epath.Path) -> bool:
+    def stand_alone(self) -> bool:
         """Whether there is nothing else in the data set's folder, or no such folder."""
-        return not out.exists() or all(path.name == _FOLDER for path in out.iterdir())
+        return not self.out.exists() or all(path.name == _FOLDER for path in self.out.iterdir())
 
     def read_plan(self) -> tuple[str, list[Slice]] | None:
         """The fingerprint of the work begun here and its slices, if there is any."""

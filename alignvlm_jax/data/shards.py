@@ -4,11 +4,12 @@ A shard appears under its name once it is complete. What makes a folder of shard
 written last: until then no reader takes the folder for one.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from alignvlm_jax.data.paths import appearing_whole
+from alignvlm_jax.errors import UserError
 
 VERSION = "1.0.0"
 INFO_FILE = "dataset_info.json"
@@ -46,18 +48,14 @@ class ShardedDataset:
     def write_shard(self, index: int, records: Iterable[Mapping[str, Any]], scratch: epath.Path) -> Shard:
         """Write a shard; a file half written is in the folder `scratch`, on the same disk."""
         serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
-        number, size = 0, 0
-        with appearing_whole(self.shard_path(index), scratch) as partial:
-            writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-            try:
-                for record in records:
-                    example = serializer.get_tf_example(self.features.encode_example(record))
-                    # Else the order of the fields, and so the file, would change from process to process.
-                    encoded = example.SerializeToString(deterministic=True)
-                    writer.write(encoded)
-                    number, size = number + 1, size + len(encoded)
-            finally:
-                writer.close()
+        number, size, path = 0, 0, self.shard_path(index)
+        with appearing_whole(path, scratch) as partial, _array_record(partial, path) as writer:
+            for record in records:
+                example = serializer.get_tf_example(self.features.encode_example(record))
+                # Else the order of the fields, and so the file, would change from process to process.
+                encoded = example.SerializeToString(deterministic=True)
+                writer.write(encoded)
+                number, size = number + 1, size + len(encoded)
         return Shard(number, size)
 
     def shard_path(self, index: int) -> epath.Path:
@@ -100,3 +98,16 @@ class ShardedDataset:
             filetype_suffix="array_record",
             template=_NAMES,
         )
+
+
+@contextlib.contextmanager
+def _array_record(partial: Path, path: epath.Path) -> Iterator[array_record_module.ArrayRecordWriter]:
+    """A writer; what goes wrong with the disk, which may show only at the end, is an error that names the file."""
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written, is the disk full? ({error})") from error

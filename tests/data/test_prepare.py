@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tensorflow_datasets as tfds
 
+from alignvlm_jax.data import prepare as prepare_module
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits
@@ -164,8 +166,10 @@ def test_killed_at_any_point_and_started_again_it_ends_the_same(tmp_path):
         run = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while run.poll() is None and len(list(killed.glob("progress/0*.json"))) < shards_before_death:
             time.sleep(0.002)
+        workers = psutil.Process(run.pid).children()
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
+        assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
         finished.append(len(list(killed.glob("progress/0*.json"))))
         assert not (killed / "dataset_info.json").exists()
     assert 1 <= finished[0] <= finished[1] < 40
@@ -225,6 +229,32 @@ def test_unfinished_work_is_not_gone_on_with_from_other_input(pages, tmp_path):
         prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=HERE, progress=False)
 
 
+def test_a_full_disk_is_named_and_space_made_it_goes_on(tmp_path):
+    file = write_input("llava", tmp_path, 60)
+    limits = Limits(image_root=str(tmp_path / "images"))
+    recipe = Recipe("llava", (str(file),), options=FormatOptions(records_per_shard=50), limits=limits)
+    prepare(recipe, tmp_path / "whole", convert=HERE, progress=False)
+    command = f"{sys.executable} {TOOL} --format llava --input {file} --images {tmp_path}/images --processes 1 "
+    command += f"--records-per-shard 50 --out {tmp_path}/full"
+    run = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], capture_output=True, text=True)  # 20 KiB a file
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "array_record-00000: cannot be written, is the disk full?" in run.stderr
+    assert not list((tmp_path / "full").glob("*array_record*"))
+    prepare(recipe, tmp_path / "full", convert=HERE, progress=False)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def die(job, task):
+    signal.raise_signal(signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error_that_names_the_files(pages, tmp_path, monkeypatch):
+    write_json(pages / "a.json", [llava_record(i) for i in range(8)])
+    monkeypatch.setattr(prepare_module, "convert_slice", die)
+    with pytest.raises(UserError, match="a process died .*a.json; the same command goes on"):
+        prepare(recipe_for(pages, records_per_shard=4), tmp_path / "out", convert=in_processes(2), progress=False)
+
+
 def test_mistakes_are_named(pages, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="no format 'llama'.*llava, docdownstream"):
@@ -234,6 +264,12 @@ def test_mistakes_are_named(pages, tmp_path):
     write_json(pages / "a.json", [])
     with pytest.raises(UserError, match="no records to make a data set of"):
         prepare(recipe_for(pages), out, progress=False)
+    with pytest.raises(UserError, match="share, from 0 to 1, not 5"):
+        prepare(recipe_for(pages), out, max_rejects=5)
+    with pytest.raises(UserError, match="records_per_shard must be positive, not 0"):
+        prepare(recipe_for(pages, records_per_shard=0), out)
+    with pytest.raises(UserError, match="split cannot be called 'all'"):
+        prepare(Recipe("llava", (str(pages / "a.json"),), split="all"), out)
     with pytest.raises(UserError, match="image root .*lost is not a folder"):
         prepare(Recipe("llava", (str(pages / "a.json"),), limits=Limits(image_root=str(tmp_path / "lost"))), out)
 

@@ -28,7 +28,7 @@ _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
 # A string ends with its line at the latest: after a lost quotation mark the next line is understood again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
-# So far past what looks like the next record's beginning, the end of this one is looked for.
+# In a record longer than this another is looked for, then again whenever it has doubled.
 _PATIENCE = 2**20
 
 
@@ -140,8 +140,7 @@ def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) 
 
 
 def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> int:
-    next_one = border and border.search(buffer, start, stop)
-    end, depth = None, 0
+    end, depth, patience = None, 0, _PATIENCE
     for token in _tokens(buffer, start, stop):
         if token[0] in (b"{", b"["):
             depth += 1
@@ -150,13 +149,14 @@ def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | 
         if depth == 0:
             end = token.end()
             break
-        if next_one and token.start() > next_one.end() + _PATIENCE:
-            break
-    if next_one is None:
-        return end or stop
-    if end is None or end > next_one.start() + 1 and not _is_json(buffer[start:end]):
+        if border and token.start() - start > patience:
+            if border.search(buffer, start, token.start()):
+                break
+            patience *= 2
+    next_one = border and border.search(buffer, start, end or stop)
+    if next_one and (end is None or not _is_json(buffer[start:end])):
         return next_one.start() + 1
-    return end
+    return end or stop
 
 
 def _tokens(buffer: Buffer, start: int, stop: int) -> Iterator[re.Match]:

@@ -1,6 +1,7 @@
 """Records are found in JSON by their brackets, whatever is written between them."""
 
 import json
+import time
 
 import pytest
 
@@ -72,6 +73,23 @@ def test_nothing_is_no_record(tmp_path, content):
 def test_damage_costs_the_record_that_has_it(tmp_path, content, outcomes):
     (tmp_path / "a.json").write_bytes(content)
     assert [type(record) for record in read(tmp_path / "a.json", 1)] == outcomes
+
+
+def test_a_large_file_is_searched_once_whatever_its_records_begin_with(tmp_path):
+    """Looked for to the end of the file from each record, a first name that never comes again took minutes."""
+    records = [{"id": 0}] + [{"image": i, "x": "y" * 400} for i in range(20_000)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    began = time.process_time()
+    assert count_records(str(tmp_path / "a.json")) == 20_001
+    assert time.process_time() - began < 10
+
+
+def test_many_broken_records_in_a_large_file(tmp_path):
+    good, broken = json.dumps({"id": 1, "x": "y" * 400}), '{"id": 1, "x": "lost quote}'
+    (tmp_path / "a.json").write_text("[" + ", ".join([*[good] * 99, broken] * 60) + "]")
+    records = read(tmp_path / "a.json", 1000)
+    assert sum(isinstance(record, dict) for record in records) == 99 * 60
+    assert sum(isinstance(record, Refusal) for record in records) == 60
 
 
 def test_an_enormous_record_is_not_parsed(tmp_path):
