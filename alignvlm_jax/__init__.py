@@ -11,9 +11,12 @@ __all__ = ["UserError", "load"]
 from alignvlm_jax.errors import UserError
 
 
-def load(checkpoint):
-    """The trained model in `checkpoint` (a workdir), ready to be asked about images. See `inference.reader.Reader`."""
+def load(checkpoint, **options):
+    """The trained model in `checkpoint` (a workdir, an exported folder, or "nano"), ready to be asked about images.
+
+    See `inference.reader`.
+    """
     # Imported here, so that `import alignvlm_jax` and `alignvlm --help` do not wait for jax.
     from alignvlm_jax.inference.reader import load as load_reader
 
-    return load_reader(checkpoint)
+    return load_reader(checkpoint, **options)

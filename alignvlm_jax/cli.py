@@ -76,6 +76,7 @@ Ask a trained model about an image and print its answer.
 
 ASK_EPILOG = """\
 examples:
+  alignvlm ask --checkpoint nano PAGE.png --question "What is the total?"
   alignvlm ask --checkpoint runs/demo/checkpoint runs/demo/example.png --question "What is the total?"
 
 the same in Python:
@@ -177,7 +178,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     ask = add("ask", _ask, "ask about an image", ASK_DESCRIPTION, ASK_EPILOG)
     ask.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
-    ask.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
+    ask.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help='the workdir of a training run, an exported folder, or "nano": the trained model shipped with the package',
+    )
     ask.add_argument("--question", required=True, help="what you want to know")
     ask.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
 

@@ -7,7 +7,11 @@ and how fast, not what it learns. With real backbones:
 
     python tools/import_hf.py --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \\
         --config configs/debug_gpu.py --out runs/smol
-    alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol
+    alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol \\
+        --config.model.language.vocab_size=49216 --config.model.connector.vocab_size=49152
+
+(SmolLM2 has no token to spare: the image token becomes a row of its own, and rows come in multiples of 64. The import
+says so where it happens.)
 """
 
 from ml_collections import ConfigDict

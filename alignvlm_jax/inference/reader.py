@@ -11,6 +11,7 @@ from typing import Any
 
 import PIL.Image
 
+from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
@@ -87,17 +88,28 @@ class Reader:
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 
-def load(checkpoint: str | os.PathLike, *, batch_size: int = 32) -> Reader:
-    """The model in the workdir of a training run, which holds all that is needed.
+def load(checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | None = None) -> Reader:
+    """A trained model, ready to be asked.
 
     Args:
-      checkpoint: the workdir (its newest step is taken), or one of its step folders.
+      checkpoint: the workdir of a training run (its newest step is taken), one of its step folders, a folder that
+        `tools/export_pytorch.py` wrote, or "nano" for the trained model that is shipped with the package.
       batch_size: most questions answered at once.
+      dtype: of the weights. None keeps bfloat16 weights as they are stored if the model computes in bfloat16, and makes
+        all others float32.
     """
-    workdir, _ = checkpoints.find_checkpoint(checkpoint)
-    config = checkpoints.load_config(checkpoint)
-    tokenizer = ChatTokenizer.from_folder(workdir / checkpoints.TOKENIZER_FOLDER)
-    params = checkpoints.restore_params(checkpoint)
+    # Imported here: what reads other formats is built on top of this room.
+    from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
+
+    folder = NANO_MODEL if os.fspath(checkpoint) == "nano" and not os.path.exists("nano") else checkpoint
+    if is_alignvlm_folder(folder):
+        found = read_alignvlm(folder, dtype=dtype or "float32")
+        config, params, tokenizer = found.config, found.params, found.tokenizer
+    else:
+        source = checkpoints.ParameterReader(folder)
+        config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
+        narrow = source.dtypes["language/embedding"] == config.model.language.dtype == "bfloat16"
+        params = checkpoints.restore_params(folder, dtype=dtype or ("bfloat16" if narrow else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size)
 
 

@@ -59,15 +59,48 @@ def import_alignvlm(
       UserError: the folder is not an AlignVLM, or its tensors do not fit its config, all problems in one message; `out`
         is taken or cannot be written.
     """
-    folder = Path(folder)
     refuse_taken(out)
+    found = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
+    write_checkpoint(
+        out, found.config, found.params, found.tokenizer, history=found.history, progress=found.progress
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignVLMFolder:
+    """What a folder holds; `write_checkpoint` says what each is."""
+
+    config: ExperimentConfig
+    params: Params
+    tokenizer: ChatTokenizer
+    progress: Progress
+    history: list[dict[str, Any]]
+
+
+def read_alignvlm(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    base: ExperimentConfig | None = None,
+) -> AlignVLMFolder:
+    """Reads a folder; arguments and errors as for `import_alignvlm`."""
+    folder = Path(folder)
     config_json = _read_json(folder / "config.json")
     _refuse_other_models(folder, config_json)
     config, progress, history = _read_run(folder, config_json, base)
     tokenizer = _read_tokenizer(folder, config_json, config.model.language.vocab_size)
     with TensorFiles(folder) as files:
         params = _read_params(files, config.model, dtype, mesh)
-    write_checkpoint(out, config, params, tokenizer, history=history, progress=progress)
+    return AlignVLMFolder(config, params, tokenizer, progress, history)
+
+
+def is_alignvlm_folder(folder: str | Path) -> bool:
+    """Whether `read_alignvlm` is the one to read it: an exported folder, not a training run's workdir."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type") == "alignvlm"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:

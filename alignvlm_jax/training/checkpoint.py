@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -304,13 +305,11 @@ class ParameterReader:
         try:
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
                 self.meta = reader.restore(self._folder / "meta", args=ocp.args.JsonRestore())
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                metadata = reader.metadata(self._folder / "params").item_metadata
+            # Asked directly: a `Checkpointer` looks for metadata of the whole step in here, and warns.
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder / "params")).tree
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{self._folder} cannot be read: {str(error).splitlines()[0]}") from error
-        if metadata is None:
-            raise UserError(f"{self._folder / 'params'} cannot be read: parts of it are missing")
-        leaves = {"/".join(path): leaf for path, leaf in flatten_dict(metadata.tree).items()}
+        leaves = {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
         self.shapes: dict[str, tuple[int, ...]] = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.dtypes: dict[str, np.dtype] = {path: jnp.dtype(leaf.dtype) for path, leaf in leaves.items()}
 

@@ -1,5 +1,6 @@
 """The reader: every kind of image source, one at a time or many, and what it refuses."""
 
+import dataclasses
 import io
 
 import jax
@@ -7,15 +8,19 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
+from alignvlm_jax.training.checkpoint import write_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
+from tests.training.batches import stage
 
 QUESTION = "What is the total?"
 MAX_NEW = 6
@@ -91,3 +96,27 @@ def test_what_it_refuses(reader):
         reader.ask_batch([page(0)], [QUESTION, QUESTION])
     with pytest.raises(UserError, match="no such image"):
         reader.ask("nowhere.png", QUESTION)
+
+
+def test_weights_stay_narrow_where_they_are_stored_and_used_so(reader, tmp_path):
+    for part in ("vision", "language"):
+        assert getattr(reader.config, part).dtype == "float32"
+    model = dataclasses.replace(
+        reader.config,
+        vision=dataclasses.replace(reader.config.vision, dtype="bfloat16"),
+        language=dataclasses.replace(reader.config.language, dtype="bfloat16"),
+    )
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), reader.generator.variables["params"])
+    for name, shape in (("wide", reader.config), ("narrow", model)):
+        data = DataConfig(tiling=reader.tiling)
+        config = ExperimentConfig(model=shape, data=data, stages=(stage(name="only", steps=4),))
+        write_checkpoint(tmp_path / name, config, params, reader.tokenizer, history=[])
+    for name, options, dtype in (
+        ("wide", {}, "float32"),
+        ("narrow", {}, "bfloat16"),
+        ("narrow", {"dtype": "float32"}, "float32"),
+    ):
+        loaded = load(tmp_path / name, **options)
+        weights = jax.tree.leaves(loaded.generator.variables["params"])
+        assert {str(leaf.dtype) for leaf in weights} == {dtype}
+        assert isinstance(loaded.ask(page(0), QUESTION, max_new_tokens=2), str)

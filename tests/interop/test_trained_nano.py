@@ -100,12 +100,18 @@ def test_the_same_answer_to_every_held_out_question(reader, exported, records):
     assert right["JAX"] == report.overall.right > 0.75 * len(expected)
 
 
+def test_the_shipped_model_and_an_exported_folder_are_asked_by_name(reader, exported, checkpoint, records):
+    page, question = images.open_image(records[0]["image"]), records[0]["questions"][0]
+    expected = reader.ask(page, question)
+    assert expected
+    assert load("nano").ask(page, question) == expected
+    assert load(checkpoint.parent / "exported").ask(page, question) == expected
+
+
 def _logits_in_jax(reader, prompt):
     batch = pad_prompts([prompt], rows=1, tile_size=reader.tiling.tile_size, pad_id=reader.tokenizer.pad_id)
     model = AlignVLM(reader.config)
-    logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(
-        reader.generator.params, batch
-    )
+    logits = jax.jit(lambda variables, batch: model.apply(variables, batch).logits)(reader.generator.variables, batch)
     return np.asarray(logits)[:, : len(prompt.tokens)]
 
 
