@@ -35,7 +35,7 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
             problem = "it has fewer rows than it claims"
             try:
                 for batch in file.iter_batches(_ROWS_AT_A_TIME, [group], present):
-                    for i in range(min(batch.num_rows, stop - number)):
+                    for i in range(batch.num_rows):
                         yield number, _row(batch, i)
                         number += 1
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

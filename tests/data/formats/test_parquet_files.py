@@ -35,6 +35,13 @@ def test_a_file_that_is_not_parquet_is_one_refused_record(tmp_path):
     assert rows_of(tmp_path / "b.parquet")[0].kind == "damaged file"
 
 
+def test_more_rows_than_bytes_are_not_believed(tmp_path):
+    """A damaged count must not become a hundred million lines of refused records."""
+    pq.write_table(pa.table({"sample_id": ["same"] * 100_000}), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet")
+    assert row.kind == "damaged file" and "claims 100000 rows" in str(row)
+
+
 def test_a_damaged_row_group_costs_its_rows(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [bigdocs_row(i) for i in range(12)], rows_per_group=4)
     group = pq.ParquetFile(path).metadata.row_group(1)
