@@ -11,7 +11,7 @@ import pathlib
 
 import PIL.Image
 
-from alignvlm_jax.data.rgb import to_rgb
+from alignvlm_jax.data.rgb import formats, to_rgb
 from alignvlm_jax.errors import UserError
 
 # An A4 page at 600 dots per inch has 35 million pixels. Decoded, this many take a quarter of a gigabyte.
@@ -38,7 +38,7 @@ def open_image(
     if not data:
         raise UserError(f"{name}: the image file is empty")
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels}")

@@ -7,6 +7,8 @@ point. A copy of this file travels with every exported PyTorch model (`interop/p
 import numpy as np
 import PIL.Image
 
+# What pages and photographs come in. Not every format PIL knows: EPS, for one, would run a PostScript interpreter.
+_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "GIF", "WEBP", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -17,6 +19,12 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+
+
+def formats() -> list[str]:
+    """What `PIL.Image.open` may take a file for; a build of PIL need not have all of them."""
+    PIL.Image.init()
+    return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -73,6 +73,7 @@ def import_huggingface(
     if connector is not None and connector not in CONNECTOR_CONFIGS:
         raise UserError(f"connector {connector!r}: there is none of this name, only {', '.join(CONNECTOR_CONFIGS)}")
     names = {"vision": Path(vision).name, "language": Path(language).name}
+    backbones = BackbonesConfig(str(vision), str(language))
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
     with new_folder(out) as folder:
         encoder, decoder = huggingface.read_vision_config(vision), huggingface.read_language_config(language)
@@ -91,7 +92,7 @@ def import_huggingface(
             config,
             model=model,
             data=_data(config, model, max_tiles, say),
-            backbones=BackbonesConfig(str(vision), str(language)),
+            backbones=backbones,
             init_from=None,
             tokenizer=None,
         )

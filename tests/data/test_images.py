@@ -145,6 +145,14 @@ def test_files_that_cannot_be_opened(tmp_path):
         open_image("a\0b.png")
 
 
+def test_postscript_is_not_run():
+    program = io.BytesIO()
+    PIL.Image.fromarray(_scene()).save(program, "EPS")
+    assert PIL.Image.open(io.BytesIO(program.getvalue())).format == "EPS"  # what PIL alone would do
+    with pytest.raises(UserError, match="not an image in a format"):
+        open_image(program.getvalue())
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_bytes_never_raise_anything_else():
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from .rgb_alignvlm import to_rgb
+from .rgb_alignvlm import formats, to_rgb
 from .tiling_alignvlm import TilePlan, TilingConfig, cut_tiles, plan_tiles
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TilingConfig))
@@ -125,7 +125,7 @@ def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
             data = base64.b64decode(str(source), validate=True)
         except ValueError:
             raise ValueError(f"{str(source)[:200]!r} is neither a file, a http(s) URL nor base64 text") from None
-    image = PIL.Image.open(io.BytesIO(data))
+    image = PIL.Image.open(io.BytesIO(data), formats=formats())
     image.load()
     return image
 

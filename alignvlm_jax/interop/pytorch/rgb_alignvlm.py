@@ -1,5 +1,5 @@
 """`data/rgb.py` under the name it has in an exported folder."""
 
-from alignvlm_jax.data.rgb import to_rgb
+from alignvlm_jax.data.rgb import formats, to_rgb
 
-__all__ = ["to_rgb"]
+__all__ = ["formats", "to_rgb"]
