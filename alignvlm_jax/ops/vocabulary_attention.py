@@ -409,7 +409,7 @@ def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
             mean = q.astype(jnp.float32) @ mean_of_rows
             variance = streamed_variance(q, keys, mean, block_size, across)
             return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps))
-        covariance = centred_covariance(keys, mean_of_rows, q.dtype, across)
+        covariance = centred_covariance(keys, mean_of_rows, q.dtype, block_size, across)
         statistics = VocabularyStatistics(mean_of_rows, covariance)
     mean, variance, spread = statistics.moments(q)
     return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)

@@ -62,7 +62,8 @@ def vocabulary_statistics(
 
     def local(keys):
         mean = mean_row(keys, dtype or keys.dtype, axes.vocabulary)
-        covariance = centred_covariance(keys, mean, dtype or keys.dtype, axes.vocabulary)
+        block_size = streaming.default_block_size(keys.shape[1])
+        covariance = centred_covariance(keys, mean, dtype or keys.dtype, block_size, axes.vocabulary)
         return VocabularyStatistics(mean, covariance)
 
     return streaming.shard(local, axes, streaming.row_spec(axes), jax.P())(keys)
@@ -85,7 +86,7 @@ def mean_row(keys: Float[Array, "V D"], dtype, across: tuple[str, ...]) -> Float
 
 
 def centred_covariance(
-    keys: Float[Array, "V D"], mean: Float[Array, " D"], dtype, across: tuple[str, ...]
+    keys: Float[Array, "V D"], mean: Float[Array, " D"], dtype, block_size: int, across: tuple[str, ...]
 ) -> Float[Array, "D D"]:
     """C, float32. Only panels on and above the diagonal are computed: 5/8 of the products, for four panels.
 
@@ -108,7 +109,6 @@ def centred_covariance(
         ]
 
     zeros = [jnp.zeros((stop - first, width - first)) for first, stop in zip(starts, stops, strict=True)]
-    block_size = streaming.default_block_size(width)
     sums = streaming.stream(step, zeros, num_rows=keys.shape[0], block_size=block_size)
     upper = jnp.concatenate([jnp.pad(total, ((0, 0), (first, 0))) for total, first in zip(sums, starts, strict=True)])
     covariance = jnp.triu(upper) + jnp.triu(upper, 1).T
