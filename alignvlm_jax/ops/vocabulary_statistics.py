@@ -102,7 +102,7 @@ def centred_covariance(
 
     def step(start, size, sums):
         # Centred before it is rounded to `dtype` again: the products then carry no large mean.
-        rows = (streaming.take(keys, start, size).astype(dtype).astype(jnp.float32) - mean).astype(dtype)
+        rows = (streaming.take(keys, start, size, dtype).astype(jnp.float32) - mean).astype(dtype)
         return [
             total + streaming.dot(rows[:, first:stop].T, rows[:, first:])
             for total, first, stop in zip(sums, starts, stops, strict=True)
@@ -125,7 +125,7 @@ def streamed_variance(
     """Variance of the logits by a pass over the table; the mean is known already, so nothing large cancels."""
 
     def step(start, size, total):
-        logits = streaming.dot(q, streaming.take(keys, start, size).astype(q.dtype).T)
+        logits = streaming.dot(q, streaming.take(keys, start, size, q.dtype).T)
         return total + jnp.sum((logits - mean_logit[:, None]) ** 2, axis=-1)
 
     zeros = jnp.zeros((q.shape[0],))
