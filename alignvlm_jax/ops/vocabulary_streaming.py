@@ -26,14 +26,14 @@ Carry = TypeVar("Carry")
 LOWEST = -1e30
 """Below every score, and finite: the difference of two such maxima is 0, not NaN."""
 
-_BLOCK_ROWS = (256, 2048)
-_BLOCK_ELEMENTS = 1 << 25
+_BLOCK_ROWS = (256, 4096)
+_BLOCK_ELEMENTS = 1 << 26
 
 
 def default_block_size(num_queries: int) -> int:
-    """K: 2048 rows, fewer where the scores of a block would fill more than 128 MB in float32, but at least 256.
+    """K: 4096 rows, fewer where the scores of a block would fill more than 256 MB in float32, but at least 256.
 
-    Every block reads and writes the sums of all queries, T x D; with 2048 rows a TPU v5e is bound by arithmetic all the
+    Every block reads and writes the sums of all queries, T x D; with 4096 rows a TPU is bound by arithmetic all the
     same. A CPU's time hardly depends on K. The figures are in docs/vocabulary.md.
     """
     smallest, largest = _BLOCK_ROWS
