@@ -83,7 +83,7 @@ def test_the_model_needs_jax_flax_and_optax_only(installed):
 import sys
 for name in {unwanted}:
     sys.modules[name] = None  # makes `import name` fail
-import alignvlm_jax.models.alignvlm, alignvlm_jax.ops.attention, alignvlm_jax.training.step
+import alignvlm_jax.models.alignvlm, alignvlm_jax.ops, alignvlm_jax.training.step, alignvlm_jax.inference.vocabulary
 """
     run_installed(installed, "-c", program)
 

@@ -127,7 +127,7 @@ def _losses_backward(options, saved, cotangent):
                 p = here_softmax.probabilities(logits)
                 of_logits = p * of_normalizer[:, None] - jnp.where(is_target, weights[:, None], 0.0)
                 of_logits = of_logits.astype(rows.dtype)
-                block = streaming.take(head, start, size).astype(rows.dtype)
+                block = streaming.take(head, start, size, rows.dtype)
                 grown = streaming.take(of_head, start, size) + streaming.dot(of_logits.T, rows)
                 return of_rows + streaming.dot(of_logits, block), streaming.put(of_head, start, grown)
 
@@ -174,7 +174,7 @@ class _Chunks:
 
     def logits(self, rows, targets, start, size):
         """A block of a chunk's logits [C, K], and which of them is the target's."""
-        block = streaming.take(self.head, start, size).astype(rows.dtype)
+        block = streaming.take(self.head, start, size, rows.dtype)
         first = start + (jax.lax.axis_index(self.across) * self.head.shape[0] if self.across else 0)
         return streaming.dot(rows, block.T), targets[:, None] == first + jnp.arange(size)
 

@@ -248,7 +248,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     def step(start, size, carry):
         previous, sums, top = carry
         scores, _ = _scores(q, keys, scale, bias, moments, start, size)
-        block = streaming.take(values, start, size).astype(q.dtype)
+        block = streaming.take(values, start, size, q.dtype)
         running, weights, decay = previous.update(scores)
         # What is weighted by the distance to the largest score grows when that rises.
         risen = (previous.maximum - running.maximum)[:, None]
@@ -338,8 +338,8 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry
-        key_block = streaming.take(keys, start, size).astype(q.dtype)
-        value_block = streaming.take(values, start, size).astype(q.dtype)
+        key_block = streaming.take(keys, start, size, q.dtype)
+        value_block = streaming.take(values, start, size, q.dtype)
         scores, normed = _scores(q, keys, scale, bias, moments, start, size)
         p = saved.softmax.probabilities(scores)
         of_scores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
@@ -377,18 +377,17 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     if not frozen:
         # The share of the mean and, with the covariance, of the variance: see the module's docstring.
         shift = jnp.sum(first / rows * q, axis=0)
-        matrix = None
-        if moments.spread is not None:
+        if moments.spread is None:
+            of_keys -= shift
+        else:
             matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q).astype(q.dtype)
 
-        def correct(start, size, of_keys):
-            block = streaming.take(of_keys, start, size) - shift
-            if matrix is not None:
-                centred = streaming.take(keys, start, size).astype(jnp.float32) - moments.mean_row
-                block -= streaming.dot(centred.astype(q.dtype), matrix)
-            return streaming.put(of_keys, start, block)
+            def correct(start, size, of_keys):
+                centred = streaming.take(keys, start, size, jnp.float32) - moments.mean_row
+                correction = shift + streaming.dot(centred.astype(q.dtype), matrix)
+                return streaming.put(of_keys, start, streaming.take(of_keys, start, size) - correction)
 
-        of_keys = fold(correct, of_keys)
+            of_keys = fold(correct, of_keys)
     return of_q.astype(q.dtype), of_keys.astype(keys.dtype), of_scale, of_bias, of_values
 
 
@@ -409,7 +408,7 @@ def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
             mean = q.astype(jnp.float32) @ mean_of_rows
             variance = streamed_variance(q, keys, mean, block_size, across)
             return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps))
-        covariance = centred_covariance(keys, mean_of_rows, q.dtype, across)
+        covariance = centred_covariance(keys, mean_of_rows, q.dtype, block_size, across)
         statistics = VocabularyStatistics(mean_of_rows, covariance)
     mean, variance, spread = statistics.moments(q)
     return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)
@@ -417,7 +416,7 @@ def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
 
 def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     """s and z of a block."""
-    logits = streaming.dot(q, streaming.take(keys, start, size).astype(q.dtype).T)
+    logits = streaming.dot(q, streaming.take(keys, start, size, q.dtype).T)
     normed = (logits - moments.mean[:, None]) * moments.rate[:, None]
     return normed * streaming.take(scale, start, size) + streaming.take(bias, start, size), normed
 

@@ -62,7 +62,8 @@ def vocabulary_statistics(
 
     def local(keys):
         mean = mean_row(keys, dtype or keys.dtype, axes.vocabulary)
-        covariance = centred_covariance(keys, mean, dtype or keys.dtype, axes.vocabulary)
+        block_size = streaming.default_block_size(keys.shape[1])
+        covariance = centred_covariance(keys, mean, dtype or keys.dtype, block_size, axes.vocabulary)
         return VocabularyStatistics(mean, covariance)
 
     return streaming.shard(local, axes, streaming.row_spec(axes), jax.P())(keys)
@@ -85,7 +86,7 @@ def mean_row(keys: Float[Array, "V D"], dtype, across: tuple[str, ...]) -> Float
 
 
 def centred_covariance(
-    keys: Float[Array, "V D"], mean: Float[Array, " D"], dtype, across: tuple[str, ...]
+    keys: Float[Array, "V D"], mean: Float[Array, " D"], dtype, block_size: int, across: tuple[str, ...]
 ) -> Float[Array, "D D"]:
     """C, float32. Only panels on and above the diagonal are computed: 5/8 of the products, for four panels.
 
@@ -101,14 +102,13 @@ def centred_covariance(
 
     def step(start, size, sums):
         # Centred before it is rounded to `dtype` again: the products then carry no large mean.
-        rows = (streaming.take(keys, start, size).astype(dtype).astype(jnp.float32) - mean).astype(dtype)
+        rows = (streaming.take(keys, start, size, dtype).astype(jnp.float32) - mean).astype(dtype)
         return [
             total + streaming.dot(rows[:, first:stop].T, rows[:, first:])
             for total, first, stop in zip(sums, starts, stops, strict=True)
         ]
 
     zeros = [jnp.zeros((stop - first, width - first)) for first, stop in zip(starts, stops, strict=True)]
-    block_size = streaming.default_block_size(width)
     sums = streaming.stream(step, zeros, num_rows=keys.shape[0], block_size=block_size)
     upper = jnp.concatenate([jnp.pad(total, ((0, 0), (first, 0))) for total, first in zip(sums, starts, strict=True)])
     covariance = jnp.triu(upper) + jnp.triu(upper, 1).T
@@ -125,7 +125,7 @@ def streamed_variance(
     """Variance of the logits by a pass over the table; the mean is known already, so nothing large cancels."""
 
     def step(start, size, total):
-        logits = streaming.dot(q, streaming.take(keys, start, size).astype(q.dtype).T)
+        logits = streaming.dot(q, streaming.take(keys, start, size, q.dtype).T)
         return total + jnp.sum((logits - mean_logit[:, None]) ** 2, axis=-1)
 
     zeros = jnp.zeros((q.shape[0],))

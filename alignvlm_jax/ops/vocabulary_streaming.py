@@ -26,14 +26,15 @@ Carry = TypeVar("Carry")
 LOWEST = -1e30
 """Below every score, and finite: the difference of two such maxima is 0, not NaN."""
 
-_BLOCK_ELEMENTS = 1 << 21
 _BLOCK_ROWS = (256, 4096)
+_BLOCK_ELEMENTS = 1 << 26
 
 
 def default_block_size(num_queries: int) -> int:
-    """K: T x K scores fill 8 MB in float32, so that they stay in a CPU's cache; at least 256 rows, at most 4096.
+    """K: 4096 rows, fewer where the scores of a block would fill more than 256 MB in float32, but at least 256.
 
-    See docs/vocabulary.md for what was measured on CPUs, and for what the TPU compiler says of larger blocks.
+    Every block reads and writes the sums of all queries, T x D; with 4096 rows a TPU is bound by arithmetic all the
+    same. A CPU's time hardly depends on K. The figures are in docs/vocabulary.md.
     """
     smallest, largest = _BLOCK_ROWS
     fitting = max(1, _BLOCK_ELEMENTS // max(1, num_queries))
@@ -56,9 +57,9 @@ def stream(
     return step(full * block_size, ragged, carry) if ragged else carry
 
 
-def take(table: Float[Array, "V ..."], start: Array | int, size: int) -> Float[Array, "K ..."]:
-    """A block of rows."""
-    return jax.lax.dynamic_slice_in_dim(table, start, size)
+def take(table: Float[Array, "V ..."], start: Array | int, size: int, dtype=None) -> Float[Array, "K ..."]:
+    """A block of rows, cast to `dtype` (None: left as they are)."""
+    return jax.lax.dynamic_slice_in_dim(table, start, size).astype(dtype or table.dtype)
 
 
 def put(table: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]) -> Float[Array, "V ..."]:
@@ -106,7 +107,7 @@ class RunningSoftmax:
 
     def probabilities(self, scores: Float[Array, "T K"]) -> Float[Array, "T K"]:
         """Of scores of a block, when all blocks were passed. Not exp(score - log Z): that rounds like a large score."""
-        return jnp.exp(scores - self.maximum[:, None]) / self.total[:, None]
+        return jnp.exp(scores - self.maximum[:, None]) * (1 / self.total)[:, None]
 
 
 def add_up(partial, across: tuple[str, ...]):

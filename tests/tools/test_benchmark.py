@@ -1,0 +1,37 @@
+"""The benchmark tool at small sizes: that it runs, what it writes, and what it says where a compiler is missing."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def benchmark(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_figures_and_plot(tmp_path):
+    done = benchmark(
+        *["vocab", "--quick", "--parts", "memory"],
+        *["--json", tmp_path / "figures.json", "--plot", tmp_path / "memory.svg"],
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert pathlib.Path(figures["package"]) == ROOT / "alignvlm_jax"
+    for dense, streaming in zip(figures["memory"]["dense"], figures["memory"]["streaming"], strict=True):
+        assert 0 < streaming < dense
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed: it would compile")
+def test_without_a_tpu_compiler_it_says_what_to_install():
+    done = benchmark("vocab-tpu", "--quick")
+    assert done.returncode == 1 and "pip install" in done.stdout and not done.stderr.count("Traceback")

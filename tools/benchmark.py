@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Measures the library against its bars; figures go to a JSON file, plots to docs/.
+
+    tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement against
+                                                          dense JAX and eager PyTorch, and the cost of decoding
+    tools/benchmark.py vocab --quick                      the same at small sizes, in seconds: does everything run
+    tools/benchmark.py vocab --parts agreement memory     some of it
+    tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import vocabulary, vocabulary_tpu
+
+COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        help_line = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=help_line, description=module.__doc__)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_argument("--json", type=Path, help="where to write the figures")
+        module.add_arguments(command)
+    args = parser.parse_args()
+    figures = COMMANDS[args.command].run(args)
+    if figures is None:
+        return 1
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"figures in {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

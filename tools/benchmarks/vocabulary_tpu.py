@@ -1,0 +1,131 @@
+"""ALIGN over the vocabulary compiled for TPUs, on a machine without one: memory, FLOPs and bytes by the compiler.
+
+Axes: T visual tokens on a chip, D width, V vocabulary, K rows of the vocabulary in a block.
+
+    pip install "alignvlm-jax[tpu]"          libtpu is all it takes; elsewhere: pip install --target DIR libtpu,
+    PYTHONPATH=DIR tools/benchmark.py vocab-tpu
+
+The compiler counts the body of a loop once. So FLOPs and bytes are taken from two programs without a loop, over one
+block of rows and over nearly two: their difference is what a block costs, and V/K blocks are added to what is left.
+Memory is that of the whole program.
+
+A program is bound by arithmetic where it does more FLOPs for each byte of memory traffic than the chip can do in the
+time of moving one.
+"""
+
+import argparse
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+
+from alignvlm_jax.ops import vocabulary_attention
+
+# Of a chip: peak bfloat16 FLOP/s and bytes/s of its memory (cloud.google.com/tpu/docs/v5e, .../v6e), and bytes it has.
+CHIPS = {
+    "v5e": {"topology": "v5e:2x2", "flops": 197e12, "bytes": 819e9, "memory": 16e9},
+    "v6e": {"topology": "v6e:2x2", "flops": 918e12, "bytes": 1640e9, "memory": 32e9},
+}
+SIZE = (16384, 4096, 128256)
+QUICK_SIZE = (2048, 512, 16384)
+BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a small size and two block sizes")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--block-sizes", nargs="+", type=int, help="K to compile for")
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """Compiles forward and forward + backward for each chip and block size; None where libtpu is missing."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    size = QUICK_SIZE if args.quick else SIZE
+    block_sizes = args.block_sizes or (BLOCK_SIZES[1:3] if args.quick else BLOCK_SIZES)
+    figures = {"jax": jax.__version__, "size": dict(zip("TDV", size, strict=True)), "chips": {}}
+    for chip in args.chips:
+        device = find_device(CHIPS[chip]["topology"])
+        if device is None:
+            return None
+        figures["chips"][chip] = {
+            f"{what} K={block_size}": measure(chip, device, what, size, block_size)
+            for what in ("forward", "both")
+            for block_size in block_sizes
+        }
+    return figures
+
+
+def find_device(topology: str):
+    """One chip of a topology, for compiling only; None, with a message, where libtpu is missing."""
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"vocab-tpu: skipped, no compiler for {topology} ({reason}): pip install 'alignvlm-jax[tpu]'")
+        return None
+
+
+def measure(chip: str, device, what: str, size, block_size: int) -> dict:
+    """Figures of one program, printed."""
+    num_queries, width, words = size
+    program = functools.partial(compile_for, device, what, num_queries, width, block_size=block_size)
+    one, two = (program(rows).cost_analysis() for rows in (block_size, 2 * block_size - 128))
+
+    def total(of: str) -> float:
+        per_row = (two[of] - one[of]) / (block_size - 128)
+        return one[of] + per_row * (words - block_size)
+
+    flops, traffic = total("flops"), total("bytes accessed")
+    ratio = CHIPS[chip]["flops"] / CHIPS[chip]["bytes"]
+    try:
+        analysis = program(words).memory_analysis()
+        temporary = analysis.temp_size_in_bytes
+        resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{chip} {what:<8} K={block_size:<5} does not fit: {str(error).splitlines()[0][:160]}")
+        temporary = resident = None
+    found = {
+        "temporary_bytes": temporary,
+        "argument_and_result_bytes": resident,
+        "flops": flops,
+        "bytes": traffic,
+        "intensity": flops / traffic,
+        "chip_ratio": ratio,
+        "compute_bound": flops / traffic > ratio,
+    }
+    if temporary is not None:
+        print(
+            f"{chip} {what:<8} K={block_size:<5} temporary {temporary / 1e9:6.3f} GB beside {resident / 1e9:.2f} GB,"
+            f" {flops / 1e12:7.1f} TFLOP, {traffic / 1e9:7.1f} GB moved,"
+            f" {flops / traffic:5.0f} FLOP/byte (the chip: {ratio:.0f})"
+        )
+    return found
+
+
+def compile_for(device, what: str, num_queries: int, width: int, words: int, *, block_size: int):
+    """bfloat16 queries and result, float32 tables and gradients of them: as in training."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def shaped(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    tables = [shaped((words, width)), shaped((words,)), shaped((words,)), shaped((words, width))]
+    queries = shaped((num_queries, width), jnp.bfloat16)
+    attention = functools.partial(vocabulary_attention, block_size=block_size)
+
+    def both(q, keys, scale, bias, values, cotangent):
+        value, pull_back = jax.vjp(attention, q, keys, scale, bias, values)
+        return value, *pull_back(cotangent)
+
+    if what == "forward":
+        return jax.jit(attention).lower(queries, *tables).compile()
+    return jax.jit(both).lower(queries, *tables, queries).compile()
