@@ -52,7 +52,7 @@ def linear_cross_entropy(
       (the sum, the sum of the weights), both float32, so that pieces of a batch can be added before the one division.
     """
     axes = streaming.resolve(mesh_axes, num_queries=hidden.shape[0], num_rows=head.shape[0])
-    weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+    targets, weights = jnp.asarray(targets), jnp.asarray(jax.lax.stop_gradient(weights), jnp.float32)
     losses = _losses((z_loss, chunk_size, block_size, axes), hidden, head, targets, weights)
     return losses, jnp.sum(weights)
 

@@ -105,3 +105,10 @@ def test_there_are_as_many_chunks_as_weighted_positions_need():
     ).as_text()
     assert "tensor<8x53xf32>" in text, "a chunk's logits"
     assert "120x53xf32" not in text and "3x40x53xf32" not in text, "never those of all positions"
+
+
+def test_targets_and_weights_may_be_numpy_constants_of_a_jitted_function():
+    hidden, head, targets, weights = inputs()
+    constants = np.asarray(targets), np.asarray(weights)
+    loss, weight = jax.jit(lambda hidden, head: linear_cross_entropy(hidden, head, *constants))(hidden, head)
+    assert (loss, weight) == pytest.approx(linear_cross_entropy(hidden, head, targets, weights), rel=1e-6)
