@@ -90,8 +90,9 @@ def _forward(options, hidden, head, targets, weights):
         # Positions without weight keep something finite.
         empty = jnp.zeros(chunks.num_positions), jnp.ones(chunks.num_positions), jnp.zeros(chunks.num_positions)
         maximum, total, right = jax.lax.fori_loop(0, chunks.count, score_chunk, empty)
-        softmax, _ = streaming.RunningSoftmax(maximum, total).merge(axes.vocabulary)
-        log_total, right = jnp.log(softmax.total), streaming.add_up(right, axes.vocabulary)
+        softmax, across = streaming.RunningSoftmax(maximum, total), axes.vocabulary
+        softmax, sums = softmax.merge(softmax.shared_maximum(across), {}, {"right": right[:, None]}, across)
+        log_total, right = jnp.log(softmax.total), sums["right"][:, 0]
         losses = softmax.maximum - right + log_total + z_loss * (softmax.maximum + log_total) ** 2
         return streaming.add_up(jnp.sum(chunks.weights * losses), axes.queries), softmax
 

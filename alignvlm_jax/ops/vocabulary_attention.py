@@ -281,12 +281,12 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     start = (streaming.RunningSoftmax.empty(num_queries), sums, no_words)
     local, sums, top = streaming.stream(step, start, num_rows=keys.shape[0], block_size=block_size)
 
-    running, decay = local.merge(across)
-    risen, total = (local.maximum - running.maximum)[:, None], local.total[:, None]
+    maximum = local.shared_maximum(across)
+    risen, total = (local.maximum - maximum)[:, None], local.total[:, None]
     for name, weight in (("tilted", sums["mixed"]), ("tilt", total), ("distance", total)):
         if name in sums:
             sums[name] += risen * weight
-    merged = streaming.add_up({name: decay * partial for name, partial in sums.items()}, across)
+    running, merged = local.merge(maximum, sums, {}, across)
     means = {name: total / running.total[:, None] for name, total in merged.items()}
     if rounds:
         means["mixed"] = merged["mixed"] / merged["share"]
@@ -313,8 +313,13 @@ def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangen
     def local(q, keys, scale, bias, values, saved, cotangent):
         flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
         frozen = statistics is not None
-        of_q, *of_tables = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
-        return of_q.reshape(q.shape), *(streaming.add_up(gradient, axes.queries) for gradient in of_tables)
+        gradients = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
+        of_q, of_keys, of_scale, of_bias, of_values = gradients
+        # The two short ones share an all-reduce.
+        norm = {"scale": of_scale[:, None], "bias": of_bias[:, None]}
+        norm = streaming.add_up_columns(norm, axes.queries)
+        of_keys, of_values = (streaming.add_up(gradient, axes.queries) for gradient in (of_keys, of_values))
+        return of_q.reshape(q.shape), of_keys, norm["scale"][:, 0], norm["bias"][:, 0], of_values
 
     saved_spec = jax.tree.map(lambda _: of_query, saved)
     saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
@@ -367,12 +372,13 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     carry = (jnp.zeros(q.shape), *zeros, sums)
     fold = functools.partial(streaming.stream, num_rows=keys.shape[0], block_size=block_size)
     of_q, of_keys, of_scale, of_bias, of_values, sums = fold(step, carry)
-    of_q, sums = streaming.add_up((of_q, sums), across)
+    sums = {name: total[:, None] for name, total in sums.items()}
+    sums = streaming.add_up_columns({"of_q": of_q, **sums}, across)
 
-    first = sums["first"][:, None]
+    of_q, first = sums["of_q"], sums["first"]
     of_q -= first * moments.mean_row
     if second is None:
-        second = (sums["second"] * moments.rate**2)[:, None]
+        second = sums["second"] * rate**2
         of_q -= second * moments.spread
     if not frozen:
         # The share of the mean and, with the covariance, of the variance: see the module's docstring.

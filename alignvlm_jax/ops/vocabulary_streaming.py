@@ -18,6 +18,7 @@ from typing import TypeVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -97,13 +98,33 @@ class RunningSoftmax:
         decay = jnp.exp(self.maximum - maximum)
         return RunningSoftmax(maximum, self.total * decay + jnp.sum(weights, axis=-1)), weights, decay[:, None]
 
-    def merge(self, across: tuple[str, ...]) -> tuple["RunningSoftmax", Float[Array, "T 1"]]:
-        """Over all devices that share the vocabulary; returns the decay of this device's sums too."""
-        if not across:
-            return self, jnp.ones_like(self.total)[:, None]
-        maximum = jax.lax.pmax(self.maximum, across)
-        decay = jnp.exp(self.maximum - maximum)
-        return RunningSoftmax(maximum, jax.lax.psum(self.total * decay, across)), decay[:, None]
+    def shared_maximum(self, across: tuple[str, ...]) -> Float[Array, " T"]:
+        """The largest score of all devices that share the vocabulary."""
+        return jax.lax.pmax(self.maximum, across) if across else self.maximum
+
+    def merge(
+        self,
+        maximum: Float[Array, " T"],
+        weighted: dict[str, Float[Array, "T _"]],
+        plain: dict[str, Float[Array, "T _"]],
+        across: tuple[str, ...],
+    ) -> tuple["RunningSoftmax", dict[str, Float[Array, "T _"]]]:
+        """Over all devices that share the vocabulary, in one all-reduce.
+
+        Args:
+          maximum: the `shared_maximum`.
+          weighted: sums weighted by exp(score - m), m this device's largest score.
+          plain: other sums.
+          across: the axes that cut the vocabulary.
+
+        Returns:
+          The softmax over all rows, and all sums.
+        """
+        decay = jnp.exp(self.maximum - maximum)[:, None]
+        weighted = {"_total": self.total[:, None], **weighted}
+        sums = {name: decay * partial for name, partial in weighted.items()}
+        sums = add_up_columns({**sums, **plain}, across)
+        return RunningSoftmax(maximum, sums.pop("_total")[:, 0]), sums
 
     def probabilities(self, scores: Float[Array, "T K"]) -> Float[Array, "T K"]:
         """Of scores of a block, when all blocks were passed. Not exp(score - log Z): that rounds like a large score."""
@@ -113,6 +134,15 @@ class RunningSoftmax:
 def add_up(partial, across: tuple[str, ...]):
     """The sum over the devices of some mesh axes, of every array of a tree; without axes, what was given."""
     return jax.lax.psum(partial, across) if across else partial
+
+
+def add_up_columns(partial: dict[str, Float[Array, "T _"]], across: tuple[str, ...]) -> dict[str, Float[Array, "T _"]]:
+    """`add_up` of arrays with the same rows, as one all-reduce."""
+    if not across:
+        return partial
+    stops = np.cumsum([array.shape[1] for array in partial.values()])
+    total = jax.lax.psum(jnp.concatenate(list(partial.values()), axis=1), across)
+    return dict(zip(partial, jnp.split(total, stops[:-1], axis=1), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
