@@ -7,8 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: LLVM's optimisations take three times what they save here.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
-# XLA's threads, as many as cores by default (this is where it looks). A device that waits for the others in a collective
-# blocks one, and may wait in several at once: eight devices on few threads wait for each other for ever.
+# XLA's threads; it looks here, and takes as many as there are cores otherwise. A device that waits for the others in a
+# collective blocks one, and may wait in several at once: eight devices on few threads wait for each other for ever.
 os.environ["NPROC"] = "64"
 
 import jax
