@@ -53,6 +53,7 @@ EXTRAS = {
         *EVAL,
         *DATA,
         "packaging>=25,<28",
+        "psutil>=6,<8",
         "pytest>=8.4,<10",
         "ruff>=0.14,<0.18",
         "setuptools>=77,<90",

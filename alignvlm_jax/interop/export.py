@@ -39,12 +39,12 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import tables
 from alignvlm_jax.interop.huggingface import llama_config, siglip_config
 from alignvlm_jax.interop.model_card import model_card
-from alignvlm_jax.interop.new_folder import new_folder
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.training.checkpoint import ParameterReader
 
 TRAINING_FILE = "alignvlm_training.json"

@@ -19,12 +19,12 @@ from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.interop.assemble import assemble, check_same_model
-from alignvlm_jax.interop.new_folder import new_folder
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
+from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.checkpoint import write_checkpoint
 

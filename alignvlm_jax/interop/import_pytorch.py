@@ -26,11 +26,11 @@ from alignvlm_jax.interop import convert, tables
 from alignvlm_jax.interop.assemble import abstract_parameters
 from alignvlm_jax.interop.export import PROCESSOR_FILE, TRAINING_FILE
 from alignvlm_jax.interop.huggingface import read_language_config, read_vision_config
-from alignvlm_jax.interop.new_folder import refuse_taken
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
+from alignvlm_jax.new_folder import refuse_taken
 from alignvlm_jax.training.checkpoint import Progress, write_checkpoint
 
 # The paper's stages: what a folder that says nothing of training gets, so that the checkpoint can be trained.

@@ -17,8 +17,6 @@ of an 8B model (`ParameterReader`) reads that layer, on whatever mesh it was sav
 import dataclasses
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, random_parameters
+from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.step import TrainState
 
@@ -183,33 +182,18 @@ def write_checkpoint(
       history: what was done to the weights so far, oldest first; for the model card.
       progress: what the weights went through already.
     """
-    workdir = Path(workdir).absolute()
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"{workdir} exists already: name a new folder, or remove it")
     try:
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
-    except OSError as error:
-        raise UserError(f"{workdir.parent}: cannot be written ({error.strerror})") from error
-    try:
-        scratch.chmod(0o755)  # mkdtemp's folders are their owner's alone
-        (scratch / CONFIG_FILE).write_text(configs.to_json(config), encoding="utf-8")
-        write_history(scratch, history)
-        tokenizer.save(scratch / TOKENIZER_FOLDER)
-        with Checkpointer(scratch, config) as checkpointer:
-            checkpointer.save_params(progress or Progress(), params)
-        if workdir.exists():
-            workdir.rmdir()
-        scratch.rename(workdir)
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
+        with new_folder(workdir) as scratch:
+            (scratch / CONFIG_FILE).write_text(configs.to_json(config), encoding="utf-8")
+            write_history(scratch, history)
+            tokenizer.save(scratch / TOKENIZER_FOLDER)
+            with Checkpointer(scratch, config) as checkpointer:
+                checkpointer.save_params(progress or Progress(), params)
     except ValueError as error:
         # tensorstore reports a full disk so; anything else is a mistake here and must show itself.
         if "No space left" not in str(error):
             raise
         raise UserError(f"{workdir}: cannot be written (no space left on the device)") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
