@@ -18,6 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel.mesh import num_batch_shards
+
 RULES = (
     ("batch", ("data", "fsdp")),
     ("sequence", None),
@@ -81,9 +84,55 @@ def like_parameters(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(find, state)
 
 
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """The rows of a microbatch that this process makes: those its devices hold, in order.
+
+    Rows of a batch are spread over `data` and `fsdp` alone. Processes that differ in `tensor` only hold, and make, the
+    same rows.
+
+    Args:
+      mesh: of all processes' devices.
+      rows: B, the bins of one microbatch.
+
+    Raises:
+      UserError: the mesh does not divide the rows.
+    """
+    _check_divides(mesh, rows)
+    held = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).addressable_devices_indices_map((rows,))
+    return tuple(sorted({row for (piece,) in held.values() for row in range(rows)[piece]}))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a packed batch [K, B, ...] on the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+    """Puts a packed batch on the mesh.
+
+    Args:
+      batch: of every field the rows of this process, [K, b, ...], those that `local_rows` names: all B of them where
+        one process holds all devices.
+      mesh: of all processes' devices.
+
+    Returns:
+      The global fields [K, B, ...], each device with its rows.
+    """
+    where = NamedSharding(mesh, BATCH_SPEC)
+    rows = _global_rows(mesh, len(next(iter(batch.values()))[0]))
+    return {
+        name: jax.make_array_from_process_local_data(where, field, (len(field), rows, *field.shape[2:]))
+        for name, field in batch.items()
+    }
+
+
+def _check_divides(mesh: Mesh, rows: int) -> None:
+    if rows % num_batch_shards(mesh):
+        raise UserError(
+            f"config.data.packing.bins_per_microbatch: expected a multiple of {num_batch_shards(mesh)} (the bins are "
+            f"spread over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices), got {rows}"
+        )
+
+
+def _global_rows(mesh: Mesh, held: int) -> int:
+    """The rows of a microbatch of which this process holds `held`: every piece is of one size."""
+    shards = num_batch_shards(mesh)
+    return held * shards // len(local_rows(mesh, shards))
 
 
 def _keep_what_divides(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -26,7 +26,7 @@ from alignvlm_jax.data.packing import Batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, tokens_per_tile
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
+from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import metrics
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.checkpoint import (
@@ -136,7 +136,7 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
-    _check_batch_fits(config, mesh)
+    sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)  # refuses what the mesh does not divide
     data = open_data(config)
     stages = [dataclasses.replace(stage, steps=data.steps(stage), epochs=None) for stage in config.stages]
     _prepare_workdir(workdir, config, data)
@@ -246,15 +246,6 @@ def _host_counts(batch: Batch) -> dict[str, float]:
     """What the pipeline counted: examples packed, cut short and refused."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
     return {name: float(batch[field].sum()) for name, field in names.items() if field in batch}
-
-
-def _check_batch_fits(config: ExperimentConfig, mesh: Mesh) -> None:
-    shards, bins = num_batch_shards(mesh), config.data.packing.bins_per_microbatch
-    if bins % shards:
-        raise UserError(
-            f"config.data.packing.bins_per_microbatch: expected a multiple of {shards} (the bins are spread over "
-            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices), got {bins}"
-        )
 
 
 def _prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData) -> None:

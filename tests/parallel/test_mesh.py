@@ -68,3 +68,9 @@ def test_batches_are_cut_along_the_bins():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     placed = sharding.shard_batch({"tokens": jnp.zeros((3, 8, 5), jnp.int32)}, mesh)
     assert placed["tokens"].addressable_shards[0].data.shape == (3, 2, 5)
+
+
+def test_one_process_holds_all_rows():
+    assert sharding.local_rows(make_mesh(MeshConfig(2, 2, 2)), 8) == tuple(range(8))
+    with pytest.raises(UserError, match="bins_per_microbatch: expected a multiple of 4 .*data=2 x fsdp=2.*got 6"):
+        sharding.local_rows(make_mesh(MeshConfig(2, 2, 2)), 6)
