@@ -1,5 +1,7 @@
 """The mesh from its config, and the table of rules on shapes alone."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,44 @@ def test_what_is_left_goes_to_minus_one(config, shape):
 def test_sizes_must_multiply_to_the_devices(config):
     with pytest.raises(UserError, match="config.mesh: .* 8 device"):
         make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` asks of the chips of two v5p:2x2x2, numbered in turns."""
+
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def slice_index(self):
+        return self.id % 2
+
+    @property
+    def coords(self):
+        number = self.id // 2
+        return number % 2, number // 2 % 2, number // 4
+
+
+def test_slices_lie_along_data():
+    chips = [Chip(i) for i in range(16)]
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), chips)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert make_mesh(MeshConfig(data=-1, fsdp=4), chips, slices=2).shape["data"] == 4
+    with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices.*8 devices are left in each"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), chips)
+    with pytest.raises(UserError, match="mesh.slices: expected 2, as the devices say, got 4"):
+        make_mesh(MeshConfig(slices=4), chips)
+
+
+def test_devices_without_slices_are_cut_in_order():
+    mesh = make_mesh(MeshConfig(data=4, tensor=-1, slices=2))
+    assert [device.id for device in mesh.devices[:2].flat] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="3 slices do not divide 8"):
+        make_mesh(MeshConfig(slices=3))
 
 
 def boxed(axes, shape):
