@@ -124,7 +124,7 @@ def test_another_connector_takes_its_own_fields():
         ("stages.0.learning_rates.vision=nan", ["config.stages.0.learning_rates.vision", "a number"]),
         ("stages.0.learning_rates.vision=1e999", ["config.stages.0.learning_rates.vision", "0 or more"]),
         ("stages.1.name=captions", ["config.stages", "different names"]),
-        ("data.tiling.rule=internvl", ["config.data.tiling.rule", "ovis"]),
+        ("data.tiling.rule=intern", ["config.data.tiling.rule", "ovis"]),
         ("data.tiling.tile_size=84", ["config.data.tiling.tile_size", "image_size, 80", "84"]),
         ("data.packing.tokens_per_bin=0", ["config.data.packing", "tokens_per_bin"]),
         ("model.vision.num_heads=3", ["config.model.vision.num_heads", "hidden_size 128"]),

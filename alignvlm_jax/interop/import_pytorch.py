@@ -171,15 +171,16 @@ def _read_tiling(folder: Path, default: dict[str, Any] | None) -> dict[str, Any]
     """How pages are cut into tiles; `default` where the folder has lost its processor."""
     if default is not None and not (folder / PROCESSOR_FILE).is_file():
         return default
-    names = [field.name for field in dataclasses.fields(TilingConfig)]
-    image_processor = _read_json(folder / PROCESSOR_FILE).get("image_processor")
-    missing = [name for name in names if name not in (image_processor or {})]
+    fields = {field.name: field.default for field in dataclasses.fields(TilingConfig)}
+    image_processor = _read_json(folder / PROCESSOR_FILE).get("image_processor") or {}
+    # Folders exported before there was anyres_max_9 do not have its field.
+    missing = [name for name in fields if name not in image_processor and name != "grid_side"]
     if missing:
         raise UserError(
             f"{folder / PROCESSOR_FILE}: its image_processor does not say {', '.join(missing)}; take the file of the "
             "folder that training started from, or save the processor with `processor.save_pretrained`"
         )
-    return {name: image_processor[name] for name in names}
+    return {name: image_processor.get(name, default) for name, default in fields.items()}
 
 
 def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: int) -> ChatTokenizer:

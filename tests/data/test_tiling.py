@@ -1,10 +1,19 @@
-"""The ovis rule against tables worked by hand, and against a second writing of the rule."""
+"""The three rules against tables worked by hand, and against transformers' code for InternVL and LLaVA-OneVision.
+
+(Its Ovis2 processor transposes the grid: no oracle. That rule is written a second time here.)
+"""
 
 import random
 
 import numpy as np
 import PIL.Image
 import pytest
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 
@@ -86,7 +95,7 @@ def test_grid_matches_second_writing():
         side, max_tiles = rng.choice([96, 384, 448]), rng.choice([1, 4, 9])
         plan = plan_tiles(width, height, TilingConfig(tile_size=side, max_tiles=max_tiles))
         assert plan.grid == _grid_as_published(width, height, side, max_tiles), (width, height, side, max_tiles)
-        cells = np.asarray(plan.boxes[plan.has_thumbnail :])
+        cells = np.asarray(plan.boxes[plan.first_cell :])
         areas = (cells[:, 2:] - cells[:, :2]).prod(axis=1)
         assert (areas > 0).all() and areas.sum() == width * height
         assert all(max(size) == side and min(size) >= 1 for size in plan.sizes)
@@ -134,12 +143,129 @@ def test_map_points_finds_the_pixel(thumbnail):
         plan = plan_tiles(int(width), int(height), config)
         tiles, _ = cut_tiles(PIL.Image.fromarray(page), plan, 64)
         (tile,), ((x_tile, y_tile),) = plan.map_points([[x + 0.5, y + 0.5]])
-        assert tile >= int(plan.has_thumbnail)
+        assert tile >= plan.first_cell
+        assert tiles[tile, min(int(y_tile), 63), min(int(x_tile), 63)].max() > 60
+
+
+# width, height, tile side, most tiles -> (rows, cols).
+@pytest.mark.parametrize(
+    "width, height, side, max_tiles, grid",
+    [
+        (448, 448, 448, 12, (1, 1)),  # 2 x 2 ties, but wants more than 0.5 * 448^2 * 4 = 401,408 pixels
+        (800, 800, 448, 9, (2, 2)),  # 640,000 are more; 3 x 3 would want 903,168
+        (1000, 1000, 448, 9, (3, 3)),
+        (1000, 1000, 448, 8, (2, 2)),
+        (800, 600, 448, 9, (2, 3)),  # 4/3 is 1/6 from 3/2, 1/3 from 1
+        (800, 600, 448, 12, (3, 4)),  # with twelve tiles there is 4/3 itself
+        (1280, 720, 448, 9, (2, 4)),  # 16/9 is nearest to 2; 921,600 pixels are more than 0.5 * 448^2 * 8 = 802,816
+        (640, 360, 448, 9, (1, 2)),
+        (1000, 1400, 448, 9, (3, 2)),  # 5/7 = 0.714: 2/3 is nearer than 1
+        (1000, 1400, 448, 12, (4, 3)),
+        (500, 400, 448, 9, (1, 1)),  # 5/4 is 1/4 from 1 and from 3/2: 200,000 pixels are not enough for six tiles
+        (1000, 800, 448, 9, (2, 3)),  # 800,000 are: 0.5 * 448^2 * 6 = 602,112
+        (1, 10000, 448, 9, (9, 1)),
+        (10000, 1, 448, 9, (1, 9)),
+        (1, 1, 448, 9, (1, 1)),
+    ],
+)
+def test_internvl_grid(width, height, side, max_tiles, grid):
+    config = TilingConfig("internvl", side, max_tiles)
+    plan = plan_tiles(width, height, config)
+    assert plan.grid == grid
+    assert plan.num_tiles == grid[0] * grid[1] + (grid != (1, 1)) <= config.max_tiles_per_image
+    assert plan.thumbnail == (None if grid == (1, 1) else plan.num_tiles - 1)
+
+
+# width, height -> (rows, cols) of canvases of 384 x 384 cells, six by six at most.
+@pytest.mark.parametrize(
+    "width, height, grid",
+    [
+        (384, 384, (1, 1)),
+        (100, 60, (1, 1)),  # fits in any canvas: the smallest
+        (384, 385, (2, 1)),  # one cell would keep 383 x 384 = 147,072 of 147,840 pixels
+        (800, 600, (2, 3)),  # 2 x 2 would keep 768 x 576 of its pixels; 1152 x 768 keeps all
+        (1000, 1400, (4, 3)),
+        (2304, 2304, (6, 6)),
+        (3000, 4000, (6, 5)),  # 1728 x 2304 are the most it can have; five columns are enough for them
+        (4000, 3000, (5, 6)),
+        (10, 10000, (6, 1)),  # 2 x 2304
+        (1, 10000, (1, 1)),  # less than a pixel wide on any canvas: the smallest
+    ],
+)
+def test_anyres_grid(width, height, grid):
+    config = TilingConfig("anyres_max_9")
+    plan = plan_tiles(width, height, config)
+    assert plan.grid == grid
+    assert plan.num_tiles == grid[0] * grid[1] + 1 <= config.max_tiles_per_image == 37
+    assert plan.thumbnail == 0 and plan.first_cell == 1
+
+
+def test_anyres_boxes():
+    """800 x 600 on 1152 x 768: 768 / 600 = 1.28 fills the height, the width becomes 1024, a border of 64 each side."""
+    plan = plan_tiles(800, 600, TilingConfig("anyres_max_9"))
+    assert plan.canvas.size == (1024, 768) and plan.canvas.origin == (64, 0)
+    assert plan.boxes[0] == (0, 0, 800, 600)
+    assert plan.boxes[1] == (-50, 0, 250, 300)  # 64 / 1.28 = 50 beyond the page; 384 / 1.28 = 300
+    assert plan.boxes[6] == (550, 300, 850, 600)
+
+
+def _random_sizes(count, longest=(12, 200, 5000)):
+    rng = random.Random(0)
+    for _ in range(count):
+        limit = rng.choice(longest)
+        yield rng.randint(1, limit), rng.randint(1, limit)
+
+
+def test_grids_match_transformers():
+    for width, height in [*_random_sizes(2000), (500, 400), (1000, 800), (600, 400), (1250, 3000), (900, 900)]:
+        for side, max_tiles in ((56, 9), (448, 12)):
+            plan = plan_tiles(width, height, TilingConfig("internvl", side, max_tiles))
+            assert plan.grid == get_optimal_tiled_canvas((height, width), (side, side), 1, max_tiles)[::-1]
+        for side in (56, 384):
+            plan = plan_tiles(width, height, TilingConfig("anyres_max_9", side))
+            pinpoints = [(row * side, col * side) for row in range(1, 7) for col in range(1, 7)]
+            height_width = select_best_resolution((height, width), pinpoints)
+            assert plan.grid == tuple(pixels // side for pixels in height_width)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (200, 130), (130, 200), (500, 90), (41, 33), (3, 400), (1, 10000)], ids=str)
+@pytest.mark.parametrize("rule", ["internvl", "anyres_max_9"])
+def test_pixels_match_transformers(rule, size):
+    """Every pixel of every tile, in its order."""
+    page = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    common = {"size": {"height": 56, "width": 56}, "do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
+    if rule == "internvl":
+        processor = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=9, **common)
+        expected = processor(page, return_tensors="np")["pixel_values"]
+    else:
+        pinpoints = [[row * 56, col * 56] for row in range(1, 7) for col in range(1, 7)]
+        processor = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=pinpoints, **common)
+        expected = processor(page, return_tensors="np")["pixel_values"][0]
+    tiles, valid_hw = cut_tiles(page, plan_tiles(*page.size, TilingConfig(rule, tile_size=56)), 56)
+    np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), expected)
+    assert (valid_hw == 56).all()
+
+
+@pytest.mark.parametrize("rule", ["internvl", "anyres_max_9"])
+def test_map_points_finds_the_pixel_on_a_canvas(rule):
+    config = TilingConfig(rule, tile_size=64)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        width, height = rng.integers(60, 190, 2)
+        x, y = rng.integers(3, width - 3), rng.integers(3, height - 3)
+        page = np.zeros((height, width, 3), np.uint8)
+        page[y - 1 : y + 2, x - 1 : x + 2] = 255
+        plan = plan_tiles(int(width), int(height), config)
+        tiles, _ = cut_tiles(PIL.Image.fromarray(page), plan, 64)
+        (tile,), ((x_tile, y_tile),) = plan.map_points([[x + 0.5, y + 0.5]])
+        assert tile != plan.thumbnail
         assert tiles[tile, min(int(y_tile), 63), min(int(x_tile), 63)].max() > 60
 
 
 def test_wrong_config():
-    with pytest.raises(ValueError, match="rule"):
-        TilingConfig(rule="internvl")
+    with pytest.raises(ValueError, match="rule: expected one of ovis, internvl, anyres_max_9, got 'anyres'"):
+        TilingConfig(rule="anyres")
+    with pytest.raises(ValueError, match="grid_side"):
+        TilingConfig(grid_side=0)
     with pytest.raises(ValueError, match="0 x 5"):
         plan_tiles(0, 5, TilingConfig())

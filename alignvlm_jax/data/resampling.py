@@ -1,0 +1,124 @@
+"""Which visual tokens stand for an image, made of which features: one feature each, or under `anyres_max_9` four.
+
+Axis letters: T visual tokens of an image, M its tiles, N visual tokens of one tile after the connector, n rows and
+columns of them (N = n * n; the two may differ).
+
+Under `ovis` and `internvl` a page's visual tokens are its tiles' tokens, tile after tile: T = M * N. LLaVA-NeXT's
+`anyres_max_9` lays the tokens of the cells side by side as the cells lie on the page, and then:
+
+1. unpad: rows or columns that show only the black border are left out, as many on one side as on the other;
+2. reduce: what remains, h by w, is shrunk bilinearly by r = sqrt(h w / (max_tiles N)) both ways, if r > 1.1;
+3. every row ends with a learned `newline`; the thumbnail's N tokens come first, without any.
+
+All of it is linear in the features, with at most four of them in a token, and depends on the image's size alone. So it
+is worked out here, on the host, as numbers: four sources and four weights for every token, and -1 for the newline. The
+model gathers and adds; its shapes stay static.
+
+Example: S = 2 n, a page 2 S wide and S high, no thumbnail, n = 2: one row of two cells, tokens 0-3 and 4-7.
+
+    cells side by side    0 1 4 5        tokens   0 1 4 5 newline 2 3 6 7 newline
+                          2 3 6 7        sources  0 1 4 5   -1    2 3 6 7   -1      each with weight 1
+
+The original's tolerance is kept: up to 1.1^2 * 9 = 10.9 tiles of tokens stay as they are. One thing differs: of a page
+so narrow that unpadding leaves nothing (1 x 1000), a row or column is kept.
+Source: LLaVA-NeXT `prepare_inputs_labels_for_multimodal`, and LLaVA-OneVision in transformers, which rounds like here.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from alignvlm_jax.data.tiling import TilePlan, TilingConfig
+
+# Shrinking by less is not worth the blur (LLaVA-NeXT).
+_MIN_REDUCTION = 1.1
+
+TokenGrid = tuple[int, int]
+"""Rows and columns of one tile's visual tokens."""
+
+
+class Resampling(NamedTuple):
+    """A token is the sum over k of weights[:, k] * feature[sources[:, k]].
+
+    sources: which of the M * N features of the image, -1 for the newline, whose weight is 1 in k = 0.
+    """
+
+    sources: Int32[np.ndarray, "T 4"]
+    weights: Float32[np.ndarray, "T 4"]
+
+
+def num_visual_tokens(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> int:
+    """T."""
+    per_tile = token_grid[0] * token_grid[1]
+    if config.rule != "anyres_max_9":
+        return plan.num_tiles * per_tile
+    height, width = _reduced_size(*_unpadded(plan, token_grid)[1], config.max_tiles, per_tile)
+    return height * (width + 1) + (per_tile if plan.thumbnail is not None else 0)
+
+
+def max_visual_tokens(config: TilingConfig, token_grid: TokenGrid) -> int:
+    """A bound on T, over all images; under anyres_max_9 none reaches it."""
+    rows, cols = token_grid
+    if config.rule != "anyres_max_9":
+        return config.max_tiles_per_image * rows * cols
+    cells = min(config.grid_side**2, _MIN_REDUCTION**2 * config.max_tiles)
+    newlines = config.grid_side * rows
+    return math.floor(cells * rows * cols) + newlines + (rows * cols if config.thumbnail else 0)
+
+
+def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Resampling:
+    """How the visual tokens of an image under anyres_max_9 are made; the module docstring has the rule."""
+    rows, cols = token_grid
+    (top, left), (height, width) = _unpadded(plan, token_grid)
+    reduced_height, reduced_width = _reduced_size(height, width, config.max_tiles, rows * cols)
+    y, y_weight = _two_taps(height, reduced_height)
+    x, x_weight = _two_taps(width, reduced_width)
+    # The features of the cells, numbered as they lie on the page.
+    row, col = (y + top)[:, None, :, None], (x + left)[None, :, None, :]  # [h', 1, 2, 1], [1, w', 1, 2]
+    cell = row // rows * plan.grid[1] + col // cols + plan.first_cell
+    inside = cell * (rows * cols) + row % rows * cols + col % cols  # [h', w', 2, 2]
+    newline = np.full((reduced_height, 1, 4), -1)
+    sources = np.concatenate([inside.reshape(reduced_height, reduced_width, 4), newline], axis=1).reshape(-1, 4)
+    share = (y_weight[:, None, :, None] * x_weight[None, :, None, :]).reshape(reduced_height, reduced_width, 4)
+    alone = np.tile([1.0, 0.0, 0.0, 0.0], (reduced_height, 1, 1))
+    weights = np.concatenate([share, alone], axis=1).reshape(-1, 4)
+    if plan.thumbnail is not None:
+        whole = np.repeat(np.arange(rows * cols)[:, None] + plan.thumbnail * rows * cols, 4, axis=1)
+        sources = np.concatenate([whole, sources])
+        weights = np.concatenate([np.tile([1.0, 0.0, 0.0, 0.0], (rows * cols, 1)), weights])
+    return Resampling(sources.astype(np.int32), weights.astype(np.float32))
+
+
+def _unpadded(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(top, left) and (height, width), in tokens, of what the border leaves of the cells side by side."""
+    (rows, cols), (width, height) = plan.grid, plan.image_size
+    tall, wide = rows * token_grid[0], cols * token_grid[1]
+    # In units of which a canvas has as many across as its cells have columns: tokens need not be square.
+    if width / height > (cols * token_grid[0]) / tall:
+        kept = int(round(height * (cols * token_grid[0] / width), 7))  # against 26.999999 for 27
+        border = (tall - max(kept, 1)) // 2
+        return (border, 0), (tall - 2 * border, wide)
+    kept = int(round(width * (rows * token_grid[1] / height), 7))
+    border = (wide - max(kept, 1)) // 2
+    return (0, border), (tall, wide - 2 * border)
+
+
+def _reduced_size(height: int, width: int, max_tiles: int, per_tile: int) -> tuple[int, int]:
+    factor = math.sqrt(height * width / (max_tiles * per_tile))
+    if factor <= _MIN_REDUCTION:
+        return height, width
+    return max(1, int(height // factor)), max(1, int(width // factor))
+
+
+def _two_taps(size: int, reduced: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear interpolation along one axis without antialiasing, pixels' centres at halves: [reduced, 2] each.
+
+    before: 3 values a b c    after, reduced = 2: sources [0 1] [1 2], weights [.75 .25] [.25 .75]
+    """
+    at = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
+    first = np.minimum(at.astype(np.int64), size - 1)
+    second = np.minimum(first + 1, size - 1)
+    beyond = at - first
+    return np.stack([first, second], axis=1), np.stack([1.0 - beyond, beyond], axis=1)
