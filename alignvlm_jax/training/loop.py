@@ -136,6 +136,7 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
+    machine = metrics.Machine.of(mesh.devices.flatten())
     sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)  # refuses what the mesh does not divide
     data = open_data(config)
     stages = [dataclasses.replace(stage, steps=data.steps(stage), epochs=None) for stage in config.stages]
@@ -146,7 +147,7 @@ def train(
         total = sum(stage.steps for stage in stages)
         with (
             tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, smoothing=0.1) as bar,
-            contextlib.closing(metrics.MetricsLog(workdir / TENSORBOARD_FOLDER, progress.step)) as log,
+            contextlib.closing(metrics.MetricsLog(workdir / TENSORBOARD_FOLDER, progress.step, machine)) as log,
         ):
             while progress.stage < len(stages):
                 batches = data.batches(progress.stage, stages[progress.stage], progress.step_in_stage)
@@ -204,7 +205,7 @@ class _Run:
         bar.set_description(stage.name)
         started = time.monotonic() - progress.train_seconds
         first, measured = True, None
-        log.restart_clock()
+        log.begin_stage(metrics.step_flops(self.config.model, stage))
         while progress.step_in_stage < stage.steps:
             batch = next(batches)
             device_batch = sharding.shard_batch({name: batch[name] for name in steps.FIELDS}, self.mesh)

@@ -1,18 +1,61 @@
-"""From what each step measures to lines on the terminal and curves in TensorBoard."""
+"""From what each step measures to lines on the terminal and curves in TensorBoard.
 
+Speeds are given for the run (`tokens_per_second`) and per chip; a chip is what is bought as one, which may be two jax
+devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts what the model needs (`training/flops.py`), and `mfu`
+is its share of the chip's published bfloat16 peak, whatever the dtype of the run. On a chip without a known peak, such
+as a CPU, there is no `mfu`.
+"""
+
+import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import tensorboardX
 
+from alignvlm_jax.models.alignvlm import AlignVLMConfig
+from alignvlm_jax.parallel.chips import Chip, find_chip
+from alignvlm_jax.training.flops import train_flops
+from alignvlm_jax.training.stages import StageConfig
 from alignvlm_jax.training.step import Metrics
 
-# Shown per second, and as a sum; everything else is averaged.
+# Shown per second; shown as a sum; needed for others only. Everything else is averaged.
 _PER_SECOND = ("tokens", "tiles", "examples")
+_PER_CHIP = ("tokens", "tiles")
 _COUNTED = ("refused", "cut")
+_NOT_SHOWN = ("weight", "answers", "squared_lengths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the steps run on: so many chips, and which (None if it is not in the table of peaks)."""
+
+    num_chips: int
+    chip: Chip | None = None
+
+    @classmethod
+    def of(cls, devices: Sequence[jax.Device]) -> "Machine":
+        chip = find_chip(devices[0].device_kind)
+        return cls(max(1, len(devices) // (chip.devices_per_chip if chip else 1)), chip)
+
+
+def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[str, float]], float]:
+    """A function from the metrics of a step to the FLOP that the model needed for it."""
+
+    def count(step: Mapping[str, float]) -> float:
+        return train_flops(
+            model,
+            stage.trainable,
+            tiles=float(step["tiles"]),
+            tokens=float(step["tokens"]),
+            answer_tokens=float(step["answers"]),
+            squared_lengths=float(step["squared_lengths"]),
+        ).total
+
+    return count
 
 
 class MetricsLog:
@@ -21,12 +64,19 @@ class MetricsLog:
     Metrics stay on the device until they are written, so that collecting does not wait for the step.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, machine: Machine):
         # What an earlier sitting wrote after the checkpoint it is resumed from is done again: those points are dropped.
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+        self._machine = machine
+        self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
         self._steps: list[Metrics] = []
         self._untimed = 0
+
+    def begin_stage(self, flops: Callable[[Mapping[str, float]], float]) -> None:
+        """From here on a step needs `flops(its metrics)` FLOP."""
+        self._flops = flops
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves out of the speed what came since the last summary: compilation, a pause."""
@@ -42,7 +92,8 @@ class MetricsLog:
             return {}
         steps, self._steps = jax.device_get(self._steps), []
         now = time.monotonic()
-        summary = {**averages(steps), **speeds(steps[self._untimed :], now - self._since)}
+        timed = speeds(steps[self._untimed :], now - self._since, self._machine, self._flops)
+        summary = {**averages(steps), **timed}
         self._since, self._untimed = now, 0
         for name, value in {**summary, "stage": stage}.items():
             if not math.isnan(value):
@@ -64,28 +115,47 @@ def averages(steps: list[dict[str, float]]) -> dict[str, float]:
         elif name in weights:
             total = weights[name].sum()
             summary[name] = float((values * weights[name]).sum() / total) if total else math.nan
-        elif name not in (*_PER_SECOND, "weight"):
+        elif name not in (*_PER_SECOND, *_NOT_SHOWN):
             summary[name] = float(values.mean())
     return summary
 
 
-def speeds(steps: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """Steps and what they took in, per second; NaN if no step was timed."""
+def speeds(
+    steps: list[dict[str, float]],
+    seconds: float,
+    machine: Machine,
+    flops: Callable[[Mapping[str, float]], float] | None = None,
+) -> dict[str, float]:
+    """Steps, what they took in and what the model needed for them, per second; NaN if no step was timed."""
     per_second = 1 / seconds if steps and seconds > 0 else math.nan
     names = [name for name in _PER_SECOND if steps and name in steps[0]] or ["tokens"]
     summary = {f"{name}_per_second": sum(float(step[name]) for step in steps) * per_second for name in names}
+    for name in _PER_CHIP:
+        if f"{name}_per_second" in summary:
+            summary[f"{name}_per_second_per_chip"] = summary[f"{name}_per_second"] / machine.num_chips
+    if flops is not None:
+        rate = sum(map(flops, steps)) * per_second / machine.num_chips
+        summary["tflops_per_second_per_chip"] = rate / 1e12
+        if machine.chip is not None:
+            summary["mfu"] = rate / machine.chip.peak_flops
     return summary | {"steps_per_second": len(steps) * per_second}
 
 
 def line(step: int, stage: str, summary: dict[str, float]) -> str:
-    """The summary in one line of the terminal:
+    """The summary in one line of the terminal (here in two; without a known peak there is no MFU):
 
-    step 120 captions | loss 0.412 | grad norm 0.83 | 5,210 tokens/s | bins 84 % full | words per patch 3.1 | lr 9.1e-04
+    step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip, MFU
+    42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
     """
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]
     if not math.isnan(summary["tokens_per_second"]):
         pieces.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+        if "tiles_per_second_per_chip" in summary:
+            pieces.append(f"{summary['tiles_per_second_per_chip']:.3g} tiles/s a chip")
+        if "tflops_per_second_per_chip" in summary:
+            mfu = f", MFU {100 * summary['mfu']:.1f} %" if "mfu" in summary else ""
+            pieces.append(f"{summary['tflops_per_second_per_chip']:.3g} TFLOP/s a chip{mfu}")
     pieces.append(f"bins {100 * summary['token_fraction']:.0f} % full")
     if not math.isnan(summary["effective_tokens"]):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")

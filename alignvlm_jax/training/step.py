@@ -99,10 +99,15 @@ def make_train_step(
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
         output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
         tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
+        real = microbatch["segment_ids"] > 0
+        # Positions of a segment are 0 .. n - 1, so the sum of 2 p + 1 over it is n².
+        squares = jnp.where(real, 2.0 * microbatch["positions"] + 1.0, 0.0)
         sums = {
             "loss": output.loss,
             "weight": output.weight,
-            "tokens": jnp.sum(microbatch["segment_ids"] > 0).astype(jnp.float32),
+            "answers": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
+            "tokens": jnp.sum(real).astype(jnp.float32),
+            "squared_lengths": jnp.sum(squares),
             "positions": jnp.float32(microbatch["segment_ids"].size),
             "tiles": tiles,
             "effective_tokens": output.effective_tokens * tiles,
@@ -134,8 +139,10 @@ def make_train_step(
         metrics = {
             "loss": sums["loss"] / weight,
             "weight": sums["weight"],
+            "answers": sums["answers"],
             "grad_norm": optax.tree.norm(gradients),
             "tokens": sums["tokens"],
+            "squared_lengths": sums["squared_lengths"],
             "token_fraction": sums["tokens"] / sums["positions"],
             "tiles": sums["tiles"],
             "effective_tokens": sums["effective_tokens"] / jnp.maximum(sums["tiles"], 1.0),

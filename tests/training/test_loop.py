@@ -99,6 +99,8 @@ def test_event_files_have_the_metrics(finished):
     for name in ("loss", "grad_norm", "token_fraction", "tokens_per_second", "tiles_per_second", "effective_tokens"):
         assert f"train/{name}".encode() in recorded
     assert b"learning_rate/connector" in recorded and b"train/refused" in recorded
+    assert b"train/tflops_per_second_per_chip" in recorded and b"train/tiles_per_second_per_chip" in recorded
+    assert b"train/mfu" not in recorded, "nobody knows the peak of a CPU"
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):

@@ -4,8 +4,12 @@ import math
 
 import pytest
 
+from alignvlm_jax.parallel.chips import TPU_7X, TPU_V5E
 from alignvlm_jax.training import metrics
+from alignvlm_jax.training.flops import train_flops
+from tests.training.batches import MODEL, stage
 
+CPU = metrics.Machine(num_chips=2)
 STEPS = [
     {
         "loss": 1.0,
@@ -37,16 +41,45 @@ def test_means_are_weighted_by_what_they_are_means_of():
 
 
 def test_speeds_are_sums_over_time():
-    assert metrics.speeds(STEPS, 2.0) == {
+    assert metrics.speeds(STEPS, 2.0, CPU) == {
         "tokens_per_second": 200.0,
+        "tokens_per_second_per_chip": 100.0,
         "tiles_per_second": 2.0,
+        "tiles_per_second_per_chip": 1.0,
         "steps_per_second": 1.0,
     }
-    assert math.isnan(metrics.speeds([], 2.0)["tokens_per_second"])
+    assert math.isnan(metrics.speeds([], 2.0, CPU)["tokens_per_second"])
+
+
+def test_utilisation_is_what_the_model_needed_of_what_the_chips_can():
+    pod = metrics.Machine(num_chips=4, chip=TPU_V5E)
+    summary = metrics.speeds(STEPS, 2.0, pod, lambda step: 1e15 * step["tiles"])
+    assert summary["tflops_per_second_per_chip"] == pytest.approx(4000 / 2 / 4)
+    assert summary["mfu"] == pytest.approx(500 / 197)
+    summary = metrics.speeds(STEPS, 2.0, CPU, lambda step: 1e15 * step["tiles"])
+    assert summary["tflops_per_second_per_chip"] == pytest.approx(1000) and "mfu" not in summary
+    assert math.isnan(metrics.speeds([], 2.0, pod, lambda step: 1.0)["mfu"])
+
+
+def test_the_flops_of_a_step_come_from_its_metrics():
+    stage_3 = stage(trainable=("connector", "language"))
+    step = {"tiles": 3.0, "tokens": 60.0, "answers": 7.0, "squared_lengths": 1300.0}
+    wanted = train_flops(MODEL, stage_3.trainable, tiles=3, tokens=60, answer_tokens=7, squared_lengths=1300)
+    assert metrics.step_flops(MODEL, stage_3)(step) == wanted.total > 0
+
+
+def test_a_chip_may_be_two_devices():
+    class Device:
+        def __init__(self, device_kind):
+            self.device_kind = device_kind
+
+    assert metrics.Machine.of([Device("TPU7x")] * 8) == metrics.Machine(4, TPU_7X)
+    assert metrics.Machine.of([Device("TPU v5 lite")] * 8) == metrics.Machine(8, TPU_V5E)
+    assert metrics.Machine.of([Device("cpu")] * 8) == metrics.Machine(8, None)
 
 
 def test_compilation_does_not_count_as_speed(tmp_path):
-    log = metrics.MetricsLog(tmp_path, first_step=0)
+    log = metrics.MetricsLog(tmp_path, first_step=0, machine=CPU)
     log.add(STEPS[0])
     log.restart_clock()
     assert math.isnan(log.write(1, 0)["tokens_per_second"])
@@ -59,12 +92,15 @@ def test_compilation_does_not_count_as_speed(tmp_path):
 def test_the_line_leaves_out_what_there_is_not():
     summary = {
         **metrics.averages(STEPS),
-        **metrics.speeds(STEPS, 1.0),
+        **metrics.speeds(STEPS, 1.0, metrics.Machine(4, TPU_V5E), lambda step: 1e12 * step["tokens"]),
         "token_fraction": 0.5,
         "learning_rate/vision": 1e-3,
     }
     line = metrics.line(7, "captions", summary)
     assert line.startswith("step 7 captions | loss 2.5000") and "400 tokens/s" in line and "words per patch 8.0" in line
+    assert "1 tiles/s a chip | 100 TFLOP/s a chip, MFU 50.8 % |" in line
     assert "3 examples refused" in line and "lr 1.0e-03" in line
     quiet = metrics.line(7, "captions", {**summary, "effective_tokens": math.nan, "refused": 0.0})
     assert "words per patch" not in quiet and "refused" not in quiet
+    del summary["mfu"]
+    assert "100 TFLOP/s a chip | bins" in metrics.line(7, "captions", summary)

@@ -58,13 +58,25 @@ def test_microbatches_add_up_to_one_big_step(params):
     assert optax.tree.norm(moved) > 1, "a millionth of the step, then"
 
 
+def test_the_step_counts_what_it_was_given(params):
+    batch = random_batch(6, microbatches=2, bins=4)
+    _, (metrics,) = run(DESCENT, params, [batch])
+    rows = batch["segment_ids"].reshape(8, -1)
+    lengths = [np.sum(row == segment) for row in rows for segment in range(1, row.max() + 1)]
+    assert len(set(lengths)) > 3
+    assert metrics["squared_lengths"] == sum(int(length) ** 2 for length in lengths)
+    assert metrics["tokens"] == sum(lengths)
+    assert metrics["answers"] == np.count_nonzero(batch["loss_weights"])
+    assert metrics["tiles"] == np.count_nonzero(batch["tile_valid_hw"][..., 0])
+
+
 def test_empty_bins_change_nothing(params):
     batch = random_batch(4, microbatches=1, bins=4)
     padded = jax.tree.map(lambda field: np.concatenate([field, np.zeros_like(field)], axis=1), batch)
     padded["visual_index"][:, 4:] = -1
     _, (metrics,) = run(DESCENT, params, [batch])
     _, (padded_metrics,) = run(DESCENT, params, [padded])
-    for name in ("loss", "weight", "grad_norm", "tokens", "tiles", "effective_tokens"):
+    for name in ("loss", "weight", "grad_norm", "tokens", "squared_lengths", "tiles", "effective_tokens"):
         np.testing.assert_allclose(metrics[name], padded_metrics[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(padded_metrics["token_fraction"], metrics["token_fraction"] / 2, rtol=1e-6)
 
