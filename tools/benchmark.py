@@ -6,6 +6,7 @@
     tools/benchmark.py vocab --quick                      the same at small sizes, in seconds: does everything run
     tools/benchmark.py vocab --parts agreement memory     some of it
     tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
+    tools/benchmark.py data --json data.json              pictures into tiles, beside transformers' image processors
 """
 
 import argparse
@@ -13,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import vocabulary, vocabulary_tpu
+from benchmarks import images, vocabulary, vocabulary_tpu
 
-COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu}
+COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images}
 
 
 def main() -> int:

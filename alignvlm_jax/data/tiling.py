@@ -168,21 +168,29 @@ def cut_tiles(
 ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"]]:
     """Cut an RGB image as planned: (tiles, valid_hw), picture top left, zeros around it."""
     tiles = np.zeros((plan.num_tiles, tile_size, tile_size, 3), np.uint8)
-    cells = range(plan.first_cell, plan.first_cell + plan.grid[0] * plan.grid[1])
-    own = range(plan.num_tiles) if plan.canvas is None else [] if plan.thumbnail is None else [plan.thumbnail]
-    for i in own:
+    if plan.canvas is None:
+        alone = range(plan.num_tiles)
+    else:
+        alone = [] if plan.thumbnail is None else [plan.thumbnail]
+        _cut_canvas(_resized(image, *plan.canvas.size), plan, tiles[plan.first_cell :])
+    for i in alone:
         # Cropped first: resize(box=...) would let pixels across the cell's border into the filter.
         crop = image if plan.boxes[i] == (0, 0, *image.size) else image.crop(plan.boxes[i])
         height, width = plan.sizes[i]
         tiles[i, :height, :width] = _resized(crop, width, height)
-    if plan.canvas is not None:
-        rows, cols = plan.grid
-        (width, height), (left, top) = plan.canvas.size, plan.canvas.origin
-        canvas = np.zeros((rows * tile_size, cols * tile_size, 3), np.uint8)
-        canvas[top : top + height, left : left + width] = _resized(image, width, height)
-        canvas = canvas.reshape(rows, tile_size, cols, tile_size, 3).swapaxes(1, 2)
-        tiles[cells.start : cells.stop] = canvas.reshape(-1, tile_size, tile_size, 3)
     return tiles, np.asarray(plan.sizes, np.int32)
+
+
+def _cut_canvas(
+    picture: UInt8[np.ndarray, "height width 3"], plan: TilePlan, tiles: UInt8[np.ndarray, "M S S 3"]
+) -> None:
+    """Puts into each cell its part of the picture, without a canvas ever being made."""
+    (rows, cols), (left, top), side = plan.grid, plan.canvas.origin, tiles.shape[1]
+    for cell in range(rows * cols):
+        y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner in the picture
+        y0, x0 = max(y, 0), max(x, 0)
+        part = picture[y0 : max(y + side, 0), x0 : max(x + side, 0)]
+        tiles[cell, y0 - y : y0 - y + part.shape[0], x0 - x : x0 - x + part.shape[1]] = part
 
 
 def _resized(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
