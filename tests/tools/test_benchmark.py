@@ -35,3 +35,14 @@ def test_figures_and_plot(tmp_path):
 def test_without_a_tpu_compiler_it_says_what_to_install():
     done = benchmark("vocab-tpu", "--quick")
     assert done.returncode == 1 and "pip install" in done.stdout and not done.stderr.count("Traceback")
+
+
+def test_pictures_into_tiles(tmp_path):
+    done = benchmark("data", "--quick", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["LLaVA-OneVision"]["tiles"] == [7, 5] and figures["Idefics3"]["tiles"] == [13, 13]
+    for model in ("LLaVA-OneVision", "Idefics3"):
+        rates = figures[model]["tiles_per_second_and_core"]
+        assert {"theirs, PIL", "ours", "ours + float32"} <= set(rates)
+        assert all(rate["from_files"] > 0 for rate in rates.values())
