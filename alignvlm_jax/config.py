@@ -32,6 +32,7 @@ from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.optimizer import OPTIMIZERS
+from alignvlm_jax.training.profile import ProfileConfig, traced_steps
 from alignvlm_jax.training.stages import StageConfig
 
 
@@ -74,6 +75,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     stages: tuple[StageConfig, ...] = ()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
     log_every_steps: int = 10
 
 
@@ -341,6 +343,10 @@ def _check(config: ExperimentConfig) -> None:
     _positive("config", config, "log_every_steps")
     _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
     _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
+    try:
+        traced_steps(config.profile)
+    except ValueError as error:
+        raise UserError(f"config.profile.steps: {error}") from error
     if config.data.max_turns is not None:
         _positive("config.data", config.data, "max_turns")
     if not config.stages:

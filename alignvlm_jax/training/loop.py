@@ -27,7 +27,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, tokens_per_tile
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import metrics
+from alignvlm_jax.training import metrics, out_of_memory
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.checkpoint import (
     CONFIG_FILE,
@@ -39,12 +39,21 @@ from alignvlm_jax.training.checkpoint import (
     write_history,
 )
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
 
 TENSORBOARD_FOLDER = "tensorboard"
 
 # Keys that may differ when a run is resumed: they change where and how often, never what is computed.
-_MAY_DIFFER = ("checkpoint", "log_every_steps", "mesh", "data.root", "data.read_threads", "data.prefetch_batches")
+_MAY_DIFFER = (
+    "checkpoint",
+    "log_every_steps",
+    "mesh",
+    "profile",
+    "data.root",
+    "data.read_threads",
+    "data.prefetch_batches",
+)
 
 
 class TrainingData(Protocol):
@@ -132,7 +141,7 @@ def train(
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came; the run was saved first.
-      UserError: the config does not fit the data, the devices, or what `workdir` holds.
+      UserError: the config does not fit the data, the devices or their memory, or what `workdir` holds.
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
@@ -141,8 +150,14 @@ def train(
     data = open_data(config)
     stages = [dataclasses.replace(stage, steps=data.steps(stage), epochs=None) for stage in config.stages]
     _prepare_workdir(workdir, config, data)
-    with jax.set_mesh(mesh), Checkpointer(workdir, config) as checkpointer, _Interruption() as interruption:
-        run = _Run(config, stages, mesh, checkpointer, interruption, on_step)
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(workdir, config) as checkpointer,
+        _Interruption() as interruption,
+        Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
+        out_of_memory.explained(config, workdir),
+    ):
+        run = _Run(config, stages, mesh, checkpointer, interruption, profiler, on_step)
         params, progress = run.resume() or (make_params(config), Progress())
         total = sum(stage.steps for stage in stages)
         with (
@@ -169,6 +184,7 @@ class _Run:
     mesh: Mesh
     checkpointer: Checkpointer
     interruption: "_Interruption"
+    profiler: Profiler
     on_step: Callable[[int], Any] | None
 
     def resume(self) -> tuple[Params | None, Progress] | None:
@@ -210,10 +226,12 @@ class _Run:
             batch = next(batches)
             device_batch = sharding.shard_batch({name: batch[name] for name in steps.FIELDS}, self.mesh)
             jax.block_until_ready(measured)  # at most one step ahead of the device
-            state, measured = train_step(state, device_batch)
+            with self.profiler.step(progress.step + 1):
+                state, measured = train_step(state, device_batch)
             progress = Progress(
                 progress.step + 1, progress.stage, progress.step_in_stage + 1, time.monotonic() - started
             )
+            self.profiler.after(progress.step, measured)
             log.add({**measured, **_host_counts(batch)})
             bar.update()
             at_end = progress.step_in_stage == stage.steps

@@ -90,6 +90,7 @@ class MetricsLog:
         """Summarises the steps since the last time under `step`; returns the summary."""
         if not self._steps:
             return {}
+        jax.block_until_ready(self._steps)  # raises if a step failed; to copy its metrics would end a CPU's process
         steps, self._steps = jax.device_get(self._steps), []
         now = time.monotonic()
         timed = speeds(steps[self._untimed :], now - self._since, self._machine, self._flops)

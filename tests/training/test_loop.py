@@ -19,6 +19,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import checkpoint, loop
+from alignvlm_jax.training.profile import ProfileConfig
 from alignvlm_jax.training.step import abstract_state
 from tests.training.batches import MODEL, random_batch, stage
 
@@ -108,8 +109,10 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), signal.SIGTERM))
         assert checkpoint.find_checkpoint(tmp_path)[1] == stop
-    result = train(tmp_path)
+    result = train(tmp_path, dataclasses.replace(CONFIG, profile=ProfileConfig(steps="7:8")))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
+    (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
 
 
@@ -176,6 +179,16 @@ def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as error:
         checkpoint.restore_params(tmp_path / "run")
     assert "\n" not in str(error.value) and not checkpoint.is_checkpoint(tmp_path / "run")
+
+
+def test_out_of_memory_in_a_step_is_explained_and_profiled(finished, tmp_path):
+    def too_much(step):
+        del step
+        jax.numpy.zeros((2**45,), np.int8).block_until_ready()
+
+    with pytest.raises(UserError, match="out of memory: 32768.00 GiB were asked for .* try fewer config.data.packing"):
+        train(tmp_path, on_step=too_much)
+    assert (tmp_path / "out_of_memory.prof").stat().st_size > 100
 
 
 def test_bins_must_spread_over_the_mesh(tmp_path):

@@ -1,0 +1,85 @@
+"""What is said, and kept, when a program does not fit into the memory of a device."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.errors import UserError
+
+MEMORY_PROFILE = "out_of_memory.prof"
+"""In the workdir: what lay in memory, in pprof's format."""
+
+# As XLA spells sizes: "Used 21.95G of 15.48G hbm", "allocate 4770354232 bytes", "allocate request for 2.99GiB".
+_SIZE = r"([\d.]+)\s?(bytes|[KMGT]?i?B?)\b"
+_USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+_ONE_MORE = re.compile(rf"(?:allocat(?:e|ing)|reserve)(?: request for)? {_SIZE}")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@contextlib.contextmanager
+def explained(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
+    """Turns "out of memory", in compiling or running, into a `UserError`, and writes what lay in memory into `workdir`.
+
+    The error says how much was needed (where XLA does), where the profile is, and which keys of the config to change.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        profile = workdir / MEMORY_PROFILE
+        try:
+            jax.profiler.save_device_memory_profile(str(profile))
+            where = f"what lay in memory is in {profile} (pprof -top {profile})"
+        except (OSError, RuntimeError) as problem:
+            where = f"no memory profile ({problem})"
+        raise UserError(f"out of memory: {need(str(error))}; {where}; {remedies(config)}") from error
+
+
+def need(message: str) -> str:
+    """How much was needed, from XLA's message; its first line where that does not say.
+
+    before: "RESOURCE_EXHAUSTED: ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
+    after:  "the program needs 21.95 GiB on each device, 15.48 GiB are to be had"
+    """
+    if found := _USED.search(message):
+        return (
+            f"the program needs {_gib(*found.groups()[:2])} on each device, {_gib(*found.groups()[2:])} are to be had"
+        )
+    if found := _ONE_MORE.search(message):
+        return f"{_gib(*found.groups())} were asked for at once, more than is left on the device{_in_use()}"
+    return message.strip().splitlines()[0]
+
+
+def remedies(config: ExperimentConfig) -> str:
+    """What can be changed, most harmless first."""
+    changes = []
+    if config.data.packing.bins_per_microbatch > 1:
+        changes.append(
+            f"fewer config.data.packing.bins_per_microbatch (now {config.data.packing.bins_per_microbatch}; the global "
+            "batch stays as it is)"
+        )
+    for part in ("vision", "language"):
+        model = getattr(config.model, part)
+        if model.remat != "full":
+            changes.append(f'config.model.{part}.remat=full (now "{model.remat}")')
+        if model.dtype == "float32" and jax.default_backend() != "cpu":
+            changes.append(f"config.model.{part}.dtype=bfloat16")
+    changes.append(f"a larger config.mesh.fsdp, or tensor, on more devices (now {config.mesh.describe()})")
+    return "try " + "; ".join(changes)
+
+
+def _gib(number: str, unit: str) -> str:
+    size = float(number) * (1 if unit == "bytes" else _UNITS.get(unit[:1], 1)) / 2**30
+    return f"{size:.2f} GiB" if size >= 0.01 else f"{size * 2**10:.2f} MiB"
+
+
+def _in_use() -> str:
+    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    if "bytes_in_use" not in stats or "bytes_limit" not in stats:
+        return ""
+    return f" ({_gib(str(stats['bytes_in_use']), 'bytes')} of {_gib(str(stats['bytes_limit']), 'bytes')} are in use)"

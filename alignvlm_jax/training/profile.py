@@ -1,0 +1,74 @@
+"""Traces of some steps, for TensorBoard's profile plugin: which operation takes how long, on the host and on the chips.
+
+alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
+pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from alignvlm_jax.parallel import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """What is traced.
+
+    Attributes:
+      steps: "first:stop", in steps of the run as the log counts them, from 1: "10:13" traces steps 10, 11 and 12. None
+        traces nothing. The first step of a stage compiles: choose later ones. Tracing slows the traced steps down.
+    """
+
+    steps: str | None = None
+
+
+def traced_steps(config: ProfileConfig) -> range:
+    """The steps of `config.steps`.
+
+    Raises:
+      ValueError: what it says are no steps.
+    """
+    if config.steps is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", config.steps)
+    if not match or not 1 <= int(match[1]) < int(match[2]):
+        raise ValueError(f"expected first:stop, such as 10:13 for steps 10, 11 and 12, got {config.steps!r}")
+    return range(int(match[1]), int(match[2]))
+
+
+class Profiler:
+    """Traces the steps of a config into `folder`/plugins/profile/. As a context, it ends a trace that is cut short.
+
+    Of several processes the primary traces, and its own devices alone.
+    """
+
+    def __init__(self, config: ProfileConfig, folder: Path):
+        self._steps = traced_steps(config) if distributed.is_primary() else range(0)
+        self._folder, self._tracing = folder, False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+
+    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
+        """A context to run step `number` in."""
+        if number in self._steps and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def after(self, number: int, outputs: Any) -> None:
+        """Ends the trace if step `number`, which computes `outputs`, was its last."""
+        if self._tracing and number + 1 not in self._steps:
+            jax.block_until_ready(outputs)
+            jax.profiler.stop_trace()
+            self._tracing = False
+            tqdm.write(f"traced up to step {number}: tensorboard --logdir {self._folder}, tab Profile")

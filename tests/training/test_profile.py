@@ -1,0 +1,54 @@
+"""A trace holds the steps asked for, where TensorBoard's profile plugin looks for them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alignvlm_jax.config import from_dict
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.training.profile import ProfileConfig, Profiler, traced_steps
+
+
+def run_steps(profiler, first, last):
+    step = jax.jit(lambda x: x @ x)
+    with profiler:
+        for number in range(first, last + 1):
+            with profiler.step(number):
+                outputs = step(jnp.ones((8, 8)))
+            profiler.after(number, outputs)
+
+
+def steps_in_trace(folder):
+    (trace,) = folder.glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    return sorted(dict(event.stats)["step_num"] for event in events)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "traced"),
+    [
+        (1, 6, [3, 4]),
+        (4, 6, [4]),  # resumed within what is asked for
+        (1, 3, [3]),  # ended within it
+    ],
+)
+def test_the_steps_asked_for_are_traced(tmp_path, first, last, traced):
+    run_steps(Profiler(ProfileConfig(steps="3:5"), tmp_path), first, last)
+    assert steps_in_trace(tmp_path) == traced
+
+
+@pytest.mark.parametrize("steps", [None, "9:12"])
+def test_no_trace_where_none_was_asked_for(tmp_path, steps):
+    run_steps(Profiler(ProfileConfig(steps=steps), tmp_path), 1, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_are_like_a_slice():
+    assert list(traced_steps(ProfileConfig("10:13"))) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("steps", ["10", "13:10", "10:10", "0:3", "a:b", "10:", "10-13", "-1:3", "10:13:2"])
+def test_other_steps_are_refused(steps):
+    with pytest.raises(UserError, match=r"config\.profile\.steps: expected first:stop, such as 10:13 for .*, got"):
+        from_dict({"profile": {"steps": steps}, "data": {"tiling": {"tile_size": 384}}})
