@@ -29,7 +29,7 @@ import alignvlm_jax
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, PerceiverConfig
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.optimizer import OPTIMIZERS
 from alignvlm_jax.training.profile import ProfileConfig, traced_steps
@@ -339,6 +339,17 @@ def _check(config: ExperimentConfig) -> None:
         raise UserError(
             f"config.data.tiling.tile_size: expected the encoder's image_size, {vision.image_size}, "
             f"got {config.data.tiling.tile_size}"
+        )
+    anyres = config.data.tiling.rule == "anyres_max_9"
+    if config.model.newline != anyres:
+        raise UserError(
+            f"config.model.newline: expected {anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
+            f"{config.model.newline}: rows of visual tokens end with a newline exactly under anyres_max_9"
+        )
+    if anyres and isinstance(config.model.connector, PerceiverConfig):
+        raise UserError(
+            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of neighbouring tiles, and a Perceiver's "
+            "have no places in their tile: expected ovis or internvl, or another connector"
         )
     _positive("config", config, "log_every_steps")
     _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")

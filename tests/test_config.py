@@ -125,6 +125,8 @@ def test_another_connector_takes_its_own_fields():
         ("stages.0.learning_rates.vision=1e999", ["config.stages.0.learning_rates.vision", "0 or more"]),
         ("stages.1.name=captions", ["config.stages", "different names"]),
         ("data.tiling.rule=intern", ["config.data.tiling.rule", "ovis"]),
+        ("data.tiling.rule=anyres_max_9", ["config.model.newline", "expected True", "anyres_max_9"]),
+        ("model.newline=true", ["config.model.newline", "expected False", "ovis"]),
         ("data.tiling.tile_size=84", ["config.data.tiling.tile_size", "image_size, 80", "84"]),
         ("data.packing.tokens_per_bin=0", ["config.data.packing", "tokens_per_bin"]),
         ("model.vision.num_heads=3", ["config.model.vision.num_heads", "hidden_size 128"]),
@@ -171,3 +173,9 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expec
     message = complaint(file=path)
     assert expected in message
     assert str(path) in message or message.startswith("config.")
+
+
+def test_latents_without_places_are_not_joined():
+    overrides = ["model.newline=true", "data.tiling.rule=anyres_max_9", "model.connector=perceiver"]
+    assert "have no places in their tile" in complaint(overrides)
+    assert configs.load(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"

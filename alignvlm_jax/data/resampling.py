@@ -25,6 +25,7 @@ Source: LLaVA-NeXT `prepare_inputs_labels_for_multimodal`, and LLaVA-OneVision i
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,39 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
         sources = np.concatenate([whole, sources])
         weights = np.concatenate([np.tile([1.0, 0.0, 0.0, 0.0], (rows * cols, 1)), weights])
     return Resampling(sources.astype(np.int32), weights.astype(np.float32))
+
+
+def resample_images(plans: Sequence[TilePlan], config: TilingConfig, token_grid: TokenGrid) -> Resampling | None:
+    """All images of an example, its features numbered on from image to image; None under the other rules."""
+    if config.rule != "anyres_max_9":
+        return None
+    sources, weights = [np.zeros((0, 4), np.int32)], [np.zeros((0, 4), np.float32)]
+    first = 0
+    for plan in plans:
+        of_image = resample(plan, config, token_grid)
+        sources.append(np.where(of_image.sources >= 0, of_image.sources + first, -1))
+        weights.append(of_image.weights)
+        first += plan.num_tiles * token_grid[0] * token_grid[1]
+    return Resampling(np.concatenate(sources), np.concatenate(weights))
+
+
+def at_positions(visual_index: Int32[np.ndarray, " L"], resampling: Resampling, first_feature: int = 0) -> Resampling:
+    """`visual_sources` and `visual_weights` [L, 4] of an example: zeros where there is text.
+
+    Args:
+      visual_index: which of the example's visual tokens goes at each position, -1 = text.
+      resampling: of the example's visual tokens; there may be more of them than positions ask for.
+      first_feature: what number the example's first feature has in the bin.
+    """
+    number, is_visual = np.maximum(visual_index, 0), (visual_index >= 0)[:, None]
+    if not len(resampling.sources):
+        return Resampling(np.zeros((len(number), 4), np.int32), np.zeros((len(number), 4), np.float32))
+    sources = resampling.sources[number]
+    sources = np.where(sources >= 0, sources + first_feature, -1)
+    return Resampling(
+        np.where(is_visual, sources, 0).astype(np.int32),
+        np.where(is_visual, resampling.weights[number], 0).astype(np.float32),
+    )
 
 
 def _unpadded(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.language import empty_cache
@@ -39,12 +40,14 @@ class Prompt:
       visual_index: which of this prompt's visual tokens goes at each position, -1 = text.
       tiles: pixels of all tiles of all images; there may be none.
       tile_valid_hw: the part of each tile that is picture.
+      resampling: under the tiling rule anyres_max_9, what each visual token is made of.
     """
 
     tokens: Int[np.ndarray, " L"]
     visual_index: Int[np.ndarray, " L"]
     tiles: UInt8[np.ndarray, "M S S 3"]
     tile_valid_hw: Int[np.ndarray, "M 2"]
+    resampling: Resampling | None = None
 
 
 class Generator:
@@ -136,6 +139,13 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
         batch["visual_index"][row, : len(prompt.tokens)] = prompt.visual_index
         batch["tiles"][row, : len(prompt.tiles)] = prompt.tiles
         batch["tile_valid_hw"][row, : len(prompt.tiles)] = prompt.tile_valid_hw
+    if prompts[0].resampling is not None:
+        batch["visual_sources"] = np.zeros((rows, length, 4), np.int32)
+        batch["visual_weights"] = np.zeros((rows, length, 4), np.float32)
+        for row, prompt in enumerate(prompts):
+            sources, weights = at_positions(prompt.visual_index, prompt.resampling)
+            batch["visual_sources"][row, : len(sources)] = sources
+            batch["visual_weights"][row, : len(weights)] = weights
     return batch
 
 

@@ -14,10 +14,11 @@ import PIL.Image
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Generator, Prompt
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 from alignvlm_jax.training import checkpoint as checkpoints
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
@@ -65,8 +66,10 @@ class Reader:
         """What the model is given for each question about one image, which is cut into tiles once."""
         questions = [check_question(question) for question in questions]
         image = images.to_rgb(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
-        tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, self.tiling), self.tiling.tile_size)
-        num_visual = len(tiles) * tokens_per_tile(self.config)
+        plan = plan_tiles(*image.size, self.tiling)
+        tiles, valid_hw = cut_tiles(image, plan, self.tiling.tile_size)
+        grid = token_grid(self.config)
+        num_visual, resampling = num_visual_tokens(plan, self.tiling, grid), resample_images([plan], self.tiling, grid)
         prompts = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -77,7 +80,7 @@ class Reader:
                     f"image and question take {len(chat.tokens)} tokens ({num_visual} of them the image's), "
                     f"the model has room for {limit}: shorten the question"
                 )
-            prompts.append(Prompt(chat.tokens, chat.visual_index, tiles, valid_hw))
+            prompts.append(Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling))
         return prompts
 
     def answer(

@@ -64,9 +64,15 @@ def export_alignvlm(
       max_shard_bytes: where weights are cut into several files.
 
     Raises:
-      UserError: the checkpoint is none, unfinished or damaged; `out` is taken, or cannot be written.
+      UserError: the checkpoint is none, unfinished or damaged; its tiling rule is anyres_max_9, which PyTorch's model
+        does not have; `out` is taken, or cannot be written.
     """
     source = _Source(checkpoint, dtype)
+    if source.model.newline:
+        raise UserError(
+            f"{checkpoint}: its tiles are joined by anyres_max_9, which the PyTorch model does not have yet; "
+            "`--language-only` and `--vision-only` export its parts"
+        )
     with new_folder(out) as folder:
         source.write_weights(folder, tables.alignvlm(source.model), "", max_shard_bytes)
         export_tokenizer(source.reader.tokenizer_folder, folder)

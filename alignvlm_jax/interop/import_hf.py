@@ -16,11 +16,12 @@ from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.interop.assemble import assemble, check_same_model
 from alignvlm_jax.interop.tokenizer import import_tokenizer
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
@@ -142,7 +143,8 @@ def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -
     rows = max(rows, base.language.vocab_size)
     if isinstance(settings, AlignConfig) and rows > words:
         settings = dataclasses.replace(settings, vocab_size=min(settings.vocab_size or words, words))
-    return AlignVLMConfig(base.vision, settings, dataclasses.replace(base.language, vocab_size=rows))
+    language = dataclasses.replace(base.language, vocab_size=rows)
+    return dataclasses.replace(base, connector=settings, language=language)
 
 
 def _data(
@@ -150,20 +152,20 @@ def _data(
 ) -> DataConfig:
     """The config's data, with no more tiles to a page than fit the decoder's context, and bins that hold a page."""
     tiling, packing = config.data.tiling, config.data.packing
-    per_tile, positions = tokens_per_tile(model), model.language.max_position_embeddings
+    grid, positions = token_grid(model), model.language.max_position_embeddings
     wanted = dataclasses.replace(tiling, max_tiles=max_tiles or tiling.max_tiles)
     tiling = wanted
-    while tiling.max_tiles > 1 and tiling.max_tiles_per_image * per_tile + _TEXT_TOKENS > positions:
+    while tiling.max_tiles > 1 and max_visual_tokens(tiling, grid) + _TEXT_TOKENS > positions:
         tiling = dataclasses.replace(tiling, max_tiles=tiling.max_tiles - 1)
-    if tiling.max_tiles_per_image * per_tile + _TEXT_TOKENS > positions:
+    if max_visual_tokens(tiling, grid) + _TEXT_TOKENS > positions:
         raise UserError(
-            f"a tile takes {per_tile} positions, and the language model has {positions}: no room for {_TEXT_TOKENS} of "
-            "text. Take an encoder of fewer patches, or a language model with a longer context"
+            f"a tile takes {tokens_per_tile(model)} positions, and the language model has {positions}: no room for "
+            f"{_TEXT_TOKENS} of text. Take an encoder of fewer patches, or a language model with a longer context"
         )
     if tiling != wanted:
         say(f"at most {tiling.max_tiles} tiles a page, not {wanted.max_tiles}: the context has {positions} positions")
     tiles = tiling.max_tiles_per_image
-    tokens = tiles * per_tile + max(stage.max_text_tokens for stage in config.stages)
+    tokens = max_visual_tokens(tiling, grid) + max(stage.max_text_tokens for stage in config.stages)
     if packing.tiles_per_bin < tiles or packing.tokens_per_bin < tokens:
         tokens = -(-tokens // _BIN_MULTIPLE) * _BIN_MULTIPLE
         packing = dataclasses.replace(packing, tokens_per_bin=tokens, tiles_per_bin=tiles)

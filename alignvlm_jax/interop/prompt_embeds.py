@@ -36,6 +36,6 @@ def prompt_embeds(generator: Generator, prompts: Sequence[Prompt]) -> list[Float
 def _embed(model: AlignVLM, variables: Variables, batch: Batch) -> Array:
     def embed(module: AlignVLM, batch: Batch) -> Array:
         visual, _ = module.encode_images(batch["tiles"], batch["tile_valid_hw"])
-        return module.merge(batch["tokens"], batch["visual_index"], visual)
+        return module.merge(batch, visual)
 
     return model.apply(variables, batch, method=embed)

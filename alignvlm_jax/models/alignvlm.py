@@ -9,6 +9,9 @@ and the connector over their features, and puts visual token `visual_index[l]` a
     tokens        <begin> <user> <image> <image> What  is ...
     visual_index       -1     -1       0       1   -1  -1
     input              E      E        v0      v1   E   E        E: text embedding, v: visual token
+
+Under the tiling rule anyres_max_9 a visual token is a mixture of up to four of the connector's outputs, or the learned
+end of a row: the batch then says which, as `visual_sources` and `visual_weights` (`data/resampling.py`).
 """
 
 import dataclasses
@@ -41,20 +44,31 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMConfig:
-    """The three parts."""
+    """The three parts, and what joins tiles.
+
+    newline: a learned vector ends every row of visual tokens: exactly under the tiling rule anyres_max_9. It is one of
+      the connector's weights.
+    """
 
     vision: VisionConfig = VisionConfig()
     connector: ConnectorConfig = AlignConfig()
     language: LanguageConfig = LanguageConfig()
+    newline: bool = False
+
+
+def token_grid(config: AlignVLMConfig) -> tuple[int, int]:
+    """Rows and columns of the visual tokens that one tile becomes, after the connector; one row if they have none."""
+    rows = config.vision.grid_size
+    if isinstance(config.connector, PerceiverConfig):
+        return 1, config.connector.num_latents
+    if isinstance(config.connector, HReducerConfig):
+        return rows, math.ceil(rows / config.connector.window)
+    return rows, rows
 
 
 def tokens_per_tile(config: AlignVLMConfig) -> int:
     """N': visual tokens that one tile becomes, after the connector."""
-    if isinstance(config.connector, PerceiverConfig):
-        return config.connector.num_latents
-    if isinstance(config.connector, HReducerConfig):
-        return config.vision.grid_size * math.ceil(config.vision.grid_size / config.connector.window)
-    return config.vision.num_patches
+    return math.prod(token_grid(config))
 
 
 @flax.struct.dataclass
@@ -82,6 +96,16 @@ class AlignVLMLoss:
     effective_tokens: Float[Array, ""]
 
 
+class Newline(nn.Module):
+    """The vector that ends a row of visual tokens; drawn as LLaVA-NeXT's `image_newline` is."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " D"]:
+        return layers.param(self, "newline", nn.initializers.normal(self.size**-0.5), (None,), (self.size,))
+
+
 class AlignVLM(nn.Module):
     """The whole model. Parameters have the top-level keys `PARTS`."""
 
@@ -94,13 +118,18 @@ class AlignVLM(nn.Module):
             config.connector, output_size=config.language.hidden_size, dtype=config.language.dtype
         )
         self.language = LanguageModel(config.language)
+        if config.newline:
+            # Among the connector's weights, so that a stage trains or freezes them together.
+            self.newline = Newline(config.language.hidden_size)
+            nn.share_scope(self.newline, self.connector)
 
     def __call__(self, batch: Batch) -> AlignVLMOutput:
         """Scores every position of packed rows.
 
         Args:
           batch: `tokens`, `segment_ids`, `positions`, `visual_index` [B, L], `tiles` [B, M, S, S, 3] and
-            `tile_valid_hw` [B, M, 2]; further fields are ignored.
+            `tile_valid_hw` [B, M, 2]; with newlines also `visual_sources` and `visual_weights` [B, L, 4]. Further
+            fields are ignored.
         """
         hidden, effective_tokens = self.read(batch)
         return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
@@ -118,7 +147,7 @@ class AlignVLM(nn.Module):
     def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""]]:
         """Hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
-        inputs = self.merge(batch["tokens"], batch["visual_index"], visual)
+        inputs = self.merge(batch, visual)
         hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
         return hidden, _effective_tokens(entropy, batch["tile_valid_hw"])
 
@@ -140,13 +169,15 @@ class AlignVLM(nn.Module):
         pixels = normalize_tiles(tiles, tile_valid_hw).astype(self.config.vision.dtype)
         return self.vision(pixels.reshape(-1, *pixels.shape[2:]))
 
-    def merge(
-        self, tokens: Int[Array, "B L"], visual_index: Int[Array, "B L"], visual: Float[Array, "B T D"]
-    ) -> Float[Array, "B L D"]:
+    def merge(self, batch: Batch, visual: Float[Array, "B T D"]) -> Float[Array, "B L D"]:
         """Embeds text and puts visual tokens where `visual_index` says."""
-        text = self.language.embed(tokens)
-        gathered = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1)
-        inputs = jnp.where((visual_index >= 0)[..., None], gathered.astype(text.dtype), text)
+        text = self.language.embed(batch["tokens"])
+        index = batch["visual_index"]
+        if self.config.newline:
+            gathered = mix_visual(visual, self.newline(), batch["visual_sources"], batch["visual_weights"])
+        else:
+            gathered = jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
+        inputs = jnp.where((index >= 0)[..., None], gathered.astype(text.dtype), text)
         return layers.constrain(inputs, "batch", "sequence", None)
 
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
@@ -160,7 +191,7 @@ class AlignVLM(nn.Module):
           Scores of the token that follows each prompt, and the filled cache.
         """
         visual, _ = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
-        inputs = self.merge(batch["tokens"], batch["visual_index"], visual)
+        inputs = self.merge(batch, visual)
         hidden, cache = self.language(
             inputs, positions=batch["positions"], segment_ids=batch["segment_ids"], cache=cache
         )
@@ -184,6 +215,21 @@ class AlignVLM(nn.Module):
         return self.language.logits(hidden[:, 0]), cache
 
 
+def mix_visual(
+    visual: Float[Array, "B T D"],
+    newline: Float[Array, " D"],
+    sources: Int[Array, "B L 4"],
+    weights: Float[Array, "B L 4"],
+) -> Float[Array, "B L D"]:
+    """At every position the sum over k of weights[k] * visual[sources[k]], float32; source -1 is the newline."""
+    mixed = jnp.zeros((), jnp.float32)
+    for k in range(sources.shape[-1]):
+        source = sources[..., k, None]
+        feature = jnp.take_along_axis(visual, jnp.maximum(source, 0), axis=1).astype(jnp.float32)
+        mixed += weights[..., k, None] * jnp.where(source >= 0, feature, newline.astype(jnp.float32))
+    return mixed
+
+
 def _effective_tokens(entropy, tile_valid_hw) -> Float[Array, ""]:
     if entropy is None:
         return jnp.float32(jnp.nan)
@@ -197,6 +243,10 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
     length = length or tiles * tokens_per_tile(config) + 1
     side = config.vision.image_size
     text = jnp.zeros((rows, length), jnp.int32)
+    resampling = {
+        "visual_sources": jnp.zeros((rows, length, 4), jnp.int32),
+        "visual_weights": jnp.zeros((rows, length, 4)),
+    }
     return {
         "tokens": text,
         "targets": text,
@@ -206,6 +256,7 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
         "visual_index": text - 1,
         "tiles": jnp.zeros((rows, tiles, side, side, 3), jnp.uint8),
         "tile_valid_hw": jnp.zeros((rows, tiles, 2), jnp.int32),
+        **(resampling if config.newline else {}),
     }
 
 

@@ -70,6 +70,11 @@ def _takes_images(folder: Path) -> bool:
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     """The checkpoint's weights, straight onto the run's mesh."""
     source = checkpoint.load_config(config.init_from).model
+    if config.model.newline != source.newline:
+        raise UserError(
+            f"config.model.newline is {config.model.newline}, but {config.init_from} has been trained "
+            f"{'with' if source.newline else 'without'} one: take its tiling rule"
+        )
     for part in PARTS:
         path = f"config.model.{part}"
         assemble.check_same_model(path, getattr(config.model, part), getattr(source, part), config.init_from)

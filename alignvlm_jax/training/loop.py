@@ -218,13 +218,14 @@ class _Run:
         """Trains to the end of the stage and saves."""
         stage = self.stages[progress.stage]
         train_step = steps.jit_train_step(self.config.model, stage, self.mesh)
+        fields = steps.FIELDS + (steps.RESAMPLING_FIELDS if self.config.model.newline else ())
         bar.set_description(stage.name)
         started = time.monotonic() - progress.train_seconds
         first, measured = True, None
         log.begin_stage(metrics.step_flops(self.config.model, stage))
         while progress.step_in_stage < stage.steps:
             batch = next(batches)
-            device_batch = sharding.shard_batch({name: batch[name] for name in steps.FIELDS}, self.mesh)
+            device_batch = sharding.shard_batch({name: batch[name] for name in fields}, self.mesh)
             jax.block_until_ready(measured)  # at most one step ahead of the device
             with self.profiler.step(progress.step + 1):
                 state, measured = train_step(state, device_batch)

@@ -36,6 +36,9 @@ FIELDS = (
 )
 """What the step reads of the packed batch; the other fields are for reports and stay on the host."""
 
+RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
+"""What it reads besides of the batches of a model with newlines."""
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Attributes:

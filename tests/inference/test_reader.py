@@ -120,3 +120,19 @@ def test_weights_stay_narrow_where_they_are_stored_and_used_so(reader, tmp_path)
         weights = jax.tree.leaves(loaded.generator.variables["params"])
         assert {str(leaf.dtype) for leaf in weights} == {dtype}
         assert isinstance(loaded.ask(page(0), QUESTION, max_new_tokens=2), str)
+
+
+def test_pages_whose_tiles_are_joined(reader):
+    """anyres_max_9: pages of several sizes in one batch are read as each alone, down to the border of one."""
+    config = dataclasses.replace(reader.config, newline=True)
+    params = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(config, rng)))(jax.random.key(0))
+    tiling = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2, grid_side=3)
+    joined = Reader(config, params, reader.tokenizer, tiling, batch_size=4)
+    pages = [page(0), page(1, 48, 48), page(2, 40, 17)]
+    # Four tokens a tile, and the whole page first. 2 x 1 cells are 4 rows of 2; 3 x 3 cells, 36 tokens for the room of
+    # 8, are shrunk by 2.12 to 2 rows of 2; 40 x 17 takes 2 of the 4 rows of 2 x 3 cells, shrunk by 1.22 to 1 row of 4.
+    counts = [int((prompt.visual_index >= 0).sum()) for p in pages for prompt in joined.prompts(p, [QUESTION])]
+    assert counts == [4 + 4 * 3, 4 + 2 * 3, 4 + 1 * 5]
+    together = joined.ask_batch(pages, [QUESTION] * 3, max_new_tokens=MAX_NEW)
+    assert together == [joined.ask(p, QUESTION, max_new_tokens=MAX_NEW) for p in pages]
+    assert len(set(together)) == 3

@@ -6,10 +6,10 @@ What is compared makes the same number of tiles of each picture, of the same siz
     Idefics3          364 pixels; ours by the rule ovis, or internvl for small pictures, with as many cells
 
 Theirs convert to RGB, resize, cut, and also scale and normalise to float32, channels first. Ours check the size, turn
-upright, convert to RGB, resize and cut; pixels stay uint8, for the device normalises them. "+ float32" is ours with that
-done on the host as well. Time is that of the processor (one thread), once from decoded pictures, which is all that an
-image processor does, and once from the bytes of the files: decoding is PIL's in both. The best of several rounds
-counts, picture by picture; what is compared takes turns.
+upright, convert to RGB, resize and cut; pixels stay uint8, for the device normalises them. "+ float32" is ours with
+that done on the host as well. Time is the processor's (one thread): once from decoded pictures, all that an image
+processor does, and once from the bytes of the files, where both decode with PIL. The best of several rounds counts,
+picture by picture; what is compared takes turns.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def draw_picture(name: str, width: int, height: int, kind: str, *, seed: int) ->
 
 
 def _processors() -> tuple[dict[str, tuple[int, dict[str, Cut]]], str]:
-    """For each model the side of its tiles and its processors by backend; and torchvision's version or what it lacks."""
+    """For each model its tiles' side and its processors by backend; and torchvision's version or what is wrong."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 

@@ -1,0 +1,128 @@
+"""Visual tokens of anyres_max_9 in the model: values and gradients of LLaVA-OneVision's packing, in transformers."""
+
+import dataclasses
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from alignvlm_jax.data.resampling import at_positions, resample_images
+from alignvlm_jax.data.tiling import TilingConfig, plan_tiles
+from alignvlm_jax.models import connectors
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, mix_visual, random_parameters
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+
+VISION = VisionConfig(image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
+LANGUAGE = LanguageConfig(
+    vocab_size=30, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=2, rope_theta=100.0
+)
+CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE, newline=True)
+TILING = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2)
+PAGES = ((60, 40), (16, 16), (20, 70))  # reduced; one cell; a border
+N = 16
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nn.unbox(random_parameters(CONFIG, jax.random.key(0)))
+
+
+def _row():
+    """Three pages in one bin: text before, between and behind, two tiles of padding."""
+    rng = np.random.default_rng(0)
+    plans = [plan_tiles(*page, TILING) for page in PAGES]
+    resampling = resample_images(plans, TILING, (4, 4))
+    lengths = [len(resample_images([plan], TILING, (4, 4)).sources) for plan in plans]
+    index, start = [np.full(2, -1)], 0
+    for length in lengths:
+        index += [np.arange(start, start + length), np.full(3, -1)]
+        start += length
+    index = np.concatenate(index)
+    num_tiles = sum(plan.num_tiles for plan in plans)
+    sources, weights = at_positions(index, resampling)
+    return (
+        plans,
+        lengths,
+        {
+            "tokens": rng.integers(0, 30, (1, len(index))),
+            "targets": rng.integers(0, 30, (1, len(index))),
+            "loss_weights": (index < 0)[None].astype(np.float32),
+            "segment_ids": np.ones((1, len(index)), np.int32),
+            "positions": np.arange(len(index))[None],
+            "visual_index": index[None],
+            "visual_sources": sources[None],
+            "visual_weights": weights[None],
+            "tiles": rng.integers(0, 256, (1, num_tiles + 2, 16, 16, 3)).astype(np.uint8),
+            "tile_valid_hw": np.concatenate([np.full((1, num_tiles, 2), 16), np.zeros((1, 2, 2))], axis=1).astype(int),
+        },
+    )
+
+
+def _packed_by_transformers(plans, visual, newline):
+    pinpoints = [[row * 16, col * 16] for row in range(1, 7) for col in range(1, 7)]
+    vision = types.SimpleNamespace(image_size=16, patch_size=4)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
+    features = visual.split([plan.num_tiles * N for plan in plans])
+    features = [part.unflatten(0, (plan.num_tiles, N)) for part, plan in zip(features, plans, strict=True)]
+    sizes = torch.tensor([plan.image_size[::-1] for plan in plans])
+    packed, _ = LlavaOnevisionModel.pack_image_features(model, features, sizes, newline, "anyres_max_2")
+    return torch.cat(packed)
+
+
+def test_inputs_and_gradients_match_transformers(params):
+    plans, lengths, row = _row()
+    used = sum(plan.num_tiles for plan in plans) * N
+    is_visual = row["visual_index"][0] >= 0
+    visual, _ = AlignVLM(CONFIG).apply({"params": params}, row["tiles"], row["tile_valid_hw"], method="encode_images")
+    inputs = AlignVLM(CONFIG).apply({"params": params}, row, visual, method="merge")
+
+    theirs_visual = torch.tensor(np.asarray(visual[0, :used]), dtype=torch.float64, requires_grad=True)
+    theirs_newline = torch.tensor(np.asarray(params["connector"]["newline"]), dtype=torch.float64, requires_grad=True)
+    theirs = _packed_by_transformers(plans, theirs_visual, theirs_newline)
+    assert len(theirs) == sum(lengths) == is_visual.sum()
+    np.testing.assert_allclose(inputs[0, is_visual], theirs.detach(), atol=1e-6)
+    np.testing.assert_array_equal(inputs[0, ~is_visual], params["language"]["embedding"][row["tokens"][0, ~is_visual]])
+
+    cotangent = np.random.default_rng(1).standard_normal(theirs.shape)
+    at_all = np.zeros(inputs.shape, np.float32)
+    at_all[0, is_visual] = cotangent
+    _, pull_back = jax.vjp(
+        lambda visual, newline: mix_visual(visual, newline, row["visual_sources"], row["visual_weights"]),
+        visual,
+        params["connector"]["newline"],
+    )
+    of_visual, of_newline = pull_back(jnp.asarray(at_all))
+    expected = torch.autograd.grad(theirs, (theirs_visual, theirs_newline), torch.tensor(cotangent))
+    np.testing.assert_allclose(of_visual[0, :used], expected[0], atol=1e-5)
+    np.testing.assert_allclose(of_newline, expected[1], atol=1e-5)
+    assert not np.any(of_visual[0, used:])  # padding
+
+
+def test_the_loss_reaches_encoder_and_newline(params):
+    _, _, row = _row()
+
+    def loss(params):
+        return AlignVLM(CONFIG).apply({"params": params}, row, method="loss").loss
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for leaf in (gradients["connector"]["newline"], gradients["vision"]["patch_embedding"]["kernel"]):
+        assert np.all(np.isfinite(leaf)) and np.any(leaf != 0)
+
+
+def test_without_newlines_the_weights_are_as_they_were(params):
+    plain = random_parameters(dataclasses.replace(CONFIG, newline=False), jax.random.key(0))
+    assert set(params["connector"]) - set(plain["connector"]) == {"newline"}
+    assert set(params) == set(plain)
+
+
+@pytest.mark.parametrize("name", ["mlp", "ovis", "h_reducer", "perceiver"])
+def test_every_connector_takes_a_newline(name):
+    config = dataclasses.replace(CONFIG, connector=connectors.CONNECTOR_CONFIGS[name]())
+    shapes = jax.eval_shape(lambda: nn.unbox(random_parameters(config, jax.random.key(0))))
+    assert shapes["connector"]["newline"].shape == (16,)
