@@ -1,11 +1,12 @@
 """Open a picture as documents really come, as plain RGB.
 
 Rotated by EXIF, with a palette, transparent (laid on white, like paper), grey of 1, 8 or 16 bits, CMYK, floating point;
-of a multi-page TIFF the first page, of an animation the first frame. Whatever cannot be read is a `UserError` that
-names the file, so that one bad file never ends a run.
+of a multi-page TIFF the first page, of an animation the first frame, and a log says so. Whatever cannot be read is a
+`UserError` that names the file, so that one bad file never ends a run.
 """
 
 import io
+import logging
 import os
 import pathlib
 
@@ -16,6 +17,8 @@ from alignvlm_jax.errors import UserError
 
 # An A4 page at 600 dots per inch has 35 million pixels. Decoded, this many take a quarter of a gigabyte.
 DEFAULT_MAX_PIXELS = 80_000_000
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["DEFAULT_MAX_PIXELS", "open_image", "to_rgb"]
 
@@ -42,6 +45,7 @@ def open_image(
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels}")
+            _tell_of_more_pages(image, name)
             image.load()
             return to_rgb(image)
     except UserError:
@@ -52,6 +56,20 @@ def open_image(
         raise UserError(f"{name}: too many pixels: {error}") from error
     except Exception as error:  # Decoders meet damage with every exception there is: struct.error, IndexError, ...
         raise UserError(f"{name}: the image cannot be read, it may be damaged ({error})") from error
+
+
+_told_of: set[str] = set()
+
+
+def _tell_of_more_pages(image: PIL.Image.Image, name: str) -> None:
+    """Logs, once for pages and once for frames, that there is more in the file than is read."""
+    if image.format == "TIFF":
+        what, more = "pages", image.tag_v2.next != 0  # where the next page begins; counting them would visit them all
+    else:
+        what, more = "frames", getattr(image, "is_animated", False)
+    if more and what not in _told_of:
+        _told_of.add(what)
+        _log.warning("%s has several %s: of such files only the first is read (this is said once)", name, what)
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:

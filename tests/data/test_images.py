@@ -8,7 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from alignvlm_jax.data import images
 from alignvlm_jax.data.images import open_image, to_rgb
+from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 
 
@@ -103,22 +105,96 @@ def test_exif_orientation(orientation, format):
     _check(open_image(_encode(stored, format, exif=exif)), tolerance=40 if format == "JPEG" else 0)
 
 
-def test_first_page_and_first_frame():
+@pytest.mark.parametrize("format, what", [("TIFF", "pages"), ("GIF", "frames"), ("WEBP", "frames"), ("PNG", "frames")])
+def test_first_page_and_first_frame(format, what, caplog, monkeypatch):
+    """Three in a file: the first is read, and that there are more is said once, for the first such file."""
+    monkeypatch.setattr(images, "_told_of", set())
     first, second = PIL.Image.fromarray(_scene()), PIL.Image.fromarray(_scene()[::-1].copy())
-    for format in ("TIFF", "GIF"):
-        _check(open_image(_encode(first, format, save_all=True, append_images=[second])), tolerance=2)
+    options = {"lossless": True} if format == "WEBP" else {}
+    several = _encode(first, format, save_all=True, append_images=[second, first], **options)
+    assert PIL.Image.open(io.BytesIO(several)).n_frames == 3
+    _check(open_image(_encode(first, format, **options)), tolerance=2)
+    assert not caplog.records
+    for name in ("one", "another"):
+        _check(open_image(several, name=name), tolerance=2)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"one has several {what}: of such files only the first is read")
 
 
-def test_extreme_shape():
-    assert open_image(_encode(PIL.Image.new("L", (1, 10000)))).size == (1, 10000)
+def test_transparent_first_frame():
+    """A GIF that draws its first frame on nothing: paper shows through."""
+    frame = PIL.Image.fromarray(_scene()).convert("P")
+    hole = frame.getpixel((0, 0))
+    animated = _encode(frame, "GIF", save_all=True, append_images=[frame.rotate(180)], transparency=hole, disposal=2)
+    image = open_image(animated)
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((15, 2)) == (85, 85, 85)
 
 
-def _png_claiming(width, height):
+@pytest.mark.parametrize(
+    "format, mode, options, tolerance",
+    [
+        ("JPEG", "L", {"quality": 95}, 8),
+        ("JPEG", "RGB", {"quality": 95, "progressive": True, "subsampling": 0}, 8),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}, 0),
+        ("TIFF", "RGB", {"compression": "jpeg", "quality": 95}, 8),
+        ("TIFF", "L", {"compression": "tiff_adobe_deflate"}, 0),
+        ("TIFF", "P", {}, 0),
+        ("TIFF", "YCbCr", {}, 1),
+        ("WEBP", "RGB", {"lossless": True}, 0),
+        ("BMP", "P", {}, 0),
+        ("PPM", "L", {}, 0),
+        ("JPEG2000", "RGB", {}, 0),
+        ("AVIF", "RGB", {"quality": 100}, 4),
+        ("ICO", "RGB", {}, 0),
+        ("TGA", "RGB", {}, 0),
+        ("PCX", "RGB", {}, 0),
+    ],
+)
+def test_formats(format, mode, options, tolerance, tmp_path):
+    page = PIL.Image.fromarray(_scene())
+    # By way of RGB where PIL knows no other; not for palettes, which it would dither.
+    page = page.convert(mode) if mode == "P" else page.convert("RGB").convert(mode)
+    (tmp_path / "page").write_bytes(_encode(page, format, **options))
+    _check(open_image(tmp_path / "page"), tolerance)
+
+
+def test_fax():
+    """One bit a pixel, compressed as scanners and fax machines do."""
+    page = PIL.Image.fromarray(_scene() > 100)
+    image = open_image(_encode(page, "TIFF", compression="group4"))
+    np.testing.assert_array_equal(np.asarray(image), np.where(_scene() > 100, 255, 0)[..., None].repeat(3, axis=2))
+
+
+def test_sixteen_bits_a_colour():
+    """Pillow writes no such PNG."""
+    rows = (_scene().astype(">u2") * 257)[..., None].repeat(3, axis=2)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0)
+    _check(open_image(_png([(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")])))
+
+
+@pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
+@pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
+def test_a_line_becomes_tiles(size, rule):
+    """A page one pixel wide: every tile shows some of it."""
+    image = open_image(_encode(PIL.Image.new("L", size, 200)))
+    assert image.size == size
+    config = TilingConfig(rule, tile_size=32)
+    tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, config), 32)
+    assert 1 <= len(tiles) <= config.max_tiles_per_image
+    assert all((tile == 200).any() for tile in tiles) and (valid_hw >= 1).all()
+
+
+def _png(chunks):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*kind_and_data) for kind_and_data in chunks)
+
+
+def _png_claiming(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return _png([(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
