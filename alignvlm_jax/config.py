@@ -360,10 +360,19 @@ def _check(config: ExperimentConfig) -> None:
         raise UserError(f"config.profile.steps: {error}") from error
     if config.data.max_turns is not None:
         _positive("config.data", config.data, "max_turns")
+    _at_least_0("config.data", config.data, "workers", "max_refused")
+    if config.data.max_refused > 1:
+        raise UserError(f"config.data.max_refused: expected a share, 0 to 1, got {config.data.max_refused}")
     if not config.stages:
         raise UserError("config.stages: expected at least one stage, got none")
     for index, stage in enumerate(config.stages):
         _check_stage(stage, f"config.stages.{index}")
+        bins, rows = stage.bins_per_step, config.data.packing.bins_per_microbatch
+        if bins is not None and (bins < 1 or bins % rows):
+            raise UserError(
+                f"config.stages.{index}.bins_per_step: expected a multiple of data.packing.bins_per_microbatch, "
+                f"{rows}, got {bins}"
+            )
     names = [stage.name for stage in config.stages]
     if len(set(names)) < len(names):
         raise UserError(f"config.stages: expected stages of different names, got {_listed(names)}")

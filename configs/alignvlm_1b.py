@@ -54,12 +54,14 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A page is at most nine tiles and its thumbnail, 7,290 visual tokens; with 2,048 of text it fits a bin of 19 x 512.
+    # A scanned page is nine tiles and its thumbnail, 7,290 visual tokens. Bins of two pages, 29 x 512 tokens, are 97 %
+    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins of one page would have to leave
+    # room for 2,048 tokens of text: a quarter of them would be padding.
     config.data = ConfigDict()
     config.data.root = "data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))
     config.data.packing = ConfigDict(
-        dict(tokens_per_bin=9728, tiles_per_bin=10, bins_per_microbatch=64, examples_per_bin=32)
+        dict(tokens_per_bin=14848, tiles_per_bin=20, bins_per_microbatch=64, examples_per_bin=32)
     )
 
     everything, all_but_vision = ("vision", "connector", "language"), ("connector", "language")
@@ -81,7 +83,7 @@ def stage(
         dict(
             name=name,
             trainable=trainable,
-            mixture=[dict(dataset=dataset, split="train", task="mixed", weight=1.0)],
+            mixture=[dict(dataset=dataset, split="train", task="conversation", weight=1.0)],
             epochs=float(epochs),
             global_batch=batch,
             learning_rates=dict(vision=rate, connector=rate, language=rate),

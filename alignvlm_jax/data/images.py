@@ -5,10 +5,12 @@ of a multi-page TIFF the first page, of an animation the first frame, and a log 
 `UserError` that names the file, so that one bad file never ends a run.
 """
 
+import contextlib
 import io
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 
 import PIL.Image
 
@@ -20,7 +22,13 @@ DEFAULT_MAX_PIXELS = 80_000_000
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_MAX_PIXELS", "open_image", "to_rgb"]
+__all__ = ["DEFAULT_MAX_PIXELS", "image_size", "open_image", "to_rgb"]
+
+# Formats whose header says how the picture will lie once it is decoded, and what in the bytes may say otherwise: a PNG
+# may carry its EXIF or XMP data behind the pixels, where only decoding finds them.
+_SIZED_BY_HEADER = {"JPEG": (), "MPO": (), "WEBP": (), "PNG": (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")}
+_EXIF_ORIENTATION = 0x0112
+_LYING = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def open_image(
@@ -38,6 +46,31 @@ def open_image(
     else:
         name = name or os.fspath(source)
         data = _read(source, name)
+    with _opened(data, name, max_pixels) as image:
+        _tell_of_more_pages(image, name)
+        image.load()
+        return to_rgb(image)
+
+
+def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `open_image` would return, where possible without decoding it.
+
+    A picture that is damaged behind its header has a size all the same.
+
+    Args:
+      data: the encoded bytes.
+      name, max_pixels: as for `open_image`.
+    """
+    with _opened(data, name, max_pixels) as image:
+        if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):
+            width, height = image.size
+            return (height, width) if _orientation(image) in _LYING else (width, height)
+    return open_image(data, name=name, max_pixels=max_pixels).size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image.Image]:
+    """The picture, its header read; what goes wrong, here or while it is in use, is a `UserError`."""
     if not data:
         raise UserError(f"{name}: the image file is empty")
     try:
@@ -45,9 +78,7 @@ def open_image(
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels}")
-            _tell_of_more_pages(image, name)
-            image.load()
-            return to_rgb(image)
+            yield image
     except UserError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -70,6 +101,15 @@ def _tell_of_more_pages(image: PIL.Image.Image, name: str) -> None:
     if more and what not in _told_of:
         _told_of.add(what)
         _log.warning("%s has several %s: of such files only the first is read (this is said once)", name, what)
+
+
+def _orientation(image: PIL.Image.Image) -> int | None:
+    if image.format == "PNG":
+        return None  # it was looked for
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # as in `to_rgb`: damaged EXIF beside a sound picture
+        return None
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:

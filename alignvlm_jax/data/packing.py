@@ -1,10 +1,11 @@
-"""Pack examples into rows of static shape: first-fit on two budgets, text positions and tiles.
+"""Write examples into rows of static shape, within two budgets: text positions and tiles.
 
-Axis letters: K microbatches, B bins (rows), L positions per bin, M tiles per bin, S tile side, N visual tokens per tile
-(after the connector), X examples per bin, n tokens and m tiles of one example.
+Axis letters: K microbatches, b rows of a microbatch, L positions per bin, M tiles per bin, S tile side, N visual tokens
+per tile (after the connector), X examples per bin, n tokens and m tiles of one example.
 
-A bin is one row: whole examples behind each other, never a part of one. Two examples, N = 2, as the tokenizer left them
-(i: image placeholder, letters: text; weights belong to targets, see `chat.py`):
+A bin is one row: whole examples behind each other, never a part of one (which of them, `window.py` decides). Two
+examples, N = 2, as the tokenizer left them (i: image placeholder, letters: text; weights belong to targets, see
+`chat.py`):
 
     example 4, two tiles  tokens         b  u  i  i  i  i  s  y  e
                           visual_index   -  -  0  1  2  3  -  -  -
@@ -34,6 +35,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from alignvlm_jax.data.chat import EncodedChat
+from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -45,17 +47,17 @@ class PackingConfig:
 
     tokens_per_bin: L, text and visual tokens together.
     tiles_per_bin: M.
-    bins_per_microbatch: B; a multiple of the devices a batch is spread over.
+    bins_per_microbatch: B; a multiple of the devices a batch is spread over. The examples are dealt out to so many
+      rows, each of which is packed by itself: see `feeding.py`.
     examples_per_bin: X, the most examples in a bin.
-    min_microbatches: K is as large as the examples of a step need, and at least this. Every other K compiles the
-      training step anew: set it so that nearly every step has this many.
+    window: how many examples of a row wait at a time to be put together; see `window.py`.
     """
 
     tokens_per_bin: int = 8192
     tiles_per_bin: int = 10
     bins_per_microbatch: int = 8
     examples_per_bin: int = 32
-    min_microbatches: int = 1
+    window: int = 32
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -69,6 +71,7 @@ class Example:
 
     number: identifies it in `example_ids`.
     was_cut: turns at its end were left out to keep within the limit on text.
+    resampling: under the tiling rule anyres_max_9, what each visual token is made of.
     """
 
     number: int
@@ -78,133 +81,30 @@ class Example:
     tiles: UInt8[np.ndarray, "m S S 3"]
     valid_hw: Int32[np.ndarray, "m 2"]
     was_cut: bool = False
+    resampling: Resampling | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """Stands in for an example that cannot be used: unreadable, or too large for any bin."""
+    """An example that cannot be used: unreadable, or too large for any bin.
 
-    number: int
+    id, source: what the record and its data set are called.
+    reason: for people.
+    """
+
+    id: str
+    source: str
     reason: str
 
 
-def make_example(
-    number: int,
-    chat: EncodedChat,
-    tiles: UInt8[np.ndarray, "m S S 3"],
-    valid_hw: Int32[np.ndarray, "m 2"],
-    config: PackingConfig,
-    *,
-    tokens_per_tile: int,
-    max_text_tokens: int,
-) -> Example:
-    """Bring an example within the limits, or raise a `UserError` that says which one it breaks.
+def cut_text(chat: EncodedChat, max_text_tokens: int) -> EncodedChat:
+    """An example's tokens, at most so many of them text (visual tokens are not counted).
 
-    Text beyond `max_text_tokens` (visual tokens not counted) is cut at the end of the last answer that fits. Images are
-    kept or left out whole, and nothing else is ever cut.
+    What is longer is cut at the end of the last answer that fits. Images are kept or left out whole.
+
+    Raises:
+      UserError: no answer ends within the limit.
     """
-    full_length = len(chat.tokens)
-    chat = _cut_text(chat, max_text_tokens)
-    num_visual = int(np.sum(chat.visual_index >= 0))
-    num_tiles = num_visual // tokens_per_tile
-    if num_tiles * tokens_per_tile != num_visual or num_tiles > len(tiles):
-        raise ValueError(f"{num_visual} visual tokens are not {tokens_per_tile} for each of at most {len(tiles)} tiles")
-    if len(chat.tokens) > config.tokens_per_bin:
-        raise UserError(f"{len(chat.tokens)} tokens ({num_visual} visual), a bin holds {config.tokens_per_bin}")
-    if num_tiles > config.tiles_per_bin:
-        raise UserError(f"{num_tiles} tiles, a bin holds {config.tiles_per_bin}")
-    was_cut = len(chat.tokens) < full_length
-    return Example(number, *chat, tiles[:num_tiles], valid_hw[:num_tiles], was_cut)
-
-
-def assign_bins(lengths: Sequence[int], tiles: Sequence[int], config: PackingConfig) -> list[list[int]]:
-    """First-fit: every example, largest first, goes to the first bin with room for its tokens and its tiles.
-
-    "Largest" is by the larger of its two shares of a bin. Every example must fit an empty bin. Returns the bins as
-    lists of indices into `lengths`.
-    """
-    lengths, tiles = np.asarray(lengths, np.int64), np.asarray(tiles, np.int64)
-    share = np.maximum(lengths / config.tokens_per_bin, tiles / max(config.tiles_per_bin, 1))
-    bins: list[list[int]] = []
-    # What is left in each bin; there are never more bins than examples.
-    room = np.tile([config.tokens_per_bin, config.tiles_per_bin, config.examples_per_bin], (len(lengths), 1))
-    for i in np.argsort(-share, kind="stable"):
-        need = (lengths[i], tiles[i], 1)
-        chosen = int(np.argmax((room >= need).all(axis=1)))
-        if chosen == len(bins):
-            bins.append([])
-        bins[chosen].append(int(i))
-        room[chosen] -= need
-    return bins
-
-
-def pack(
-    examples: Sequence[Example | Refused],
-    config: PackingConfig,
-    *,
-    tokens_per_tile: int,
-    tile_size: int,
-    pad_id: int,
-) -> Batch:
-    """The packed global batch of one step; every field begins with [K, B].
-
-    Beside the fields of the contract it has counters for the training log: `num_examples` and `num_cut` of each bin,
-    and `num_refused` of the step (on its first bin, so that it has the shape of the others: take the sum).
-    """
-    usable = [example for example in examples if isinstance(example, Example)]
-    bins = assign_bins([len(e.tokens) for e in usable], [len(e.tiles) for e in usable], config)
-    microbatches = max(config.min_microbatches, -(-len(bins) // config.bins_per_microbatch))
-    batch = _empty(microbatches * config.bins_per_microbatch, config, tile_size, pad_id)
-    for row, members in enumerate(bins):
-        start = tile = 0
-        for slot, example in enumerate(usable[i] for i in members):
-            n, m = len(example.tokens), len(example.tiles)
-            here, here_tiles = slice(start, start + n), slice(tile, tile + m)
-            batch["tokens"][row, here] = example.tokens
-            batch["targets"][row, start : start + n - 1] = example.tokens[1:]
-            batch["loss_weights"][row, here] = example.loss_weights
-            batch["segment_ids"][row, here] = slot + 1
-            batch["positions"][row, here] = np.arange(n)
-            visual = example.visual_index
-            batch["visual_index"][row, here] = np.where(visual >= 0, visual + tile * tokens_per_tile, -1)
-            batch["tiles"][row, here_tiles] = example.tiles
-            batch["tile_valid_hw"][row, here_tiles] = example.valid_hw
-            batch["example_ids"][row, slot] = example.number
-            batch["num_cut"][row] += example.was_cut
-            start, tile = start + n, tile + m
-        batch["num_examples"][row] = len(members)
-    batch["num_refused"][0] = len(examples) - len(usable)
-    lead = (microbatches, config.bins_per_microbatch)
-    return {name: field.reshape(lead + field.shape[1:]) for name, field in batch.items()}
-
-
-def fill(batch: Batch) -> dict[str, float]:
-    """How much of a packed batch is real: the fraction of its token slots and of its tile slots."""
-    return {
-        "tokens": float(np.mean(batch["segment_ids"] > 0)),
-        "tiles": float(np.mean(batch["tile_valid_hw"][..., 0] > 0)) if batch["tile_valid_hw"].size else 1.0,
-    }
-
-
-def _empty(rows: int, config: PackingConfig, tile_size: int, pad_id: int) -> Batch:
-    bin_of_tokens, bin_of_tiles = (rows, config.tokens_per_bin), (rows, config.tiles_per_bin)
-    return {
-        "tokens": np.full(bin_of_tokens, pad_id, np.int32),
-        "targets": np.full(bin_of_tokens, pad_id, np.int32),
-        "loss_weights": np.zeros(bin_of_tokens, np.float32),
-        "segment_ids": np.zeros(bin_of_tokens, np.int32),
-        "positions": np.zeros(bin_of_tokens, np.int32),
-        "visual_index": np.full(bin_of_tokens, -1, np.int32),
-        "tiles": np.zeros((*bin_of_tiles, tile_size, tile_size, 3), np.uint8),
-        "tile_valid_hw": np.zeros((*bin_of_tiles, 2), np.int32),
-        "example_ids": np.full((rows, config.examples_per_bin), -1, np.int32),
-        "num_examples": np.zeros(rows, np.int32),
-        "num_cut": np.zeros(rows, np.int32),
-        "num_refused": np.zeros(rows, np.int32),
-    }
-
-
-def _cut_text(chat: EncodedChat, max_text_tokens: int) -> EncodedChat:
     text_so_far = np.cumsum(chat.visual_index < 0)
     if text_so_far[-1] <= max_text_tokens:
         return chat
@@ -215,3 +115,75 @@ def _cut_text(chat: EncodedChat, max_text_tokens: int) -> EncodedChat:
     if not len(fitting):
         raise UserError(f"{text_so_far[-1]} text tokens, the limit is {max_text_tokens} and no answer ends before it")
     return EncodedChat(*(field[: fitting[-1] + 1] for field in chat))
+
+
+def check_fits(chat: EncodedChat, num_tiles: int, config: PackingConfig) -> None:
+    """Refuses, with a `UserError`, what an empty bin has no room for."""
+    if len(chat.tokens) > config.tokens_per_bin:
+        num_visual = int(np.sum(chat.visual_index >= 0))
+        raise UserError(f"{len(chat.tokens)} tokens ({num_visual} visual), a bin holds {config.tokens_per_bin}")
+    if num_tiles > config.tiles_per_bin:
+        raise UserError(f"{num_tiles} tiles, a bin holds {config.tiles_per_bin}")
+
+
+def empty_batch(
+    microbatches: int, rows: int, config: PackingConfig, *, tile_size: int, pad_id: int, resampled: bool = False
+) -> Batch:
+    """Bins without examples: [K, b, ...].
+
+    Beside the fields of the contract there are counters for the training log, for each bin: `num_examples`, `num_cut`,
+    and `num_refused`, those that were refused while the bin was made. `resampled` adds what the tiling rule
+    anyres_max_9 needs: `visual_sources` and `visual_weights` (`resampling.py`).
+    """
+    lead = (microbatches, rows)
+    bin_of_tokens, bin_of_tiles = (*lead, config.tokens_per_bin), (*lead, config.tiles_per_bin)
+    resampling = {
+        "visual_sources": np.zeros((*bin_of_tokens, 4), np.int32),
+        "visual_weights": np.zeros((*bin_of_tokens, 4), np.float32),
+    }
+    return {
+        "tokens": np.full(bin_of_tokens, pad_id, np.int32),
+        "targets": np.full(bin_of_tokens, pad_id, np.int32),
+        "loss_weights": np.zeros(bin_of_tokens, np.float32),
+        "segment_ids": np.zeros(bin_of_tokens, np.int32),
+        "positions": np.zeros(bin_of_tokens, np.int32),
+        "visual_index": np.full(bin_of_tokens, -1, np.int32),
+        "tiles": np.zeros((*bin_of_tiles, tile_size, tile_size, 3), np.uint8),
+        "tile_valid_hw": np.zeros((*bin_of_tiles, 2), np.int32),
+        "example_ids": np.full((*lead, config.examples_per_bin), -1, np.int32),
+        "num_examples": np.zeros(lead, np.int32),
+        "num_cut": np.zeros(lead, np.int32),
+        "num_refused": np.zeros(lead, np.int32),
+        **(resampling if resampled else {}),
+    }
+
+
+def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], tokens_per_tile: int) -> None:
+    """Writes examples, which must fit, into the empty bin of microbatch and row `at`."""
+    start = tile = token = 0
+    for slot, example in enumerate(examples):
+        n, m, visual = len(example.tokens), len(example.tiles), example.visual_index
+        here, here_tiles = (*at, slice(start, start + n)), (*at, slice(tile, tile + m))
+        batch["tokens"][here] = example.tokens
+        batch["targets"][*at, start : start + n - 1] = example.tokens[1:]
+        batch["loss_weights"][here] = example.loss_weights
+        batch["segment_ids"][here] = slot + 1
+        batch["positions"][here] = np.arange(n)
+        batch["visual_index"][here] = np.where(visual >= 0, visual + token, -1)
+        batch["tiles"][here_tiles] = example.tiles
+        batch["tile_valid_hw"][here_tiles] = example.valid_hw
+        batch["example_ids"][*at, slot] = example.number
+        batch["num_cut"][at] += example.was_cut
+        if example.resampling is not None:
+            sources, weights = at_positions(visual, example.resampling, tile * tokens_per_tile)
+            batch["visual_sources"][here], batch["visual_weights"][here] = sources, weights
+        start, tile, token = start + n, tile + m, token + int(np.sum(visual >= 0))
+    batch["num_examples"][at] = len(examples)
+
+
+def fill(batch: Batch) -> dict[str, float]:
+    """How much of a packed batch is real: the fraction of its token slots and of its tile slots."""
+    return {
+        "tokens": float(np.mean(batch["segment_ids"] > 0)),
+        "tiles": float(np.mean(batch["tile_valid_hw"][..., 0] > 0)) if batch["tile_valid_hw"].size else 1.0,
+    }

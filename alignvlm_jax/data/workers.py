@@ -31,7 +31,7 @@ def run_tasks(
         return
     # "spawn": a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=end_with_parent)
     remaining, running = iter(tasks), {}
     try:
         while True:
@@ -50,7 +50,7 @@ def run_tasks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the process end with the one that started it: it would wait for tasks from a killed one forever."""
 
     def watch():

@@ -4,7 +4,7 @@
     WORKDIR/history.json             where its first weights came from, if not from the backbones the config names
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
-        params/  opt_state/  meta/   weights; the stage's optimizer; `Progress`, config and library versions
+        params/  opt_state/  meta/   weights; the stage's optimizer; `Progress`, where the data were, config, versions
 
 So a workdir needs nothing but itself to be resumed, asked or scored. Orbax writes in the background and gives a folder
 its final name once all of it is there: a step that exists is complete. A workdir that was imported rather than trained
@@ -17,7 +17,7 @@ of an 8B model (`ParameterReader`) reads that layer, on whatever mesh it was sav
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Progress:
     Attributes:
       step: optimizer steps done, over all stages; names the checkpoint.
       stage: index of the stage the state belongs to.
-      step_in_stage: steps done in it, and so the index of its next global batch: the position in the data.
+      step_in_stage: steps done in it.
       train_seconds: time spent in training so far, over all sittings.
     """
 
@@ -83,8 +83,14 @@ class Checkpointer:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def save(self, progress: Progress, state: TrainState) -> None:
-        """Saves in the background; a step that is saved already is left as it is."""
+    def save(self, progress: Progress, state: TrainState, data: Mapping[str, Any] | None = None) -> None:
+        """Saves in the background; a step that is saved already is left as it is.
+
+        Args:
+          progress: where the run stands.
+          state: weights and optimizer.
+          data: where the data stand, as JSON can hold it; `data_state` gives it back.
+        """
         if progress.step in self._manager.all_steps():
             return
         self._manager.save(
@@ -92,15 +98,13 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=_save_in_chunks(state.params),
                 opt_state=_save_in_chunks(state.opt_state),
-                meta=ocp.args.JsonSave(_meta(self._config, progress)),
+                meta=ocp.args.JsonSave({**_meta(self._config, progress), "data": data}),
             ),
         )
 
     def save_params(self, progress: Progress, params: Params) -> None:
         """Saves weights alone, as the start of a stage: its optimizer is made when training begins."""
-        args = ocp.args.Composite(
-            params=_save_in_chunks(params), meta=ocp.args.JsonSave(_meta(self._config, progress))
-        )
+        args = ocp.args.Composite(params=_save_in_chunks(params), meta=ocp.args.JsonSave(_meta(self._config, progress)))
         self._manager.save(progress.step, args=args)
 
     def wait(self) -> None:
@@ -110,10 +114,11 @@ class Checkpointer:
     def latest(self) -> Progress | None:
         """The progress of the newest complete checkpoint, None if there is none."""
         step = self._manager.latest_step()
-        if step is None:
-            return None
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        return Progress(**meta["progress"])
+        return None if step is None else Progress(**self._read_meta(step)["progress"])
+
+    def data_state(self, progress: Progress) -> dict[str, Any] | None:
+        """What was saved of the data at `progress`, if anything was."""
+        return self._read_meta(progress.step).get("data")
 
     def has_optimizer(self, progress: Progress) -> bool:
         """Whether the checkpoint at `progress` can be gone on from in the middle of its stage."""
@@ -135,6 +140,9 @@ class Checkpointer:
         """The weights alone: what the next stage starts from."""
         args = ocp.args.Composite(params=_restore_into(abstract))
         return self._manager.restore(progress.step, args=args).params
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:

@@ -1,31 +1,34 @@
 """Runs an experiment: its stages one after the other, with checkpoints, logs, and a progress bar over all of them.
 
-The same call on the same workdir resumes. Everything a step depends on is in the checkpoint or a function of the config
-and the step's number (data, schedules), so an interrupted run ends in the very weights of an uninterrupted one.
+The same call on the same workdir resumes. Everything a step depends on is in the checkpoint (weights, optimizer, where
+the data were) or a function of the config and the step's number (schedules), so an interrupted run ends in the very
+weights of an uninterrupted one.
 """
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data import pipeline, store
+from alignvlm_jax.data.examples import ExampleReader
+from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
 from alignvlm_jax.data.packing import Batch
+from alignvlm_jax.data.planning import StagePlan, plan_stage
+from alignvlm_jax.data.refusals import RefusalLog
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import Params, tokens_per_tile
-from alignvlm_jax.parallel import sharding
+from alignvlm_jax.models.alignvlm import Params, token_grid
+from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import metrics, out_of_memory
 from alignvlm_jax.training import step as steps
@@ -51,6 +54,8 @@ _MAY_DIFFER = (
     "mesh",
     "profile",
     "data.root",
+    "data.max_refused",
+    "data.workers",
     "data.read_threads",
     "data.prefetch_batches",
 )
@@ -59,11 +64,13 @@ _MAY_DIFFER = (
 class TrainingData(Protocol):
     """What the loop asks of the data."""
 
-    def steps(self, stage: StageConfig) -> int:
-        """How many steps a stage takes."""
+    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        """How many steps a stage takes, and how many microbatches each has; the same answer in every process."""
 
-    def batches(self, stage_index: int, stage: StageConfig, start_step: int) -> Iterator[Batch]:
-        """The packed global batches of a stage from this step on."""
+    def batches(
+        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
+    ) -> BatchIterator:
+        """The packed batches of a stage, of each microbatch these rows: from the start, or from a state on."""
 
     def save_tokenizer(self, folder: Path) -> None:
         """Whatever it takes to read a checkpoint later."""
@@ -81,28 +88,42 @@ class ExperimentData:
             pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
         }
 
-    def steps(self, stage: StageConfig) -> int:
-        if stage.steps is not None:
-            return stage.steps
-        return math.ceil(stage.epochs * pipeline.steps_per_epoch(self._sources, stage.mixture, stage.global_batch))
+    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        return plan_stage(
+            self._reader(stage_index, stage),
+            global_batch=stage.global_batch,
+            bins_per_step=stage.bins_per_step,
+            steps=stage.steps,
+            epochs=stage.epochs,
+            threads=self._config.data.read_threads,
+            progress=distributed.is_primary(),
+        )
 
-    def batches(self, stage_index: int, stage: StageConfig, start_step: int) -> Iterator[Batch]:
+    def batches(
+        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
+    ) -> BatchIterator:
         data = self._config.data
-        dataset = pipeline.make_pipeline(
+        return Feed(
+            self._reader(stage_index, stage),
+            rows,
+            plan.microbatches,
+            state,
+            num_examples=plan.num_examples,
+            workers=data.workers,
+            threads=data.read_threads,
+            prefetch=data.prefetch_batches,
+            max_refused=data.max_refused,
+        )
+
+    def _reader(self, stage_index: int, stage: StageConfig) -> ExampleReader:
+        return pipeline.make_reader(
             self._sources,
             stage.mixture,
             self._chat,
-            data.tiling,
-            data.packing,
-            global_batch=stage.global_batch,
-            seed=int(np.random.SeedSequence((self._config.seed, stage_index)).generate_state(1)[0]),
-            tokens_per_tile=tokens_per_tile(self._config.model),
+            self._config.data,
+            seed=(self._config.seed, stage_index),
+            token_grid=token_grid(self._config.model),
             max_text_tokens=stage.max_text_tokens,
-            max_turns=data.max_turns,
-            max_image_pixels=data.max_image_pixels,
-        )
-        return pipeline.iterate(
-            dataset, start_step=start_step, read_threads=data.read_threads, prefetch_batches=data.prefetch_batches
         )
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -146,9 +167,8 @@ def train(
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.of(mesh.devices.flatten())
-    sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)  # refuses what the mesh does not divide
+    rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
     data = open_data(config)
-    stages = [dataclasses.replace(stage, steps=data.steps(stage), epochs=None) for stage in config.stages]
     _prepare_workdir(workdir, config, data)
     with (
         jax.set_mesh(mesh),
@@ -157,7 +177,10 @@ def train(
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explained(config, workdir),
     ):
-        run = _Run(config, stages, mesh, checkpointer, interruption, profiler, on_step)
+        plans = _plans(config, data, checkpointer)
+        stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
+        refusals = RefusalLog(workdir / _refusals_file())
+        run = _Run(config, stages, plans, mesh, checkpointer, interruption, profiler, refusals, on_step)
         params, progress = run.resume() or (make_params(config), Progress())
         total = sum(stage.steps for stage in stages)
         with (
@@ -165,12 +188,14 @@ def train(
             contextlib.closing(metrics.MetricsLog(workdir / TENSORBOARD_FOLDER, progress.step, machine)) as log,
         ):
             while progress.stage < len(stages):
-                batches = data.batches(progress.stage, stages[progress.stage], progress.step_in_stage)
-                state = run.begin_stage(progress, params)
-                tqdm.write(stage_table(stages[progress.stage], state.params))
-                if on_stage_start:
-                    on_stage_start(progress.stage, state.params)
-                state, progress = run.finish_stage(state, progress, batches, bar, log)
+                index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]
+                with contextlib.closing(data.batches(index, stage, plan, run.rows_at(progress), rows)) as batches:
+                    state = run.begin_stage(progress, params)
+                    tqdm.write(stage_table(stage, state.params))
+                    tqdm.write(_describe(config, plan))
+                    if on_stage_start:
+                        on_stage_start(index, state.params)
+                    state, progress = run.finish_stage(state, progress, batches, bar, log)
                 params, progress = state.params, _next_stage(progress)
         return TrainResult(params, progress)
 
@@ -181,10 +206,12 @@ class _Run:
 
     config: ExperimentConfig
     stages: list[StageConfig]
+    plans: list[StagePlan]
     mesh: Mesh
     checkpointer: Checkpointer
     interruption: "_Interruption"
     profiler: Profiler
+    refusals: RefusalLog
     on_step: Callable[[int], Any] | None
 
     def resume(self) -> tuple[Params | None, Progress] | None:
@@ -200,6 +227,18 @@ class _Run:
         params = self.checkpointer.restore_params(progress, abstract.params)
         return params, _next_stage(progress) if done else progress
 
+    def rows_at(self, progress: Progress) -> RowStates | None:
+        """Where the rows of the data are at `progress`; None at the start of a stage."""
+        if progress.step_in_stage == 0:
+            return None
+        data = self.checkpointer.data_state(progress)
+        if data is None:
+            raise UserError(
+                f"the checkpoint at step {progress.step} does not say where the data were (an earlier version wrote "
+                "it): start another run from it with --init-from"
+            )
+        return data["rows"]
+
     def begin_stage(self, progress: Progress, params: Params | None) -> steps.TrainState:
         """The state to go on from: fresh from `params` at the start of a stage, else from the checkpoint."""
         stage = self.stages[progress.stage]
@@ -211,7 +250,7 @@ class _Run:
         self,
         state: steps.TrainState,
         progress: Progress,
-        batches: Iterator[Batch],
+        batches: BatchIterator,
         bar: tqdm,
         log: metrics.MetricsLog,
     ) -> tuple[steps.TrainState, Progress]:
@@ -224,7 +263,10 @@ class _Run:
         first, measured = True, None
         log.begin_stage(metrics.step_flops(self.config.model, stage))
         while progress.step_in_stage < stage.steps:
+            asked = time.monotonic()
             batch = next(batches)
+            waited = time.monotonic() - asked
+            # Copied to the device while that is still at work on the step before.
             device_batch = sharding.shard_batch({name: batch[name] for name in fields}, self.mesh)
             jax.block_until_ready(measured)  # at most one step ahead of the device
             with self.profiler.step(progress.step + 1):
@@ -233,7 +275,8 @@ class _Run:
                 progress.step + 1, progress.stage, progress.step_in_stage + 1, time.monotonic() - started
             )
             self.profiler.after(progress.step, measured)
-            log.add({**measured, **_host_counts(batch)})
+            log.add({**measured, **_host_counts(batch), "data_seconds": waited})
+            self.refusals.add(batches.refused())
             bar.update()
             at_end = progress.step_in_stage == stage.steps
             if at_end or progress.step % self.config.log_every_steps == 0:
@@ -250,12 +293,47 @@ class _Run:
             if at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0:
                 jax.block_until_ready(state)
                 progress = dataclasses.replace(progress, train_seconds=time.monotonic() - started)
-                self.checkpointer.save(progress, state)
+                self.checkpointer.save(progress, state, self._data_state(batches))
             if interrupted:
                 self.checkpointer.wait()
                 tqdm.write(f"interrupted: saved after step {progress.step}; the same command goes on from there")
                 raise KeyboardInterrupt
         return state, progress
+
+    def _data_state(self, batches: BatchIterator) -> dict[str, Any]:
+        """What is kept of the data with a checkpoint: the plans, and where the rows are that all processes make."""
+        rows = {}
+        for of_process in distributed.gather_json(batches.state()):
+            rows |= of_process
+        return {"plans": [dataclasses.asdict(plan) for plan in self.plans], "rows": rows}
+
+
+def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpointer) -> list[StagePlan]:
+    """The plans of the stages: those the run began with, or if it begins now, new ones."""
+    progress = checkpointer.latest()
+    kept = checkpointer.data_state(progress) if progress else None
+    if kept is not None:
+        return [StagePlan(**plan) for plan in kept["plans"]]
+    return [data.plan(index, stage) for index, stage in enumerate(config.stages)]
+
+
+def _planned(config: ExperimentConfig, stage: StageConfig, plan: StagePlan) -> StageConfig:
+    """The stage with its steps and their bins known."""
+    bins = plan.microbatches * config.data.packing.bins_per_microbatch
+    return dataclasses.replace(stage, steps=plan.steps, epochs=None, bins_per_step=bins)
+
+
+def _describe(config: ExperimentConfig, plan: StagePlan) -> str:
+    bins = plan.microbatches * config.data.packing.bins_per_microbatch
+    return (
+        f"a step: {plan.microbatches} x {config.data.packing.bins_per_microbatch} bins, about "
+        f"{plan.examples_per_bin * bins:.0f} examples ({plan.examples_per_bin:.2f} a bin)"
+    )
+
+
+def _refusals_file() -> str:
+    """Every process names the examples that it had to refuse, in a file of its own."""
+    return "data_refused.jsonl" if distributed.is_primary() else f"data_refused.{jax.process_index()}.jsonl"
 
 
 def _next_stage(progress: Progress) -> Progress:

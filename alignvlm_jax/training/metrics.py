@@ -26,7 +26,7 @@ from alignvlm_jax.training.step import Metrics
 _PER_SECOND = ("tokens", "tiles", "examples")
 _PER_CHIP = ("tokens", "tiles")
 _COUNTED = ("refused", "cut")
-_NOT_SHOWN = ("weight", "answers", "squared_lengths")
+_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,10 @@ def speeds(
     machine: Machine,
     flops: Callable[[Mapping[str, float]], float] | None = None,
 ) -> dict[str, float]:
-    """Steps, what they took in and what the model needed for them, per second; NaN if no step was timed."""
+    """Steps, what they took in and what the model needed for them, per second; NaN if no step was timed.
+
+    And `data_wait`, the share of the time in which the loop waited for a batch.
+    """
     per_second = 1 / seconds if steps and seconds > 0 else math.nan
     names = [name for name in _PER_SECOND if steps and name in steps[0]] or ["tokens"]
     summary = {f"{name}_per_second": sum(float(step[name]) for step in steps) * per_second for name in names}
@@ -139,6 +142,8 @@ def speeds(
         summary["tflops_per_second_per_chip"] = rate / 1e12
         if machine.chip is not None:
             summary["mfu"] = rate / machine.chip.peak_flops
+    if steps and "data_seconds" in steps[0]:
+        summary["data_wait"] = sum(float(step["data_seconds"]) for step in steps) * per_second
     return summary | {"steps_per_second": len(steps) * per_second}
 
 

@@ -21,13 +21,15 @@ class MixturePart:
     Attributes:
       dataset: name of a data set under the data root.
       split: which of its splits.
-      task: what is asked of a page: to be read out ("transcribe"), its questions ("qa"), or both in turn ("mixed").
+      task: what is made of a record: the conversation it holds ("conversation": what `tools/prepare_data.py` wrote), or
+        for the demo's documents a page to be read out ("transcribe"), its questions ("qa"), or either ("mixed"); see
+        `data/conversations.py`.
       weight: its share of the examples, relative to the other parts of the mixture.
     """
 
     dataset: str
     split: str = "train"
-    task: Literal["transcribe", "qa", "mixed"] = "mixed"
+    task: Literal["conversation", "transcribe", "qa", "mixed"] = "conversation"
     weight: float = 1.0
 
 
@@ -50,7 +52,9 @@ class StageConfig:
       trainable: the parts of the model it trains; the others are frozen, and hold no optimizer state.
       steps: how long, in optimizer steps; or
       epochs: how long, in passes over the mixture. Exactly one of the two is given.
-      global_batch: examples (not bins) per step, over all devices and microbatches.
+      global_batch: examples (not bins) per step, over all devices and microbatches. A step has the whole microbatches
+        that come nearest to it, going by how many examples share a bin on average, which is measured at the start.
+      bins_per_step: sets the bins of a step instead; a multiple of `data.packing.bins_per_microbatch`.
       learning_rates: peak rate of each part.
       schedule: how the rate falls after the warm-up.
       warmup_steps: steps of linear warm-up.
@@ -66,6 +70,7 @@ class StageConfig:
     steps: int | None = None
     epochs: float | None = None
     global_batch: int = 512
+    bins_per_step: int | None = None
     learning_rates: LearningRates = LearningRates()
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
@@ -106,7 +111,9 @@ def frozen_params(stage: StageConfig, params: dict[str, Any]) -> dict[str, Any]:
 def stage_table(stage: StageConfig, params: dict[str, Any]) -> str:
     """What is printed as a stage starts: its parts, how large they are, which are trained and how fast.
 
-    stage "documents": 150 steps of 32 examples, muon, cosine schedule
+    Its steps and their bins must be known by then.
+
+    stage "documents": 150 steps of 16 bins, muon, cosine schedule
     part              parameters              learning rate
     vision               642,816   frozen
     connector            131,840   trained          3.0e-03
@@ -116,7 +123,7 @@ def stage_table(stage: StageConfig, params: dict[str, Any]) -> str:
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in PARTS}
     trained = sum(count for part, count in counts.items() if part in stage.trainable)
     lines = [
-        f'stage "{stage.name}": {stage.steps} steps of {stage.global_batch} examples, '
+        f'stage "{stage.name}": {stage.steps} steps of {stage.bins_per_step} bins, '
         f"{stage.optimizer.name}, {stage.schedule} schedule",
         f"{'part':<12}{'parameters':>16}   {'':<8}{'learning rate':>16}",
     ]

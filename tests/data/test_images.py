@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from alignvlm_jax.data import images
-from alignvlm_jax.data.images import open_image, to_rgb
+from alignvlm_jax.data.images import image_size, open_image, to_rgb
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 
@@ -246,3 +246,37 @@ def test_damaged_bytes_never_raise_anything_else():
                 assert open_image(bytes(broken)).mode == "RGB"
             except UserError:
                 pass
+
+
+@pytest.mark.parametrize(
+    "form, orientation",
+    [
+        *((form, orientation) for form in ("JPEG", "PNG", "WEBP", "TIFF") for orientation in (None, *range(1, 9))),
+        ("GIF", None),
+        ("BMP", None),
+    ],
+)
+def test_a_size_is_known_without_decoding(form, orientation):
+    """By the header alone where that can be relied on; else by decoding. Either way it is the size of the picture."""
+    buffer, exif = io.BytesIO(), PIL.Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    options = {"exif": exif} if orientation else {}
+    PIL.Image.new("RGB", (37, 21), "red").save(buffer, form, **options)
+    data = buffer.getvalue()
+    assert image_size(data) == open_image(data).size == ((21, 37) if orientation in (5, 6, 7, 8) else (37, 21))
+
+
+def test_of_the_usual_formats_only_the_header_is_read():
+    for form in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        PIL.Image.effect_noise((400, 300), 90).save(buffer, form)
+        damaged = buffer.getvalue()[:2000]
+        assert image_size(damaged) == (400, 300)
+        with pytest.raises(UserError, match="damaged"):
+            open_image(damaged)
+        with pytest.raises(UserError, match="400 x 300 pixels, more than the limit of 100"):
+            image_size(damaged, max_pixels=100)
+    for data, message in [(b"", "page: the image file is empty"), (b"text", "page: not an image")]:
+        with pytest.raises(UserError, match=message):
+            image_size(data, name="page")

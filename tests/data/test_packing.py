@@ -1,10 +1,13 @@
 """Packing: the worked example of the docstring, and what must hold for any examples."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from alignvlm_jax.data.chat import EncodedChat
-from alignvlm_jax.data.packing import Example, PackingConfig, Refused, assign_bins, fill, make_example, pack
+from alignvlm_jax.data.packing import Example, PackingConfig, check_fits, cut_text, empty_batch, fill, write_bin
+from alignvlm_jax.data.window import Waiting, choose
 from alignvlm_jax.errors import UserError
 
 SIDE, PAD = 4, 99
@@ -23,19 +26,22 @@ def _tiles(count, value=1):
     return np.full((count, SIDE, SIDE, 3), value, np.uint8), valid_hw
 
 
-def _example(number, layout, per_tile=2, **limits):
-    config = PackingConfig(**{"tokens_per_bin": 100, "tiles_per_bin": 10, **limits.pop("config", {})})
-    max_text_tokens = limits.pop("max_text_tokens", 1000)
-    tiles = _tiles(layout.count("i") // per_tile, number)
-    return make_example(
-        number, _chat(layout), *tiles, config, tokens_per_tile=per_tile, max_text_tokens=max_text_tokens
-    )
+def _example(number, layout, per_tile=2):
+    return Example(number, *_chat(layout), *_tiles(layout.count("i") // per_tile, number))
+
+
+def _pack(bins, config, per_tile=2):
+    """A batch of whole microbatches that begins with these bins."""
+    microbatches = -(-len(bins) // config.bins_per_microbatch)
+    batch = empty_batch(microbatches, config.bins_per_microbatch, config, tile_size=SIDE, pad_id=PAD)
+    for row, examples in enumerate(bins):
+        write_bin(batch, divmod(row, config.bins_per_microbatch), examples, per_tile)
+    return batch
 
 
 def test_worked_example():
     config = PackingConfig(tokens_per_bin=20, tiles_per_bin=4, bins_per_microbatch=1, examples_per_bin=3)
-    first, second = _example(7, "buiiqsXE"), _example(4, "buiiiisYE")  # The larger goes first.
-    batch = pack([first, second], config, tokens_per_tile=2, tile_size=SIDE, pad_id=PAD)
+    batch = _pack([[_example(4, "buiiiisYE"), _example(7, "buiiqsXE")]], config)
     assert batch["example_ids"][0, 0].tolist() == [4, 7, -1]
     row = {name: field[0, 0] for name, field in batch.items()}
     a, b = "buiiiisYE", "buiiqsXE"
@@ -57,8 +63,8 @@ def test_worked_example():
 
 def test_shapes_and_dtypes():
     config = PackingConfig(tokens_per_bin=12, tiles_per_bin=2, bins_per_microbatch=2, examples_per_bin=5)
-    batch = pack([_example(i, "uiiqAE") for i in range(5)], config, tokens_per_tile=2, tile_size=SIDE, pad_id=PAD)
-    # Two examples fill a bin of twelve: three bins, two microbatches, one empty bin.
+    examples = [_example(i, "uiiqAE") for i in range(5)]
+    batch = _pack([examples[:2], examples[2:4], examples[4:]], config)  # and one empty bin
     assert {name: (field.shape[2:], field.dtype.name) for name, field in batch.items()} == {
         "tokens": ((12,), "int32"),
         "targets": ((12,), "int32"),
@@ -76,13 +82,6 @@ def test_shapes_and_dtypes():
     assert all(field.shape[:2] == (2, 2) for field in batch.values())
     assert batch["num_examples"].tolist() == [[2, 2], [1, 0]]
     assert (batch["tokens"][1, 1] == PAD).all() and not batch["segment_ids"][1, 1].any()
-
-
-def test_empty_steps_and_more_microbatches():
-    config = PackingConfig(tokens_per_bin=12, tiles_per_bin=2, bins_per_microbatch=2, min_microbatches=3)
-    batch = pack([Refused(0, "unreadable")] * 4, config, tokens_per_tile=2, tile_size=SIDE, pad_id=PAD)
-    assert batch["tokens"].shape == (3, 2, 12)
-    assert batch["num_refused"].sum() == 4 and batch["num_examples"].sum() == 0 and not batch["loss_weights"].any()
 
 
 def _random_layout(rng, per_tile):
@@ -104,12 +103,14 @@ def test_properties_of_random_batches():
             bins_per_microbatch=int(rng.integers(1, 4)),
             examples_per_bin=int(rng.integers(2, 8)),
         )
-        limits = dict(tokens_per_bin=config.tokens_per_bin, tiles_per_bin=config.tiles_per_bin)
-        examples = [
-            _example(number, _random_layout(rng, per_tile), per_tile, config=limits)
-            for number in range(1, rng.integers(2, 40))
-        ]
-        batch = pack(examples, config, tokens_per_tile=per_tile, tile_size=SIDE, pad_id=PAD)
+        examples = [_example(i, _random_layout(rng, per_tile), per_tile) for i in range(1, rng.integers(2, 40))]
+        waiting = [Waiting(e.number, len(e.tokens), len(e.tiles)) for e in examples]
+        packed = []
+        while waiting:
+            chosen = choose(waiting, config)
+            packed.append([examples[waiting[i].position - 1] for i in chosen])
+            waiting = [example for i, example in enumerate(waiting) if i not in chosen]
+        batch = _pack(packed, config, per_tile)
         bins = {name: field.reshape(-1, *field.shape[2:]) for name, field in batch.items()}
         seen = []
         for row in range(len(bins["tokens"])):
@@ -143,52 +144,30 @@ def test_properties_of_random_batches():
         assert sorted(seen) == list(range(1, len(examples) + 1))
 
 
-def test_first_fit_by_hand():
-    config = PackingConfig(tokens_per_bin=10, tiles_per_bin=4)
-    # By share: 3 (tiles 4/4), 0 (0.8), 1 (0.6), 4 (0.5 by tiles), 2 (0.4). 1 and 2 share a bin; 4 goes with 0.
-    assert assign_bins([8, 6, 4, 1, 2], [1, 1, 1, 4, 2], config) == [[3], [0, 4], [1, 2]]
-    assert assign_bins([], [], config) == []
-    # The third limit.
-    assert len(assign_bins([1] * 7, [0] * 7, PackingConfig(tokens_per_bin=10, examples_per_bin=3))) == 3
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"8 tokens \(2 visual\), a bin holds 7"):
-        _example(1, "buiiqsXE", config={"tokens_per_bin": 7})
+        check_fits(_chat("buiiqsXE"), 1, PackingConfig(tokens_per_bin=7))
     with pytest.raises(UserError, match="2 tiles, a bin holds 1"):
-        _example(1, "buiiiiqsXE", config={"tiles_per_bin": 1})
-    with pytest.raises(UserError, match="6 text tokens, the limit is 5 and no answer ends before it"):
-        _example(1, "buiiqsXE", max_text_tokens=5)
-    with pytest.raises(ValueError, match="3 visual tokens are not 2 for each"):
-        _example(1, "buiiiqsXE")
+        check_fits(_chat("buiiiiqsXE"), 2, PackingConfig(tokens_per_bin=10, tiles_per_bin=1))
+    check_fits(_chat("buiiiiqsXE"), 2, PackingConfig(tokens_per_bin=10, tiles_per_bin=2))
 
 
 def test_text_is_cut_after_the_last_answer_that_fits():
     layout = "uiiqABqCDqEF"
-    whole = _example(1, layout, max_text_tokens=10)
-    assert len(whole.tokens) == 12 and not whole.was_cut
-    for limit, expected in [(9, "uiiqABqCD"), (7, "uiiqABqCD"), (6, "uiiqAB"), (4, "uiiqAB")]:
-        example = _example(1, layout, max_text_tokens=limit)
-        np.testing.assert_array_equal(example.tokens, _chat(expected).tokens)
-        np.testing.assert_array_equal(example.loss_weights, _chat(expected).loss_weights)
-        assert example.was_cut and len(example.tiles) == 1
+    for limit, expected in [(10, layout), (9, "uiiqABqCD"), (7, "uiiqABqCD"), (6, "uiiqAB"), (4, "uiiqAB")]:
+        cut = cut_text(_chat(layout), limit)
+        np.testing.assert_array_equal(cut.tokens, _chat(expected).tokens)
+        np.testing.assert_array_equal(cut.loss_weights, _chat(expected).loss_weights)
     # A later picture goes with its turn, whole.
-    example = _example(3, "uiiqABuiiiiCDuiiEF", max_text_tokens=6 + 1)
-    np.testing.assert_array_equal(example.tokens, _chat("uiiqABuiiiiCD").tokens)
-    assert len(example.tiles) == len(example.valid_hw) == 3
-    batch = pack([example], PackingConfig(tokens_per_bin=20), tokens_per_tile=2, tile_size=SIDE, pad_id=PAD)
-    assert batch["num_cut"].sum() == 1
+    np.testing.assert_array_equal(cut_text(_chat("uiiqABuiiiiCDuiiEF"), 7).tokens, _chat("uiiqABuiiiiCD").tokens)
+    with pytest.raises(UserError, match="6 text tokens, the limit is 5 and no answer ends before it"):
+        cut_text(_chat("buiiqsXE"), 5)
 
 
-def test_fills_well():
-    """Pages of one to ten tiles and long and short text: few empty slots in the tighter of the two budgets."""
-    rng = np.random.default_rng(0)
-    config = PackingConfig(tokens_per_bin=4096, tiles_per_bin=20)
-    tiles = rng.choice([1, 3, 5, 7, 10], 400)
-    lengths = tiles * 144 + rng.integers(20, 900, 400)
-    bins = assign_bins(lengths, tiles, config)
-    assert sorted(i for members in bins for i in members) == list(range(400))
-    assert max(lengths.sum() / len(bins) / 4096, tiles.sum() / len(bins) / 20) > 0.95
+def test_examples_cut_short_are_counted():
+    examples = [dataclasses.replace(_example(i, "uiiqAB"), was_cut=i < 2) for i in range(3)]
+    batch = _pack([examples], PackingConfig(tokens_per_bin=20, bins_per_microbatch=1))
+    assert batch["num_cut"].tolist() == [[2]] and batch["num_examples"].tolist() == [[3]]
 
 
 def test_wrong_config():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
-from alignvlm_jax.data.packing import PackingConfig
+from alignvlm_jax.data.packing import PackingConfig, Refused
 from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
@@ -37,19 +38,45 @@ CONFIG = ExperimentConfig(
 TOTAL = 4 + 3
 
 
+class RandomBatches:
+    """A `BatchIterator` whose batches depend on the stage and on where it is."""
+
+    def __init__(self, stage_index, step, rows):
+        self._stage_index, self._step, self._rows, self._last = stage_index, step, list(rows), []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = random_batch(1000 * self._stage_index + self._step)
+        batch |= {"example_ids": np.zeros((1, 8, 4), np.int32), "num_refused": np.ones((1, 8), np.int32)}
+        self._step += 1
+        self._last = [Refused(f"{self._step}", "documents", "random")]
+        return {name: field[:, self._rows] for name, field in batch.items()}
+
+    def state(self):
+        return {str(row): {"next": self._step} for row in self._rows}
+
+    def refused(self):
+        return self._last
+
+    def close(self):
+        self._rows = None
+
+
 class RandomData:
-    """Batches that depend on the stage and the step alone, as those of the pipeline do."""
+    """The data of a config, drawn at random."""
 
     def __init__(self, config):
         del config
 
-    def steps(self, stage_config):
-        return stage_config.steps or round(2 * stage_config.epochs)
+    def plan(self, stage_index, stage_config):
+        return StagePlan(stage_config.steps or round(2 * stage_config.epochs), 1, 2.0)
 
-    def batches(self, stage_index, stage_config, start_step):
-        for step in range(start_step, 100):
-            batch = random_batch(1000 * stage_index + step)
-            yield batch | {"example_ids": np.zeros((1, 8, 4), np.int32), "num_refused": np.ones((1, 8), np.int32)}
+    def batches(self, stage_index, stage_config, plan, state, rows):
+        assert stage_config.bins_per_step == 8 and plan.steps == stage_config.steps
+        steps = {state[str(row)]["next"] for row in rows} if state else {0}
+        return RandomBatches(stage_index, *steps, rows)
 
     def save_tokenizer(self, folder):
         folder.mkdir(exist_ok=True)
@@ -90,6 +117,10 @@ def test_the_workdir_holds_all_it_takes(finished):
     assert steps == [3, 4, 6, 7]  # every third, and the ends of the stages
     meta = json.loads((workdir / "checkpoints" / "4" / "meta" / "metadata").read_text())
     assert meta["progress"]["step_in_stage"] == 4 and "jax" in meta["versions"]
+    assert meta["data"]["rows"] == {str(row): {"next": 4} for row in range(8)}
+    assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 3]
+    refused = [json.loads(line)["id"] for line in (workdir / "data_refused.jsonl").read_text().splitlines()]
+    assert refused == ["1", "2", "3", "4"], "each named once"
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
 
 
@@ -99,7 +130,7 @@ def test_event_files_have_the_metrics(finished):
     recorded = events.read_bytes()
     for name in ("loss", "grad_norm", "token_fraction", "tokens_per_second", "tiles_per_second", "effective_tokens"):
         assert f"train/{name}".encode() in recorded
-    assert b"learning_rate/connector" in recorded and b"train/refused" in recorded
+    assert b"learning_rate/connector" in recorded and b"train/refused" in recorded and b"train/data_wait" in recorded
     assert b"train/tflops_per_second_per_chip" in recorded and b"train/tiles_per_second_per_chip" in recorded
     assert b"train/mfu" not in recorded, "nobody knows the peak of a CPU"
 

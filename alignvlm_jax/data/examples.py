@@ -1,0 +1,191 @@
+"""From a place in the order to an example: read, ask, tokenize, cut into tiles.
+
+It is done twice. `measure` says what an example takes of a bin, for which a picture's size is read but not the picture;
+that is enough to decide which examples share a bin. `make` then decodes those. Both are functions of the position
+alone, so any process can be asked for any example, and nothing but sizes has to be remembered of those that wait.
+
+What cannot be used (unreadable, no answer within the limit on text, larger than a bin) comes back as `Refused`: one
+bad record never ends a run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from alignvlm_jax.data.chat import ChatTokenizer, EncodedChat
+from alignvlm_jax.data.conversations import FIELDS, Record, Task, make_conversation
+from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, image_size, open_image
+from alignvlm_jax.data.order import ExampleOrder
+from alignvlm_jax.data.packing import Example, PackingConfig, Refused, check_fits, cut_text
+from alignvlm_jax.data.resampling import TokenGrid, num_visual_tokens, resample_images
+from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.data.window import Waiting
+from alignvlm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of a mixture.
+
+    name: what it is called in messages.
+    records: random access to dicts with `id` and the fields that the task reads.
+    task: see `conversations.py`.
+    weight: its share of the examples, relative to the other parts.
+    first_number: of its first record in `example_ids`.
+    """
+
+    name: str
+    records: Sequence[Record]
+    task: Task
+    weight: float = 1.0
+    first_number: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleReader:
+    """All examples of a stage, by their position in its order. It can be pickled if the records can.
+
+    parts: the mixture.
+    chat, tiling, packing: how a record becomes tokens and tiles, and the limits of a bin.
+    token_grid: rows and columns of one tile's visual tokens, after the connector.
+    seed: everything random follows from it; give every stage its own.
+    max_text_tokens: text tokens of an example (visual ones not counted); see `packing.cut_text`.
+    max_turns, max_image_pixels: see `pipeline.DataConfig`.
+    """
+
+    parts: tuple[Part, ...]
+    chat: ChatTokenizer
+    tiling: TilingConfig
+    packing: PackingConfig
+    token_grid: TokenGrid
+    seed: int
+    max_text_tokens: int = 2048
+    max_turns: int | None = None
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self):
+        if not self.parts:
+            raise UserError("the mixture has no parts")
+        for part in self.parts:
+            if not len(part.records):
+                raise UserError(f"the data set {part.name!r} is empty")
+            if not part.weight > 0:
+                raise UserError(f"the weight of {part.name!r} in the mixture must be positive, got {part.weight}")
+
+    @property
+    def order(self) -> ExampleOrder:
+        lengths = tuple(len(part.records) for part in self.parts)
+        return ExampleOrder(lengths, tuple(part.weight for part in self.parts), self.seed)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return math.prod(self.token_grid)
+
+    @property
+    def num_records(self) -> int:
+        """Of all parts together: the examples of one epoch."""
+        return sum(len(part.records) for part in self.parts)
+
+    def check_fields(self) -> None:
+        """Refuses, with a `UserError`, a task that reads fields which the first record of its data set lacks."""
+        for part in self.parts:
+            there = part.records[0]
+            for field in FIELDS[part.task]:
+                if field not in there:
+                    fitting = [task for task, fields in FIELDS.items() if all(name in there for name in fields)]
+                    raise UserError(
+                        f"{part.name}: the task {part.task!r} reads the field {field!r} of its records, which have "
+                        f"{', '.join(there)}; tasks for such records: {', '.join(fitting) or 'none'}"
+                    )
+
+    def measure(self, position: int) -> Waiting | Refused:
+        """What the example at this position takes of a bin."""
+        prepared = self._prepare(position)
+        if isinstance(prepared, Refused):
+            return prepared
+        return Waiting(position, len(prepared.chat.tokens), sum(plan.num_tiles for plan in prepared.plans))
+
+    def make(self, measured: Waiting) -> Example | Refused:
+        """The example that was measured."""
+        prepared = self._prepare(measured.position)
+        if isinstance(prepared, Refused):
+            return prepared
+        try:
+            tiles, valid_hw = self._cut_images(prepared)
+        except UserError as error:
+            return dataclasses.replace(prepared.refused, reason=str(error))
+        resampling = resample_images(prepared.plans, self.tiling, self.token_grid)
+        return Example(prepared.number, *prepared.chat, tiles, valid_hw, prepared.was_cut, resampling)
+
+    def _prepare(self, position: int) -> "_Prepared | Refused":
+        part_index, index = self.order[position]
+        part = self.parts[part_index]
+        record = part.records[index]
+        refused = Refused(str(record.get("id", index)), part.name, "")
+        try:
+            rng = np.random.default_rng((self.seed, position))
+            messages, images = make_conversation(record, part.task, rng, self.max_turns)
+            plans = [
+                plan_tiles(*image_size(image, name=_name(i, images), max_pixels=self.max_image_pixels), self.tiling)
+                for i, image in enumerate(images)
+            ]
+            tokens_per_image = [num_visual_tokens(plan, self.tiling, self.token_grid) for plan in plans]
+            whole = self.chat.encode(messages, tokens_per_image)
+            chat = cut_text(whole, self.max_text_tokens)
+            # Where text was cut, whole images may have gone with it.
+            kept = int(np.searchsorted(np.cumsum(tokens_per_image), np.sum(chat.visual_index >= 0), side="right"))
+            check_fits(chat, sum(plan.num_tiles for plan in plans[:kept]), self.packing)
+        except UserError as error:
+            return dataclasses.replace(refused, reason=str(error))
+        was_cut = len(chat.tokens) < len(whole.tokens)
+        return _Prepared(part.first_number + index, chat, was_cut, plans[:kept], images[:kept], refused)
+
+    def _cut_images(self, prepared: "_Prepared") -> tuple[np.ndarray, np.ndarray]:
+        side = self.tiling.tile_size
+        tiles, valid_hw = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros((0, 2), np.int32)]
+        for i, (data, plan) in enumerate(zip(prepared.images, prepared.plans, strict=True)):
+            name = _name(i, prepared.images)
+            image = open_image(data, name=name, max_pixels=self.max_image_pixels)
+            if image.size != plan.image_size:
+                raise UserError(f"{name}: decoded it has {image.size} pixels, its file says {plan.image_size}")
+            more, valid = cut_tiles(image, plan, side)
+            tiles.append(more)
+            valid_hw.append(valid)
+        return np.concatenate(tiles), np.concatenate(valid_hw)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """An example but for its pixels; `refused` is what to say, completed by a reason, should these be unusable."""
+
+    number: int
+    chat: EncodedChat
+    was_cut: bool
+    plans: Sequence[TilePlan]
+    images: Sequence[bytes]
+    refused: Refused
+
+
+def number_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts with their records numbered on from data set to data set; two parts of one data set share numbers."""
+    first: dict[str, int] = {}
+    following = 0
+    for part in parts:
+        if part.name not in first:
+            first[part.name] = following
+            following += len(part.records)
+    return tuple(dataclasses.replace(part, first_number=first[part.name]) for part in parts)
+
+
+def locate_example(parts: Sequence[Part], number: int) -> tuple[str, int]:
+    """The data set and the index there of the record that an entry of `example_ids` stands for."""
+    for part in parts:
+        if part.first_number <= number < part.first_number + len(part.records):
+            return part.name, number - part.first_number
+    raise ValueError(f"no example has the number {number}")
+
+
+def _name(index: int, images: Sequence[bytes]) -> str:
+    return "image" if len(images) == 1 else f"image {index + 1}"

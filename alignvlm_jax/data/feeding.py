@@ -1,0 +1,306 @@
+"""Batches for the training loop, made ahead by threads or processes, and gone on with exactly.
+
+Axis letters: K microbatches, B rows of a microbatch, b those of them that this process makes.
+
+The order of examples (`order.py`) is dealt out to B rows: row r takes the positions r, r + B, r + 2 B, ... of it and
+packs them by itself (`window.py`). Its bin number t * K + k is row r of microbatch k of step t. So a row's bins are a
+function of the config and the seed alone, and any process can make any rows: on one host or on many, with few workers
+or many, step t is the same batch. What a row is at is its `Window`: its state, of all rows, is all there is to keep.
+
+    order   0  1  2  3  4  5  6  7 ...         B = 2
+    row 0   0     2     4     6    ...    ->   bins [0 4] [2] [6 8] ...
+    row 1      1     3     5     7 ...    ->   bins [1 3 5] [7 9] ...
+
+One thread plans: it has examples measured, fills the windows, takes out bins and has their examples made; a pool of
+threads or processes does both kinds of work. Pictures are in memory only for the few batches that are being made or
+ready.
+"""
+
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import itertools
+import multiprocessing
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from alignvlm_jax.data.examples import ExampleReader
+from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
+from alignvlm_jax.data.window import Waiting, Window
+from alignvlm_jax.data.workers import end_with_parent
+from alignvlm_jax.errors import UserError
+
+RowStates = Mapping[str, Any]
+"""Of rows by their number: where each is. JSON can hold it."""
+
+# Positions that are measured in one go: a message to a process and back costs as much as measuring one example.
+_MEASURED_TOGETHER = 16
+
+# So many examples must have come before a share of refused ones says anything about the whole.
+ENOUGH_TO_JUDGE = 1000
+
+
+class BatchIterator(Protocol):
+    """Batches one after the other, and where that leaves the data."""
+
+    def __iter__(self) -> "BatchIterator": ...
+
+    def __next__(self) -> Batch:
+        """The next batch, [K, b, ...]."""
+
+    def state(self) -> RowStates:
+        """Where the rows are after the batches handed out so far."""
+
+    def refused(self) -> list[Refused]:
+        """The examples that were refused for these batches and not yet asked after."""
+
+    def close(self) -> None:
+        """Ends the threads and processes behind it."""
+
+
+class Pool:
+    """Measures and makes examples, in threads of this process or in other processes."""
+
+    def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
+        self._reader = reader
+        if workers:
+            # "spawn": a fork of a process in which jax has started its threads can hang.
+            context = multiprocessing.get_context("spawn")
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                workers, context, initializer=_begin_worker, initargs=(reader,)
+            )
+            self._submit = self._executor.submit
+        else:
+            self._executor = concurrent.futures.ThreadPoolExecutor(threads, "read")
+            self._submit = lambda function, items: self._executor.submit(function, items, reader)
+
+    def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[Waiting | Refused]]":
+        return self._submit(_measure, positions)
+
+    def make(self, examples: Sequence[Waiting]) -> "concurrent.futures.Future[list[Example | Refused]]":
+        return self._submit(_make, examples)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Feed:
+    """The batches of a stage, some rows of each; a `BatchIterator`. Close it when it is no longer wanted.
+
+    Args:
+      reader: of the stage's examples.
+      rows: which rows of a microbatch to make, in the order they have in the batch.
+      microbatches: K.
+      state: of these rows (more are ignored): where to go on; None from the start.
+      num_examples: the order ends after so many, and bins are empty from then on; None for an endless one.
+      workers: processes to make examples in; 0 takes `threads` of this process.
+      prefetch: batches that are being made or ready.
+      max_refused: stop with a `UserError` when a larger share of the examples of this sitting is refused.
+    """
+
+    def __init__(
+        self,
+        reader: ExampleReader,
+        rows: Sequence[int],
+        microbatches: int,
+        state: RowStates | None = None,
+        *,
+        num_examples: int | None = None,
+        workers: int = 0,
+        threads: int = 2,
+        prefetch: int = 2,
+        max_refused: float = 1.0,
+    ):
+        self._reader, self._rows, self._microbatches = reader, tuple(rows), microbatches
+        self._max_refused, self._prefetch = max_refused, prefetch
+        self._pool = Pool(reader, workers=workers, threads=threads)
+        stride = reader.packing.bins_per_microbatch
+        self._sources = [
+            _Row(self._pool, _window(reader, row, state), stride, num_examples, self._check_refusals) for row in rows
+        ]
+        self._reasons: collections.Counter[str] = collections.Counter()
+        self._state = self._row_states()
+        self._refused: list[Refused] = []
+        self._ready: queue.Queue = queue.Queue(1)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Batch:
+        made = self._ready.get()
+        if isinstance(made, BaseException):
+            self._ready.put(made)  # for whoever asks again
+            raise made
+        batch, self._state, refused = made
+        self._refused += refused
+        return batch
+
+    def state(self) -> RowStates:
+        return self._state
+
+    def refused(self) -> list[Refused]:
+        refused, self._refused = self._refused, []
+        return refused
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._pool.close()
+
+    def _run(self) -> None:
+        """The planning thread: hands over batches until it is closed or something goes wrong."""
+        try:
+            planned = (self._plan() for _ in itertools.count())
+            ahead = collections.deque(itertools.islice(planned, self._prefetch))
+            while self._hand_over(self._finish(*ahead.popleft())):
+                ahead.append(next(planned))
+        except concurrent.futures.process.BrokenProcessPool:
+            self._hand_over(
+                UserError(
+                    "a process that reads data was killed (was it out of memory?): try fewer of them "
+                    "(config.data.workers) or fewer batches ahead (config.data.prefetch_batches)"
+                )
+            )
+        except BaseException as error:
+            self._hand_over(error)
+
+    def _hand_over(self, made: Any) -> bool:
+        """Whether it was taken, and not given up because nobody wants it any more."""
+        while not self._closed.is_set():
+            try:
+                self._ready.put(made, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def _plan(self) -> tuple[list[Any], RowStates]:
+        """Takes the bins of one step out of the windows and has their examples made."""
+        bins = []
+        for k in range(self._microbatches):
+            for place, source in enumerate(self._sources):
+                taken, refused = source.take_bin()
+                bins.append(((k, place), self._pool.make(taken) if taken else None, refused))
+        return bins, self._row_states()
+
+    def _finish(self, bins: list[Any], state: RowStates) -> tuple[Batch, RowStates, list[Refused]]:
+        """Waits for the examples of a step and writes them into a batch."""
+        reader, all_refused = self._reader, []
+        batch = empty_batch(
+            self._microbatches,
+            len(self._rows),
+            reader.packing,
+            tile_size=reader.tiling.tile_size,
+            pad_id=reader.chat.pad_id,
+            resampled=reader.tiling.rule == "anyres_max_9",
+        )
+        for at, making, refused in bins:
+            made = making.result() if making else []
+            spoilt = [example for example in made if isinstance(example, Refused)]
+            for example in spoilt:
+                self._check_refusals(example)
+            examples = [example for example in made if isinstance(example, Example)]
+            write_bin(batch, at, examples, reader.tokens_per_tile)
+            refused = refused + spoilt
+            batch["num_refused"][at] = len(refused)
+            all_refused += refused
+        return batch, state, all_refused
+
+    def _row_states(self) -> RowStates:
+        return {str(row): source.window.state() for row, source in zip(self._rows, self._sources, strict=True)}
+
+    def _check_refusals(self, refused: Refused) -> None:
+        """Called with every example that is refused: are these too many?"""
+        self._reasons[re.sub(r"\d+", "N", refused.reason)] += 1
+        seen, lost = sum(source.num_seen for source in self._sources), self._reasons.total()
+        if lost > self._max_refused * max(seen, ENOUGH_TO_JUDGE):
+            reasons = "; ".join(f"{number} x {reason}" for reason, number in self._reasons.most_common(5))
+            raise UserError(
+                f"{lost} of {seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
+                f"({reasons}). Put the data right, or raise config.data.max_refused"
+            )
+
+
+class _Row:
+    """One row: its window, and the examples that are being measured for it."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        window: Window,
+        stride: int,
+        num_examples: int | None,
+        on_refused: Callable[[Refused], None],
+    ):
+        self.window, self.num_seen = window, 0
+        self._pool, self._stride, self._on_refused = pool, stride, on_refused
+        self._positions = (
+            itertools.count(window.next_position, stride)
+            if num_examples is None
+            else iter(range(window.next_position, num_examples, stride))
+        )
+        self._measuring: collections.deque = collections.deque()
+        self._measured: Iterator[Waiting | Refused] = iter(())
+        # As far ahead as a window is wide: a bin takes no more out of it.
+        self._chunks_ahead = max(1, window.config.window // _MEASURED_TOGETHER)
+        self._look_ahead()
+
+    def take_bin(self) -> tuple[list[Waiting], list[Refused]]:
+        """The examples of the row's next bin, and those refused since the bin before."""
+        refused = []
+        while self.window.has_room and (example := self._next()) is not None:
+            self.window.next_position += self._stride
+            self.num_seen += 1
+            if isinstance(example, Refused):
+                refused.append(example)
+                self._on_refused(example)
+            else:
+                self.window.waiting.append(example)
+        return self.window.take_bin(), refused
+
+    def _next(self) -> Waiting | Refused | None:
+        """The next example of the row's part of the order; None at its end."""
+        while (example := next(self._measured, None)) is None:
+            if not self._measuring:
+                return None
+            self._measured = iter(self._measuring.popleft().result())
+            self._look_ahead()
+        return example
+
+    def _look_ahead(self) -> None:
+        while len(self._measuring) < self._chunks_ahead:
+            positions = list(itertools.islice(self._positions, _MEASURED_TOGETHER))
+            if not positions:
+                return
+            self._measuring.append(self._pool.measure(positions))
+
+
+def _window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
+    if state is None:
+        return Window(reader.packing, row)
+    if str(row) not in state:
+        raise UserError(f"the checkpoint does not say where row {row} of the data was: it has {', '.join(state)}")
+    return Window.from_state(reader.packing, state[str(row)])
+
+
+_worker_reader: ExampleReader | None = None
+
+
+def _begin_worker(reader: ExampleReader) -> None:
+    global _worker_reader
+    _worker_reader = reader
+    end_with_parent()
+
+
+def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[Waiting | Refused]:
+    return [(reader or _worker_reader).measure(position) for position in positions]
+
+
+def _make(examples: Sequence[Waiting], reader: ExampleReader | None = None) -> list[Example | Refused]:
+    return [(reader or _worker_reader).make(example) for example in examples]

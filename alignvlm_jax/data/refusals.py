@@ -1,0 +1,37 @@
+"""`data_refused.jsonl`: the examples that training could not use, each named once."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from alignvlm_jax.data.packing import Refused
+
+
+class RefusalLog:
+    """Appends to a file, over all epochs and sittings of a run: {"id": ..., "source": ..., "reason": ...} a line.
+
+    The file appears with the first refusal.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._named = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
+
+    def add(self, refused: Iterable[Refused]) -> None:
+        new = {(example.source, example.id): example for example in refused}
+        new = {name: example for name, example in new.items() if name not in self._named}
+        if not new:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            for example in new.values():
+                entry = {"id": example.id, "source": example.source, "reason": example.reason}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._named |= new.keys()
+
+
+def _parse(line: str) -> dict[str, str] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # of a run that was killed while it wrote
+        return None
