@@ -7,6 +7,7 @@
     tools/benchmark.py vocab --parts agreement memory     some of it
     tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
     tools/benchmark.py data --json data.json              pictures into tiles, beside transformers' image processors
+    tools/benchmark.py packing --json packing.json        how full bins are, beside padding and bucketing
 """
 
 import argparse
@@ -14,9 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import images, vocabulary, vocabulary_tpu
+from benchmarks import images, packing, vocabulary, vocabulary_tpu
 
-COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images}
+COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images, "packing": packing}
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from alignvlm_jax.data.chat import EncodedChat
 from alignvlm_jax.data.packing import Example, PackingConfig, check_fits, cut_text, empty_batch, fill, write_bin
+from alignvlm_jax.data.resampling import Resampling
 from alignvlm_jax.data.window import Waiting, choose
 from alignvlm_jax.errors import UserError
 
@@ -180,3 +181,21 @@ def test_example_is_immutable():
     assert isinstance(example, Example)
     with pytest.raises(AttributeError):
         example.number = 2
+
+
+def test_anyres_tokens_name_the_features_of_their_bin():
+    """Two examples with one image each, of three and two visual tokens: sources count on over the bin's tiles."""
+    examples = []
+    for number, layout, tokens in ((1, "uiiisA", 3), (2, "uiisA", 2)):
+        sources = np.tile(np.arange(tokens, dtype=np.int32)[:, None], (1, 4))
+        sources[-1, 0] = -1  # a newline
+        resampling = Resampling(sources, np.full((tokens, 4), 0.25, np.float32))
+        examples.append(Example(number, *_chat(layout), *_tiles(2, number), resampling=resampling))
+    config = PackingConfig(tokens_per_bin=12, tiles_per_bin=4, bins_per_microbatch=1)
+    batch = empty_batch(1, 1, config, tile_size=SIDE, pad_id=PAD, resampled=True)
+    write_bin(batch, (0, 0), examples, 2)
+    assert batch["visual_index"][0, 0].tolist() == [-1, 0, 1, 2, -1, -1, -1, 3, 4, -1, -1, -1]
+    # The second example's features begin behind the two tiles of the first, of two features each.
+    assert batch["visual_sources"][0, 0, :, 1].tolist() == [0, 0, 1, 2, 0, 0, 0, 4, 5, 0, 0, 0]
+    assert batch["visual_sources"][0, 0, :, 0].tolist() == [0, 0, 1, -1, 0, 0, 0, 4, -1, 0, 0, 0]
+    assert batch["visual_weights"][0, 0].sum(axis=-1).tolist() == [0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0]
