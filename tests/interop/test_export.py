@@ -19,8 +19,8 @@ from alignvlm_jax.interop import export
 from alignvlm_jax.models.language import LanguageModel
 from alignvlm_jax.models.vision import VisionEncoder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.checkpoint import restore_params
-from tests.interop.exported import CONNECTORS, make_checkpoint, random_params, tiny_config
+from alignvlm_jax.training.checkpoint import restore_params, write_checkpoint
+from tests.interop.exported import CONNECTORS, HISTORY, make_checkpoint, nano_tokenizer, random_params, tiny_config
 from tests.interop.pytorch.folders import picture, relative_error
 
 _KILOBYTE = 1000
@@ -239,3 +239,20 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
     for file in damaged.glob("checkpoints/*/params/**/d/*"):
         file.write_bytes(file.read_bytes()[:-50])
     refused("cannot be read", damaged)
+
+
+def test_joined_tiles_are_refused_and_parts_are_not(tmp_path):
+    """anyres_max_9 is not in the PyTorch model; before anything is written that is said."""
+    raw = configs.to_dict(tiny_config())
+    raw["model"]["newline"] = True
+    raw["data"]["tiling"]["rule"] = "anyres_max_9"
+    config = configs.from_dict(raw)
+    params = random_params(config.model)
+    write_checkpoint(tmp_path / "joined", config, params, nano_tokenizer(), history=HISTORY)
+    restored = restore_params(tmp_path / "joined")["connector"]["newline"]
+    np.testing.assert_array_equal(restored, params["connector"]["newline"])
+    with pytest.raises(UserError, match="anyres_max_9, which the PyTorch model does not have yet"):
+        export.export_alignvlm(tmp_path / "joined", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.export_vision(tmp_path / "joined", tmp_path / "vision")
+    assert (tmp_path / "vision" / "model.safetensors").is_file()
