@@ -147,7 +147,7 @@ class ExampleReader:
         tiles, valid_hw = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros((0, 2), np.int32)]
         for i, (data, plan) in enumerate(zip(prepared.images, prepared.plans, strict=True)):
             name = _name(i, prepared.images)
-            image = open_image(data, name=name, max_pixels=self.max_image_pixels)
+            image = open_image(data, name=name, max_pixels=self.max_image_pixels, keep_grey=True)
             if image.size != plan.image_size:
                 raise UserError(f"{name}: decoded it has {image.size} pixels, its file says {plan.image_size}")
             more, valid = cut_tiles(image, plan, side)

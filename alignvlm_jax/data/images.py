@@ -32,7 +32,11 @@ _LYING = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def open_image(
-    source: str | os.PathLike | bytes, *, name: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    source: str | os.PathLike | bytes,
+    *,
+    name: str | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    keep_grey: bool = False,
 ) -> PIL.Image.Image:
     """Read a file, or the bytes of one, as an upright RGB image.
 
@@ -40,6 +44,7 @@ def open_image(
       source: a path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
       name: what to call the picture in errors; by default the path.
       max_pixels: refuse larger pictures before decoding them (a small file can claim a billion pixels).
+      keep_grey: as for `to_rgb`.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), name or "image"
@@ -49,7 +54,7 @@ def open_image(
     with _opened(data, name, max_pixels) as image:
         _tell_of_more_pages(image, name)
         image.load()
-        return to_rgb(image)
+        return to_rgb(image, keep_grey=keep_grey)
 
 
 def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:

@@ -27,8 +27,19 @@ def formats() -> list[str]:
     return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image already in memory, upright and in RGB, transparent parts white."""
+def to_rgb(image: PIL.Image.Image, *, keep_grey: bool = False) -> PIL.Image.Image:
+    """An image already in memory, upright and in RGB, transparent parts white.
+
+    Args:
+      image: of any mode.
+      keep_grey: leave a picture without colours in one channel (mode L), which is faster to resize.
+    """
+    image = _plain(image)
+    return image if keep_grey and image.mode == "L" else image.convert("RGB")
+
+
+def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Upright, opaque, in mode RGB or L."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -41,7 +52,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert("RGBA")
         paper = PIL.Image.new("RGBA", image.size, "white")
         return PIL.Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -53,4 +64,4 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _from_grey(values: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+    return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

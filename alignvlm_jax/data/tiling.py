@@ -166,7 +166,10 @@ def plan_tiles(width: int, height: int, config: TilingConfig) -> TilePlan:
 def cut_tiles(
     image: PIL.Image.Image, plan: TilePlan, tile_size: int
 ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"]]:
-    """Cut an RGB image as planned: (tiles, valid_hw), picture top left, zeros around it."""
+    """Cut an image as planned: (tiles, valid_hw), picture top left, zeros around it.
+
+    The image is RGB, or grey (mode L), which takes a third of the arithmetic and gives the very same tiles.
+    """
     tiles = np.zeros((plan.num_tiles, tile_size, tile_size, 3), np.uint8)
     if plan.canvas is None:
         alone = range(plan.num_tiles)
@@ -197,7 +200,8 @@ def _resized(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarra
     """Bicubic and antialiased, as the public code of all three rules has it."""
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else np.broadcast_to(pixels[..., None], (height, width, 3))
 
 
 # ovis

@@ -65,7 +65,7 @@ class Reader:
     def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
         """What the model is given for each question about one image, which is cut into tiles once."""
         questions = [check_question(question) for question in questions]
-        image = images.to_rgb(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        image = _open(image)
         plan = plan_tiles(*image.size, self.tiling)
         tiles, valid_hw = cut_tiles(image, plan, self.tiling.tile_size)
         grid = token_grid(self.config)
@@ -114,6 +114,12 @@ def load(checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | No
         narrow = source.dtypes["language/embedding"] == config.model.language.dtype == "bfloat16"
         params = checkpoints.restore_params(folder, dtype=dtype or ("bfloat16" if narrow else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size)
+
+
+def _open(image: ImageSource) -> PIL.Image.Image:
+    if isinstance(image, PIL.Image.Image):
+        return images.to_rgb(image, keep_grey=True)
+    return images.open_image(image, keep_grey=True)
 
 
 def check_question(question: str) -> str:

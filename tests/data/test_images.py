@@ -42,6 +42,17 @@ def test_grey_palette_and_rgb():
     _check(open_image(_encode(page.convert("P"), "GIF")), tolerance=2)
 
 
+def test_grey_may_stay_grey():
+    grey = PIL.Image.fromarray(_scene())
+    for page in (grey, PIL.Image.fromarray(_scene().astype(np.uint16) * 257), PIL.Image.fromarray(_scene() > 100)):
+        kept, colour = open_image(_encode(page), keep_grey=True), open_image(_encode(page))
+        assert kept.mode == "L" and colour.mode == "RGB"
+        np.testing.assert_array_equal(kept.convert("RGB"), colour)
+    see_through = grey.convert("LA")
+    for page in (grey.convert("RGB"), grey.convert("P"), see_through):
+        assert open_image(_encode(page), keep_grey=True).mode == "RGB"
+
+
 def test_black_and_white():
     image = open_image(_encode(PIL.Image.fromarray(_scene() > 100)))
     np.testing.assert_array_equal(np.unique(np.asarray(image)), [0, 255])

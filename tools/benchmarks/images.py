@@ -34,6 +34,7 @@ BAR = 2.0
 PICTURES = (
     ("scan, 150 dpi", 1240, 1754, "JPEG"),
     ("scan, 200 dpi", 1654, 2339, "JPEG"),
+    ("grey scan, 200 dpi", 1654, 2339, "JPEG"),
     ("page", 1700, 2200, "PNG"),
     ("chart", 800, 600, "PNG"),
     ("photograph", 640, 480, "JPEG"),
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict | None:
     processors, torchvision = _processors()
     pictures = [draw_picture(*picture, seed=i) for i, picture in enumerate(PICTURES)]
     if args.quick:
-        pictures = pictures[3:5]
+        pictures = pictures[4:6]
     figures = {
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -88,8 +89,10 @@ def draw_picture(name: str, width: int, height: int, kind: str, *, seed: int) ->
         for y in range(height // 20, height - height // 20, height // 60):
             words = ["".join(chr(c) for c in generator.integers(97, 123, n)) for n in generator.integers(1, 11, 11)]
             draw.text((width // 20, y), " ".join(words), fill=(20, 20, 40), font=font)
+    if name.startswith("grey"):
+        image = image.convert("L")
     if kind == "JPEG":
-        grain = generator.normal(0, 4, (height, width, 1))
+        grain = generator.normal(0, 4, (height, width, 1)[: len(np.shape(image))])
         image = PIL.Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
     file = io.BytesIO()
     image.save(file, kind)
@@ -122,12 +125,12 @@ def _processors() -> tuple[dict[str, tuple[int, dict[str, Cut]]], str]:
 
 
 def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes], *, rounds: int) -> dict:
-    decoded = [open_image(file) for file in files]
+    decoded = [_open_ours(file) for file in files]
     counts = [len(backends["PIL"](image)) for image in decoded]
     plans = [_config(name, side, image.size, count) for image, count in zip(decoded, counts, strict=True)]
 
     def ours(image, config):
-        return cut_tiles(to_rgb(image), plan_tiles(*image.size, config), side)[0]
+        return cut_tiles(to_rgb(image, keep_grey=True), plan_tiles(*image.size, config), side)[0]
 
     def ours_float(image, config):
         tiles = ours(image, config).transpose(0, 3, 1, 2)
@@ -139,11 +142,10 @@ def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes],
     for _ in tqdm.trange(rounds, desc=name, leave=False):
         for i, config in enumerate(plans):
             for contender, cut in contenders.items():
-                is_ours = contender.startswith("ours")
-                opened = open_image if is_ours else lambda file: PIL.Image.open(io.BytesIO(file))
-                for row, prepare in enumerate((lambda i: decoded[i], lambda i, opened=opened: opened(files[i]))):
+                opened = _open_ours if contender.startswith("ours") else _open_theirs
+                for row, source in enumerate((decoded[i], files[i])):
                     start = time.process_time()
-                    tiles = cut(prepare(i), config)
+                    tiles = cut(opened(source) if row else source, config)
                     best[contender][row, i] = min(best[contender][row, i], time.process_time() - start)
                     assert len(tiles) == counts[i], (contender, len(tiles), counts[i])
     rates = {contender: (sum(counts) / seconds.sum(axis=1)).tolist() for contender, seconds in best.items()}
@@ -166,6 +168,14 @@ def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes],
         "ratio": {c: dict(zip(keys, ratio, strict=True)) for c, ratio in ratios.items()},
         "met": met,
     }
+
+
+def _open_ours(file: bytes) -> PIL.Image.Image:
+    return open_image(file, keep_grey=True)
+
+
+def _open_theirs(file: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(file))
 
 
 def _config(name: str, side: int, size: tuple[int, int], count: int) -> TilingConfig:

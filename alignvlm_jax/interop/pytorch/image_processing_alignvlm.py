@@ -71,7 +71,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         tiling = self.tiling(**kwargs)
         pixel_values, num_tiles = [], []
         for image in flatten_images(self.fetch_images(images)):
-            image = to_rgb(_to_pil(image))
+            image = to_rgb(_to_pil(image), keep_grey=True)
             tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, tiling), tiling.tile_size)
             pixel_values.append(normalize_tiles(tiles, valid_hw))
             num_tiles.append(len(tiles))
