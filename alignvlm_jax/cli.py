@@ -3,7 +3,8 @@
 Only argument handling lives here; each command calls the function that does the work. jax and its friends are imported
 inside the commands, so that `--help` and a mistyped option answer at once.
 
-Exit codes: 0 done, 2 the user can fix it (one line on stderr; `--debug` shows the traceback), 130 interrupted.
+Exit codes: 0 done, 2 the user can fix it (one line on stderr; `--debug` shows the traceback), 4 another process of the
+run died (`parallel/watch.py`), 130 interrupted.
 """
 
 import argparse
@@ -152,12 +153,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action="version", version=f"alignvlm_jax {alignvlm_jax.__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
-    def add(name, run, summary, description, epilog, takes_overrides=False):
+    def add(name, run, summary, description, epilog, takes_overrides=False, distributed=False):
         command = subparsers.add_parser(name, help=summary, description=description, epilog=epilog, **style)
+        if distributed:
+            _add_distributed_arguments(command)
         command.set_defaults(run=run, takes_overrides=takes_overrides)
         return command
 
-    train = add("train", _train, "train through the stages of a config", TRAIN_DESCRIPTION, TRAIN_EPILOG, True)
+    summary = "train through the stages of a config"
+    train = add("train", _train, summary, TRAIN_DESCRIPTION, TRAIN_EPILOG, takes_overrides=True, distributed=True)
     train.add_argument("--config", required=True, metavar="FILE", help="the experiment, such as configs/nano.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
     train.add_argument(
@@ -166,7 +170,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="start with this checkpoint's weights and tokenizer, not with the backbones (same as --config.init_from)",
     )
 
-    evaluate = add("eval", _eval, "score a checkpoint on held-out documents", EVAL_DESCRIPTION, EVAL_EPILOG)
+    summary = "score a checkpoint on held-out documents"
+    evaluate = add("eval", _eval, summary, EVAL_DESCRIPTION, EVAL_EPILOG, distributed=True)
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
     evaluate.add_argument("--data", metavar="DIR", help="folder of the data set (default: the run's own)")
     evaluate.add_argument("--split", default="heldout", help="which split to score (default: heldout)")
@@ -193,17 +198,39 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, subparsers.choices
 
 
+def _add_distributed_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "One runs on each host, all with the same command. TPU pods, GKE and Slurm are recognised and need none of "
+        "these; elsewhere each host is told who takes part.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, and a port that is free there")
+    group.add_argument("--num-processes", type=_positive, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=_at_least_0, metavar="I", help="which of them this is, from 0")
+
+
+def _joined(args: argparse.Namespace):
+    from alignvlm_jax.parallel import distributed
+
+    return distributed.joined(args.coordinator, args.num_processes, args.process_id)
+
+
 def _train(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
+    from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
 
     if args.init_from:
         args.overrides.append(f"init_from={args.init_from}")
     experiment = config.load(args.config, args.overrides)
-    demo.draw_missing_corpus(experiment)
-    progress = loop.train(experiment, pathlib.Path(args.workdir)).progress
-    print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
-    print(f"  alignvlm eval --checkpoint {args.workdir}")
+    with _joined(args):
+        if distributed.is_primary():
+            demo.draw_missing_corpus(experiment)
+        distributed.gather_json("drawn")
+        progress = loop.train(experiment, pathlib.Path(args.workdir)).progress
+        if distributed.is_primary():
+            print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
+            print(f"  alignvlm eval --checkpoint {args.workdir}")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -261,6 +288,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return value
+
+
+def _at_least_0(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
+    return int(text)
 
 
 def _quiet_logs(debug: bool) -> None:

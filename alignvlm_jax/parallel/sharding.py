@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import num_batch_shards
@@ -100,6 +101,15 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     _check_divides(mesh, rows)
     held = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).addressable_devices_indices_map((rows,))
     return tuple(sorted({row for (piece,) in held.values() for row in range(rows)[piece]}))
+
+
+def first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
+    """Of the `local_rows`, those that no process of a lower number holds too: where each row is counted once."""
+    _check_divides(mesh, rows)
+    holder = np.full(rows, jax.process_count())
+    for device, (piece,) in NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).devices_indices_map((rows,)).items():
+        holder[piece] = np.minimum(holder[piece], device.process_index)
+    return holder[list(local_rows(mesh, rows))] == jax.process_index()
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

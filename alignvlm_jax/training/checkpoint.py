@@ -133,7 +133,7 @@ class Checkpointer:
                 opt_state=_restore_into(abstract.opt_state),
             ),
         )
-        step = jax.device_put(jax.numpy.int32(progress.step_in_stage), abstract.step.sharding)
+        step = jax.device_put(np.int32(progress.step_in_stage), abstract.step.sharding)
         return TrainState(step, restored.params, restored.opt_state)
 
     def restore_params(self, progress: Progress, abstract: Params) -> Params:

@@ -3,6 +3,10 @@
 The same call on the same workdir resumes. Everything a step depends on is in the checkpoint (weights, optimizer, where
 the data were) or a function of the config and the step's number (schedules), so an interrupted run ends in the very
 weights of an uninterrupted one.
+
+With several processes (`parallel/distributed.py`) each runs this, makes the rows of the batch that its devices hold,
+and saves the shards that they hold. Process 0 alone prints, and writes what is not sharded. A signal to any of them
+stops all after the same step.
 """
 
 import contextlib
@@ -15,7 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 from tqdm import tqdm
 
 from alignvlm_jax import config as configs
@@ -152,6 +158,8 @@ def train(
 ) -> TrainResult:
     """Trains through all stages, or goes on where an earlier call on `workdir` stopped.
 
+    With several processes all call it, within `distributed.joined`.
+
     Args:
       config: the experiment.
       workdir: where everything goes; see `training/checkpoint.py`.
@@ -161,10 +169,12 @@ def train(
       on_step: called after each step with the number of steps done, over all stages.
 
     Raises:
-      KeyboardInterrupt: SIGINT or SIGTERM came; the run was saved first.
+      distributed.Interrupted: SIGINT or SIGTERM came; the run was saved first.
       UserError: the config does not fit the data, the devices or their memory, or what `workdir` holds.
+      distributed.Disagreement: the processes are not set up alike.
     """
     workdir = Path(workdir)
+    distributed.agree({"config": configs.to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.of(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
@@ -183,16 +193,17 @@ def train(
         run = _Run(config, stages, plans, mesh, checkpointer, interruption, profiler, refusals, on_step)
         params, progress = run.resume() or (make_params(config), Progress())
         total = sum(stage.steps for stage in stages)
+        events = workdir / TENSORBOARD_FOLDER if distributed.is_primary() else None
         with (
-            tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, smoothing=0.1) as bar,
-            contextlib.closing(metrics.MetricsLog(workdir / TENSORBOARD_FOLDER, progress.step, machine)) as log,
+            _progress_bar(total, progress.step) as bar,
+            contextlib.closing(metrics.MetricsLog(events, progress.step, machine)) as log,
         ):
             while progress.stage < len(stages):
                 index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]
                 with contextlib.closing(data.batches(index, stage, plan, run.rows_at(progress), rows)) as batches:
                     state = run.begin_stage(progress, params)
-                    tqdm.write(stage_table(stage, state.params))
-                    tqdm.write(_describe(config, plan))
+                    _say(stage_table(stage, state.params))
+                    _say(_describe(config, plan))
                     if on_stage_start:
                         on_stage_start(index, state.params)
                     state, progress = run.finish_stage(state, progress, batches, bar, log)
@@ -260,12 +271,17 @@ class _Run:
         fields = steps.FIELDS + (steps.RESAMPLING_FIELDS if self.config.model.newline else ())
         bar.set_description(stage.name)
         started = time.monotonic() - progress.train_seconds
+        counted_here = sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
         first, measured = True, None
         log.begin_stage(metrics.step_flops(self.config.model, stage))
         while progress.step_in_stage < stage.steps:
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
+            # Before the step, so that asking for the sums does not wait for it.
+            counts = distributed.add_up(
+                {**_host_counts(batch, counted_here), "interrupted": float(self.interruption.came)}
+            )
             # Copied to the device while that is still at work on the step before.
             device_batch = sharding.shard_batch({name: batch[name] for name in fields}, self.mesh)
             jax.block_until_ready(measured)  # at most one step ahead of the device
@@ -275,13 +291,14 @@ class _Run:
                 progress.step + 1, progress.stage, progress.step_in_stage + 1, time.monotonic() - started
             )
             self.profiler.after(progress.step, measured)
-            log.add({**measured, **_host_counts(batch), "data_seconds": waited})
+            interrupted = counts.pop("interrupted")
+            log.add({**measured, **counts, "data_seconds": waited})
             self.refusals.add(batches.refused())
             bar.update()
             at_end = progress.step_in_stage == stage.steps
             if at_end or progress.step % self.config.log_every_steps == 0:
                 summary = log.write(progress.step, progress.stage)
-                tqdm.write(metrics.line(progress.step, stage.name, summary))
+                _say(metrics.line(progress.step, stage.name, summary))
                 bar.set_postfix_str(f"loss {summary['loss']:.3f}")
             if first:  # the first step compiled: from here on it is speed
                 jax.block_until_ready(measured)
@@ -289,15 +306,15 @@ class _Run:
                 first = False
             if self.on_step:
                 self.on_step(progress.step)
-            interrupted = self.interruption.came
+            interrupted = bool(interrupted) if jax.process_count() > 1 else self.interruption.came
             if at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0:
                 jax.block_until_ready(state)
                 progress = dataclasses.replace(progress, train_seconds=time.monotonic() - started)
                 self.checkpointer.save(progress, state, self._data_state(batches))
             if interrupted:
                 self.checkpointer.wait()
-                tqdm.write(f"interrupted: saved after step {progress.step}; the same command goes on from there")
-                raise KeyboardInterrupt
+                _say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
+                raise distributed.Interrupted
         return state, progress
 
     def _data_state(self, batches: BatchIterator) -> dict[str, Any]:
@@ -340,26 +357,41 @@ def _next_stage(progress: Progress) -> Progress:
     return dataclasses.replace(progress, stage=progress.stage + 1, step_in_stage=0)
 
 
-def _host_counts(batch: Batch) -> dict[str, float]:
-    """What the pipeline counted: examples packed, cut short and refused."""
+def _progress_bar(total: int, done: int) -> tqdm:
+    quiet = not distributed.is_primary()
+    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet)
+
+
+def _say(text: str) -> None:
+    """Above the progress bar, once for all processes."""
+    if distributed.is_primary():
+        tqdm.write(text)
+
+
+def _host_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
+    """What the pipeline counted in these rows: examples packed, cut short and refused."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
-    return {name: float(batch[field].sum()) for name, field in names.items() if field in batch}
+    return {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
 
 
 def _prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData) -> None:
     """Makes the workdir, or checks that the run in it is this one."""
     path = workdir / CONFIG_FILE
+    if is_checkpoint(workdir):
+        # Read as plain values: a key that this version no longer knows is a difference too.
+        _refuse_other_run(configs.read_json(path), configs.to_dict(config), workdir)
+    distributed.gather_json("looked")  # before anything is written
     try:
-        if is_checkpoint(workdir):
-            # Read as plain values: a key that this version no longer knows is a difference too.
-            _refuse_other_run(configs.read_json(path), configs.to_dict(config), workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        data.save_tokenizer(workdir / TOKENIZER_FOLDER)
-        if config.init_from is not None:
-            write_history(workdir, history_of_run(config.init_from))
-        path.write_text(configs.to_json(config), encoding="utf-8")
+        if distributed.is_primary():
+            workdir.mkdir(parents=True, exist_ok=True)
+            data.save_tokenizer(workdir / TOKENIZER_FOLDER)
+            if config.init_from is not None:
+                write_history(workdir, history_of_run(config.init_from))
+            path.write_text(configs.to_json(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    distributed.gather_json("written")
+    distributed.agree({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
 
 
 def _refuse_other_run(old: Any, new: Any, workdir: Path) -> None:

@@ -64,9 +64,16 @@ class MetricsLog:
     Metrics stay on the device until they are written, so that collecting does not wait for the step.
     """
 
-    def __init__(self, folder: Path, first_step: int, machine: Machine):
+    def __init__(self, folder: Path | None, first_step: int, machine: Machine):
+        """Args:
+        folder: for TensorBoard's files; None writes none.
+        first_step: done before the first that will be added.
+        machine: what the speeds are per chip of.
+        """
         # What an earlier sitting wrote after the checkpoint it is resumed from is done again: those points are dropped.
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+        self._writer = None
+        if folder is not None:
+            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
@@ -97,12 +104,13 @@ class MetricsLog:
         summary = {**averages(steps), **timed}
         self._since, self._untimed = now, 0
         for name, value in {**summary, "stage": stage}.items():
-            if not math.isnan(value):
+            if self._writer is not None and not math.isnan(value):
                 self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         return summary
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,81 @@
+"""Starts the several processes of a run on this machine: each a `worker.py` with devices of its own, told by flags who
+takes part, as `alignvlm train --coordinator` would be."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass
+class Process:
+    """One of them: its process and the file that its output goes to."""
+
+    process: subprocess.Popen
+    output: pathlib.Path
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> None:
+        """Until the output has it."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.text()):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+
+def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **arguments) -> list[Process]:
+    """Starts `number` processes that do a task of `worker.py`.
+
+    Args:
+      folder: for their output, process 0's in 0.txt.
+      task: a function of the worker.
+      number: how many.
+      devices: of each.
+      **arguments: of the task. A list has an entry for each process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    processes = []
+    for i in range(number):
+        own = {key: value[i] if isinstance(value, list) else value for key, value in arguments.items()}
+        command = [sys.executable, "-m", "tests.parallel.worker", task, f"localhost:{port}", str(number), str(i)]
+        output = folder / f"{i}.txt"
+        with output.open("w") as out:
+            process = subprocess.Popen(
+                [*command, json.dumps(own)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+            )
+        processes.append(Process(process, output))
+    return processes
+
+
+def finish(processes: list[Process], seconds: float = 120) -> list[int]:
+    """Their exit codes, once all are done; whoever is not by then is killed, and that is a failure."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError("\n".join(process.text() for process in processes)) from error
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.wait()

@@ -1,0 +1,112 @@
+"""Several real processes on this machine, by `jax.distributed`: the run is the same, and none waits for the dead."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from alignvlm_jax.training import checkpoint
+from tests.parallel import processes, tiny
+
+HOSTS = ["host0", "host1", "host2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process hears of each step."""
+    losses = {}
+    tiny.train(tmp_path_factory.mktemp("alone") / "run", tiny.config((2, 2, 2)), losses=losses, made=[])
+    return losses
+
+
+def heard(workdir, number):
+    """What each process heard of each step, and the examples that each made, as (step, row)."""
+    files = [json.loads(open(f"{workdir}.{number}.{i}.json").read()) for i in range(number)]
+    losses = [{int(step): value for step, value in file["losses"].items()} for file in files]
+    assert all(losses[0] == other for other in losses)
+    return losses[0], [tuple(example) for file in files for example in file["made"]]
+
+
+def assert_same_losses(found, expected, steps):
+    assert list(found) == list(steps)
+    for step, (loss, refused) in found.items():
+        np.testing.assert_allclose(loss, expected[step][0], rtol=1e-5, err_msg=f"step {step}")
+        assert refused == tiny.ROWS, "each row is counted once"
+
+
+def examples(steps):
+    return [(step - 1, row) for step in steps for row in range(tiny.ROWS)]
+
+
+def stopped_run(tmp_path, number, alone):
+    """The workdir of a run of so many processes, the last of which was sent a SIGTERM after step 2."""
+    workdir, stops = tmp_path / "run", [None] * (number - 1) + [2]
+    several = processes.start(
+        tmp_path / "output", "train", number, devices=8 // number, workdir=str(workdir), mesh=(2, 2, 2), stop_at=stops
+    )
+    assert processes.finish(several) == [130] * number, several[0].text()
+    losses, made = heard(workdir, number)
+    assert_same_losses(losses, alone, [1, 2, 3])
+    assert sorted(made) == examples([1, 2, 3]), "each example is made by one process"
+    assert checkpoint.find_checkpoint(workdir) == (workdir, 3)
+    assert "interrupted: saved after step 3" in several[0].text() and "| loss" in several[0].text()
+    assert "| loss" not in several[1].text(), "only process 0 prints"
+    return workdir
+
+
+def go_on_alone(workdir, alone):
+    losses = {}
+    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
+    assert_same_losses(losses, alone, [4, 5])
+
+
+def test_two_processes_train_as_one_and_one_goes_on(alone, tmp_path):
+    go_on_alone(stopped_run(tmp_path, 2, alone), alone)
+
+
+@pytest.mark.large
+def test_four_processes_train_as_one_and_two_go_on(alone, tmp_path):
+    workdir = stopped_run(tmp_path, 4, alone)
+    shutil.copytree(workdir, tmp_path / "copy")
+    go_on_alone(tmp_path / "copy", alone)
+    two = processes.start(tmp_path / "two", "train", 2, devices=4, workdir=str(workdir), mesh=(2, 2, 2))
+    assert processes.finish(two) == [0] * 2, two[0].text()
+    losses, made = heard(workdir, 2)
+    assert_same_losses(losses, alone, [4, 5])
+    assert sorted(made) == examples([4, 5])
+    written = np.load(f"{workdir}.npz")
+    for path, leaf in jax.tree.leaves_with_path(checkpoint.restore_params(workdir)):
+        np.testing.assert_array_equal(leaf, written[jax.tree_util.keystr(path)])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_the_others_end_and_name_its_machine(tmp_path, victim):
+    three = processes.start(tmp_path, "count", 3, host=HOSTS)
+    for process in three:
+        process.wait_for("counted 2")
+    three[victim].process.kill()
+    codes = processes.finish(three, seconds=60)
+    for i, process in enumerate(three):
+        assert codes[i] == -signal.SIGKILL if i == victim else codes[i] > 0
+        said = f"host{victim} (process {victim} of 3) was killed or crashed; process {i} on host{i} ends with it"
+        assert (said in process.text()) == (i != victim), process.text()
+
+
+def test_when_one_fails_the_others_say_of_what(tmp_path):
+    two = processes.start(tmp_path, "count", 2, host=HOSTS, fail_at=[None, 3])
+    codes = processes.finish(two, seconds=60)
+    assert codes[0] != 0 and codes[1] == 2
+    assert "host1 (process 1 of 2) ended with an error: UserError: the picture of page-7" in two[0].text()
+
+
+def test_hosts_that_differ_are_named_on_every_host(tmp_path):
+    three = processes.start(
+        tmp_path, "count", 3, devices=1, host=HOSTS, config=[{"seed": 0}, {"seed": 1, "mesh": {"data": 2}}, {"seed": 0}]
+    )
+    assert processes.finish(three, seconds=60) == [2] * 3
+    for process in three:
+        assert "config.seed: 0 on most; 1 on host1 (process 1)" in process.text()
+        assert "config.mesh.data: None on most; 2 on host1 (process 1)" in process.text()

@@ -1,0 +1,93 @@
+"""A tiny experiment, the same in every process, and what can be heard of it."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.data.packing import PackingConfig
+from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.data.planning import StagePlan
+from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.models.alignvlm import random_parameters
+from alignvlm_jax.models.connectors import MLPConfig
+from alignvlm_jax.parallel.mesh import MeshConfig
+from alignvlm_jax.training import loop, metrics
+from tests.training import batches
+
+MODEL = dataclasses.replace(
+    batches.MODEL,
+    vision=dataclasses.replace(batches.MODEL.vision, num_layers=1),
+    connector=MLPConfig(),
+    language=dataclasses.replace(batches.MODEL.language, num_layers=1),
+)
+"""As small as it gets: every process compiles it."""
+ROWS = 8
+STEPS = 5
+
+
+def config(mesh, seed=0) -> ExperimentConfig:
+    return ExperimentConfig(
+        seed=seed,
+        model=MODEL,
+        data=DataConfig(tiling=TilingConfig(tile_size=16), packing=PackingConfig(64, 3, ROWS)),
+        mesh=MeshConfig(*mesh),
+        stages=(batches.stage(steps=STEPS, warmup_steps=1),),
+        checkpoint=CheckpointConfig(every_steps=STEPS, keep=10),
+        log_every_steps=1,
+    )
+
+
+def train(workdir, experiment, *, losses: dict, made: list, **seams):
+    """Trains; `losses` gets the loss and the refused examples (one a row) of each step, `made` what was made here."""
+
+    class Log(metrics.MetricsLog):
+        def write(self, step, stage):
+            summary = super().write(step, stage)
+            losses[step] = summary["loss"], summary["refused"]
+            return summary
+
+    class Batches:
+        def __init__(self, step, rows):
+            self.step, self.rows = step, list(rows)
+
+        def __next__(self):
+            batch = batches.random_batch(self.step) | {"num_refused": np.ones((1, ROWS), np.int32)}
+            made.extend([self.step, row] for row in self.rows)
+            self.step += 1
+            return {name: field[:, self.rows] for name, field in batch.items()}
+
+        def state(self):
+            return {str(row): self.step for row in self.rows}
+
+        def refused(self):
+            return []
+
+        def close(self):
+            pass
+
+    class Data:
+        def __init__(self, _):
+            pass
+
+        def plan(self, stage_index, stage):
+            return StagePlan(stage.steps, 1, 1.0)
+
+        def batches(self, stage_index, stage, plan, state, rows):
+            return Batches(state[str(rows[0])] if state else 0, rows)
+
+        def save_tokenizer(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / "tokenizer.json").write_text("{}")
+
+    def make_params(experiment):
+        make = jax.jit(lambda: random_parameters(experiment.model, jax.random.key(experiment.seed)))
+        return jax.device_get(nn.unbox(make()))
+
+    before, metrics.MetricsLog = metrics.MetricsLog, Log
+    try:
+        return loop.train(experiment, workdir, open_data=Data, make_params=make_params, **seams)
+    finally:
+        metrics.MetricsLog = before

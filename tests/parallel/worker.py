@@ -1,0 +1,70 @@
+"""What one of several processes does in a test; see processes.py."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import distributed
+
+
+def count(host, config=None, fail_at=None):
+    """Adds up over all processes, again and again, as hosts "host0", "host1", ... that are told a config each."""
+    del host
+    distributed.agree({"config": config or {}})
+    for step in range(600):
+        total = float(distributed.add_up({"one": 1.0})["one"])
+        assert total == jax.process_count()
+        print("counted", step, flush=True)
+        if step == fail_at:
+            raise UserError("the picture of page-7 is not one")
+        time.sleep(0.05)
+
+
+def train(workdir, mesh, seed=0, stop_at=None):
+    """Trains the tiny model; "losses.I.json" beside the workdir has the loss of each step as process I heard of it."""
+    from tests.parallel import tiny
+
+    me = jax.process_index()
+    losses, made = {}, []
+    on_step = None
+    if stop_at is not None:
+        on_step = lambda step: step == stop_at and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    try:
+        result = tiny.train(workdir, tiny.config(mesh, seed=seed), losses=losses, made=made, on_step=on_step)
+        params = multihost_utils.process_allgather(result.params, tiled=True)
+        if me == 0:
+            np.savez(
+                f"{workdir}.npz",
+                **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)},
+            )
+    finally:
+        with open(f"{workdir}.{jax.process_count()}.{me}.json", "w") as file:
+            json.dump({"losses": losses, "made": made}, file)
+
+
+def main():
+    task, coordinator, number, process, arguments = sys.argv[1:]
+    arguments = json.loads(arguments)
+    if "host" in arguments:
+        socket.gethostname = lambda: arguments["host"]
+    try:
+        with distributed.joined(coordinator, int(number), int(process)):
+            globals()[task](**arguments)
+    except UserError as error:
+        print(f"alignvlm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    main()
