@@ -1,0 +1,87 @@
+"""The tutorial does what it says: its own blocks are run, with less data and fewer steps."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.training.loop import ExperimentData
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TUTORIAL = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+
+# What the tutorial has -> what is run here.
+SMALLER = {"make_tags.py 400": "make_tags.py 8", "steps=150": "steps=2", "warmup_steps=10": "warmup_steps=1"}
+
+
+def blocks() -> list[tuple[str, str]]:
+    """("make_tags.py", its text) for files to be saved, ("", commands) for what is run, as they come."""
+    text = TUTORIAL
+    for large, small in SMALLER.items():
+        assert large in text
+        text = text.replace(large, small)
+    found = re.findall(r"^```(?:python (\S+)|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(found) == 10 and text.count("```") == 2 * (len(found) + 2)  # and two that need a real machine
+    return found
+
+
+def shell(commands: str, folder: pathlib.Path) -> str:
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    places = {"PATH": path, "ALIGNVLM": str(ROOT), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=folder,
+        env={**os.environ, **places},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_data_and_configs(tmp_path, monkeypatch):
+    """Steps 1 to 3, up to the first batch that training would see."""
+    monkeypatch.chdir(tmp_path)
+    for file, text in blocks():
+        if file:
+            (tmp_path / file).write_text(text)
+        elif "make_tags" in text or "prepare_data" in text or "import_pytorch" in text:
+            shell(text, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "tags" / "train.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and not (tmp_path / "data" / "tags" / "rejects.jsonl").read_text()
+
+    config = configs.load(tmp_path / "tags.py")
+    (stage,) = config.stages
+    data = ExperimentData(config)
+    plan = data.plan(0, stage)
+    assert plan.steps == 2
+    batches = data.batches(0, stage, plan, None, range(config.data.packing.bins_per_microbatch))
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    assert batch["num_refused"].sum() == 0 and batch["num_examples"].sum() >= 8
+    assert batch["loss_weights"].sum() > 0
+    # Of a page of 80 x 80 pixels: one tile of 10 x 10 visual tokens.
+    assert (batch["visual_index"] >= 0).sum() == 100 * batch["num_examples"].sum()
+
+    real = configs.load(tmp_path / "tags_1b.py")
+    assert [part.dataset for part in real.stages[0].mixture] == ["tags", "docdownstream"]
+
+
+@pytest.mark.large
+def test_all_five_steps(tmp_path):
+    printed = []
+    for file, text in blocks():
+        if file:
+            (tmp_path / file).write_text(text)
+        else:
+            printed.append(shell(text, tmp_path))
+    assert re.search(r"^\d of 3 right$", printed[3], re.MULTILINE)  # before
+    assert re.search(r"^\d of 3 right$", printed[-1], re.MULTILINE)  # after
+    assert (tmp_path / "tags-pytorch" / "model.safetensors").is_file()
