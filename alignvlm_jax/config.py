@@ -28,8 +28,10 @@ import ml_collections
 import alignvlm_jax
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, PerceiverConfig
+from alignvlm_jax.ops.attention import KERNELS
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.optimizer import OPTIMIZERS
 from alignvlm_jax.training.profile import ProfileConfig, traced_steps
@@ -309,7 +311,8 @@ def _check(config: ExperimentConfig) -> None:
     vision, language = config.model.vision, config.model.language
     for name, part in (("vision", vision), ("language", language)):
         path = f"config.model.{name}"
-        _one_of(f"{path}.dtype", part.dtype, ("float32", "bfloat16"))
+        _one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
+        _one_of(f"{path}.attention", part.attention, (hardware.AUTO, *KERNELS))
         _one_of(f"{path}.remat", part.remat, ("none", "dots", "full"))
         _positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
     _positive("config.model.vision", vision, "image_size", "patch_size")

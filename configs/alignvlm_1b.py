@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
             num_layers=27,
             num_heads=16,
             layer_norm_eps=1e-6,
-            dtype="bfloat16",
             remat="full",
         )
     )
@@ -49,7 +48,6 @@ def get_config() -> ConfigDict:
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
             max_position_embeddings=131072,
-            dtype="bfloat16",
             remat="full",
         )
     )

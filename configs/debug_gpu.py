@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
             intermediate_size=3072,
             num_layers=12,
             num_heads=12,
-            dtype="bfloat16",
             remat="full",
         )
     )
@@ -48,7 +47,6 @@ def get_config() -> ConfigDict:
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
             max_position_embeddings=8192,
-            dtype="bfloat16",
             remat="full",
         )
     )

@@ -18,6 +18,7 @@ from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Generator, Prompt
+from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 from alignvlm_jax.training import checkpoint as checkpoints
 
@@ -111,7 +112,7 @@ def load(checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | No
     else:
         source = checkpoints.ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
-        narrow = source.dtypes["language/embedding"] == config.model.language.dtype == "bfloat16"
+        narrow = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
         params = checkpoints.restore_params(folder, dtype=dtype or ("bfloat16" if narrow else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size)
 

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Params
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.ops import VocabularyStatistics, vocabulary_statistics
@@ -39,7 +40,8 @@ def cache_vocabulary(config: AlignVLMConfig, params: Params) -> Variables:
     params = nn.meta.unbox(params)
     if not isinstance(config.connector, AlignConfig):
         return {"params": params}
-    return _variables(params, {"statistics": _statistics(params["connector"]["w2"], config.language.dtype)})
+    dtype = hardware.resolve(config.language).dtype
+    return _variables(params, {"statistics": _statistics(params["connector"]["w2"], dtype)})
 
 
 def prune_vocabulary(
@@ -78,7 +80,7 @@ def prune_vocabulary(
     words = np.sort(np.argsort(-np.asarray(usage), kind="stable")[:k])
     connector = {name: leaf[words] if name in OF_A_WORD else leaf for name, leaf in params["connector"].items()}
     rows = w2 if statistics == "full" else connector["w2"]
-    vocabulary = {"words": jnp.asarray(words), "statistics": _statistics(rows, config.language.dtype)}
+    vocabulary = {"words": jnp.asarray(words), "statistics": _statistics(rows, hardware.resolve(config.language).dtype)}
     return _variables({**params, "connector": connector}, vocabulary)
 
 

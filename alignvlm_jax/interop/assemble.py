@@ -25,7 +25,7 @@ from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel import sharding
 
 # How a model is run or was begun, not what it is: the config may say otherwise than the folder.
-_FREE_FIELDS = ("dtype", "remat", "max_position_embeddings", "vocab_scale_init")
+_FREE_FIELDS = ("dtype", "attention", "remat", "max_position_embeddings", "vocab_scale_init")
 # What may have more rows than the folder's.
 _GROWING = ("embedding", "lm_head")
 

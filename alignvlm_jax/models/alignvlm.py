@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from alignvlm_jax.models import layers
+from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.models.connectors import (
     AlignConfig,
     ConnectorConfig,
@@ -114,9 +114,8 @@ class AlignVLM(nn.Module):
     def setup(self):
         config = self.config
         self.vision = VisionEncoder(config.vision)
-        self.connector = make_connector(
-            config.connector, output_size=config.language.hidden_size, dtype=config.language.dtype
-        )
+        dtype = hardware.resolve(config.language).dtype
+        self.connector = make_connector(config.connector, output_size=config.language.hidden_size, dtype=dtype)
         self.language = LanguageModel(config.language)
         if config.newline:
             # Among the connector's weights, so that a stage trains or freezes them together.
@@ -166,7 +165,7 @@ class AlignVLM(nn.Module):
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> Float[Array, "B*M N d"]:
         """The encoder's features of every tile, tiles of all bins in one row."""
-        pixels = normalize_tiles(tiles, tile_valid_hw).astype(self.config.vision.dtype)
+        pixels = normalize_tiles(tiles, tile_valid_hw)
         return self.vision(pixels.reshape(-1, *pixels.shape[2:]))
 
     def merge(self, batch: Batch, visual: Float[Array, "B T D"]) -> Float[Array, "B L D"]:
@@ -193,7 +192,11 @@ class AlignVLM(nn.Module):
         visual, _ = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
         inputs = self.merge(batch, visual)
         hidden, cache = self.language(
-            inputs, positions=batch["positions"], segment_ids=batch["segment_ids"], cache=cache
+            inputs,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            cache=cache,
+            cache_is_empty=True,
         )
         last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from alignvlm_jax.models import layers
+from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
+from alignvlm_jax.ops.embedding_lookup import embedding_lookup
 from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -32,7 +33,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """Shape of the decoder. The defaults are Llama-3.2-1B."""
+    """Shape of the decoder. The defaults are Llama-3.2-1B.
+
+    Attributes:
+      remat, dtype, attention: as in `VisionConfig`.
+    """
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -47,7 +52,8 @@ class LanguageConfig:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 131072
     remat: str = "none"
-    dtype: str = "float32"
+    dtype: str = "auto"
+    attention: str = "auto"
 
     @property
     def head_width(self) -> int:
@@ -75,9 +81,10 @@ class KVCache:
 def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
     """A cache for `batch_size` rows of at most `num_slots` positions, padding included."""
     shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_width)
+    dtype = hardware.resolve(config).dtype
     return KVCache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
         filled=jnp.zeros((batch_size, num_slots), bool),
         index=jnp.zeros((), jnp.int32),
     )
@@ -95,12 +102,13 @@ class LanguageModel(nn.Module):
         if not config.tie_word_embeddings:
             self.head = layers.param(self, "lm_head", nn.initializers.normal(0.02), ("vocab", "embed"), table)
         stack = layers.scan_layers(DecoderLayer, config.num_layers, config.remat, in_axes=(nn.broadcast, 0))
-        self.layers = stack(config)
+        self.layers = stack(hardware.resolve(config))
         self.final_norm = layers.RMSNorm(config.rms_norm_eps)
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Looks tokens up in the embedding table."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        dtype = hardware.resolve(self.config).dtype
+        return embedding_lookup(self.embedding, tokens, dtype=dtype, mesh_axes=layers.vocabulary_mesh())
 
     def __call__(
         self,
@@ -109,6 +117,7 @@ class LanguageModel(nn.Module):
         positions: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"],
         cache: KVCache | None = None,
+        cache_is_empty: bool = False,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Runs all layers and the final norm.
 
@@ -117,6 +126,8 @@ class LanguageModel(nn.Module):
           positions: rotary positions; they restart with each example of a packed row.
           segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example a row.
           cache: if given, the L new positions are written behind what it holds and attend to all of it.
+          cache_is_empty: promises that it holds nothing: the new positions then attend to each other alone, by the
+            kernel of packed rows.
 
         Returns:
           Hidden states, and the extended cache (None if none was given).
@@ -129,9 +140,11 @@ class LanguageModel(nn.Module):
 
         length, num_slots = inputs.shape[1], cache.filled.shape[1]
         filled = jax.lax.dynamic_update_slice(cache.filled, segment_ids > 0, (0, cache.index))
-        slot_of_query = cache.index + jnp.arange(length)
-        backwards = jnp.arange(num_slots)[None, :] <= slot_of_query[:, None]
-        context = context.replace(visible=filled[:, None, :] & backwards[None], index=cache.index)
+        context = context.replace(index=cache.index)
+        if not cache_is_empty:
+            slot_of_query = cache.index + jnp.arange(length)
+            backwards = jnp.arange(num_slots)[None, :] <= slot_of_query[:, None]
+            context = context.replace(visible=filled[:, None, :] & backwards[None])
         hidden, (keys, values) = self.layers(inputs, context, (cache.keys, cache.values))
         return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
 
@@ -195,15 +208,24 @@ class DecoderAttention(nn.Module):
         query = rotate(project("query", config.num_heads), context.cosines, context.sines)
         key = rotate(project("key", config.num_kv_heads), context.cosines, context.sines)
         value = project("value", config.num_kv_heads)
-        if cache is None:
-            attended = packed_attention(query, key, value, segment_ids=context.segment_ids, causal=True)
-        else:
+        if cache is not None:
             start = (0, context.index, 0, 0)
             cache = (
                 jax.lax.dynamic_update_slice(cache[0], key, start),
                 jax.lax.dynamic_update_slice(cache[1], value, start),
             )
+        if context.visible is not None:
             attended = cached_attention(query, *cache, visible=context.visible)
+        else:
+            attended = packed_attention(
+                query,
+                key,
+                value,
+                segment_ids=context.segment_ids,
+                causal=True,
+                kernel=config.attention,
+                mesh_axes=layers.attention_mesh(),
+            )
         attended = attended.reshape(*hidden.shape[:2], config.num_heads * config.head_width)
         out = layers.Dense(config.hidden_size, ("heads", "embed"), use_bias=False, dtype=config.dtype, name="out")
         return out(attended), cache

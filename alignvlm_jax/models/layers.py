@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignvlm_jax.ops.attention import AttentionMesh
 from alignvlm_jax.ops.vocabulary_streaming import VocabularyMesh
 
 fan_in_init = nn.initializers.lecun_normal()
@@ -83,9 +84,18 @@ def constrain(inputs: Array, *axes: str | None) -> Array:
 
 
 def vocabulary_mesh() -> VocabularyMesh:
-    """The mesh axes that cut bins and vocabulary, by the sharding rules in force; without rules, none."""
-    cuts = nn.logical_to_mesh_axes(("batch", "vocab"))
-    return VocabularyMesh(*((cut,) if isinstance(cut, str) else tuple(cut or ()) for cut in cuts))
+    """The mesh axes that cut bins, vocabulary and widths, by the sharding rules in force; without rules, none."""
+    return VocabularyMesh(*_mesh_axes("batch"), *_mesh_axes("vocab", "embed"))
+
+
+def attention_mesh() -> AttentionMesh:
+    """The mesh axes that cut rows and heads, by the sharding rules in force; without rules, none."""
+    return AttentionMesh(*_mesh_axes("batch", "heads"))
+
+
+def _mesh_axes(*names: str) -> list[tuple[str, ...]]:
+    cuts = nn.logical_to_mesh_axes(names)
+    return [(cut,) if isinstance(cut, str) else tuple(cut or ()) for cut in cuts]
 
 
 class Parameters(nn.Module):

@@ -12,13 +12,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from alignvlm_jax.models import layers
+from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.ops.attention import packed_attention
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the encoder. The defaults are SigLIP So400m/14 at 384 px, the paper's encoder."""
+    """Shape of the encoder. The defaults are SigLIP So400m/14 at 384 px, the paper's encoder.
+
+    Attributes:
+      remat: what is computed again in the backward pass: "none", "dots" (all but matrix products) or "full".
+      dtype: of the arithmetic; "auto" is bfloat16 on accelerators, float32 on CPUs (`models/hardware.py`).
+      attention: the kernel, one of `ops.attention.KERNELS`; "auto" is the device's fastest.
+    """
 
     image_size: int = 384
     patch_size: int = 14
@@ -28,7 +34,8 @@ class VisionConfig:
     num_heads: int = 16
     layer_norm_eps: float = 1e-6
     remat: str = "none"
-    dtype: str = "float32"
+    dtype: str = "auto"
+    attention: str = "auto"
 
     @property
     def grid_size(self) -> int:
@@ -71,7 +78,7 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
-        config = self.config
+        config = hardware.resolve(self.config)
         patches = extract_patches(tiles, config.patch_size)
         embed = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")
         positions = layers.param(
@@ -118,6 +125,13 @@ class VisionAttention(nn.Module):
             outputs = layers.Dense(config.hidden_size, ("embed", "heads"), dtype=config.dtype, name=name)(hidden)
             return outputs.reshape(*hidden.shape[:2], config.num_heads, head_dim)
 
-        attended = packed_attention(project("query"), project("key"), project("value"), causal=False)
+        attended = packed_attention(
+            project("query"),
+            project("key"),
+            project("value"),
+            causal=False,
+            kernel=config.attention,
+            mesh_axes=layers.attention_mesh(),
+        )
         attended = attended.reshape(hidden.shape)
         return layers.Dense(config.hidden_size, ("heads", "embed"), dtype=config.dtype, name="out")(attended)

@@ -25,6 +25,7 @@ The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocab
 
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
@@ -35,9 +36,9 @@ from alignvlm_jax.ops import vocabulary_streaming as streaming
 from alignvlm_jax.ops.vocabulary_statistics import (
     VocabularyStatistics,
     centred_covariance,
+    centred_rows,
     covariance_is_cheaper,
     mean_row,
-    num_rows,
     streamed_variance,
 )
 
@@ -85,7 +86,7 @@ def vocabulary_attention(
       entropy: whether to return the entropy of P.
       top_k: how many of the largest probabilities to return.
       block_size: K; None means `default_block_size`.
-      mesh_axes: which axes of the mesh in force cut the first axis of `q`, and which cut the vocabulary.
+      mesh_axes: which axes of the mesh in force cut the first axis of `q`, the vocabulary, and the width of the tables.
 
     Returns:
       The result in the dtype of `q`; with `entropy` or `top_k`, a pair of it and a `VocabularySummary`.
@@ -96,7 +97,9 @@ def vocabulary_attention(
         entropy=entropy,
         top_k=min(top_k, keys.shape[0]),
         block_size=block_size,
-        axes=streaming.resolve(mesh_axes, num_queries=num_queries, num_rows=keys.shape[0]),
+        axes=streaming.resolve(
+            mesh_axes, num_queries=num_queries, num_rows=keys.shape[0], widths=(keys.shape[1], values.shape[1])
+        ),
     )
     queries = q if q.ndim > 1 else q[None]
     mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
@@ -131,19 +134,20 @@ def vocabulary_usage(
     flat = q.reshape(-1, q.shape[-1])
     weights = jnp.ones(flat.shape[:1]) if weights is None else weights.reshape(-1).astype(jnp.float32)
     block_size = block_size or streaming.default_block_size(flat.shape[0])
-    moments = _moments(flat, keys, statistics, eps, block_size, across=())
+    keys = streaming.Table(keys)
+    moments = _moments(flat, keys, statistics, eps, block_size)
 
     def find_normalizer(start, size, running):
         return running.update(_scores(flat, keys, scale, bias, moments, start, size)[0])[0]
 
-    fold = functools.partial(streaming.stream, num_rows=keys.shape[0], block_size=block_size)
+    fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
     softmax = fold(find_normalizer, streaming.RunningSoftmax.empty(flat.shape[0]))
 
     def count(start, size, usage):
         scores, _ = _scores(flat, keys, scale, bias, moments, start, size)
         return streaming.put(usage, start, weights @ softmax.probabilities(scores))
 
-    return fold(count, jnp.zeros(keys.shape[:1]))
+    return fold(count, jnp.zeros(keys.num_rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +215,10 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
     """Result, summary and (`for_gradient`) what is to be saved, from all devices."""
     axes = options.axes
-    of_query, of_row = streaming.query_spec(axes), streaming.row_spec(axes)
+    of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
 
     def local(q, keys, scale, bias, values, statistics):
-        flat = q.reshape(-1, q.shape[-1])
+        flat, keys, values = q.reshape(-1, q.shape[-1]), streaming.Table(keys, axes), streaming.Table(values, axes)
         mixed, summary, saved = _forward_rows(options, for_gradient, flat, keys, scale, bias, values, statistics)
 
         def unflatten(leaf):
@@ -230,16 +234,16 @@ def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
     summary_spec = VocabularySummary(
         of_query if options.entropy else None, *((of_query, of_query) if options.top_k else ())
     )
-    in_specs = (of_query, of_row, of_row, of_row, of_row, jax.P())
+    in_specs = (of_query, of_table, of_row, of_row, of_table, jax.P())
     sharded = streaming.shard(local, axes, in_specs, (of_query, summary_spec, saved_spec))
     return sharded(q, keys, scale, bias, values, statistics)
 
 
 def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistics):
-    """The forward pass over this device's rows [V, .] for its queries [T, D], merged with the other devices'."""
+    """The forward pass over this device's rows of the tables for its queries [T, D], merged with the other devices'."""
     across = options.axes.vocabulary
     num_queries, block_size = q.shape[0], options.block_size or streaming.default_block_size(q.shape[0])
-    moments = _moments(q, keys, statistics, options.eps, block_size, across)
+    moments = _moments(q, keys, statistics, options.eps, block_size)
     tilt = for_gradient and moments.spread is None
     # The rounded weights of a mixture are divided by their own sum: they then add up to 1, and a large mean of the
     # values, which the gradient's differences of mixtures must not see, is exact.
@@ -248,7 +252,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     def step(start, size, carry):
         previous, sums, top = carry
         scores, _ = _scores(q, keys, scale, bias, moments, start, size)
-        block = streaming.take(values, start, size, q.dtype)
+        block = values.take(start, size, q.dtype)
         running, weights, decay = previous.update(scores)
         # What is weighted by the distance to the largest score grows when that rises.
         risen = (previous.maximum - running.maximum)[:, None]
@@ -269,17 +273,17 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         return running, new, top
 
     # The width of each sum: mixtures of values, and scalars.
-    widths = {"mixed": values.shape[1]}
+    widths = {"mixed": values.width}
     if rounds:
         widths |= {"share": 1}
     if tilt:
-        widths |= {"tilted": values.shape[1], "tilt": 1}
+        widths |= {"tilted": values.width, "tilt": 1}
     if options.entropy:
         widths |= {"distance": 1}
     sums = {name: jnp.zeros((num_queries, width)) for name, width in widths.items()}
     no_words = jnp.full((num_queries, options.top_k), streaming.LOWEST), jnp.zeros((num_queries, options.top_k), int)
     start = (streaming.RunningSoftmax.empty(num_queries), sums, no_words)
-    local, sums, top = streaming.stream(step, start, num_rows=keys.shape[0], block_size=block_size)
+    local, sums, top = streaming.stream(step, start, num_rows=keys.num_rows, block_size=block_size)
 
     maximum = local.shared_maximum(across)
     risen, total = (local.maximum - maximum)[:, None], local.total[:, None]
@@ -295,7 +299,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     if options.entropy:
         summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
     if options.top_k:
-        scores, ids = _share_top(options.top_k, top, keys.shape[0], across)
+        scores, ids = _share_top(options.top_k, top, keys.num_rows, across)
         summary = summary.replace(top_probabilities=running.probabilities(scores), top_ids=ids)
     saved = None
     if for_gradient:
@@ -308,31 +312,27 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
 def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent):
     """The five gradients, from all devices."""
     axes = options.axes
-    of_query, of_row = streaming.query_spec(axes), streaming.row_spec(axes)
+    of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
 
     def local(q, keys, scale, bias, values, saved, cotangent):
         flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+        keys, values = streaming.Table(keys, axes), streaming.Table(values, axes)
         frozen = statistics is not None
-        gradients = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
-        of_q, of_keys, of_scale, of_bias, of_values = gradients
-        # The two short ones share an all-reduce.
-        norm = {"scale": of_scale[:, None], "bias": of_bias[:, None]}
-        norm = streaming.add_up_columns(norm, axes.queries)
-        of_keys, of_values = (streaming.add_up(gradient, axes.queries) for gradient in (of_keys, of_values))
-        return of_q.reshape(q.shape), of_keys, norm["scale"][:, 0], norm["bias"][:, 0], of_values
+        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
+        return of_q.reshape(q.shape), *rest
 
     saved_spec = jax.tree.map(lambda _: of_query, saved)
     saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
-    in_specs = (of_query, of_row, of_row, of_row, of_row, saved_spec, of_query)
-    sharded = streaming.shard(local, axes, in_specs, (of_query, of_row, of_row, of_row, of_row))
+    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query)
+    sharded = streaming.shard(local, axes, in_specs, (of_query, of_table, of_row, of_row, of_table))
     return sharded(q, keys, scale, bias, values, saved, cotangent)
 
 
 def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent):
-    """Gradients of this device's rows from its queries, and of its queries from all rows."""
-    across, moments = options.axes.vocabulary, saved.moments
+    """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
+    axes, moments = options.axes, saved.moments
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
-    rows = num_rows(keys, across)
+    rows = keys.all_rows
     rate = moments.rate[:, None]
     # sum_v p_tv dL/dp_tv, which the softmax subtracts from each dL/dp_tv.
     expected = jnp.sum(cotangent.astype(jnp.float32) * saved.mixed, axis=-1)
@@ -343,8 +343,8 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry
-        key_block = streaming.take(keys, start, size, q.dtype)
-        value_block = streaming.take(values, start, size, q.dtype)
+        key_block = keys.take(start, size, q.dtype)
+        value_block = values.take(start, size, q.dtype)
         scores, normed = _scores(q, keys, scale, bias, moments, start, size)
         p = saved.softmax.probabilities(scores)
         of_scores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
@@ -359,21 +359,25 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
         sums["first"] += jnp.sum(of_logits, axis=-1, dtype=jnp.float32)
         return (
             of_q + streaming.dot(of_logits, key_block),
-            streaming.put(of_keys, start, streaming.dot(of_logits.T, q)),
+            keys.put_gradient(of_keys, start, streaming.dot(of_logits.T, q)),
             streaming.put(of_scale, start, jnp.sum(of_scores * normed, axis=0)),
             streaming.put(of_bias, start, jnp.sum(of_scores, axis=0)),
-            streaming.put(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
+            values.put_gradient(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
             sums,
         )
 
     # The gradient of the keys is corrected once more below, and rounded to their dtype only then.
-    zeros = (jnp.zeros(keys.shape, keys.dtype if frozen else jnp.float32), *map(jnp.zeros_like, (scale, bias, values)))
+    of_keys = jnp.zeros(keys.part.shape, keys.part.dtype if frozen else jnp.float32)
+    zeros = (of_keys, *map(jnp.zeros_like, (scale, bias, values.part)))
     sums = {name: jnp.zeros(q.shape[:1]) for name in (("first",) if second is not None else ("first", "second"))}
     carry = (jnp.zeros(q.shape), *zeros, sums)
-    fold = functools.partial(streaming.stream, num_rows=keys.shape[0], block_size=block_size)
+    fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
     of_q, of_keys, of_scale, of_bias, of_values, sums = fold(step, carry)
     sums = {name: total[:, None] for name, total in sums.items()}
-    sums = streaming.add_up_columns({"of_q": of_q, **sums}, across)
+    sums = streaming.add_up_columns({"of_q": of_q, **sums}, axes.vocabulary)
+    of_keys, of_values = (streaming.add_up(gradient, axes.queries_only) for gradient in (of_keys, of_values))
+    # The two short ones share an all-reduce.
+    norm = streaming.add_up_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
 
     of_q, first = sums["of_q"], sums["first"]
     of_q -= first * moments.mean_row
@@ -382,39 +386,43 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
         of_q -= second * moments.spread
     if not frozen:
         # The share of the mean and, with the covariance, of the variance: see the module's docstring.
-        shift = jnp.sum(first / rows * q, axis=0)
+        shift = jnp.sum(first / rows * q, axis=0, keepdims=True)
         if moments.spread is None:
-            of_keys -= shift
+            of_keys -= keys.own_columns(streaming.add_up(shift, axes.queries)[0])
         else:
-            matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q).astype(q.dtype)
+            matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q)
+            both = streaming.add_up(jnp.concatenate([shift, matrix]), axes.queries)
+            shift, matrix = both[0], both[1:].astype(q.dtype)
+            share, num_real = keys.share(q.dtype)
 
-            def correct(start, size, of_keys):
-                centred = streaming.take(keys, start, size, jnp.float32) - moments.mean_row
-                correction = shift + streaming.dot(centred.astype(q.dtype), matrix)
-                return streaming.put(of_keys, start, streaming.take(of_keys, start, size) - correction)
+            def correct(start, size, corrected):
+                centred = centred_rows(share, num_real, moments.mean_row, start, size, q.dtype)
+                correction = shift + streaming.dot(centred, matrix)
+                return streaming.put(corrected, start, streaming.take(corrected, start, size) - correction)
 
-            of_keys = fold(correct, of_keys)
-    return of_q.astype(q.dtype), of_keys.astype(keys.dtype), of_scale, of_bias, of_values
+            # Without shares the gradient is corrected in place.
+            corrected = jnp.zeros((share.num_rows, keys.width)) if axes.widths else of_keys
+            corrected = streaming.stream(correct, corrected, num_rows=share.num_rows, block_size=block_size)
+            of_keys = of_keys + keys.from_share(corrected) if axes.widths else corrected
+    return of_q.astype(q.dtype), of_keys.astype(keys.part.dtype), norm["scale"][:, 0], norm["bias"][:, 0], of_values
 
 
 def _uses_covariance(options, q) -> bool:
     """Of the queries [..., D] of all devices."""
     mesh = jax.sharding.get_abstract_mesh().shape
-    num_queries = q.size // q.shape[-1]
-    for axis in options.axes.queries:
-        num_queries //= mesh[axis]
-    return covariance_is_cheaper(num_queries, q.shape[-1])
+    cut, num_parts = (math.prod(mesh[axis] for axis in axes) for axes in (options.axes.queries, options.axes.widths))
+    return covariance_is_cheaper(q.size // q.shape[-1] // cut, q.shape[-1], num_parts)
 
 
-def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
+def _moments(q, keys: streaming.Table, statistics, eps, block_size) -> _Moments:
     """Mean and variance of the logits of queries [T, D], by whatever is cheapest."""
     if statistics is None:
-        mean_of_rows = mean_row(keys, q.dtype, across)
-        if not covariance_is_cheaper(*q.shape):
+        mean_of_rows = mean_row(keys, q.dtype)
+        if not covariance_is_cheaper(*q.shape, keys.num_parts):
             mean = q.astype(jnp.float32) @ mean_of_rows
-            variance = streamed_variance(q, keys, mean, block_size, across)
+            variance = streamed_variance(q, keys, mean, block_size)
             return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps))
-        covariance = centred_covariance(keys, mean_of_rows, q.dtype, block_size, across)
+        covariance = centred_covariance(keys, mean_of_rows, q.dtype, block_size)
         statistics = VocabularyStatistics(mean_of_rows, covariance)
     mean, variance, spread = statistics.moments(q)
     return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)
@@ -422,7 +430,7 @@ def _moments(q, keys, statistics, eps, block_size, across) -> _Moments:
 
 def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     """s and z of a block."""
-    logits = streaming.dot(q, streaming.take(keys, start, size, q.dtype).T)
+    logits = streaming.dot(q, keys.take(start, size, q.dtype).T)
     normed = (logits - moments.mean[:, None]) * moments.rate[:, None]
     return normed * streaming.take(scale, start, size) + streaming.take(bias, start, size), normed
 

@@ -1,13 +1,16 @@
 """What ALIGN and the loss share: one pass over the rows of a vocabulary table, never holding T x V of anything.
 
-Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block.
+Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block; t and f, over how many devices the
+rows of a table and its width are cut.
 
 A pass works like flash attention over keys: `stream` hands out the blocks, `RunningSoftmax` keeps the largest score so
 far, the sum of exponentials relative to it, and what is mixed by them (Milakov & Gimelshein, arXiv 1805.02867;
 Rabe & Staats, arXiv 2112.05682).
 
 Where a mesh is set, `shard` cuts the vocabulary over some of its axes and the queries over others: each device passes
-over its own rows only, and what they found is added up over `across`, the axes that cut the vocabulary.
+over its own rows only, and what they found is added up over `across`, the axes that cut the vocabulary. The width of
+the tables may lie over axes that cut the queries too (weights sharded as in FSDP): a `Table` then gathers a block when
+it is used and adds up a block's gradient as soon as that is known, so no device ever holds a table whole.
 """
 
 import dataclasses
@@ -58,14 +61,14 @@ def stream(
     return step(full * block_size, ragged, carry) if ragged else carry
 
 
-def take(table: Float[Array, "V ..."], start: Array | int, size: int, dtype=None) -> Float[Array, "K ..."]:
+def take(rows: Float[Array, "V ..."], start: Array | int, size: int, dtype=None) -> Float[Array, "K ..."]:
     """A block of rows, cast to `dtype` (None: left as they are)."""
-    return jax.lax.dynamic_slice_in_dim(table, start, size).astype(dtype or table.dtype)
+    return jax.lax.dynamic_slice_in_dim(rows, start, size).astype(dtype or rows.dtype)
 
 
-def put(table: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]) -> Float[Array, "V ..."]:
-    """The table with a block of its rows replaced; in a loop XLA does so in place."""
-    return jax.lax.dynamic_update_slice_in_dim(table, block.astype(table.dtype), start, 0)
+def put(rows: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]) -> Float[Array, "V ..."]:
+    """The rows with a block of them replaced; in a loop XLA does so in place."""
+    return jax.lax.dynamic_update_slice_in_dim(rows, block.astype(rows.dtype), start, 0)
 
 
 def dot(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
@@ -152,30 +155,47 @@ class VocabularyMesh:
     Attributes:
       queries: axes that cut the first axis of the queries.
       vocabulary: axes that cut the rows of the tables.
+      widths: axes that cut the width of the tables; only where they cut the queries as well.
     """
 
     queries: tuple[str, ...] = ()
     vocabulary: tuple[str, ...] = ()
+    widths: tuple[str, ...] = ()
+
+    @property
+    def queries_only(self) -> tuple[str, ...]:
+        """The axes along which devices have other queries, but the same part of the tables."""
+        return tuple(axis for axis in self.queries if axis not in self.widths)
 
 
 UNSHARDED = VocabularyMesh()
 
 
-def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int) -> VocabularyMesh:
-    """What of `mesh_axes` the mesh in force (`jax.set_mesh`) can cut: an axis that does not divide leaves it whole."""
+def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int, widths: tuple[int, ...]) -> VocabularyMesh:
+    """What of `mesh_axes` the mesh in force (`jax.set_mesh`) can cut: an axis that does not divide leaves it whole.
+
+    Args:
+      mesh_axes: as the sharding rules have it.
+      num_queries: length of the queries' first axis.
+      num_rows: of the tables.
+      widths: of the tables.
+    """
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def keep(axes, size):
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    return VocabularyMesh(keep(mesh_axes.queries, num_queries), keep(mesh_axes.vocabulary, num_rows))
+    queries, of_widths = keep(mesh_axes.queries, num_queries), keep(mesh_axes.widths, math.gcd(*widths))
+    return VocabularyMesh(
+        queries, keep(mesh_axes.vocabulary, num_rows), of_widths if set(of_widths) <= set(queries) else ()
+    )
 
 
 def shard(function: Callable, axes: VocabularyMesh, in_specs, out_specs) -> Callable:
     """`function` on each device's queries and rows; on one device, `function` itself.
 
-    `axes` come from `resolve`. The specs are made of `query_spec`, `row_spec` and P().
+    `axes` come from `resolve`. The specs are made of `query_spec`, `row_spec`, `table_spec` and P().
     """
     if not axes.queries and not axes.vocabulary:
         return function
@@ -189,5 +209,83 @@ def query_spec(axes: VocabularyMesh) -> P:
 
 
 def row_spec(axes: VocabularyMesh) -> P:
-    """Of a table whose rows are the vocabulary."""
+    """Of a vector with an entry for each word."""
     return P(axes.vocabulary or None)
+
+
+def table_spec(axes: VocabularyMesh) -> P:
+    """Of a table with a row for each word."""
+    return P(axes.vocabulary or None, axes.widths or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a device has of a table: its rows, and of each row its columns."""
+
+    part: Float[Array, "V/t D/f"]
+    axes: VocabularyMesh = UNSHARDED
+
+    @property
+    def num_rows(self) -> int:
+        """V/t: the rows of this device."""
+        return self.part.shape[0]
+
+    @property
+    def all_rows(self) -> int:
+        """V: the rows of all devices."""
+        return self.num_rows * (jax.lax.axis_size(self.axes.vocabulary) if self.axes.vocabulary else 1)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.part.shape[1] * self.num_parts
+
+    @property
+    def num_parts(self) -> int:
+        """f: how many devices share the columns."""
+        return jax.lax.axis_size(self.axes.widths) if self.axes.widths else 1
+
+    def take(self, start: Array | int, size: int, dtype) -> Float[Array, "K D"]:
+        """A block of rows, whole in width, cast to `dtype`; what travels is cast already."""
+        block = take(self.part, start, size, dtype)
+        return gather(block, self.axes.widths, axis=1)
+
+    def share(self, dtype) -> tuple["Table", Array | int]:
+        """A share of this device's rows for each of the devices that share their columns, whole in width.
+
+        Returns:
+          The share and how many of its rows are real; those behind them fill up the last device's.
+        """
+        if not self.axes.widths:
+            return self, self.num_rows
+        each = -(-self.num_rows // self.num_parts)
+        rows = jnp.pad(self.part.astype(dtype), ((0, each * self.num_parts - self.num_rows), (0, 0)))
+        rows = jax.lax.all_to_all(rows, self.axes.widths, split_axis=0, concat_axis=1, tiled=True)
+        return Table(rows), jnp.clip(self.num_rows - each * jax.lax.axis_index(self.axes.widths), 0, each)
+
+    def from_share(self, rows: Float[Array, "share D"]) -> Float[Array, "V/t D/f"]:
+        """Undoes `share`: from each device's rows to each device's columns."""
+        if not self.axes.widths:
+            return rows
+        columns = jax.lax.all_to_all(rows, self.axes.widths, split_axis=1, concat_axis=0, tiled=True)
+        return columns[: self.num_rows]
+
+    def own_columns(self, row: Float[Array, " D"]) -> Float[Array, " D/f"]:
+        """Of a row, the columns that this device has of the table."""
+        if not self.axes.widths:
+            return row
+        size = self.part.shape[1]
+        return jax.lax.dynamic_slice_in_dim(row, jax.lax.axis_index(self.axes.widths) * size, size)
+
+    def put_gradient(
+        self, gradient: Float[Array, "V/t D/f"], start: Array | int, block: Float[Array, "K D"]
+    ) -> Float[Array, "V/t D/f"]:
+        """`put` of a block's gradient, added up over the devices that share its columns."""
+        if self.axes.widths:
+            block = jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True)
+        return put(gradient, start, block)
+
+
+def gather(array: Array, across: tuple[str, ...], axis: int) -> Array:
+    """The parts of all devices along mesh axes, one behind the other; without axes, what was given."""
+    return jax.lax.all_gather(array, across, axis=axis, tiled=True) if across else array

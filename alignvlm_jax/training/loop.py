@@ -58,6 +58,8 @@ _MAY_DIFFER = (
     "checkpoint",
     "log_every_steps",
     "mesh",
+    "model.vision.attention",
+    "model.language.attention",
     "profile",
     "data.root",
     "data.max_refused",

@@ -21,7 +21,7 @@ from alignvlm_jax.ops import (
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.ops import dense
 
-AXES = VocabularyMesh(queries=("data", "fsdp"), vocabulary=("tensor",))
+AXES = VocabularyMesh(queries=("data", "fsdp"), vocabulary=("tensor",), widths=("fsdp",))
 WIDTH, VALUE_WIDTH, BLOCK = 16, 24, 32
 TOLERANCE = 5e-6
 
@@ -147,12 +147,13 @@ def test_no_table_is_gathered_over_tensor_and_nothing_is_queries_times_words(mes
     text = compile_on(mesh, function, placed, count).as_text()
     shapes = set(map(_shape, re.findall(r"\w+\[([\d,]*)\]", text)))
     local_queries, local_words = rows * length // 4, words // 2
-    assert (local_words, WIDTH) in shapes, "this device's rows, whole in width"
+    assert (local_words, WIDTH // 2) in shapes, "this device's part of a table"
+    assert (local_words, WIDTH) not in shapes, "never all of its rows, whole in width"
     assert not any(words in shape for shape in shapes), "never all rows"
     # The largest arrays are a block's scores, local queries and local tables.
     assert max(map(math.prod, shapes)) <= local_queries * BLOCK < local_queries * local_words / 10
     for gathered in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text):
-        assert _shape(gathered) in ((local_words, WIDTH), (local_words, VALUE_WIDTH)), "over fsdp"
+        assert _shape(gathered) in ((BLOCK, WIDTH), (BLOCK, VALUE_WIDTH), (WIDTH,)), "a block over fsdp, or the mean"
 
 
 def test_the_check_sees_a_dense_form(mesh):

@@ -1,0 +1,36 @@
+"""What "auto" means in a config: the arithmetic and the attention kernel that suit the device.
+
+    device                          dtype      attention
+    TPU                             bfloat16   splash
+    GPU, Ampere or newer            bfloat16   flash
+    older GPU, CPU                  float32    xla
+
+Weights, their gradients, the optimizer, softmax and norm statistics, the loss and every sum of it stay float32.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+
+from alignvlm_jax.ops.attention import default_kernel
+
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16")
+
+Config = TypeVar("Config")
+"""A dataclass with the fields `dtype` and `attention`: `VisionConfig` or `LanguageConfig`."""
+
+
+def resolve(config: Config, device: jax.Device | None = None) -> Config:
+    """The config without "auto", for a device; None means the first of this machine's."""
+    if AUTO not in (config.dtype, config.attention):
+        return config
+    device = device or jax.devices()[0]
+    kernel = default_kernel(device)
+    dtype = "float32" if kernel == "xla" else "bfloat16"
+    return dataclasses.replace(
+        config,
+        dtype=dtype if config.dtype == AUTO else config.dtype,
+        attention=kernel if config.attention == AUTO else config.attention,
+    )

@@ -1,0 +1,63 @@
+"""Flash attention for NVIDIA GPUs from Ampere on: Pallas (Triton), from `jax.experimental.pallas.ops.gpu.attention`.
+
+Axes: B rows, L positions, H query heads, G key-value heads, h head width.
+
+The kernel takes segments, and holds no scores outside a block: beside its inputs and its result it keeps one float32 a
+query and head. It knows no grouped queries, so key-value heads are repeated: L x H x h more for each of keys and values
+(at 8B and 9,728 positions, 80 MB a row in bfloat16).
+"""
+
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as kernels
+from jaxtyping import Array, Float, Int
+
+_BLOCK = 128
+_NO_SEGMENT = -1
+_WIDEST_HEAD = 256
+
+
+def refuses(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
+    """What of these shapes the kernel cannot take, or None."""
+    num_heads, width = query_shape[2:]
+    if num_heads % key_shape[2]:
+        return f"{num_heads} heads that share {key_shape[2]} key-value heads"
+    return f"heads of width {width}, above {_WIDEST_HEAD}" if width > _WIDEST_HEAD else None
+
+
+def attend(
+    query: Float[Array, "B L H h"],
+    key: Float[Array, "B L G h"],
+    value: Float[Array, "B L G h"],
+    segment_ids: Int[Array, "B L"],
+    *,
+    causal: bool,
+    interpret: bool = False,
+) -> Float[Array, "B L H h"]:
+    """As `attention.packed_attention`, on one device's rows and heads; `interpret` runs it on a CPU, slowly."""
+    length, num_heads, width = query.shape[1:]
+    padding = -length % _BLOCK
+
+    def prepare(heads):
+        heads = jnp.repeat(heads, num_heads // heads.shape[2], axis=2)
+        return jnp.pad(heads, ((0, 0), (0, padding), (0, 0), (0, 0)))
+
+    # Two blocks of wide heads must fit a multiprocessor's shared memory, some 100 KB on consumer cards.
+    blocks = kernels.BlockSizes(
+        block_q=_BLOCK,
+        block_k=_BLOCK if width <= 64 else _BLOCK // 2,
+        block_q_dkv=32,
+        block_kv_dkv=32,
+        block_q_dq=32,
+        block_kv_dq=32,
+    )
+    attended = kernels.mha(
+        prepare(query),
+        prepare(key),
+        prepare(value),
+        jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=_NO_SEGMENT),
+        sm_scale=width**-0.5,
+        causal=causal,
+        block_sizes=blocks,
+        interpret=interpret,
+    )
+    return attended[:, :length]

@@ -1,0 +1,125 @@
+"""The Pallas kernels, interpreted on a CPU, against float64 in value and gradient; who gets which; the fallback.
+
+The interpreter runs the kernels' own arithmetic and masks. That they compile for a TPU is tested in
+tests/parallel/test_compile_tpu.py; that the GPU one is accepted by the CUDA lowering, here.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.models import hardware
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.ops import attention, attention_flash, attention_splash
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+
+KERNELS = {"splash": attention_splash, "flash": attention_flash}
+
+
+def _inputs(length, heads=4, groups=2, width=24, rows=2):
+    rng = np.random.default_rng(0)
+    shapes = [(rows, length, heads, width), (rows, length, groups, width), (rows, length, groups, width)]
+    query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    cuts = np.array([0, length // 5, length // 2, length - length // 7, length])
+    segments = np.repeat(np.repeat([[1, 2, 3, 0]], np.diff(cuts), axis=1), rows, axis=0)
+    return query, key, value, jnp.asarray(segments, jnp.int32)
+
+
+def _plain(query, key, value, segments, causal):
+    """Softmax attention with the mask written out."""
+    repeats = query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, repeats, axis=2), jnp.repeat(value, repeats, axis=2)
+    allowed = segments[:, :, None] == segments[:, None, :]
+    if causal:
+        allowed &= jnp.tril(jnp.ones(allowed.shape[1:], bool))
+    scores = jnp.einsum("blhd,bkhd->bhlk", query, key) / np.sqrt(query.shape[-1])
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf))
+    return jnp.einsum("bhlk,bkhd->blhd", weights, value)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("length, causal", [(140, True), (100, False)])  # neither is a multiple of a block
+def test_value_and_gradient(name, length, causal):
+    query, key, value, segments = _inputs(length)
+    attend = functools.partial(KERNELS[name].attend, causal=causal, interpret=True)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
+    got, pull_back = jax.vjp(lambda *qkv: attend(*qkv, segments), query, key, value)
+    gradients = pull_back(cotangent)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(array, np.float64)) for array in (query, key, value)]
+        expected, pull_back = jax.vjp(lambda *qkv: _plain(*qkv, segments, causal), *wide)
+        expected_gradients = pull_back(jnp.asarray(np.asarray(cotangent, np.float64)))
+    for a, b in zip((got, *gradients), (expected, *expected_gradients), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])  # (1, 1, 8): more devices than key-value heads
+def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mesh):
+    module = KERNELS[name]
+    monkeypatch.setattr(module, "attend", functools.partial(module.attend, interpret=True))
+    query, key, value, segments = _inputs(24, heads=8, groups=4, rows=8)
+    axes = attention.AttentionMesh(("data", "fsdp"), ("tensor",))
+
+    @jax.jit
+    def attend(query, key, value, segments):
+        return attention.packed_attention(
+            query, key, value, segment_ids=segments, causal=True, kernel=name, mesh_axes=axes
+        )
+
+    with jax.set_mesh(make_mesh(MeshConfig(*mesh))) as _, sharding.logical_rules():
+        text = attend.lower(query, key, value, segments).compile().as_text()
+        got = attend(query, key, value, segments)
+    np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=2e-5, atol=2e-6)
+    assert "all-gather" not in text, "rows and heads stay where they are"
+
+
+def test_what_a_kernel_cannot_take_falls_back_and_says_so(caplog):
+    query, key, value, segments = _inputs(20, heads=2, groups=2, width=260)
+    attention._say_once.cache_clear()
+    got = attention.packed_attention(query, key, value, segment_ids=segments, causal=True, kernel="flash")
+    np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=1e-5, atol=1e-6)
+    assert "flash cannot take heads of width 260" in caplog.text and "falling back" in caplog.text
+
+
+def test_flash_lowers_for_cuda_without_a_gpu():
+    query, key, value, segments = (
+        array.astype(jnp.bfloat16) if array.dtype == jnp.float32 else array for array in _inputs(196, 12, 12, 64)
+    )
+
+    def loss(query, key, value):
+        out = attention.packed_attention(query, key, value, segment_ids=segments, causal=False, kernel="flash")
+        return jnp.sum(out.astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss)).trace(query, key, value).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
+
+
+@dataclasses.dataclass
+class _Device:
+    platform: str
+    compute_capability: str | None = None
+
+
+@pytest.mark.parametrize(
+    "device, kernel, dtype",
+    [
+        (_Device("tpu"), "splash", "bfloat16"),
+        (_Device("gpu", "9.0"), "flash", "bfloat16"),
+        (_Device("gpu", "8.0"), "flash", "bfloat16"),
+        (_Device("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, too little for the kernel
+        (_Device("gpu"), "xla", "float32"),  # AMD reports none
+        (_Device("cpu"), "xla", "float32"),
+    ],
+)
+def test_every_device_gets_what_suits_it_and_a_config_may_insist(device, kernel, dtype):
+    resolved = hardware.resolve(LanguageConfig(), device)
+    assert (resolved.attention, resolved.dtype) == (kernel, dtype)
+    forced = LanguageConfig(attention="xla", dtype="bfloat16")
+    assert hardware.resolve(forced, device) == forced

@@ -1,0 +1,68 @@
+"""Rows of a spread table: those of the whole one, in value and gradient, and nothing large gathered."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from alignvlm_jax.ops import VocabularyMesh
+from alignvlm_jax.ops.embedding_lookup import embedding_lookup
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+
+AXES = VocabularyMesh(queries=("data", "fsdp"), vocabulary=("tensor",), widths=("fsdp",))
+WIDTH, BLOCK = 16, 12
+
+
+def _inputs(rows, words):
+    rng = np.random.default_rng(0)
+    table, cotangent = rng.normal(size=(words, WIDTH)), rng.normal(size=(rows, 20, WIDTH))
+    ids = rng.integers(0, words, (rows, 20))
+    ids[0, :5] = [0, words - 1, 7, 7, 7]  # the ends, and one that is asked for often
+    return jnp.asarray(table, jnp.float32), jnp.asarray(ids), jnp.asarray(cotangent, jnp.float32)
+
+
+def _with_gradient(table, ids, cotangent):
+    def lookup(table):
+        return embedding_lookup(table, ids, dtype="float32", block_size=BLOCK, mesh_axes=AXES)
+
+    value, pull_back = jax.vjp(lookup, table)
+    return value, pull_back(cotangent)[0]
+
+
+def _compile(mesh_sizes, table, ids, cotangent):
+    mesh = make_mesh(MeshConfig(*mesh_sizes))
+    cut = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    rows = ("data", "fsdp") if ids.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    where = NamedSharding(mesh, jax.P(cut, "fsdp")), NamedSharding(mesh, jax.P(rows)), NamedSharding(mesh, jax.P(rows))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(_with_gradient, in_shardings=where, out_shardings=(where[1], where[0]))
+        compiled = compiled.lower(table, ids, cotangent).compile()
+    return compiled, [jax.device_put(array, place) for array, place in zip((table, ids, cotangent), where, strict=True)]
+
+
+# 101 words: tensor does not divide them. 6 rows: data x fsdp do not divide them.
+@pytest.mark.parametrize("mesh_sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
+@pytest.mark.parametrize("rows, words", [(8, 96), (8, 101), (6, 96)])
+def test_value_and_gradient(mesh_sizes, rows, words):
+    table, ids, cotangent = _inputs(rows, words)
+    compiled, placed = _compile(mesh_sizes, table, ids, cotangent)
+    value, gradient = compiled(*placed)
+    np.testing.assert_array_equal(value, np.asarray(table)[np.asarray(ids)])
+    expected = np.zeros((words, WIDTH))
+    np.add.at(expected, np.asarray(ids).ravel(), np.asarray(cotangent, np.float64).reshape(-1, WIDTH))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_device_holds_more_than_its_part_and_a_block():
+    table, ids, cotangent = _inputs(8, 960)
+    compiled, _ = _compile((2, 2, 2), table, ids, cotangent)
+    text = compiled.as_text()
+    largest = max(
+        math.prod(int(size) for size in shape.split(",") if size) for shape in re.findall(r"f32\[([\d,]*)\]", text)
+    )
+    assert largest <= 960 * WIDTH // 4, "this device's part of the table"
+    assert "all-gather" in text and "reduce-scatter" in text
