@@ -14,6 +14,7 @@ from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
@@ -100,7 +101,7 @@ def test_what_it_refuses(reader):
 
 def test_weights_stay_narrow_where_they_are_stored_and_used_so(reader, tmp_path):
     for part in ("vision", "language"):
-        assert getattr(reader.config, part).dtype == "float32"
+        assert hardware.resolve(getattr(reader.config, part)).dtype == "float32"
     model = dataclasses.replace(
         reader.config,
         vision=dataclasses.replace(reader.config.vision, dtype="bfloat16"),

@@ -71,7 +71,7 @@ def softmax_attention(query, key, value, mask=None):
     return jnp.einsum("bgrlk,bkgh->blgrh", weights, value).reshape(batch, length, heads, width)
 
 
-def attention_as_needed(query, key, value, *, segment_ids=None, causal):
+def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="xla", mesh_axes=None):
     if not causal:
         return softmax_attention(query, key, value)
     blocks, start = [], 0
