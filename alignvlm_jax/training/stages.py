@@ -20,7 +20,7 @@ class MixturePart:
 
     Attributes:
       dataset: name of a data set under the data root.
-      split: which of its splits.
+      split: which of its splits, or parts of one as TFDS names them, "train[:90%]".
       task: what is made of a record: the conversation it holds ("conversation": what `tools/prepare_data.py` wrote), or
         for the demo's documents a page to be read out ("transcribe"), its questions ("qa"), or either ("mixed"); see
         `data/conversations.py`.

@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from alignvlm_jax.data import store
 from alignvlm_jax.data.store import open_dataset, read_metadata, write_dataset
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.synthetic.corpus import build_corpus
@@ -135,3 +136,50 @@ def test_mistakes_are_named(corpus, tmp_path):
         build_corpus(tmp_path / "corpus", seed=1, sizes={"test": 3})
     with pytest.raises(UserError, match=r"sizes\.train: .* got 0"):
         build_corpus(tmp_path / "corpus", seed=1, sizes={"train": 0})
+
+
+@pytest.fixture
+def four_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_RECORDS_PER_SHARD", 10)
+    records = [{"name": f"{i}", "words": [f"{i} " * 200]} for i in range(40)]
+    write_dataset(tmp_path / "data", FEATURES, {"train": records})
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("damaged, without", [(0, "train[10:]"), (1, "train[:10]+train[20:]"), (3, "train[:30]")])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_shard_is_named_with_how_to_leave_it_out(four_shards, damaged, without, how):
+    files = sorted(four_shards.glob("*array_record*"))
+    assert len(files) == 4
+    data = bytearray(files[damaged].read_bytes())
+    if how == "truncated":
+        files[damaged].write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        data[len(data) // 2] ^= 0x10
+        files[damaged].write_bytes(data)
+    else:
+        files[damaged].unlink()
+    source, bad = open_dataset(four_shards, "train"), []
+    for i in range(40):
+        try:
+            assert source[i]["name"] == f"{i}"
+        except UserError as error:
+            assert files[damaged].name in str(error) and f"split='{without}'" in str(error)
+            bad.append(i)
+    assert bad and set(bad) <= set(range(10 * damaged, 10 * damaged + 10))
+    rest = open_dataset(four_shards, without)
+    assert [rest[i]["name"] for i in range(len(rest))] == [f"{i}" for i in range(40) if i // 10 != damaged]
+
+
+def test_parts_of_splits(four_shards):
+    parts = open_dataset(four_shards, "train[5:8]+train[35:]")
+    assert [parts[i]["name"] for i in range(len(parts))] == ["5", "6", "7", "35", "36", "37", "38", "39"]
+    (four_shards / "documents-train.array_record-00003-of-00004").write_bytes(b"damaged")
+    parts = open_dataset(four_shards, "train[5:8]+train[35:]")
+    with pytest.raises(UserError, match=r"00003-of-00004: .*split='train\[:30\]'"):
+        parts[3]
+    assert parts[2]["name"] == "7"
+    with pytest.raises(UserError, match=r"no such part of a split: 'train\[a:\]'"):
+        open_dataset(four_shards, "train[a:]")
+    with pytest.raises(UserError, match="no split 'test"):
+        open_dataset(four_shards, "train[:5]+test[:5]")
