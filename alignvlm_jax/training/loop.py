@@ -333,7 +333,10 @@ def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpoin
     kept = checkpointer.data_state(progress) if progress else None
     if kept is not None:
         return [StagePlan(**plan) for plan in kept["plans"]]
-    return [data.plan(index, stage) for index, stage in enumerate(config.stages)]
+    plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
+    # Every process has measured the same examples, if every one sees the same data sets.
+    distributed.agree({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
+    return plans
 
 
 def _planned(config: ExperimentConfig, stage: StageConfig, plan: StagePlan) -> StageConfig:

@@ -174,12 +174,12 @@ def test_a_damaged_shard_is_named_with_how_to_leave_it_out(four_shards, damaged,
 def test_parts_of_splits(four_shards):
     parts = open_dataset(four_shards, "train[5:8]+train[35:]")
     assert [parts[i]["name"] for i in range(len(parts))] == ["5", "6", "7", "35", "36", "37", "38", "39"]
-    (four_shards / "documents-train.array_record-00003-of-00004").write_bytes(b"damaged")
+    sorted(four_shards.glob("*array_record*"))[3].write_bytes(b"damaged")
     parts = open_dataset(four_shards, "train[5:8]+train[35:]")
-    with pytest.raises(UserError, match=r"00003-of-00004: .*split='train\[:30\]'"):
+    with pytest.raises(UserError, match=r"00003\S*: .*split='train\[:30\]'"):
         parts[3]
     assert parts[2]["name"] == "7"
     with pytest.raises(UserError, match=r"no such part of a split: 'train\[a:\]'"):
         open_dataset(four_shards, "train[a:]")
-    with pytest.raises(UserError, match="no split 'test"):
+    with pytest.raises(UserError, match=r"no split 'train\[:5\]\+test"):
         open_dataset(four_shards, "train[:5]+test[:5]")
