@@ -181,6 +181,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here")
     evaluate.add_argument("--predictions", metavar="FILE", help="write one JSON line per question here")
 
+    evaluate.add_argument(
+        "--mesh",
+        metavar="data=2,fsdp=2,tensor=2",
+        help="spread weights and questions over all devices so (default: one device; with several processes, fsdp)",
+    )
+
     ask = add("ask", _ask, "ask about an image", ASK_DESCRIPTION, ASK_EPILOG)
     ask.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
     ask.add_argument(
@@ -217,6 +223,7 @@ def _joined(args: argparse.Namespace):
 
 def _train(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
+    from alignvlm_jax.evaluation.during_training import during_training
     from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
 
@@ -227,7 +234,7 @@ def _train(args: argparse.Namespace) -> None:
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
         distributed.gather_json("drawn")
-        progress = loop.train(experiment, pathlib.Path(args.workdir)).progress
+        progress = loop.train(experiment, pathlib.Path(args.workdir), score=during_training(experiment)).progress
         if distributed.is_primary():
             print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
             print(f"  alignvlm eval --checkpoint {args.workdir}")
@@ -235,17 +242,21 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from alignvlm_jax.evaluation import runner
+    from alignvlm_jax.parallel.mesh import parse_mesh
 
-    runner.evaluate_checkpoint(
-        args.checkpoint,
-        data=args.data,
-        split=args.split,
-        control=args.control,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        json_file=args.json,
-        predictions_file=args.predictions,
-    )
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    with _joined(args):
+        runner.evaluate_checkpoint(
+            args.checkpoint,
+            data=args.data,
+            split=args.split,
+            control=args.control,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            json_file=args.json,
+            predictions_file=args.predictions,
+            mesh=mesh,
+        )
 
 
 def _ask(args: argparse.Namespace) -> None:

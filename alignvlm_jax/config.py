@@ -28,6 +28,7 @@ import ml_collections
 import alignvlm_jax
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.schedule import EvaluationConfig
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, PerceiverConfig
@@ -77,6 +78,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     stages: tuple[StageConfig, ...] = ()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
     log_every_steps: int = 10
 
@@ -356,6 +358,10 @@ def _check(config: ExperimentConfig) -> None:
         )
     _positive("config", config, "log_every_steps")
     _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
+    _positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens")
+    for name in ("every_steps", "limit"):
+        if getattr(config.evaluation, name) is not None:
+            _positive("config.evaluation", config.evaluation, name)
     _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
     try:
         traced_steps(config.profile)

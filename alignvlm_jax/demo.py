@@ -31,6 +31,7 @@ from alignvlm_jax.data import images, store
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.evaluation import runner
+from alignvlm_jax.evaluation.during_training import during_training
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM
@@ -125,7 +126,7 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
     """Trains what is left to train; the progress knows the seconds of all sittings."""
-    loop.train(config, workdir)
+    loop.train(config, workdir, score=during_training(config))
     # Read back, not taken from the result: what is on disk names the run when the demo is called again.
     with Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import PIL.Image
 from tqdm import tqdm
@@ -25,6 +26,8 @@ from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import checkpoint as checkpoints
 
 Control = Literal["none", "blank", "wrong"]
@@ -48,6 +51,8 @@ def evaluate(
 ) -> Report:
     """Asks every question of every document and counts the exact answers.
 
+    With several processes all ask the same, of a reader on a mesh of all their devices, and get the same report.
+
     Args:
       reader: the model.
       records: the documents, with random access.
@@ -68,7 +73,8 @@ def evaluate(
         documents = shown = _first_questions(_documents(records), limit)
     answers = []
     total = sum(len(document.questions) for document in documents)
-    with tqdm(total=total, desc=title, unit="question", dynamic_ncols=True) as progress:
+    quiet = not distributed.is_primary()
+    with tqdm(total=total, desc=title, unit="question", dynamic_ncols=True, leave=None, disable=quiet) as progress:
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
             prompts = []
@@ -93,6 +99,7 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     json_file: str | None = None,
     predictions_file: str | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Report:
     """`alignvlm eval`: scores a checkpoint, prints the table, writes the files asked for.
 
@@ -105,14 +112,22 @@ def evaluate_checkpoint(
       batch_size: questions decoded at once.
       json_file: for the figures.
       predictions_file: for the answers, as JSON lines.
+      mesh: how to lie on all devices. None is the first device alone in one process, and with several `fsdp` over all:
+        whatever the run was trained on, that holds the weights.
     """
+    arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
+    distributed.agree({"checkpoint": str(checkpoint), **{name: str(value) for name, value in arguments.items()}})
+    if mesh is None and jax.process_count() > 1:
+        mesh = MeshConfig(data=1, fsdp=-1)
     workdir, step = checkpoints.find_checkpoint(checkpoint)
     folder = pathlib.Path(data) if data else dataset_folder(checkpoints.load_config(checkpoint))
     if not data and not folder.exists():
         raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
     records = store.open_dataset(folder, split)
-    reader = load(checkpoint, batch_size=batch_size)
+    reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh))
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+    if not distributed.is_primary():
+        return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
     print(f"{workdir}, step {step}: split {split!r} of {folder}, every question with {shown}\n")
     print(format_table({"exact match": report}))

@@ -13,20 +13,24 @@ every row has ended. All rows write the same slots of the cache, and a slot that
 so an answer does not depend on what else is in the batch. B, L and M are rounded up to few values, to compile rarely.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.language import empty_cache
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel.mesh import num_batch_shards
 
 _LENGTH_STEP = 64
 
@@ -54,7 +58,14 @@ class Generator:
     """A model with its parameters, ready to answer batches of prompts."""
 
     def __init__(
-        self, config: AlignVLMConfig, params: Params, *, end_ids: Sequence[int], pad_id: int, batch_size: int = 32
+        self,
+        config: AlignVLMConfig,
+        params: Params,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        batch_size: int = 32,
+        mesh: Mesh | None = None,
     ):
         """Args:
         config: of the model.
@@ -62,10 +73,14 @@ class Generator:
         end_ids: tokens that end an answer.
         pad_id: fills prompts up; any valid id will do.
         batch_size: most prompts decoded at once.
+        mesh: of the devices that `params` lie on, over which the prompts are spread; None is the one device that they
+          are on. With several processes each must be asked the same, and hears all answers.
         """
         self.config = config
+        self.mesh = mesh
         # The weights are frozen from here on: what ALIGN needs to know of W2 is computed once.
-        self.variables = cache_vocabulary(config, params)
+        with self._on_mesh():
+            self.variables = cache_vocabulary(config, params)
         self.end_ids = tuple(end_ids)
         self.pad_id = pad_id
         self.batch_size = batch_size
@@ -93,26 +108,40 @@ class Generator:
             chosen = order[start : start + self.batch_size]
             batch = pad_prompts(
                 [prompts[i] for i in chosen],
-                rows=min(self.batch_size, _power_of_two(len(chosen))),
+                rows=self._num_rows(len(chosen)),
                 tile_size=self.config.vision.image_size,
                 pad_id=self.pad_id,
             )
-            decoded = np.asarray(
-                greedy_decode(
-                    AlignVLM(self.config),
-                    self.variables,
-                    batch,
-                    max_new_tokens=max_new_tokens,
-                    end_ids=self.end_ids,
-                    pad_id=self.pad_id,
-                )
-            )
+            decoded = self._decode(batch, max_new_tokens)
             for i, row in zip(chosen, decoded[: len(chosen)], strict=True):
                 ends = np.flatnonzero(np.isin(row, self.end_ids))
                 answers[i] = row[: ends[0]] if len(ends) else row
             if on_batch is not None:
                 on_batch(len(chosen))
         return answers
+
+    def _num_rows(self, prompts: int) -> int:
+        rows = min(self.batch_size, _power_of_two(prompts))
+        shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
+        return -(-rows // shards) * shards
+
+    def _decode(self, batch: Batch, max_new_tokens: int) -> Int[np.ndarray, "B A"]:
+        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id)
+        with self._on_mesh():
+            if self.mesh is None:
+                return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, **options))
+            batch = sharding.shard_rows(batch, self.mesh)
+            answers = greedy_decode(AlignVLM(self.config), self.variables, batch, **options)
+            return np.asarray(jax.device_put(answers, NamedSharding(self.mesh, PartitionSpec())))
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        """Where the model's names of axes mean axes of the mesh, if there is one."""
+        if self.mesh is None:
+            yield
+        else:
+            with jax.set_mesh(self.mesh), sharding.logical_rules():
+                yield
 
 
 def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import PIL.Image
+from jax.sharding import Mesh
 
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.data import images
@@ -36,12 +37,13 @@ class Reader:
         tiling: TilingConfig,
         *,
         batch_size: int = 32,
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.tiling = tiling
         self.generator = Generator(
-            config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size
+            config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size, mesh=mesh
         )
 
     def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
@@ -92,7 +94,9 @@ class Reader:
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 
-def load(checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | None = None) -> Reader:
+def load(
+    checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | None = None, mesh: Mesh | None = None
+) -> Reader:
     """A trained model, ready to be asked.
 
     Args:
@@ -101,20 +105,21 @@ def load(checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | No
       batch_size: most questions answered at once.
       dtype: of the weights. None keeps bfloat16 weights as they are stored if the model computes in bfloat16, and makes
         all others float32.
+      mesh: the devices that the weights and each batch are spread over; None takes the first device alone.
     """
     # Imported here: what reads other formats is built on top of this room.
     from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
 
     folder = NANO_MODEL if os.fspath(checkpoint) == "nano" and not os.path.exists("nano") else checkpoint
     if is_alignvlm_folder(folder):
-        found = read_alignvlm(folder, dtype=dtype or "float32")
+        found = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
         config, params, tokenizer = found.config, found.params, found.tokenizer
     else:
         source = checkpoints.ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
         narrow = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
-        params = checkpoints.restore_params(folder, dtype=dtype or ("bfloat16" if narrow else "float32"))
-    return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size)
+        params = checkpoints.restore_params(folder, mesh, dtype=dtype or ("bfloat16" if narrow else "float32"))
+    return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size, mesh=mesh)
 
 
 def _open(image: ImageSource) -> PIL.Image.Image:

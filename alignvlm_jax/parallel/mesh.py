@@ -53,6 +53,15 @@ class MeshConfig:
         return sizes if self.slices == -1 else f"{sizes} slices={self.slices}"
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh from the command line: "data=2,fsdp=4"; an axis that is not named has one device."""
+    try:
+        sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+        return MeshConfig(**{"data": 1, **sizes})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--mesh {text}: expected such as data=1,fsdp=2,tensor=4 ({error})") from error
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, slices: int | None = None) -> Mesh:
     """Lays devices out as a mesh, neighbours on it near each other in the hardware; use it under `jax.set_mesh`.
 

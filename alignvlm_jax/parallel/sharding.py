@@ -131,6 +131,14 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
+def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Spreads the rows of fields [B, ...], which every process has whole, over the mesh."""
+    where = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1]))
+    return {
+        name: jax.make_array_from_callback(field.shape, where, field.__getitem__) for name, field in batch.items()
+    }
+
+
 def _check_divides(mesh: Mesh, rows: int) -> None:
     if rows % num_batch_shards(mesh):
         raise UserError(

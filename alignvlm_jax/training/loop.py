@@ -14,7 +14,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 # Keys that may differ when a run is resumed: they change where and how often, never what is computed.
 _MAY_DIFFER = (
     "checkpoint",
+    "evaluation",
     "log_every_steps",
     "mesh",
     "model.vision.attention",
@@ -157,6 +158,7 @@ def train(
     make_params: Callable[[ExperimentConfig], Params] = initial_parameters,
     on_stage_start: Callable[[int, Params], Any] | None = None,
     on_step: Callable[[int], Any] | None = None,
+    score: Callable[[Params, Mesh], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Trains through all stages, or goes on where an earlier call on `workdir` stopped.
 
@@ -169,6 +171,8 @@ def train(
       make_params: where the weights come from that stage 1 starts with.
       on_stage_start: called with the stage's index and the weights it starts from, also when resuming within it.
       on_step: called after each step with the number of steps done, over all stages.
+      score: called every `config.evaluation.every_steps` with the weights where they lie and the mesh; what it finds is
+        logged. `evaluation.during_training` makes one.
 
     Raises:
       distributed.Interrupted: SIGINT or SIGTERM came; the run was saved first.
@@ -192,7 +196,7 @@ def train(
         plans = _plans(config, data, checkpointer)
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
-        run = _Run(config, stages, plans, mesh, checkpointer, interruption, profiler, refusals, on_step)
+        run = _Run(config, stages, plans, mesh, checkpointer, interruption, profiler, refusals, on_step, score)
         params, progress = run.resume() or (make_params(config), Progress())
         total = sum(stage.steps for stage in stages)
         events = workdir / TENSORBOARD_FOLDER if distributed.is_primary() else None
@@ -226,6 +230,7 @@ class _Run:
     profiler: Profiler
     refusals: RefusalLog
     on_step: Callable[[int], Any] | None
+    score: Callable[[Params, Mesh], Mapping[str, float]] | None
 
     def resume(self) -> tuple[Params | None, Progress] | None:
         """Where the last checkpoint leaves off, and the weights if that is the start of a stage; None without one."""
@@ -308,6 +313,8 @@ class _Run:
                 first = False
             if self.on_step:
                 self.on_step(progress.step)
+            if self.score and progress.step % self.config.evaluation.every_steps == 0:
+                started += self._score(state.params, progress, log)
             interrupted = bool(interrupted) if jax.process_count() > 1 else self.interruption.came
             if at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0:
                 jax.block_until_ready(state)
@@ -318,6 +325,19 @@ class _Run:
                 _say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
                 raise distributed.Interrupted
         return state, progress
+
+    def _score(self, params: Params, progress: Progress, log: metrics.MetricsLog) -> float:
+        """Scores the weights and logs what is found; returns the seconds that training stood still."""
+        jax.block_until_ready(params)
+        began = time.monotonic()
+        found = self.score(params, self.mesh)
+        split = self.config.evaluation.split
+        log.write_scalars(progress.step, {f"{split}/{name}": value for name, value in found.items()})
+        seconds = time.monotonic() - began
+        figures = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+        _say(f"step {progress.step} {split} | {figures} | scored in {seconds:.0f} s")
+        log.restart_clock()
+        return seconds
 
     def _data_state(self, batches: BatchIterator) -> dict[str, Any]:
         """What is kept of the data with a checkpoint: the plans, and where the rows are that all processes make."""

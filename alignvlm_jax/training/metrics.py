@@ -108,6 +108,12 @@ class MetricsLog:
                 self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
         return summary
 
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes figures that are not of a step, under their own names."""
+        for name, value in values.items():
+            if self._writer is not None:
+                self._writer.add_scalar(name, value, step)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -28,10 +28,10 @@ ROWS = 8
 STEPS = 5
 
 
-def config(mesh, seed=0) -> ExperimentConfig:
+def config(mesh, seed=0, model=MODEL) -> ExperimentConfig:
     return ExperimentConfig(
         seed=seed,
-        model=MODEL,
+        model=model,
         data=DataConfig(tiling=TilingConfig(tile_size=16), packing=PackingConfig(64, 3, ROWS)),
         mesh=MeshConfig(*mesh),
         stages=(batches.stage(steps=STEPS, warmup_steps=1),),

@@ -50,6 +50,15 @@ def train(workdir, mesh, seed=0, stop_at=None):
             json.dump({"losses": losses, "made": made}, file)
 
 
+def evaluate(checkpoint, data, limit, predictions):
+    """`alignvlm eval`, on whatever mesh it chooses for several processes."""
+    from alignvlm_jax.evaluation import runner
+
+    options = dict(split="validation", limit=limit, batch_size=6)
+    report = runner.evaluate_checkpoint(checkpoint, data=data, predictions_file=predictions, **options)
+    print("answered", len(report.answers))
+
+
 def main():
     task, coordinator, number, process, arguments = sys.argv[1:]
     arguments = json.loads(arguments)
