@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignvlm_jax.ops.attention import AttentionMesh
+from alignvlm_jax.ops.linear import linear
 from alignvlm_jax.ops.vocabulary_streaming import VocabularyMesh
 
 fan_in_init = nn.initializers.lecun_normal()
@@ -32,17 +33,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = param(self, "kernel", fan_in_init, self.axes, (inputs.shape[-1], self.features))
-        outputs = matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            bias = param(self, "bias", nn.initializers.zeros, self.axes[1:], (self.features,))
-            outputs += bias.astype(self.dtype)
-        return outputs
-
-
-def matmul(inputs: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """`inputs @ kernel` as one matrix product: on a CPU the gradient takes half the time of the batched form's."""
-    outputs = jnp.dot(inputs.reshape(-1, inputs.shape[-1]), kernel)
-    return outputs.reshape(*inputs.shape[:-1], kernel.shape[-1])
+        bias = param(self, "bias", nn.initializers.zeros, self.axes[1:], (self.features,)) if self.use_bias else None
+        return linear(inputs.astype(self.dtype), kernel, bias)
 
 
 class LayerNorm(nn.Module):

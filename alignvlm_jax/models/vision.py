@@ -88,7 +88,8 @@ class VisionEncoder(nn.Module):
             ("position", "embed"),
             (config.num_patches, config.hidden_size),
         )
-        hidden = layers.constrain(embed(patches) + positions.astype(config.dtype), "batch", None, None)
+        # Added in float32, so that the gradient of the positions is summed in it.
+        hidden = layers.constrain((embed(patches) + positions).astype(config.dtype), "batch", None, None)
         stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=())
         hidden, _ = stack(config, name="layers")(hidden)
         return layers.LayerNorm(config.layer_norm_eps, name="final_norm")(hidden)

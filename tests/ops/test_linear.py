@@ -1,0 +1,58 @@
+"""The linear layer against float64, and what its gradients are summed in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from alignvlm_jax.ops.linear import linear
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+def _inputs(dtype):
+    rng = np.random.default_rng(0)
+    inputs, cotangent = rng.normal(size=(8, 16, 12)), rng.normal(size=(8, 16, 20)) + 1
+    kernel, bias = rng.normal(size=(12, 20)), rng.normal(size=20)
+    return (
+        jnp.asarray(inputs, dtype),
+        jnp.asarray(kernel, jnp.float32),
+        jnp.asarray(bias, jnp.float32),
+        jnp.asarray(cotangent, dtype),
+    )
+
+
+def _with_gradients(inputs, kernel, bias, cotangent):
+    value, pull_back = jax.vjp(linear, inputs, kernel, bias)
+    return value, *pull_back(cotangent)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 6e-3)])
+def test_value_and_gradients(dtype, tolerance):
+    arrays = _inputs(dtype)
+    x, kernel, bias, dy = (np.asarray(array, np.float64) for array in arrays)
+    rounded = np.asarray(arrays[1].astype(dtype), np.float64)
+    expected = (
+        x @ rounded + bias,
+        dy @ rounded.T,
+        np.einsum("bti,bto->io", x, dy),
+        dy.sum((0, 1)),
+    )
+    got = _with_gradients(*arrays)
+    assert [str(array.dtype) for array in got] == [dtype, dtype, "float32", "float32"]
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        # Sums over rows are exact to float32, whatever the dtype of the products' factors.
+        limit = tolerance if index < 2 else 1e-6
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * np.linalg.norm(b)
+
+
+def test_what_travels_between_devices_is_float32():
+    mesh = make_mesh(MeshConfig(data=8))
+    split, whole = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
+    inputs, kernel, bias, cotangent = _inputs("bfloat16")
+    compiled = jax.jit(
+        _with_gradients, in_shardings=(split, whole, whole, split), out_shardings=(split, split, whole, whole)
+    )
+    text = compiled.lower(inputs, kernel, bias, cotangent).compile().as_text()
+    reduced = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert reduced and all("bf16" not in line.split(" all-reduce(")[0] for line in reduced)
