@@ -1,0 +1,156 @@
+"""The train step on meshes: where everything lies, what crosses the wires, and the same loss on any shape."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters, tokens_per_tile
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.training import step as steps
+from tests.training import batches
+
+# Sizes that are found again in compiled code: no other array has a side of so many.
+WORDS, WIDTH, INNER = 704, 40, 144
+MODEL = dataclasses.replace(
+    batches.MODEL,
+    vision=dataclasses.replace(batches.MODEL.vision, hidden_size=24, intermediate_size=112),
+    language=dataclasses.replace(
+        batches.MODEL.language,
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_heads=4,
+        num_kv_heads=2,
+        tie_word_embeddings=False,
+    ),
+)
+STAGE = batches.stage()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+@pytest.fixture(scope="module")
+def compiled(mesh):
+    """The train step of 8 bins, and what it is compiled for."""
+    state = steps.abstract_state(MODEL, STAGE, mesh)
+    where = NamedSharding(mesh, sharding.BATCH_SPEC)
+    batch = {
+        name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)
+        for name, field in batches.random_batch(0, model=MODEL).items()
+    }
+    with jax.set_mesh(mesh):
+        return steps.jit_train_step(MODEL, STAGE, mesh).lower(state, batch).compile(), state
+
+
+def test_weights_and_optimizer_come_out_where_they_went_in(compiled, mesh):
+    step, state = compiled
+    given, (taken, _) = step.output_shardings[0], step.input_shardings[0]
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), came, went in zip(leaves, jax.tree.leaves(given), jax.tree.leaves(taken), strict=True):
+        assert came.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
+        assert went.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
+    expected = {
+        "['language']['embedding']": (WORDS // 2, WIDTH // 2),
+        "['language']['lm_head']": (WORDS // 2, WIDTH // 2),
+        "['connector']['w2']": (WORDS // 2, WIDTH // 2),
+        "['language']['layers']['mlp']['gate']['kernel']": (2, WIDTH // 2, INNER // 2),
+        "['language']['layers']['mlp']['down']['kernel']": (2, INNER // 2, WIDTH // 2),
+        "['language']['layers']['attention']['query']['kernel']": (2, WIDTH // 2, WIDTH // 2),
+    }
+    for ending, shape in expected.items():
+        found = [leaf for path, leaf in leaves if jax.tree_util.keystr(path).endswith(ending)]
+        assert len(found) == 3, f"{ending}: the weight and its two moments"
+        assert all(leaf.sharding.shard_shape(leaf.shape) == shape for leaf in found), ending
+
+
+def test_no_table_of_words_is_whole_on_any_device(compiled):
+    text = compiled[0].as_text()
+    shapes = {_shape(shape) for shape in re.findall(r"\w+\[([\d,]+)\]", text)}
+    assert (WORDS // 2, WIDTH // 2) in shapes, "what a device has of a table"
+    assert not any(WORDS in shape for shape in shapes), "gathered over tensor"
+
+
+def test_bins_stay_where_they_are_from_pixels_to_loss(mesh):
+    """The activations that models name: rows over data and fsdp, and the width of the MLPs and heads over tensor."""
+    model = AlignVLM(MODEL)
+    params = steps.abstract_state(MODEL, STAGE, mesh).params
+    where = NamedSharding(mesh, jax.P(("data", "fsdp")))
+    batch = jax.tree.map(
+        lambda field: jax.ShapeDtypeStruct(field.shape[1:], field.dtype, sharding=where),
+        batches.random_batch(0, model=MODEL),
+    )
+
+    def activations(params, batch):
+        bound = model.bind({"params": params})
+        visual, _ = bound.encode_images(batch["tiles"], batch["tile_valid_hw"])
+        inputs = bound.merge(batch, visual)
+        hidden, _ = bound.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
+        return {
+            "encoder": bound.encode_features(batch["tiles"], batch["tile_valid_hw"]),
+            "connector": visual,
+            "decoder input": inputs,
+            "decoder output": hidden,
+            "logits": bound.language.logits(hidden),
+        }
+
+    with jax.set_mesh(mesh), sharding.logical_rules():
+        compiled = jax.jit(activations).lower(params, batch).compile()
+    shapes = jax.eval_shape(activations, params, batch)
+    rows, length, tiles = 8, batches.LENGTH, batches.TILES
+    visual = tokens_per_tile(MODEL)
+    expected = {
+        "encoder": (rows // 4 * tiles, visual, 24),
+        "connector": (rows // 4, tiles * visual, WIDTH),
+        "decoder input": (rows // 4, length, WIDTH),
+        "decoder output": (rows // 4, length, WIDTH),
+        "logits": (rows // 4, length, WORDS // 2),
+    }
+    found = {name: where.shard_shape(shapes[name].shape) for name, where in compiled.output_shardings.items()}
+    assert found == expected
+    held = {_shape(shape) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
+    wide = {shape for shape in held if shape[-1] in (INNER, INNER // 2) and math.prod(shape[:-1]) == rows // 4 * length}
+    assert wide and all(shape[-1] == INNER // 2 for shape in wide), "an MLP's inner width is over tensor"
+
+
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_mesh_gives_the_same_losses(shape, one_device):
+    np.testing.assert_allclose(losses(make_mesh(MeshConfig(*shape))), one_device, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return losses(make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def losses(mesh):
+    """Of three steps on the same batch: the second and third see the gradients, too."""
+    params = nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))())
+    with jax.set_mesh(mesh):
+        state = steps.place_state(MODEL, STAGE, mesh, jax.device_get(params))
+        step = steps.jit_train_step(MODEL, STAGE, mesh)
+        batch = sharding.shard_batch(batches.random_batch(0, model=MODEL), mesh)
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+    assert found[2] < found[0]
+    return np.array(found)
+
+
+def _shape(text):
+    return tuple(int(size) for size in text.split(",") if size)
