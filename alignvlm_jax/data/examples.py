@@ -9,6 +9,7 @@ bad record never ends a run.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -74,7 +75,7 @@ class ExampleReader:
             if not part.weight > 0:
                 raise UserError(f"the weight of {part.name!r} in the mixture must be positive, got {part.weight}")
 
-    @property
+    @functools.cached_property
     def order(self) -> ExampleOrder:
         lengths = tuple(len(part.records) for part in self.parts)
         return ExampleOrder(lengths, tuple(part.weight for part in self.parts), self.seed)

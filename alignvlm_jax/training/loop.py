@@ -104,7 +104,7 @@ class ExperimentData:
             bins_per_step=stage.bins_per_step,
             steps=stage.steps,
             epochs=stage.epochs,
-            threads=self._config.data.read_threads,
+            threads=max(self._config.data.read_threads, self._config.data.workers),
             progress=distributed.is_primary(),
         )
 
