@@ -15,6 +15,7 @@ import platform
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,16 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             raise UserError(f"--process-id: expected 0 to {num_processes - 1}, got {process_id}")
     # SIGTERM is ours: the training loop agrees on a step to save, and everything else just ends.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX would abort the process, with a stack trace, when its own time is up.
+    patience = threading.Timer(_START_SECONDS, _give_up, [coordinator, process_id])
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=_START_SECONDS,
+            initialization_timeout=2 * _START_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
@@ -117,6 +122,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the other processes of the run cannot be reached: {reason}") from error
+    finally:
+        patience.cancel()
 
 
 def several_hosts(environ: Mapping[str, str]) -> bool:
@@ -289,6 +296,18 @@ def _addresses() -> list[str]:
         except OSError:
             pass  # no way outside
     return list(dict.fromkeys(found))
+
+
+def _give_up(coordinator: str | None, process_id: int | None) -> None:
+    me = "this process" if process_id is None else f"process {process_id}"
+    where = coordinator or "the first host of the cluster"
+    print(
+        f"\nalignvlm: error: {me} has waited {_START_SECONDS} s for the others of the run, at {where}: see that all of "
+        "them are started, each with its own number, and that they can reach that host and port",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _has_tpu() -> bool:

@@ -55,6 +55,7 @@ class Watch:
         )
         self._on_lost = on_lost
         self._alone = threading.Event()
+        self._leaving = False
         self.port: int = json.loads(self._watcher.stdout.readline())[1]
 
     def start(self, *, process: int, hosts: Sequence[str], addresses: Sequence[str], port: int, token: str) -> None:
@@ -73,10 +74,12 @@ class Watch:
 
     def left(self) -> None:
         """This process is done: that it is gone from now on is no loss."""
+        self._leaving = True
         self._say("left")
 
     def failed(self, text: str, *, wait_seconds: float) -> None:
         """This process ends by an error, and the others with it; waits until they have, if it has to be last."""
+        self._leaving = True
         self._say("failed", text)
         self._alone.wait(wait_seconds)
 
@@ -84,7 +87,7 @@ class Watch:
         try:
             self._watcher.stdin.write(json.dumps(words).encode() + b"\n")
             self._watcher.stdin.flush()
-        except OSError:  # somebody ended the watcher: the run goes on without
+        except OSError:  # somebody ended the watcher, as `_listen` has noticed
             self._alone.set()
 
     def _listen(self) -> None:
@@ -93,6 +96,9 @@ class Watch:
                 self._alone.set()
             else:
                 self._on_lost()
+        if not self._leaving:  # to the others this process is lost: it must not go on
+            _print("error: the watcher of this process was killed; ending")
+            self._on_lost()
 
 
 class _Link:

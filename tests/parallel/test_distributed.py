@@ -1,5 +1,8 @@
 """How processes find each other, as far as one process can tell; several of them are in test_processes.py."""
 
+import subprocess
+import sys
+
 import pytest
 
 from alignvlm_jax.errors import UserError
@@ -41,3 +44,11 @@ def test_clusters_are_recognised(environ, several):
 def test_arguments_that_do_not_go_together(arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(**arguments)
+
+
+def test_nobody_waits_for_ever_for_the_others(tmp_path):
+    """Run by itself: giving up ends the process."""
+    join = "from alignvlm_jax.parallel import distributed as d; d._START_SECONDS = 1; d.initialize('localhost:1', 2, 1)"
+    done = subprocess.run([sys.executable, "-c", join], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "error: process 1 has waited 1 s for the others of the run, at localhost:1" in done.stderr

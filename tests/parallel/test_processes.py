@@ -3,9 +3,11 @@
 import json
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from alignvlm_jax.training import checkpoint
@@ -93,6 +95,25 @@ def test_when_one_dies_the_others_end_and_name_its_machine(tmp_path, victim):
         assert codes[i] == -signal.SIGKILL if i == victim else codes[i] > 0
         said = f"host{victim} (process {victim} of 3) was killed or crashed; process {i} on host{i} ends with it"
         assert (said in process.text()) == (i != victim), process.text()
+
+
+@pytest.mark.large
+def test_when_a_machine_falls_silent_the_others_end_and_name_it(tmp_path):
+    three = processes.start(tmp_path, "count", 3, host=HOSTS)
+    for process in three:
+        process.wait_for("counted 2")
+    silent = psutil.Process(three[1].process.pid)
+    silent = [silent, *silent.children()]  # with its watcher
+    for process in silent:
+        process.suspend()
+    began = time.monotonic()
+    codes = [three[i].process.wait(60) for i in (0, 2)]
+    assert time.monotonic() - began < 60 and min(codes) > 0
+    for process in silent:
+        process.kill()
+    processes.finish(three)
+    for i in (0, 2):
+        assert "host1 (process 1 of 3) has not been heard of for 20 s" in three[i].text()
 
 
 def test_when_one_fails_the_others_say_of_what(tmp_path):
