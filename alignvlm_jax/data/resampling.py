@@ -22,16 +22,23 @@ Example: S = 2 n, a page 2 S wide and S high, no thumbnail, n = 2: one row of tw
 The original's tolerance is kept: up to 1.1^2 * 9 = 10.9 tiles of tokens stay as they are. One thing differs: of a page
 so narrow that unpadding leaves nothing (1 x 1000), a row or column is kept.
 Source: LLaVA-NeXT `prepare_inputs_labels_for_multimodal`, and LLaVA-OneVision in transformers, which rounds like here.
+A copy of this file travels with every exported PyTorch model (`interop/pytorch`): numpy and the standard library.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
 
-from alignvlm_jax.data.tiling import TilePlan, TilingConfig
+try:
+    from jaxtyping import Float32, Int32
+
+    from alignvlm_jax.data.tiling import TilePlan, TilingConfig
+except ImportError:  # beside an exported model, where annotations stay strings that nobody reads
+    pass
 
 # Shrinking by less is not worth the blur (LLaVA-NeXT).
 _MIN_REDUCTION = 1.1

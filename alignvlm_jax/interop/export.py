@@ -42,7 +42,7 @@ from alignvlm_jax.interop.model_card import model_card
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.training.checkpoint import ParameterReader
@@ -64,15 +64,9 @@ def export_alignvlm(
       max_shard_bytes: where weights are cut into several files.
 
     Raises:
-      UserError: the checkpoint is none, unfinished or damaged; its tiling rule is anyres_max_9, which PyTorch's model
-        does not have; `out` is taken, or cannot be written.
+      UserError: the checkpoint is none, unfinished or damaged; `out` is taken, or cannot be written.
     """
     source = _Source(checkpoint, dtype)
-    if source.model.newline:
-        raise UserError(
-            f"{checkpoint}: its tiles are joined by anyres_max_9, which the PyTorch model does not have yet; "
-            "`--language-only` and `--vision-only` export its parts"
-        )
     with new_folder(out) as folder:
         source.write_weights(folder, tables.alignvlm(source.model), "", max_shard_bytes)
         export_tokenizer(source.reader.tokenizer_folder, folder)
@@ -131,6 +125,7 @@ def alignvlm_config(
         "vision_config": _without_class(siglip_config(config.vision, dtype)),
         "text_config": _without_class({**llama_config(config.language, dtype), **special_ids}),
         "connector_config": {"name": connector, **dataclasses.asdict(config.connector)},
+        "newline": config.newline,
         "image_token_id": image_token_id,
         "tie_word_embeddings": config.language.tie_word_embeddings,
         "dtype": dtype,
@@ -149,6 +144,7 @@ def processor_config(config: AlignVLMConfig, tiling: TilingConfig, image_token: 
             "image_processor_type": "AlignVLMImageProcessor",
             "auto_map": {"AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"},
             **dataclasses.asdict(tiling),
+            "token_grid": list(token_grid(config)),
         },
     }
 

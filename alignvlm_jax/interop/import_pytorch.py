@@ -158,7 +158,7 @@ def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) 
         read_language_config(folder, "text_config"),
         tie_word_embeddings=bool(config_json.get("tie_word_embeddings", False)),
     )
-    model = {"connector": config_json["connector_config"]}
+    model = {"connector": config_json["connector_config"], "newline": bool(config_json.get("newline", False))}
     for name, part in (("vision", read_vision_config(folder, "vision_config")), ("language", language)):
         model[name] = dataclasses.asdict(part) | {field: run[name][field] for field in ("dtype", "remat")}
     # PyTorch's config always says how wide a head is; ours need not where it follows from the rest.

@@ -124,14 +124,19 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
     rows = [row for row in rows if part in ("alignvlm", row[0])]
     lines = ["| part | parameters | |", "|---|---|---|", *(f"| {a} | {b:,} | {c} |" for a, b, c in rows)]
     if part == "alignvlm":
-        tiles = f"up to {tiling.max_tiles} tiles of {tiling.tile_size} px (rule `{tiling.rule}`"
-        tiles += ", and the whole page as a thumbnail)" if tiling.thumbnail and tiling.max_tiles > 1 else ")"
+        has_thumbnail = tiling.thumbnail and tiling.max_tiles_per_image > 1
+        joined = tiling.rule == "anyres_max_9"
+        tiles = f"up to {tiling.grid_side**2 if joined else tiling.max_tiles} tiles of {tiling.tile_size} px (rule "
+        tiles += f"`{tiling.rule}`, and the whole page as a thumbnail)" if has_thumbnail else f"`{tiling.rule}`)"
+        becomes = f"each tile becomes {tokens_per_tile(config.model)} visual tokens"
+        if joined:
+            becomes += f", which are joined and, beyond about {tiling.max_tiles} tiles' worth, reduced"
         lines += [
             f"| all | {sum(counts.values()):,} | |",
             "",
             f"The connector is {_CONNECTORS[connector]}.",
             "",
-            f"A page is cut into {tiles}; each tile becomes {tokens_per_tile(config.model)} visual tokens.",
+            f"A page is cut into {tiles}; {becomes}.",
         ]
     lines += ["", f"Weights: {dtype}."]
     return "\n".join(lines)

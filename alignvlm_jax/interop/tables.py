@@ -183,7 +183,9 @@ def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
     def language_key(key: str) -> str:
         return key if key.startswith("lm_head.") else key.replace("model.", "model.language_model.", 1)
 
+    newline = [Row("connector/newline", "model.image_newline")] if config.newline else []
     return (
+        *newline,
         *under("vision", SIGLIP, "model.vision_tower.{}".format),
         *under("connector", connector(config.connector), "model.connector.{}".format),
         *under("language", llama(config.language.tie_word_embeddings), language_key),

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from alignvlm_jax import config as configs
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import export
+from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.models.language import LanguageModel
 from alignvlm_jax.models.vision import VisionEncoder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -241,18 +242,19 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
     refused("cannot be read", damaged)
 
 
-def test_joined_tiles_are_refused_and_parts_are_not(tmp_path):
-    """anyres_max_9 is not in the PyTorch model; before anything is written that is said."""
+def test_joined_tiles_come_back(tmp_path):
+    """anyres_max_9: the newline, and that the model has one, go to PyTorch and back."""
     raw = configs.to_dict(tiny_config())
     raw["model"]["newline"] = True
-    raw["data"]["tiling"]["rule"] = "anyres_max_9"
+    raw["data"]["tiling"] |= {"rule": "anyres_max_9", "grid_side": 2}
     config = configs.from_dict(raw)
     params = random_params(config.model)
     write_checkpoint(tmp_path / "joined", config, params, nano_tokenizer(), history=HISTORY)
     restored = restore_params(tmp_path / "joined")["connector"]["newline"]
     np.testing.assert_array_equal(restored, params["connector"]["newline"])
-    with pytest.raises(UserError, match="anyres_max_9, which the PyTorch model does not have yet"):
-        export.export_alignvlm(tmp_path / "joined", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    export.export_vision(tmp_path / "joined", tmp_path / "vision")
-    assert (tmp_path / "vision" / "model.safetensors").is_file()
+    export.export_alignvlm(tmp_path / "joined", tmp_path / "out")
+    np.testing.assert_array_equal(_tensors(tmp_path / "out")["model.image_newline"], restored)
+    assert _load(tmp_path / "out").config.newline
+    back = read_alignvlm(tmp_path / "out")
+    assert back.config == config
+    np.testing.assert_array_equal(back.params["connector"]["newline"], restored)

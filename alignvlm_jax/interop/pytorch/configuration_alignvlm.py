@@ -17,6 +17,7 @@
       "text_config": {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {...}, ...},
       "connector_config": {"name": "align", "vocab_scale_init": 2.0, "use_bias": true, "layer_norm_eps": 1e-05,
                            "vocab_size": null},
+      "newline": false,
       "image_token_id": 128011,
       "tie_word_embeddings": true,
       "bos_token_id": 128000, "eos_token_id": [128009, 128001], "pad_token_id": 128004,
@@ -40,6 +41,7 @@ class AlignVLMConfig(PretrainedConfig):
         vision_config: a `SiglipVisionConfig` or its dict.
         text_config: a `LlamaConfig` or its dict.
         connector_config: the connector's name and fields; see the module docstring.
+        newline: whether a learned vector ends every row of visual tokens: under the tiling rule anyres_max_9.
         image_token_id: the token that the processor repeats once per visual token.
         tie_word_embeddings: whether the language-model head is the embedding table.
     """
@@ -52,6 +54,7 @@ class AlignVLMConfig(PretrainedConfig):
         vision_config=None,
         text_config=None,
         connector_config=None,
+        newline=False,
         image_token_id=0,
         tie_word_embeddings=True,
         **kwargs,
@@ -64,6 +67,7 @@ class AlignVLMConfig(PretrainedConfig):
         self.vision_config = vision_config
         self.text_config = text_config
         self.connector_config = dict(connector_config or {"name": "align"})
+        self.newline = newline
         self.image_token_id = image_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

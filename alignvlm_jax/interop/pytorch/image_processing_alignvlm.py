@@ -4,6 +4,12 @@ Axes: M tiles of all images, S tile side.
 
     pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the picture
     num_tiles     int64 [images]: how many of the M tiles belong to each image, in order
+
+Under the tiling rule anyres_max_9 the T visual tokens of all images are mixtures of features, or ends of rows:
+
+    visual_sources     int64 [T, 4]: features of all M tiles, in order; -1 is the end of a row
+    visual_weights     float32 [T, 4]
+    num_visual_tokens  int64 [images]
 """
 
 import base64
@@ -20,6 +26,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .resampling_alignvlm import num_visual_tokens, resample_images
 from .rgb_alignvlm import formats, to_rgb
 from .tiling_alignvlm import TilePlan, TilingConfig, cut_tiles, plan_tiles
 
@@ -39,16 +46,20 @@ class AlignVLMImagesKwargs(ImagesKwargs, total=False):
 
 
 class AlignVLMImageProcessor(BaseImageProcessor):
-    """Cuts pictures into tiles. Its settings are the fields of `TilingConfig`."""
+    """Cuts pictures into tiles.
+
+    Its settings are the fields of `TilingConfig`, and `token_grid`: rows and columns of the visual tokens of one tile.
+    """
 
     model_input_names = ["pixel_values"]
     valid_kwargs = AlignVLMImagesKwargs
 
-    def __init__(self, **kwargs):
+    def __init__(self, token_grid=(1, 1), **kwargs):
         tiling = TilingConfig(**{name: kwargs.pop(name) for name in _FIELDS if name in kwargs})
         super().__init__(**kwargs)
         for name, value in dataclasses.asdict(tiling).items():
             setattr(self, name, value)
+        self.token_grid = list(token_grid)
 
     def tiling(self, **overrides) -> TilingConfig:
         """The settings, with those of `overrides` that are not None."""
@@ -58,6 +69,10 @@ class AlignVLMImageProcessor(BaseImageProcessor):
     def plan(self, height: int, width: int, **overrides) -> TilePlan:
         """How an image of this size is cut."""
         return plan_tiles(width, height, self.tiling(**overrides))
+
+    def num_visual_tokens(self, height: int, width: int, **overrides) -> int:
+        """What an image of this size becomes in the model, by `token_grid`."""
+        return num_visual_tokens(self.plan(height, width, **overrides), self.tiling(**overrides), self.token_grid)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """Cuts and normalises.
@@ -69,15 +84,21 @@ class AlignVLMImageProcessor(BaseImageProcessor):
             **kwargs: settings of `TilingConfig` for this call alone.
         """
         tiling = self.tiling(**kwargs)
-        pixel_values, num_tiles = [], []
+        pixel_values, plans = [], []
         for image in flatten_images(self.fetch_images(images)):
             image = to_rgb(_to_pil(image), keep_grey=True)
-            tiles, valid_hw = cut_tiles(image, plan_tiles(*image.size, tiling), tiling.tile_size)
-            pixel_values.append(normalize_tiles(tiles, valid_hw))
-            num_tiles.append(len(tiles))
-        if not num_tiles:
+            plans.append(plan_tiles(*image.size, tiling))
+            pixel_values.append(normalize_tiles(*cut_tiles(image, plans[-1], tiling.tile_size)))
+        if not plans:
             raise ValueError("no images were given; leave `images` out (or None) for text alone")
-        data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": np.asarray(num_tiles, np.int64)}
+        num_tiles = np.asarray([plan.num_tiles for plan in plans], np.int64)
+        data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": num_tiles}
+        resampling = resample_images(plans, tiling, self.token_grid)
+        if resampling is not None:
+            data["visual_sources"] = resampling.sources.astype(np.int64)
+            data["visual_weights"] = resampling.weights
+            counts = [num_visual_tokens(plan, tiling, self.token_grid) for plan in plans]
+            data["num_visual_tokens"] = np.asarray(counts, np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls):

@@ -432,12 +432,14 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, PerceiverConnector):
             init.normal_(module.latents)
+        elif isinstance(module, AlignVLMModel) and module.config.newline:
+            init.normal_(module.image_newline, std=len(module.image_newline) ** -0.5)
 
 
 @dataclasses.dataclass
 class AlignVLMModelOutput(BaseModelOutputWithPast):
     """Attributes:
-    image_hidden_states: the visual tokens, [M, N', D].
+    image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] where tiles are joined.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -446,7 +448,7 @@ class AlignVLMModelOutput(BaseModelOutputWithPast):
 @dataclasses.dataclass
 class AlignVLMCausalLMOutput(CausalLMOutputWithPast):
     """Attributes:
-    image_hidden_states: the visual tokens, [M, N', D].
+    image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] where tiles are joined.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -462,6 +464,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         self.language_model = LlamaModel(config.text_config)
         # A padding row would get no gradient, but its token may also end an answer, and ALIGN's values are all rows.
         self.language_model.embed_tokens.padding_idx = None
+        if config.newline:
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -471,16 +475,31 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        visual_sources: torch.LongTensor | None = None,
+        visual_weights: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Tiles to visual tokens.
 
         Args:
             pixel_values: [M, 3, S, S] from the image processor.
+            visual_sources: [T, 4], with `visual_weights` from the image processor: what each visual token is made of,
+                where tiles are joined.
+            visual_weights: [T, 4].
             **kwargs: `return_dict`; what else callers pass along is ignored.
 
         Returns:
-            `last_hidden_state`: the encoder's features [M, N, d]; `pooler_output`: the visual tokens [M, N', D].
+            `last_hidden_state`: the encoder's features [M, N, d]; `pooler_output`: the visual tokens [M, N', D], or
+            [T, 1, D] where tiles are joined.
         """
+        if (visual_sources is None) == self.config.newline:
+            raise ValueError(
+                "`visual_sources` and `visual_weights` come exactly with models of the tiling rule anyres_max_9: use "
+                "the processor of the same folder"
+            )
         features = self.vision_tower(pixel_values).last_hidden_state
         embed_tokens = self.get_input_embeddings()
 
@@ -488,6 +507,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             return embed_tokens(torch.arange(block.start, block.stop, device=features.device))
 
         visual = self.connector(features, embed_words)
+        if visual_sources is not None:
+            # `generate` repeats entries for beams, as many as make up a row: tokens of their own fit any row.
+            visual = mix_visual(visual.flatten(0, 1), self.image_newline, visual_sources, visual_weights)[:, None]
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
 
     @can_return_tuple
@@ -500,6 +522,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        visual_sources: torch.LongTensor | None = None,
+        visual_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> AlignVLMModelOutput:
         """Runs the decoder over text with visual tokens in the image tokens' places.
@@ -512,6 +536,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             past_key_values: what came before.
             inputs_embeds: [B, L, D] in place of `input_ids`, visual tokens already in their places.
             mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
+            visual_sources: and `visual_weights`: see `get_image_features`.
+            visual_weights: [T, 4].
             **kwargs: to the decoder and its attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -520,7 +546,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if pixel_values is not None:
             if encoded is not None:
                 raise ValueError("give either `pixel_values` or their `mm_encoder_outputs`")
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            encoded = self.get_image_features(pixel_values, visual_sources, visual_weights, return_dict=True)
         visual = None if encoded is None else encoded.pooler_output
         if isinstance(visual, list | tuple):
             visual = torch.cat([features.flatten(0, -2) for features in visual])
@@ -553,6 +579,15 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         return inputs_embeds.masked_scatter(is_image.to(inputs_embeds.device)[..., None], visual)
 
 
+def mix_visual(
+    features: torch.Tensor, newline: torch.Tensor, sources: torch.LongTensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """[T, D]: the sum over k of weights[:, k] * features[sources[:, k]]; source -1 is the newline."""
+    rows = torch.cat([features, newline[None].to(features)])
+    mixed = (rows[sources.to(rows.device)].float() * weights.to(rows.device, torch.float32)[..., None]).sum(dim=1)
+    return mixed.to(features.dtype)
+
+
 class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
     """The whole model: generates, and with `labels` computes the loss of training."""
 
@@ -575,7 +610,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """See `AlignVLMModel.get_image_features`."""
+        """See `AlignVLMModel.get_image_features`, also for what else it takes."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -592,6 +627,8 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_logits: bool | None = None,
+        visual_sources: torch.LongTensor | None = None,
+        visual_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> AlignVLMCausalLMOutput:
         """Scores the next token at every position, or computes the loss.
@@ -605,6 +642,8 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
                 accumulated over several batches.
             return_logits: whether logits come with the loss. By default not in training mode: the loss scores only the
                 positions before a label, few beside thousands of visual tokens.
+            visual_sources: and `visual_weights`: see `AlignVLMModel.get_image_features`.
+            visual_weights: [T, 4].
             **kwargs: to the decoder and its attention.
         """
         outputs = self.model(
@@ -615,6 +654,8 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            visual_sources=visual_sources,
+            visual_weights=visual_weights,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -665,14 +706,25 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("pixel_values", None)
-            inputs.pop("mm_encoder_outputs", None)
+            for name in ("mm_encoder_outputs", "visual_sources", "visual_weights"):
+                inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
     ):
-        """Rows are repeated in place (a a b b), and each row's tiles with it (a1 a2 a1 a2 b1 b1)."""
-        if pixel_values is not None and expand_size > 1:
+        """Rows are repeated in place (a a b b), and each row's tiles with it (a1 a2 a1 a2 b1 b1).
+
+        Joined tiles stay as they are, for visual tokens say which features they are made of: those lines are repeated.
+        """
+        joined = {name: model_kwargs.pop(name) for name in ("visual_sources", "visual_weights") if name in model_kwargs}
+        if joined and pixel_values is not None and expand_size > 1:
+            is_image = input_ids == self.config.image_token_id
+            _check_counts(is_image, len(joined["visual_sources"]))
+            for name, lines in joined.items():
+                of_rows = lines.split(is_image.sum(dim=-1).tolist())
+                joined[name] = torch.cat([part for part in of_rows for _ in range(expand_size)])
+        elif pixel_values is not None and expand_size > 1:
             is_image = input_ids == self.config.image_token_id
             _check_counts(is_image, len(pixel_values) * self.config.tokens_per_tile)
             tiles_of_rows = pixel_values.split((is_image.sum(dim=-1) // self.config.tokens_per_tile).tolist())
@@ -682,7 +734,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         )
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, {**model_kwargs, **joined}
 
 
 def _is_empty(past_key_values) -> bool:

@@ -18,7 +18,7 @@ text typed by a user stays text, even where it reads like a special token.
       "image_processor": {
         "image_processor_type": "AlignVLMImageProcessor",
         "auto_map": {"AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor"},
-        "rule": "ovis", "tile_size": 384, "max_tiles": 9, "thumbnail": true
+        "rule": "ovis", "tile_size": 384, "max_tiles": 9, "thumbnail": true, "grid_side": 6, "token_grid": [27, 27]
       }
     }
 """
@@ -33,6 +33,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
 
 # What image_processing_alignvlm imports: transformers 5.0 brings along only the files that are named right here.
+from .resampling_alignvlm import resample_images  # noqa: F401
 from .rgb_alignvlm import to_rgb  # noqa: F401
 from .tiling_alignvlm import cut_tiles  # noqa: F401
 
@@ -81,7 +82,8 @@ class AlignVLMProcessor(ProcessorMixin):
             **kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and the image processor (`max_tiles`, ...).
 
         Returns:
-            `input_ids`, `attention_mask` and, with images, `pixel_values`; on request `mm_token_type_ids` (1 at visual
+            `input_ids`, `attention_mask` and, with images, `pixel_values` (under the tiling rule anyres_max_9 also
+            `visual_sources` and `visual_weights`); on request `mm_token_type_ids` (1 at visual
             tokens) and `text_replacement_offsets`.
         """
         if videos is not None or audio is not None:
@@ -96,17 +98,18 @@ class AlignVLMProcessor(ProcessorMixin):
         wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False) or wants_offsets
         return_tensors = text_kwargs.pop("return_tensors", None)
 
-        data, num_tiles = {}, []
+        data, counts = {}, []
         images = None if images is None else list(flatten_images(images))
         if images:
             images_kwargs = {**merged["images_kwargs"], "return_tensors": None}
             data = dict(self.image_processor(images, **images_kwargs))
-            num_tiles = data.pop("num_tiles").tolist()
+            num_tiles = data.pop("num_tiles")
+            counts = data.pop("num_visual_tokens", num_tiles * self.tokens_per_tile).tolist()
         if text is None:
             return BatchFeature(data, tensor_type=return_tensors)
 
         texts = [text] if isinstance(text, str) else list(text)
-        texts, offsets = self._repeat_image_tokens(texts, num_tiles)
+        texts, offsets = self._repeat_image_tokens(texts, counts)
         text_inputs = self._tokenize(texts, text_kwargs)
         if wants_types:
             text_inputs["mm_token_type_ids"] = [
@@ -124,17 +127,17 @@ class AlignVLMProcessor(ProcessorMixin):
             conversation = self._hide_special_tokens(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _repeat_image_tokens(self, texts: list[str], num_tiles: list[int]) -> tuple[list[str], list[list[dict]]]:
+    def _repeat_image_tokens(self, texts: list[str], counts: list[int]) -> tuple[list[str], list[list[dict]]]:
         """Writes the image token once per visual token; also returns where, in the words of transformers."""
         found = sum(text.count(self.image_token) for text in texts)
-        if found != len(num_tiles):
-            raise ValueError(f"the text has {found} image tokens ({self.image_token}) for {len(num_tiles)} images")
-        remaining = iter(num_tiles)
+        if found != len(counts):
+            raise ValueError(f"the text has {found} image tokens ({self.image_token}) for {len(counts)} images")
+        remaining = iter(counts)
         expanded, offsets = [], []
         for text in texts:
             pieces, spans, start, shift = [], [], 0, 0
             for match in re.finditer(re.escape(self.image_token), text):
-                replacement = self.image_token * (next(remaining) * self.tokens_per_tile)
+                replacement = self.image_token * next(remaining)
                 new_start = match.start() + shift
                 spans.append(
                     {
@@ -216,6 +219,8 @@ class AlignVLMProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What an image's token becomes (asked for by transformers' tools and vLLM)."""
+        if "num_visual_tokens" in image_inputs:
+            return self.image_token * int(image_inputs["num_visual_tokens"][image_idx])
         return self.image_token * (int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -224,13 +229,16 @@ class AlignVLMProcessor(ProcessorMixin):
             return MultiModalData()
         overrides = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         tiles = [self.image_processor.plan(height, width, **overrides).num_tiles for height, width in image_sizes]
-        return MultiModalData(
-            num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles
-        )
+        if self.image_processor.rule == "anyres_max_9":
+            tokens = [self.image_processor.num_visual_tokens(*size, **overrides) for size in image_sizes]
+        else:
+            tokens = [count * self.tokens_per_tile for count in tiles]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        joined = ["visual_sources", "visual_weights"] if self.image_processor.rule == "anyres_max_9" else []
+        return ["input_ids", "attention_mask", "pixel_values", *joined]
 
 
 __all__ = ["AlignVLMProcessor"]

@@ -84,7 +84,9 @@ def make_params(config: AlignVLMConfig) -> dict:
     return jax.tree_util.tree_map_with_path(scatter, params)
 
 
-def write_folder(folder: pathlib.Path, config: AlignVLMConfig, params: dict) -> pathlib.Path:
+def write_folder(
+    folder: pathlib.Path, config: AlignVLMConfig, params: dict, tiling: TilingConfig = TILING
+) -> pathlib.Path:
     """Writes what `interop/export.py` writes for a checkpoint, without a checkpoint."""
     chat_folder = write_chat_folder(folder.parent / f"{folder.name}_chat")
     folder.mkdir(parents=True)
@@ -99,7 +101,7 @@ def write_folder(folder: pathlib.Path, config: AlignVLMConfig, params: dict) -> 
     }
     written = {
         "config.json": export.alignvlm_config(config, dtype="float32", image_token_id=chat.image_id, special_ids=ids),
-        "processor_config.json": export.processor_config(config, TILING, "<|image|>"),
+        "processor_config.json": export.processor_config(config, tiling, "<|image|>"),
         "generation_config.json": ids,
     }
     for name, content in written.items():

@@ -1,0 +1,5 @@
+"""`data/resampling.py` under the name it has in an exported folder."""
+
+from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
+
+__all__ = ["num_visual_tokens", "resample_images"]
