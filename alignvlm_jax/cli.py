@@ -42,6 +42,7 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/seed1 --config.seed=1
   alignvlm train --config configs/nano.py --workdir runs/mlp --config.model.connector=mlp
   alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
+  alignvlm train --config configs/nano.py --workdir runs/scored --config.evaluation.every_steps=100
 
 Any field of the config can be set with --config.path.to.key=value; a name that does not
 exist is refused with the nearest right one. `configs/nano.py` is looked for here first,
@@ -63,6 +64,7 @@ examples:
   alignvlm eval --checkpoint runs/demo/checkpoint
   alignvlm eval --checkpoint runs/demo/checkpoint --control blank
   alignvlm eval --checkpoint runs/demo/checkpoint --split validation --json scores.json
+  alignvlm eval --checkpoint runs/demo/checkpoint --mesh data=2,fsdp=4
 
 controls, which an honest reader fails:
   blank   a white page of the same size: what can be guessed from the question alone
