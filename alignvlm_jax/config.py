@@ -36,6 +36,7 @@ from alignvlm_jax.ops.attention import KERNELS
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.optimizer import OPTIMIZERS
 from alignvlm_jax.training.profile import ProfileConfig, traced_steps
+from alignvlm_jax.training.retention import CheckpointConfig
 from alignvlm_jax.training.stages import StageConfig
 
 
@@ -51,14 +52,6 @@ class BackbonesConfig:
 
     vision: str = "nano"
     language: str = "nano"
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """How often the run is saved, the ends of stages apart, and how many checkpoints are kept."""
-
-    every_steps: int = 500
-    keep: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +355,10 @@ def _check(config: ExperimentConfig) -> None:
     for name in ("every_steps", "limit"):
         if getattr(config.evaluation, name) is not None:
             _positive("config.evaluation", config.evaluation, name)
+    _at_least_0("config.checkpoint", config.checkpoint, "keep_best")
+    keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
+    if keep_every is not None and (keep_every < 1 or keep_every % every):
+        raise UserError(f"config.checkpoint.keep_every: expected a multiple of every_steps, {every}, got {keep_every}")
     _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
     try:
         traced_steps(config.profile)

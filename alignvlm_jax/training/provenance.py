@@ -1,0 +1,33 @@
+"""What wrote a checkpoint: versions of the libraries, and the revision of this code."""
+
+import functools
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import alignvlm_jax
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """{"alignvlm_jax": ..., "jax": ..., ..., "git": "1a2b3c4+changes"}; "git" only where the code lies in a clone."""
+    found = {"alignvlm_jax": alignvlm_jax.__version__}
+    found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    revision = git_revision()
+    return found | ({"git": revision} if revision else {})
+
+
+def git_revision() -> str | None:
+    """The commit this code is of, with "+changes" if it was edited since; None outside of a clone of its own."""
+    root = Path(alignvlm_jax.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        revision = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{revision}+changes" if changes else revision

@@ -1,0 +1,54 @@
+"""Disks and folders that really are broken. As root permissions break nothing: other means do."""
+
+import contextlib
+import pathlib
+import subprocess
+
+import pytest
+
+
+def _run_or_skip(*command) -> None:
+    try:
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{command[0]} is not possible here ({error})")
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, megabytes: int):
+    """A file system of that size, mounted on `folder`; skips the test where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _run_or_skip("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def read_only(folder: pathlib.Path):
+    """The folder, which must be a file system of its own, takes no more writes."""
+    _run_or_skip("mount", "-o", "remount,ro", folder)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def immutable(folder: pathlib.Path):
+    """Nobody may change the folder, root neither."""
+    _run_or_skip("chattr", "+i", folder)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+
+
+def fill(disk: pathlib.Path) -> pathlib.Path:
+    """Writes a file until no byte is left; returns it."""
+    path = disk / "filler"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return path

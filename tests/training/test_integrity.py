@@ -1,0 +1,220 @@
+"""Checkpoints on disks that fail: what is broken is named and passed over, and the last good step stays."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.training import checkpoint, integrity, provenance
+from alignvlm_jax.training.checkpoint import Checkpointer, Progress
+from alignvlm_jax.training.step import TrainState
+from tests.training import breakage
+
+
+def state_at(step: int, size: int = 64) -> TrainState:
+    weights = jnp.full((size,), step, jnp.float32)
+    return TrainState(jnp.int32(step), {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}})
+
+
+def write_steps(workdir, *steps, size=64, metrics=None, **config) -> Checkpointer:
+    with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(**{"keep": 10, **config}))) as checkpointer:
+        for step in steps:
+            checkpointer.save(Progress(step, 0, step), state_at(step, size), {"rows": step}, (metrics or {}).get(step))
+    return checkpointer
+
+
+def newest(workdir) -> int | None:
+    """The step that a run would go on from, restored and looked at."""
+    with Checkpointer(workdir, ExperimentConfig()) as checkpointer:
+        progress = checkpointer.latest()
+        if progress is None:
+            return None
+        state = checkpointer.restore(progress, state_at(0))
+        assert state.params["language"]["embedding"][5] == state.opt_state["mu"]["embedding"][5] - 1 == progress.step
+        assert checkpointer.data_state(progress) == {"rows": progress.step}
+        return progress.step
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("written")
+    write_steps(workdir, 10, 20)
+    return workdir
+
+
+@pytest.fixture
+def run(written, tmp_path):
+    """A copy of a run with the steps 10 and 20."""
+    return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def files_of(step: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_the_newest_step_is_gone_on_from_and_says_what_wrote_it(run):
+    assert newest(run) == 20
+    meta = checkpoint.read_meta(run / "checkpoints" / "20")
+    assert meta["versions"] == provenance.versions() and {"jax", "alignvlm_jax"} <= set(meta["versions"])
+    git = provenance.git_revision()
+    assert git is None or len(git.split("+")[0]) == 12
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "deleted"])
+def test_a_broken_file_is_named_whichever_it_is(run, capsys, how):
+    step = run / "checkpoints" / "20"
+    files = files_of(step)
+    assert len(files) > 15
+    for path in files:
+        before = path.read_bytes()
+        if how == "deleted":
+            path.unlink()
+        elif how == "truncated":
+            path.write_bytes(before[:-1])
+        else:
+            path.write_bytes(flip(before))
+        if before or how == "deleted":
+            reason = integrity.damage(step)
+            assert reason and (str(path.relative_to(step)) in reason or path.name.startswith("digests")), path
+        path.write_bytes(before)
+    assert integrity.damage(step) is None
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([byte ^ 1 for byte in data[middle : middle + 1]]) + data[middle + 1 :]
+
+
+def test_a_flipped_byte_of_a_weight_is_seen(run, capsys):
+    """Orbax restores it as another number: design.md, "Known facts"."""
+    step = run / "checkpoints" / "20"
+    path = max((step / "params").rglob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(flip(path.read_bytes()))
+    assert newest(run) == 10
+    assert f"{step} is passed over: {path.relative_to(step)} is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["empty", "half deleted", "not finished", "digests torn"])
+def test_half_a_step_is_passed_over(run, capsys, how):
+    step = run / "checkpoints" / "20"
+    if how == "empty":
+        shutil.rmtree(step)
+        step.mkdir()
+    elif how == "half deleted":
+        shutil.rmtree(step / "opt_state")
+    elif how == "not finished":
+        (step / "digests.0-of-1.json").rename(step / "digests.0-of-2.json")
+    else:
+        (step / "digests.0-of-1.json").write_bytes((step / "digests.0-of-1.json").read_bytes()[:-20])
+    assert newest(run) == 10 and checkpoint.complete_steps(run / "checkpoints") == [10]
+    assert f"{step} is passed over" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "10")
+    assert newest(run) is None
+
+
+def test_a_step_is_complete_with_its_last_file_and_not_before(run):
+    """As on an object store, where files appear one by one and nothing is renamed."""
+    source, copy = run / "checkpoints" / "20", run / "checkpoints" / "30"
+    for order in (files_of(source), files_of(source)[::-1]):
+        for path in order:
+            assert integrity.incompleteness(copy), f"complete without {path}"
+            (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / path.relative_to(source))
+        assert integrity.damage(copy) is None
+        shutil.rmtree(copy)
+
+
+def test_each_process_vouches_for_what_it_wrote(run):
+    step = run / "checkpoints" / "20"
+    (step / "digests.0-of-1.json").unlink()
+    (step / "params" / "ocdbt.process_0").rename(step / "params" / "ocdbt.process_1")
+    integrity.seal(step, 0, 2)
+    assert "process 1" in integrity.incompleteness(step)
+    integrity.seal(step, 1, 2)
+    shares = [set(json.loads((step / f"digests.{i}-of-2.json").read_text())["files"]) for i in (0, 1)]
+    assert not shares[0] & shares[1] and all("ocdbt.process_1" in file or "process_1" in file for file in shares[1])
+    assert integrity.damage(step) is None
+    for path in shares[1]:
+        (step / path).write_bytes(flip((step / path).read_bytes()))
+        found = [integrity.damage(step, share=(i, 2)) for i in (0, 1)]
+        assert found.count(None) == 1, "one of the two reads it"
+        (step / path).write_bytes(flip((step / path).read_bytes()))
+
+
+def test_a_run_that_fell_back_writes_over_what_it_passed_over(run):
+    step = run / "checkpoints" / "20"
+    (step / "meta" / "metadata").write_bytes(b"")
+    write_steps(run, 15, keep=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["15"], "20 is of a past that was given up"
+    write_steps(run, 20, keep=2)
+    assert newest(run) == 20
+
+
+def test_weights_are_not_read_from_a_damaged_step(run, capsys):
+    (run / "config.json").write_text("{}")
+    step = run / "checkpoints" / "20"
+    path = next(iter((step / "params" / "d").iterdir()))
+    path.write_bytes(flip(path.read_bytes()))
+    assert checkpoint.find_undamaged(run) == (run, 10)
+    assert f"{path.relative_to(step)} is not what was written" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"no checkpoint that is undamaged: .*{path.name}"):
+        checkpoint.find_undamaged(step)
+
+
+def test_what_is_kept(tmp_path):
+    losses = {step: {"loss": loss} for step, loss in zip(range(1, 9), (9, 3, 8, 7, 6, float("nan"), 5, 4), strict=True)}
+    write_steps(tmp_path, *range(1, 9), metrics=losses, keep=2, keep_every=4, keep_best=1)
+    assert checkpoint.complete_steps(tmp_path / "checkpoints") == [2, 4, 7, 8]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "7", "8"]
+
+
+@contextlib.contextmanager
+def full_disk(workdir):
+    filler = breakage.fill(workdir)
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def file_in_the_way(workdir):
+    (workdir / "checkpoints").rename(workdir / "away")
+    (workdir / "checkpoints").write_text("")
+    yield
+    (workdir / "checkpoints").unlink()
+    (workdir / "away").rename(workdir / "checkpoints")
+
+
+BROKEN = {
+    "full disk": (full_disk, "No space left on device"),
+    "read-only": (breakage.read_only, "Read-only file system"),
+    "no permission": (lambda workdir: breakage.immutable(workdir / "checkpoints"), "Operation not permitted"),
+    "a file in the way": (file_in_the_way, "Not a directory|File exists"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_disk_that_fails_costs_no_step(tmp_path, capsys, how):
+    breaks, message = BROKEN[how]
+    parent = tmp_path if how == "no permission" else breakage.small_disk(tmp_path / "disk", 4)
+    with contextlib.nullcontext(parent) if how == "no permission" else parent as workdir:
+        with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(keep=1))) as checkpointer:
+            save = lambda step: checkpointer.save(Progress(step, 0, step), state_at(step, 100_000), {"rows": step})  # noqa: E731
+            save(1)
+            checkpointer.wait()
+            with breaks(workdir):
+                save(2)
+                with pytest.raises(UserError, match=f"step 2 could not be saved in {workdir}/checkpoints/2: {message}"):
+                    checkpointer.wait()
+            assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+            save(3)  # goes on
+        assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+        state = checkpointer.restore(Progress(3, 0, 3), state_at(0, 100_000))
+        np.testing.assert_array_equal(state.params["language"]["embedding"], 3)
+        said = capsys.readouterr().err
+        assert "warning: step 2 could not be saved" in said
