@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -48,6 +49,21 @@ def train(workdir, mesh, seed=0, stop_at=None):
     finally:
         with open(f"{workdir}.{jax.process_count()}.{me}.json", "w") as file:
             json.dump({"losses": losses, "made": made}, file)
+
+
+def read(config, workdir, note, stop_at=None):
+    """Trains as a config says until it is stopped, and notes the rows of batches that were made here."""
+    from alignvlm_jax import config as configs
+    from tests.training import watched
+
+    experiment = configs.from_dict(json.loads(pathlib.Path(config).read_text()))
+
+    def on_step(step):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _, seen = watched.train(experiment, workdir, on_step=on_step)
+    pathlib.Path(note).write_text(json.dumps(seen))
 
 
 def evaluate(checkpoint, data, limit, predictions):

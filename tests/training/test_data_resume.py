@@ -1,18 +1,17 @@
 """Training from data sets on disk: stopped at any step and gone on with, the very same batches follow."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import shutil
 import signal
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax import config as configs
 from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
 from alignvlm_jax.data import store
 from alignvlm_jax.data.packing import PackingConfig
@@ -21,13 +20,13 @@ from alignvlm_jax.data.prepare import FEATURES
 from alignvlm_jax.data.synthetic.corpus import FEATURES as PAGE_FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training import loop
 from alignvlm_jax.training.stages import MixturePart
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import mixed_records, pages
+from tests.parallel import processes
 from tests.training.batches import MODEL, stage
+from tests.training.watched import train
 
 
 @pytest.fixture(scope="module")
@@ -51,40 +50,6 @@ def config(tmp_path_factory) -> ExperimentConfig:
     )
 
 
-class Watched(loop.ExperimentData):
-    """Notes what is in each batch."""
-
-    seen: list[str]
-
-    def batches(self, *arguments):
-        iterator = super().batches(*arguments)
-        after = type(iterator).__next__
-
-        class Noting(type(iterator)):
-            def __next__(self):
-                batch = after(self)
-                hashed = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch)))
-                Watched.seen.append(hashed.hexdigest())
-                return batch
-
-        iterator.__class__ = Noting
-        return iterator
-
-
-def train(config, workdir, **options):
-    """The result, and the hash of every batch that was trained on."""
-    Watched.seen = []
-
-    def make_params(config):
-        return nn.unbox(jax.jit(lambda: random_parameters(config.model, jax.random.key(0)))())
-
-    try:
-        result = loop.train(config, workdir, open_data=Watched, make_params=make_params, **options)
-    except KeyboardInterrupt:
-        result = None
-    return result, Watched.seen
-
-
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
@@ -93,7 +58,9 @@ def finished(config, tmp_path_factory):
 
 def test_epochs_are_seen_whole_and_refusals_are_named(config, finished):
     workdir, result, seen = finished
-    assert len(set(seen)) == len(seen) == result.progress.step >= 4
+    digests = [digest for batch in seen for digest in batch.values()]
+    assert len(seen) == result.progress.step >= 4 and len(digests) == 4 * len(seen)
+    assert len(set(digests)) >= len(digests) - 4, "none comes twice but empty ones at the end"
     (line,) = (workdir / "data_refused.jsonl").read_text().splitlines()
     refused = json.loads(line)
     assert refused["id"] == "record-3" and refused["source"] == "mixed/train" and "not an image" in refused["reason"]
@@ -146,3 +113,32 @@ def test_a_task_that_does_not_fit_the_records_is_said_before_anything_is_trained
     wrong = dataclasses.replace(config.stages[0], name="second", mixture=(MixturePart("documents"),))
     with pytest.raises(UserError, match="documents/train: the task 'conversation' reads the field 'conversation'"):
         train(dataclasses.replace(config, stages=(config.stages[0], wrong)), tmp_path)
+
+
+@pytest.mark.large
+def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
+    """Two processes begin, four go on, one ends: every row of every batch was made once and is what it was."""
+    _, _, expected = finished
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    made = []
+    for number, stop in ((2, 1), (4, 3)):
+        output = tmp_path / f"of{number}"
+        several = processes.start(
+            output,
+            "read",
+            number,
+            devices=8 // number,
+            config=str(tmp_path / "config.json"),
+            workdir=str(tmp_path / "run"),
+            note=[str(output / f"{i}.json") for i in range(number)],
+            stop_at=[stop] + [None] * (number - 1),
+        )
+        assert processes.finish(several, seconds=240) == [0] * number, several[0].text()
+        of_each = [json.loads((output / f"{i}.json").read_text()) for i in range(number)]
+        for rows in zip(*of_each, strict=True):
+            joined = {row: digest for of_process in rows for row, digest in of_process.items()}
+            assert len(joined) == sum(map(len, rows)), "no row is made twice"
+            made.append(joined)
+    assert 2 <= len(made) < len(expected)
+    made += train(config, tmp_path / "run")[1]
+    assert made == expected

@@ -1,0 +1,45 @@
+"""Training as it is, with a note of what was in each batch."""
+
+import hashlib
+
+import flax.linen as nn
+import jax
+
+from alignvlm_jax.models.alignvlm import random_parameters
+from alignvlm_jax.training import loop
+
+
+class Watched(loop.ExperimentData):
+    """Notes the rows of each batch made here, as {row: hash}."""
+
+    seen: list[dict[str, str]] = []
+
+    def batches(self, stage_index, stage, plan, state, rows):
+        iterator = super().batches(stage_index, stage, plan, state, rows)
+
+        class Noting(type(iterator)):
+            def __next__(self):
+                batch = super().__next__()
+                Watched.seen.append({str(row): _hash(batch, place) for place, row in enumerate(rows)})
+                return batch
+
+        iterator.__class__ = Noting
+        return iterator
+
+
+def _hash(batch, place):
+    return hashlib.sha256(b"".join(batch[name][:, place].tobytes() for name in sorted(batch))).hexdigest()
+
+
+def train(config, workdir, **options):
+    """The result (None if it was interrupted) and what was noted of every batch that was trained on."""
+    Watched.seen = []
+
+    def make_params(config):
+        return jax.device_get(nn.unbox(jax.jit(lambda: random_parameters(config.model, jax.random.key(0)))()))
+
+    try:
+        result = loop.train(config, workdir, open_data=Watched, make_params=make_params, **options)
+    except KeyboardInterrupt:
+        result = None
+    return result, Watched.seen
