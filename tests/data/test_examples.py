@@ -150,3 +150,44 @@ def test_anyres_examples_know_what_their_visual_tokens_are_made_of(chat):
         assert len(example.resampling.sources) == visual
         assert visual == 0 or example.resampling.sources.max() < PER_TILE * len(example.tiles)
         assert (measured.tokens, measured.tiles) == (len(example.tokens), len(example.tiles))
+
+
+def _mutated(record, rng):
+    """The record with something in its conversation or in its pictures changed, cut out, doubled or put in."""
+    record = dict(record)
+
+    def spoil(data: bytes) -> bytes:
+        data, at, kind = bytearray(data), int(rng.integers(len(data) + 1)), rng.integers(4)
+        if kind == 0:
+            data[at : at + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del data[at : at + int(rng.integers(1, 30))]
+        elif kind == 2:
+            data[at:at] = data[at : at + int(rng.integers(1, 30))]
+        else:
+            data[at:at] = (b'"', b"[", b"{}", b"null", b"<|image|>", b"\xff", b"\0", b"1e999", b"},{")[rng.integers(9)]
+        return bytes(data)
+
+    if record["images"] and rng.random() < 0.5:
+        record["images"] = [spoil(image) for image in record["images"]]
+    else:
+        record["conversation"] = spoil(record["conversation"].encode()).decode(errors="replace")
+    return record
+
+
+def test_two_thousand_damaged_records_end_in_an_example_or_a_refusal(chat):
+    rng = np.random.default_rng(0)
+    records = [_mutated(record, rng) for _ in range(20) for record in mixed_records(100)]
+    examples = reader([Part("fuzz/train", records, "conversation")], chat)
+    used = refused = 0
+    for position in range(len(records)):
+        found = examples.measure(position)
+        if isinstance(found, Waiting):
+            measured, found = found, examples.make(found)
+        if isinstance(found, Refused):
+            refused += 1
+            assert found.reason and found.id.startswith("record-")
+        else:
+            used += 1
+            assert (len(found.tokens), len(found.tiles)) == (measured.tokens, measured.tiles)
+    assert used + refused == 2000 and min(used, refused) > 200
