@@ -1,5 +1,6 @@
 """Several real processes on this machine, by `jax.distributed`: the run is the same, and none waits for the dead."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,8 +11,14 @@ import numpy as np
 import psutil
 import pytest
 
+from alignvlm_jax import config as configs
+from alignvlm_jax.data.packing import PackingConfig
+from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.training import checkpoint
+from alignvlm_jax.training.stages import MixturePart
+from tests.data.nano_tokenizer import write_chat_folder
 from tests.parallel import processes, tiny
+from tests.training import batches
 
 HOSTS = ["host0", "host1", "host2"]
 
@@ -25,11 +32,11 @@ def alone(tmp_path_factory):
 
 
 def heard(workdir, number):
-    """What each process heard of each step, and the examples that each made, as (step, row)."""
+    """What each process heard of each step, and what they made between them."""
     files = [json.loads(open(f"{workdir}.{number}.{i}.json").read()) for i in range(number)]
     losses = [{int(step): value for step, value in file["losses"].items()} for file in files]
     assert all(losses[0] == other for other in losses)
-    return losses[0], [tuple(example) for file in files for example in file["made"]]
+    return losses[0], [made for file in files for made in file["made"]]
 
 
 def assert_same_losses(found, expected, steps):
@@ -40,7 +47,7 @@ def assert_same_losses(found, expected, steps):
 
 
 def examples(steps):
-    return [(step - 1, row) for step in steps for row in range(tiny.ROWS)]
+    return [[step - 1, row] for step in steps for row in range(tiny.ROWS)]
 
 
 def stopped_run(tmp_path, number, alone):
@@ -82,6 +89,39 @@ def test_four_processes_train_as_one_and_two_go_on(alone, tmp_path):
     written = np.load(f"{workdir}.npz")
     for path, leaf in jax.tree.leaves_with_path(checkpoint.restore_params(workdir)):
         np.testing.assert_array_equal(leaf, written[jax.tree_util.keystr(path)])
+
+
+@pytest.mark.large
+def test_each_document_is_read_by_one_process(tmp_path):
+    """The real pipeline, over two epochs of 40 documents: two processes make other examples, and the same batches."""
+    tokenizer = write_chat_folder(tmp_path / "tokenizer")
+    build_corpus(tmp_path / "documents", seed=0, sizes={"train": 40}, progress=False)
+    model = dataclasses.replace(
+        tiny.MODEL, language=dataclasses.replace(tiny.MODEL.language, vocab_size=352, max_position_embeddings=512)
+    )
+    config = tiny.config((4, 1, 2), model=model)
+    packing = PackingConfig(tokens_per_bin=320, tiles_per_bin=12, bins_per_microbatch=4, examples_per_bin=4)
+    config = dataclasses.replace(
+        config,
+        tokenizer=str(tokenizer),
+        data=dataclasses.replace(config.data, root=str(tmp_path), packing=packing),
+        stages=(
+            batches.stage(mixture=(MixturePart("documents", task="qa"),), steps=None, epochs=2.0, global_batch=12),
+        ),
+    )
+    losses, read = {}, []
+    tiny.train(tmp_path / "alone", config, losses=losses, made=read, documents=True)
+    assert sorted(read) == sorted([*range(40)] * 2) and len(losses) >= 4
+
+    workdir = tmp_path / "two"
+    two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=configs.to_dict(config))
+    assert processes.finish(two, seconds=300) == [0] * 2, two[0].text()
+    found, read_by_two = heard(workdir, 2)
+    assert found.keys() == losses.keys()
+    for step, (loss, _) in found.items():
+        np.testing.assert_allclose(loss, losses[step][0], rtol=1e-5, err_msg=f"step {step}")
+    assert sorted(read_by_two) == sorted(read)
+    assert all(set(json.loads(open(f"{workdir}.2.{i}.json").read())["made"]) for i in range(2))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -40,8 +40,12 @@ def config(mesh, seed=0, model=MODEL) -> ExperimentConfig:
     )
 
 
-def train(workdir, experiment, *, losses: dict, made: list, **seams):
-    """Trains; `losses` gets the loss and the refused examples (one a row) of each step, `made` what was made here."""
+def train(workdir, experiment, *, losses: dict, made: list, documents=False, **seams):
+    """Trains; `losses` gets the loss and the refused examples of each step, `made` what was made here.
+
+    That is the (step, row) of random bins, of which one example a row is said to be refused; or with `documents` the
+    numbers of the examples that the config's data sets give.
+    """
 
     class Log(metrics.MetricsLog):
         def write(self, step, stage):
@@ -68,6 +72,22 @@ def train(workdir, experiment, *, losses: dict, made: list, **seams):
         def close(self):
             pass
 
+    class Noted:
+        def __init__(self, feed):
+            self.feed = feed
+
+        def __next__(self):
+            batch = next(self.feed)
+            made.extend(batch["example_ids"][batch["example_ids"] >= 0].tolist())
+            return batch
+
+        def __getattr__(self, name):
+            return getattr(self.feed, name)
+
+    class Documents(loop.ExperimentData):
+        def batches(self, *arguments):
+            return Noted(super().batches(*arguments))
+
     class Data:
         def __init__(self, _):
             pass
@@ -88,6 +108,8 @@ def train(workdir, experiment, *, losses: dict, made: list, **seams):
 
     before, metrics.MetricsLog = metrics.MetricsLog, Log
     try:
-        return loop.train(experiment, workdir, open_data=Data, make_params=make_params, **seams)
+        return loop.train(
+            experiment, workdir, open_data=Documents if documents else Data, make_params=make_params, **seams
+        )
     finally:
         metrics.MetricsLog = before

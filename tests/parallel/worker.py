@@ -29,8 +29,10 @@ def count(host, config=None, fail_at=None):
         time.sleep(0.05)
 
 
-def train(workdir, mesh, seed=0, stop_at=None):
-    """Trains the tiny model; "losses.I.json" beside the workdir has the loss of each step as process I heard of it."""
+def train(workdir, mesh=None, config=None, stop_at=None):
+    """Trains the tiny model, on random bins or on a config's documents; "WORKDIR.N.I.json" is what process I of N heard
+    of each step, and made."""
+    from alignvlm_jax import config as configs
     from tests.parallel import tiny
 
     me = jax.process_index()
@@ -39,7 +41,10 @@ def train(workdir, mesh, seed=0, stop_at=None):
     if stop_at is not None:
         on_step = lambda step: step == stop_at and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     try:
-        result = tiny.train(workdir, tiny.config(mesh, seed=seed), losses=losses, made=made, on_step=on_step)
+        experiment = tiny.config(mesh) if config is None else configs.from_dict(config)
+        result = tiny.train(
+            workdir, experiment, losses=losses, made=made, documents=config is not None, on_step=on_step
+        )
         params = multihost_utils.process_allgather(result.params, tiled=True)
         if me == 0:
             np.savez(
