@@ -26,7 +26,7 @@ class Process:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> None:
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
         """Until the output has it."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text()):
@@ -68,7 +68,7 @@ def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **a
     return processes
 
 
-def finish(processes: list[Process], seconds: float = 120) -> list[int]:
+def finish(processes: list[Process], seconds: float = 400) -> list[int]:
     """Their exit codes, once all are done; whoever is not by then is killed, and that is a failure."""
     deadline = time.monotonic() + seconds
     try:

@@ -115,7 +115,7 @@ def test_each_document_is_read_by_one_process(tmp_path):
 
     workdir = tmp_path / "two"
     two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=configs.to_dict(config))
-    assert processes.finish(two, seconds=300) == [0] * 2, two[0].text()
+    assert processes.finish(two) == [0] * 2, two[0].text()
     found, read_by_two = heard(workdir, 2)
     assert found.keys() == losses.keys()
     for step, (loss, _) in found.items():
