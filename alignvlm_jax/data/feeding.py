@@ -23,6 +23,7 @@ import itertools
 import multiprocessing
 import queue
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -116,11 +117,10 @@ class Feed:
     ):
         self._reader, self._rows, self._microbatches = reader, tuple(rows), microbatches
         self._max_refused, self._prefetch = max_refused, prefetch
+        windows = [_window(reader, row, state) for row in rows]
         self._pool = Pool(reader, workers=workers, threads=threads)
         stride = reader.packing.bins_per_microbatch
-        self._sources = [
-            _Row(self._pool, _window(reader, row, state), stride, num_examples, self._check_refusals) for row in rows
-        ]
+        self._sources = [_Row(self._pool, window, stride, num_examples, self._check_refusals) for window in windows]
         self._reasons: collections.Counter[str] = collections.Counter()
         self._state = self._row_states()
         self._refused: list[Refused] = []
@@ -295,6 +295,9 @@ _worker_reader: ExampleReader | None = None
 def _begin_worker(reader: ExampleReader) -> None:
     global _worker_reader
     _worker_reader = reader
+    # Ctrl-C reaches all processes. The training process finishes its step and saves, for which it may need these; they
+    # end with it. (SIGTERM keeps its meaning: it is how the executor ends the other workers when one died.)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -25,6 +25,7 @@ from alignvlm_jax.training.step import Metrics
 # Shown per second; shown as a sum; needed for others only. Everything else is averaged.
 _PER_SECOND = ("tokens", "tiles", "examples")
 _PER_CHIP = ("tokens", "tiles")
+_MUCH_WAITING = 0.03  # a share of the time worth a word on the terminal
 _COUNTED = ("refused", "cut")
 _NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
 
@@ -180,6 +181,8 @@ def line(step: int, stage: str, summary: dict[str, float]) -> str:
     if not math.isnan(summary["effective_tokens"]):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
     pieces.append("lr " + "/".join(sorted({f"{value:.1e}" for value in rates.values()}, reverse=True)))
+    if summary.get("data_wait", 0.0) > _MUCH_WAITING:
+        pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")
     if summary.get("refused"):
         pieces.append(f"{summary['refused']:.0f} examples refused")
     return " | ".join(pieces)

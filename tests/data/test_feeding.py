@@ -183,7 +183,7 @@ def test_an_error_in_the_records_ends_the_run(chat):
     feed.close()
 
 
-def test_a_killed_worker_ends_the_run(examples):
+def test_an_interrupted_worker_goes_on_and_a_killed_one_ends_the_run(examples):
     import psutil
 
     before = set(psutil.Process().children(recursive=True))
@@ -195,6 +195,10 @@ def test_a_killed_worker_ends_the_run(examples):
         if "spawn_main" in " ".join(child.cmdline())
     ]
     assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # as Ctrl-C does to all processes
+    for _ in range(5):
+        next(feed)
     os.kill(workers[0].pid, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(UserError, match="a process that reads data was killed"):

@@ -102,5 +102,12 @@ def test_the_line_leaves_out_what_there_is_not():
     assert "3 examples refused" in line and "lr 1.0e-03" in line
     quiet = metrics.line(7, "captions", {**summary, "effective_tokens": math.nan, "refused": 0.0})
     assert "words per patch" not in quiet and "refused" not in quiet
+    assert "waiting" not in line and "12 % of the time waiting" in metrics.line(7, "a", {**summary, "data_wait": 0.12})
     del summary["mfu"]
     assert "100 TFLOP/s a chip | bins" in metrics.line(7, "captions", summary)
+
+
+def test_waiting_for_data_is_a_share_of_the_time():
+    steps = [{"tokens": 1.0, "data_seconds": seconds} for seconds in (0.1, 0.3)]
+    assert metrics.speeds(steps, 8.0, metrics.Machine(1, None))["data_wait"] == 0.05
+    assert "data_wait" not in metrics.speeds([{"tokens": 1.0}], 8.0, metrics.Machine(1, None))
