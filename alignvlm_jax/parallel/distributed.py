@@ -93,7 +93,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     if given and len(given) < len(arguments):
         missing = " and ".join(name for name in arguments if name not in given)
         raise UserError(f"{', '.join(given)} without {missing}: several processes need all three, one process none")
-    if not given and not several_hosts(os.environ):
+    if not given and not several_hosts(os.environ) and not _has_tpu(os.environ):
         return
     if given:
         if not coordinator.rpartition(":")[2].isdigit() or not coordinator.rpartition(":")[0]:
@@ -112,22 +112,25 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             num_processes,
             process_id,
             initialization_timeout=2 * _START_SECONDS,
+            # Who is told who takes part needs no cluster, and has all devices of the machine.
+            cluster_detection_method="deactivate" if given else None,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
-    except ValueError as error:
-        if "coordinator_address" not in str(error):
-            raise
-        # A TPU that belongs to no pod: JAX found nobody else.
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not several_hosts(os.environ):
+            return  # a TPU that belongs to no pod: JAX found nobody else
         reason = str(error).splitlines()[0]
-        raise UserError(f"the other processes of the run cannot be reached: {reason}") from error
+        raise UserError(
+            f"the other processes of the run cannot be found: {reason} (on a TPU that is alone, set "
+            "TPU_SKIP_MDS_QUERY=1; elsewhere --coordinator, --num-processes and --process-id say who takes part)"
+        ) from error
     finally:
         patience.cancel()
 
 
 def several_hosts(environ: Mapping[str, str]) -> bool:
-    """Whether the environment looks like one of several hosts, or like a TPU, where only JAX can tell."""
+    """Whether the environment says that this is one of several hosts."""
     tpu_workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     return (
         "JAX_COORDINATOR_ADDRESS" in environ
@@ -135,7 +138,6 @@ def several_hosts(environ: Mapping[str, str]) -> bool:
         or ("KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ)
         or len(tpu_workers.split(",")) > 1
         or int(environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
-        or (environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _has_tpu())
     )
 
 
@@ -310,6 +312,9 @@ def _give_up(coordinator: str | None, process_id: int | None) -> None:
     os._exit(2)
 
 
-def _has_tpu() -> bool:
+def _has_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether this is a TPU's host. The hosts of a pod that was made as a VM are told so by a server that JAX asks."""
+    if not (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu"):
+        return False
     vendors = (Path(file) for file in glob.glob("/sys/bus/pci/devices/*/vendor"))
     return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from alignvlm_jax.errors import UserError
@@ -52,3 +53,14 @@ def test_nobody_waits_for_ever_for_the_others(tmp_path):
     done = subprocess.run([sys.executable, "-c", join], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "error: process 1 has waited 1 s for the others of the run, at localhost:1" in done.stderr
+
+
+def test_a_cluster_that_jax_cannot_read_is_no_reason_to_train_alone(monkeypatch):
+    def initialize(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    with pytest.raises(UserError, match="cannot be found: coordinator_address .*--coordinator"):
+        distributed.initialize()
