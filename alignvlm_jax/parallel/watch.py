@@ -138,6 +138,7 @@ class Watcher:
         self._process, self._hosts, self._token = 0, [""], ""
         self._failure = ""  # how the own process says that it ended
         self._departed: set[int] = set()  # processes that left in peace
+        self._next_beat = 0.0
         self._lost = False  # whether any was lost: the first is the one to name
         self._listener = socket.create_server(("", 0), backlog=1024)
         self._pipe = _Link(lambda size: os.read(0, size))
@@ -152,7 +153,7 @@ class Watcher:
             self._turn(BEAT_SECONDS / 2)
 
     def _turn(self, seconds: float) -> None:
-        """Hears what comes in within so many seconds, and says that it is there."""
+        """Hears what comes in within so many seconds; now and then says that it is there."""
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self._add(self._listener.accept()[0], process=None)
@@ -160,6 +161,9 @@ class Watcher:
                 self._hear_parent()
             elif key.fileobj in self._links:
                 self._hear(key.fileobj, key.data)
+        if time.monotonic() < self._next_beat:
+            return  # not at every turn: a beat that answered a beat would be answered in turn
+        self._next_beat = time.monotonic() + BEAT_SECONDS
         for connection, link in list(self._links.items()):
             link.say("beat")
             if time.monotonic() - link.heard > SILENCE_SECONDS:
