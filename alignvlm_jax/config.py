@@ -34,6 +34,8 @@ from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, PerceiverConfig
 from alignvlm_jax.ops.attention import KERNELS
 from alignvlm_jax.parallel.mesh import MeshConfig
+from alignvlm_jax.training.anomalies import AnomalyConfig
+from alignvlm_jax.training.debug import DebugConfig
 from alignvlm_jax.training.optimizer import OPTIMIZERS
 from alignvlm_jax.training.profile import ProfileConfig, traced_steps
 from alignvlm_jax.training.retention import CheckpointConfig
@@ -73,6 +75,8 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    anomalies: AnomalyConfig = AnomalyConfig()
+    debug: DebugConfig = DebugConfig()
     log_every_steps: int = 10
 
 
@@ -356,6 +360,8 @@ def _check(config: ExperimentConfig) -> None:
         if getattr(config.evaluation, name) is not None:
             _positive("config.evaluation", config.evaluation, name)
     _at_least_0("config.checkpoint", config.checkpoint, "keep_best")
+    _positive("config.anomalies", config.anomalies, "max_skipped")
+    _at_least_0("config.anomalies", config.anomalies, "max_rollbacks", "spike")
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
     if keep_every is not None and (keep_every < 1 or keep_every % every):
         raise UserError(f"config.checkpoint.keep_every: expected a multiple of every_steps, {every}, got {keep_every}")

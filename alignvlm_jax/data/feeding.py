@@ -28,7 +28,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from alignvlm_jax.data.examples import ExampleReader
+from alignvlm_jax.data.examples import ExampleReader, locate_example
 from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
 from alignvlm_jax.data.window import Waiting, Window
 from alignvlm_jax.data.workers import end_with_parent
@@ -57,6 +57,9 @@ class BatchIterator(Protocol):
 
     def refused(self) -> list[Refused]:
         """The examples that were refused for these batches and not yet asked after."""
+
+    def name(self, number: int) -> str:
+        """What a user knows an example by, given its entry in `example_ids`."""
 
     def close(self) -> None:
         """Ends the threads and processes behind it."""
@@ -147,6 +150,11 @@ class Feed:
     def refused(self) -> list[Refused]:
         refused, self._refused = self._refused, []
         return refused
+
+    def name(self, number: int) -> str:
+        source, index = locate_example(self._reader.parts, number)
+        records = next(part.records for part in self._reader.parts if part.name == source)
+        return f"{records[index].get('id', index)} of {source}"
 
     def close(self) -> None:
         self._closed.set()

@@ -11,6 +11,7 @@ stops all after the same step.
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -36,8 +37,9 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, token_grid
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import metrics, out_of_memory
+from alignvlm_jax.training import debug, metrics, out_of_memory
 from alignvlm_jax.training import step as steps
+from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.checkpoint import (
     CONFIG_FILE,
     TOKENIZER_FOLDER,
@@ -62,6 +64,8 @@ _MAY_DIFFER = (
     "model.vision.attention",
     "model.language.attention",
     "profile",
+    "debug",
+    "anomalies.spike",
     "data.root",
     "data.max_refused",
     "data.workers",
@@ -196,8 +200,25 @@ def train(
         plans = _plans(config, data, checkpointer)
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
-        run = _Run(config, stages, plans, mesh, checkpointer, interruption, profiler, refusals, on_step, score)
-        params, progress = run.resume() or (make_params(config), Progress())
+        report = workdir / ANOMALIES_FILE if distributed.is_primary() else None
+        anomalies = AnomalyWatch(config.anomalies, report, _say)
+        run = _Run(
+            config,
+            stages,
+            plans,
+            mesh,
+            checkpointer,
+            interruption,
+            profiler,
+            refusals,
+            anomalies,
+            make_params,
+            on_step,
+            score,
+        )
+        params, progress = run.resume()
+        if progress.step:
+            anomalies.go_on_from(checkpointer.data_state(progress) or {})
         total = sum(stage.steps for stage in stages)
         events = workdir / TENSORBOARD_FOLDER if distributed.is_primary() else None
         with (
@@ -229,14 +250,16 @@ class _Run:
     interruption: "_Interruption"
     profiler: Profiler
     refusals: RefusalLog
+    anomalies: AnomalyWatch
+    make_params: Callable[[ExperimentConfig], Params]
     on_step: Callable[[int], Any] | None
     score: Callable[[Params, Mesh], Mapping[str, float]] | None
 
-    def resume(self) -> tuple[Params | None, Progress] | None:
-        """Where the last checkpoint leaves off, and the weights if that is the start of a stage; None without one."""
+    def resume(self) -> tuple[Params | None, Progress]:
+        """Where the last checkpoint, or without one the run, starts, and the weights if it is the start of a stage."""
         progress = self.checkpointer.latest()
         if progress is None:
-            return None
+            return self.make_params(self.config), Progress()
         stage = self.stages[progress.stage]
         done = progress.step_in_stage >= stage.steps
         if not done and self.checkpointer.has_optimizer(progress):
@@ -280,10 +303,11 @@ class _Run:
         started = time.monotonic() - progress.train_seconds
         counted_here = sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
         first, measured = True, None
+        drawn = progress.step_in_stage + self.anomalies.num_left_out(progress.stage)
         log.begin_stage(metrics.step_flops(self.config.model, stage))
         while progress.step_in_stage < stage.steps:
             asked = time.monotonic()
-            batch = next(batches)
+            batch, drawn = next(batches), drawn + 1
             waited = time.monotonic() - asked
             # Before the step, so that asking for the sums does not wait for it.
             counts = distributed.add_up(
@@ -298,6 +322,10 @@ class _Run:
                 progress.step + 1, progress.stage, progress.step_in_stage + 1, time.monotonic() - started
             )
             self.profiler.after(progress.step, measured)
+            self.anomalies.add(progress.step, measured, functools.partial(_example_names, batch, batches))
+            too_many = self.anomalies.look(before=progress.step)
+            if self.config.debug.nans and float(measured["skipped"]):
+                debug.explain_skipped(self.config.model, stage, self.mesh, state, device_batch, progress.step)
             interrupted = counts.pop("interrupted")
             log.add({**measured, **counts, "data_seconds": waited})
             self.refusals.add(batches.refused())
@@ -316,15 +344,46 @@ class _Run:
             if self.score and progress.step % self.config.evaluation.every_steps == 0:
                 started += self._score(state.params, progress, log)
             interrupted = bool(interrupted) if jax.process_count() > 1 else self.interruption.came
-            if at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0:
+            to_save = at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0
+            if to_save and not too_many:
                 jax.block_until_ready(state)
+                if too_many := self.anomalies.look(before=progress.step + 1):
+                    next(batches)  # left out too, as it would be had this been seen one step late, as usual
+                    drawn += 1
+            if too_many:
+                del state  # to make room
+                failed, measured = progress, None
+                params, progress = self._back_from(failed, drawn)
+                state = self.begin_stage(progress, params)
+                bar.n = progress.step
+            elif to_save:
                 progress = dataclasses.replace(progress, train_seconds=time.monotonic() - started)
-                self.checkpointer.save(progress, state, self._data_state(batches))
-            if interrupted:
+                self.checkpointer.save(progress, state, self._data_state(batches), log.last)
+            if interrupted and not too_many:
                 self.checkpointer.wait()
                 _say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
                 raise distributed.Interrupted
         return state, progress
+
+    def _back_from(self, failed: Progress, last_batch: int) -> tuple[Params | None, Progress]:
+        """Where to go back to after too many skipped updates; the batches between there and here are left out.
+
+        Raises:
+          UserError: by config, or because it did not help before.
+        """
+        config = self.config.anomalies
+        why = f"{config.max_skipped} updates in a row were skipped by step {failed.step}: no finite loss or gradients"
+        if config.then == "stop":
+            raise UserError(f"{why}; {ANOMALIES_FILE} has the examples (config.anomalies.then=rollback goes past them)")
+        params, progress = self.resume()
+        if self.anomalies.returns_to(progress.stage, progress.step_in_stage) >= config.max_rollbacks:
+            raise UserError(
+                f"{why}, after going back to step {progress.step} {config.max_rollbacks} times. Try "
+                "--config.debug.nans=true, a lower learning rate, or an earlier checkpoint"
+            )
+        self.anomalies.leave_out(progress.stage, progress.step_in_stage, last_batch)
+        _say(f"warning: {why}; back to step {progress.step}, and on with the batches after number {last_batch}")
+        return params, progress
 
     def _score(self, params: Params, progress: Progress, log: metrics.MetricsLog) -> float:
         """Scores the weights and logs what is found; returns the seconds that training stood still."""
@@ -340,11 +399,12 @@ class _Run:
         return seconds
 
     def _data_state(self, batches: BatchIterator) -> dict[str, Any]:
-        """What is kept of the data with a checkpoint: the plans, and where the rows are that all processes make."""
+        """What is kept of the data with a checkpoint: plans, where the rows of all processes are, what was left out."""
         rows = {}
         for of_process in distributed.gather_json(batches.state()):
             rows |= of_process
-        return {"plans": [dataclasses.asdict(plan) for plan in self.plans], "rows": rows}
+        plans = [dataclasses.asdict(plan) for plan in self.plans]
+        return {"plans": plans, "rows": rows, **self.anomalies.state()}
 
 
 def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpointer) -> list[StagePlan]:
@@ -397,6 +457,13 @@ def _host_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]
     """What the pipeline counted in these rows: examples packed, cut short and refused."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
     return {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
+
+
+def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:
+    """The examples of a batch, all processes' rows; they must all ask."""
+    numbers = np.unique(batch["example_ids"])
+    of_processes = distributed.gather_json([batches.name(int(number)) for number in numbers if number >= 0])
+    return sorted({name for names in of_processes for name in names})
 
 
 def _prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData) -> None:

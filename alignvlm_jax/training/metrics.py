@@ -26,7 +26,7 @@ from alignvlm_jax.training.step import Metrics
 _PER_SECOND = ("tokens", "tiles", "examples")
 _PER_CHIP = ("tokens", "tiles")
 _MUCH_WAITING = 0.03  # a share of the time worth a word on the terminal
-_COUNTED = ("refused", "cut")
+_COUNTED = ("refused", "cut", "skipped")
 _NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
 
 
@@ -79,6 +79,7 @@ class MetricsLog:
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
         self._steps: list[Metrics] = []
+        self.last: dict[str, float] = {}  # each metric as it was written last
         self._untimed = 0
 
     def begin_stage(self, flops: Callable[[Mapping[str, float]], float]) -> None:
@@ -104,6 +105,7 @@ class MetricsLog:
         timed = speeds(steps[self._untimed :], now - self._since, self._machine, self._flops)
         summary = {**averages(steps), **timed}
         self._since, self._untimed = now, 0
+        self.last |= summary
         for name, value in {**summary, "stage": stage}.items():
             if self._writer is not None and not math.isnan(value):
                 self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
@@ -121,8 +123,14 @@ class MetricsLog:
 
 
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over steps; loss and effective tokens are weighted by what they are means of. Counts are added up."""
+    """Means over steps; loss and effective tokens are weighted by what they are means of. Counts are added up.
+
+    Loss and gradient norm of steps that were skipped, because they are not finite, are left out.
+    """
     columns = {name: np.array([float(step[name]) for step in steps]) for name in steps[0]}
+    if "skipped" in columns and not columns["skipped"].all():
+        finite = columns["skipped"] == 0
+        columns |= {name: columns[name][finite] for name in ("loss", "weight", "grad_norm") if name in columns}
     weights = {"loss": columns["weight"], "effective_tokens": columns["tiles"]}
     summary = {}
     for name, values in columns.items():
@@ -183,6 +191,8 @@ def line(step: int, stage: str, summary: dict[str, float]) -> str:
     pieces.append("lr " + "/".join(sorted({f"{value:.1e}" for value in rates.values()}, reverse=True)))
     if summary.get("data_wait", 0.0) > _MUCH_WAITING:
         pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")
+    if summary.get("skipped"):
+        pieces.append(f"{summary['skipped']:.0f} updates skipped")
     if summary.get("refused"):
         pieces.append(f"{summary['refused']:.0f} examples refused")
     return " | ".join(pieces)

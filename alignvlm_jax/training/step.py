@@ -93,7 +93,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
-    The batch is the packed batch with its leading axis K; the metrics are float32 scalars over the whole of it.
+    A step whose loss or gradients are not finite counts as done, but leaves weights and optimizer as they are; its
+    metric "skipped" is 1. The batch is the packed batch with its leading axis K; the metrics are float32 scalars over
+    the whole of it.
     """
     model = AlignVLM(model_config)
     optimizer = stages.stage_optimizer(stage)
@@ -137,13 +139,22 @@ def make_train_step(
         # A step without a single answer has gradient 0, not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        params = {**frozen, **optax.apply_updates(trainable, updates)}
+        # One infinity or NaN among the gradients, and their norm is none either.
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        moved, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(trainable, updates), opt_state),
+            (trainable, state.opt_state),
+        )
+        params = {**frozen, **moved}
         metrics = {
             "loss": sums["loss"] / weight,
             "weight": sums["weight"],
             "answers": sums["answers"],
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
+            "skipped": 1.0 - finite.astype(jnp.float32),
             "tokens": sums["tokens"],
             "squared_lengths": sums["squared_lengths"],
             "token_fraction": sums["tokens"] / sums["positions"],

@@ -40,11 +40,17 @@ def config(mesh, seed=0, model=MODEL) -> ExperimentConfig:
     )
 
 
-def train(workdir, experiment, *, losses: dict, made: list, documents=False, **seams):
+def make_params(experiment):
+    make = jax.jit(lambda: random_parameters(experiment.model, jax.random.key(experiment.seed)))
+    return jax.device_get(nn.unbox(make()))
+
+
+def train(workdir, experiment, *, losses: dict, made: list, documents=False, spoilt=(), skip=(), **seams):
     """Trains; `losses` gets the loss and the refused examples of each step, `made` what was made here.
 
     That is the (step, row) of random bins, of which one example a row is said to be refused; or with `documents` the
-    numbers of the examples that the config's data sets give.
+    numbers of the examples that the config's data sets give. The random batches with the numbers in `spoilt`, from 1,
+    have no finite loss; those in `skip` are passed over.
     """
 
     class Log(metrics.MetricsLog):
@@ -58,7 +64,13 @@ def train(workdir, experiment, *, losses: dict, made: list, documents=False, **s
             self.step, self.rows = step, list(rows)
 
         def __next__(self):
-            batch = batches.random_batch(self.step) | {"num_refused": np.ones((1, ROWS), np.int32)}
+            while self.step + 1 in skip:
+                self.step += 1
+            batch = batches.random_batch(self.step)
+            if self.step + 1 in spoilt:
+                batch["loss_weights"][...] = np.inf
+            batch["num_refused"] = np.ones((1, ROWS), np.int32)
+            batch["example_ids"] = np.arange(ROWS, dtype=np.int32).reshape(1, ROWS, 1) + ROWS * self.step
             made.extend([self.step, row] for row in self.rows)
             self.step += 1
             return {name: field[:, self.rows] for name, field in batch.items()}
@@ -68,6 +80,9 @@ def train(workdir, experiment, *, losses: dict, made: list, documents=False, **s
 
         def refused(self):
             return []
+
+        def name(self, number):
+            return f"page-{number}"
 
         def close(self):
             pass
@@ -101,10 +116,6 @@ def train(workdir, experiment, *, losses: dict, made: list, documents=False, **s
         def save_tokenizer(self, folder):
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
-
-    def make_params(experiment):
-        make = jax.jit(lambda: random_parameters(experiment.model, jax.random.key(experiment.seed)))
-        return jax.device_get(nn.unbox(make()))
 
     before, metrics.MetricsLog = metrics.MetricsLog, Log
     try:

@@ -60,6 +60,9 @@ class RandomBatches:
     def refused(self):
         return self._last
 
+    def name(self, number):
+        return f"page-{number}"
+
     def close(self):
         self._rows = None
 

@@ -1,0 +1,132 @@
+"""Numbers going wrong: updates skipped, data left out, the run gone back; and where a NaN comes from."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.training import anomalies, checkpoint
+from alignvlm_jax.training import step as steps
+from alignvlm_jax.training.anomalies import AnomalyConfig, AnomalyWatch
+from alignvlm_jax.training.debug import DebugConfig
+from tests.parallel import tiny
+from tests.training import batches
+
+MESH = (8, 1, 1)
+
+
+def run(workdir, bad=(), stop_after=None, skip=(), **changes):
+    """Trains the tiny model; the batches of these numbers (from 1) have an infinite weight on an answer."""
+    config = dataclasses.replace(tiny.config(MESH), **changes)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=2))
+    losses = {}
+    result = tiny.train(workdir, config, losses=losses, made=[], spoilt=bad, skip=skip, **stop(stop_after))
+    return result, losses
+
+
+def stop(after):
+    def on_step(step):
+        if step == after:
+            raise RuntimeError("killed")
+
+    return {} if after is None else {"on_step": on_step}
+
+
+def reports(workdir):
+    lines = (workdir / anomalies.ANOMALIES_FILE).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    config = tiny.config(MESH)
+    stage = dataclasses.replace(config.stages[0], steps=5)
+    train_step = jax.jit(steps.make_train_step(config.model, stage))
+    params = tiny.make_params(config)
+    state = steps.create_state(stage, params)
+    state, measured = train_step(state, batches.random_batch(0))
+    assert measured["skipped"] == 0
+    for spoil in ("loss", "gradient"):
+        batch = batches.random_batch(1)
+        if spoil == "loss":
+            batch["loss_weights"][...] = np.inf
+            before = state
+        else:  # the loss is finite, its gradient with respect to the norm's scale is not
+            huge = jax.tree.map(lambda leaf: leaf, state.params)
+            huge["language"]["final_norm"]["scale"] = huge["language"]["final_norm"]["scale"] * 0 + 3e38
+            before = dataclasses.replace(state, params=huge)
+        after, measured = train_step(before, batch)
+        assert measured["skipped"] == 1 and after.step == before.step + 1
+        assert_same((after.params, after.opt_state), (before.params, before.opt_state))
+
+
+def test_a_few_skipped_updates_are_counted_and_named(tmp_path, capsys):
+    result, losses = run(tmp_path / "run", bad=[3])
+    assert result.progress.step == 5 and np.isnan(losses[3][0]) and np.isfinite(losses[4][0])
+    (report,) = reports(tmp_path / "run")
+    assert report["step"] == 3 and report["what"] == "skipped"
+    assert report["examples"] == sorted(f"page-{number}" for number in range(16, 24))
+    said = capsys.readouterr().out
+    assert "step 3: update skipped" in said and "page-16" in said and "1 updates skipped" in said
+
+
+def test_too_many_go_back_and_leave_the_data_out(tmp_path):
+    config = AnomalyConfig(max_skipped=2)
+    result, _ = run(tmp_path / "run", bad=[3, 4], anomalies=config)
+    assert result.progress.step == 5
+    meta = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "5")
+    left_out = [{"stage": 0, "step_in_stage": 2, "first": 3, "last": 5}]
+    assert meta["data"]["left_out"] == left_out and meta["data"]["rows"]["0"] == 8, "5 steps and 3 batches left out"
+    # As though the data had never been there; and a run that is killed while it goes back ends in the same weights.
+    clean, _ = run(tmp_path / "clean", anomalies=config, skip=range(3, 6))
+    assert_same(result.params, clean.params)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", bad=[3, 4], anomalies=config, stop_after=4)
+    again, _ = run(tmp_path / "killed", bad=[3, 4], anomalies=config)
+    assert_same(again.params, result.params)
+    meta = checkpoint.read_meta(tmp_path / "killed" / "checkpoints" / "5")
+    assert meta["data"]["left_out"] == left_out
+
+
+def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path):
+    with pytest.raises(UserError, match="2 updates in a row were skipped by step 4.*anomalies.jsonl"):
+        run(tmp_path / "stop", bad=[3, 4], anomalies=AnomalyConfig(max_skipped=2, then="stop"))
+    assert checkpoint.find_checkpoint(tmp_path / "stop")[1] == 2
+    with pytest.raises(UserError, match="after going back to step 2 1 times"):
+        run(tmp_path / "back", bad=range(3, 99), anomalies=AnomalyConfig(max_skipped=2, max_rollbacks=1))
+
+
+def test_the_operation_that_gave_nan_is_found(tmp_path):
+    with pytest.raises(UserError, match=r"step 3: invalid value \(nan\).*, line \d+"):
+        run(tmp_path, bad=[3], debug=DebugConfig(nans=True))
+
+
+def test_a_loss_that_jumps_is_reported_with_its_examples(tmp_path):
+    said = []
+    watch = AnomalyWatch(AnomalyConfig(spike=10.0), tmp_path / "anomalies.jsonl", said.append)
+    rng = np.random.default_rng(0)
+    for step in range(1, 61):
+        loss = 9.0 if step == 50 else 2.0 + 0.1 * rng.normal()
+        measured = {"loss": jnp.float32(loss), "skipped": jnp.float32(0)}
+        watch.add(step, measured, lambda step=step: [f"page-{step}"])
+        assert not watch.look(before=step)
+    assert [entry["step"] for entry in reports(tmp_path)] == [50]
+    assert reports(tmp_path)[0] == {"step": 50, "what": "spike", "loss": 9.0, "examples": ["page-50"]}
+    assert "step 50: the loss jumped (loss 9, usually 2" in said[0] and "page-50" in said[0]
+
+
+def test_what_is_left_out_is_counted_in_batches():
+    watch = AnomalyWatch(AnomalyConfig(), None, print)
+    watch.leave_out(0, 100, 107)
+    watch.leave_out(0, 100, 115)  # again: steps 101 to 108 took batches 108 to 115
+    assert watch.num_left_out(0) == 15 and watch.num_left_out(1) == 0 and watch.returns_to(0, 100) == 2
+    other = AnomalyWatch(AnomalyConfig(), None, print)
+    other.go_on_from(watch.state())
+    assert other.state() == watch.state()
