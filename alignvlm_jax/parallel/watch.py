@@ -311,4 +311,7 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Slurm signals every process of a job: this one ends when its own process does, which may have to save first.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     Watcher(int(sys.argv[1])).run()

@@ -129,6 +129,9 @@ def test_when_one_dies_the_others_end_and_name_its_machine(tmp_path, victim):
     three = processes.start(tmp_path, "count", 3, host=HOSTS)
     for process in three:
         process.wait_for("counted 2")
+    for process in three:  # as Slurm does to all of a job; they are to outlive it, for what is being saved
+        (watcher,) = psutil.Process(process.process.pid).children()
+        watcher.terminate()
     three[victim].process.kill()
     codes = processes.finish(three, seconds=60)
     for i, process in enumerate(three):
