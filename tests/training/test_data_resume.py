@@ -21,11 +21,13 @@ from alignvlm_jax.data.synthetic.corpus import FEATURES as PAGE_FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig
+from alignvlm_jax.training.checkpoint import Checkpointer
 from alignvlm_jax.training.stages import MixturePart
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import mixed_records, pages
 from tests.parallel import processes
-from tests.training.batches import MODEL, stage
+from tests.parallel.tiny import MODEL
+from tests.training.batches import stage
 from tests.training.watched import train
 
 
@@ -97,14 +99,13 @@ def test_killed_between_checkpoints_the_batches_come_again(config, finished, tmp
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(whole.params))
 
 
-def test_a_checkpoint_that_does_not_say_where_the_data_were(config, finished, tmp_path):
+def test_a_checkpoint_that_does_not_say_where_the_data_were(config, finished, tmp_path, monkeypatch):
     workdir, _, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 2:
             shutil.rmtree(path)
-    meta = tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"data": None}))
+    monkeypatch.setattr(Checkpointer, "data_state", lambda *_: None)  # as of an earlier version
     with pytest.raises(UserError, match="step 2 does not say where the data were.*--init-from"):
         train(config, tmp_path / "run")
 
@@ -133,7 +134,7 @@ def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
             note=[str(output / f"{i}.json") for i in range(number)],
             stop_at=[stop] + [None] * (number - 1),
         )
-        assert processes.finish(several, seconds=240) == [0] * number, several[0].text()
+        assert processes.finish(several, seconds=600) == [0] * number, several[0].text()
         of_each = [json.loads((output / f"{i}.json").read_text()) for i in range(number)]
         for rows in zip(*of_each, strict=True):
             joined = {row: digest for of_process in rows for row, digest in of_process.items()}
