@@ -1,0 +1,141 @@
+"""Compiles a config's real steps for TPUs, on a machine without one: does it fit, how is it spread, how fast is it?
+
+    pip install "alignvlm-jax[tpu]"
+    python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
+    python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --json 8b.json
+    python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
+
+Any key of the config can be set with --config.path.to.key=value. Memory is what the compiler allots, collectives and
+FLOP are what it wrote, loops multiplied out; times are a roofline's: estimates. Every bin is taken to be full: a page
+of as many tiles as a bin holds, and 2,048 tokens of text.
+
+Exit codes: 0 it fits; 2 a mistake in the arguments; 3 it does not fit; 4 attention fell back to XLA's blocks.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+# Before jax: nothing is run, and libtpu must not look for chips.
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel.mesh import parse_mesh
+from alignvlm_jax.parallel.topology import topology_devices
+from alignvlm_jax.training import ahead_of_time
+
+DOES_NOT_FIT, FELL_BACK = 3, 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, overrides = _parse(argv)
+    try:
+        experiment = configs.load(args.config, overrides)
+        if not 1 <= args.stage <= len(experiment.stages):
+            raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
+        devices = topology_devices(args.topology, slices=args.slices)
+        print(f"compiling for {len(devices)} devices of {args.topology}: minutes", file=sys.stderr, flush=True)
+        if args.decode:
+            report = ahead_of_time.compile_decoding(experiment, devices, rows_per_device=args.rows_per_device)
+            reports = list(report.values())
+        else:
+            report = ahead_of_time.compile_train_step(
+                experiment,
+                devices,
+                stage_index=args.stage - 1,
+                slices=args.slices,
+                rows_per_device=args.rows_per_device,
+            )
+            reports = [report]
+    except UserError as error:
+        print(f"compile_tpu: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for one in reports:
+        print(describe(one))
+    if args.json:
+        asked = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
+        Path(args.json).write_text(json.dumps({**asked, **report}, indent=2) + "\n", encoding="utf-8")
+    if not all(one["fits"] for one in reports):
+        return DOES_NOT_FIT
+    return FELL_BACK if any("xla" in one["attention"].values() for one in reports) else 0
+
+
+def describe(report: ahead_of_time.Report) -> str:
+    """The report as a page of text."""
+    capacity, memory = report["capacity_bytes"], report["memory"]
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    lines = [
+        f"{report['what']}, on {report['num_chips']} x {report['chip']}, mesh {mesh}"
+        f" (compiled in {report['compile_seconds']:.0f} s)",
+        "",
+        "memory of a chip" + ("" if report["fits"] else ": DOES NOT FIT"),
+        *(f"  {name:<14}{size / 1e9:>9.2f} GB" for name, size in memory.items()),
+        f"  {'total':<14}{sum(memory.values()) / 1e9:>9.2f} GB of {capacity / 1e9:.2f}",
+    ]
+    if report["failure"]:
+        lines += ["  the compiler gave up: " + report["failure"].splitlines()[0][:300]]
+    if "bins" in report:
+        parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
+        lines += [
+            "",
+            f"a step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}), each of a"
+            f" page: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
+            f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}",
+            f"model TFLOP of a step: {report['flops'] / 1e12:,.0f} ({parts})",
+        ]
+    lines += [f"TFLOP that a chip executes: {report['executed_flops_per_chip'] / 1e12:,.1f}"]
+    lines += ["", "collectives, GB a chip sends"]
+    for kind, wires in report["collectives"].items():
+        lines.append(f"  {kind:<20} ICI {wires['ici'] / 1e9:>9.2f}   DCN {wires['dcn'] / 1e9:>9.2f}")
+    kernels = ", ".join(f"{part} {kernel}" for part, kernel in report["attention"].items()) or "as compiled"
+    estimate = report["estimate"]
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in estimate["seconds"].items())
+    lines += [
+        f"attention: {kernels}",
+        "",
+        f"ESTIMATE (a roofline, nothing was run): {times}",
+        f"  a step takes {estimate['step_seconds_if_all_overlaps']:.2f} s if all of it overlaps,"
+        f" {estimate['step_seconds_if_nothing_overlaps']:.2f} s if nothing does",
+    ]
+    if "model_flops_utilization" in estimate:
+        lines.append(f"  MFU at most {100 * estimate['model_flops_utilization']:.0f} %")
+    if not report["fits"]:
+        lines += ["", "largest buffers"]
+        lines += [f"  {b['bytes'] / 1e9:7.2f} GB  {b['shape']:<28} {b['from']}" for b in report["largest_buffers"]]
+        lines += ["what to change, what helps most first", *(f"  - {advice}" for advice in report["advice"])]
+    return "\n".join(lines) + "\n"
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment")
+    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="such as v5e:16x16, v5p:4x4x4, v6e:8x8")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices, data across them")
+    parser.add_argument("--stage", type=int, default=1, metavar="I", help="which stage, from 1 (default: 1)")
+    parser.add_argument("--mesh", metavar="SIZES", help="such as data=1,fsdp=64,tensor=4 (default: the config's)")
+    parser.add_argument(
+        "--rows-per-device", type=int, default=1, metavar="N", help="bins a microbatch per data x fsdp (default: 1)"
+    )
+    parser.add_argument("--decode", action="store_true", help="prefill and one decode step instead of training")
+    parser.add_argument("--json", metavar="FILE", help="write the report here")
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.slices < 1 or args.rows_per_device < 1:
+        parser.error("--slices and --rows-per-device: expected 1 or more")
+    overrides = [word.removeprefix("--config.") for word in rest]
+    if args.mesh:
+        mesh = parse_mesh(args.mesh)
+        overrides += [f"mesh.{axis}={getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor")]
+    return args, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

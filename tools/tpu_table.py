@@ -1,0 +1,128 @@
+"""The table of docs/tpu.md: which config fits which slice, compiled by tools/compile_tpu.py row by row.
+
+    make test-tpu                          all rows that are not there yet (minutes each; 4 GB of memory)
+    python tools/tpu_table.py --only 8b    rows whose name contains "8b"
+    python tools/tpu_table.py --redo       all of them again
+    python tools/tpu_table.py --list       their commands
+
+A finished row is kept as docs/tpu/NAME.json and not compiled again as long as its command and config stay the same, so
+the table can be continued. A row that does not fit is a row, too: one that falls back to slower attention is an error.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROWS_FOLDER, PAGE = ROOT / "docs" / "tpu", ROOT / "docs" / "tpu.md"
+BEGIN, END = "<!-- table: tools/tpu_table.py -->", "<!-- end of table -->"
+
+ROWS = {
+    "8b-stage1-v5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --stage 1",
+    "8b-stage3-v5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3",
+    "8b-stage1-v5p-4x4x4": "--config configs/alignvlm_8b.py --topology v5p:4x4x4 --stage 1 --rows-per-device 4",
+    "8b-stage3-v5p-4x4x4": "--config configs/alignvlm_8b.py --topology v5p:4x4x4 --stage 3 --rows-per-device 4",
+    "8b-stage1-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 1",
+    "8b-stage3-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 3",
+    "8b-stage1-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 1"
+    " --mesh data=2,fsdp=256",
+    "8b-stage3-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 3"
+    " --mesh data=2,fsdp=128,tensor=2",
+    "1b-stage1-v5e-16x16": "--config configs/alignvlm_1b.py --topology v5e:16x16 --stage 1",
+    "1b-stage1-v5e-2x2": "--config configs/alignvlm_1b.py --topology v5e:2x2 --stage 1",
+    "3b-stage1-v5e-16x16": "--config configs/alignvlm_3b.py --topology v5e:16x16 --stage 1",
+    "3b-stage1-v5e-2x4": "--config configs/alignvlm_3b.py --topology v5e:2x4 --stage 1",
+    "3b-stage1-v5e-2x2": "--config configs/alignvlm_3b.py --topology v5e:2x2 --stage 1",
+}
+FITS, DOES_NOT_FIT = 0, 3
+
+
+def main() -> int:
+    args = _parse()
+    chosen = {name: arguments for name, arguments in ROWS.items() if args.only in name}
+    if args.list:
+        print("\n".join(f"python tools/compile_tpu.py {arguments}" for arguments in chosen.values()))
+        return 0
+    ROWS_FOLDER.mkdir(parents=True, exist_ok=True)
+    for place, (name, arguments) in enumerate(chosen.items()):
+        if not args.redo and _kept(name) is not None:
+            continue
+        print(f"[{place + 1}/{len(chosen)}] {name}", flush=True)
+        _compile(name, arguments)
+        _write_page()
+    _write_page()
+    return 0
+
+
+def _compile(name: str, arguments: str) -> None:
+    """Compiles a row in a process of its own and keeps it."""
+    scratch = ROWS_FOLDER / f"{name}.part"
+    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments), "--json", str(scratch)]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code not in (FITS, DOES_NOT_FIT):
+        raise SystemExit(f"{name}: compile_tpu ended with {code}; nothing was kept of it")
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    row = json.loads(scratch.read_text(encoding="utf-8"))
+    row |= {"arguments": arguments, "revision": revision.stdout.strip()}
+    row.pop("failure")
+    scratch.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    scratch.rename(ROWS_FOLDER / f"{name}.json")
+
+
+def _kept(name: str) -> dict | None:
+    """A finished row, if it is of the same command."""
+    file = ROWS_FOLDER / f"{name}.json"
+    row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return row if row.get("arguments") == ROWS[name] else None
+
+
+def _write_page() -> None:
+    """Puts the table of all finished rows into the page, between the marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def table() -> str:
+    """All finished rows, as Markdown."""
+    lines = [
+        "| model, stage | chips | mesh | GB of a chip | fits | bins a step (K x B) | MFU at most | step, s | ICI, GB |"
+        " DCN, GB | attention | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ROWS:
+        row = _kept(name)
+        if row is None:
+            continue
+        estimate, wires = row["estimate"], row["collectives"].values()
+        mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+        ici, dcn = (sum(kind[wire] for kind in wires) / 1e9 for wire in ("ici", "dcn"))
+        total = f"{row['per_chip_bytes'] / 1e9:.1f}" if row["per_chip_bytes"] else "more"
+        slices = f"{row['slices']} x " if row["slices"] > 1 else ""
+        lines.append(
+            f"| {name.split('-')[0].upper()}, {name.split('-')[1].removeprefix('stage')} "
+            f"| {slices}{row['topology']} | {mesh} "
+            f"| {total} of {row['capacity_bytes'] / 1e9:.1f} | {'yes' if row['fits'] else '**no**'} "
+            f"| {row['microbatches']} x {row['bins_per_microbatch']} "
+            f"| {100 * estimate['model_flops_utilization']:.0f} % "
+            f"| {estimate['step_seconds_if_all_overlaps']:.1f} to {estimate['step_seconds_if_nothing_overlaps']:.1f} "
+            f"| {ici:.0f} | {dcn:.1f} "
+            f"| {' '.join(sorted(set(row['attention'].values())))} | {row['compile_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
+    parser.add_argument("--redo", action="store_true", help="compile finished rows again")
+    parser.add_argument("--list", action="store_true", help="print the commands")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
