@@ -1,6 +1,7 @@
 # make install   build .venv with everything the tests need (the other targets call it when needed)
 # make test      run the tests
 # make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk
+# make test-tpu  compile all rows of docs/tpu.md that are not there yet: minutes each, 6 GB of memory
 # make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones make the shipped nano backbones again, from nothing (an hour or two)
 # make lint      ruff
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test test-large demo backbones lint clean
+.PHONY: install test test-large test-tpu demo backbones lint clean
 
 install: $(STAMP)
 
@@ -24,6 +25,9 @@ test: $(STAMP)
 
 test-large: $(STAMP)
 	$(BIN)/python -m pytest -m large -s
+
+test-tpu: $(STAMP)
+	$(BIN)/python tools/tpu_table.py
 
 demo: $(STAMP)
 	$(BIN)/alignvlm demo --out runs/demo

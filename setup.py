@@ -52,6 +52,8 @@ EXTRAS = {
     "dev": [
         *EVAL,
         *DATA,
+        # The TPU compiler, for programs that are only compiled; without a TPU jax goes on using the CPU.
+        f"jax[tpu]{JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "jsonschema>=4.23,<5",
         "packaging>=25,<28",
         "psutil>=6,<8",

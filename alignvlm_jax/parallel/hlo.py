@@ -382,8 +382,8 @@ def _parameters(body: dict[str, Instruction]) -> list[Instruction]:
 
 def _part(op_name: str) -> str:
     """The modules an instruction comes from, without what jax wraps around them."""
-    words = re.sub(r"[()]", "/", op_name).split("/")
-    dull = ("jit", "train_step", "while", "body", "closed_call", "jvp", "transpose", "checkpoint", "shard_map", "cond")
+    words = re.sub(r"jit\([^)]*\)|[()]", "/", op_name).split("/")
+    dull = "while body cond closed_call shard_map jvp transpose checkpoint rematted_computation".split()
     return "/".join(word for word in words if word and word not in dull and not word.startswith("AlignVLM"))
 
 
@@ -451,8 +451,8 @@ def _splash_flops(instruction: Instruction) -> float:
 
 
 def _operand_shapes(instruction: Instruction) -> list[tuple[int, ...]]:
-    layouts = re.search(r"operand_layout_constraints=\{(.*?)\}\}?, ", instruction.attributes)
-    return [shape for _, shape in _shapes(layouts.group(1))] if layouts else []
+    layouts = instruction.attributes.partition("operand_layout_constraints=")[2].partition("}}")[0]
+    return [shape for _, shape in _shapes(layouts)]
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:

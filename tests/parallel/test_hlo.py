@@ -1,0 +1,232 @@
+"""Counting by the text of compiled programs, against counts known by arithmetic.
+
+The texts come from XLA's CPU compiler (8 devices) and, where TPUs are written differently, are copied from its TPU one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from alignvlm_jax.parallel.hlo import Program, _groups, _valid
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+def _compile(function, *arguments, **options):
+    return jax.jit(function, **options).lower(*arguments).compile().as_text()
+
+
+def test_products_in_nested_loops_are_counted_as_often_as_they_run():
+    def step(x, w):
+        def inner(x, _):
+            return jnp.tanh(x @ w), None
+
+        def outer(x, _):
+            return jax.lax.scan(inner, x, None, length=5)[0] + jnp.tanh(x @ w), None
+
+        return jax.lax.scan(outer, x, None, length=7)[0]
+
+    text = _compile(step, jnp.ones((12, 16)), jnp.ones((16, 16)))
+    program = Program(text)
+    assert sum(program.flops().values()) == 7 * (5 + 1) * 2 * 12 * 16 * 16
+    # Each run of a product reads and writes at least its operands and its result.
+    assert program.bytes_moved() >= 42 * 4 * (12 * 16 + 16 * 16 + 12 * 16)
+
+
+def test_a_loop_that_the_data_end_is_the_callers_to_know():
+    def step(x, count):
+        return jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)
+
+    text = _compile(step, jnp.ones((8, 8)), 3)
+    asked = []
+    program = Program(text, trips=lambda op_name: asked.append(op_name) or 10)
+    assert sum(program.flops().values()) == 10 * 2 * 8**3
+    assert asked and all("while" in name for name in asked)
+
+
+def test_batched_products():
+    left, right = jnp.ones((3, 4, 5, 6)), jnp.ones((3, 6, 7))
+    text = _compile(lambda a, b: jnp.einsum("bijk,bkl->bijl", a, b), left, right)
+    assert sum(Program(text).flops().values()) == 2 * 3 * 4 * 5 * 6 * 7
+
+
+@pytest.mark.parametrize(
+    "line, flops",
+    [
+        # A plain product, rows x inner by inner x columns.
+        (
+            "%c = bf16[9728,14336]{1,0} convolution(%a, %b), dim_labels=bf_io->bf",
+            2 * 9728 * 4096 * 14336,
+        ),
+        # A product written as a convolution of which each output meets one place of the window.
+        (
+            "%c = bf16[9728,32,128]{2,0,1} convolution(%d, %e), "
+            "window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f",
+            2 * 9728 * 4096 * 32 * 128,
+        ),
+    ],
+)
+def test_the_tpu_writes_products_as_convolutions(line, flops):
+    text = f"""HloModule test
+
+ENTRY %main (a: bf16[9728,4096], b: bf16[4096,14336]) -> bf16[9728,14336] {{
+  %a = bf16[9728,4096]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %b = bf16[4096,14336]{{1,0}} parameter(1)
+  %d = bf16[9728,4096,1]{{1,0,2}} bitcast(%a)
+  %e = bf16[32,128,4096]{{2,1,0}} parameter(2)
+  ROOT {line}, metadata={{op_name="jit(step)/layers/mlp/up/dot_general"}}
+}}
+"""
+    assert Program(text).flops() == {"jit(step)/layers/mlp/up/dot_general": flops}
+
+
+def test_windows_count_what_meets_something():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        source, size, stride, low, spread, dilate = (int(rng.integers(1, n)) for n in (9, 5, 4, 4, 3, 3))
+        low -= 1
+        high = int(rng.integers(0, 3))
+        out = ((source - 1) * spread + 1 + low + high - (size - 1) * dilate - 1) // stride + 1
+        if out < 1:
+            continue
+        # The same convolution of ones with ones adds up to the number of pairs that meet.
+        dims = ("NCH", "OIH", "NCH")
+        result = jax.lax.conv_general_dilated(
+            jnp.ones((1, 1, source)),
+            jnp.ones((1, 1, size)),
+            (stride,),
+            [(low, high)],
+            lhs_dilation=(spread,),
+            rhs_dilation=(dilate,),
+            dimension_numbers=dims,
+        )
+        assert _valid(source, out, size, stride, low, spread, dilate) == int(result.sum())
+
+
+SPLASH = """HloModule test
+
+%body (p: (s32[], bf16[1])) -> (s32[], bf16[1]) {
+  %p = (s32[], bf16[1]{0}) parameter(0)
+  %splash_mha_fwd_segmented_residuals.2 = (f32[512,128]{1,0}, bf16[32,9728,128]{2,1,0}, f32[32,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(s)/language/layers/attention/pallas_call"}
+  %splash_mha_dkv_segmented.1 = (bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}}, metadata={op_name="jit(s)/language/layers/attention/dkv"}
+  %splash_mha_fwd_segmented.3 = (f32[10,768,128]{2,1,0}, bf16[10,16,768,72]{3,2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="jit(s)/vision/layers/attention/pallas_call"}
+  ROOT %t = (s32[], bf16[1]{0}) tuple(%p)
+}
+
+%cond (p: (s32[], bf16[1])) -> pred[] {
+  %p = (s32[], bf16[1]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(32)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
+  %a = bf16[1]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[1]{0}) tuple(%zero, %a)
+  ROOT %loop = (s32[], bf16[1]{0}) while(%start), condition=%cond, body=%body
+}
+"""  # noqa: E501
+
+
+def test_what_pallas_calls_hide():
+    program = Program(SPLASH)
+    square = 9728 * 9728 / 2  # causal: the blocks above the diagonal are skipped
+    assert program.flops() == {
+        "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
+        "jit(s)/language/layers/attention/dkv": 32 * 2 * 4 * 32 * square * 128,  # 32 heads, not its 8 results
+        "jit(s)/vision/layers/attention/pallas_call": 32 * 2 * 2 * 10 * 16 * 768 * 768 * 72,
+    }
+    assert program.kernels() == {
+        "language: splash_mha_fwd_segmented_residuals": 32,
+        "language: splash_mha_dkv_segmented": 32,
+        "vision: splash_mha_fwd_segmented": 32,
+    }
+
+
+@functools.cache
+def _traffic():
+    """A loop of 6 with an all-gather over fsdp, an all-reduce over tensor and one over data, known in size."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def local(x, w):
+        def step(total, _):
+            whole = jax.lax.all_gather(w * total[0], "fsdp", axis=0, tiled=True)  # [64, 64] float32
+            return total + jax.lax.psum(jnp.tanh(total @ whole), "tensor"), None  # [16, 64]
+
+        total = jax.lax.scan(step, x @ jnp.ones((64, 64)), None, length=6)[0]
+        return jax.lax.psum(total, "data")
+
+    specs = jax.P("data", None), jax.P("fsdp", None)
+    function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
+    where = [NamedSharding(mesh, spec) for spec in specs]
+    return _compile(function, jnp.ones((32, 64)), jnp.ones((64, 64)), in_shardings=where)
+
+
+def test_collectives_with_loops_multiplied_out():
+    found = Program(_traffic()).collectives([0] * 8)
+    total = {}
+    for one in found:
+        total.setdefault(one.kind, []).append((one.count, one.bytes_sent))
+    half = 1 / 2  # of a ring of two: (n - 1) / n
+    assert total["all-gather"] == [(6, 64 * 64 * 4 * half)]
+    assert sorted(total["all-reduce"]) == [(1, 2 * 16 * 64 * 4 * half), (6, 2 * 16 * 64 * 4 * half)]
+
+
+def test_what_crosses_slices_is_told_from_what_does_not():
+    # Devices 0-3 are one slice: data lies across, fsdp and tensor within.
+    found = Program(_traffic()).collectives([0, 0, 0, 0, 1, 1, 1, 1])
+    assert [one.crosses_slices for one in sorted(found, key=lambda one: one.count)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "attributes, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, use_global", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, use_global", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups={}", []),
+    ],
+)
+def test_groups_in_all_ways_that_xla_writes_them(attributes, groups):
+    assert _groups(attributes, 4) == groups
+
+
+def test_a_chain_of_parts_is_one_collective():
+    """XLA's TPU compiler spreads a gather over the products that it overlaps with."""
+    text = """HloModule test
+
+%start (p: bf16[4,2]) -> bf16[4,4] {
+  %p = bf16[4,2]{1,0} parameter(0)
+  %all-gather.1 = bf16[4,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={1}, frontend_attributes={chain_id="0"}
+  ROOT %s = bf16[4,4]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%later (p: bf16[4,2]) -> bf16[4,4] {
+  %p = bf16[4,2]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[4,4]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={1}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
+  %p = bf16[4,2]{1,0} parameter(0)
+  %a = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%start
+  %b = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%later
+  ROOT %c = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%later
+}
+"""  # noqa: E501
+    (found,) = Program(text).collectives([0, 0])
+    assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
+
+
+def test_the_largest_buffers_come_with_their_origin():
+    text = _compile(lambda x: jnp.sort(x @ x.T, axis=-1)[:, :2], jnp.ones((96, 4)))
+    (size, shape, origin), *_ = Program(text).largest_buffers(3)
+    assert size == 96 * 96 * 4 and shape == "f32[96,96]" and origin

@@ -1,0 +1,97 @@
+"""Real steps compiled for TPUs that are not there, by libtpu; what the tool says, writes and exits with.
+
+The compiler is asked for little effort: the programs are the same, their schedules worse, and it takes a fifth of the
+time. `make test-tpu` compiles the full models as they would be run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignvlm_jax.parallel.topology import has_compiler
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is made for Linux on x86 only")
+
+TWO_LAYERS = (
+    "--config.model.language.num_layers=2",
+    "--config.model.vision.num_layers=2",
+    "--config.data.packing.tokens_per_bin=1024",
+    "--config.data.packing.tiles_per_bin=1",
+)
+
+
+def compile_tpu(*arguments):
+    environment = {**os.environ, "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0", "XLA_FLAGS": "", "NPROC": ""}
+    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+
+
+def test_the_nano_model_trains_on_a_slice(tmp_path):
+    file = tmp_path / "report.json"
+    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["fits"] and 0 < report["per_chip_bytes"] < report["capacity_bytes"] < 16 * 2**30
+    assert report["flops"] == pytest.approx(sum(report["flops_by_part"].values()))
+    assert report["compile_seconds"] > 0 and report["num_chips"] == 4
+    assert report["attention"] == {"encoder": "splash", "decoder": "splash"}
+    # data=4: the gradients are summed over the slice, and nothing leaves it.
+    assert report["collectives"]["all-reduce"]["ici"] > 0
+    assert report["collective_bytes"] == pytest.approx(sum(w["ici"] for w in report["collectives"].values()))
+    for words in ("memory of a chip", "ESTIMATE", "8 bins (2 x 4)", "attention: encoder splash, decoder splash"):
+        assert words in done.stdout
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):
+    file = tmp_path / "report.json"
+    words = "--config.model.language.vocab_size=8000000"  # two tables of 4.1 GB, and their optimizer
+    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", words, "--json", str(file))
+    assert done.returncode == 3, done.stderr
+    report = json.loads(file.read_text())
+    assert not report["fits"] and "DOES NOT FIT" in done.stdout
+    assert report["memory"]["parameters"] + report["memory"]["optimizer"] > report["capacity_bytes"]
+    assert report["advice"] and "largest buffers" in done.stdout
+
+
+def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
+    file = tmp_path / "report.json"
+    done = compile_tpu(
+        "--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", "--json", str(file), *TWO_LAYERS
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    # 2.05 billion float32 weights of two layers and three tables of words, and twice that for Adam, over four chips.
+    assert report["memory"]["optimizer"] == pytest.approx(2 * report["memory"]["parameters"], rel=1e-3)
+    # Per bin 729 visual tokens and 295 of text: the executed products are those the model needs, and what is computed
+    # again: above the formula, and below twice.
+    assert 1 < report["executed_flops_per_chip"] * 4 / report["flops"] < 2
+
+
+@pytest.mark.large
+def test_decoding_compiles(tmp_path):
+    file = tmp_path / "report.json"
+    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", "--decode", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["prefill"]["fits"] and report["decode"]["fits"]
+    assert report["decode"]["executed_flops_per_chip"] < report["prefill"]["executed_flops_per_chip"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--topology", "v5e"), "expected a generation and a shape"),
+        (("--topology", "v99:2x2"), "libtpu does not know it"),
+        (("--topology", "v5e:2x2", "--stage", "9"), "has stages 1 to 3"),
+        (("--topology", "v5e:2x2", "--mesh", "data=3"), "does not divide up 4 device"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(arguments, message):
+    done = compile_tpu("--config", "configs/nano.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
