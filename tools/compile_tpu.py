@@ -6,8 +6,8 @@
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
 
 Any key of the config can be set with --config.path.to.key=value. Memory is what the compiler allots, collectives and
-FLOP are what it wrote, loops multiplied out; times are a roofline's: estimates. Every bin is taken to be full: a page
-of as many tiles as a bin holds, and 2,048 tokens of text.
+FLOP are what it wrote, loops multiplied out; times are a roofline's: estimates. Every bin is taken to be full of the
+largest pages, and a step to hold as many of them as the stage's global_batch says.
 
 Exit codes: 0 it fits; 2 a mistake in the arguments; 3 it does not fit; 4 attention fell back to XLA's blocks.
 """
@@ -82,8 +82,8 @@ def describe(report: ahead_of_time.Report) -> str:
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
             "",
-            f"a step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}), each of a"
-            f" page: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
+            f"a step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}) of"
+            f" {report['examples']} full pages: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
             f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}",
             f"model TFLOP of a step: {report['flops'] / 1e12:,.0f} ({parts})",
         ]

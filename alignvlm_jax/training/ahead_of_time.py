@@ -5,9 +5,9 @@ Axis letters: K microbatches, B bins (rows), M tiles per bin, L positions per bi
     report = compile_train_step(experiment, topology_devices("v5e:16x16"), stage_index=2)
     report["fits"], report["per_chip_bytes"], report["capacity_bytes"]
 
-Every bin is taken to hold one full page: M tiles and `TEXT_TOKENS` of text, so that a bin is an example and a step of
-the stage's `global_batch` bins is one of as many examples. Pages of fewer tiles share bins; the same step then holds
-more examples.
+Every bin is taken to be full of the largest pages there are: as many as M tiles hold, with `TEXT_TOKENS` of text as far
+as L leaves room. Each is an example, and a step has the bins that the stage's `global_batch` of them needs, in whole
+microbatches. (Smaller pages share bins: a run measures how many of its examples do, and takes fewer bins.)
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.flops import train_flops
 
 TEXT_TOKENS = 2048
-"""Of every bin; a quarter of them answers."""
+"""Of a page, at most; a quarter of them answers."""
 
 _USABLE = 0.96
 """Of a chip's memory: XLA keeps some for itself (it reports 15.48 of a v5e's 16 GiB, 30.75 of a v4's 32)."""
@@ -68,8 +68,10 @@ def compile_train_step(
     stage = dataclasses.replace(experiment.stages[stage_index], steps=1000, epochs=None)
     stage = dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
     bins = rows_per_device * num_batch_shards(mesh)
-    microbatches = max(1, math.ceil(stage.global_batch / bins))
-    packing = experiment.data.packing
+    packing, tiling = experiment.data.packing, experiment.data.tiling
+    tiles_of_page = tiling.max_tiles + (tiling.thumbnail and tiling.max_tiles > 1)
+    pages = max(1, packing.tiles_per_bin // tiles_of_page)
+    microbatches = max(1, math.ceil(stage.global_batch / (bins * pages)))
     shapes = jax.eval_shape(
         lambda: example_batch(model, rows=bins, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
     )
@@ -83,7 +85,7 @@ def compile_train_step(
         state = steps.abstract_state(model, stage, mesh)
         compiled, seconds, text, failure = _compile(steps.jit_train_step(model, stage, mesh), state, batch)
 
-    contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin)
+    contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
     # The answers of a bin, over the loss's chunks: the only loop whose length the data decide.
@@ -107,7 +109,7 @@ def compile_train_step(
         "bins_per_microbatch": bins,
         "microbatches": microbatches,
         "bins": total_bins,
-        "examples_of_one_page": total_bins,
+        "examples": total_bins * pages,
         "tokens": total_bins * contents["tokens"],
         "tiles": total_bins * contents["tiles"],
         "flops": needed.total,
@@ -219,10 +221,10 @@ def _compile(function, *arguments):
     return compiled, time.monotonic() - started, compiled.as_text(), None
 
 
-def _contents(model: AlignVLMConfig, tiles: int, length: int) -> dict[str, float]:
-    """What a bin holds: a page of as many tiles as there is room for, and text."""
+def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dict[str, float]:
+    """What a bin holds: pages of as many tiles as there is room for, and text."""
     visual = tiles * tokens_per_tile(model)
-    tokens = min(length, visual + TEXT_TOKENS)
+    tokens = min(length, visual + pages * TEXT_TOKENS)
     if tokens - visual < 2:
         raise UserError(
             f"config.data.packing.tokens_per_bin: {tiles} tiles are {visual} visual tokens, and a bin of {length} has "
@@ -232,7 +234,7 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int) -> dict[str, float
         "tiles": tiles,
         "tokens": tokens,
         "answer_tokens": max(1, (tokens - visual) // 4),
-        "squared_lengths": float(tokens) ** 2,
+        "squared_lengths": float(tokens) ** 2 / pages,
     }
 
 
