@@ -119,7 +119,7 @@ def table() -> str:
             f"| {slices}{row['topology']} | {mesh} "
             f"| {total} of {row['capacity_bytes'] / 1e9:.1f} | {'yes' if row['fits'] else '**no**'} "
             f"| {row['microbatches']} x {row['bins_per_microbatch']} "
-            f"| {100 * estimate['model_flops_utilization']:.0f} % "
+            f"| {100 * estimate.get('model_flops_utilization', 0):.0f} % "
             f"| {estimate['step_seconds_if_all_overlaps']:.1f} to {estimate['step_seconds_if_nothing_overlaps']:.1f} "
             f"| {ici:.0f} | {dcn:.1f} "
             f"| {' '.join(sorted(set(row['attention'].values())))} | {row['compile_seconds']:.0f} s |"

@@ -261,7 +261,7 @@ class Program:
         for name, times in self.runs.items():
             if name in fused:
                 continue
-            body = self.computations[name]
+            body = self.computations.get(name, {})
             for instruction in body.values():
                 if instruction.opcode not in _FREE:
                     total += times * self._moved(body, instruction)
@@ -445,7 +445,8 @@ def _splash_flops(instruction: Instruction) -> float:
     shape = max((shape for _, shape in instruction.shapes), key=lambda shape: (len(shape), math.prod(shape)))
     *rows, heads, length, width = shape
     if kind == "dkv":  # its results are as many as key-value heads: the queries' heads are among its operands' shapes
-        heads = max((s[-3] for s in _operand_shapes(instruction) if s[-2:] == shape[-2:]), default=heads)
+        of_heads = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
+        heads = max((s[-3] for s in of_heads), default=heads)
     pairs = length * length * (0.5 if "language" in instruction.op_name else 1.0)
     return 2.0 * _SPLASH[kind] * math.prod(rows) * heads * pairs * width
 

@@ -68,9 +68,8 @@ def compile_train_step(
     stage = dataclasses.replace(experiment.stages[stage_index], steps=1000, epochs=None)
     stage = dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
     bins = rows_per_device * num_batch_shards(mesh)
-    packing, tiling = experiment.data.packing, experiment.data.tiling
-    tiles_of_page = tiling.max_tiles + (tiling.thumbnail and tiling.max_tiles > 1)
-    pages = max(1, packing.tiles_per_bin // tiles_of_page)
+    packing = experiment.data.packing
+    pages = max(1, packing.tiles_per_bin // experiment.data.tiling.max_tiles_per_image)
     microbatches = max(1, math.ceil(stage.global_batch / (bins * pages)))
     shapes = jax.eval_shape(
         lambda: example_batch(model, rows=bins, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
@@ -118,12 +117,9 @@ def compile_train_step(
         "attention": _kernels(program),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
     }
-    report["estimate"] |= {
-        "model_flops_utilization": needed.total
-        / num_chips
-        / chip.peak_flops
-        / report["estimate"]["step_seconds_if_all_overlaps"]
-    }
+    if compiled is not None:
+        shortest = report["estimate"]["step_seconds_if_all_overlaps"]
+        report["estimate"]["model_flops_utilization"] = needed.total / num_chips / chip.peak_flops / shortest
     return report
 
 
@@ -275,7 +271,7 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
         "executed_flops_per_chip": executed,
         "estimate": {
             "seconds": seconds,
-            "step_seconds_if_all_overlaps": max(seconds.values()) or math.nan,
+            "step_seconds_if_all_overlaps": max(seconds.values()),
             "step_seconds_if_nothing_overlaps": sum(seconds.values()),
         },
         "largest_buffers": [

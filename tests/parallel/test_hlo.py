@@ -113,7 +113,7 @@ SPLASH = """HloModule test
   %splash_mha_fwd_segmented_residuals.2 = (f32[512,128]{1,0}, bf16[32,9728,128]{2,1,0}, f32[32,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="jit(s)/language/layers/attention/pallas_call"}
-  %splash_mha_dkv_segmented.1 = (bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}}, metadata={op_name="jit(s)/language/layers/attention/dkv"}
+  %splash_mha_dkv_segmented.1 = (bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, s32[9728,128]{1,0}}, metadata={op_name="jit(s)/language/layers/attention/dkv"}
   %splash_mha_fwd_segmented.3 = (f32[10,768,128]{2,1,0}, bf16[10,16,768,72]{3,2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="jit(s)/vision/layers/attention/pallas_call"}
   ROOT %t = (s32[], bf16[1]{0}) tuple(%p)
 }
