@@ -1,0 +1,43 @@
+"""configs/debug_gpu.py as a GPU would run it: its step lowers for CUDA on a machine without one."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.models import hardware
+from alignvlm_jax.models.alignvlm import example_batch
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.training import step as steps
+
+
+@dataclasses.dataclass
+class _Gpu:
+    compute_capability: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize("compute_capability, kernel", [("9.0", "flash"), ("7.5", "xla")])
+def test_the_step_lowers_for_cuda(compute_capability, kernel):
+    experiment, gpu = configs.load("configs/debug_gpu.py"), _Gpu(compute_capability)
+    model = dataclasses.replace(
+        experiment.model,
+        vision=hardware.resolve(experiment.model.vision, gpu),
+        language=hardware.resolve(experiment.model.language, gpu),
+    )
+    assert model.language.attention == model.vision.attention == kernel
+    stage, packing = experiment.stages[0], experiment.data.packing
+    shapes = jax.eval_shape(
+        lambda: example_batch(
+            model, rows=packing.bins_per_microbatch, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin
+        )
+    )
+    batch = {name: jax.ShapeDtypeStruct((1, *shapes[name].shape), shapes[name].dtype) for name in steps.FIELDS}
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = steps.abstract_state(model, stage, mesh)
+        lowered = jax.jit(steps.make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert ("triton" in text) == (kernel == "flash")
+    assert ("bf16" in text) == (kernel == "flash"), "cards before Ampere have no bfloat16"
