@@ -22,6 +22,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
+
 from alignvlm_jax import config as configs
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import parse_mesh
@@ -33,6 +35,7 @@ DOES_NOT_FIT, FELL_BACK = 3, 4
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = _parse(argv)
+    jax.config.update("jax_exec_time_optimization_effort", args.effort)
     try:
         experiment = configs.load(args.config, overrides)
         if not 1 <= args.stage <= len(experiment.stages):
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(one))
     if args.json:
         asked = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
+        asked["effort"] = args.effort
         Path(args.json).write_text(json.dumps({**asked, **report}, indent=2) + "\n", encoding="utf-8")
     if not all(one["fits"] for one in reports):
         return DOES_NOT_FIT
@@ -123,6 +127,13 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--rows-per-device", type=int, default=1, metavar="N", help="bins a microbatch per data x fsdp (default: 1)"
     )
     parser.add_argument("--decode", action="store_true", help="prefill and one decode step instead of training")
+    parser.add_argument(
+        "--effort",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of the compiler, from -1 (a fifth of the time, a worse schedule, other temporary memory) to 1 (default: 0)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]

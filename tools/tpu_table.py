@@ -3,6 +3,7 @@
     make test-tpu                          all rows that are not there yet (minutes each; 4 GB of memory)
     python tools/tpu_table.py --only 8b    rows whose name contains "8b"
     python tools/tpu_table.py --redo       all of them again
+    python tools/tpu_table.py --effort -1  in a fifth of the time; such rows are marked with *
     python tools/tpu_table.py --list       their commands
 
 A finished row is kept as docs/tpu/NAME.json and not compiled again as long as its command and config stay the same, so
@@ -62,17 +63,17 @@ def main() -> int:
         if not args.redo and _kept(name) is not None:
             continue
         print(f"[{place + 1}/{len(chosen)}] {name}", flush=True)
-        _compile(name, arguments)
+        _compile(name, arguments, args.effort)
         _write_page()
     _write_page()
     return 0
 
 
-def _compile(name: str, arguments: str) -> None:
+def _compile(name: str, arguments: str, effort: float) -> None:
     """Compiles a row in a process of its own and keeps it."""
     scratch = ROWS_FOLDER / f"{name}.part"
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments), "--json", str(scratch)]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
+    code = subprocess.run([*command, "--effort", str(effort), "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
         raise SystemExit(f"{name}: compile_tpu ended with {code}; nothing was kept of it")
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -122,7 +123,8 @@ def table() -> str:
             f"| {100 * estimate.get('model_flops_utilization', 0):.0f} % "
             f"| {estimate['step_seconds_if_all_overlaps']:.1f} to {estimate['step_seconds_if_nothing_overlaps']:.1f} "
             f"| {ici:.0f} | {dcn:.1f} "
-            f"| {' '.join(sorted(set(row['attention'].values())))} | {row['compile_seconds']:.0f} s |"
+            f"| {' '.join(sorted(set(row['attention'].values())))} "
+            f"| {row['compile_seconds']:.0f} s{' *' if row['effort'] < 0 else ''} |"
         )
     return "\n".join(lines)
 
@@ -131,6 +133,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="compile finished rows again")
+    parser.add_argument("--effort", type=float, default=0.0, metavar="X", help="of the compiler; see compile_tpu.py")
     parser.add_argument("--list", action="store_true", help="print the commands")
     return parser.parse_args()
 

@@ -26,8 +26,8 @@ TWO_LAYERS = (
 
 
 def compile_tpu(*arguments):
-    environment = {**os.environ, "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0", "XLA_FLAGS": "", "NPROC": ""}
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *arguments]
+    environment = {**os.environ, "XLA_FLAGS": "", "NPROC": ""}
+    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), "--effort", "-1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
