@@ -132,7 +132,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         type=float,
         default=0.0,
         metavar="X",
-        help="of the compiler, from -1 (a fifth of the time, a worse schedule, other temporary memory) to 1 (default: 0)",
+        help="of the compiler: -1 takes a fifth of the time, for a worse schedule (default: 0)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     args, rest = parser.parse_known_args(argv)
