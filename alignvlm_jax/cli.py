@@ -4,7 +4,7 @@ Only argument handling lives here; each command calls the function that does the
 inside the commands, so that `--help` and a mistyped option answer at once.
 
 Exit codes: 0 done, 2 the user can fix it (one line on stderr; `--debug` shows the traceback), 4 another process of the
-run died (`parallel/watch.py`), 130 interrupted.
+run died (`parallel/watch.py`), 75 preempted (SIGTERM; the run was saved), 130 interrupted.
 """
 
 import argparse
@@ -120,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"alignvlm: error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if args.debug:
             traceback.print_exc()
         print("alignvlm: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_code", 130)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -166,6 +166,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = add("train", _train, summary, TRAIN_DESCRIPTION, TRAIN_EPILOG, takes_overrides=True, distributed=True)
     train.add_argument("--config", required=True, metavar="FILE", help="the experiment, such as configs/nano.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
+    train.add_argument(
+        "--allow-config-change",
+        type=lambda text: [key.strip().removeprefix("config.") for key in text.split(",") if key.strip()],
+        default=[],
+        metavar="KEY[,KEY]",
+        help="resume although these keys of the config, which change what is computed, are not what they were",
+    )
     train.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
@@ -236,7 +243,12 @@ def _train(args: argparse.Namespace) -> None:
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
         distributed.gather_json("drawn")
-        progress = loop.train(experiment, pathlib.Path(args.workdir), score=during_training(experiment)).progress
+        progress = loop.train(
+            experiment,
+            pathlib.Path(args.workdir),
+            score=during_training(experiment),
+            allow_config_change=args.allow_config_change,
+        ).progress
         if distributed.is_primary():
             print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
             print(f"  alignvlm eval --checkpoint {args.workdir}")

@@ -23,10 +23,13 @@ class RefusalLog:
         new = {name: example for name, example in new.items() if name not in self._named}
         if not new:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            for example in new.values():
-                entry = {"id": example.id, "source": example.source, "reason": example.reason}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        entries = ({"id": e.id, "source": e.source, "reason": e.reason} for e in new.values())
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError:  # a full disk is no reason to end a run: they are named when they are met again
+            return
         self._named |= new.keys()
 
 

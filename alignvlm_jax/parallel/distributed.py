@@ -46,6 +46,12 @@ class Interrupted(KeyboardInterrupt):
     """A signal came to one of the processes; all of them have saved the same step."""
 
 
+class Preempted(Interrupted):
+    """It was SIGTERM: the machine is wanted elsewhere, and the run is to be started again."""
+
+    exit_code = 75
+
+
 @contextlib.contextmanager
 def joined(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None

@@ -246,9 +246,7 @@ class Checkpointer:
 
     def _describe(self, step: Path, error: Exception) -> str:
         good = [complete for complete in complete_steps(self._folder) if complete != int(step.name)]
-        left = (
-            f"the newest checkpoint is {self._folder / str(good[-1])}" if good else "there is no other"
-        )
+        left = f"the newest checkpoint is {self._folder / str(good[-1])}" if good else "there is no other"
         return f"step {step.name} could not be saved in {step}: {_system_words(error) or error}; {left}"
 
     def _clean_up(self) -> None:

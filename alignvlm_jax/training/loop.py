@@ -15,7 +15,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params, token_grid
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import debug, metrics, out_of_memory
+from alignvlm_jax.training import budget, config_changes, debug, metrics, out_of_memory
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.checkpoint import (
@@ -54,24 +54,6 @@ from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
 
 TENSORBOARD_FOLDER = "tensorboard"
-
-# Keys that may differ when a run is resumed: they change where and how often, never what is computed.
-_MAY_DIFFER = (
-    "checkpoint",
-    "evaluation",
-    "log_every_steps",
-    "mesh",
-    "model.vision.attention",
-    "model.language.attention",
-    "profile",
-    "debug",
-    "anomalies.spike",
-    "data.root",
-    "data.max_refused",
-    "data.workers",
-    "data.read_threads",
-    "data.prefetch_batches",
-)
 
 
 class TrainingData(Protocol):
@@ -163,6 +145,7 @@ def train(
     on_stage_start: Callable[[int, Params], Any] | None = None,
     on_step: Callable[[int], Any] | None = None,
     score: Callable[[Params, Mesh], Mapping[str, float]] | None = None,
+    allow_config_change: Sequence[str] = (),
 ) -> TrainResult:
     """Trains through all stages, or goes on where an earlier call on `workdir` stopped.
 
@@ -177,9 +160,10 @@ def train(
       on_step: called after each step with the number of steps done, over all stages.
       score: called every `config.evaluation.every_steps` with the weights where they lie and the mesh; what it finds is
         logged. `evaluation.during_training` makes one.
+      allow_config_change: keys of the config that need not be as they were when the run began.
 
     Raises:
-      distributed.Interrupted: SIGINT or SIGTERM came; the run was saved first.
+      distributed.Interrupted: SIGINT, or SIGTERM (`Preempted`), came; the run was saved first.
       UserError: the config does not fit the data, the devices or their memory, or what `workdir` holds.
       distributed.Disagreement: the processes are not set up alike.
     """
@@ -189,7 +173,7 @@ def train(
     machine = metrics.Machine.of(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
     data = open_data(config)
-    _prepare_workdir(workdir, config, data)
+    changes = _prepare_workdir(workdir, config, data, allow_config_change)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, config) as checkpointer,
@@ -197,7 +181,7 @@ def train(
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explained(config, workdir),
     ):
-        plans = _plans(config, data, checkpointer)
+        plans = _plans(config, data, checkpointer, changes)
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
         report = workdir / ANOMALIES_FILE if distributed.is_primary() else None
@@ -216,6 +200,7 @@ def train(
             on_step,
             score,
         )
+        _say(budget.describe(config, stages, mesh, workdir))
         params, progress = run.resume()
         if progress.step:
             anomalies.go_on_from(checkpointer.data_state(progress) or {})
@@ -311,7 +296,11 @@ class _Run:
             waited = time.monotonic() - asked
             # Before the step, so that asking for the sums does not wait for it.
             counts = distributed.add_up(
-                {**_host_counts(batch, counted_here), "interrupted": float(self.interruption.came)}
+                {
+                    **_host_counts(batch, counted_here),
+                    "interrupted": float(self.interruption.came),
+                    "preempted": float(self.interruption.preempted),
+                }
             )
             # Copied to the device while that is still at work on the step before.
             device_batch = sharding.shard_batch({name: batch[name] for name in fields}, self.mesh)
@@ -326,7 +315,7 @@ class _Run:
             too_many = self.anomalies.look(before=progress.step)
             if self.config.debug.nans and float(measured["skipped"]):
                 debug.explain_skipped(self.config.model, stage, self.mesh, state, device_batch, progress.step)
-            interrupted = counts.pop("interrupted")
+            interrupted, preempted = counts.pop("interrupted"), counts.pop("preempted")
             log.add({**measured, **counts, "data_seconds": waited})
             self.refusals.add(batches.refused())
             bar.update()
@@ -343,7 +332,9 @@ class _Run:
                 self.on_step(progress.step)
             if self.score and progress.step % self.config.evaluation.every_steps == 0:
                 started += self._score(state.params, progress, log)
-            interrupted = bool(interrupted) if jax.process_count() > 1 else self.interruption.came
+            if jax.process_count() == 1:  # what came during the step counts too
+                interrupted, preempted = self.interruption.came, self.interruption.preempted
+            interrupted, preempted = bool(interrupted), bool(preempted)
             to_save = at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0
             if to_save and not too_many:
                 jax.block_until_ready(state)
@@ -362,7 +353,7 @@ class _Run:
             if interrupted and not too_many:
                 self.checkpointer.wait()
                 _say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
-                raise distributed.Interrupted
+                raise distributed.Preempted if preempted else distributed.Interrupted
         return state, progress
 
     def _back_from(self, failed: Progress, last_batch: int) -> tuple[Params | None, Progress]:
@@ -407,11 +398,16 @@ class _Run:
         return {"plans": plans, "rows": rows, **self.anomalies.state()}
 
 
-def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpointer) -> list[StagePlan]:
-    """The plans of the stages: those the run began with, or if it begins now, new ones."""
+def _plans(
+    config: ExperimentConfig,
+    data: TrainingData,
+    checkpointer: Checkpointer,
+    changes: Sequence[config_changes.Change],
+) -> list[StagePlan]:
+    """The plans of the stages: those the run began with, or if it begins now or has changed, new ones."""
     progress = checkpointer.latest()
     kept = checkpointer.data_state(progress) if progress else None
-    if kept is not None:
+    if kept is not None and not any(change.key.startswith(("stages", "data")) for change in changes):
         return [StagePlan(**plan) for plan in kept["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
     # Every process has measured the same examples, if every one sees the same data sets.
@@ -466,55 +462,40 @@ def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:
     return sorted({name for names in of_processes for name in names})
 
 
-def _prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData) -> None:
-    """Makes the workdir, or checks that the run in it is this one."""
-    path = workdir / CONFIG_FILE
-    if is_checkpoint(workdir):
-        # Read as plain values: a key that this version no longer knows is a difference too.
-        _refuse_other_run(configs.read_json(path), configs.to_dict(config), workdir)
+def _prepare_workdir(
+    workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]
+) -> Sequence[config_changes.Change]:
+    """Makes the workdir, or checks that the run in it is this one; returns what is new in the config, if it matters."""
+    path, changes = workdir / CONFIG_FILE, []
+    going_on = is_checkpoint(workdir)
+    if going_on:
+        changes = config_changes.compare(configs.read_json(path), config)
+        _say(config_changes.describe(changes))
+        config_changes.check(changes, allowed, workdir)
+    text = configs.to_json(config)
     distributed.gather_json("looked")  # before anything is written
     try:
-        if distributed.is_primary():
+        # A run that goes on under the same config writes nothing: a kill in between cannot spoil what is there.
+        if distributed.is_primary() and not (going_on and path.read_text(encoding="utf-8") == text):
             workdir.mkdir(parents=True, exist_ok=True)
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
-            if config.init_from is not None:
+            if config.init_from is not None and not going_on:
                 write_history(workdir, history_of_run(config.init_from))
-            path.write_text(configs.to_json(config), encoding="utf-8")
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
     distributed.gather_json("written")
     distributed.agree({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
-
-
-def _refuse_other_run(old: Any, new: Any, workdir: Path) -> None:
-    differences = [
-        f"{key}: {before!r} there, {after!r} now"
-        for key, before, after in _differences(old, new)
-        if not any(key == name or key.startswith(f"{name}.") for name in _MAY_DIFFER)
-    ]
-    if differences:
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(differences[:3])}"
-            f"{f'; and {len(differences) - 3} more' if len(differences) > 3 else ''}): choose another workdir"
-        )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two nests of dicts and lists differ, as (path, old, new)."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    elif old != new:
-        yield path, old, new
+    return [change for change in changes if change.matters]
 
 
 class _Interruption:
     """While in force, SIGINT and SIGTERM raise a flag: the step is finished and saved. A second one ends at once."""
 
     def __init__(self):
-        self.came = False
+        self.came = self.preempted = False
         self._before = {}
 
     def __enter__(self) -> "_Interruption":
@@ -529,5 +510,5 @@ class _Interruption:
     def _note(self, number: int, frame: Any) -> None:
         if self.came:
             raise KeyboardInterrupt
-        self.came = True
+        self.came, self.preempted = True, number == signal.SIGTERM
         tqdm.write("interrupted: finishing this step and saving (once more to stop at once)")

@@ -6,8 +6,10 @@ is its share of the chip's published bfloat16 peak, whatever the dtype of the ru
 as a CPU, there is no `mfu`.
 """
 
+import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tensorboardX
+from tqdm import tqdm
 
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.parallel.chips import Chip, find_chip
@@ -74,7 +77,9 @@ class MetricsLog:
         # What an earlier sitting wrote after the checkpoint it is resumed from is done again: those points are dropped.
         self._writer = None
         if folder is not None:
-            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+            self._writer = tensorboardX.SummaryWriter(
+                str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
+            )
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
@@ -106,20 +111,24 @@ class MetricsLog:
         summary = {**averages(steps), **timed}
         self._since, self._untimed = now, 0
         self.last |= summary
-        for name, value in {**summary, "stage": stage}.items():
-            if self._writer is not None and not math.isnan(value):
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        figures = {name if "/" in name else f"train/{name}": value for name, value in summary.items()}
+        self.write_scalars(step, {**figures, "train/stage": stage})
         return summary
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes figures that are not of a step, under their own names."""
+        """Writes figures under their own names."""
+        # Its thread ends when the disk is full; whoever then went on handing it figures would wait for ever.
+        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
+            tqdm.write("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
+            self._writer = None
         for name, value in values.items():
-            if self._writer is not None:
+            if self._writer is not None and not math.isnan(value):
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is not None and self._writer.file_writer.event_writer._worker.is_alive():
+            with contextlib.suppress(OSError):  # a full disk
+                self._writer.close()
 
 
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What one of several processes does in a test; see processes.py."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ def count(host, config=None, fail_at=None):
         time.sleep(0.05)
 
 
-def train(workdir, mesh=None, config=None, stop_at=None):
+def train(workdir, mesh=None, config=None, stop_at=None, save_every=None):
     """Trains the tiny model, on random bins or on a config's documents; "WORKDIR.N.I.json" is what process I of N heard
     of each step, and made."""
     from alignvlm_jax import config as configs
@@ -42,6 +43,9 @@ def train(workdir, mesh=None, config=None, stop_at=None):
         on_step = lambda step: step == stop_at and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     try:
         experiment = tiny.config(mesh) if config is None else configs.from_dict(config)
+        if save_every is not None:
+            often = dataclasses.replace(experiment.checkpoint, every_steps=save_every)
+            experiment = dataclasses.replace(experiment, checkpoint=often)
         result = tiny.train(
             workdir, experiment, losses=losses, made=made, documents=config is not None, on_step=on_step
         )

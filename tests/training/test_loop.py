@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax import config as configs
 from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
 from alignvlm_jax.data.packing import PackingConfig, Refused
 from alignvlm_jax.data.pipeline import DataConfig
@@ -19,7 +20,7 @@ from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import checkpoint, loop
+from alignvlm_jax.training import checkpoint, config_changes, loop
 from alignvlm_jax.training.profile import ProfileConfig
 from alignvlm_jax.training.step import abstract_state
 from tests.training.batches import MODEL, random_batch, stage
@@ -168,9 +169,19 @@ def test_a_finished_run_is_not_run_again(finished):
 
 def test_another_config_does_not_continue_a_run(finished):
     workdir, _, _ = finished
-    with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 there, 16 now.*choose another workdir"):
-        changed = dataclasses.replace(CONFIG.stages[0], global_batch=16)
-        train(workdir, dataclasses.replace(CONFIG, stages=(changed, CONFIG.stages[1])))
+    stages = (dataclasses.replace(CONFIG.stages[0], global_batch=16), CONFIG.stages[1])
+    changed = dataclasses.replace(CONFIG, stages=stages)
+    with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 there, 16 now.*choose another workdir.*"):
+        train(workdir, changed)
+    changes = config_changes.compare(configs.to_dict(CONFIG), changed)
+    assert config_changes.describe(changes) == "the config has changed:\n  stages.0.global_batch: 8 there, 16 now"
+    config_changes.check(changes, ["stages.0.global_batch"], workdir)
+    config_changes.check(changes, ["stages"], workdir)
+    with pytest.raises(UserError, match="--allow-config-change stages.0.global_batch$"):
+        config_changes.check(changes, ["seed", "stages.0.global"], workdir)
+    older = configs.to_dict(CONFIG)
+    del older["anomalies"]
+    assert not config_changes.compare(older, CONFIG), "a key that came later has its default"
     train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
 
 
@@ -191,12 +202,14 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
     progress = checkpoint.Progress(step=3, stage=0, step_in_stage=3)
     states = []
     with checkpoint.Checkpointer(workdir, CONFIG) as checkpointer:
-        for mesh in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2)):
+        for mesh in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2), MeshConfig(8, 1, 1)):
             abstract = abstract_state(MODEL, CONFIG.stages[0], make_mesh(mesh))
             states.append(checkpointer.restore(progress, abstract))
             for leaf, wanted in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(abstract), strict=True):
                 assert leaf.sharding == wanted.sharding and leaf.shape == wanted.shape
-    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+    first, *others = map(jax.device_get, states)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
 @pytest.mark.parametrize(
