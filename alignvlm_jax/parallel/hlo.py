@@ -8,8 +8,9 @@ loss's chunks of answers), the caller must say.
     program = Program(compiled.as_text(), trips=lambda op_name: 4)
     program.flops(), program.bytes_moved(), program.collectives(slice_of_device)
 
-Collectives that XLA takes apart to overlap them with other work appear several times in the text, as parts of one
-chain: each is counted where it starts.
+What goes from slice to slice is not written as collectives but as messages to the host, which reduces or spreads them:
+`_between_slices` says what they stand for. Collectives that XLA takes apart to overlap them with other work appear
+several times in the text, as parts of one chain: each is counted where it starts.
 """
 
 import collections
@@ -301,7 +302,10 @@ class Program:
             }
             for instruction in body.values():
                 kind = instruction.opcode.removesuffix("-start")
-                if kind not in _COLLECTIVES:
+                if kind == "send" and "megascale" in instruction.attributes:
+                    kind, sent = _between_slices(instruction)
+                    found.append(Collective(kind, instruction.op_name, times, sent, True))
+                if kind not in _COLLECTIVES or instruction.opcode == "send":
                     continue
                 if "chain_id=" in instruction.attributes and instruction.name not in started:
                     continue  # a later part of a chain
@@ -454,6 +458,19 @@ def _splash_flops(instruction: Instruction) -> float:
 def _operand_shapes(instruction: Instruction) -> list[tuple[int, ...]]:
     layouts = instruction.attributes.partition("operand_layout_constraints=")[2].partition("}}")[0]
     return [shape for _, shape in _shapes(layouts)]
+
+
+def _between_slices(message: Instruction) -> tuple[str, float]:
+    """Which collective a message to the host is part of, and the bytes that this device sends for it."""
+    kind = re.search(r'transfer_type="(\w+)"', message.attributes).group(1)
+    size = _size(*message.shapes[0])
+    target = re.search(r'_megascale_target="\{([\d,]+)\}', message.attributes)
+    slices = len(target.group(1).split(",")) if target else 2
+    if kind == "ALL_REDUCE":
+        return "all-reduce", 2 * size * (slices - 1) / slices
+    if kind == "ALL_GATHER":
+        return "all-gather", size * (slices - 1)
+    return "collective-permute", size
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:

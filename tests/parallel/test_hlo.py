@@ -226,6 +226,23 @@ ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
     assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
 
 
+def test_messages_between_slices_are_the_collectives_they_stand_for():
+    """Copied from a program for two slices, with the names of its values shortened."""
+    text = """HloModule test
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %send.1 = (f32[16,8]{1,0}, u32[], token[]) send(%p, %t), channel_id=10, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.678_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (f32[16,8]{1,0}, u32[], token[]) send(%p, %t), channel_id=11, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.3 = (f32[16,8]{1,0}, u32[], token[]) send(%p, %t), channel_id=12, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %r = f32[16,8]{1,0} copy(%p)
+}
+"""  # noqa: E501
+    found = {one.kind: one.bytes_sent for one in Program(text).collectives([0, 0, 1, 1]) if one.crosses_slices}
+    assert found == {"all-reduce": 512, "all-gather": 1024, "collective-permute": 512}
+
+
 def test_the_largest_buffers_come_with_their_origin():
     text = _compile(lambda x: jnp.sort(x @ x.T, axis=-1)[:, :2], jnp.ones((96, 4)))
     (size, shape, origin), *_ = Program(text).largest_buffers(3)
