@@ -46,8 +46,10 @@ ROWS = {
     " --mesh data=4,fsdp=64",
     "3b-stage1-v5e-2x4": "--config configs/alignvlm_3b.py --topology v5e:2x4 --stage 1"
     " --mesh data=1,fsdp=8",
+    "1b-stage1-v5e-2x4": "--config configs/alignvlm_1b.py --topology v5e:2x4 --stage 1"
+    " --mesh data=1,fsdp=8",
     "3b-stage1-v5e-4x4": "--config configs/alignvlm_3b.py --topology v5e:4x4 --stage 1"
-    " --mesh data=1,fsdp=16",
+    " --mesh data=1,fsdp=8,tensor=2",
 }
 FITS, DOES_NOT_FIT = 0, 3
 

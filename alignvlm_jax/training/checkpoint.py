@@ -397,6 +397,11 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} as a training run leaves it")
     if not steps:
+        found = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
+        begun = [int(name) for name in found if name.isdigit()]
+        if begun:
+            reason = integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(begun)))
+            raise UserError(f"{folder}: no checkpoint in it is whole; of step {max(begun)}: {reason}")
         raise UserError(f"{folder} holds no finished checkpoint yet: the run in {workdir} was stopped before its first")
     if reason := integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(steps))):
         raise UserError(f"{folder} is no complete checkpoint: {reason}")
