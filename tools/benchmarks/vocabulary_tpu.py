@@ -15,26 +15,19 @@ time of moving one.
 
 import argparse
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.ops import vocabulary_attention
+from alignvlm_jax.parallel import chips
+from alignvlm_jax.parallel.topology import topology_devices
 
-# Of a chip: peak bfloat16 FLOP/s and bytes/s of its memory (cloud.google.com/tpu/docs/v5e, .../v6e), and bytes it has.
-CHIPS = {
-    "v5e": {"topology": "v5e:2x2", "flops": 197e12, "bytes": 819e9, "memory": 16e9},
-    "v6e": {"topology": "v6e:2x2", "flops": 918e12, "bytes": 1640e9, "memory": 32e9},
-}
+CHIPS = {"v5e": chips.TPU_V5E, "v6e": chips.TPU_V6E}
 SIZE = (16384, 4096, 128256)
 QUICK_SIZE = (2048, 512, 16384)
 BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict | None:
     """Compiles forward and forward + backward for each chip and block size; None where libtpu is missing."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     size = QUICK_SIZE if args.quick else SIZE
     block_sizes = args.block_sizes or (BLOCK_SIZES[1:3] if args.quick else BLOCK_SIZES)
     figures = {"jax": jax.__version__, "size": dict(zip("TDV", size, strict=True)), "chips": {}}
     for chip in args.chips:
-        device = find_device(CHIPS[chip]["topology"])
-        if device is None:
+        try:
+            device = topology_devices(f"{chip}:2x2")[0]
+        except UserError as error:
+            print(f"vocab-tpu: skipped, {error}")
             return None
         figures["chips"][chip] = {
             f"{what} K={block_size}": measure(chip, device, what, size, block_size)
@@ -60,18 +53,6 @@ def run(args: argparse.Namespace) -> dict | None:
             for block_size in block_sizes
         }
     return figures
-
-
-def find_device(topology: str):
-    """One chip of a topology, for compiling only; None, with a message, where libtpu is missing."""
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        print(f"vocab-tpu: skipped, no compiler for {topology} ({reason}): pip install 'alignvlm-jax[tpu]'")
-        return None
 
 
 def measure(chip: str, device, what: str, size, block_size: int) -> dict:
@@ -85,7 +66,7 @@ def measure(chip: str, device, what: str, size, block_size: int) -> dict:
         return one[of] + per_row * (words - block_size)
 
     flops, traffic = total("flops"), total("bytes accessed")
-    ratio = CHIPS[chip]["flops"] / CHIPS[chip]["bytes"]
+    ratio = CHIPS[chip].peak_flops / CHIPS[chip].hbm_bandwidth
     try:
         analysis = program(words).memory_analysis()
         temporary = analysis.temp_size_in_bytes
