@@ -2,12 +2,13 @@
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import io
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +50,50 @@ def build_corpus(
     A corpus drawn there before with the same parameters is kept as it is; one drawn with others is drawn afresh. The
     records do not depend on the number of processes.
     """
-    folder = Path(folder)
     _check(sizes)
     recipe = {"kind": _KIND, "seed": seed, "sizes": dict(sizes), "drawing": _fingerprint(seed)}
+    drawings = {split: (functools.partial(draw_records, seed, split), size) for split, size in sizes.items()}
+    return write_corpus(folder, recipe, drawings, description=__doc__, progress=progress, processes=processes)
+
+
+def write_corpus(
+    folder: str | Path,
+    recipe: Mapping[str, Any],
+    drawings: Mapping[str, tuple[Callable[[int, int], list[dict[str, Any]]], int]],
+    *,
+    description: str,
+    progress: bool = True,
+    processes: int | None = None,
+) -> Path:
+    """A data set of drawn documents of any kind; one that is there already and has the same recipe is kept as it is.
+
+    Args:
+      folder: where to; what it holds must be of the same kind.
+      recipe: what the records follow from, JSON; "kind" says what they are. The data set keeps it as its metadata.
+      drawings: for each split, a function (first, one after the last) -> records, which other processes may call, and
+        the number of records.
+      description: of the data set.
+      progress: whether to show a bar.
+      processes: that draw; None takes as many as there are cores and work for.
+    """
+    folder = Path(folder)
     if store.is_occupied(folder):
         found = store.read_metadata(folder)
         if found == recipe:
             return folder
-        if found.get("kind") != _KIND:
-            raise UserError(f"{folder} holds another kind of data set: choose another folder for the synthetic corpus")
+        if found.get("kind") != recipe["kind"]:
+            raise UserError(f"{folder} holds another kind of data set: choose another folder for {recipe['kind']}")
         shutil.rmtree(folder)
 
-    total = sum(sizes.values())
+    total = sum(size for _, size in drawings.values())
     processes = processes or min(os.cpu_count() or 1, _MOST_PROCESSES, max(1, total // _WORTH_A_PROCESS))
+    name = recipe["kind"].replace(" ", "_")
     with (
         tqdm(total=total, desc="drawing documents", unit="page", mininterval=0.5, disable=not progress) as bar,
-        _drawing(processes) as draw,
+        _drawing(processes) as executor,
     ):
-        splits = {split: _records(draw, seed, split, size, processes, bar) for split, size in sizes.items()}
-        store.write_dataset(folder, FEATURES, splits, name="synthetic_documents", description=__doc__, metadata=recipe)
+        splits = {split: _records(executor, draw, size, processes, bar) for split, (draw, size) in drawings.items()}
+        store.write_dataset(folder, FEATURES, splits, name=name, description=description, metadata=dict(recipe))
     return folder
 
 
@@ -106,14 +132,18 @@ def _drawing(processes: int) -> concurrent.futures.Executor:
 
 
 def _records(
-    draw: concurrent.futures.Executor, seed: int, split: str, size: int, processes: int, bar: tqdm
+    executor: concurrent.futures.Executor,
+    draw: Callable[[int, int], list[dict[str, Any]]],
+    size: int,
+    processes: int,
+    bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
     """The documents of a split in order, drawn a few calls ahead of the writing."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     ahead = collections.deque()
     while True:
         while len(ahead) < 2 * processes and (start := next(starts, None)) is not None:
-            ahead.append(draw.submit(draw_records, seed, split, start, min(start + _DOCUMENTS_PER_CALL, size)))
+            ahead.append(executor.submit(draw, start, min(start + _DOCUMENTS_PER_CALL, size)))
         if not ahead:
             return
         for record in ahead.popleft().result():

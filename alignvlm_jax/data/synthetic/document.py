@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from PIL import Image
@@ -74,7 +75,36 @@ def draw_document(
         unseen = split == "heldout" and dice.chance(_HELD_OUT_FONT_SHARE)
         font = HELD_OUT_FONT if unseen else dice.pick(TRAINING_FONTS)
 
-    page, questions, width = _compose(dice, split, family, font)
+    def compose(page: Page) -> Questions:
+        return _COMPOSERS[family](page, Values(dice, split))
+
+    return print_document(
+        dice, compose, _choose, id=f"synthetic-{seed}-{split}-{index}", family=family, font=font, render=render
+    )
+
+
+def print_document(
+    dice: Dice,
+    compose: Callable[[Page], Questions],
+    choose: Callable[[Dice, Questions], list[tuple[str, str]]],
+    *,
+    id: str,
+    family: str,
+    font: str,
+    render: bool = True,
+) -> Document:
+    """A document of any family: laid out, placed on its page, asked about, printed and scanned.
+
+    Args:
+      dice: for everything that is random.
+      compose: lays out a page as `families/` do; called again, on a fresh page, if its values do not fit.
+      choose: which of the questions to ask, and in which words: (question, answer) pairs.
+      id: of the document.
+      family: its name.
+      font: to print with.
+      render: whether to make the image.
+    """
+    page, questions, width = _lay_out(dice, compose, family, font)
     left = dice.uniform(_MARGIN, width - _MARGIN - page.width)
     height, top = _place_vertically(dice, page)
     angle = dice.uniform(-2, 2)
@@ -82,7 +112,7 @@ def draw_document(
     while not _inside(glyphs, width, height):
         angle /= 2
         glyphs = _place_glyphs(page, (left, top), (width, height), angle)
-    asked = _choose(dice, questions)
+    asked = choose(dice, questions)
     image = None
     if render:
         look = printing.draw_look(dice)
@@ -90,7 +120,7 @@ def draw_document(
             (width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator
         )
     return Document(
-        id=f"synthetic-{seed}-{split}-{index}",
+        id=id,
         family=family,
         font=font,
         size=(width, height),
@@ -103,7 +133,7 @@ def draw_document(
     )
 
 
-def _compose(dice: Dice, split: str, family: str, font: str) -> tuple[Page, Questions, int]:
+def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font: str) -> tuple[Page, Questions, int]:
     """Lay a page out; what does not fit is laid out afresh, with other values."""
     for _ in range(_ATTEMPTS):
         face = get_face(font, dice.uniform(*advance_range(font)))
@@ -112,7 +142,7 @@ def _compose(dice: Dice, split: str, family: str, font: str) -> tuple[Page, Ques
         spare = width - 2 * _MARGIN - _LEAST_LINE * face.digit
         page = Page(dice, face, width - 2 * _MARGIN - dice.uniform(0, max(0, min(spare, 8))), dice.uniform(13, 17))
         try:
-            questions = _COMPOSERS[family](page, Values(dice, split))
+            questions = compose(page)
         except DoesNotFitError:
             continue
         if page.y <= _TALLEST_CONTENT:

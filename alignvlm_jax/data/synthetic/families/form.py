@@ -1,5 +1,7 @@
 """Forms: a title and a few fields, the label beside its value or above it."""
 
+from collections.abc import Sequence
+
 from alignvlm_jax.data.synthetic.families import Questions
 from alignvlm_jax.data.synthetic.layout import Page, Shape
 from alignvlm_jax.data.synthetic.values import Values
@@ -29,7 +31,12 @@ _FIELDS = {
 }
 
 
-def compose(page: Page, values: Values) -> Questions:
+NAME_LABELS = tuple(label for label, kind in _FIELDS.items() if kind == "name")
+OTHER_LABELS = tuple(label for label in _FIELDS if label not in NAME_LABELS)
+
+
+def compose(page: Page, values: Values, labels: Sequence[str] | None = None) -> Questions:
+    """A form with these fields from the top down; None takes three or four at random."""
     dice, face = page.dice, page.face
     if dice.chance(0.8):
         page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5, 1.0))))
@@ -40,7 +47,7 @@ def compose(page: Page, values: Values) -> Questions:
     boxed = dice.chance(0.3)
     indent = dice.uniform(0, 8) if dice.chance(0.5) else 0.0
     fields = []
-    for label in dice.shuffled(tuple(_FIELDS))[: dice.integer(3, 4)]:
+    for label in labels or dice.shuffled(tuple(_FIELDS))[: dice.integer(3, 4)]:
         if _FIELDS[label] == "name":
             value = values.name(4, 7, face, page.width - 8)
         else:
