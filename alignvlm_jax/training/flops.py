@@ -28,7 +28,14 @@ pass, a frozen encoder once, a frozen decoder behind a trained connector twice (
 import dataclasses
 
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
-from alignvlm_jax.models.connectors import AlignConfig, HReducerConfig, MLPConfig, OvisConfig, PerceiverConfig
+from alignvlm_jax.models.connectors import (
+    AlignConfig,
+    CAbstractorConfig,
+    HReducerConfig,
+    MLPConfig,
+    OvisConfig,
+    PerceiverConfig,
+)
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 
@@ -141,6 +148,14 @@ def _connector(config: AlignVLMConfig, flow: _Flow) -> float:
             gradients = dict(weights=flow.visual, inputs=flow.visual)  # attention's two factors are both inputs
             layer = later(linear) + _product(attention)(**gradients)
             return patches * (first(4 * source * inner) + later(2 * inner * width)) + connector.depth * layer
+        case CAbstractorConfig():
+            channels, tokens, depth = connector.hidden_size, connector.num_tokens, connector.depth
+            # Of a place on the grid: two products, nine shifts. Pooling and squeezing are not worth counting.
+            block = 4 * channels**2 + 18 * channels
+            widen = 2 * source * channels * (1 if source == channels else 2)  # conv_in, and the shortcut's
+            before = patches * (first(widen) + later(block - 2 * channels**2 + (depth - 1) * block))
+            readout = 2 * channels * width + 2 * width**2
+            return before + tokens * later(depth * block + readout)
     raise TypeError(f"no FLOP formula for {type(connector).__name__}")
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from alignvlm_jax import config as configs
+from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.interop.huggingface import llama_config, siglip_config
-from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, token_grid
 from alignvlm_jax.training.stages import StageConfig
 
 # What the cards of the backbones say they have, LM head counted once where it is tied.
@@ -19,6 +20,7 @@ PUBLISHED = {
     "alignvlm_3b": 3_212_749_824,
     "alignvlm_8b": 8_030_261_248,
     "debug_gpu": 134_515_008,
+    "low_resource_3b": 3_212_749_824,
 }
 # Batches of the three stages, learning rates of the three stages: the paper's table.
 PAPER = {
@@ -52,7 +54,7 @@ def test_parameter_counts_are_those_of_hugging_face(shipped):
     assert count(params["vision"]) == sum(parameter.numel() for parameter in siglip.parameters())
     width, words = config.model.language.hidden_size, config.model.language.vocab_size
     align = config.model.vision.hidden_size * width + width + 2 * width + words * width + 2 * words
-    assert count(params["connector"]) == align
+    assert count(params["connector"]) == align + (width if config.model.newline else 0)
 
 
 def test_a_full_bin_goes_through(shipped):
@@ -62,7 +64,7 @@ def test_a_full_bin_goes_through(shipped):
     output = jax.eval_shape(lambda params: AlignVLM(config.model).apply({"params": params}, batch), params)
     assert output.logits.shape == (1, packing.tokens_per_bin, config.model.language.vocab_size)
     longest = max(stage.max_text_tokens for stage in config.stages)
-    image = config.data.tiling.max_tiles_per_image * tokens_per_tile(config.model)
+    image = max_visual_tokens(config.data.tiling, token_grid(config.model))
     assert packing.tokens_per_bin >= image + longest and packing.tiles_per_bin >= config.data.tiling.max_tiles_per_image
 
 
@@ -80,3 +82,26 @@ def test_the_three_stages_are_the_papers(name):
     ]
     assert [stage.max_text_tokens for stage in stages] == [1024, 2048, 2048]
     assert [stage.epochs for stage in stages] == [1, 1, 5]
+
+
+def test_the_low_resource_stages_are_the_papers():
+    config = configs.load("configs/low_resource_3b.py")
+    first, second = config.stages
+    assert first.trainable == ("connector",) and first.learning_rates.connector == 1e-3
+    assert set(second.trainable) == {"vision", "connector", "language"}
+    rates = second.learning_rates
+    assert (rates.vision, rates.connector, rates.language) == (2e-6, 1e-5, 1e-5)
+    assert config.data.tiling.rule == "anyres_max_9" and first.epochs == second.epochs == 1
+
+
+@pytest.mark.parametrize("connector", ["align", "mlp", "ovis", "h_reducer", "c_abstractor", "perceiver"])
+def test_every_row_of_the_low_resource_table_has_its_config(connector):
+    """Each reads a picture of the largest size it takes, at full size, in shapes only."""
+    changes = ["data.tiling.rule=ovis", "model.newline=False"] if connector == "perceiver" else []
+    config = configs.load("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
+    tiles = config.data.tiling.max_tiles_per_image
+    length = max_visual_tokens(config.data.tiling, token_grid(config.model)) + 8
+    params = nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
+    batch = example_batch(config.model, rows=1, tiles=tiles, length=length)
+    output = jax.eval_shape(lambda params: AlignVLM(config.model).apply({"params": params}, batch), params)
+    assert output.logits.shape == (1, length, config.model.language.vocab_size)

@@ -20,6 +20,7 @@ CONNECTORS = {
     "mlp": {},
     "ovis": {"num_words": 24},
     "h_reducer": {"window": 3},
+    "c_abstractor": {"num_tokens": 4, "depth": 2, "hidden_size": 8},
     "perceiver": {"num_latents": 3, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
 }
 

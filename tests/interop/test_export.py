@@ -73,6 +73,7 @@ def test_transformers_finds_every_weight_of_every_connector(connector, tmp_path)
         "mlp": ("connector.linear_in.weight", np.transpose(params.get("connector/linear_in/kernel", 0))),
         "ovis": ("connector.table.weight", params.get("connector/table")),
         "h_reducer": ("connector.project.weight", np.transpose(params.get("connector/project/kernel", 0))),
+        "c_abstractor": ("connector.readout_in.weight", np.transpose(params.get("connector/readout_in/kernel", 0))),
         "perceiver": ("connector.layers.1.out.weight", np.transpose(params.get("connector/layer_1/out/kernel", 0))),
     }
     key, expected = checks[connector]

@@ -13,6 +13,7 @@ from alignvlm_jax.interop import tables
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import (
     AlignConfig,
+    CAbstractorConfig,
     HReducerConfig,
     MLPConfig,
     OvisConfig,
@@ -28,6 +29,7 @@ CONNECTORS = {
     "mlp": MLPConfig(),
     "ovis": OvisConfig(num_words=20),
     "h_reducer": HReducerConfig(window=3),
+    "c_abstractor": CAbstractorConfig(num_tokens=9, depth=2, hidden_size=8),
     "perceiver": PerceiverConfig(num_latents=3, depth=2, num_heads=2, num_kv_heads=1, head_dim=4),
 }
 

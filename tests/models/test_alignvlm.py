@@ -176,6 +176,7 @@ def test_rematerialisation_changes_nothing_but_memory(params, remat):
         (connectors.PerceiverConfig(num_latents=4, num_heads=2, num_kv_heads=1, head_dim=4), 4),
         (connectors.OvisConfig(num_words=8), N),
         (connectors.HReducerConfig(window=2), 6),
+        (connectors.CAbstractorConfig(num_tokens=4, depth=1, hidden_size=8), 4),
     ],
 )
 def test_every_connector_fits_between(connector, count):

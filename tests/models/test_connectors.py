@@ -1,4 +1,4 @@
-"""Connectors against PyTorch written from the papers, and Perceiver against transformers' Idefics2."""
+"""Connectors against PyTorch written from the papers; Perceiver and C-Abstractor against transformers' modules."""
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers.models.idefics2.configuration_idefics2 import Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+from transformers.models.regnet.configuration_regnet import RegNetConfig
+from transformers.models.regnet.modeling_regnet import RegNetYLayer
 
 from alignvlm_jax.models import connectors
 
@@ -166,3 +168,53 @@ def test_perceiver_is_that_of_idefics2():
     with torch.no_grad():
         expected = theirs(torch.tensor(np.asarray(features)), torch.ones(2, 9, dtype=torch.bool))
     _close(output.tokens, expected)
+
+
+class _LayerNorm2d(torch.nn.LayerNorm):
+    """What timm puts behind each convolution of HoneyBee's blocks, where transformers' RegNet has a BatchNorm."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _regnet_layer(p, width, channels):
+    """transformers' RegNet "Y" layer made depthwise, with LayerNorm, and with the squeeze as wide and lit as timm's."""
+    config = RegNetConfig(groups_width=1, hidden_act="silu")
+    layer = RegNetYLayer(config, width, channels)
+    squeeze = layer.layer[2].attention
+    squeeze[1] = torch.nn.SiLU()
+    convs = {"conv_in": layer.layer[0], "depthwise": layer.layer[1], "conv_out": layer.layer[3]}
+    if width != channels:
+        convs["shortcut"] = layer.shortcut
+    for name, conv in convs.items():
+        kernel = p[name].permute(2, 0, 1)[:, None] if name == "depthwise" else p[name]["kernel"].T[:, :, None, None]
+        norm = _LayerNorm2d(channels)
+        norm.load_state_dict({"weight": p[f"{name}_norm"]["scale"], "bias": p[f"{name}_norm"]["bias"]})
+        conv.convolution.weight.data = kernel
+        conv.normalization = norm
+    for index, name in ((0, "squeeze"), (2, "excite")):
+        assert squeeze[index].weight.shape[:2] == p[name]["kernel"].T.shape
+        squeeze[index].weight.data = p[name]["kernel"].T[:, :, None, None]
+        squeeze[index].bias.data = p[name]["bias"]
+    return layer.double()
+
+
+@pytest.mark.parametrize(("grid", "side"), [(4, 2), (5, 3), (3, 3)])  # 5 columns to 3: windows overlap, as 27 to 12
+def test_c_abstractor_is_that_of_honeybee_in_value_and_gradient(grid, side):
+    features, embedding = _inputs(grid * grid)
+    config = connectors.CAbstractorConfig(num_tokens=side * side, depth=2, hidden_size=8)
+    module, params, p, output = _run(config, features, embedding)
+    x, _ = _wide(features, embedding)
+    x.requires_grad_(True)
+    hidden = (x + p["position_embedding"]).reshape(2, grid, grid, D_IN).permute(0, 3, 1, 2)
+    hidden = _regnet_layer(p["before_1"], 8, 8)(_regnet_layer(p["before_0"], D_IN, 8)(hidden))
+    hidden = torch.nn.AdaptiveAvgPool2d(side)(hidden)
+    hidden = _regnet_layer(p["after_1"], 8, 8)(_regnet_layer(p["after_0"], 8, 8)(hidden))
+    hidden = hidden.flatten(2).transpose(1, 2) @ p["readout_in"]["kernel"] + p["readout_in"]["bias"]
+    expected = torch.nn.functional.silu(hidden) @ p["readout_out"]["kernel"] + p["readout_out"]["bias"]
+    _close(output.tokens, expected)
+
+    cotangent = np.random.default_rng(2).normal(size=output.tokens.shape)
+    (theirs,) = torch.autograd.grad(expected, x, torch.tensor(cotangent))
+    ours = jax.grad(lambda x: jnp.sum(module.apply({"params": params}, x, embedding).tokens * cotangent))(features)
+    assert np.linalg.norm(ours - theirs.numpy()) <= 1e-4 * np.linalg.norm(theirs)

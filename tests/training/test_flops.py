@@ -36,6 +36,7 @@ CONNECTORS = {
     "perceiver": connectors.PerceiverConfig(depth=2),
     "ovis": connectors.OvisConfig(num_words=3000),
     "h_reducer": connectors.HReducerConfig(),
+    "c_abstractor": connectors.CAbstractorConfig(num_tokens=16, hidden_size=512),
 }
 ROWS, TILES, SEGMENTS, ANSWERS = 2, 3, (128, 384), 100
 BLOCK = 64
@@ -185,6 +186,7 @@ ALL = ("vision", "connector", "language")
                 ("perceiver", ("connector", "language")),
                 ("ovis", ALL),
                 ("h_reducer", ALL),
+                ("c_abstractor", ALL),
             ]
         ),
     ],

@@ -25,6 +25,7 @@
     }
 
 The other connectors: {"name": "mlp"}, {"name": "ovis", "num_words", "layer_norm_eps"}, {"name": "h_reducer", "window"},
+{"name": "c_abstractor", "num_tokens", "depth", "hidden_size"},
 {"name": "perceiver", "num_latents", "depth", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
 "rms_norm_eps"}. `processor_config.json` stands in `processing_alignvlm.py`. Both files are read through `auto_map`.
 """
@@ -77,6 +78,8 @@ class AlignVLMConfig(PretrainedConfig):
         grid = self.vision_config.image_size // self.vision_config.patch_size
         if self.connector_config["name"] == "perceiver":
             return self.connector_config["num_latents"]
+        if self.connector_config["name"] == "c_abstractor":
+            return self.connector_config["num_tokens"]
         if self.connector_config["name"] == "h_reducer":
             return grid * math.ceil(grid / self.connector_config["window"])
         return grid * grid

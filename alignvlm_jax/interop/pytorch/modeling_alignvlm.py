@@ -290,6 +290,59 @@ class HReducerConnector(nn.Module):
         return self.project(reduced.flatten(2).transpose(1, 2))
 
 
+class CAbstractorConnector(nn.Module):
+    """HoneyBee's: RegNet blocks, adaptive average pooling, RegNet blocks, a readout of two layers."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        fields, width = config.connector_config, config.vision_config.hidden_size
+        channels, depth, self.side = fields["hidden_size"], fields["depth"], math.isqrt(fields["num_tokens"])
+        grid = config.vision_config.image_size // config.vision_config.patch_size
+        self.position_embedding = nn.Parameter(torch.empty(grid * grid, width))
+        self.before = nn.ModuleList(RegNetBlock(channels if index else width, channels) for index in range(depth))
+        self.after = nn.ModuleList(RegNetBlock(channels, channels) for _ in range(depth))
+        self.readout_in = nn.Linear(channels if depth else width, config.text_config.hidden_size)
+        self.readout_out = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
+        grid = math.isqrt(features.shape[1])
+        hidden = (features + self.position_embedding).unflatten(1, (grid, grid))
+        for block in self.before:
+            hidden = block(hidden)
+        hidden = F.adaptive_avg_pool2d(hidden.permute(0, 3, 1, 2), self.side).permute(0, 2, 3, 1)
+        for block in self.after:
+            hidden = block(hidden)
+        return self.readout_out(F.silu(self.readout_in(hidden.flatten(1, 2))))
+
+
+class RegNetBlock(nn.Module):
+    """1 x 1, depthwise 3 x 3, squeeze and excitation, 1 x 1, around a shortcut; channels are the last axis."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        squeezed = round(0.25 * width)
+        self.conv_in = nn.Linear(width, channels, bias=False)
+        self.conv_in_norm = nn.LayerNorm(channels)
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=False)
+        self.depthwise_norm = nn.LayerNorm(channels)
+        self.squeeze = nn.Linear(channels, squeezed)
+        self.excite = nn.Linear(squeezed, channels)
+        self.conv_out = nn.Linear(channels, channels, bias=False)
+        self.conv_out_norm = nn.LayerNorm(channels)
+        self.widens = width != channels
+        if self.widens:
+            self.shortcut = nn.Linear(width, channels, bias=False)
+            self.shortcut_norm = nn.LayerNorm(channels)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = F.silu(self.conv_in_norm(self.conv_in(inputs)))
+        hidden = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        hidden = F.silu(self.depthwise_norm(hidden))
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(hidden.mean(dim=(1, 2), keepdim=True)))))
+        hidden = self.conv_out_norm(self.conv_out(hidden * gate))
+        return F.silu(hidden + (self.shortcut_norm(self.shortcut(inputs)) if self.widens else inputs))
+
+
 class PerceiverConnector(nn.Module):
     """Idefics2's resampler: a fixed number of learned latents reads the features."""
 
@@ -358,6 +411,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "perceiver": PerceiverConnector,
     "ovis": OvisConnector,
     "h_reducer": HReducerConnector,
+    "c_abstractor": CAbstractorConnector,
 }
 
 
@@ -432,6 +486,8 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, PerceiverConnector):
             init.normal_(module.latents)
+        elif isinstance(module, CAbstractorConnector):
+            init.trunc_normal_(module.position_embedding, std=0.02)
         elif isinstance(module, AlignVLMModel) and module.config.newline:
             init.normal_(module.image_newline, std=len(module.image_newline) ** -0.5)
 

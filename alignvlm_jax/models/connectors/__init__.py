@@ -9,13 +9,14 @@ B tiles, N features per tile, d encoder width, N' visual tokens per tile, D deco
 import flax.linen as nn
 
 from alignvlm_jax.models.connectors.align import AlignConfig, AlignConnector
+from alignvlm_jax.models.connectors.c_abstractor import CAbstractorConfig, CAbstractorConnector
 from alignvlm_jax.models.connectors.h_reducer import HReducerConfig, HReducerConnector
 from alignvlm_jax.models.connectors.mlp import MLPConfig, MLPConnector
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.models.connectors.ovis import OvisConfig, OvisConnector
 from alignvlm_jax.models.connectors.perceiver import PerceiverConfig, PerceiverConnector
 
-ConnectorConfig = AlignConfig | MLPConfig | PerceiverConfig | OvisConfig | HReducerConfig
+ConnectorConfig = AlignConfig | MLPConfig | PerceiverConfig | OvisConfig | HReducerConfig | CAbstractorConfig
 
 CONNECTOR_CONFIGS: dict[str, type] = {
     "align": AlignConfig,
@@ -23,6 +24,7 @@ CONNECTOR_CONFIGS: dict[str, type] = {
     "perceiver": PerceiverConfig,
     "ovis": OvisConfig,
     "h_reducer": HReducerConfig,
+    "c_abstractor": CAbstractorConfig,
 }
 
 _MODULES: dict[type, type[nn.Module]] = {
@@ -31,6 +33,7 @@ _MODULES: dict[type, type[nn.Module]] = {
     PerceiverConfig: PerceiverConnector,
     OvisConfig: OvisConnector,
     HReducerConfig: HReducerConnector,
+    CAbstractorConfig: CAbstractorConnector,
 }
 
 
@@ -50,6 +53,8 @@ __all__ = [
     "CONNECTOR_CONFIGS",
     "AlignConfig",
     "AlignConnector",
+    "CAbstractorConfig",
+    "CAbstractorConnector",
     "ConnectorConfig",
     "ConnectorOutput",
     "HReducerConfig",

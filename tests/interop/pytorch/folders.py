@@ -24,6 +24,7 @@ from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import (
     AlignConfig,
+    CAbstractorConfig,
     HReducerConfig,
     MLPConfig,
     OvisConfig,
@@ -40,6 +41,7 @@ CONNECTORS = {
     "perceiver": PerceiverConfig(num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20),
     "ovis": OvisConfig(num_words=50),
     "h_reducer": HReducerConfig(window=4),
+    "c_abstractor": CAbstractorConfig(num_tokens=4, depth=2, hidden_size=20),
 }
 
 
