@@ -1,5 +1,5 @@
 # make install   build .venv with everything the tests need (the other targets call it when needed)
-# make test      run the tests
+# make test      run the tests, two files at a time
 # make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk
 # make test-tpu  compile all rows of docs/tpu.md that are not there yet: minutes each, 6 GB of memory
 # make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
@@ -21,7 +21,7 @@ $(STAMP): setup.py
 	touch $(STAMP)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-large: $(STAMP)
 	$(BIN)/python -m pytest -m large -s
