@@ -242,7 +242,8 @@ def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
 def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistics):
     """The forward pass over this device's rows of the tables for its queries [T, D], merged with the other devices'."""
     across = options.axes.vocabulary
-    num_queries, block_size = q.shape[0], options.block_size or streaming.default_block_size(q.shape[0])
+    num_queries = q.shape[0]
+    block_size = options.block_size or streaming.default_block_size(num_queries, inference=not for_gradient)
     moments = _moments(q, keys, statistics, options.eps, block_size)
     tilt = for_gradient and moments.spread is None
     # The rounded weights of a mixture are divided by their own sum: they then add up to 1, and a large mean of the

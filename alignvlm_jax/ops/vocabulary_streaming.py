@@ -34,15 +34,21 @@ _BLOCK_ROWS = (256, 4096)
 _BLOCK_ELEMENTS = 1 << 26
 
 
-def default_block_size(num_queries: int) -> int:
+def default_block_size(num_queries: int, *, inference: bool = False) -> int:
     """K: 4096 rows, fewer where the scores of a block would fill more than 256 MB in float32, but at least 256.
 
     Every block reads and writes the sums of all queries, T x D; with 4096 rows a TPU is bound by arithmetic all the
     same. A CPU's time hardly depends on K. The figures are in docs/vocabulary.md.
+
+    Args:
+      num_queries: T.
+      inference: whether no gradient will follow. Twice the rows and the bytes then: a forward pass alone does less
+        arithmetic for each sum that it moves, and a v6e is bound by arithmetic from 8192 rows on.
     """
     smallest, largest = _BLOCK_ROWS
-    fitting = max(1, _BLOCK_ELEMENTS // max(1, num_queries))
-    return min(largest, max(smallest, 1 << (fitting.bit_length() - 1)))
+    factor = 2 if inference else 1
+    fitting = max(1, factor * _BLOCK_ELEMENTS // max(1, num_queries))
+    return min(factor * largest, max(smallest, 1 << (fitting.bit_length() - 1)))
 
 
 def stream(

@@ -9,6 +9,7 @@ import pytest
 
 from alignvlm_jax.ops import vocabulary_attention, vocabulary_statistics, vocabulary_usage
 from alignvlm_jax.ops.vocabulary_statistics import covariance_is_cheaper
+from alignvlm_jax.ops.vocabulary_streaming import default_block_size
 from tests.ops import dense
 
 TOLERANCE = 5e-6  # relative, norm-wise
@@ -204,3 +205,8 @@ def test_gradients_inside_a_scan_and_under_rematerialisation():
     body = jax.grad(jax.checkpoint(one))
     scanned = jax.jit(lambda q: jax.lax.scan(lambda carry, row: (carry, body(row)), 0, q)[1])(arguments[0])
     assert dense.distance(scanned, np.asarray(plain, float)) <= TOLERANCE
+
+
+def test_blocks_are_chosen_by_the_queries_and_larger_without_a_gradient():
+    sizes = {t: (default_block_size(t), default_block_size(t, inference=True)) for t in (1, 729, 16384, 131072, 10**7)}
+    assert sizes == {1: (4096, 8192), 729: (4096, 8192), 16384: (4096, 8192), 131072: (512, 1024), 10**7: (256, 256)}
