@@ -3,6 +3,7 @@
 libtpu, which the extra `tpu` installs, holds the TPU compiler and can describe any slice; no chip is needed.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
     """
     if not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
         raise UserError(f"--topology {name}: expected a generation and a shape, such as v5e:16x16 or v5p:4x4x4")
+    if not has_compiler():
+        raise UserError("no TPU compiler is installed: pip install 'alignvlm-jax[tpu]'")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
@@ -40,16 +43,9 @@ def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        if not has_compiler():
-            raise UserError("no TPU compiler is installed: pip install 'alignvlm-jax[tpu]'") from error
-        raise UserError(f"--topology {name}: libtpu does not know it ({reason})") from error
+        raise UserError(f"--topology {name}: libtpu does not know it ({str(error).splitlines()[0]})") from error
 
 
 def has_compiler() -> bool:
     """Whether libtpu is installed."""
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("libtpu") is not None

@@ -115,7 +115,7 @@ def compile_train_step(
         "flops_by_part": flops,
         "compile_seconds": seconds,
         "attention": _kernels(program),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "versions": _versions(),
     }
     if compiled is not None:
         shortest = report["estimate"]["step_seconds_if_all_overlaps"]
@@ -192,9 +192,13 @@ def compile_decoding(
             "mesh": dict(mesh.shape),
             "compile_seconds": seconds,
             "attention": _kernels(program) if name == "prefill" else {},
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+            "versions": _versions(),
         }
     return reports
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def resolve(config: AlignVLMConfig, device: jax.Device) -> AlignVLMConfig:
