@@ -7,16 +7,18 @@ print(reader.ask("page.png", "What is the total?"))
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import PIL.Image
 from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
 
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.data import images
-from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.chat import ChatTokenizer, Message
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
-from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.models import hardware
@@ -24,6 +26,14 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 from alignvlm_jax.training import checkpoint as checkpoints
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
+
+
+class CutImage(NamedTuple):
+    """An image as the model sees it: M tiles, side S."""
+
+    plan: TilePlan
+    tiles: UInt8[np.ndarray, "M S S 3"]
+    valid_hw: Int[np.ndarray, "M 2"]
 
 
 class Reader:
@@ -68,23 +78,44 @@ class Reader:
     def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
         """What the model is given for each question about one image, which is cut into tiles once."""
         questions = [check_question(question) for question in questions]
-        image = _open(image)
-        plan = plan_tiles(*image.size, self.tiling)
-        tiles, valid_hw = cut_tiles(image, plan, self.tiling.tile_size)
-        grid = token_grid(self.config)
-        num_visual, resampling = num_visual_tokens(plan, self.tiling, grid), resample_images([plan], self.tiling, grid)
+        shown = [self.cut(image)]
         prompts = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = self.tokenizer.encode_prompt([{"role": "user", "content": content}], [num_visual])
-            limit = self.config.language.max_position_embeddings
-            if len(chat.tokens) >= limit:
-                raise UserError(
-                    f"image and question take {len(chat.tokens)} tokens ({num_visual} of them the image's), "
-                    f"the model has room for {limit}: shorten the question"
-                )
-            prompts.append(Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling))
+            prompts.append(self.chat_prompt([{"role": "user", "content": content}], shown))
         return prompts
+
+    def cut(self, image: ImageSource) -> CutImage:
+        """An image cut into tiles, to be shown in any number of prompts."""
+        image = _open(image)
+        plan = plan_tiles(*image.size, self.tiling)
+        return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
+
+    def chat_prompt(self, messages: Sequence[Message], shown: Sequence[CutImage]) -> Prompt:
+        """A conversation up to where the model is to go on, with any number of images.
+
+        Args:
+          messages: as `chat.ChatTokenizer` takes them; the i-th {"type": "image"} stands for `shown[i]`.
+          shown: images from `cut`.
+        """
+        plans, grid = [image.plan for image in shown], token_grid(self.config)
+        tokens_per_image = [num_visual_tokens(plan, self.tiling, grid) for plan in plans]
+        chat = self.tokenizer.encode_prompt(messages, tokens_per_image)
+        limit = self.config.language.max_position_embeddings
+        if len(chat.tokens) >= limit:
+            images = "image" if len(shown) == 1 else f"{len(shown)} images"
+            raise UserError(
+                f"{images} and question take {len(chat.tokens)} tokens ({sum(tokens_per_image)} of them visual), "
+                f"the model has room for {limit}: shorten the question"
+            )
+        if len(shown) == 1:
+            tiles, valid_hw = shown[0].tiles, shown[0].valid_hw  # shared by all prompts about it
+        else:
+            side = self.tiling.tile_size
+            tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in shown)])
+            valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in shown)])
+        resampling = resample_images(plans, self.tiling, grid)
+        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling)
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None

@@ -1,0 +1,102 @@
+"""From answers to scores: which metric takes what of a question, for each benchmark.
+
+A metric takes the questions and their answers, and the answer of a question that could not be asked is None: it is
+wrong, whatever the metric. Answers come as `Reader.answer` gives them, without blanks at their ends.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from alignvlm_jax.evaluation import metrics
+from alignvlm_jax.evaluation.benchmarks.question import Question
+from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores, mean, ratio
+
+Answers = Mapping[str, str | None]
+Metric = Callable[[Sequence[Question], Answers], Scores]
+OneScore = Callable[[str, Question], float]
+
+
+def mean_of(name: str, one: OneScore, **others: OneScore) -> Metric:
+    """The mean of what `one` says of each answer, for all and for each group; `others` for all, by name."""
+
+    def metric(questions: Sequence[Question], answers: Answers) -> Scores:
+        values, aborted = _each(one, questions, answers)
+        more = [
+            mean(other.replace("_", " "), _each(function, questions, answers)[0]) for other, function in others.items()
+        ]
+        return Scores(mean(name, values), (*more, *_by_group(questions, values)), tuple(aborted.items()))
+
+    return metric
+
+
+def anls(answer: str, question: Question) -> float:
+    return metrics.anls(answer, question.references)
+
+
+def relaxed_accuracy(answer: str, question: Question) -> float:
+    return metrics.relaxed_accuracy(answer, question.references)
+
+
+def vqa_accuracy(answer: str, question: Question) -> float:
+    return metrics.vqa_accuracy(answer, question.references)
+
+
+def tabfact_accuracy(answer: str, question: Question) -> float:
+    return metrics.tabfact_accuracy(answer, question.references[0])
+
+
+def wtq_whole(answer: str, question: Question) -> float:
+    """The answer as one item, its newlines deleted: mPLUG-DocOwl."""
+    return float(metrics.wtq_denotation([answer.replace("\n", "")], question.references))
+
+
+def wtq_split(answer: str, question: Question) -> float:
+    """The answer split at " | ": the DUE baselines."""
+    return float(metrics.wtq_denotation(answer.replace("\n", "").split(" | "), question.references))
+
+
+def forms(questions: Sequence[Question], answers: Answers) -> Scores:
+    """F1 over the values of documents: DeepForm and KLC.
+
+    Primary is mPLUG-DocOwl's, where the answer "None" means that there is no such value: one question is asked for
+    every key, so a model that may not say so makes a false value of each. Plain DUE F1 counts it as a value.
+    """
+    documents = defaultdict(list)
+    for question in questions:
+        documents[question.document or question.id].append(question)
+    scores = []
+    for name, dropped in (("F1, answers None dropped", ("None",)), ("F1, plain DUE", ())):
+        tops, bottoms = [], []
+        for asked in documents.values():
+            predicted = [
+                (question.group, answer.replace("\n", ""))
+                for question in asked
+                if (answer := answers[question.id]) is not None and answer.replace("\n", "") not in dropped
+            ]
+            expected = [(question.group, value) for question in asked for value in question.values]
+            # F1 = 2 right / (predicted + expected), so that micro F1 is a ratio of sums over documents.
+            bottoms.append(len(predicted) + len(expected))
+            tops.append(metrics.due_f1([predicted], [expected]) * bottoms[-1])
+        scores.append(ratio(name, tops, bottoms))
+    return Scores(scores[0], (scores[1],))
+
+
+def _each(one: OneScore, questions: Sequence[Question], answers: Answers) -> tuple[list[float], dict[str, str]]:
+    """What `one` says of each answer, and of which the official scorer would have died."""
+    values, aborted = [], {}
+    for question in questions:
+        answer = answers[question.id]
+        try:
+            values.append(0.0 if answer is None else float(one(answer, question)))
+        except metrics.ScorerAborted as error:
+            values.append(0.0)
+            aborted[question.id] = str(error)
+    return values, aborted
+
+
+def _by_group(questions: Sequence[Question], values: Sequence[float]) -> list[Score]:
+    groups = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
+        if question.group:
+            groups[question.group].append(value)
+    return [mean(group, groups[group]) for group in sorted(groups)] if len(groups) > 1 else []

@@ -1,0 +1,170 @@
+"""DocDownstream as mPLUG publishes it: lines, images, and the references in meta/."""
+
+import json
+
+import pytest
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.benchmarks import summary
+from tests.evaluation.benchmarks.stub import evaluate, write_image, write_json, write_lines
+
+
+def line(dataset: str, image: str, question: str, answer: str) -> dict:
+    """A record with the fields of the real files."""
+    return {
+        "image": [image],
+        "messages": [
+            {"role": "user", "content": f"<|image|>{question}"},
+            {"role": "assistant", "content": answer},
+        ],
+        "task_name": "ie_sft" if dataset in ("DeepForm", "KleisterCharity") else "qa_sft",
+        "dataset_name": dataset,
+    }
+
+
+def metadata(document: str, question: str, answer: str) -> dict:
+    parses = {"gt_parses": [{"question": question, "answer": answer}]}
+    return {"file_name": f"pngs/{document}.pdf_0.png", "ground_truth": json.dumps(parses)}
+
+
+def due(name: str, *annotations: tuple[str, list[list[str]]]) -> dict:
+    """A document of DUE's reference file: keys with values, each of several spellings."""
+    values = [
+        {"key": key, "values": [{"value": spellings[0], "value_variants": spellings} for spellings in found]}
+        for key, found in annotations
+    ]
+    return {"name": name, "language": "en", "split": "test", "annotations": values}
+
+
+def test_docvqa_of_the_file_of_all_data_sets(tmp_path):
+    image = "./imgs/DUE_Benchmark/DocVQA/pngs/xnbl0037_1.png"
+    write_image(tmp_path / image, 7)
+    records = [
+        line("DocVQA", image, "What is the date?", "1/8/93"),
+        line("ChartQA", image, "How many?", "12"),
+        line("DocVQA", image, "Who wrote it?", "Jane Doe"),
+    ]
+    write_lines(tmp_path / "val.jsonl", records)
+    outcome, stub = evaluate("docvqa", tmp_path, lambda text: "1/8/93")
+    assert stub.seen == ["[7]What is the date?", "[7]Who wrote it?"], "the question as it stands, after its image"
+    assert outcome.scores.primary.value == 0.5 and outcome.scores.primary.count == 2
+    assert list(outcome.answers) == ["DocVQA:1", "DocVQA:3"]
+    assert "meta/ is not there (2 questions)" in summary.format_notes([outcome])
+
+
+def test_docvqa_with_all_the_answers_that_count(tmp_path):
+    image = "./imgs/rnbx0223_193.png"
+    write_image(tmp_path / image, 1)
+    write_lines(tmp_path / "test" / "DocVQA_test.jsonl", [line("DocVQA", image, "what is the date?", "1/8/93")])
+    meta = tmp_path / "meta" / "DocVQA" / "test"
+    write_lines(meta / "metadata.jsonl", [metadata("rnbx0223_193", "What is the date?", "1/8/93")])
+    write_lines(meta / "document.jsonl", [due("rnbx0223_193", ("What is the date?", [["1/8/93", "January 8, 1993"]]))])
+    outcome, _ = evaluate("docvqa", tmp_path, lambda text: "january  8, 1993", split="test")
+    assert outcome.scores.primary.value > 0.9 and not summary.format_notes([outcome])
+
+    write_lines(meta / "metadata.jsonl", [metadata("a", "b", "c"), metadata("d", "e", "f")])
+    with pytest.raises(UserError, match="2 lines for the 1 questions"):
+        evaluate("docvqa", tmp_path, lambda text: "", split="test")
+
+
+def test_forms_are_scored_by_document_with_none_dropped_and_without(tmp_path):
+    asked = [
+        ("a.pdf", "advertiser", "ACME"),
+        ("a.pdf", "gross_amount", "None"),
+        ("b.pdf", "advertiser", "None"),
+        ("b.pdf", "gross_amount", "1,000"),
+    ]
+    lines = [line("DeepForm", f"./imgs/{name}_0.png", f"What is the value for the {key}?", a) for name, key, a in asked]
+    for name, key, _ in asked:
+        write_image(tmp_path / "imgs" / f"{name}_0.png", ord(name[0]) + len(key))
+    write_lines(tmp_path / "test" / "DeepForm_test.jsonl", lines)
+    meta = tmp_path / "meta" / "DeepForm" / "test"
+    write_lines(meta / "metadata.jsonl", [metadata(n[0], f"What is the value for the {k}?", a) for n, k, a in asked])
+    write_lines(
+        meta / "document.jsonl",
+        [
+            due("a", ("advertiser", [["ACME", "Acme Inc"]])),
+            # Nobody asks for b's contract: it is missed all the same.
+            due("b", ("gross_amount", [["1,000", "1000"]]), ("contract_num", [["77"]])),
+        ],
+    )
+    replies = iter(["acme inc", "None", "None", "1000"])
+    outcome, _ = evaluate("deepform", tmp_path, lambda text: next(replies))
+    # Dropped: 2 of 2 predicted, 2 of 3 expected. Plain: 2 of 4 predicted.
+    assert outcome.scores.primary.value == pytest.approx(2 * 2 / (2 + 3))
+    assert outcome.scores.others[0].value == pytest.approx(2 * 2 / (4 + 3))
+    assert len(outcome.problems) == 1 and "contract_num" in str(outcome.problems)
+
+    (meta / "document.jsonl").unlink()
+    replies = iter(["acme", "None", "None", "1000"])
+    outcome, _ = evaluate("deepform", tmp_path, lambda text: next(replies))
+    assert outcome.scores.primary.value == pytest.approx(2 * 1 / (2 + 2)), "by the messages' own answers"
+
+
+def test_several_targets_of_wtq_and_the_cases_of_tabfact(tmp_path):
+    write_image(tmp_path / "imgs" / "t.png", 1)
+    write_lines(
+        tmp_path / "test" / "WikiTableQuestions_test.jsonl",
+        [line("WikiTableQuestions", "imgs/t.png", "who?", "Anna, Eve")],
+    )
+    meta = tmp_path / "meta" / "WikiTableQuestions" / "test"
+    write_lines(meta / "metadata.jsonl", [metadata("t", "who?", "Anna, Eve")])
+    write_lines(meta / "document.jsonl", [due("t", ("who?", [["Anna"], ["Eve"]]))])
+    outcome, _ = evaluate("wtq", tmp_path, lambda text: "Eve | Anna")
+    assert outcome.scores.primary.value == 0 and outcome.scores.others[0].value == 1, "mPLUG-DocOwl never splits"
+
+    statements = [line("TabFact", "imgs/t.png", f"{i}", "True") for i in range(2)]
+    write_lines(tmp_path / "test" / "TabFact_test.jsonl", statements)
+    outcome, _ = evaluate("tabfact", tmp_path, lambda text: "True" if "1" in text[3:] else "true")
+    assert outcome.scores.primary.value == 0.5
+
+
+def test_textvqa_needs_ten_answers(tmp_path):
+    write_image(tmp_path / "imgs" / "TextVQA" / "003a8ae2ef43b901.jpg", 1)
+    question = "what is the brand of this camera?"
+    write_lines(tmp_path / "val.jsonl", [line("TextVQA", "imgs/TextVQA/003a8ae2ef43b901.jpg", question, "dakota")])
+    with pytest.raises(UserError, match="TextVQA_0.5.1_val.json is not there"):
+        evaluate("textvqa", tmp_path, lambda text: "dakota")
+    original = {"image_id": "003a8ae2ef43b901", "question_id": 34602, "question": question}
+    answers = ["dakota"] * 3 + ["nous"] * 7
+    write_json(tmp_path / "meta" / "TextVQA" / "TextVQA_0.5.1_val.json", {"data": [{**original, "answers": answers}]})
+    outcome, _ = evaluate("textvqa", tmp_path, lambda text: "Dakota")
+    assert outcome.scores.primary.value == pytest.approx(0.9) and list(outcome.answers) == ["34602"]
+
+
+def test_what_is_wrong_is_named_and_counted(tmp_path):
+    write_image(tmp_path / "imgs" / "a.png", 1)
+    (tmp_path / "imgs" / "torn.png").write_bytes(b"\x89PNG no more")
+    sound = line("ChartQA", "imgs/a.png", "How many?", "12")
+    records = [
+        sound,
+        line("ChartQA", "imgs/lost.png", "How many?", "12"),
+        line("ChartQA", "imgs/torn.png", "How many?", "12"),
+        {**sound, "messages": sound["messages"][:1]},
+        {key: value for key, value in sound.items() if key != "image"},
+    ]
+    file = tmp_path / "test" / "ChartQA_test.jsonl"
+    write_lines(file, records)
+    file.write_text(file.read_text() + '{"image": ["imgs/a.png"], "mess\n')
+    outcome, _ = evaluate("chartqa", tmp_path, lambda text: "12")
+    assert outcome.scores.primary.count == 6 and outcome.scores.primary.value == pytest.approx(1 / 6)
+    reasons = list(outcome.problems.values())
+    for reason, part in zip(
+        reasons,
+        ("'messages' must be", "no field 'image' (its fields: messages,", "not valid JSON", "lost.png", "torn.png"),
+        strict=True,
+    ):
+        assert part in reason
+    notes = summary.format_notes([outcome])
+    assert "5 questions could not be asked and count as wrong" in notes and "lost.png" in notes
+    assert summary.to_json(outcome)["num_not_asked"] == 5
+
+
+def test_files_that_are_not_there_are_described(tmp_path):
+    with pytest.raises(UserError, match=r"DIR/test/DocVQA_test.jsonl.*val_v1.0.json.*DIR/DocVQA/val-\*.parquet"):
+        evaluate("docvqa", tmp_path, lambda text: "")
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate("docvqa", tmp_path / "nowhere", lambda text: "")
+    write_lines(tmp_path / "test" / "ChartQA_test.jsonl", [line("ChartQA", "imgs/a.png", "How many?", "12")])
+    with pytest.raises(UserError, match="none of the 1 images of ChartQA is there.*DIR/imgs"):
+        evaluate("chartqa", tmp_path, lambda text: "")
