@@ -15,9 +15,9 @@ from alignvlm_jax.data.synthetic.fonts import Face
 SPLITS = ("train", "validation", "heldout")
 _TRAIN_SHARE, _VALIDATION_SHARE = 0.80, 0.08
 
-_CONSONANTS = "BCDFGHJKLMNPQRSTVWXYZ"
+CONSONANTS = "BCDFGHJKLMNPQRSTVWXYZ"
 _VOWELS = "AEIOU"
-_PATTERNS = {
+NAME_PATTERNS = {
     3: ("CVC", "VCV", "VCC"),
     4: ("CVCV", "CVCC", "VCVC"),
     5: ("CVCVC", "CVCCV", "VCCVC"),
@@ -26,6 +26,11 @@ _PATTERNS = {
 }
 _PUNCTUATION = str.maketrans("", "", ".,-/%$#: ")
 _TRIES = 200
+
+
+def spell_name(dice: Dice, pattern: str) -> str:
+    """A name of this pattern of consonants (C) and vowels (V)."""
+    return "".join([dice.pick(CONSONANTS if letter == "C" else _VOWELS) for letter in pattern])
 
 
 class DoesNotFitError(Exception):
@@ -69,8 +74,7 @@ class Values:
             raise DoesNotFitError
 
         def make() -> str:
-            pattern = dice.pick(_PATTERNS[dice.integer(shortest, longest)])
-            return "".join([dice.pick(_CONSONANTS if letter == "C" else _VOWELS) for letter in pattern])
+            return spell_name(dice, dice.pick(NAME_PATTERNS[dice.integer(shortest, longest)]))
 
         return self.draw(make, lambda name: face.width(name) <= room)
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.metrics.arguments import check_references
 
@@ -49,21 +50,11 @@ def anls(prediction: str, references: Sequence[str]) -> float:
 
 def _normalized_distance(reference: str, prediction: str) -> float:
     length = max(len(reference.upper()), len(prediction.upper()))
-    return _levenshtein(_collapsed(reference), _collapsed(prediction)) / length if length else 0.0
+    return edit_distance(_collapsed(reference), _collapsed(prediction)) / length if length else 0.0
 
 
 def _collapsed(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _levenshtein(left: str, right: str) -> int:
-    """The fewest insertions, deletions and substitutions of code points between two texts."""
-    row = list(range(len(right) + 1))
-    for i, letter in enumerate(left, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(right, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
-    return row[-1]
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:

@@ -1,0 +1,296 @@
+"""Are rare names pulled to commoner ones, and by whom? Measured on the corpus of `data/synthetic/names.py`.
+
+Names of different rarity differ there by lot alone, so what differs between the answers is due to rarity:
+
+    error against rarity    share of wrong answers by how many training pages print the name
+    rarity gap              error on names seen at most once, less error on those seen 64 times and more
+    pull                    of the wrong answers that are another name of the group, the share that is a commoner one.
+                            Of names asked equally often it is a half if rarity does not matter
+    blame                   the same error of the decoder alone, and what the visual tokens said (`name_answers.py`)
+
+Intervals are 95 % percentile intervals of a bootstrap over groups of names: answers about one name are not independent.
+Axes: G groups, C counts (rarities), R resamplings.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from alignvlm_jax.analysis import name_answers
+from alignvlm_jax.analysis.name_answers import KINDS, NameAnswer
+from alignvlm_jax.data.synthetic.names import COUNTS, Name, read_lexicon
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation import runner
+from alignvlm_jax.evaluation.report import Tally
+from alignvlm_jax.inference.reader import Reader, load
+
+RARE, COMMON = COUNTS[:2], COUNTS[-2:]
+_IS_RARE, _IS_COMMON, _ANY = (np.isin(COUNTS, counts) for counts in (RARE, COMMON, COUNTS))
+_RESAMPLINGS = 2000
+
+Figure = Callable[[Int[np.ndarray, "*R G"]], Float[np.ndarray, "*R"]]
+"""From which groups (rows) to a figure, for any number of choices of groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval; NaN where there is nothing to count."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        fields = dataclasses.asdict(self)
+        return {name: None if np.isnan(number) else round(number, 4) for name, number in fields.items()}
+
+
+def summarize(answers: Sequence[NameAnswer], *, seed: int = 0) -> dict[str, Any]:
+    """The figures of one model's answers, JSON: over all names, over those with look-alikes, over the loners.
+
+    Args:
+      answers: from `name_answers`.
+      seed: of the bootstrap.
+    """
+    which = {"all": (True, False), "look-alikes": (True,), "loners": (False,)}
+    return {
+        name: _summarize([answer for answer in answers if answer.name.has_look_alikes in kinds], seed)
+        for name, kinds in which.items()
+    }
+
+
+def compare(answers: Sequence[NameAnswer], others: Sequence[NameAnswer], *, seed: int = 0) -> dict[str, Any]:
+    """How much more `others` err than `answers`, paired by group: on all names, on rare, on common ones, in the gap.
+
+    Raises:
+      UserError: the two are not about the same names.
+    """
+    (wrong, asked), (other_wrong, other_asked) = _count(answers, _is_wrong), _count(others, _is_wrong)
+    if not np.array_equal(asked > 0, other_asked > 0):
+        raise UserError("the answers to compare are about different names: ask both models about the same pages")
+
+    def more(columns) -> Figure:
+        ours, theirs = _rate(wrong, asked, columns), _rate(other_wrong, other_asked, columns)
+        return lambda rows: theirs(rows) - ours(rows)
+
+    figures = {
+        "error": more(_ANY),
+        "error_on_rare": more(_IS_RARE),
+        "error_on_common": more(_IS_COMMON),
+        "rarity_gap": lambda rows: more(_IS_RARE)(rows) - more(_IS_COMMON)(rows),
+    }
+    return {name: _bootstrap(figure, len(wrong), seed).to_json() for name, figure in figures.items()}
+
+
+def blame(answers: Sequence[NameAnswer], lexicon: Sequence[Name]) -> dict[str, Any]:
+    """How often the visual tokens were nearest to the true letter, by what the model answered and by rarity.
+
+    Args:
+      answers: from `name_answers.read_letters`.
+      lexicon: of the corpus.
+    """
+    letters = name_answers.telling_letters(lexicon)
+    looked = [answer for answer in answers if answer.letter is not None]
+    pulled = [answer for answer in looked if answer.kind == "commoner look-alike"]
+
+    def share(chosen: Sequence[NameAnswer], text: Callable[[NameAnswer], str]) -> dict[str, Any]:
+        agree = sum(answer.letter == text(answer)[letters[answer.name.group][0]] for answer in chosen)
+        tally = Tally(agree, len(chosen)).to_json()
+        return {"share": tally["exact_match"], "interval_95": tally["interval_95"], "answers": len(chosen)}
+
+    def the_name(answer: NameAnswer) -> str:
+        return answer.name.text
+
+    return {
+        "right": share([answer for answer in looked if answer.kind == "right"], the_name),
+        "wrong": share([answer for answer in looked if answer.kind != "right"], the_name),
+        "pulled": share(pulled, the_name),
+        "pulled, to the letter answered": share(pulled, lambda answer: answer.predicted),
+        "by_count": {
+            str(count): share([answer for answer in looked if answer.name.seen == count], the_name) for count in COUNTS
+        },
+    }
+
+
+def analyze(reader: Reader, folder: str | Path, *, split: str = "heldout", limit: int | None = None) -> dict[str, Any]:
+    """Everything about one model: its figures, JSON, and with them the answers.
+
+    Args:
+      reader: the model.
+      folder: of a names corpus.
+      split: which pages.
+      limit: ask only the first so many questions.
+    """
+    answers = name_answers.ask_names(reader, folder, split=split, limit=limit)
+    figures = {"split": split, "model": summarize(answers)}
+    if name_answers.has_one_token_a_patch(reader):
+        answers = name_answers.read_letters(reader, folder, answers)
+        figures["tokens say the true letter"] = blame(answers, read_lexicon(folder))
+        spelled = name_answers.ask_decoder(reader, folder, split=split, limit=limit)
+        figures["decoder alone"] = summarize(spelled)
+        figures["spelled_answers"] = [answer.to_json() for answer in spelled]
+    return {**figures, "answers": [answer.to_json() for answer in answers]}
+
+
+def analyze_checkpoint(
+    checkpoint: str, folder: str | Path, out: str | Path, *, split: str = "heldout", limit: int | None = None
+) -> str:
+    """`alignvlm analyze names`: writes names.json, names.png and names.txt into `out`; returns the paragraph."""
+    read_lexicon(folder)  # refused before a model is loaded
+    figures = analyze(load(checkpoint), folder, split=split, limit=limit)
+    figures = {"checkpoint": str(checkpoint), "data": str(folder), **figures}
+    out = Path(out)
+    runner.write_json(figures, out / "names.json")
+    plot({"model": figures["model"]} | {k: figures[k] for k in ("decoder alone",) if k in figures}, out / "names.png")
+    paragraph = describe(figures)
+    (out / "names.txt").write_text(paragraph + "\n", encoding="utf-8")
+    return paragraph
+
+
+def plot(models: dict[str, dict[str, Any]], file: str | Path) -> None:
+    """Error against rarity, look-alikes left and loners right, a line a model, with intervals; below, what was wrong.
+
+    Args:
+      models: from a name to what `summarize` says of it.
+      file: the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, which in zip(axes, ("look-alikes", "loners"), strict=True):
+        for shift, (name, summary) in enumerate(models.items()):
+            rows = [row for row in summary[which]["by_count"] if row["questions"]]
+            x = [COUNTS.index(row["seen"]) + 0.06 * (shift - (len(models) - 1) / 2) for row in rows]
+            errors = [row["error"] for row in rows]
+            y = [error["value"] for error in errors]
+            spread = [[e["value"] - e["low"] for e in errors], [e["high"] - e["value"] for e in errors]]
+            axis.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=name)
+        axis.set(title=f"names with {which}" if which == "look-alikes" else "names like no other")
+        axis.set_xticks(range(len(COUNTS)), COUNTS)
+        axis.set_xlabel("training pages that print the name")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of wrong answers")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures of `analyze` in words."""
+    whole, alike = figures["model"]["all"], figures["model"]["look-alikes"]
+    rarest, commonest = whole["by_count"][0], whole["by_count"][-1]
+    pull = alike["pull"]
+    text = [
+        f"Of {whole['questions']} questions for names, {_percent(whole['error'])} are answered wrong: "
+        f"{_percent(rarest['error'])} of those for names never seen in training, {_percent(commonest['error'])} of "
+        f"those for names seen {commonest['seen']} times. Names seen at most once err by "
+        f"{_points(whole['rarity_gap'])} more than names seen {COMMON[0]} times and more "
+        f"({_points(alike['rarity_gap'])} among look-alikes); {_verdict(whole['rarity_gap'], 0)}.",
+        f"Where a name that has look-alikes was taken for one of them, it was for a commoner one {pull['commoner']} "
+        f"times and for a rarer one {pull['rarer']} times"
+        + (f" ({_percent(pull)} commoner; a half if rarity did not matter)" if pull["value"] is not None else "")
+        + f": {_verdict(pull, 0.5)}.",
+    ]
+    if "decoder alone" in figures:
+        alone = figures["decoder alone"]["look-alikes"]
+        says = figures["tokens say the true letter"]
+        text.append(
+            f"The decoder alone, given the letters themselves, errs on {_percent(alone['error'])} of the look-alikes "
+            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} commoner, "
+            f"{alone['pull']['rarer']} rarer). At the one letter that tells look-alikes apart the visual tokens are "
+            f"nearest to the true one in {_share(says['right'])} of right answers and in {_share(says['pulled'])} of "
+            "answers pulled to a commoner name: in the latter share the decoder overruled what it was told."
+        )
+    return " ".join(text)
+
+
+def _summarize(answers: Sequence[NameAnswer], seed: int) -> dict[str, Any]:
+    wrong, asked = _count(answers, _is_wrong)
+    kinds = {kind: _count(answers, lambda answer, kind=kind: answer.kind == kind)[0] for kind in KINDS[1:]}
+    commoner, rarer = kinds["commoner look-alike"], kinds["rarer look-alike"]
+    estimate = functools.partial(_bootstrap, groups=len(wrong), seed=seed)
+    rare, common = _rate(wrong, asked, _IS_RARE), _rate(wrong, asked, _IS_COMMON)
+    return {
+        "questions": int(asked.sum()),
+        "error": estimate(_rate(wrong, asked, _ANY)).to_json(),
+        "rarity_gap": estimate(lambda rows: rare(rows) - common(rows)).to_json(),
+        "pull": {
+            **estimate(_rate(commoner, commoner + rarer, _ANY)).to_json(),
+            "commoner": int(commoner.sum()),
+            "rarer": int(rarer.sum()),
+        },
+        "by_count": [
+            {
+                "seen": count,
+                "questions": int(asked[:, column].sum()),
+                "error": estimate(_rate(wrong, asked, np.equal(COUNTS, count))).to_json(),
+                "wrong": {kind: int(found[:, column].sum()) for kind, found in kinds.items()},
+            }
+            for column, count in enumerate(COUNTS)
+        ],
+    }
+
+
+def _is_wrong(answer: NameAnswer) -> bool:
+    return answer.kind != "right"
+
+
+def _count(
+    answers: Sequence[NameAnswer], of_interest: Callable[[NameAnswer], bool]
+) -> tuple[Float[np.ndarray, "G C"], Float[np.ndarray, "G C"]]:
+    """For each group and rarity, how many answers are of interest, and how many there are."""
+    groups = {group: row for row, group in enumerate(sorted({answer.name.group for answer in answers}))}
+    found, asked = np.zeros((2, len(groups), len(COUNTS)))
+    for answer in answers:
+        place = groups[answer.name.group], COUNTS.index(answer.name.seen)
+        asked[place] += 1
+        found[place] += of_interest(answer)
+    return found, asked
+
+
+def _rate(found, asked, columns) -> Figure:
+    return lambda rows: found[rows][..., columns].sum((-2, -1)) / asked[rows][..., columns].sum((-2, -1))
+
+
+def _bootstrap(figure: Figure, groups: int, seed: int) -> Estimate:
+    rows = np.random.default_rng(seed).integers(0, max(groups, 1), (_RESAMPLINGS, groups))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, resampled = figure(np.arange(groups)), figure(rows)
+    resampled = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(resampled, (0.025, 0.975)) if len(resampled) else (np.nan, np.nan)
+    return Estimate(float(value), float(low), float(high))
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "none"
+    return f"{100 * estimate['value']:.1f} % [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def _points(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "an unknown number of points"
+    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}] points"
+
+
+def _share(share: dict[str, Any]) -> str:
+    return "none" if not share["answers"] else f"{100 * share['share']:.0f} % (of {share['answers']})"
+
+
+def _verdict(estimate: dict[str, Any], null: float) -> str:
+    """Whether the interval holds what would be the case if rarity did not matter."""
+    if estimate["value"] is None:
+        return "too few to tell"
+    if estimate["low"] > null:
+        return "rarity costs"
+    return "commonness costs" if estimate["high"] < null else "no effect of rarity can be told from chance"

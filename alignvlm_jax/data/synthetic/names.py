@@ -1,0 +1,229 @@
+"""Documents about people and places whose names come from a fixed lexicon: what rarity alone does to reading.
+
+A lexicon is made of groups of six names of one pattern. Which of the six is printed on 0, 1, 4, 16, 64 and 256 training
+pages is decided by lot, so that names of different rarity differ in nothing else:
+
+    look-alikes   LANOR  TANOR  KANOR  SANOR  VANOR  RANOR     one letter apart, each from each
+    loners        DIKUBE  SOLARI  ...                          three edits or more from every other name
+    printed          16      0    256      1      4     64
+
+No ordinary document of training prints any of them (`values.split_of` puts them in "validation"), so the counts hold
+also where both corpora are mixed, and what is held out for ordinary documents stays held out. A page is a form with
+three names of three groups, and asks for all of them. Held-out and validation pages print every name equally often.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from alignvlm_jax.data import store
+from alignvlm_jax.data.synthetic.corpus import write_corpus
+from alignvlm_jax.data.synthetic.dice import Dice
+from alignvlm_jax.data.synthetic.document import Document, print_document
+from alignvlm_jax.data.synthetic.families import Questions, form
+from alignvlm_jax.data.synthetic.fonts import TRAINING_FONTS, Face
+from alignvlm_jax.data.synthetic.layout import Page
+from alignvlm_jax.data.synthetic.records import to_record
+from alignvlm_jax.data.synthetic.values import (
+    CONSONANTS,
+    NAME_PATTERNS,
+    SPLITS,
+    DoesNotFitError,
+    Values,
+    spell_name,
+    split_of,
+)
+from alignvlm_jax.edit_distance import edit_distance
+from alignvlm_jax.errors import UserError
+
+COUNTS = (0, 1, 4, 16, 64, 256)
+"""Training pages that print a name; one name of each group has each."""
+
+LOOK_ALIKE = 2
+"""Names at most so many edits apart look alike."""
+
+FAMILY = "names"
+_KIND = "synthetic names"
+_PER_PAGE = 3
+_ASKED = {"validation": 4, "heldout": 12}  # pages that print each name
+_PATTERNS = (*NAME_PATTERNS[5], *NAME_PATTERNS[6])
+_STREAM = 3  # of the dice, beside those of the ordinary documents' splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A word of the lexicon.
+
+    Attributes:
+      text: in capitals.
+      group: of six; the names of a group differ in rarity by lot.
+      has_look_alikes: whether the rest of its group looks like it; else nothing does.
+      seen: training pages that print it, once each.
+    """
+
+    text: str
+    group: int
+    has_look_alikes: bool
+    seen: int
+
+
+@functools.cache
+def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
+    """Groups of six names, the first half look-alikes, the others loners.
+
+    Args:
+      seed: of everything random, the lots among it.
+      groups: a multiple of six.
+    """
+    if groups < 6 or groups % 6:
+        raise UserError(f"groups: expected a multiple of 6, got {groups}")
+    dice = Dice(seed, _STREAM)
+    names: list[Name] = []
+    for group in range(groups):
+        alike = group < groups // 2
+        texts = _look_alikes(dice, names) if alike else _loners(dice, names)
+        names += [Name(text, group, alike, seen) for text, seen in zip(dice.shuffled(texts), COUNTS, strict=True)]
+    return tuple(names)
+
+
+def draw_names_document(seed: int, split: str, index: int, *, groups: int = 24, render: bool = True) -> Document:
+    """Document `index` of a split, a pure function of its arguments; without `render`, the same but for the image."""
+    names = _deal(seed, groups, split)[index]
+    dice = Dice(seed, _STREAM, SPLITS.index(split), index)
+    labels = dice.shuffled(form.NAME_LABELS)[:_PER_PAGE]
+    if dice.chance(0.5):
+        labels.append(dice.pick(form.OTHER_LABELS))
+    labels = dice.shuffled(labels)
+
+    def compose(page: Page) -> Questions:
+        return form.compose(page, _GivenNames(dice, split, names), labels)
+
+    identity, font = f"names-{seed}-{split}-{index}", dice.pick(TRAINING_FONTS)
+    return print_document(dice, compose, _ask_everything, id=identity, family=FAMILY, font=font, render=render)
+
+
+def num_documents(split: str, groups: int = 24) -> int:
+    """Pages of a split."""
+    return groups * (sum(COUNTS) if split == "train" else len(COUNTS) * _ASKED[split]) // _PER_PAGE
+
+
+def build_names_corpus(
+    folder: str | Path, *, seed: int = 0, groups: int = 24, progress: bool = True, processes: int | None = None
+) -> Path:
+    """The three splits in a folder, for `store.open_dataset`; kept if they lie there already.
+
+    Args:
+      folder: where to.
+      seed: of the lexicon and of the pages.
+      groups: of names, a multiple of six; 24 make 2,728 training, 192 validation and 576 held-out pages.
+      progress: whether to show a bar.
+      processes: that draw; None takes as many as there are cores and work for.
+    """
+    lexicon = draw_lexicon(seed, groups)
+    recipe = {
+        "kind": _KIND,
+        "seed": seed,
+        "groups": groups,
+        "names": [dataclasses.asdict(name) for name in lexicon],
+        "drawing": _fingerprint(seed, groups),
+    }
+    drawings = {
+        split: (functools.partial(_draw_records, seed, groups, split), num_documents(split, groups)) for split in SPLITS
+    }
+    return write_corpus(folder, recipe, drawings, description=__doc__, progress=progress, processes=processes)
+
+
+def read_lexicon(folder: str | Path) -> tuple[Name, ...]:
+    """The lexicon of a corpus on disk."""
+    recipe = store.read_metadata(folder)
+    if recipe.get("kind") != _KIND:
+        raise UserError(
+            f"{folder} holds no corpus of names: draw one with "
+            "alignvlm_jax.data.synthetic.names.build_names_corpus(folder)"
+        )
+    return tuple([Name(**name) for name in recipe["names"]])
+
+
+def redraw(document_id: str, groups: int) -> Document:
+    """The document of this id without its image: where its glyphs are."""
+    _, seed, split, index = document_id.split("-")
+    return draw_names_document(int(seed), split, int(index), groups=groups, render=False)
+
+
+class _GivenNames(Values):
+    """Values of a split, but the names are these, in order."""
+
+    def __init__(self, dice: Dice, split: str, names: Iterable[str]):
+        super().__init__(dice, split)
+        self._names = iter(names)
+
+    def name(self, shortest: int, longest: int, face: Face, room: float) -> str:
+        name = next(self._names)
+        if face.width(name) > room:
+            raise DoesNotFitError
+        return name
+
+
+def _look_alikes(dice: Dice, others: list[Name]) -> list[str]:
+    """Six names that differ in one consonant."""
+    while True:
+        pattern = dice.pick(_PATTERNS)
+        stem = spell_name(dice, pattern)
+        place = dice.pick([i for i, letter in enumerate(pattern) if letter == "C"])
+        texts = [stem[:place] + letter + stem[place + 1 :] for letter in CONSONANTS]
+        texts = [text for text in texts if split_of(text) == "validation"]
+        if len(texts) >= len(COUNTS) and not any(_is_taken(text, others) for text in texts):
+            return dice.shuffled(texts)[: len(COUNTS)]
+
+
+def _loners(dice: Dice, others: list[Name]) -> list[str]:
+    """Six names of one pattern, unlike each other and all others."""
+    pattern = dice.pick(_PATTERNS)
+    texts: list[str] = []
+    while len(texts) < len(COUNTS):
+        text = spell_name(dice, pattern)
+        if split_of(text) == "validation" and not _is_taken(text, others):
+            if all(edit_distance(text, other) > LOOK_ALIKE for other in texts):
+                texts.append(text)
+    return texts
+
+
+def _is_taken(text: str, others: list[Name]) -> bool:
+    return any(edit_distance(text, other.text) <= LOOK_ALIKE for other in others)
+
+
+@functools.cache
+def _deal(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
+    """The names of each page of a split, never two of one group.
+
+    The groups are dealt into as many columns as a page has names; each column is shuffled, and page i takes what is in
+    row i.
+    """
+    dice = Dice(seed, _STREAM, SPLITS.index(split))
+    order = dice.shuffled(range(groups))
+    columns: list[list[str]] = [[] for _ in range(_PER_PAGE)]
+    for name in draw_lexicon(seed, groups):
+        times = name.seen if split == "train" else _ASKED[split]
+        columns[order[name.group] % _PER_PAGE] += [name.text] * times
+    rows = zip(*[dice.shuffled(column) for column in columns], strict=True)
+    return tuple([tuple(dice.shuffled(row)) for row in rows])
+
+
+def _ask_everything(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
+    return [(dice.pick(phrasings), answer) for phrasings, answer in dice.shuffled(questions.direct)]
+
+
+def _draw_records(seed: int, groups: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
+    return [to_record(draw_names_document(seed, split, index, groups=groups)) for index in range(start, stop)]
+
+
+def _fingerprint(seed: int, groups: int) -> str:
+    """Tells drawings apart: a changed program must not go on with the pages of the old one."""
+    digest = hashlib.sha256()
+    for index in range(8):
+        document = draw_names_document(seed, "train", index, groups=groups, render=False)
+        digest.update(repr((document.font, document.transcription, document.questions)).encode())
+    return digest.hexdigest()[:16]
