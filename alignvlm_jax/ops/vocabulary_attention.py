@@ -20,7 +20,9 @@ The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocab
 
 - with the covariance C at hand, their terms come after it, as products with D x D matrices;
 - without (few queries), a2 is known before it: the forward pass also sums  h_t = sum_v p_tv scale_v z_tv e_v, of which
-  a2_t = dL/do_t·h_t - (dL/do_t·o_t) sum_v p_tv scale_v z_tv.
+  a2_t = dL/do_t·h_t - (dL/do_t·o_t - dL/dn_t) sum_v p_tv scale_v z_tv.
+
+n_t = log sum_v exp(s_tv), where it is asked for, adds p_tv dL/dn_t to dL/ds_tv.
 """
 
 import dataclasses
@@ -45,14 +47,16 @@ from alignvlm_jax.ops.vocabulary_statistics import (
 
 @flax.struct.dataclass
 class VocabularySummary:
-    """What was asked of P beside the result; no gradient flows through it.
+    """What was asked of P beside the result; a gradient flows through the normaliser alone.
 
     Attributes:
+      log_normalizer: log of sum_v exp(s_v) of each query, float32; None if not asked for.
       entropy: of each query's P, in nats; None if not asked for.
       top_probabilities: the k largest probabilities of each query, largest first; None if not asked for.
       top_ids: their words.
     """
 
+    log_normalizer: Float[Array, "..."] | None = None
     entropy: Float[Array, "..."] | None = None
     top_probabilities: Float[Array, "... k"] | None = None
     top_ids: Int[Array, "... k"] | None = None
@@ -67,6 +71,7 @@ def vocabulary_attention(
     *,
     eps: float = 1e-5,
     statistics: VocabularyStatistics | None = None,
+    log_normalizer: bool = False,
     entropy: bool = False,
     top_k: int = 0,
     block_size: int | None = None,
@@ -83,17 +88,19 @@ def vocabulary_attention(
       eps: of the LayerNorm.
       statistics: of frozen keys (`vocabulary_statistics`): saves their computation. They are constants: the gradient of
         the keys does not flow through them. They may be those of another table, of which `keys` are some rows.
+      log_normalizer: whether to return log of sum_v exp(s_v), which joins P with a softmax over something else.
       entropy: whether to return the entropy of P.
       top_k: how many of the largest probabilities to return.
       block_size: K; None means `default_block_size`.
       mesh_axes: which axes of the mesh in force cut the first axis of `q`, the vocabulary, and the width of the tables.
 
     Returns:
-      The result in the dtype of `q`; with `entropy` or `top_k`, a pair of it and a `VocabularySummary`.
+      The result in the dtype of `q`; if anything was asked for beside it, a pair of it and a `VocabularySummary`.
     """
     num_queries = q.shape[0] if q.ndim > 1 else 1
     options = _Options(
         eps=eps,
+        log_normalizer=log_normalizer,
         entropy=entropy,
         top_k=min(top_k, keys.shape[0]),
         block_size=block_size,
@@ -105,7 +112,7 @@ def vocabulary_attention(
     mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
     if q.ndim == 1:
         mixed, summary = mixed[0], jax.tree.map(lambda leaf: leaf[0], summary)
-    return (mixed, summary) if entropy or top_k else mixed
+    return (mixed, summary) if log_normalizer or entropy or top_k else mixed
 
 
 def vocabulary_usage(
@@ -155,6 +162,7 @@ class _Options:
     """What is static."""
 
     eps: float
+    log_normalizer: bool
     entropy: bool
     top_k: int
     block_size: int | None
@@ -206,7 +214,8 @@ def _attend_forward(options, q, keys, scale, bias, values, statistics):
 
 
 def _attend_backward(options, inputs, cotangents):
-    return (*_backward(options, *inputs, cotangents[0]), None)
+    mixed, summary = cotangents
+    return (*_backward(options, *inputs, mixed, summary.log_normalizer), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -232,7 +241,9 @@ def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
         moments = _Moments(jax.P(), of_query, of_query, of_query if with_spread else None)
         saved_spec = _Saved(moments, of_query, of_query, None if with_spread else (of_query, of_query))
     summary_spec = VocabularySummary(
-        of_query if options.entropy else None, *((of_query, of_query) if options.top_k else ())
+        of_query if options.log_normalizer else None,
+        of_query if options.entropy else None,
+        *((of_query, of_query) if options.top_k else ()),
     )
     in_specs = (of_query, of_table, of_row, of_row, of_table, jax.P())
     sharded = streaming.shard(local, axes, in_specs, (of_query, summary_spec, saved_spec))
@@ -297,6 +308,8 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         means["mixed"] = merged["mixed"] / merged["share"]
 
     summary = VocabularySummary()
+    if options.log_normalizer:
+        summary = summary.replace(log_normalizer=running.maximum + jnp.log(running.total))
     if options.entropy:
         summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
     if options.top_k:
@@ -304,32 +317,33 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         summary = summary.replace(top_probabilities=running.probabilities(scores), top_ids=ids)
     saved = None
     if for_gradient:
-        saved = _Saved(
-            moments, running, means["mixed"], (means["tilted"], means["tilt"][:, 0]) if tilt else None
-        )
+        saved = _Saved(moments, running, means["mixed"], (means["tilted"], means["tilt"][:, 0]) if tilt else None)
     return means["mixed"].astype(q.dtype), summary, saved
 
 
-def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent):
-    """The five gradients, from all devices."""
+def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent, of_normalizer):
+    """The five gradients, from all devices; `of_normalizer` is the cotangent of the normaliser, None without one."""
     axes = options.axes
     of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
 
-    def local(q, keys, scale, bias, values, saved, cotangent):
+    def local(q, keys, scale, bias, values, saved, cotangent, of_normalizer):
         flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+        if of_normalizer is not None:
+            of_normalizer = of_normalizer.reshape(-1)
         keys, values = streaming.Table(keys, axes), streaming.Table(values, axes)
         frozen = statistics is not None
-        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
+        cotangents = cotangent, of_normalizer
+        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, *cotangents)
         return of_q.reshape(q.shape), *rest
 
     saved_spec = jax.tree.map(lambda _: of_query, saved)
     saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
-    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query)
+    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query, of_query)
     sharded = streaming.shard(local, axes, in_specs, (of_query, of_table, of_row, of_row, of_table))
-    return sharded(q, keys, scale, bias, values, saved, cotangent)
+    return sharded(q, keys, scale, bias, values, saved, cotangent, of_normalizer)
 
 
-def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent):
+def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent, of_normalizer):
     """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
     axes, moments = options.axes, saved.moments
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
@@ -341,6 +355,10 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     if saved.tilted is not None:
         tilted, tilt = saved.tilted
         second = jnp.sum(cotangent.astype(jnp.float32) * tilted, axis=-1) - expected * tilt
+        if of_normalizer is not None:
+            second += of_normalizer * (tilt + saved.softmax.maximum)
+    if of_normalizer is not None:
+        expected -= of_normalizer
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry

@@ -184,6 +184,34 @@ def test_what_is_said_of_p_leaves_the_gradient_alone():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(arguments[0]), plain, rtol=1e-5, atol=1e-6)
 
 
+def log_normalizer(q, keys, scale, bias, values):
+    return jax.nn.logsumexp(dense.scores(q, keys, scale, bias), axis=-1)
+
+
+# 3 queries: statistics from another pass; 60: from the covariance.
+@pytest.mark.parametrize("shape", [(3,), (3, 20)])
+def test_the_normalizer_and_every_gradient_through_it(shape):
+    """Beside the result, as the connector with words of its own uses it."""
+    arguments = inputs(shape)
+    rows = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 12)), jnp.float32)
+
+    def loss_of(value, normalizer):
+        return jnp.sum(value * rows) + jnp.sum(jnp.sin(normalizer) * rows[..., 0]), normalizer
+
+    def ours(*arguments):
+        value, summary = vocabulary_attention(*arguments, log_normalizer=True, block_size=32)
+        return loss_of(value, summary.log_normalizer)
+
+    def theirs(*arguments):
+        return loss_of(dense.vocabulary_attention(*arguments), log_normalizer(*arguments))
+
+    got, normalizer = jax.jit(jax.grad(ours, range(5), has_aux=True))(*arguments)
+    wanted, wanted_normalizer = dense.in_float64(jax.grad(theirs, range(5), has_aux=True), *arguments)
+    assert dense.distance(normalizer, wanted_normalizer) <= TOLERANCE
+    for name, leaf, want in zip(NAMES[1:], got, wanted, strict=True):
+        assert dense.distance(leaf, want) <= TOLERANCE, name
+
+
 @pytest.mark.parametrize("block_size", [32, None])
 def test_usage_is_the_weighted_sum_of_p(block_size):
     q, keys, scale, bias, _ = inputs((3, 5))

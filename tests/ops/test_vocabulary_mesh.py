@@ -77,8 +77,8 @@ def attention_with_gradients(attention):
     return run
 
 
-def streamed_attention(*arrays):
-    return vocabulary_attention(*arrays, block_size=BLOCK, mesh_axes=AXES)
+def streamed_attention(*arrays, **options):
+    return vocabulary_attention(*arrays, block_size=BLOCK, mesh_axes=AXES, **options)
 
 
 # 8 x 16 queries on 4 devices: statistics from the covariance. 8 x 2: from another pass. 101 words: tensor does not
@@ -90,6 +90,35 @@ def test_attention_is_that_of_one_device(mesh, rows, length, words):
     value, gradients = compile_on(mesh, attention_with_gradients(streamed_attention), placed, 5)(*placed)
     wanted, wanted_gradients = dense.in_float64(attention_with_gradients(dense.vocabulary_attention), *arrays)
     assert dense.distance(value, wanted) <= TOLERANCE
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert dense.distance(got, want) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("length", "words"), [(16, 96), (2, 96)])
+def test_gradients_through_the_normalizer_are_those_of_one_device(mesh, length, words):
+    arrays = attention_inputs(8, length, words)
+    placed = place(mesh, arrays, words)
+
+    def joined(attention):
+        def run(*arrays):
+            def loss(*inputs):
+                value, normalizer = attention(*inputs)
+                return jnp.sum(value * arrays[5]) + jnp.sum(jnp.sin(normalizer))
+
+            return jax.value_and_grad(loss, range(5))(*arrays[:5])
+
+        return run
+
+    def streamed(*inputs):
+        value, summary = streamed_attention(*inputs, log_normalizer=True)
+        return value, summary.log_normalizer
+
+    def plain(*inputs):
+        return dense.vocabulary_attention(*inputs), jax.nn.logsumexp(dense.scores(*inputs[:4]), axis=-1)
+
+    value, gradients = compile_on(mesh, joined(streamed), placed, 5)(*placed)
+    wanted, wanted_gradients = dense.in_float64(joined(plain), *arrays)
+    np.testing.assert_allclose(value, wanted, rtol=TOLERANCE)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         assert dense.distance(got, want) <= TOLERANCE
 

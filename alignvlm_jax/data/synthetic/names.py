@@ -15,7 +15,7 @@ three names of three groups, and asks for all of them. Held-out and validation p
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,21 @@ def num_documents(split: str, groups: int = 24) -> int:
 
 
 def build_names_corpus(
-    folder: str | Path, *, seed: int = 0, groups: int = 24, progress: bool = True, processes: int | None = None
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    groups: int = 24,
+    splits: Sequence[str] = SPLITS,
+    progress: bool = True,
+    processes: int | None = None,
 ) -> Path:
-    """The three splits in a folder, for `store.open_dataset`; kept if they lie there already.
+    """Splits in a folder, for `store.open_dataset`; kept if they lie there already.
 
     Args:
       folder: where to.
       seed: of the lexicon and of the pages.
       groups: of names, a multiple of six; 24 make 2,728 training, 192 validation and 576 held-out pages.
+      splits: which to draw.
       progress: whether to show a bar.
       processes: that draw; None takes as many as there are cores and work for.
     """
@@ -127,11 +134,12 @@ def build_names_corpus(
         "kind": _KIND,
         "seed": seed,
         "groups": groups,
+        "splits": list(splits),
         "names": [dataclasses.asdict(name) for name in lexicon],
         "drawing": _fingerprint(seed, groups),
     }
     drawings = {
-        split: (functools.partial(_draw_records, seed, groups, split), num_documents(split, groups)) for split in SPLITS
+        split: (functools.partial(_draw_records, seed, groups, split), num_documents(split, groups)) for split in splits
     }
     return write_corpus(folder, recipe, drawings, description=__doc__, progress=progress, processes=processes)
 

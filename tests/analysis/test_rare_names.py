@@ -1,0 +1,139 @@
+"""What is said of rarity, on answers whose truth is known; and the three ways of asking, of the shipped model."""
+
+import json
+
+import numpy as np
+import pytest
+
+import alignvlm_jax
+from alignvlm_jax.analysis import name_answers, rare_names
+from alignvlm_jax.analysis.name_answers import NameAnswer, judge, telling_letters
+from alignvlm_jax.data.synthetic.names import COUNTS, build_names_corpus, draw_lexicon
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.report import Answer
+
+LEXICON = draw_lexicon(0, 12)
+OF_GROUP = {(name.group, name.seen): name for name in LEXICON}
+
+
+def answer(name, predicted, page="p"):
+    return Answer(page, "names", "cmtt10", "What is the name?", name.text, predicted)
+
+
+def simulate(error_of, per_name=20, toward=None, seed=0):
+    """Answers that are wrong as often as `error_of(seen)` says; `toward(group, rng)` names what is answered then."""
+    rng = np.random.default_rng(seed)
+    answers = []
+    for number, name in enumerate(LEXICON * per_name):
+        wrong = rng.random() < error_of(name.seen)
+        predicted = (toward(name, rng) if toward and name.has_look_alikes else "XX") if wrong else name.text
+        answers.append(answer(name, predicted, page=str(number)))
+    return judge(answers, LEXICON)
+
+
+def test_every_kind_of_answer_is_told_apart():
+    rare, common, middle = OF_GROUP[0, 1], OF_GROUP[0, 256], OF_GROUP[0, 16]
+    other, loner = OF_GROUP[1, 64], OF_GROUP[11, 4]
+    answers = [
+        answer(middle, middle.text + " "),
+        answer(middle, common.text),
+        answer(middle, rare.text),
+        answer(middle, other.text),
+        answer(middle, loner.text),
+        answer(middle, "Q" + middle.text),
+        answer(loner, "Total"),
+        Answer("p", "names", "cmtt10", "What is the fee?", "3.20", "3.20"),
+    ]
+    kinds = [judged.kind for judged in judge(answers, LEXICON)]
+    kept = ["right", "commoner look-alike", "rarer look-alike", "another name", "elsewhere on the page"]
+    assert kinds == [*kept, "garble", "garble"]  # the loner is printed on that page, the fee is no name
+
+
+def test_error_by_count_is_the_share_of_wrong_answers():
+    figures = rare_names.summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
+    rows = figures["all"]["by_count"]
+    assert [row["seen"] for row in rows] == list(COUNTS) and {row["questions"] for row in rows} == {240}
+    assert [row["error"]["value"] for row in rows] == [1, 1, 1, 1, 0, 0]
+    assert figures["all"]["error"]["value"] == pytest.approx(4 / 6, abs=1e-4)
+    assert figures["all"]["rarity_gap"] == {"value": 1, "low": 1, "high": 1}
+    assert figures["loners"]["by_count"][0]["wrong"]["garble"] == 120
+    json.dumps(figures, allow_nan=False)
+
+
+def test_no_effect_of_rarity_is_not_taken_for_one():
+    """The interval of the gap holds 0 in about 95 of 100 worlds without one."""
+    inside = 0
+    for seed in range(40):
+        gap = rare_names.summarize(simulate(lambda seen: 0.3, per_name=4, seed=seed))["all"]["rarity_gap"]
+        inside += gap["low"] <= 0 <= gap["high"]
+    assert inside >= 34
+
+
+def test_pull_is_a_half_by_lot_and_one_where_common_names_attract():
+    def anyone(name, rng):
+        return OF_GROUP[name.group, rng.choice([seen for seen in COUNTS if seen != name.seen])].text
+
+    def the_commonest(name, rng):
+        return OF_GROUP[name.group, 256 if name.seen != 256 else 64].text
+
+    fair = rare_names.summarize(simulate(lambda seen: 0.5, toward=anyone))["look-alikes"]["pull"]
+    assert fair["low"] < 0.5 < fair["high"] and fair["high"] - fair["low"] < 0.2
+    pulled = simulate(lambda seen: 0.5 if seen < 256 else 0.0, toward=the_commonest)
+    summary = rare_names.summarize(pulled)
+    assert summary["look-alikes"]["pull"]["value"] == 1 and summary["look-alikes"]["pull"]["rarer"] == 0
+    assert summary["loners"]["pull"]["value"] is None
+    assert "rarity costs" in rare_names.describe({"model": summary})
+
+
+def test_two_models_are_compared_group_by_group():
+    worse, better = simulate(lambda seen: 0.5 if seen <= 1 else 0.1), simulate(lambda seen: 0.1, seed=1)
+    difference = rare_names.compare(worse, better)
+    assert difference["error_on_rare"]["high"] < -0.3 and difference["rarity_gap"]["high"] < -0.2
+    assert difference["error_on_common"]["low"] < 0 < difference["error_on_common"]["high"]
+    with pytest.raises(UserError, match="different names"):
+        rare_names.compare(worse, [answer for answer in better if answer.name.group < 3])
+
+
+def test_the_letters_that_tell_look_alikes_apart():
+    letters = telling_letters(LEXICON)
+    assert sorted(letters) == list(range(6))
+    for group, (place, choices) in letters.items():
+        members = [name.text for name in LEXICON if name.group == group]
+        assert [text[place] for text in members] == list(choices) and len(set(choices)) == 6
+        assert len({text[:place] + text[place + 1 :] for text in members}) == 1
+
+
+def test_blame_counts_what_the_tokens_said():
+    rare, common = OF_GROUP[0, 1], OF_GROUP[0, 256]
+    place, _ = telling_letters(LEXICON)[0]
+    answers = [NameAnswer("p", rare, rare.text, "right", rare.text[place])]
+    answers += [
+        NameAnswer("p", rare, common.text, pulled.kind, text[place]) for text in (rare.text, common.text, common.text)
+    ]
+    says = rare_names.blame(answers, LEXICON)
+    assert says["right"]["share"] == 1
+    assert says["pulled"]["share"] == pytest.approx(1 / 3, abs=1e-4)
+    assert says["pulled, to the letter answered"]["share"] == pytest.approx(2 / 3, abs=1e-4)
+    assert says["by_count"]["1"]["answers"] == 4 and says["by_count"]["4"]["share"] is None
+
+
+def test_the_shipped_model_is_analyzed(tmp_path):
+    folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
+    text = rare_names.analyze_checkpoint("nano", folder, tmp_path / "out", limit=40)
+    figures = json.loads((tmp_path / "out" / "names.json").read_text())
+    assert (tmp_path / "out" / "names.txt").read_text().strip() == text
+    assert (tmp_path / "out" / "names.png").stat().st_size > 5_000
+    # It reads: that is what the figures are worth anything for.
+    assert figures["model"]["all"]["error"]["value"] < 0.7
+    assert figures["decoder alone"]["all"]["error"]["value"] < figures["model"]["all"]["error"]["value"] + 0.1
+    assert figures["tokens say the true letter"]["right"]["share"] > 0.9
+    again = [NameAnswer.from_json(fields) for fields in figures["answers"]]
+    assert rare_names.summarize(again) == figures["model"]
+
+
+def test_a_model_without_a_token_for_each_patch_is_refused():
+    reader = alignvlm_jax.load("nano")
+    reader.config = type("Config", (), {**vars(reader.config)})()
+    reader.config.newline = True
+    with pytest.raises(UserError, match="one visual token for each patch"):
+        name_answers.ask_decoder(reader, "anywhere")
