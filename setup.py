@@ -86,9 +86,10 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
-    # The nano backbones (weights, tokenizer, card) and the chat templates travel with the package.
+    # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page travel with the package.
     package_data={
         "alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"],
+        "alignvlm_jax.inspector": ["*.css", "*.html", "*.js"],
         "alignvlm_jax.interop": ["*.jinja"],
     },
     install_requires=REQUIRES,

@@ -1,4 +1,4 @@
-"""The `alignvlm` command: train, eval, ask, demo.
+"""The `alignvlm` command: train, eval, ask, inspect, demo.
 
 Only argument handling lives here; each command calls the function that does the work. jax and its friends are imported
 inside the commands, so that `--help` and a mistyped option answer at once.
@@ -92,6 +92,21 @@ the same in Python:
   import alignvlm_jax
   reader = alignvlm_jax.load("runs/demo/checkpoint")
   print(reader.ask("runs/demo/example.png", "What is the total?"))
+"""
+
+INSPECT_DESCRIPTION = """\
+Write one HTML page that shows what a model sees: point at a patch and read the words
+ALIGN makes of it, type a word and see where on the page it is, ask a question and see
+which patches the answer leaned on. The page needs no network and no server.
+"""
+
+INSPECT_EPILOG = """\
+examples:
+  alignvlm inspect --checkpoint nano PAGE.png --out page.html
+  alignvlm inspect --checkpoint runs/demo/checkpoint runs/demo/example.png \\
+      --question "What is the total?" --question "Which date is given?" --out page.html
+
+docs/inspector.md says how to read the page and what its numbers are.
 """
 
 DEMO_DESCRIPTION = """\
@@ -228,6 +243,32 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     ask.add_argument("--question", required=True, help="what you want to know")
     ask.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
 
+    summary = "a page that shows what words the patches of an image become"
+    inspect = add("inspect", _inspect, summary, INSPECT_DESCRIPTION, INSPECT_EPILOG)
+    inspect.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
+    inspect.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="as for `alignvlm ask`; its connector must be ALIGN"
+    )
+    inspect.add_argument(
+        "--question", action="append", default=[], help="what to ask, and to attribute; may be given several times"
+    )
+    inspect.add_argument("--out", default="page.html", metavar="FILE", help="the page (default: page.html)")
+    inspect.add_argument(
+        "--words", type=_positive, default=32, metavar="K", help="likeliest words kept of each patch (default: 32)"
+    )
+    inspect.add_argument(
+        "--attribution",
+        choices=("tokens", "answer", "none"),
+        default="tokens",
+        help="which patches each token of an answer leaned on, or (faster) the answer as a whole (default: tokens)",
+    )
+    inspect.add_argument(
+        "--steps", type=_positive, default=32, metavar="N", help="gradients taken for an attribution (default: 32)"
+    )
+    inspect.add_argument(
+        "--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)"
+    )
+
     demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
     demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
@@ -321,6 +362,22 @@ def _ask(args: argparse.Namespace) -> None:
     question = reader.check_question(args.question)
     image = images.open_image(args.image)
     print(alignvlm_jax.load(args.checkpoint).ask(image, question, max_new_tokens=args.max_new_tokens))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from alignvlm_jax import inspector
+    from alignvlm_jax.data import images
+    from alignvlm_jax.inference import reader
+
+    questions = [reader.check_question(question) for question in args.question]
+    inspector.inspect_to_file(
+        args.checkpoint,
+        images.open_image(args.image),
+        questions,
+        args.out,
+        name=pathlib.Path(args.image).name,
+        config=inspector.InspectConfig(args.words, args.attribution, args.steps, args.max_new_tokens),
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

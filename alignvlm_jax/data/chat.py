@@ -165,6 +165,20 @@ class ChatTokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def token_text(self, token_id: int) -> str:
+        """A token as a text would show it, blank before it included; special ones, and parts of a character, by name.
+
+        An id without a token (rows that pad an embedding table) is "<id>".
+        """
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None:
+            return f"<{token_id}>"
+        text = self.decode([token_id])
+        if not text or "\ufffd" in text:
+            return name
+        # Sentencepiece marks a blank so, and decoding drops it where a text begins.
+        return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
+
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same tokenizer, blind to special tokens."""

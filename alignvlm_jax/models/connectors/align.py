@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
-from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention, vocabulary_usage
+from alignvlm_jax.ops.vocabulary_attention import VocabularySummary, vocabulary_attention, vocabulary_usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,13 @@ class AlignConnector(nn.Module):
     dtype: str = "float32"
 
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        tokens, summary = self.describe(features, text_embedding)
+        return ConnectorOutput(tokens, summary.entropy)
+
+    def describe(
+        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
+    ) -> tuple[Float[Array, "B N D"], VocabularySummary]:
+        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table."""
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         tokens, summary = vocabulary_attention(
             query,
@@ -66,9 +73,13 @@ class AlignConnector(nn.Module):
             eps=self.config.layer_norm_eps,
             statistics=self.get_variable("vocabulary", "statistics"),
             entropy=True,
+            top_k=top_k,
             mesh_axes=layers.vocabulary_mesh(),
         )
-        return ConnectorOutput(tokens, summary.entropy)
+        words = self.get_variable("vocabulary", "words")
+        if top_k and words is not None:
+            summary = summary.replace(top_ids=words[summary.top_ids])
+        return tokens, summary
 
     @nn.compact
     def query_and_keys(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]):

@@ -1,0 +1,71 @@
+"""One HTML file that needs nothing else: page.html with page.css, page.js, the picture and the data put in."""
+
+import base64
+import html
+import io
+import json
+import os
+import pathlib
+import tempfile
+
+import PIL.Image
+
+from alignvlm_jax.errors import UserError
+
+_HERE = pathlib.Path(__file__).parent
+_LONGEST_SIDE = 2048
+_LARGEST_PNG = 600_000
+
+
+def render(data: dict, *, title: str) -> str:
+    """The page's HTML.
+
+    Args:
+      data: as `inspection.Inspection.to_json` makes it.
+      title: of the page.
+    """
+    parts = {
+        "title": html.escape(title),
+        "style": (_HERE / "page.css").read_text(encoding="utf-8"),
+        # In a script element only "</script" and "<!--" mean anything; without "<" there are none.
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "script": (_HERE / "page.js").read_text(encoding="utf-8"),
+    }
+    page = (_HERE / "page.html").read_text(encoding="utf-8")
+    pieces = [page]
+    for name, text in parts.items():
+        before, after = pieces.pop().split("{{" + name + "}}")
+        pieces += [before, text, after]
+    return "".join(pieces)
+
+
+def write(text: str, file: str | os.PathLike) -> None:
+    """Writes the file, whole or not at all."""
+    file = pathlib.Path(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, file)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def picture_url(image: PIL.Image.Image) -> str:
+    """The picture as a data URL: at most 2048 pixels a side, lossless where that is small."""
+    image = image.convert("RGB")
+    if max(image.size) > _LONGEST_SIDE:
+        image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), PIL.Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", optimize=True)
+    kind = "png"
+    if encoded.tell() > _LARGEST_PNG:
+        encoded, kind = io.BytesIO(), "jpeg"
+        image.save(encoded, "JPEG", quality=85, optimize=True, progressive=True)
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"

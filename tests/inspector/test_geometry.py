@@ -1,0 +1,80 @@
+"""Every patch looks at the pixels that its rectangle says: checked on pages whose pixels say where they are."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from alignvlm_jax.data.resampling import resample
+from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.inspector import geometry
+
+SIDE, PATCH = 64, 8
+CONFIGS = {
+    "ovis": TilingConfig("ovis", SIDE),
+    "internvl": TilingConfig("internvl", SIDE),
+    "anyres": TilingConfig("anyres_max_9", SIDE, max_tiles=4, grid_side=3),
+}
+
+
+def ramps(width: int, height: int) -> PIL.Image.Image:
+    """Red rises from left to right, green from top to bottom, blue is full: black borders have none."""
+    pixels = np.full((height, width, 3), 255.0)
+    pixels[..., 0] = (np.arange(width) + 0.5) / width * 255
+    pixels[..., 1] = ((np.arange(height) + 0.5) / height * 255)[:, None]
+    return PIL.Image.fromarray(np.round(pixels).astype(np.uint8))
+
+
+@pytest.mark.parametrize("rule", CONFIGS)
+@pytest.mark.parametrize("size", [(64, 64), (150, 100), (100, 230), (333, 61)])
+def test_a_patch_sees_what_its_rectangle_says(rule, size):
+    config, (width, height) = CONFIGS[rule], size
+    plan = plan_tiles(width, height, config)
+    tiles, valid_hw = cut_tiles(ramps(width, height), plan, SIDE)
+    patches = geometry.tile_patches(plan, PATCH, SIDE)
+    assert len(patches) == plan.num_tiles
+    for tile, (tall, wide), pixels in zip(patches, valid_hw, tiles, strict=True):
+        assert len(tile.xs) == len(tile.ys) == SIDE // PATCH + 1
+        for row, column in np.ndindex(SIDE // PATCH, SIDE // PATCH):
+            cut = pixels[row * PATCH : min((row + 1) * PATCH, tall), column * PATCH : min((column + 1) * PATCH, wide)]
+            seen = cut[cut[..., 2] > 250] if cut.size else cut.reshape(-1, 3)  # neither padding nor black border
+            if not len(seen):
+                assert not tile.on_page[row, column] or min(tile.xs[column + 1] - tile.xs[column], 1) < 1
+                continue
+            assert tile.on_page[row, column]
+            centre = (tile.xs[column] + tile.xs[column + 1]) / 2, (tile.ys[row] + tile.ys[row + 1]) / 2
+            # The mean of the ramps over the patch, in pixels of the page; half a tile's pixel is resampling's.
+            found = seen[:, 0].mean() / 255 * width, seen[:, 1].mean() / 255 * height
+            pixel = max((tile.box[2] - tile.box[0]) / wide, (tile.box[3] - tile.box[1]) / tall)
+            slack = 0.75 * pixel + 0.01 * max(size)
+            np.testing.assert_allclose(found, centre, atol=slack)
+
+
+@pytest.mark.parametrize("rule", CONFIGS)
+def test_a_layer_covers_the_page_once(rule):
+    plan = plan_tiles(150, 100, CONFIGS[rule])
+    patches = geometry.tile_patches(plan, PATCH, SIDE)
+    cells, *rest = geometry.layers(plan)
+    assert len(cells.tiles) == plan.grid[0] * plan.grid[1] > 1
+    assert [layer.tiles for layer in rest] == [(plan.thumbnail,)]
+    for layer in (cells, *rest):
+        area = sum(np.sum(np.diff(patches[tile].xs)) * np.sum(np.diff(patches[tile].ys)) for tile in layer.tiles)
+        np.testing.assert_allclose(area, 150 * 100)
+
+
+def test_what_is_left_of_a_tile_no_patch_sees():
+    plan = plan_tiles(38, 38, TilingConfig("ovis", 38))
+    (tile,) = geometry.tile_patches(plan, 9, 38)
+    np.testing.assert_allclose(tile.xs, [0, 9, 18, 27, 36])
+
+
+def test_the_border_that_anyres_cuts_away_is_left_out():
+    config = CONFIGS["anyres"]
+    plan = plan_tiles(180, 20, config)  # three cells in a row, most of each black
+    resampling = resample(plan, config, (SIDE // PATCH, SIDE // PATCH))
+    left_out = geometry.left_out(plan, (SIDE // PATCH) ** 2, resampling)
+    on_page = np.stack([tile.on_page.reshape(-1) for tile in geometry.tile_patches(plan, PATCH, SIDE)])
+    cells = [tile for tile in range(plan.num_tiles) if tile != plan.thumbnail]
+    assert not left_out[plan.thumbnail].any() and left_out[cells].any()
+    # A row that shows a sliver of the page may be cut away (the rule rounds); none beyond the page's is kept but one.
+    assert left_out[cells][~on_page[cells]].mean() > 0.6 and not left_out[cells][on_page[cells]].all()
+    assert not geometry.left_out(plan, 64, None).any()
