@@ -1,4 +1,4 @@
-"""The `alignvlm` command: train, eval, ask, inspect, demo.
+"""The `alignvlm` command: train, eval, ask, inspect, analyze, demo.
 
 Only argument handling lives here; each command calls the function that does the work. jax and its friends are imported
 inside the commands, so that `--help` and a mistyped option answer at once.
@@ -9,6 +9,7 @@ run died (`parallel/watch.py`), 75 preempted (SIGTERM; the run was saved), 130 i
 
 import argparse
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -123,6 +124,36 @@ DEMO_EPILOG = """\
 examples:
   alignvlm demo
   alignvlm demo --out runs/seed1 --config.seed=1
+"""
+
+ANALYZE_DESCRIPTION = """\
+Measure what a checkpoint does, on the pages of a data set. Each analysis writes its
+figures as JSON, a picture, and a paragraph that reads the picture, into OUT.
+"""
+
+ANALYZE_EPILOG = """\
+examples:
+  alignvlm analyze noise --checkpoint nano --data data/synthetic/documents --out runs/noise
+  alignvlm analyze noise --checkpoint runs/align --checkpoint runs/mlp --data DIR --out runs/noise
+
+`alignvlm analyze ANALYSIS --help` says more of each; docs/analyses.md shows what they find.
+"""
+
+NOISE_DESCRIPTION = """\
+How much noise a connector stands. Gaussian noise of growing sigma on the encoder's
+features, just before the connector: how far the score falls, and how far the visual
+tokens move (cosine distance, as in the paper and less the mean text embedding). Then
+noise on the page itself: blur, JPEG, rotation, resolution.
+"""
+
+NOISE_EPILOG = """\
+examples:
+  alignvlm analyze noise --checkpoint nano --data DIR --out runs/noise --limit 300
+  alignvlm analyze noise --checkpoint runs/align --checkpoint runs/mlp --data DIR --out runs/noise
+  alignvlm analyze noise --checkpoint runs/8b --data DIR --out runs/noise --sigmas 0,3 --corruptions none
+  alignvlm analyze noise --checkpoint nano --data DIR --out runs/noise --corruptions blur=0.5,1 --corruptions jpeg=20
+
+Every sigma and every level is one evaluation of LIMIT questions.
 """
 
 CONTROLS = ("none", "blank", "wrong")
@@ -269,6 +300,38 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)"
     )
 
+    analyze = add("analyze", None, "noise, and what else a checkpoint does", ANALYZE_DESCRIPTION, ANALYZE_EPILOG)
+    analyses = analyze.add_subparsers(title="analyses", dest="analysis", required=True, metavar="ANALYSIS")
+
+    def add_analysis(name, run, summary, description, epilog):
+        """One of `alignvlm analyze`, with the arguments that all of them take."""
+        command = analyses.add_parser(name, help=summary, description=description, epilog=epilog, **style)
+        command.add_argument(
+            "--checkpoint",
+            required=True,
+            action="append",
+            metavar="DIR",
+            help='a workdir, an exported folder, or "nano"; several may be given, to be compared',
+        )
+        command.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+        command.add_argument("--split", default="heldout", help="which split of it (default: heldout)")
+        command.add_argument("--out", required=True, metavar="DIR", help="where figures, pictures and text go")
+        command.add_argument("--limit", type=_positive, metavar="N", help="ask the first N questions only")
+        command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="questions decoded at once")
+        command.add_argument("--seed", type=_at_least_0, default=0, metavar="N", help="of what is random (default: 0)")
+        command.set_defaults(run=run)
+        return command
+
+    summary = "noise on the features and on the page"
+    noise = add_analysis("noise", _analyze_noise, summary, NOISE_DESCRIPTION, NOISE_EPILOG)
+    noise.add_argument("--sigmas", type=_numbers, metavar="S[,S]", help="default: 0,0.5,1,2,3,5")
+    noise.add_argument(
+        "--corruptions",
+        action="append",
+        metavar="KIND=LEVEL[,LEVEL]",
+        help="of the page: blur, jpeg, rotation, resolution; or none (default: all four, each at four levels)",
+    )
+
     demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
     demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
@@ -380,6 +443,22 @@ def _inspect(args: argparse.Namespace) -> None:
     )
 
 
+def _analyze_noise(args: argparse.Namespace) -> None:
+    from alignvlm_jax.analysis import noise
+
+    noise.run(
+        args.checkpoint,
+        args.data,
+        args.out,
+        split=args.split,
+        limit=args.limit,
+        sigmas=args.sigmas or noise.SIGMAS,
+        corruptions=noise.parse_corruptions(args.corruptions),
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+
+
 def _demo(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
 
@@ -416,6 +495,16 @@ def _at_least_0(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
     return int(text)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(math.isfinite(value) and value >= 0 for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, 0 or more, got {text!r}")
+    return values
 
 
 def _quiet_logs(debug: bool) -> None:

@@ -8,7 +8,7 @@ import pytest
 import alignvlm_jax
 from alignvlm_jax import cli
 
-COMMANDS = ("train", "eval", "ask", "demo")
+COMMANDS = ("train", "eval", "ask", "analyze", "demo")
 
 
 def error_line(capsys, *argv: str) -> str:
@@ -31,6 +31,13 @@ def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     assert f"  alignvlm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("analysis", ["noise"])
+def test_help_of_each_analysis_teaches_by_example(analysis, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["analyze", analysis, "--help"])
+    assert f"  alignvlm analyze {analysis}" in capsys.readouterr().out
 
 
 def test_help_names_the_commands(capsys):
@@ -56,6 +63,8 @@ def test_version(capsys):
         ["ask", "--checkpoint", "x", "page.png", "--question", "q", "--config.seed=1"],
         ["eval", "--checkpoint", "x", "--control", "upside-down"],
         ["eval", "--checkpoint", "x", "--limit", "0"],
+        ["analyze"],
+        ["analyze", "noise", "--checkpoint", "x", "--data", "d", "--out", "o", "--sigmas", "1,two"],
     ],
 )
 def test_wrong_options_exit_with_2(argv, capsys):

@@ -14,6 +14,7 @@ so an answer does not depend on what else is in the batch. B, L and M are rounde
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
+from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import num_batch_shards
@@ -90,6 +92,12 @@ class Generator:
     ) -> None:
         """From now on ALIGN knows only the k most used words; see `inference.vocabulary.prune_vocabulary`."""
         self.variables = prune_vocabulary(self.config, self.variables["params"], usage, k, statistics=statistics)
+
+    def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
+        """One of the same weights that adds noise to what the connector reads; see `models/feature_noise.py`."""
+        noisy = copy.copy(self)
+        noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.of(sigma, seed)}}
+        return noisy
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None

@@ -5,6 +5,7 @@ reader = alignvlm_jax.load("runs/demo/checkpoint")
 print(reader.ask("page.png", "What is the total?"))
 """
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,17 @@ class Reader:
         self.generator = Generator(
             config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size, mesh=mesh
         )
+
+    def with_feature_noise(self, sigma: float, seed: int = 0) -> "Reader":
+        """A reader of the same weights whose connector reads noisy features, to be scored beside this one.
+
+        Args:
+          sigma: standard deviation of the Gaussian noise, in the features' own units.
+          seed: what noise; of one seed a page always has the same (`models/feature_noise.py`).
+        """
+        noisy = copy.copy(self)
+        noisy.generator = self.generator.with_feature_noise(sigma, seed)
+        return noisy
 
     def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
         """The model's answer, decoded greedily.

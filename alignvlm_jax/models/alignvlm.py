@@ -167,9 +167,14 @@ class AlignVLM(nn.Module):
     def encode_features(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> Float[Array, "B*M N d"]:
-        """The encoder's features of every tile, tiles of all bins in one row."""
+        """The encoder's features of every tile, tiles of all bins in one row: what the connector reads.
+
+        Noise is added to them where the variables have some (`models/feature_noise.py`).
+        """
         pixels = normalize_tiles(tiles, tile_valid_hw)
-        return self.vision(pixels.reshape(-1, *pixels.shape[2:]))
+        features = self.vision(pixels.reshape(-1, *pixels.shape[2:]))
+        noise = self.get_variable("perturbation", "features")
+        return features if noise is None else noise.add_to(features, tiles)
 
     def merge(self, batch: Batch, visual: Float[Array, "B T D"]) -> Float[Array, "B L D"]:
         """Embeds text and puts visual tokens where `visual_index` says."""

@@ -1,0 +1,198 @@
+"""Noise is what it says, reaches the connector and nothing else, and does not depend on who is asked together."""
+
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from alignvlm_jax.analysis import noise
+from alignvlm_jax.analysis.noise import CorruptedRecords, Corruption, feature_distances, feature_noise, image_noise
+from alignvlm_jax.analysis.subjects import tile_batches
+from alignvlm_jax.data import images
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.report import Answer, Report
+from alignvlm_jax.models.connectors import MLPConfig, PerceiverConfig
+from tests.analysis.subjects import features_of, random_reader, records
+
+QUESTION = "What is the total?"
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return random_reader()
+
+
+@pytest.fixture(scope="module")
+def tiles(reader):
+    return next(tile_batches(reader, records(), 6, title="tiles"))
+
+
+def test_the_noise_is_gaussian_and_scales(reader, tiles):
+    clean = features_of(reader, *tiles)
+    by_sigma = {sigma: features_of(reader.with_feature_noise(sigma, 1), *tiles) - clean for sigma in (0.5, 3.0)}
+    drawn = by_sigma[3.0] / 3.0
+    assert abs(drawn.mean()) < 0.03 and abs(drawn.std() - 1) < 0.03
+    assert np.mean(np.abs(drawn) < 1) == pytest.approx(0.683, abs=0.02)
+    np.testing.assert_allclose(by_sigma[0.5] / 0.5, drawn, atol=1e-4)
+    per_tile = drawn.reshape(len(drawn), -1)
+    correlations = np.corrcoef(np.unique(per_tile.round(4), axis=0))
+    assert len(correlations) > 8 and np.abs(correlations - np.eye(len(correlations))).max() < 0.4
+
+
+def test_noise_of_a_tile_is_that_of_its_pixels_and_of_the_seed(reader, tiles):
+    def drawn(seed, order):
+        noisy = features_of(reader.with_feature_noise(1.0, seed), tiles[0][:, order], tiles[1][:, order])
+        return noisy - features_of(reader, tiles[0][:, order], tiles[1][:, order])
+
+    order = np.arange(tiles[0].shape[1])
+    np.testing.assert_allclose(drawn(0, order[::-1])[::-1], drawn(0, order), atol=1e-5)
+    assert np.abs(drawn(1, order) - drawn(0, order)).mean() > 0.5
+
+
+def test_answers_under_noise_do_not_depend_on_the_batch_and_leave_the_reader_alone(reader):
+    pages = [images.open_image(record["image"]) for record in records()[:3]]
+    before = reader.ask_batch(pages, [QUESTION] * 3, max_new_tokens=6)
+    noisy = reader.with_feature_noise(3.0)
+    together = noisy.ask_batch(pages, [QUESTION] * 3, max_new_tokens=6)
+    assert together == [noisy.ask(page, QUESTION, max_new_tokens=6) for page in pages]
+    assert together != before
+    assert reader.ask_batch(pages, [QUESTION] * 3, max_new_tokens=6) == before
+    assert reader.with_feature_noise(0.0).ask_batch(pages, [QUESTION] * 3, max_new_tokens=6) == before
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model, variables, tiles, valid_hw):
+    return model.apply(variables, tiles, valid_hw, method="encode_images")[0]
+
+
+def distances_by_hand(reader, sigma, pages):
+    """Float64, page by page."""
+    clean, noisy, features = [], [], []
+    for tiles, valid_hw in tile_batches(reader, records(), pages, title="tiles"):
+        real = valid_hw[0, :, 0] > 0
+        features += [features_of(reader, tiles, valid_hw)[real].astype(np.float64)]
+        for found, which in ((clean, reader), (noisy, reader.with_feature_noise(sigma))):
+            tokens = encode(noise.AlignVLM(reader.config), which.generator.variables, tiles, valid_hw)
+            found += [np.asarray(tokens, np.float64).reshape(len(real), -1, tokens.shape[-1])[real]]
+    clean, noisy = (np.concatenate(found).reshape(-1, clean[0].shape[-1]) for found in (clean, noisy))
+    embedding = np.asarray(reader.generator.variables["params"]["language"]["embedding"], np.float64)
+    distances = []
+    for origin in (0.0, embedding.mean(0), clean.mean(0)):
+        left, right = clean - origin, noisy - origin
+        cosine = (left * right).sum(-1) / np.linalg.norm(left, axis=-1) / np.linalg.norm(right, axis=-1)
+        distances.append((1 - cosine).mean())
+    features = np.concatenate(features).reshape(-1, features[0].shape[-1])
+    return distances, np.sqrt(features.var(0).mean()), len(clean)
+
+
+@pytest.mark.parametrize("connector", ["align", "perceiver"])
+def test_distances(reader, connector):
+    if connector == "perceiver":
+        reader = random_reader(PerceiverConfig(num_latents=3, depth=1, num_heads=2, num_kv_heads=1, head_dim=8))
+    found = feature_distances(reader, records(), [0.0, 2.0], pages=5)
+    np.testing.assert_allclose(found.by_sigma[0], 0, atol=1e-5)
+    expected, deviation, num_tokens = distances_by_hand(reader, 2.0, 5)
+    np.testing.assert_allclose(found.by_sigma[1], expected, rtol=1e-3, atol=1e-5)
+    assert found.feature_deviation == pytest.approx(deviation, rel=1e-4)
+    assert found.num_tokens == num_tokens
+
+
+def test_points_are_scores_of_the_reader_under_each_noise(reader, monkeypatch):
+    asked = []
+
+    def evaluate(reader, records, *, limit, title):
+        asked.append((reader, limit))
+        return noise_report(len(asked))
+
+    monkeypatch.setattr(noise, "evaluate", evaluate)
+    points = feature_noise(reader, records(), [0.0, 2.0], limit=7, seed=3, pages=2)
+    assert [point.tally.right for point in points] == [1, 2] and [point.questions for point in points] == [10, 10]
+    assert asked[0] == (reader, 7) and points[0].score == 0.1
+    of_noise = asked[1][0].generator.variables["perturbation"]["features"]
+    assert (float(of_noise.sigma), int(of_noise.seed)) == (2.0, 3)
+    deviation = feature_distances(reader, records(), [0.0], pages=2).feature_deviation
+    assert points[1].relative_sigma == pytest.approx(2 / deviation)
+
+
+def noise_report(right):
+    """`right` of ten."""
+    answers = [Answer("page", "form", "font", "q", "1", "1" if number < right else "2") for number in range(10)]
+    return Report(answers, (), "none", 0.0)
+
+
+def test_pages_are_corrupted_each_in_its_own_way_and_always_the_same():
+    page = images.open_image(records()[0]["image"])
+    for corruption in noise.DEFAULT_CORRUPTIONS:
+        corrupted = CorruptedRecords(records(), corruption, seed=0)
+        once, twice = (images.open_image(corrupted[0]["image"]) for _ in range(2))
+        assert once.size == page.size and once.tobytes() == twice.tobytes() != page.tobytes()
+        assert {key: value for key, value in corrupted[0].items() if key != "image"} == {
+            key: value for key, value in records()[0].items() if key != "image"
+        }
+    assert len(corrupted) == len(records())
+
+
+@pytest.mark.parametrize("kind", noise.CORRUPTIONS)
+def test_a_corruption_of_a_higher_level_is_worse(kind):
+    """Its levels are listed from mild to strong; the clean level changes next to nothing."""
+    page = images.open_image(records()[0]["image"])
+    original = np.asarray(page, float)
+
+    def error(level):
+        found = Corruption(kind, level).apply(page, np.random.default_rng(0))
+        return np.abs(np.asarray(found, float) - original).mean()
+
+    entry = noise.CORRUPTIONS[kind]
+    errors = [error(level) for level in entry.levels]
+    assert errors == sorted(errors) and error(entry.clean) < 0.5 * errors[0]
+
+
+def test_a_page_is_turned_with_paper_behind_it():
+    white = PIL.Image.new("RGB", (60, 40), "white")
+    turned = Corruption("rotation", 4.0).apply(white, np.random.default_rng(0))
+    assert np.asarray(turned).min() == 255
+
+
+def test_image_noise_scores_the_corrupted_pages(reader, monkeypatch):
+    seen = []
+
+    def evaluate(reader, records, *, limit, title):
+        seen.append(images.open_image(records[0]["image"]).tobytes())
+        return noise_report(len(seen))
+
+    monkeypatch.setattr(noise, "evaluate", evaluate)
+    corruptions = noise.parse_corruptions(["blur=2", "none", "resolution=0.5"])
+    points = image_noise(reader, records(), corruptions, limit=3)
+    assert [(point.corruption.kind, point.tally.right) for point in points] == [("blur", 1), ("resolution", 2)]
+    assert len({*seen, images.open_image(records()[0]["image"]).tobytes()}) == 3
+
+
+@pytest.mark.parametrize(("text", "match"), [("fog", "blur, jpeg, rotation, resolution"), ("blur=much", "numbers")])
+def test_corruptions_that_do_not_exist(text, match):
+    with pytest.raises(UserError, match=match):
+        noise.parse_corruptions([text])
+
+
+def test_what_is_written(reader, tmp_path, monkeypatch):
+    readers = [("ALIGN", reader), ("MLP", random_reader(MLPConfig()))]
+    rights = itertools.cycle((9, 7, 8, 8, 2, 5))
+    monkeypatch.setattr(noise, "evaluate", lambda reader, records, *, limit, title: noise_report(next(rights)))
+    monkeypatch.setattr(noise.subjects, "load_readers", lambda checkpoints, batch_size: iter(readers))
+    monkeypatch.setattr(noise.subjects, "open_records", lambda data, split: records())
+    noise.run(["a", "b"], "data", tmp_path, limit=2, sigmas=[2.0], corruptions=(Corruption("blur", 1.0),))
+    figures = json.loads((tmp_path / "noise.json").read_text())
+    assert [point["sigma"] for point in figures["features"]["MLP"]] == [0.0, 2.0]
+    assert figures["images"]["ALIGN"][0]["level"] == 1.0
+    for name in ("noise", "noise_images"):
+        assert PIL.Image.open(tmp_path / f"{name}.png").width > 400
+    text = (tmp_path / "noise.md").read_text()
+    for name in ("ALIGN", "MLP"):
+        shown = figures["features"][name][1]["cosine_distance"]
+        assert f"**{name}**" in text and f"{shown:.4f}" in text
+    assert "from the least loss to the largest: ALIGN -20.0 points, MLP -60.0 points" in text
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"noise.json", "noise.md", "noise.png", "noise_images.png"}
