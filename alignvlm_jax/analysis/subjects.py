@@ -17,6 +17,7 @@ from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models.connectors import (
     AlignConfig,
+    CAbstractorConfig,
     HReducerConfig,
     MLPConfig,
     OvisConfig,
@@ -32,6 +33,7 @@ CONNECTOR_NAMES = {
     PerceiverConfig: "Perceiver",
     OvisConfig: "Ovis",
     HReducerConfig: "H-Reducer",
+    CAbstractorConfig: "C-Abstractor",
 }
 _TILES_AT_ONCE = 16
 
