@@ -1,0 +1,184 @@
+"""Does all jobs, so many at once, each in a process of its own; stopped at any time, and continued by the same call.
+
+A job that is done has a result and is left alone. One that fails is named at the end, and what needs it is left out; the
+others go on. Ctrl-C and SIGTERM reach the processes as SIGTERM: each saves where it is.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.reproduce.jobs import COMPLETE, Job, is_done, read_result
+from alignvlm_jax.reproduce.options import Options
+
+LOG_FILE = "log.txt"
+_LOCK_FILE = ".lock"
+_PATIENCE = 120.0  # seconds for a process to save
+
+
+def do_all(options: Options, out: Path, jobs: Sequence[Job], *, at_once: int = 1) -> list[str]:
+    """Does the jobs that are not done, in their order.
+
+    Args:
+      options: as saved in `out`.
+      out: where everything goes.
+      jobs: each after those it needs.
+      at_once: processes side by side; with two or more each is given its share of the cores.
+
+    Returns:
+      For each job that failed or was left out, a line that says why.
+
+    Raises:
+      distributed.Interrupted: a signal came, and all processes have saved.
+      UserError: another process is at work on `out`.
+    """
+    results = {job.name: read_result(out, job) for job in jobs}
+    waiting = [job for job in jobs if not is_done(results[job.name], options.minutes)]
+    finished = {name for name, result in results.items() if result is not None and result["status"] == COMPLETE}
+    running: dict[int, _Process] = {}  # by place
+    problems: dict[str, str] = {}
+    total = sum(job.weight for job in jobs)
+    with (
+        _locked(out),
+        _Interruption(running) as interruption,
+        tqdm(total=round(total, 2), initial=round(total - sum(job.weight for job in waiting), 2), unit="run",
+             desc=f"{len(jobs) - len(waiting)} of {len(jobs)} jobs", dynamic_ncols=True,
+             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}") as bar,
+    ):
+        while (waiting or running) and not (interruption.came and not running):
+            for job in [job for job in waiting if set(job.needs) & set(problems)]:
+                waiting.remove(job)
+                problems[job.name] = f"{job.name}: left out, it needs {sorted(set(job.needs) & set(problems))[0]}"
+            for place in range(at_once):
+                job = None if place in running or interruption.came else _next(waiting, running, finished)
+                if job:
+                    waiting.remove(job)
+                    running[place] = _Process(options, out, job, place, at_once)
+            bar.set_postfix_str(", ".join(process.job.name for process in running.values()), refresh=False)
+            for place, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[place]
+                bar.update(process.job.weight)
+                problem = process.problem(code)
+                if problem is None:
+                    finished.add(process.job.name)
+                    bar.set_description(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} jobs")
+                elif not interruption.came:
+                    problems[process.job.name] = problem
+                    tqdm.write(problem)
+            if waiting and not running and not interruption.came and not _next(waiting, running, finished):
+                blocked = [job for job in waiting if set(job.needs) & set(problems)]
+                if not blocked:
+                    raise AssertionError(f"jobs that wait for nothing that will come: {[j.name for j in waiting]}")
+            time.sleep(0.1)
+            bar.refresh()
+    if interruption.came:
+        raise distributed.Preempted if interruption.came == signal.SIGTERM else distributed.Interrupted
+    return list(problems.values())
+
+
+def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -> Job | None:
+    """The first job that may start now."""
+    if any(process.job.alone for process in running.values()):
+        return None
+    for job in waiting:
+        if finished.issuperset(job.needs):
+            # A job that wants to be alone is not overtaken for ever: it starts when the others have ended.
+            return None if job.alone and running else job
+    return None
+
+
+class _Process:
+    """A job in its process."""
+
+    def __init__(self, options: Options, out: Path, job: Job, place: int, at_once: int):
+        self.job, self._options, self._out = job, options, out
+        folder = job.folder(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / LOG_FILE
+        share = 1 if job.alone else at_once
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        mine = set(cores[place::share]) if share <= len(cores) else set(cores)
+        with open(self._log, "a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process, which passes it on
+            )
+        if mine:
+            os.sched_setaffinity(self._process.pid, mine)
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def problem(self, code: int) -> str | None:
+        """What went wrong, in a line; None if nothing did."""
+        result = read_result(self._out, self.job)
+        if code == 0 and result is not None and result["status"] == COMPLETE:
+            return None
+        if code == 0 and result is not None:
+            return f"{self.job.name}: not done in {self._options.minutes:g} minutes, stopped at step {result['steps']}"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing printed"]
+        return f"{self.job.name}: failed with code {code}: {lines[-1][-200:]} ({self._log})"
+
+
+class _Interruption:
+    """While in force, SIGINT and SIGTERM are passed on to the running processes; a second one kills them."""
+
+    def __init__(self, running: dict[int, _Process]):
+        self.came: int | None = None
+        self._running, self._before = running, {}
+
+    def __enter__(self) -> "_Interruption":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        deadline = time.monotonic() + _PATIENCE
+        for process in self._running.values():
+            process.stop()
+        while any(process.poll() is None for process in self._running.values()):
+            if time.monotonic() > deadline:
+                for process in self._running.values():
+                    process.kill()
+            time.sleep(0.1)
+
+    def _note(self, number: int, frame: Any) -> None:
+        for process in self._running.values():
+            process.kill() if self.came else process.stop()
+        if not self.came:
+            tqdm.write("interrupted: the runs are saving (once more to stop at once)")
+        self.came = number
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with open(out / _LOCK_FILE, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{out}: another `alignvlm reproduce` is at work there") from error
+        yield

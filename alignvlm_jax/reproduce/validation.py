@@ -1,0 +1,49 @@
+"""The loss on validation questions: what the connectors' learning rates are chosen by.
+
+Exact match is 0 until a run reads, and tells a run that nearly does from one that never will as little as a coin; the
+loss of the right answers does tell, from the first step on.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.models.alignvlm import AlignVLM, Params
+from alignvlm_jax.training import loop
+from alignvlm_jax.training.stages import MixturePart
+from alignvlm_jax.training.step import FIELDS
+
+PAGES = 64
+
+
+class ValidationLoss:
+    """Mean loss of the answers' tokens over the first `PAGES` pages of the validation split, all of their questions.
+
+    The same pages and questions, in the same order, for every connector and seed.
+    """
+
+    def __init__(self, config: ExperimentConfig, dataset: str | None = None):
+        last = config.stages[-1]
+        part = MixturePart(dataset or last.mixture[0].dataset, "validation", "qa")
+        stage = dataclasses.replace(last, mixture=(part,), steps=max(1, PAGES // last.bins_per_step))
+        config = dataclasses.replace(config, stages=(stage,), seed=0, init_from=None)
+        data = loop.ExperimentData(config)
+        plan = data.plan(0, stage)
+        batches = data.batches(0, stage, plan, None, range(config.data.packing.bins_per_microbatch))
+        try:
+            self._batches = [{name: batch[name] for name in FIELDS} for batch, _ in zip(batches, range(stage.steps), strict=False)]
+        finally:
+            batches.close()
+        model = AlignVLM(config.model)
+        self._loss = jax.jit(lambda params, rows: model.apply({"params": params}, rows, method="loss"))
+
+    def __call__(self, params: Params) -> float:
+        total = weight = 0.0
+        for batch in self._batches:
+            for microbatch in range(len(batch["tokens"])):
+                rows = {name: field[microbatch] for name, field in batch.items()}
+                output = self._loss(params, rows)
+                total, weight = total + float(output.loss), weight + float(output.weight)
+        return float(np.divide(total, weight))

@@ -1,0 +1,51 @@
+"""The one recipe under which the connectors are compared: equal steps, equal pages, nothing that only one of them gets.
+
+    alignvlm reproduce --out runs/reproduce                                      # all connectors, seeds and parts
+    alignvlm train --config configs/reproduce.py --workdir runs/mlp --config.model.connector=mlp      # one run of it
+
+Two stages: pages are written out until the connector speaks, then read and asked about. A bin holds one page, so that
+every connector sees the same pages in the same step, however many visual tokens it makes of them
+(`reproduce/recipe.py` fits the bin to those). The rate of the connector is what is tuned, for all connectors over the
+same grid; the two stages keep their ratio.
+"""
+
+from ml_collections import ConfigDict
+
+from alignvlm_jax import config as configs
+
+STEPS = {"align": 200, "read": 150}
+PAGES = 8  # a step
+
+
+def get_config() -> ConfigDict:
+    config = configs.read_config_file("configs/nano.py")
+    config.data.packing = ConfigDict(
+        dict(tokens_per_bin=200 + 96, tiles_per_bin=2, bins_per_microbatch=PAGES, examples_per_bin=1, window=1)
+    )
+    config.stages = [
+        stage("align", task="transcribe", steps=STEPS["align"], connector=4e-3, others=2e-4),
+        stage("read", task="mixed", steps=STEPS["read"], connector=2e-3, others=6e-4),
+    ]
+    config.checkpoint = ConfigDict(dict(every_steps=100, keep=1))
+    config.log_every_steps = 25
+    return config
+
+
+def stage(name: str, task: str, steps: int, connector: float, others: float) -> ConfigDict:
+    """One stage, all parts trained; `connector` and `others` are peak learning rates."""
+    return ConfigDict(
+        dict(
+            name=name,
+            trainable=("vision", "connector", "language"),
+            mixture=[dict(dataset="documents", split="train", task=task, weight=1.0)],
+            steps=steps,
+            global_batch=PAGES,
+            bins_per_step=PAGES,
+            learning_rates=dict(vision=others, connector=connector, language=others),
+            schedule="cosine",
+            warmup_steps=10,
+            final_lr_fraction=0.1,
+            optimizer=dict(name="muon", weight_decay=0.01, clip_norm=1.0),
+            max_text_tokens=96,
+        )
+    )
