@@ -24,6 +24,7 @@ REQUIRES = [
     "ml-collections>=1.1,<2",
     "ml-dtypes>=0.5.4,<0.7",
     "numpy>=2.1,<3",
+    "scipy>=1.14,<2",
     "jaxtyping>=0.3.7,<0.4",
     "safetensors>=0.8,<0.9",
     "tokenizers>=0.22,<0.24",

@@ -1,4 +1,4 @@
-"""The `alignvlm` command: train, eval, ask, inspect, analyze, demo.
+"""The `alignvlm` command: train, eval, ask, inspect, analyze, demo, reproduce.
 
 Only argument handling lives here; each command calls the function that does the work. jax and its friends are imported
 inside the commands, so that `--help` and a mistyped option answer at once.
@@ -154,6 +154,27 @@ examples:
   alignvlm analyze noise --checkpoint nano --data DIR --out runs/noise --corruptions blur=0.5,1 --corruptions jpeg=20
 
 Every sigma and every level is one evaluation of LIMIT questions.
+"""
+
+REPRODUCE_DESCRIPTION = """\
+The paper's comparison of connectors at a scale that a CPU trains in minutes a run: ALIGN, MLP, Perceiver, Ovis,
+H-Reducer and HoneyBee's C-Abstractor from the same backbones, on the same pages in the same order, for the same number
+of steps, with the same number of tuning trials. Writes OUT/report.md and plots.
+
+Every run has its own folder, whose result.json stays when it is done and is never made again: stop it with Ctrl-C
+whenever you like, and the same command goes on. The report is written from what is there.
+"""
+
+REPRODUCE_EPILOG = """\
+examples:
+  alignvlm reproduce --out runs/reproduce
+  alignvlm reproduce --out runs/reproduce --jobs 2                   # two runs side by side, a core each
+  alignvlm reproduce --out runs/reproduce --seeds 1 --only accuracy  # the main table, one seed
+  alignvlm reproduce --out runs/reproduce --report-only
+
+A run has a fixed number of steps, equal for all (configs/reproduce.py). --minutes is a limit: a run that takes longer
+is stopped, named in the report and left out of its tables; a higher limit goes on with it. It is meant for a run that
+has the machine to itself: of two side by side each gets twice as much.
 """
 
 CONTROLS = ("none", "blank", "wrong")
@@ -335,6 +356,32 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
     demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
+
+    summary = "the paper's connectors compared under one recipe"
+    reproduce = add("reproduce", _reproduce, summary, REPRODUCE_DESCRIPTION, REPRODUCE_EPILOG, True)
+    reproduce.add_argument("--out", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
+    reproduce.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each kind (default: 3)")
+    reproduce.add_argument(
+        "--minutes", type=float, default=3.0, metavar="N", help="most minutes that a run may train (default: 3)"
+    )
+    reproduce.add_argument("--jobs", type=_positive, default=1, metavar="K", help="runs side by side (default: 1)")
+    reproduce.add_argument("--only", type=_names, default=(), metavar="PART[,PART]", help="some parts only")
+    reproduce.add_argument(
+        "--connectors", type=_names, metavar="NAME[,NAME]", help="some connectors only (default: all six)"
+    )
+    reproduce.add_argument(
+        "--encoders",
+        type=_names,
+        metavar="NAME[,NAME]",
+        help="transcription (never saw labels per patch), patches (the shipped one), or both (default)",
+    )
+    reproduce.add_argument(
+        "--vision", type=_pair, action="append", default=[], metavar="ENCODER=DIR", help="another folder for an encoder"
+    )
+    reproduce.add_argument("--data", metavar="DIR", help="folder of data sets drawn before (default: OUT/data)")
+    reproduce.add_argument("--questions", type=_positive, metavar="N", help="ask the first N only (default: all)")
+    reproduce.add_argument("--config", default="configs/reproduce.py", metavar="FILE", help="the recipe")
+    reproduce.add_argument("--report-only", action="store_true", help="write the report on what is there")
     return parser, subparsers.choices
 
 
@@ -465,6 +512,24 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(config.load(args.config, args.overrides), pathlib.Path(args.out))
 
 
+def _reproduce(args: argparse.Namespace) -> None:
+    from alignvlm_jax.reproduce.options import Options
+    from alignvlm_jax.reproduce.run import reproduce
+
+    chosen = {name: getattr(args, name) for name in ("connectors", "encoders") if getattr(args, name)}
+    options = Options(
+        seeds=args.seeds,
+        minutes=args.minutes,
+        config=args.config,
+        overrides=tuple(args.overrides),
+        data=args.data,
+        vision=tuple(args.vision),
+        questions=args.questions,
+        **chosen,
+    )
+    reproduce(options, pathlib.Path(args.out), at_once=args.jobs, only=args.only, report_only=args.report_only)
+
+
 def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits what argparse did not know into config overrides ("key=value") and the truly unknown.
 
@@ -489,6 +554,17 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _at_least_0(text: str) -> int:

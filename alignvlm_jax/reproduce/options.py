@@ -11,8 +11,8 @@ OPTIONS_FILE = "options.json"
 
 FAIR, SHIPPED = "transcription", "patches"
 ENCODERS = (FAIR, SHIPPED)
-"""What the vision encoder learned from. "transcription": the text of pages, nobody said where which letter is. "patches":
-the letter under each patch, which is close to what ALIGN's own output says."""
+"""What the vision encoder learned from. "transcription": the text of pages; nobody said where which letter is.
+"patches": the letter under each patch, which is close to what ALIGN's own output says."""
 
 TITLES = {
     "align": "ALIGN",

@@ -17,8 +17,8 @@ from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.reproduce.options import FAIR, Options
 from alignvlm_jax.training.stages import StageConfig
 
-# Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. Where a connector reduces, it keeps at least
-# the share of tokens that it keeps in the paper: a nano page has a letter in every patch, and less to leave out.
+# Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. Where a connector reduces, it keeps at
+# least the share of tokens that it keeps in the paper: a nano page has a letter in every patch, and less to leave out.
 NANO_SIZES = {
     "align": dict(vocab_scale_init=2.0),
     "mlp": {},
@@ -82,9 +82,7 @@ def experiment(
 def on_split(config: ExperimentConfig, split: str) -> ExperimentConfig:
     """The config with all stages on this split, or part of one."""
     stages = [
-        dataclasses.replace(
-            stage, mixture=tuple(dataclasses.replace(part, split=split) for part in stage.mixture)
-        )
+        dataclasses.replace(stage, mixture=tuple(dataclasses.replace(part, split=split) for part in stage.mixture))
         for stage in config.stages
     ]
     return dataclasses.replace(config, stages=tuple(stages))

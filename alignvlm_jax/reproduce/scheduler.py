@@ -1,7 +1,7 @@
 """Does all jobs, so many at once, each in a process of its own; stopped at any time, and continued by the same call.
 
-A job that is done has a result and is left alone. One that fails is named at the end, and what needs it is left out; the
-others go on. Ctrl-C and SIGTERM reach the processes as SIGTERM: each saves where it is.
+A job that is done has a result and is left alone. One that fails is named at the end, and what needs it is left out;
+the others go on. Ctrl-C and SIGTERM reach the processes as SIGTERM: each saves where it is.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,28 @@ from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.reproduce.jobs import COMPLETE, Job, is_done, read_result
+from alignvlm_jax.reproduce.jobs import COMPLETE, Job, Result, is_done, read_result
 from alignvlm_jax.reproduce.options import Options
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
 _PATIENCE = 120.0  # seconds for a process to save
+_TICK = 0.5  # seconds between looks
 
 
-def do_all(options: Options, out: Path, jobs: Sequence[Job], *, at_once: int = 1) -> list[str]:
+def worker_command(out: Path, job: Job, share: int) -> list[str]:
+    """What starts the process of a job; `share` jobs run at the same time."""
+    return [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share)]
+
+
+def do_all(
+    options: Options,
+    out: Path,
+    jobs: Sequence[Job],
+    *,
+    at_once: int = 1,
+    command: Callable[[Path, Job, int], list[str]] = worker_command,
+) -> list[str]:
     """Does the jobs that are not done, in their order.
 
     Args:
@@ -35,6 +48,7 @@ def do_all(options: Options, out: Path, jobs: Sequence[Job], *, at_once: int = 1
       out: where everything goes.
       jobs: each after those it needs.
       at_once: processes side by side; with two or more each is given its share of the cores.
+      command: that does a job.
 
     Returns:
       For each job that failed or was left out, a line that says why.
@@ -43,29 +57,38 @@ def do_all(options: Options, out: Path, jobs: Sequence[Job], *, at_once: int = 1
       distributed.Interrupted: a signal came, and all processes have saved.
       UserError: another process is at work on `out`.
     """
-    results = {job.name: read_result(out, job) for job in jobs}
-    waiting = [job for job in jobs if not is_done(results[job.name], options.minutes)]
-    finished = {name for name, result in results.items() if result is not None and result["status"] == COMPLETE}
+    before = {job: read_result(out, job) for job in jobs}
+    waiting = [job for job in jobs if not is_done(before[job], options.minutes)]
+    finished = {job.name for job, result in before.items() if result is not None and result["status"] == COMPLETE}
+    problems = {
+        job.name: _stopped(job, result)
+        for job, result in before.items()
+        if job not in waiting and job.name not in finished
+    }
     running: dict[int, _Process] = {}  # by place
-    problems: dict[str, str] = {}
     total = sum(job.weight for job in jobs)
     with (
         _locked(out),
         _Interruption(running) as interruption,
-        tqdm(total=round(total, 2), initial=round(total - sum(job.weight for job in waiting), 2), unit="run",
-             desc=f"{len(jobs) - len(waiting)} of {len(jobs)} jobs", dynamic_ncols=True,
-             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}") as bar,
+        tqdm(
+            total=round(total, 2),
+            initial=round(total - sum(job.weight for job in waiting), 2),
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}",
+        ) as bar,
     ):
-        while (waiting or running) and not (interruption.came and not running):
-            for job in [job for job in waiting if set(job.needs) & set(problems)]:
+        while running or (waiting and not interruption.came):
+            for job in [job for job in waiting if not problems.keys().isdisjoint(job.needs)]:
                 waiting.remove(job)
-                problems[job.name] = f"{job.name}: left out, it needs {sorted(set(job.needs) & set(problems))[0]}"
+                problems[job.name] = f"{job.name}: left out, it needs {next(n for n in job.needs if n in problems)}"
             for place in range(at_once):
                 job = None if place in running or interruption.came else _next(waiting, running, finished)
                 if job:
                     waiting.remove(job)
-                    running[place] = _Process(options, out, job, place, at_once)
-            bar.set_postfix_str(", ".join(process.job.name for process in running.values()), refresh=False)
+                    running[place] = _Process(options, out, job, place, at_once, command)
+            bar.set_description_str(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs", refresh=False)
+            bar.set_postfix_str(", ".join(process.job.name for process in running.values()))
+            time.sleep(_TICK)
             for place, process in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -75,16 +98,9 @@ def do_all(options: Options, out: Path, jobs: Sequence[Job], *, at_once: int = 1
                 problem = process.problem(code)
                 if problem is None:
                     finished.add(process.job.name)
-                    bar.set_description(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} jobs")
                 elif not interruption.came:
                     problems[process.job.name] = problem
                     tqdm.write(problem)
-            if waiting and not running and not interruption.came and not _next(waiting, running, finished):
-                blocked = [job for job in waiting if set(job.needs) & set(problems)]
-                if not blocked:
-                    raise AssertionError(f"jobs that wait for nothing that will come: {[j.name for j in waiting]}")
-            time.sleep(0.1)
-            bar.refresh()
     if interruption.came:
         raise distributed.Preempted if interruption.came == signal.SIGTERM else distributed.Interrupted
     return list(problems.values())
@@ -104,7 +120,15 @@ def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -
 class _Process:
     """A job in its process."""
 
-    def __init__(self, options: Options, out: Path, job: Job, place: int, at_once: int):
+    def __init__(
+        self,
+        options: Options,
+        out: Path,
+        job: Job,
+        place: int,
+        at_once: int,
+        command: Callable[[Path, Job, int], list[str]],
+    ):
         self.job, self._options, self._out = job, options, out
         folder = job.folder(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +138,7 @@ class _Process:
         mine = set(cores[place::share]) if share <= len(cores) else set(cores)
         with open(self._log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share)],
+                command(out, job, share),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -138,9 +162,13 @@ class _Process:
         if code == 0 and result is not None and result["status"] == COMPLETE:
             return None
         if code == 0 and result is not None:
-            return f"{self.job.name}: not done in {self._options.minutes:g} minutes, stopped at step {result['steps']}"
+            return _stopped(self.job, result)
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing printed"]
         return f"{self.job.name}: failed with code {code}: {lines[-1][-200:]} ({self._log})"
+
+
+def _stopped(job: Job, result: Result) -> str:
+    return f"{job.name}: not done in {result['minutes']:g} minutes, stopped at step {result['steps']}"
 
 
 class _Interruption:

@@ -33,7 +33,9 @@ class ValidationLoss:
         plan = data.plan(0, stage)
         batches = data.batches(0, stage, plan, None, range(config.data.packing.bins_per_microbatch))
         try:
-            self._batches = [{name: batch[name] for name in FIELDS} for batch, _ in zip(batches, range(stage.steps), strict=False)]
+            self._batches = [
+                {name: batch[name] for name in FIELDS} for batch, _ in zip(batches, range(stage.steps), strict=False)
+            ]
         finally:
             batches.close()
         model = AlignVLM(config.model)

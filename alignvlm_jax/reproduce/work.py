@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 import alignvlm_jax
 from alignvlm_jax import config as configs
@@ -194,6 +195,11 @@ def scores(report: Report) -> dict[str, Any]:
         "right": "".join("01"[answer.is_right] for answer in answers),
         "questions": counts,
     }
+
+
+def digits(score: dict[str, Any]) -> Int[np.ndarray, " Q"]:
+    """Which questions were right, 0 or 1, of what `scores` made."""
+    return np.array([int(digit) for digit in score["right"]])
 
 
 class _Clock:

@@ -6,9 +6,17 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.part import Part
-from alignvlm_jax.reproduce.parts import accuracy, tuning
+from alignvlm_jax.reproduce.parts import accuracy, cost, low_resource, noise, restoration, tuning, vocabulary
 
-PARTS: tuple[Part, ...] = (accuracy.PART, tuning.PART)
+PARTS: tuple[Part, ...] = (
+    accuracy.PART,
+    noise.PART,
+    low_resource.PART,
+    vocabulary.PART,
+    restoration.PART,
+    cost.PART,
+    tuning.PART,
+)
 
 
 def named(name: str) -> Part:

@@ -1,4 +1,4 @@
-"""The main table: every connector under the recipe, on held-out questions, with the controls that guessing would pass."""
+"""The main table: every connector under the recipe, on held-out questions, and on the controls that catch guessing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
 from alignvlm_jax.reproduce.part import Part, Results
 from alignvlm_jax.reproduce.parts import tuning
 from alignvlm_jax.reproduce.statistics import Estimate, estimate, verdict
-from alignvlm_jax.reproduce.work import Work
+from alignvlm_jax.reproduce.work import Work, digits
 
 _CONTROLS = ("blank", "wrong")
 
@@ -48,7 +48,7 @@ def rightness(results: Results, connector: str, encoder: str) -> tuple[np.ndarra
     found = [result["found"]["heldout"] for result in results.complete(all_seeds).values()]
     if not found:
         return None
-    return np.array([[int(digit) for digit in score["right"]] for score in found]), found[0]["questions"]
+    return np.array([digits(score) for score in found]), found[0]["questions"]
 
 
 def difference(results: Results, first: str, second: str, encoder: str) -> Estimate | None:
@@ -60,7 +60,7 @@ def difference(results: Results, first: str, second: str, encoder: str) -> Estim
     pairs = [[result["found"]["heldout"] for result in pair.values()] for pair in found if len(pair) == 2]
     if not pairs:
         return None
-    right = np.array([[[int(digit) for digit in score["right"]] for score in pair] for pair in pairs])
+    right = np.array([[digits(score) for score in pair] for pair in pairs])
     return estimate(right[:, 0] - right[:, 1], pairs[0][0]["questions"])
 
 
@@ -78,7 +78,11 @@ def section(results: Results, folder: Path) -> str:
         curves = {encoder: _curves(results, encoder) for encoder in options.encoders}
         titled = {ENCODER_TITLES[encoder]: found for encoder, found in curves.items() if found}
         plots.curves(
-            folder / "learning.svg", titled, "steps", "validation loss, nats per answer token", logarithmic=(False, True)
+            folder / "learning.svg",
+            titled,
+            "steps",
+            "validation loss, nats per answer token",
+            logarithmic=(False, True),
         )
         lines += ["![Validation loss while training, mean of the seeds](learning.svg)", ""]
     return "\n".join([_WHAT.format(seeds=options.seeds), "", *lines, results.missing(jobs(options))])
@@ -86,9 +90,9 @@ def section(results: Results, folder: Path) -> str:
 
 _WHAT = (
     "Exact match by free greedy decoding on held-out pages, whose values training never saw. Intervals are 95 % and "
-    "count both what another seed and what other pages would change ({seeds} seeds at most; two-way clustered, Student's "
-    "t). ANLS is DocVQA's score of the same answers. Blank page and another page of its family are the same questions "
-    "with the picture exchanged: what can be had without reading."
+    "count both what another seed and what other pages would change ({seeds} seeds at most; Student's t for each, "
+    "added in squares). ANLS is DocVQA's score of the same answers. Blank page and another page of its family are the "
+    "same questions with the picture exchanged: what can be had without reading."
 )
 _HEADER = "| connector | exact match | seeds | ANLS | unseen font | blank page | another page | validation loss |"
 _RULE = "|---|---|---|---:|---:|---:|---:|---:|"
@@ -99,9 +103,7 @@ def _row(results: Results, connector: str, encoder: str) -> tuple[str, tuple[str
     if found is None:
         return None
     value = estimate(*found)
-    runs = list(
-        results.complete([job(connector, encoder, seed) for seed in range(results.options.seeds)]).values()
-    )
+    runs = list(results.complete([job(connector, encoder, seed) for seed in range(results.options.seeds)]).values())
     seeds = ", ".join(f"{run['found']['heldout']['exact_match']:.3f}" for run in runs)
     means = [
         _mean([run["found"]["heldout"]["anls"] for run in runs]),

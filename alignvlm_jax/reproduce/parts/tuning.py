@@ -63,9 +63,10 @@ def _loss(result: Result | None) -> float:
 
 def section(results: Results, folder: Path) -> str:
     lines = [
-        f"{len(recipe.RATE_FACTORS)} trials for every connector on every encoder, each {recipe.TUNING_SHARE:.0%} of a run's "
-        "steps with seed 0: the recipe's learning rates of the connector times a factor, all else equal. The trial with "
-        "the least loss on validation questions (nats per answer token) is taken; held-out pages are not looked at.",
+        f"{len(recipe.RATE_FACTORS)} trials for every connector on every encoder, each with {recipe.TUNING_SHARE:.0%} "
+        "of a run's steps, with seed 0: the recipe's learning rates of the connector times a factor, all else equal. "
+        "The trial with the least loss on validation questions (nats per answer token) is taken; held-out pages are "
+        "not looked at.",
         "",
         "| encoder | connector | " + " | ".join(f"x {factor:g}" for factor in recipe.RATE_FACTORS) + " |",
         "|---|---|" + "---:|" * len(recipe.RATE_FACTORS),

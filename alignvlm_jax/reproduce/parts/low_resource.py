@@ -1,0 +1,114 @@
+"""Fewer pages, seen more often, in as many steps: what each connector makes of a sixteenth and a quarter of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignvlm_jax.reproduce import plots, recipe
+from alignvlm_jax.reproduce.jobs import Job, Result
+from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
+from alignvlm_jax.reproduce.part import Part, Results
+from alignvlm_jax.reproduce.parts import accuracy, tuning
+from alignvlm_jax.reproduce.statistics import Estimate, estimate, verdict
+from alignvlm_jax.reproduce.work import Work, digits
+
+FRACTIONS = (1 / 16, 1 / 4)
+_CONNECTORS = ("align", "mlp", "ovis")
+
+
+def job(connector: str, encoder: str, fraction: float, seed: int) -> Job:
+    """The run on so much of the data; on all of it, that of the main table."""
+    if fraction == 1:
+        return accuracy.job(connector, encoder, seed)
+    needs = tuple(trial.name for trial in tuning.trials(connector, encoder))
+    setting = (("fraction", fraction),)
+    variant = f"of-{1 / fraction:g}"
+    return Job("low_resource", encoder, connector, seed, variant, setting, needs, wave=seed, weight=1.2)
+
+
+def _connectors(options: Options) -> list[str]:
+    return [name for name in recipe.connectors(options) if name in _CONNECTORS]
+
+
+def jobs(options: Options) -> list[Job]:
+    """On the first encoder alone: the fair one, if it is asked for."""
+    return [
+        job(connector, options.encoders[0], fraction, seed)
+        for seed in range(options.seeds)
+        for fraction in FRACTIONS
+        for connector in _connectors(options)
+    ]
+
+
+def run(work: Work) -> dict[str, Any]:
+    factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
+    work.train(work.on_pages(work.experiment(factor=factor), work.job["fraction"]))
+    return {"heldout": work.score(work.reader(), work.records("heldout"), work.options.questions)}
+
+
+def _runs(results: Results, connector: str, fraction: float) -> dict[int, Result]:
+    encoder = results.options.encoders[0]
+    seeds = {job(connector, encoder, fraction, seed): seed for seed in range(results.options.seeds)}
+    return {seeds[one]: result["found"]["heldout"] for one, result in results.complete(list(seeds)).items()}
+
+
+def section(results: Results, folder: Path) -> str:
+    options, curves, lines = results.options, {}, []
+    for connector in _connectors(options):
+        found = {fraction: _runs(results, connector, fraction) for fraction in (*FRACTIONS, 1)}
+        values = {
+            fraction: estimate(np.array([digits(run) for run in runs.values()]), next(iter(runs.values()))["questions"])
+            for fraction, runs in found.items()
+            if runs
+        }
+        cells = [str(values.get(fraction, "")) for fraction in (*FRACTIONS, 1)]
+        lines.append(f"| {TITLES[connector]} | {' | '.join(cells)} |")
+        if values:
+            curves[TITLES[connector]] = list(values), list(values.values())
+    pages = recipe.pages_seen(recipe.configs.load(options.config, options.overrides).stages)
+    header = " | ".join(f"{pages * fraction:,.0f} pages" for fraction in (*FRACTIONS, 1))
+    table = [f"| connector | {header} |", "|---|---|---|---|", *lines, ""]
+    if curves:
+        panels = {ENCODER_TITLES[options.encoders[0]]: curves}
+        label = "share of the pages"
+        plots.curves(
+            folder / "low_resource.svg", panels, label, "questions answered exactly right", logarithmic=(True, False)
+        )
+        table += ["![Share of held-out questions answered right, by how much data there was](low_resource.svg)", ""]
+    what = (
+        "The steps stay as many: fewer pages are seen more often. All of them is what a run of the main table sees, "
+        f"once a stage. On the {ENCODER_TITLES[options.encoders[0]]}, with the learning rates chosen on all the pages."
+    )
+    return "\n".join([what, "", *table, results.missing(jobs(options))])
+
+
+def _lead(results: Results, other: str, fraction: float) -> tuple[np.ndarray, list[int]] | None:
+    """ALIGN's rightness less that of another connector, [seeds, questions]."""
+    first, second = _runs(results, "align", fraction), _runs(results, other, fraction)
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    return np.array([digits(first[seed]) - digits(second[seed]) for seed in seeds]), first[seeds[0]]["questions"]
+
+
+def claims(results: Results) -> list[str]:
+    lines = []
+    for other in ("mlp", "ovis"):
+        few, all_pages = _lead(results, other, FRACTIONS[0]), _lead(results, other, 1)
+        if few is None or all_pages is None:
+            continue
+        lead = estimate(*few)
+        lines.append(
+            f"{verdict(lead)}: with a sixteenth of the data ALIGN answers more than {TITLES[other]}: {lead.signed()}."
+        )
+        if len(few[0]) == len(all_pages[0]):
+            growth: Estimate = estimate(few[0] - all_pages[0], few[1])
+            lines.append(
+                f"{verdict(growth)}: ALIGN's lead over {TITLES[other]} is larger with a sixteenth of the data than "
+                f"with all of it: {growth.signed()}."
+            )
+    return lines
+
+
+PART = Part("low_resource", "Fewer pages", jobs, run, section, claims)

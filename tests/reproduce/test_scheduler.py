@@ -1,0 +1,149 @@
+"""All jobs, so many at once: order, failures, limits, signals; the processes here write results and do nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.reproduce import scheduler
+from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job
+from alignvlm_jax.reproduce.options import Options
+
+OPTIONS = Options()
+
+# Notes when it starts and ends, and leaves a result, after the seconds and with the code and status asked for.
+WORKER = """
+import json, pathlib, sys, time
+folder, log, seconds, code, status = sys.argv[1:]
+name = "/".join(pathlib.Path(folder).parts[-4:])
+note = lambda what: open(log, "a").write(f"{what} {name}\\n")
+note("begins")
+time.sleep(float(seconds))
+note("ends")
+if int(code) == 0:
+    result = {"status": status, "minutes": 3.0, "steps": 7}
+    pathlib.Path(folder, "result.json").write_text(json.dumps(result))
+else:
+    print("it broke")
+sys.exit(int(code))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(scheduler, "_TICK", 0.02)
+
+
+def command(log: Path, seconds: float = 0.0, codes=None, statuses=None):
+    """Processes that take so long; `codes` and `statuses` by connector."""
+
+    def of(out: Path, job: Job, share: int) -> list[str]:
+        code, status = (codes or {}).get(job.connector, 0), (statuses or {}).get(job.connector, COMPLETE)
+        return [sys.executable, "-c", WORKER, str(job.folder(out)), str(log), str(seconds), str(code), status]
+
+    return of
+
+
+def notes(log: Path) -> list[tuple[str, str]]:
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [(what, name.split("/")[2]) for what, name in lines]
+
+
+def test_every_job_is_done_once_and_after_what_it_needs(tmp_path):
+    first, other = Job("p", "e", "first"), Job("p", "e", "other")
+    jobs = [first, other, Job("p", "e", "last", needs=(first.name, other.name))]
+    log = tmp_path / "log"
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, at_once=2, command=command(log)) == []
+    done = notes(log)
+    assert sorted(done) == sorted((what, job.connector) for job in jobs for what in ("begins", "ends"))
+    assert done[-2:] == [("begins", "last"), ("ends", "last")]
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+    assert notes(log) == done
+
+
+def test_a_failure_is_named_and_costs_only_what_needs_it(tmp_path):
+    bad = Job("p", "e", "bad")
+    blocked = Job("p", "e", "blocked", needs=(bad.name,))
+    jobs = [bad, blocked, Job("p", "e", "after", needs=(blocked.name,)), Job("p", "e", "good")]
+    log = tmp_path / "log"
+    problems = scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log, codes={"bad": 2}))
+    assert problems[0].startswith(f"{bad.name}: failed with code 2: it broke")
+    assert problems[1:] == [
+        f"{blocked.name}: left out, it needs {bad.name}",
+        f"{jobs[2].name}: left out, it needs {blocked.name}",
+    ]
+    assert notes(log) == [("begins", "bad"), ("ends", "bad"), ("begins", "good"), ("ends", "good")]
+    # The same call tries what failed again, and only that.
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+    assert [name for what, name in notes(log)[4:] if what == "begins"] == ["bad", "blocked", "after"]
+
+
+def test_a_job_that_ran_out_of_time_is_repeated_under_a_higher_limit_only(tmp_path):
+    slow = Job("p", "e", "slow")
+    jobs = [slow, Job("p", "e", "after", needs=(slow.name,))]
+    log = tmp_path / "log"
+    for _ in range(2):
+        problems = scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log, statuses={"slow": OVER_TIME}))
+        assert problems == [
+            f"{slow.name}: not done in 3 minutes, stopped at step 7",
+            f"{jobs[1].name}: left out, it needs {slow.name}",
+        ]
+    assert notes(log) == [("begins", "slow"), ("ends", "slow")]
+    assert scheduler.do_all(Options(minutes=4.0), tmp_path, jobs, command=command(log)) == []
+
+
+def test_a_job_that_measures_time_has_the_machine_to_itself(tmp_path):
+    jobs = [Job("p", "e", "one"), Job("p", "e", "alone", alone=True), Job("p", "e", "two"), Job("p", "e", "three")]
+    log = tmp_path / "log"
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, at_once=3, command=command(log, 0.1)) == []
+    done = notes(log)
+    assert done.index(("ends", "alone")) == done.index(("begins", "alone")) + 1
+    assert done.index(("ends", "one")) < done.index(("begins", "alone"))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, distributed.Preempted), (signal.SIGINT, distributed.Interrupted)]
+)
+def test_a_signal_stops_the_processes(tmp_path, number, error):
+    jobs = [Job("p", "e", "one"), Job("p", "e", "two")]
+    log = tmp_path / "log"
+
+    def send():
+        while not notes(log):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(error):
+        scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log, 60.0))
+    assert time.monotonic() - began < 30
+    assert notes(log) == [("begins", "one")]
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+
+
+def test_a_second_one_on_the_same_folder_is_refused(tmp_path):
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True);"
+        "time.sleep(60)"
+    )
+    lock = str(tmp_path / scheduler._LOCK_FILE)
+    with subprocess.Popen([sys.executable, "-c", holder, lock], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another `alignvlm reproduce` is at work"):
+            scheduler.do_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=command(tmp_path / "log"))
+        process.kill()
+
+
+def test_a_folder_is_a_job_of_its_own(tmp_path):
+    job = Job("p", "e", "one", seed=2, variant="of-16")
+    scheduler.do_all(OPTIONS, tmp_path, [job], command=command(tmp_path / "log"))
+    assert json.loads((tmp_path / "runs" / "p" / "e" / "one" / "of-16-seed2" / RESULT_FILE).read_text())
