@@ -37,7 +37,7 @@ ONE_REFERENCE = "one reference a question: the folder meta/ is not there"
 
 _EXPECTED = """\
 DIR/test/{dataset}_test.jsonl or DIR/val.jsonl, DIR/imgs/..., and for all accepted answers \
-DIR/meta/{dataset}/{{split}}/metadata.jsonl and document.jsonl"""
+DIR/meta/{dataset}/{split}/metadata.jsonl and document.jsonl"""
 
 # What the two data sets of forms ask for. The key is found in the question: "What is the value for the gross_amount?".
 KEYS = {
@@ -61,7 +61,7 @@ def layout(dataset: str) -> Layout:
     """DocDownstream's layout of one of its data sets, by its name there."""
     return Layout(
         "DocDownstream-1.0 (mPLUG/DocDownstream-1.0)",
-        _EXPECTED.format(dataset=dataset),
+        _EXPECTED.replace("{dataset}", dataset),
         functools.partial(_read, dataset),
     )
 

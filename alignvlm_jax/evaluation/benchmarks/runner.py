@@ -87,6 +87,8 @@ def evaluate_benchmarks(
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     identity = identify(checkpoint)
+    for row in benchmarks:
+        row.metric((), {})  # What a metric needs and is not installed is said now.
     # All files are read before anything that takes long: what is wrong with the last one is said now.
     read = {row.name: read_questions(row, pathlib.Path(data), split or row.split) for row in benchmarks}
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
@@ -122,7 +124,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list
     Raises:
       UserError: there are none, or none could be asked; it says what is looked for.
     """
-    expected = "; ".join(f"{layout.name}: {layout.expected.format(split=split)}" for layout in benchmark.layouts)
+    expected = "; ".join(f"{layout.name}: {layout.expected.replace('{split}', split)}" for layout in benchmark.layouts)
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder. {benchmark.title} is read from: {expected}")
     folder = data / benchmark.name if (data / benchmark.name).is_dir() else data
@@ -139,7 +141,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list
         if shown and not any(files.is_there(picture) for picture in shown):
             raise UserError(
                 f"none of the {len(shown)} images of {benchmark.title} is there, not {shown[0]} for one. Expected is "
-                f"{layout.name}: {layout.expected.format(split=split)}"
+                f"{layout.name}: {layout.expected.replace('{split}', split)}"
             )
         return _unique(questions)
     raise UserError(f"{folder}: no files of {benchmark.title}, split {split}. It is read from: {expected}")
@@ -191,10 +193,9 @@ def run(
             if predictions is not None:
                 predictions.add(benchmark.name, answered)
     given = {question.id: answers.get(question.id) for question in questions}
-    withheld = all(
-        question.references is None and not question.values for question in questions if not question.problem
-    )
-    scores = None if withheld else benchmark.metric(questions, given)
+    judged = [question for question in questions if question.problem or question.references is not None]
+    withheld = all(question.problem for question in judged)
+    scores = None if withheld else benchmark.metric(judged, given)
     return Outcome(benchmark, split, questions, given, problems, scores, limit, time.monotonic() - started)
 
 

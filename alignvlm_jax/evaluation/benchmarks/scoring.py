@@ -4,6 +4,7 @@ A metric takes the questions and their answers, and the answer of a question tha
 wrong, whatever the metric. Answers come as `Reader.answer` gives them, without blanks at their ends.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -79,6 +80,93 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
             tops.append(metrics.due_f1([predicted], [expected]) * bottoms[-1])
         scores.append(ratio(name, tops, bottoms))
     return Scores(scores[0], (scores[1],))
+
+
+def tablevqa(questions: Sequence[Question], answers: Answers) -> Scores:
+    """TableVQA-Bench: accuracy over all its questions, by part, and the strict one of fintabnetqa."""
+
+    def correct(answer: str, question: Question) -> float:
+        return float(metrics.tablevqa_correct(question.group, answer, question.references[0]))
+
+    def strict(answer: str, question: Question) -> float:
+        return float(metrics.fintabnetqa_strictly_correct(answer, question.references[0]))
+
+    found = mean_of("accuracy", correct)(questions, answers)
+    financial = [question for question in questions if question.group == "fintabnetqa"]
+    strictly = mean("fintabnetqa, strict", _each(strict, financial, answers)[0])
+    return dataclasses.replace(found, others=(*found.others, strictly) if financial else found.others)
+
+
+def vcr(language: str) -> Metric:
+    """VCR: exact match over covered texts, and their Jaccard index; an interval's units are the images."""
+
+    def metric(questions: Sequence[Question], answers: Answers) -> Scores:
+        metrics.vcr_scores("", ["."], language)  # An error now, before anything is asked, if spaCy's model lacks.
+        exact, jaccard, covered = [], [], []
+        for question in questions:
+            answer, references = answers[question.id], question.references or ("",)
+            scores = ([0.0], [0.0]) if answer is None else metrics.vcr_scores(answer, references, language)
+            exact.append(sum(scores[0]))
+            jaccard.append(sum(scores[1]))
+            covered.append(len(references))
+        return Scores(ratio("exact match", exact, covered), (ratio("Jaccard index", jaccard, covered),))
+
+    return metric
+
+
+def mmmu(questions: Sequence[Question], answers: Answers) -> Scores:
+    """MMMU: accuracy, by subject, and how often an answer named no option (where the official code would guess)."""
+    unnamed = []
+
+    def one(answer: str, question: Question) -> float:
+        if question.kind == "open":
+            return float(metrics.mmmu_open(answer, question.references))
+        letter = metrics.mmmu_choice(answer, question.choices)
+        unnamed.append(float(letter is None))
+        return float(letter in question.references)
+
+    found = mean_of("accuracy", one)(questions, answers)
+    return dataclasses.replace(found, others=(mean("answers that name no option", unnamed), *found.others))
+
+
+def seed_accuracy(answer: str, question: Question) -> float:
+    return metrics.seed_accuracy(answer, question.references[0])
+
+
+def gqa_accuracy(answer: str, question: Question) -> float:
+    return metrics.gqa_accuracy(answer, question.references[0])
+
+
+def pope(questions: Sequence[Question], answers: Answers) -> Scores:
+    """POPE: F1 of the answer yes (VLMEvalKit's overall score); accuracy, share of yes; F1 and accuracy by part."""
+    expected = [question.references == ("yes",) for question in questions]
+    # What could not be asked is answered wrongly.
+    said = [
+        not right if (answer := answers[question.id]) is None else metrics.pope_says_yes(answer)
+        for question, right in zip(questions, expected, strict=True)
+    ]
+    groups = [question.group for question in questions]
+
+    def scores(of: Sequence[int], name: str) -> list[Score]:
+        right = [2.0 * (said[i] and expected[i]) for i in of]
+        either = [float(said[i]) + float(expected[i]) for i in of]
+        return [
+            ratio(f"{name}F1", right, either),
+            mean(f"{name}accuracy", [float(said[i] == expected[i]) for i in of]),
+        ]
+
+    f1, accuracy = scores(range(len(questions)), "")
+    parts = [
+        score
+        for group in sorted(set(groups) - {""})
+        for score in scores([i for i, other in enumerate(groups) if other == group], f"{group}, ")
+    ]
+    return Scores(f1, (accuracy, mean("share of yes", [float(yes) for yes in said]), *parts))
+
+
+def not_scored(questions: Sequence[Question], answers: Answers) -> Scores:
+    """Answers that are judged elsewhere."""
+    return Scores(None)
 
 
 def _each(one: OneScore, questions: Sequence[Question], answers: Answers) -> tuple[list[float], dict[str, str]]:

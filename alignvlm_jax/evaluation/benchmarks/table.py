@@ -5,7 +5,10 @@ benchmarks ask the question as it stands (X-PLUG/mPLUG-DocOwl, docowl_benchmark_
 them is unstated; VLMEvalKit, with which it scored, adds "Answer the question using a single word or phrase." to VQA.
 `{question}` is the benchmark's own text, `{choices}` its options, one a line ("A. ...").
 
-`max_new_tokens` is lmms-eval's where it states one, and else enough for the longest reference.
+TableVQA-Bench and VCR are asked as their authors do, with the wording that VLMEvalKit uses; the general benchmarks as
+lmms-eval and LLaVA do, whose training data end questions in the same words.
+
+`max_new_tokens` is near lmms-eval's where it states one, and else enough for the longest reference.
 """
 
 import dataclasses
@@ -13,13 +16,71 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks import chartqa, docdownstream, documents, scoring, textvqa
+from alignvlm_jax.evaluation.benchmarks import (
+    chartqa,
+    docdownstream,
+    documents,
+    gqa,
+    mmmu,
+    mmvet,
+    pope,
+    scoring,
+    seed,
+    tablevqa,
+    textvqa,
+    vcr,
+)
 from alignvlm_jax.evaluation.benchmarks.layout import Layout
 from alignvlm_jax.evaluation.benchmarks.paper import PAPER
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 _AS_IT_STANDS = "{question}"
+_SHORTLY = "{question}\nAnswer the question using a single word or phrase."
+_BY_LETTER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
 _DOCOWL = "X-PLUG/mPLUG-DocOwl, DocOwl1.5/docowl_benchmark_evaluate.py"
+
+# VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py; the authors' src/example_prompts.py differs in "true or false".
+_VWTQ = """\
+You are asked to answer questions asked on an image.
+You should answer the question with a single word.
+Example:\x20
+Question: what was the only year mr. wu competed in the olympic games?
+Answer: 2004
+Question: which township in pope county, arkansas has the least amount of water area?
+Answer: Freeman
+If you have multiple answers, please separate them with || marks. Example: Apple||Banana||Tomato
+
+Question: {question}
+Answer:"""
+_VTABFACT = """\
+You are asked to answer whether the statement is True or False based on given image
+You should only answer True or False.
+Example:\x20
+Statement: the milwaukee buck win 6 game in the 2010 - 11 season
+Answer: True
+Statement: only the top team score above the average of 8.8
+Answer: False
+
+Statement: {question}
+Answer:"""
+_FINTABNETQA = """\
+You are asked to answer questions asked on a image.
+You should answer the question within a single word or few words.
+If units can be known, the answer should include units such as $, %, million and etc.
+Example:\x20
+Question: What were the total financing originations for the fiscal year ended October 31, 2004?
+Answer: $3,852 million
+Question: What is the time period represented in the table?
+Answer: October 31
+Question: What was the percentage of net sales for selling, general and administrative expenses in 2006?
+Answer: 34.2%
+Question: {question}
+Answer:"""
+_VCR = {
+    "en": "What is the covered texts in the image? "
+    "Please restore the covered texts without outputting the explanations.",
+    "zh": "图像中被覆盖的文本是什么？请在不输出解释的情况下还原被覆盖的文本。",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +162,48 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
         "textvqa", "TextVQA", (docdownstream.layout("TextVQA"), textvqa.ORIGINAL, textvqa.PARQUET),
         split="val", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("VQA accuracy", scoring.vqa_accuracy), submission=textvqa.submission,
+    ),
+    Benchmark(
+        "tablevqa", "TableVQA-Bench", (tablevqa.PARQUET,),
+        split="test", prompt={"vwtq": _VWTQ, "vwtq_syn": _VWTQ, "vtabfact": _VTABFACT, "fintabnetqa": _FINTABNETQA},
+        prompt_source="VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py", max_new_tokens=64, metric=scoring.tablevqa,
+    ),
+    *(
+        Benchmark(
+            f"vcr_{language}_{difficulty}", f"VCR {language} {difficulty}", (vcr.layout(language, difficulty),),
+            split="test", prompt=_VCR[language], prompt_source="tianyu-z/VCR; lmms-eval, tasks/vcr_wiki",
+            max_new_tokens=120, metric=scoring.vcr(language),
+        )
+        for language in ("en", "zh") for difficulty in ("easy", "hard")
+    ),
+    Benchmark(
+        "mmmu", "MMMU", (mmmu.PARQUET,),
+        split="val",
+        prompt={
+            "choice": "{question}\n{choices}\n\nAnswer with the option's letter from the given choices directly.",
+            "open": "{question}\n\nAnswer the question using a single word or phrase.",
+        },
+        prompt_source="lmms-eval, tasks/mmmu; images where the text names them, as in VLMEvalKit",
+        max_new_tokens=128, metric=scoring.mmmu, submission=mmmu.submission,
+    ),
+    Benchmark(
+        "seed", "SEED-Bench (images)", (seed.ORIGINAL, seed.PARQUET),
+        split="test", prompt=_BY_LETTER, prompt_source="lmms-eval, tasks/seedbench", max_new_tokens=16,
+        metric=scoring.mean_of("accuracy", scoring.seed_accuracy),
+    ),
+    Benchmark(
+        "mmvet", "MM-Vet", (mmvet.ORIGINAL,),
+        split="test", prompt=_AS_IT_STANDS, prompt_source="LLaVA, docs/Evaluation.md", max_new_tokens=1024,
+        metric=scoring.not_scored, submission=mmvet.submission,
+    ),
+    Benchmark(
+        "pope", "POPE", (pope.ORIGINAL, pope.PARQUET),
+        split="test", prompt=_SHORTLY, prompt_source="lmms-eval, tasks/pope", max_new_tokens=16, metric=scoring.pope,
+    ),
+    Benchmark(
+        "gqa", "GQA", (gqa.ORIGINAL, gqa.PARQUET),
+        split="test", prompt=_SHORTLY, prompt_source="lmms-eval, tasks/gqa", max_new_tokens=16,
+        metric=scoring.mean_of("accuracy", scoring.gqa_accuracy),
     ),
 )}
 # fmt: on

@@ -8,7 +8,13 @@
     WikiTableQuestions          wtq_denotation        ppasupat/WikiTableQuestions, evaluator.py
     TabFact                     tabfact_accuracy      X-PLUG/mPLUG-DocOwl
     TableVQA-Bench              tablevqa_correct      naver-ai/tablevqabench
+                                fintabnetqa_strictly_correct
     VCR                         vcr_scores            tianyu-z/VCR
+    MMMU                        mmmu_choice           MMMU-Benchmark/MMMU
+                                mmmu_open
+    SEED-Bench                  seed_accuracy         lmms-eval
+    POPE                        pope_says_yes         AoiDragon/POPE
+    GQA                         gqa_accuracy          lmms-eval
 
 Every function scores one question (`due_f1` a data set), from 0 to 1. A data set's score is the plain mean over its
 questions, except where a docstring says otherwise. Nothing is cleaned up before: where a popular harness strips or
@@ -17,16 +23,28 @@ rewrites answers first, the docstring says so and whoever compares with that har
 
 from alignvlm_jax.evaluation.metrics.answers import anls, evalai_normalize, relaxed_accuracy, vqa_accuracy
 from alignvlm_jax.evaluation.metrics.arguments import ScorerAborted
+from alignvlm_jax.evaluation.metrics.choices import gqa_accuracy, mmmu_choice, mmmu_open, pope_says_yes, seed_accuracy
 from alignvlm_jax.evaluation.metrics.forms import due_f1
 from alignvlm_jax.evaluation.metrics.restoration import vcr_scores
-from alignvlm_jax.evaluation.metrics.tables import tabfact_accuracy, tablevqa_correct, wtq_denotation
+from alignvlm_jax.evaluation.metrics.tables import (
+    fintabnetqa_strictly_correct,
+    tabfact_accuracy,
+    tablevqa_correct,
+    wtq_denotation,
+)
 
 __all__ = [
     "ScorerAborted",
     "anls",
     "due_f1",
     "evalai_normalize",
+    "fintabnetqa_strictly_correct",
+    "gqa_accuracy",
+    "mmmu_choice",
+    "mmmu_open",
+    "pope_says_yes",
     "relaxed_accuracy",
+    "seed_accuracy",
     "tabfact_accuracy",
     "tablevqa_correct",
     "vcr_scores",

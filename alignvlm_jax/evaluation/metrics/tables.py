@@ -135,6 +135,14 @@ def tablevqa_correct(subset: str, prediction: str, reference: str | int) -> bool
     raise UserError(f"subset {subset!r} of TableVQA-Bench: vwtq, vwtq_syn, vtabfact and fintabnetqa are known")
 
 
+def fintabnetqa_strictly_correct(prediction: str, reference: str | int) -> bool:
+    """Whether an answer of TableVQA-Bench's fintabnetqa is right with its unit: the bench's second, strict score.
+
+    As `tablevqa_correct`, but numbers must be equal as they are scaled: "$641.8 million" is wrong for "$641.8".
+    """
+    return _amounts(str(reference))[0] == _amounts(prediction)[0]
+
+
 def _unescaped(text: str) -> list[str]:
     r"""The items of a list as the data set writes it: joined by bars, with \n, \p for a bar, and \\."""
     return [item.replace(r"\n", "\n").replace(r"\p", "|").replace(r"\\", "\\") for item in text.split("|")]

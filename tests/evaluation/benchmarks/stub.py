@@ -68,3 +68,22 @@ def evaluate(name: str, data: pathlib.Path, rule: Callable[[str], str], split: s
     split = split or benchmark.split
     questions = runner.read_questions(benchmark, data, split)
     return runner.run(benchmark, split, questions, lambda: stub, None, {"checkpoint": "stub"}, **options), stub
+
+
+def write_parquet(path: pathlib.Path, rows: Sequence[dict], images: Sequence[str] = ("image",)) -> None:
+    """Rows as Hugging Face's `datasets` saves them: an image is {"bytes", "path"}; several row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        many = any(isinstance(value, list) for value in values)
+        columns[name] = pa.array(values, pa.list_(image) if many else image) if name in images else pa.array(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+
+
+def cell(number: int) -> dict:
+    return {"bytes": picture(number), "path": None}

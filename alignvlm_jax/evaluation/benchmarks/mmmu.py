@@ -1,0 +1,90 @@
+"""MMMU: questions of thirty subjects, with one or several images among their words.
+
+    Accounting/validation-00000-of-00001.parquet     id ("validation_Accounting_1"), question ("... <image 1> ..."),
+    Agriculture/validation-...                        options ("['$6', '$7']", as text), answer ("B"), question_type
+    ... (MMMU/MMMU), or data/validation-*             ("multiple-choice" or "open"), image_1 ... image_7, subfield
+    (lmms-lab/MMMU)
+
+An image goes where question or options name it, each time they do, as in VLMEvalKit; lmms-eval by default puts all
+images first and leaves the names. The answers of the test split are withheld ("?").
+"""
+
+import ast
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from alignvlm_jax.evaluation.benchmarks import files
+from alignvlm_jax.evaluation.benchmarks.files import Row, RowError
+from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
+from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Question
+
+IMAGES = tuple(f"image_{number}" for number in range(1, 8))
+_NAMED = re.compile(r"<image (\d)>")
+_SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")
+
+
+def _read(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
+    names = split_names(split)
+    found = files.find(folder, *(f"{where}{name}-*.parquet" for where in ("*/", "data/", "") for name in names))
+    if not found:
+        return None
+    rows = (row for file in found for row in files.parquet_rows(file, IMAGES))
+    return files.questions(rows, _question)
+
+
+def _question(row: Row) -> Question:
+    options = list_in_text(row.text("options"), row.where) if "options" in row else ()
+    is_choice = row.text("question_type") == "multiple-choice"
+    answer = row.text("answer")
+    references = list_in_text(answer, row.where) if answer.startswith("[") and not is_choice else (answer,)
+    subject = _SUBJECT.fullmatch(row.text("id"))
+    question = Question(
+        id=row.text("id"),
+        where=row.where,
+        text=row.text("question"),
+        references=None if answer in ("", "?") else references,
+        group=subject[1].replace("_", " ") if subject else "",
+        kind="choice" if is_choice else "open",
+        choices=options if is_choice else (),
+    )
+    return place_images(question, row)
+
+
+def place_images(question: Question, row: Row) -> Question:
+    """The question with its images where its texts name them."""
+    numbers = [int(number) for text in (question.text, *question.choices) for number in _NAMED.findall(text)]
+    images = tuple(row.get(f"image_{number}") for number in numbers)
+    if not images and "image_1" in row:
+        return dataclasses.replace(question, images=(row.get("image_1"),))
+    return dataclasses.replace(
+        question,
+        text=_NAMED.sub(IMAGE, question.text),
+        choices=tuple(_NAMED.sub(IMAGE, choice) for choice in question.choices),
+        images=images,
+    )
+
+
+def list_in_text(text: str, where: str) -> tuple[str, ...]:
+    """ "['a', 'b']" -> ("a", "b")."""
+    try:
+        items = ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise RowError(f"{where}: {text[:60]!r} is no list written as Python would") from error
+    if not isinstance(items, list):
+        raise RowError(f"{where}: {text[:60]!r} is no list")
+    return tuple(str(item) for item in items)
+
+
+def submission(questions: Sequence[Question], answers: dict[str, str | None]) -> dict[str, str]:
+    """What MMMU's server takes: an answer for each id."""
+    return {question.id: answers[question.id] or "" for question in questions}
+
+
+PARQUET = Layout(
+    "Parquet (MMMU/MMMU, lmms-lab/MMMU)",
+    "DIR/<subject>/validation-*.parquet or DIR/data/validation-*.parquet, with id, question, options, answer, "
+    "question_type, image_1, ...",
+    _read,
+)

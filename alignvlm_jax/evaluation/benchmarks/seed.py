@@ -1,0 +1,87 @@
+"""SEED-Bench: multiple choice about photographs. Its questions about videos are left out.
+
+    SEED-Bench.json                             {"questions": [{"question_id": "101669", "question": "How many ...?",
+    SEED-Bench-image/1454426_2591111986           "choice_a": "One", ..., "choice_d": "Four", "answer": "A",
+                                                  "data_type": "image", "data_id": "1454426_2591111986",
+                                                  "question_type_id": 5}], "question_type": {"Instance Counting": 5}}
+
+In Parquet (lmms-lab/SEED-Bench) the same fields, and `image`, a list. Source: AILab-CVC/SEED-Bench, DATASET.md.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.benchmarks import files
+from alignvlm_jax.evaluation.benchmarks.files import Row
+from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.question import Picture, Question
+
+# What the numbers of question types mean, where a file does not say so.
+_TYPES = {
+    "1": "Scene Understanding",
+    "2": "Instance Identity",
+    "3": "Instance Attributes",
+    "4": "Instance Location",
+    "5": "Instances Counting",
+    "6": "Spatial Relation",
+    "7": "Instance Interaction",
+    "8": "Visual Reasoning",
+    "9": "Text Understanding",
+}
+
+
+def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
+    found = files.find(folder, "SEED-Bench.json", "*/SEED-Bench.json")
+    if split != "test" or not found:
+        return None
+    content = files.json_file(found[0])
+    if not isinstance(content, dict) or "questions" not in content:
+        raise UserError(f"{found[0]}: SEED-Bench has its questions in a list 'questions', this file has none")
+    types = content.get("question_type")
+    names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else _TYPES
+    records = files.records(content["questions"], f"{found[0]}, questions")
+    return files.questions(records, functools.partial(_original, found[0].parent / "SEED-Bench-image", names))
+
+
+def _original(images: pathlib.Path, types: Mapping[str, str], row: Row) -> Question | None:
+    return _question(row, types, (images / row.text("data_id"),)) if row.text("data_type") == "image" else None
+
+
+def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
+    found = files.find(folder, *(f"{where}{split}-*.parquet" for where in ("data/", "")))
+    if not found:
+        return None
+    rows = (row for file in found for row in files.parquet_rows(file, ("image",)))
+    return files.questions(rows, _of_parquet)
+
+
+def _of_parquet(row: Row) -> Question | None:
+    if row.text("data_type") != "image":
+        return None
+    images = row.get("image")
+    return _question(row, _TYPES, tuple(images) if isinstance(images, list) else (images,))
+
+
+def _question(row: Row, types: Mapping[str, str], images: tuple[Picture, ...]) -> Question:
+    number = row.text("question_type_id")
+    return Question(
+        id=row.text("question_id"),
+        where=row.where,
+        text=row.text("question"),
+        images=images,
+        references=(row.text("answer"),),
+        choices=tuple(row.text(f"choice_{letter}") for letter in "abcd"),
+        group=types.get(number, number),
+    )
+
+
+ORIGINAL = Layout(
+    "the authors' (AILab-CVC/SEED-Bench)", "DIR/SEED-Bench.json and DIR/SEED-Bench-image/", _read_original
+)
+PARQUET = Layout(
+    "Parquet (lmms-lab/SEED-Bench)",
+    "DIR/data/{split}-*.parquet with question_id, question, choice_a ... choice_d, answer, data_type, image",
+    _read_parquet,
+)

@@ -1,0 +1,49 @@
+"""TableVQA-Bench: questions about pictures of tables, in four parts.
+
+    data/vwtq-00000-of-00001.parquet            qa_id, question, gt, image (text_html_table and others are not read)
+    data/vwtq_syn-*  data/vtabfact-*  data/fintabnetqa-*
+
+Source: naver-ai/tablevqabench, inference_examples.ipynb and src/evaluate_tablevqa_dataset.py; terryoo/TableVQA-Bench.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.benchmarks import files
+from alignvlm_jax.evaluation.benchmarks.files import Row
+from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.question import Question
+
+PARTS = ("vwtq", "vwtq_syn", "vtabfact", "fintabnetqa")
+
+
+def _read(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
+    found = {part: files.find(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
+    if split != "test" or not any(found.values()):
+        return None
+    if missing := [part for part, paths in found.items() if not paths]:
+        raise UserError(f"{folder}: of TableVQA-Bench the parts {', '.join(missing)} are not there ({EXPECTED})")
+    return (
+        question
+        for part, paths in found.items()
+        for path in paths
+        for question in files.questions(files.parquet_rows(path, ("image",)), functools.partial(_question, part))
+    )
+
+
+def _question(part: str, row: Row) -> Question:
+    return Question(
+        id=f"{part}:{row.text('qa_id')}",
+        where=row.where,
+        text=row.text("question"),
+        images=(row.get("image"),),
+        references=(row.text("gt"),),
+        group=part,
+        kind=part,
+    )
+
+
+EXPECTED = "DIR/data/{vwtq,vwtq_syn,vtabfact,fintabnetqa}-*.parquet with qa_id, question, gt, image"
+PARQUET = Layout("Parquet (terryoo/TableVQA-Bench)", EXPECTED, _read)
