@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, huggingface
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters, seed_connector
+from alignvlm_jax.models.alignvlm import SEEDED, AlignVLMConfig, Params, random_parameters, seed_connector
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel import sharding
 
@@ -73,11 +73,13 @@ def assemble(
         for name, folder in (("vision", vision_folder), ("language", language_folder)):
             params[name] = convert.read(parts[name], folder) if folder else _draw(config, abstract[name], name, rng)
     connector = dict(abstract["connector"])
-    # W2 need not be drawn: it is the LM head's copy.
-    w2 = {"w2": connector.pop("w2")} if isinstance(config.connector, AlignConfig) else {}
+    # What follows from the language model need not be drawn: W2 is the LM head's copy.
+    seeded = {}
+    if isinstance(config.connector, AlignConfig):
+        seeded = {name: connector.pop(name) for name in SEEDED if name in connector}
     params["connector"] = _draw(config, connector, "connector", rng)
-    if w2:
-        params["connector"] |= _compile(lambda params: seed_connector(config, params)["connector"], w2)(params)
+    if seeded:
+        params["connector"] |= _compile(lambda params: seed_connector(config, params)["connector"], seeded)(params)
     return params
 
 

@@ -133,6 +133,7 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
     return _LLAMA if tie_word_embeddings else (*_LLAMA, Row("lm_head", "lm_head.weight"))
 
 
+_EXTRA_WORDS = ("keys", "bias", "values")
 _GATED_MLP = ("gate", "up", "down")
 
 
@@ -185,6 +186,7 @@ def connector(config: ConnectorConfig, source: int) -> tuple[Row, ...]:
                 Row("w2", "w2.weight"),
                 Row("vocab_norm_scale", "vocab_norm.weight"),
                 Row("vocab_norm_bias", "vocab_norm.bias"),
+                *(Row(f"extra_words/{name}", f"extra_words.{name}") for name in _EXTRA_WORDS if config.num_extra_words),
             )
         case MLPConfig():
             return (*_linear("linear_in", "linear_in", bias=True), *_linear("linear_out", "linear_out", bias=True))

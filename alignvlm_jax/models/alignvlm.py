@@ -31,6 +31,7 @@ from alignvlm_jax.models.connectors import (
     ConnectorConfig,
     HReducerConfig,
     PerceiverConfig,
+    extra_words,
     make_connector,
 )
 from alignvlm_jax.models.language import KVCache, LanguageConfig, LanguageModel
@@ -278,11 +279,27 @@ def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
 
 
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
-    """Copies the LM head (tied or not) into ALIGN's W2; other connectors are left alone. Call it before stage 1."""
-    if not isinstance(config.connector, AlignConfig):
+    """Copies the LM head (tied or not) into ALIGN's W2, and lays its own words, if it has any, between those of the
+    vocabulary; other connectors are left alone. Call it before stage 1."""
+    connector = config.connector
+    if not isinstance(connector, AlignConfig):
         return params
     language = params["language"]
     head = language["embedding" if config.language.tie_word_embeddings else "lm_head"]
-    rows = config.connector.vocab_size or config.language.vocab_size
-    w2 = jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)
-    return {**params, "connector": {**params["connector"], "w2": w2}}
+    rows = connector.vocab_size or config.language.vocab_size
+    seeded = {"w2": jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)}
+    if connector.num_extra_words:
+        keys, embedding = nn.unbox(head)[:rows], nn.unbox(language["embedding"])[:rows]
+        extra = extra_words.seed(connector.num_extra_words, keys, embedding, connector.vocab_scale_init)
+        # Unlike W2 they are no table of words, and lie otherwise on a mesh: the boxes that they were drawn in stay.
+        drawn = params["connector"].get("extra_words", extra)
+        seeded["extra_words"] = {name: _in_box_of(drawn[name], value) for name, value in extra.items()}
+    return {**params, "connector": {**params["connector"], **seeded}}
+
+
+def _in_box_of(drawn: Any, value: Array) -> Any:
+    return drawn.replace_boxed(value) if isinstance(drawn, nn.meta.AxisMetadata) else value
+
+
+SEEDED = ("w2", "extra_words")
+"""The connector's parameters that follow from the language model's: what `seed_connector` makes."""

@@ -93,9 +93,8 @@ def test_a_page_is_a_function_of_its_id():
 
 
 def test_a_corpus_keeps_its_lexicon(tmp_path, lexicon):
-    folder = names.build_names_corpus(
-        tmp_path / "names", groups=GROUPS, splits=("heldout", "validation"), progress=False, processes=1
-    )
+    options = dict(groups=GROUPS, splits=("validation", "heldout"), progress=False, processes=1)
+    folder = names.build_names_corpus(tmp_path / "names", **options)
     assert names.read_lexicon(folder) == lexicon
     assert [len(store.open_dataset(folder, split)) for split in ("validation", "heldout")] == [48, 144]
     written = (folder / "dataset_info.json").stat().st_mtime_ns

@@ -16,7 +16,7 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.checkpoint import ParameterReader, Progress, write_checkpoint
 
 CONNECTORS = {
-    "align": {"vocab_size": 480},
+    "align": {"vocab_size": 480, "num_extra_words": 3},
     "mlp": {},
     "ovis": {"num_words": 24},
     "h_reducer": {"window": 3},

@@ -32,6 +32,7 @@ LANGUAGE = language.LanguageConfig(
 )
 CONNECTORS = {
     "align": connectors.AlignConfig(vocab_size=4000),
+    "align_extra": connectors.AlignConfig(vocab_size=1000, num_extra_words=1000),
     "mlp": connectors.MLPConfig(),
     "perceiver": connectors.PerceiverConfig(depth=2),
     "ovis": connectors.OvisConfig(num_words=3000),
@@ -88,7 +89,7 @@ def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="
 
 def dense_vocabulary_attention(q, keys, scale, bias, values, **options):
     mixed = dense.vocabulary_attention(q, keys, scale, bias, values)
-    return mixed, VocabularySummary(entropy=jnp.zeros(q.shape[:-1]))
+    return mixed, VocabularySummary(log_normalizer=jnp.zeros(q.shape[:-1]), entropy=jnp.zeros(q.shape[:-1]))
 
 
 def dense_loss(hidden, head, targets, weights, **options):

@@ -82,47 +82,56 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
 
     The factors of both products have the dtype of `query`, or that of autocast where it is on; so has the result.
     """
+    return attend_words(query, words)[0]
+
+
+def attend_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
+    """`expected_embedding`, and the log of the softmax's denominator, float32 [T]."""
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query = query.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             return _checkpoint_queries(query, words)
-        return torch.cat([_stream_words(part, words) for part in query.split(_MAX_QUERIES)])
+        parts = [_stream_words(part, words) for part in query.split(_MAX_QUERIES)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """P itself, float32 [T, V]: for analyses of a few tiles."""
+def word_distribution(query: torch.Tensor, words: Words, own_scores: torch.Tensor | None = None) -> torch.Tensor:
+    """P itself, float32 [T, V]: for analyses of a few tiles. Words beside these [T, k] have what is missing to 1."""
     everything = slice(0, words.size)
-    return _softmax_of_norm(query, words.keys(everything).to(query), *words.norm(everything), words.eps)
+    scores = _norm_of_logits(query, words.keys(everything).to(query), *words.norm(everything), words.eps)
+    if own_scores is not None:
+        scores = torch.cat([scores, own_scores], dim=-1)
+    return F.softmax(scores, dim=-1)[:, : words.size]
 
 
-def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
+def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
     """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
     everything = slice(0, words.size)
     keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
 
     def attend(query, keys, scale, bias, values):
-        p = _softmax_of_norm(query, keys, scale, bias, words.eps)
-        return matmul_float32(p.to(values.dtype), values).to(query.dtype)
+        scores = _norm_of_logits(query, keys, scale, bias, words.eps)
+        expected = matmul_float32(F.softmax(scores, dim=-1).to(values.dtype), values).to(query.dtype)
+        return expected, torch.logsumexp(scores, dim=-1)
 
     blocks = query.split(max(1, _MAX_LOGITS // words.size))
-    return torch.cat(
-        [
-            checkpoint(attend, block, keys, scale, bias, values, use_reentrant=False, preserve_rng_state=False)
-            for block in blocks
-        ]
-    )
+    parts = [
+        checkpoint(attend, block, keys, scale, bias, values, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _softmax_of_norm(query, keys, scale, bias, eps) -> torch.Tensor:
+def _norm_of_logits(query, keys, scale, bias, eps) -> torch.Tensor:
     logits = matmul_float32(query, keys.T)
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
-    return F.softmax(F.layer_norm(logits, logits.shape[-1:], scale, bias, eps), dim=-1)
+    return F.layer_norm(logits, logits.shape[-1:], scale, bias, eps)
 
 
-def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
+def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
     """A block of V at a time: a first pass for LN_V's statistics, a second for softmax and expectation.
 
     The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
@@ -157,7 +166,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
         total = total * correction + weights.sum(dim=-1, keepdim=True)
         expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(query))
         maximum = new_maximum
-    return (expected / total).to(dtype)
+    return (expected / total).to(dtype), (maximum + total.log()).squeeze(-1)
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -216,6 +225,29 @@ class WordNorm(nn.Module):
         return self.weight[block], self.bias[block]
 
 
+class ExtraWords(nn.Module):
+    """A few words of the connector's own, which join the softmax over the vocabulary: their keys, biases and values."""
+
+    def __init__(self, num_words: int, width: int):
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(num_words, width))
+        self.bias = nn.Parameter(torch.empty(num_words))
+        self.values = nn.Parameter(torch.empty(num_words, width))
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """[T, k], float32."""
+        return matmul_float32(query, self.keys.to(query).T).float() + self.bias.float()
+
+    def forward(self, query: torch.Tensor, expected: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
+        """Mixes the expected embedding over the vocabulary with that over these words."""
+        query = query.to(expected.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = self.scores(query)
+            share = torch.sigmoid(torch.logsumexp(scores, dim=-1) - log_normalizer)[:, None]
+            own = matmul_float32(F.softmax(scores, dim=-1).to(query), self.values.to(query))
+            return ((1 - share) * expected.float() + share * own).to(expected.dtype)
+
+
 class AlignConnector(nn.Module):
     """ALIGN. Its values are the live rows of the decoder's embedding table, which it is handed at every call."""
 
@@ -228,15 +260,23 @@ class AlignConnector(nn.Module):
         self.hidden_norm = nn.LayerNorm(width, eps=self.eps)
         self.w2 = WordTable(self.num_words, width)
         self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
+        num_extra_words = fields.get("num_extra_words", 0)
+        self.extra_words = ExtraWords(num_extra_words, width) if num_extra_words else None
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         query, words = self.query(features), self.words(embed_words)
-        return expected_embedding(query.flatten(0, 1), words).view(query.shape)
+        flat = query.flatten(0, 1)
+        expected, log_normalizer = attend_words(flat, words)
+        if self.extra_words is not None:
+            expected = self.extra_words(flat, expected, log_normalizer)
+        return expected.view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
         """P for every feature, float32 [M, N, V]: for analyses of a few tiles."""
         query = self.query(features)
-        return word_distribution(query.flatten(0, 1), self.words()).view(*query.shape[:2], -1)
+        flat = query.flatten(0, 1)
+        own_scores = None if self.extra_words is None else self.extra_words.scores(flat)
+        return word_distribution(flat, self.words(), own_scores).view(*query.shape[:2], -1)
 
     def query(self, features: torch.Tensor) -> torch.Tensor:
         return self.hidden_norm(self.w1(features))
@@ -481,6 +521,10 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, WordTable):
             init.normal_(module.weight, std=0.02)
+        elif isinstance(module, ExtraWords):
+            init.normal_(module.keys, std=0.02)
+            init.zeros_(module.bias)
+            init.normal_(module.values, std=0.02)
         elif isinstance(module, WordNorm):
             init.constant_(module.weight, module.initial_scale)
             init.zeros_(module.bias)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
+from alignvlm_jax.models.connectors.extra_words import ExtraWords
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary, vocabulary_attention, vocabulary_usage
 
@@ -40,12 +41,14 @@ class AlignConfig:
       layer_norm_eps: epsilon of both LayerNorms.
       vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original
         vocabulary when special tokens were added behind it.
+      num_extra_words: learned words of the connector's own beside the vocabulary (`extra_words.py`); not in the paper.
     """
 
     vocab_scale_init: float = 2.0
     use_bias: bool = True
     layer_norm_eps: float = 1e-5
     vocab_size: int | None = None
+    num_extra_words: int = 0
 
 
 class AlignConnector(nn.Module):
@@ -62,8 +65,11 @@ class AlignConnector(nn.Module):
     def describe(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
     ) -> tuple[Float[Array, "B N D"], VocabularySummary]:
-        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table."""
-        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
+        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table.
+
+        With words of the connector's own, the entropy is that over both kinds; they are never among the likeliest.
+        """
+        query, keys, scale, bias, extra = self.query_and_keys(features, text_embedding)
         tokens, summary = vocabulary_attention(
             query,
             keys,
@@ -72,6 +78,7 @@ class AlignConnector(nn.Module):
             self.values(text_embedding),
             eps=self.config.layer_norm_eps,
             statistics=self.get_variable("vocabulary", "statistics"),
+            log_normalizer=extra is not None,
             entropy=True,
             top_k=top_k,
             mesh_axes=layers.vocabulary_mesh(),
@@ -79,11 +86,13 @@ class AlignConnector(nn.Module):
         words = self.get_variable("vocabulary", "words")
         if top_k and words is not None:
             summary = summary.replace(top_ids=words[summary.top_ids])
+        if extra is not None:
+            tokens, summary = extra.join(query, tokens, summary)
         return tokens, summary
 
     @nn.compact
     def query_and_keys(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]):
-        """LN_D(W1 f) [B, N, D], W2 [V, D], and LN_V's scale and bias [V]."""
+        """LN_D(W1 f) [B, N, D], W2 [V, D], LN_V's scale and bias [V], and the connector's own words or None."""
         config, width = self.config, self.output_size
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
@@ -93,7 +102,8 @@ class AlignConnector(nn.Module):
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
         bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
-        return query, keys, scale, bias
+        extra = ExtraWords.declare(config.num_extra_words, width) if config.num_extra_words else None
+        return query, keys, scale, bias, extra
 
     def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
         """The embeddings of the words that P ranges over."""
@@ -105,8 +115,8 @@ class AlignConnector(nn.Module):
     def log_distribution(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
     ) -> Float[Array, "B N V"]:
-        """log P for every feature and word, float32."""
-        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
+        """log P for every feature and word, float32; the connector's own words have what is missing to 1."""
+        query, keys, scale, bias, extra = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.get_variable("vocabulary", "statistics")
         if statistics is None:
@@ -114,14 +124,23 @@ class AlignConnector(nn.Module):
         else:
             mean, variance, _ = statistics.moments(query)
             normed = (logits - mean[..., None]) * jax.lax.rsqrt(variance + eps)[..., None]
-        return jax.nn.log_softmax(normed * scale + bias, axis=-1)
+        scores = normed * scale + bias
+        if extra is None:
+            return jax.nn.log_softmax(scores, axis=-1)
+        own = jax.nn.logsumexp(extra.scores(query), axis=-1, keepdims=True)
+        return scores - jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), own)
 
     def usage(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], weights: Float[Array, "B N"]
     ) -> Float[Array, " V"]:
-        """Sum over features of weight * P."""
-        query_and_keys = self.query_and_keys(features, text_embedding)
-        statistics = self.get_variable("vocabulary", "statistics")
-        return vocabulary_usage(
-            *query_and_keys, eps=self.config.layer_norm_eps, statistics=statistics, weights=weights
+        """Sum over features of weight * P; of the words of the vocabulary alone."""
+        *query_and_keys, extra = self.query_and_keys(features, text_embedding)
+        options = dict(
+            eps=self.config.layer_norm_eps, statistics=self.get_variable("vocabulary", "statistics")
         )
+        if extra is not None:
+            _, summary = vocabulary_attention(
+                *query_and_keys, self.values(text_embedding), log_normalizer=True, **options
+            )
+            weights = weights * (1 - extra.share(query_and_keys[0], summary.log_normalizer))
+        return vocabulary_usage(*query_and_keys, weights=weights, **options)

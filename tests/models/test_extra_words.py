@@ -1,0 +1,159 @@
+"""ALIGN's words of its own: one softmax over both kinds of words, in value, gradient, on a mesh and when pruned."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignvlm_jax.inference.vocabulary import cache_vocabulary, prune_vocabulary, vocabulary_usage
+from alignvlm_jax.models import layers
+from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters, seed_connector
+from alignvlm_jax.models.connectors import AlignConfig, make_connector
+from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.ops import dense
+from tests.training.batches import MODEL, random_batch
+
+EXTRA = 5
+ON = dataclasses.replace(MODEL, connector=AlignConfig(num_extra_words=EXTRA))
+WORDS, WIDTH, D_IN = 40, 16, 12
+
+
+def joint_softmax(params, features, embedding):
+    """Scores of all words side by side, and the values of all: what `extra_words.py` says its two sums are."""
+    hidden = features @ params["w1"]["kernel"] + params["w1"]["bias"]
+    query = layers.standardize(hidden, 1e-5) * params["hidden_norm"]["scale"] + params["hidden_norm"]["bias"]
+    words = dense.scores(query, params["w2"], params["vocab_norm_scale"], params["vocab_norm_bias"])
+    extra = params["extra_words"]
+    p = jax.nn.softmax(jnp.concatenate([words, query @ extra["keys"].T + extra["bias"]], axis=-1), axis=-1)
+    return p @ jnp.concatenate([embedding, extra["values"]]), p
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The connector alone, its parameters scattered, features and an embedding table."""
+    rng = np.random.default_rng(0)
+    features, embedding = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 9, D_IN), (WORDS, WIDTH)))
+    connector = make_connector(AlignConfig(num_extra_words=EXTRA), output_size=WIDTH, dtype="float32")
+    shapes = jax.eval_shape(lambda: connector.init(jax.random.key(0), features, embedding))["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.7 * rng.normal(size=leaf.shape), jnp.float32), nn.unbox(shapes))
+    return connector, params, features, embedding
+
+
+def loss_of(connector):
+    def loss(params, features, embedding):
+        output = connector.apply({"params": params}, features, embedding)
+        return jnp.sum(jnp.sin(output.tokens)), output
+
+    return loss
+
+
+def assert_close(got, wanted):
+    for leaf, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert dense.distance(leaf, np.asarray(want)) <= 1e-5
+
+
+def test_it_is_one_softmax_over_both_kinds_of_words(small):
+    connector, params, *inputs = small
+
+    def wanted_loss(params, *inputs):
+        tokens, p = joint_softmax(params, *inputs)
+        return jnp.sum(jnp.sin(tokens)), (tokens, p)
+
+    gradients, output = jax.jit(jax.grad(loss_of(connector), (0, 1, 2), has_aux=True))(params, *inputs)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, *inputs))
+        wanted, (tokens, p) = jax.jit(jax.grad(wanted_loss, (0, 1, 2), has_aux=True))(*wide)
+    tokens, p = np.asarray(tokens), np.asarray(p)
+    own = p[..., WORDS:].sum(-1)
+    assert 0.05 < own.mean() < 0.95, "or one of the two kinds would not be tested"
+    assert_close((output.tokens, output.entropy), (tokens, -np.sum(p * np.log(p), axis=-1)))
+    assert_close(gradients, wanted)
+    log_p = connector.apply({"params": params}, *inputs, method="log_distribution")
+    assert_close(jnp.exp(log_p), p[..., :WORDS])
+    _, summary = connector.apply({"params": params}, *inputs, top_k=3, method="describe")
+    np.testing.assert_allclose(summary.top_probabilities, -np.sort(-p[..., :WORDS], axis=-1)[..., :3], rtol=1e-4)
+    np.testing.assert_array_equal(summary.top_ids, np.argsort(-p[..., :WORDS], axis=-1)[..., :3])
+    weights = jnp.asarray(np.random.default_rng(1).random(inputs[0].shape[:2]), jnp.float32)
+    usage = connector.apply({"params": params}, *inputs, weights, method="usage")
+    assert_close(usage, np.einsum("bn,bnv->v", weights, p[..., :WORDS]))
+
+
+def test_a_mesh_changes_nothing(small):
+    connector, params, *inputs = small
+    wanted, output = jax.jit(jax.grad(loss_of(connector), (0, 1, 2), has_aux=True))(params, *inputs)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    boxed = jax.eval_shape(lambda: connector.init(jax.random.key(0), *inputs))["params"]
+    placed = jax.device_put(params, sharding.parameter_shardings(boxed, mesh))
+    with jax.set_mesh(mesh), sharding.logical_rules():
+        got = jax.jit(jax.grad(loss_of(connector), (0, 1, 2), has_aux=True))(placed, *inputs)
+    assert_close(got, (wanted, output))
+
+
+def test_off_nothing_is_there():
+    params = nn.unbox(jax.eval_shape(lambda: random_parameters(MODEL, jax.random.key(0))))
+    assert "extra_words" not in params["connector"]
+
+
+def find_four(table, mean):
+    """Rows of the table whose mean this is, tried pair by pair; a row may come more than once."""
+    pairs = [(i, j) for i in range(len(table)) for j in range(i, len(table))]
+    sums = np.array([table[i] + table[j] for i, j in pairs])
+    for (i, j), pair in zip(pairs, sums, strict=True):
+        rest = np.abs(sums + pair - 4 * mean).max(axis=1)
+        if rest.min() < 1e-5:
+            return [i, j, *pairs[int(rest.argmin())]]
+    return None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_begins_between_four_words(tied):
+    config = dataclasses.replace(ON, language=dataclasses.replace(ON.language, tie_word_embeddings=tied))
+    boxed = jax.jit(lambda: random_parameters(config, jax.random.key(0)))()
+    params = nn.unbox(boxed)
+    extra, embedding = params["connector"]["extra_words"], np.asarray(params["language"]["embedding"], np.float64)
+    keys = np.asarray(params["connector"]["w2"], np.float64)
+    centred = keys - keys.mean(axis=0)
+    logits = np.random.default_rng(0).normal(size=(2000, keys.shape[1])) @ centred.T
+    # Which four: whose mean the value is. Their key is then theirs, scaled as LN_V would scale logits.
+    for value, key in zip(extra["values"], extra["keys"], strict=True):
+        four = find_four(embedding, np.asarray(value))
+        assert four is not None
+        np.testing.assert_allclose(key * logits.std() / 2.0, centred[four].mean(axis=0), rtol=0.05, atol=1e-3)
+    assert not np.any(extra["bias"])
+    spec = nn.get_partition_spec(boxed)["connector"]["extra_words"]
+    assert spec["keys"] == jax.P("position", "embed"), "boxes as they were declared"
+    # A function of the language model alone.
+    again = seed_connector(config, {**params, "connector": {}})["connector"]["extra_words"]
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6), again, extra)
+
+
+def test_cached_statistics_and_pruning():
+    """Of the vocabulary's words the pruned model knows a few, of its own all; the shares are those of the full one."""
+    params = nn.unbox(jax.jit(lambda: random_parameters(ON, jax.random.key(0)))())
+    batch = random_batch(0)
+    page = batch["tiles"][0], batch["tile_valid_hw"][0]
+
+    @jax.jit
+    def encode(variables):
+        def both(model):
+            features = model.encode_features(*page)
+            return model.encode_images(*page)[0], model.connector.log_distribution(features, model.language.embedding)
+
+        return AlignVLM(ON).apply(variables, method=both)
+
+    tokens, log_p = encode({"params": params})
+    cached = cache_vocabulary(ON, params)
+    np.testing.assert_allclose(encode(cached)[0], tokens, rtol=1e-4, atol=1e-6)
+    usage = vocabulary_usage(ON, cached, *page)
+    words = MODEL.language.vocab_size
+    everything = prune_vocabulary(ON, params, usage, words)
+    np.testing.assert_allclose(encode(everything)[0], tokens, rtol=1e-4, atol=1e-5)
+    pruned = prune_vocabulary(ON, params, usage, words // 2)
+    kept = pruned["vocabulary"]["connector"]["words"]
+    p, own = np.exp(log_p)[..., kept], 1 - np.exp(log_p).sum(-1)
+    _, pruned_log_p = encode(pruned)
+    np.testing.assert_allclose(np.exp(pruned_log_p), p / (p.sum(-1) + own)[..., None], rtol=1e-3, atol=1e-6)
