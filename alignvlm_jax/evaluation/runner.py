@@ -5,15 +5,20 @@ Controls replace the images and leave questions and answers alone:
     none    the page itself
     blank   a white page of the same size: what the questions alone give away
     wrong   another document's page of the same family: what the family's layout and usual values give away
+
+Conversations as `tools/prepare_data.py` writes them are scored likewise: each of the assistant's turns is an answer to
+be given, after the turns before it as they are written. Of controls they know `blank`.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 import numpy as np
@@ -22,9 +27,12 @@ from tqdm import tqdm
 
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data import images, store
+from alignvlm_jax.data.chat import Message
+from alignvlm_jax.data.conversations import make_conversation
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
+from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -32,7 +40,8 @@ from alignvlm_jax.training import checkpoint as checkpoints
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
-"""A document as `data/store.py` gives it: id, source (its family), font, image (encoded), questions, answers."""
+"""As `data/store.py` gives it. A document: id, source (its family), font, image (encoded), questions, answers; or what
+`tools/prepare_data.py` writes: id, source, conversation, images."""
 
 # Pages in memory at a time: enough to fill batches with prompts of like size, few enough for large pages.
 _DOCUMENTS_AT_ONCE = 64
@@ -67,6 +76,8 @@ def evaluate(
     if control == "wrong":
         # Chosen among all documents, asked about or not.
         everything = list(_documents(records))
+        if any(document.turns is not None for document in everything):
+            raise UserError("control 'wrong' is for documents with one image, not for conversations: take 'blank'")
         shown = [everything[other] for other in derangement([document.family for document in everything], seed)]
         documents = _first_questions(everything, limit)
     else:
@@ -79,8 +90,7 @@ def evaluate(
             group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
             prompts = []
             for i in group:
-                image = _picture(records, shown[i], blank=control == "blank")
-                prompts += reader.prompts(image, documents[i].questions)
+                prompts += _prompts(reader, records, documents[i], shown[i], blank=control == "blank")
             predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
             for document in documents[group.start : group.stop]:
                 for question, expected in zip(document.questions, document.answers, strict=True):
@@ -186,25 +196,53 @@ class _Document:
     font: str
     questions: list[str]
     answers: list[str]
+    turns: list[list[Message]] | None = None
+    """Of a conversation: what was said before each answer, its question at the end."""
 
 
 def _documents(records: Sequence[Record]) -> Iterator[_Document]:
     """The documents that have questions; their images stay where they are, they may not fit in memory."""
     for index in range(len(records)):
         record = records[index]
-        if record["questions"]:
+        if "conversation" in record:
+            yield _conversation(index, record)
+        elif "questions" not in record:
+            raise UserError(
+                f"these records have {', '.join(record)}: what can be scored are documents (id, source, font, image, "
+                "questions, answers) and what tools/prepare_data.py writes (id, source, conversation, images)"
+            )
+        elif record["questions"]:
             yield _Document(
                 index, record["id"], record["source"], record["font"], record["questions"], record["answers"]
             )
+
+
+def _conversation(index: int, record: Record) -> _Document:
+    messages = make_conversation(record, "conversation", np.random.default_rng(0)).messages
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return _Document(
+        index,
+        record["id"],
+        record["source"],
+        font="",
+        questions=[_text(messages[i - 1]) for i in places],
+        answers=[_text(messages[i]) for i in places],
+        turns=[messages[:i] for i in places],
+    )
+
+
+def _text(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[_Document]:
     """The documents up to the question number `limit`; no more are read than that takes."""
     chosen, left = [], sys.maxsize if limit is None else limit
     for document in documents:
-        chosen.append(
-            dataclasses.replace(document, questions=document.questions[:left], answers=document.answers[:left])
-        )
+        kept = {name: getattr(document, name)[:left] for name in ("questions", "answers")}
+        turns = document.turns and document.turns[:left]
+        chosen.append(dataclasses.replace(document, **kept, turns=turns))
         left -= len(chosen[-1].questions)
         if not left:
             break
@@ -213,14 +251,41 @@ def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[
     return chosen
 
 
-def _picture(records: Sequence[Record], document: _Document, *, blank: bool) -> PIL.Image.Image:
-    image = images.open_image(records[document.index]["image"], name=document.id)
+def _prompts(
+    reader: Reader, records: Sequence[Record], document: _Document, shown: _Document, *, blank: bool
+) -> list[Prompt]:
+    """What the model is asked about a document, with the images of `shown`."""
+    record = records[shown.index]
+    if document.turns is None:
+        return reader.prompts(_picture(record["image"], shown.id, blank), document.questions)
+    try:
+        cut = [reader.cut(_picture(data, "image", blank)) for data in record["images"]]
+        return [reader.chat_prompt(turns, cut[: _count_images(turns)]) for turns in document.turns]
+    except UserError as error:
+        raise UserError(f"{document.id}: {error}") from error
+
+
+def _picture(data: bytes, name: str, blank: bool) -> PIL.Image.Image:
+    image = images.open_image(data, name=name)
     return PIL.Image.new("RGB", image.size, "white") if blank else image
 
 
-def _open_for_writing(file: str | pathlib.Path):
+def _count_images(messages: Sequence[Message]) -> int:
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
+
+
+@contextlib.contextmanager
+def _open_for_writing(file: str | pathlib.Path) -> Iterator[TextIO]:
+    """A file that takes its name only once all of it is written."""
+    file = pathlib.Path(file)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-        return open(file, "w", encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as out:
+            yield out
+        partial.replace(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,12 +11,14 @@ from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
+from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
 from alignvlm_jax.evaluation.during_training import during_training
 from alignvlm_jax.evaluation.schedule import EvaluationConfig
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.checkpoint import write_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
+from tests.evaluation.benchmarks.drawn import write_docdownstream
 from tests.parallel import processes, tiny
 from tests.training import batches
 
@@ -69,6 +71,19 @@ def test_a_mesh_predicts_what_one_device_does(written, tmp_path):
     assert predictions(run, tmp_path / "cube.jsonl", MeshConfig(*CUBE)) == alone
 
 
+def test_benchmarks_on_a_mesh(written, tmp_path):
+    run, _ = written
+    write_docdownstream(tmp_path / "data", tmp_path, pages=4)
+    answers = []
+    for mesh in (None, MeshConfig(*CUBE)):
+        file = tmp_path / f"{mesh is None}.jsonl"
+        evaluate_benchmarks(
+            run, ["docvqa"], data=tmp_path / "data", limit=6, batch_size=6, mesh=mesh, predictions_file=file
+        )
+        answers.append(file.read_text())
+    assert answers[0] == answers[1] and answers[0].count("\n") == 7
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)])
 def test_every_mesh_predicts_what_one_device_does(written, tmp_path, shape):
@@ -87,6 +102,21 @@ def test_several_processes_predict_what_one_does(written, tmp_path, experiment, 
     assert processes.finish(several) == [0] * number, several[0].text()
     assert (tmp_path / "several.jsonl").read_text() == alone
     assert [process.text().count("exact match") for process in several] == [1] + [0] * (number - 1)
+
+
+@pytest.mark.large
+def test_benchmarks_in_several_processes(written, tmp_path):
+    run, _ = written
+    write_docdownstream(tmp_path / "data", tmp_path, pages=4)
+    files = [tmp_path / "alone.jsonl", tmp_path / "several.jsonl"]
+    options = dict(data=str(tmp_path / "data"), limit=6, batch_size=6)
+    evaluate_benchmarks(run, ["docvqa"], predictions_file=files[0], **options)
+    several = processes.start(
+        tmp_path / "out", "benchmarks", 2, checkpoint=str(run), names=["docvqa"], predictions=str(files[1]), **options
+    )
+    assert processes.finish(several) == [0, 0], several[0].text()
+    assert files[0].read_text() == files[1].read_text()
+    assert [process.text().count("ANLS") for process in several] == [1, 0]
 
 
 def test_scoring_in_training_changes_nothing(experiment, tmp_path, capsys):

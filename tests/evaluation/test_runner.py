@@ -104,3 +104,54 @@ def test_files(tmp_path):
     }
     with pytest.raises(UserError, match="cannot be written"):
         write_json({}, tmp_path)
+
+
+class ChattingReader(FakeReader):
+    """Answers with the numbers of the pictures it was shown, and how many turns went before."""
+
+    def cut(self, image):
+        return image.getpixel((0, 0))[0]
+
+    def chat_prompt(self, messages, shown):
+        parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
+        assert sum(part["type"] == "image" for part in parts) == len(shown)
+        return [*shown, len(messages) // 2]
+
+    def answer(self, prompts, *, max_new_tokens, on_batch):
+        on_batch(len(prompts))
+        return [" ".join(map(str, prompt)) for prompt in prompts]
+
+
+def conversation(number: int, *turns: tuple[int, str, str]) -> dict:
+    """A record as tools/prepare_data.py writes them, with turns of (images, question, answer)."""
+    messages = []
+    for images, question, answer in turns:
+        parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+    pictures = [page(number + i) for i in range(sum(images for images, _, _ in turns))]
+    return {"id": f"c{number}", "source": "llava", "conversation": json.dumps(messages), "images": pictures}
+
+
+def test_prepared_conversations_are_scored_turn_by_turn():
+    records = [
+        conversation(10, (1, "Which?", "10 0"), (0, "And then?", "10 1"), (1, "And here?", "no")),
+        conversation(20, (2, "Both?", "20 21 0")),
+        conversation(30, (0, "Nothing shown?", "0")),
+    ]
+    report = evaluate(ChattingReader(), records)
+    assert [(answer.question, answer.predicted) for answer in report.answers] == [
+        ("Which?", "10 0"),
+        ("And then?", "10 1"),
+        ("And here?", "10 11 2"),
+        ("Both?", "20 21 0"),
+        ("Nothing shown?", "0"),
+    ]
+    assert report.overall.right == 4 and list(report.per_family) == ["llava"]
+    assert len(evaluate(ChattingReader(), records, limit=2).answers) == 2
+    assert evaluate(ChattingReader(), records, control="blank").answers[0].predicted == "255 0"
+    with pytest.raises(UserError, match="not for conversations: take 'blank'"):
+        evaluate(ChattingReader(), records, control="wrong")
+    with pytest.raises(UserError, match="c20: image: not an image"):
+        evaluate(ChattingReader(), [{**records[1], "images": [b"torn", b"torn"]}])
+    with pytest.raises(UserError, match="these records have id, caption: what can be scored"):
+        evaluate(ChattingReader(), [{"id": "1", "caption": "?"}])

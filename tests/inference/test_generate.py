@@ -89,9 +89,7 @@ def test_answers_stop_before_the_end_token(params):
 def test_rows_without_a_prompt_do_not_keep_the_loop_running(params):
     batch = pad_prompts(PROMPTS[:1], rows=2, tile_size=16, pad_id=PAD)
     variables, every_id = generator(params).variables, tuple(range(48))
-    answers = greedy_decode(
-        AlignVLM(CONFIG), variables, batch, max_new_tokens=MAX_NEW, end_ids=every_id, pad_id=PAD
-    )
+    answers = greedy_decode(AlignVLM(CONFIG), variables, batch, max_new_tokens=MAX_NEW, end_ids=every_id, pad_id=PAD)
     assert np.asarray(answers)[1].tolist() == [PAD] * MAX_NEW
     assert np.asarray(answers)[0, 1:].tolist() == [PAD] * (MAX_NEW - 1)
 

@@ -1,5 +1,6 @@
 """The reader: every kind of image source, one at a time or many, and what it refuses."""
 
+import copy
 import dataclasses
 import io
 
@@ -137,3 +138,34 @@ def test_pages_whose_tiles_are_joined(reader):
     together = joined.ask_batch(pages, [QUESTION] * 3, max_new_tokens=MAX_NEW)
     assert together == [joined.ask(p, QUESTION, max_new_tokens=MAX_NEW) for p in pages]
     assert len(set(together)) == 3
+
+
+def test_several_images_in_one_prompt(reader):
+    shown = [reader.cut(page(0)), reader.cut(page(1, 16, 16))]
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " like "}, {"type": "image"}]
+    messages = [{"role": "user", "content": parts}]
+    both = reader.chat_prompt(messages, shown)
+    np.testing.assert_array_equal(both.tiles, np.concatenate([shown[0].tiles, shown[1].tiles]))
+    assert both.tiles.shape[0] == len(both.tile_valid_hw) == 3
+    np.testing.assert_array_equal(both.visual_index[both.visual_index >= 0], np.arange(3 * 4))
+    runs = np.flatnonzero(np.diff(both.visual_index >= 0))
+    assert len(runs) == 4, "text, image, text, image, text"
+
+    swapped = reader.chat_prompt(messages, shown[::-1])
+    alone = [reader.answer([prompt], max_new_tokens=MAX_NEW)[0] for prompt in (both, swapped)]
+    one = reader.prompts(page(2), [QUESTION])[0]
+    assert reader.answer([both, one, swapped], max_new_tokens=MAX_NEW)[::2] == alone
+
+    anyres = copy.copy(reader)
+    anyres.tiling = TilingConfig(tile_size=16, max_tiles=4, rule="anyres_max_9", thumbnail=True)
+    shown = [anyres.cut(page(0)), anyres.cut(page(1, 16, 16))]
+    single = [anyres.chat_prompt([{"role": "user", "content": parts[1:2]}], [image]) for image in shown]
+    both = anyres.chat_prompt(messages, shown)
+    assert np.sum(both.visual_index >= 0) == sum(len(prompt.resampling.sources) for prompt in single)
+    first = len(single[0].resampling.sources)
+    moved = single[1].resampling.sources
+    moved = np.where(moved >= 0, moved + 4 * len(shown[0].tiles), -1)
+    np.testing.assert_array_equal(both.resampling.sources[first:], moved)
+
+    with pytest.raises(UserError, match="2 images and question take"):
+        reader.chat_prompt([{"role": "user", "content": [*parts, {"type": "text", "text": "long " * 99}]}], shown)

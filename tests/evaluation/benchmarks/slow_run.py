@@ -1,0 +1,31 @@
+"""A run over a benchmark whose reader takes its time: `python slow_run.py DATA PREDICTIONS`, to be killed."""
+
+import pathlib
+import sys
+import time
+
+from alignvlm_jax.evaluation.benchmarks import runner
+from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
+from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
+from tests.evaluation.benchmarks.stub import StubReader
+
+IDENTITY = {"checkpoint": "stub", "step": 3}
+
+
+def main(data: str, predictions_file: str) -> None:
+    runner._QUESTIONS_AT_ONCE = 2
+
+    def answer(text: str) -> str:
+        time.sleep(0.05)
+        return text[-1]
+
+    benchmark = BENCHMARKS["chartqa"]
+    questions = runner.read_questions(benchmark, pathlib.Path(data), "test")
+    reader = StubReader(answer)
+    reader.generator.batch_size = 1
+    with Predictions(predictions_file) as predictions:
+        runner.run(benchmark, "test", questions, lambda: reader, predictions, IDENTITY)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,163 @@
+"""Runs that are stopped and gone on with, what is refused, and the shipped model on drawn pages."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from alignvlm_jax import cli
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.benchmarks import runner
+from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
+from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS, find_benchmarks
+from tests.evaluation.benchmarks import slow_run
+from tests.evaluation.benchmarks.drawn import write_docdownstream
+from tests.evaluation.benchmarks.stub import StubReader, evaluate, write_image, write_json
+
+CHARTQA = BENCHMARKS["chartqa"]
+NUMBER = 200
+
+
+@pytest.fixture
+def charts(tmp_path) -> pathlib.Path:
+    """ChartQA with questions that end in the last digit of their number, which is the answer."""
+    folder = tmp_path / "charts"
+    for i in range(2):
+        write_image(folder / "test" / "png" / f"{i}.png", i)
+    records = [{"imgname": f"{i % 2}.png", "query": f"question {i}", "label": str(i % 10)} for i in range(NUMBER)]
+    write_json(folder / "test" / "test_human.json", records)
+    return folder
+
+
+def go_on(charts, file, *, benchmark=CHARTQA, identity=slow_run.IDENTITY, rule=lambda text: text[-1], **options):
+    stub = StubReader(rule)
+    questions = runner.read_questions(benchmark, charts, "test")
+    with Predictions(file) as predictions:
+        return runner.run(benchmark, "test", questions, lambda: stub, predictions, identity, **options), stub
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(charts, tmp_path):
+    file, root = tmp_path / "predictions.jsonl", pathlib.Path(__file__).parents[3]
+    command = [sys.executable, "-m", "tests.evaluation.benchmarks.slow_run", str(charts), str(file)]
+    with subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}) as process:
+        deadline = time.monotonic() + 120
+        while not file.exists() or file.read_bytes().count(b"\n") < 10:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="another run is writing to it"):
+            Predictions(file)
+        process.send_signal(signal.SIGKILL)
+    answered = file.read_bytes().count(b"\n") - 1
+    assert 9 <= answered < NUMBER
+    with file.open("ab") as torn:
+        torn.write(b'{"benchmark": "chartqa", "id": "human:19')  # As a crash within a write would leave it.
+
+    outcome, stub = go_on(charts, file)
+    assert len(stub.seen) == NUMBER - answered
+    assert outcome.scores.primary.value == 1 and outcome.scores.primary.count == NUMBER
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 1 + NUMBER and len({line.get("id") for line in lines}) == 1 + NUMBER
+
+    def nothing_left():
+        raise AssertionError("the model is loaded for nothing")
+
+    questions = runner.read_questions(CHARTQA, charts, "test")
+    with Predictions(file) as predictions:
+        again = runner.run(CHARTQA, "test", questions, nothing_left, predictions, slow_run.IDENTITY)
+    assert again.scores == outcome.scores
+
+
+def test_limit_is_lifted_without_asking_again(charts, tmp_path):
+    outcome, stub = go_on(charts, tmp_path / "p.jsonl", limit=30)
+    assert outcome.scores.primary.count == len(stub.seen) == 30
+    outcome, stub = go_on(charts, tmp_path / "p.jsonl")
+    assert outcome.scores.primary.count == NUMBER and len(stub.seen) == NUMBER - 30
+
+
+def test_answers_to_something_else_are_refused(charts, tmp_path):
+    file = tmp_path / "p.jsonl"
+    go_on(charts, file, limit=3)
+    with pytest.raises(UserError, match="step was 3 and is 4.*Name another --predictions file"):
+        go_on(charts, file, identity={**slow_run.IDENTITY, "step": 4})
+    with pytest.raises(UserError, match=r"prompt was '\{question\}' and is 'Q: \{question\}'"):
+        go_on(charts, file, benchmark=dataclasses.replace(CHARTQA, prompt="Q: {question}"))
+    records = json.loads((charts / "test" / "test_human.json").read_text())
+    write_json(charts / "test" / "test_human.json", [*records[:-1], {**records[-1], "label": "other"}])
+    with pytest.raises(UserError, match="questions was"):
+        go_on(charts, file)
+    file.write_text("what is this\n" + file.read_text())
+    with pytest.raises(UserError, match="line 1 is none"):
+        go_on(charts, file)
+
+
+def test_an_image_that_is_put_right_is_asked_about_in_the_end(charts, tmp_path):
+    lost = (charts / "test" / "png" / "1.png").rename(tmp_path / "lost.png")
+    outcome, _ = go_on(charts, tmp_path / "p.jsonl")
+    assert len(outcome.problems) == NUMBER // 2 and outcome.scores.primary.value == 0.5
+    lost.rename(charts / "test" / "png" / "1.png")
+    outcome, stub = go_on(charts, tmp_path / "p.jsonl")
+    assert not outcome.problems and len(stub.seen) == NUMBER // 2 and outcome.scores.primary.value == 1
+
+
+def test_what_the_command_refuses_at_once(tmp_path, capsys):
+    with pytest.raises(UserError, match="no benchmark 'docqva': there are docvqa, infovqa"):
+        find_benchmarks(["docvqa", "docqva"])
+    assert cli.main(["eval", "--checkpoint", "nano", "--benchmark", "docvqa"]) == 2
+    assert "needs --data" in capsys.readouterr().err
+    command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa", "--data", str(tmp_path)]
+    assert cli.main([*command, "--control", "blank"]) == 2
+    assert cli.main(command) == 2
+    assert "no files of DocVQA, split val. It is read from: DocDownstream-1.0" in capsys.readouterr().err
+
+
+def test_twice_the_same_id_is_a_problem(tmp_path):
+    write_image(tmp_path / "images" / "a.png", 1)
+    entry = {"imageId": "n1", "question": "?", "answer": "no"}
+    write_json(tmp_path / "testdev_balanced_questions.json", {"1": entry})
+    question = BENCHMARKS["gqa"].layouts[0].read(tmp_path, "test")
+    doubled = runner._unique([*question] * 2)
+    assert [bool(one.problem) for one in doubled] == [False, True]
+
+
+def test_images_and_texts_in_a_message():
+    parts = runner.content("Is \ufffc like \ufffc?", 3)
+    image = {"type": "image"}
+    assert parts == [image, {"type": "text", "text": "Is "}, image, {"type": "text", "text": " like "}, image] + [
+        {"type": "text", "text": "?"}
+    ]
+    with pytest.raises(UserError, match="places 2 images, and there are 1"):
+        runner.content("\ufffc\ufffc", 1)
+
+
+def test_every_row_of_the_table_can_be_asked(tmp_path):
+    from alignvlm_jax.evaluation.benchmarks.question import Question
+
+    for benchmark in BENCHMARKS.values():
+        kinds = [""] if isinstance(benchmark.prompt, str) else list(benchmark.prompt)
+        for kind in kinds:
+            asked = benchmark.ask(Question("1", "here", "what {is} it?", kind=kind, choices=("yes", "{no}")))
+            assert benchmark.name.startswith("vcr") or "what {is} it?" in asked
+        with pytest.raises(UserError, match=f"no files of .*{benchmark.split}"):
+            evaluate(benchmark.name, tmp_path, lambda text: "")
+
+
+def test_the_shipped_model_reads_drawn_pages(tmp_path, capsys):
+    write_docdownstream(tmp_path / "data", tmp_path, pages=8)
+    command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa,chartqa", "--data", str(tmp_path / "data")]
+    assert cli.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "ALIGN 3B" in printed and "79.63" in printed and "DocVQA val, ANLS" in printed
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    docvqa, chartqa = figures["benchmarks"]
+    # Random weights, or the wrong page, score below 10.
+    assert docvqa["score"] > 60 and chartqa["score"] > 30
+    assert docvqa["paper"]["ALIGN 3B"] == 79.63 and docvqa["prompt"] == "{question}"
+    assert docvqa["num_not_asked"] == 0 and "jax" in figures["versions"]
+    lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 2 + docvqa["num_questions"] + chartqa["num_questions"]
