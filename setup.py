@@ -57,6 +57,8 @@ EXTRAS = {
         f"jax[tpu]{JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "jsonschema>=4.23,<5",
         "packaging>=25,<28",
+        # Drives a chromium that is on the machine, for the tests of the inspector's page.
+        "playwright>=1.60,<2",
         "psutil>=6,<8",
         "pytest>=8.4,<10",
         "pytest-xdist>=3.8,<4",

@@ -65,10 +65,11 @@ keys.forEach((key, word) => {
 });
 
 function percent(share) {
-  if (share >= 0.9995) return "100 %";
-  if (share >= 0.0995) return `${Math.round(share * 100)} %`;
-  if (share >= 0.001) return `${(share * 100).toPrecision(2)} %`;
-  return share >= 0.0001 ? `${(share * 100).toFixed(2)} %` : "< 0.01 %";
+  // With spaces that do not break.
+  if (share >= 0.9995) return "100\u00a0%";
+  if (share >= 0.0995) return `${Math.round(share * 100)}\u00a0%`;
+  if (share >= 0.001) return `${(share * 100).toPrecision(2)}\u00a0%`;
+  return share >= 0.0001 ? `${(share * 100).toFixed(2)}\u00a0%` : "<\u00a00.01\u00a0%";
 }
 const short = (number) => (number >= 99.5 ? Math.round(number).toLocaleString("en") : Number(number.toPrecision(2)).toString());
 const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(2)}`;
@@ -163,7 +164,8 @@ const viewport = $("viewport");
 const base = $("base").getContext("2d");
 const cursor = $("cursor").getContext("2d");
 const frame = { width: 0, height: 0, scale: 1, left: 0, top: 0 }; // of what is seen; where the page lies in it
-const MOST_INK = 0.74;
+const MOST_INK = 0.7;
+const PALE = 0.2; // a word whose largest P is below this gets less than the full colour
 
 /** Sizes the viewport and its canvases after the window's and the zoom. */
 function layOut() {
@@ -230,6 +232,10 @@ function drawPage() {
   }
   if (picture.complete) base.drawImage(picture, x, y, across, down);
   base.globalAlpha = 1;
+  if (state.view !== "words" && document.documentElement.dataset.theme === "dark") {
+    base.fillStyle = "rgba(0, 0, 0, 0.14)"; // paper in a dark room
+    base.fillRect(x, y, across, down);
+  }
   if (state.view === "words") drawWords();
   else if (state.view !== "page") drawHeat(heat());
   drawTiles();
@@ -252,7 +258,8 @@ function heat() {
     return { value: (t) => map[t] / most, colour: colours.for, against: colours.against, title: `What each patch gave to ${token}, in nats`, ticks: [signed(-most), "0", signed(most)] };
   }
   const values = state.found.values;
-  let most = 1e-9;
+  // What is nowhere likely stays pale.
+  let most = PALE;
   for (const t of patchesOf(state.layer)) most = Math.max(most, values[t]);
   return { value: (t) => Math.sqrt(values[t] / most), colour: colours.find, title: state.found.title, ticks: ["0", percent(most / 4), percent(most)] };
 }
@@ -305,9 +312,10 @@ function drawWords() {
       continue;
     }
     const fitting = Math.min(height * 0.74, (width * 0.96) / (MONO_WIDTH * word.length));
-    const wanted = Math.max(fitting, Math.min(height * 0.42, 11));
+    const wanted = Math.max(fitting, Math.min(height * 0.32, 8));
     if (wanted < 4) {
-      base.fillRect(x + width * 0.15, y + height * 0.4, width * 0.7, Math.max(1, height * 0.2));
+      const length = Math.min(0.84, 0.14 * word.length) * width; // too small to read: a dash as long as the word
+      base.fillRect(x + (width - length) / 2, y + height * 0.36, length, Math.max(1, height * 0.28));
       continue;
     }
     const rounded = Math.round(wanted * 2) / 2;
@@ -323,15 +331,13 @@ function drawTiles() {
   if (state.view === "page") legend("Point at a patch, or tap it: its words are listed beside the page.", null);
   const tiles = data.layers[state.layer].tiles;
   if (tiles.length < 2) return;
-  base.globalAlpha = 0.6;
+  base.globalAlpha = 0.4;
   base.strokeStyle = colours.quiet;
   base.lineWidth = 1;
-  base.setLineDash([5, 4]);
   for (const tile of tiles) {
     const [x, y, width, height] = onScreen(data.tiles[tile].box);
-    base.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
+    base.strokeRect(x + 0.5, y + 0.5, width, height);
   }
-  base.setLineDash([]);
 }
 
 function drawCursor() {
@@ -396,9 +402,9 @@ function describe() {
   $("patch-title").textContent = isBlank(top) ? `${marked(top)} (blank)` : `“${top.trim()}”`;
   $("patch-place").textContent = `${placeOf(t)}${state.held ? " · held" : ""}`;
   const words = effective[t];
-  $("patch-doubt").textContent = words < 1.05 ? "Quite sure: 1.0 effective words" : `Undecided among ${short(words)} effective words`;
+  $("patch-doubt").textContent = `${words < 1.05 ? "1.0" : short(words)} effective words`;
   const map = answerMap();
-  $("patch-share").textContent = map ? `Gave ${signed(map[t])} nats to ${state.map ? "this token" : "the answer"}` : "";
+  $("patch-share").textContent = map ? gift(map[t]) : "";
   let known = 0;
   for (let entry = start; entry < start + count; entry++) known += entryShare[entry];
   let listed = 0;
@@ -411,7 +417,7 @@ function describe() {
     const word = text.words[row.index];
     spell(row.word, word);
     row.share.textContent = percent(share);
-    row.fill.style.transform = `scaleX(${share})`;
+    row.fill.style.transform = `scaleX(${share < 0.004 ? 0 : share})`;
     row.button.title = "Find it on the page";
   });
   const more = Math.max(0, count - SHOWN_WORDS);
@@ -420,6 +426,11 @@ function describe() {
   rest.push(`all words not kept: ${percent(Math.max(0, 1 - known))}`);
   $("rest").textContent = rest.join(" · ");
   drawCrop(t);
+}
+
+function gift(share) {
+  const to = state.map ? "this token" : "the answer";
+  return Math.abs(share) < 0.005 ? `Gave nothing to ${to}` : `Gave ${signed(share)} nats to ${to}`;
 }
 
 function placeOf(t) {
@@ -445,8 +456,8 @@ function drawCrop(t) {
   crop.strokeStyle = "rgba(255, 255, 255, 0.9)";
   crop.lineWidth = 7;
   crop.strokeRect(...box);
-  crop.strokeStyle = `rgb(${colours.find})`;
-  crop.lineWidth = 3.5;
+  crop.strokeStyle = "#111";
+  crop.lineWidth = 3;
   crop.strokeRect(...box);
 }
 
@@ -466,7 +477,7 @@ function speak() {
 
 // ---------------------------------------------------------------- the search
 
-const LEAST_PIECE = 0.02; // of P, for a patch to count as saying a piece of a word
+const LEAST_PIECE = 0.002; // of P, for a patch to count as saying a piece of a word
 const LEAST_CHAIN = 0.1; // geometric mean over a chain's patches
 
 /** Where a word is: the patches that say it, and rows of neighbours that spell it. */
@@ -487,10 +498,7 @@ function locate(query) {
   }
   const chains = spelled(key.replace(/\s+/g, ""));
   for (const chain of chains) for (const t of chain.patches) values[t] = Math.max(values[t], chain.score);
-  const title = !chains.length ? `P(“${query.trim()}”) of each patch`
-    : words.length ? `“${query.trim()}”: P of a patch, or of neighbours that spell it`
-    : `“${query.trim()}” as neighbours spell it`;
-  return { values, single, expected, chains, title, isWord: wordsOfKey.has(key) };
+  return { values, single, expected, chains, title: finding(query.trim(), single, expected, chains) };
 }
 
 /**
@@ -541,6 +549,17 @@ function spelled(letters) {
   return chains.sort((one, other) => other.score - one.score);
 }
 
+function finding(query, single, expected, chains) {
+  const said = [];
+  if (single > 0) said.push(`at most ${percent(single)} in a patch, ${short(expected)} patches’ worth in all`);
+  if (chains.length) {
+    const times = chains.length === 1 ? "once" : `${chains.length} times`;
+    said.push(`spelled by neighbours ${times}, at best ${percent(chains[0].score)} a piece`);
+  }
+  if (!said.length) said.push(`not among the ${text.kept} likeliest words of any patch, so below ${percent(unheld())} in each`);
+  return `“${query}”: ${said.join("; ")}`;
+}
+
 /** Below what the probability of a word lies wherever the page does not hold it. */
 function unheld() {
   let most = text.floor;
@@ -559,18 +578,11 @@ function search(query, { typed = false } = {}) {
   option.disabled = !query.trim();
   if (!query.trim()) {
     state.found = null;
-    $("found").textContent = "";
-    $("variants").replaceChildren();
+    showVariants([]);
     if (state.view === "find") setView(state.before ?? "page");
     return;
   }
   state.found = locate(query);
-  const { single, expected, chains, isWord } = state.found;
-  const said = [];
-  if (isWord && single > 0) said.push(`At most ${percent(single)} in a patch; ${short(expected)} of them in all (P summed).`);
-  if (chains.length) said.push(`Spelled by neighbouring patches ${chains.length === 1 ? "once" : `${chains.length} times`}, ${percent(chains[0].score)} a piece.`);
-  if (!said.length) said.push(`Not among the ${text.kept} likeliest words of any patch here: below ${percent(unheld())} everywhere.`);
-  $("found").textContent = said.join(" ");
   showVariants(wordsOfKey.get(keyOf(query)) ?? []);
   if (state.view !== "find") {
     state.before = state.view;
@@ -595,6 +607,7 @@ function showVariants(words) {
     return chip;
   });
   $("variants").replaceChildren(...chips);
+  $("variants-group").hidden = !chips.length;
 }
 
 let suggested = [];
@@ -676,7 +689,7 @@ function showAnswer() {
   const found = maps[state.question];
   const eachToken = found && found.scales.length > 1;
   $("answer").classList.toggle("empty", !tokens.length);
-  if (eachToken) $("answer").replaceChildren(...tokens.map((token, i) => tokenButton(token, i + 1)));
+  if (eachToken) $("answer").replaceChildren(...tokens.flatMap((token, i) => [blankBefore(token, i), tokenButton(token, i + 1)]));
   else $("answer").textContent = tokens.length ? answer : "no answer";
   showAnswerNote();
   if (data.questions.length < 2) return;
@@ -696,11 +709,13 @@ function showAnswer() {
   }));
 }
 
+const blankBefore = ({ text }, i) => (i && !isBlank(text) ? text.slice(0, text.length - text.trimStart().length) : "");
+
 function tokenButton(token, map) {
   const button = document.createElement("button");
   button.type = "button";
   button.className = "token";
-  button.textContent = isBlank(token.text) ? marked(token.text) : map === 1 ? token.text.trimStart() : token.text;
+  button.textContent = isBlank(token.text) ? marked(token.text) : token.text.trimStart();
   button.setAttribute("aria-pressed", String(state.map === map));
   button.setAttribute("aria-label", `Token ${map}: ${marked(token.text)}`);
   button.addEventListener("click", () => {
@@ -930,4 +945,4 @@ setView(maps[0] ? "answer" : "words");
 layOut();
 
 // For tests, and for whoever opens the console.
-window.inspector = { data, state, rectangle, patchAt, neighbour, locate, spelled, answerMap, drawPage, firstEntry, entryWord, entryShare, effective };
+window.inspector = { data, state, frame, rectangle, patchAt, neighbour, locate, spelled, answerMap, drawPage, firstEntry, entryWord, entryShare, effective };

@@ -1,0 +1,126 @@
+"""A small reader, and a page as large as they come whose numbers are drawn, not computed."""
+
+import pathlib
+
+import jax
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.tiling import TilingConfig, plan_tiles
+from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.inspector import InspectConfig, Inspection, geometry
+from alignvlm_jax.inspector.attribution import Attribution
+from alignvlm_jax.inspector.inspection import Answer
+from alignvlm_jax.inspector.words import PatchWords
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.language import LanguageConfig
+from alignvlm_jax.models.vision import VisionConfig
+from tests.data.nano_tokenizer import write_chat_folder
+
+QUESTION = "What is the total?"
+
+
+def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
+    """Random weights large enough that patches differ; tiles of 2 x 2 patches (anyres: 4 x 4), four at most."""
+    side = 32 if rule == "anyres_max_9" else 16
+    tokenizer = ChatTokenizer.from_folder(write_chat_folder(folder))
+    config = AlignVLMConfig(
+        vision=VisionConfig(
+            image_size=side, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
+        ),
+        connector=AlignConfig(vocab_scale_init=8.0),
+        language=LanguageConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            max_position_embeddings=256,
+        ),
+        newline=rule == "anyres_max_9",
+    )
+
+    def draw(rng):
+        params = random_parameters(config, rng)
+        # A decoder of large random weights bends so sharply that no sum of gradients along a path adds up.
+        sizes = {"vision": 4, "connector": 4, "language": 1.4}
+        return {part: jax.tree.map(lambda leaf, by=sizes[part]: leaf * by, params[part]) for part in params}
+
+    params = jax.jit(draw)(jax.random.key(0))
+    tiling = TilingConfig(rule, tile_size=side, max_tiles=4, thumbnail=rule != "ovis", grid_side=2)
+    return Reader(config, params, tokenizer, tiling, batch_size=1)
+
+
+def noise_page(seed: int, width: int = 16, height: int = 30) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+class DrawnWords:
+    """Stands in for a tokenizer of 128256 words: with and without a blank before them, with and without a capital."""
+
+    size = 128256
+    syllables = [first + second for first in "bdfgklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er", "or")]
+
+    def token_text(self, token_id: int) -> str:
+        word, number = "", token_id // 4
+        while number or not word:
+            number, digit = divmod(number, len(self.syllables))
+            word += self.syllables[digit]
+        return (" " if token_id % 2 else "") + (word.capitalize() if token_id % 4 > 1 else word)
+
+
+def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
+    """Nine tiles and a thumbnail of 729 patches, V = 128256, k words of every patch kept: no page can hold more.
+
+    Words 4004 to 4007 are one word in four spellings, and two of them are on one patch alone.
+    """
+    rng = np.random.default_rng(seed)
+    side = 1152
+    image = PIL.Image.new("RGB", (side, side), "white")
+    draw = PIL.ImageDraw.Draw(image)
+    for line in range(60):
+        words = " ".join(DrawnWords().token_text(int(word)).strip() for word in rng.integers(0, 128256, 12))
+        draw.text((40, 30 + line * 18), words, fill="black")
+    tiling = TilingConfig("ovis", 384)
+    plan = plan_tiles(side, side, tiling)
+    assert (plan.num_tiles, plan.thumbnail) == (10, 0)
+    patches = geometry.tile_patches(plan, 14, 384)
+    total = 10 * 729
+    # Of every patch k words with shares that fall by a factor drawn for it; none below the floor of what is kept.
+    fall = rng.uniform(0.75, 0.85, (total, 1))
+    probabilities = fall ** np.arange(k)
+    probabilities *= rng.uniform(0.6, 0.99, (total, 1)) / probabilities.sum(axis=1, keepdims=True)
+    ids = rng.integers(8000, DrawnWords.size, (total, k))
+    ids += np.arange(k) - ids % k  # no word twice in a patch
+    ids[2000, :2] = 4005, 4006
+    probabilities[2000] = [0.9, *(0.018 * 0.8 ** np.arange(k - 1))]
+    entropy = rng.uniform(0.5, 6, total)
+    maps = rng.normal(size=(tokens, total)) ** 3 * 1e-2
+    maps[:, 2000] += 2
+    rise = maps.sum(axis=1)
+    answer = Answer(
+        QUESTION,
+        "".join(DrawnWords().token_text(8001 + 4 * token) for token in range(tokens)).strip(),
+        8001 + 4 * np.arange(tokens),
+        Attribution(np.full(tokens, -0.01), -0.01 - rise, maps),
+    )
+    return Inspection(
+        name="a nine-tile page",
+        checkpoint="drawn",
+        image=image,
+        tiles=patches,
+        layers=geometry.layers(plan),
+        left_out=np.zeros((10, 729), bool),
+        words=PatchWords(
+            np.zeros((10, 729, 0)), entropy.reshape(10, 729), ids.reshape(10, 729, k), probabilities.reshape(10, 729, k)
+        ),
+        vocabulary=DrawnWords.size,
+        answers=[answer],
+        tokenizer=DrawnWords(),
+        config=InspectConfig(words_per_patch=k),
+    )

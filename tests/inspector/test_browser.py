@@ -1,0 +1,349 @@
+"""The page in a real browser: Debian's chromium, driven by playwright (`pip install -e ".[dev]"`).
+
+    apt-get install chromium
+
+Skipped where either is missing. Numbers on the screen are compared with those that went in, by way of the page's own
+controls: pointer, finger, keys, search. `-s` prints the times measured.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.inspector import page
+from tests.inspector.samples import DrawnWords, nine_tiles
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+
+FLAGS = """--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
+--disable-sync""".split()
+DESK = {"viewport": {"width": 1280, "height": 860}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+FASTEST_REACTION = 0.1  # seconds, from a pointer that moved to the next frame
+
+
+@pytest.fixture(scope="module")
+def found():
+    return nine_tiles()
+
+
+@pytest.fixture(scope="module")
+def url(found, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    page.write(page.render(found.to_json(), title="nine tiles"), file)
+    return file.as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    # As root, which containers run as, chromium refuses its sandbox.
+    flags = [*FLAGS, "--no-sandbox"] if os.getuid() == 0 else FLAGS
+    with playwright.sync_playwright() as driver:
+        with contextlib.closing(driver.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
+            yield browser
+
+
+def until(tab, expression: str) -> None:
+    """Waits for something to become true. (playwright's own way is refused by the page's security policy.)"""
+    end = time.monotonic() + 10
+    while not tab.evaluate(expression):
+        assert time.monotonic() < end, expression
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def opened(browser, url, **options):
+    """The page; at the end there must have been nothing on the console, no error and nothing fetched."""
+    with contextlib.closing(browser.new_context(**options)) as context:
+        tab, said, fetched = context.new_page(), [], []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: fetched.append(request.url))
+        tab.goto(url)
+        until(tab, "window.inspector !== undefined")
+        yield tab
+        assert said == []
+        assert [address for address in fetched if not address.startswith("data:")] == [url]
+
+
+@pytest.fixture
+def desk(browser, url):
+    with opened(browser, url, **DESK) as tab:
+        yield tab
+
+
+def place(tab, patch: int) -> tuple[float, float]:
+    """Where on the screen the middle of a patch is."""
+    return tuple(
+        tab.evaluate(
+            """(t) => {
+                const [left, top, right, bottom] = inspector.rectangle(t);
+                const box = document.getElementById('viewport').getBoundingClientRect();
+                const { left: x, top: y, scale } = inspector.frame;
+                return [box.left + 1 + x + (left + right) / 2 * scale, box.top + 1 + y + (top + bottom) / 2 * scale];
+            }""",
+            patch,
+        )
+    )
+
+
+def shown(tab) -> list[tuple[str, str]]:
+    """The words in the list, with what stands beside them."""
+    rows = tab.query_selector_all("#words li:not([hidden])")
+    return [(row.query_selector(".word").text_content(), row.query_selector(".share").text_content()) for row in rows]
+
+
+def expected(found, patch: int) -> list[tuple[str, str]]:
+    ids, shares = found.words.ids.reshape(-1, 32)[patch], found.words.probabilities.reshape(-1, 32)[patch]
+    words = [DrawnWords().token_text(int(word)).replace(" ", "␣") for word in ids[:8]]
+
+    def percent(share):
+        return f"{share * 100:.0f}" if share >= 0.0995 else f"{share * 100:.1f}" if share >= 0.01 else None
+
+    return [(word, f"{percent(share)}\u00a0%") for word, share in zip(words, shares, strict=False)]
+
+
+@pytest.mark.parametrize("patch", [729, 729 + 5 * 27 + 20, 5 * 729 + 365, 7290 - 1])
+def test_pointing_at_a_patch_lists_its_words(desk, found, patch):
+    desk.mouse.move(*place(desk, patch))
+    until(desk, f"inspector.state.patch === {patch}")
+    assert shown(desk) == expected(found, patch)
+    words = float(np.exp(found.words.entropy.reshape(-1)[patch]))
+    number = desk.text_content("#patch-doubt").split()[0]
+    assert float(number) == pytest.approx(words, rel=0.05)
+    column = patch % 27 + 1
+    assert desk.text_content("#patch-place") == (
+        f"tile {patch // 729} of 9 · row {patch % 729 // 27 + 1}, column {column}"
+    )
+
+
+def test_a_click_holds_a_patch_and_escape_lets_it_go(desk):
+    desk.mouse.click(*place(desk, 2000))
+    desk.mouse.move(*place(desk, 4000))
+    assert "held" in desk.text_content("#patch-place") and desk.evaluate("inspector.state.patch") == 2000
+    desk.keyboard.press("Escape")
+    desk.mouse.move(*place(desk, 4001))
+    assert desk.evaluate("inspector.state.patch") == 4001
+
+
+def test_keys_go_over_the_borders_of_tiles(desk):
+    desk.focus("#viewport")
+    desk.mouse.click(*place(desk, 729 + 26))  # the top right corner of the first tile
+    desk.keyboard.press("ArrowRight")
+    assert desk.evaluate("inspector.state.patch") == 2 * 729
+    desk.keyboard.press("ArrowLeft")
+    for _ in range(27):
+        desk.keyboard.press("ArrowDown")
+    assert desk.evaluate("inspector.state.patch") == 4 * 729 + 26
+    until(desk, "document.getElementById('spoken').textContent.startsWith('tile 4 of 9 · row 1, column 27: ')")
+    desk.keyboard.press("ArrowUp")
+    assert desk.evaluate("inspector.state.patch") == 729 + 26 * 27 + 26
+
+
+def test_a_word_is_where_it_is_likely(desk, found):
+    """All four spellings count, unless they are put aside; the map is P."""
+    word = DrawnWords().token_text(4004)
+    desk.keyboard.press("/")
+    desk.keyboard.type(word)
+    assert desk.is_checked("#views [value=find]") and desk.evaluate("inspector.state.query") == word
+    ids, shares = found.words.ids.reshape(-1, 32), found.words.probabilities.reshape(-1, 32)
+    values = np.array(desk.evaluate("Array.from(inspector.state.found.values)"))
+    spelled_so = np.isin(ids, [4004, 4005, 4006, 4007])
+    np.testing.assert_allclose(values, np.where(spelled_so, shares, 0).sum(axis=1), rtol=2e-4, atol=1e-6)
+    assert values[2000] == pytest.approx(0.918, rel=1e-3) and np.count_nonzero(values) == 1
+    assert "92\u00a0%" in desk.text_content("#legend-title")
+    desk.fill("#search", "")
+    assert not desk.is_checked("#views [value=find]")
+
+
+def test_spellings_can_be_put_aside(desk):
+    desk.fill("#search", DrawnWords().token_text(4004))
+    value = "inspector.state.found.values[2000]"
+    assert desk.evaluate(value) == pytest.approx(0.918, rel=1e-3)
+    chips = desk.locator("#variants button")
+    assert chips.all_text_contents() == [DrawnWords().token_text(word).replace(" ", "␣") for word in (4005, 4006)]
+    chips.first.click()
+    assert desk.evaluate(value) == pytest.approx(0.018, rel=1e-3)
+    assert chips.first.get_attribute("aria-pressed") == "false"
+    chips.first.click()
+    assert desk.evaluate(value) == pytest.approx(0.918, rel=1e-3)
+
+
+def test_a_word_in_pieces_is_found_as_neighbours_that_spell_it(desk, found):
+    ids = found.words.ids.reshape(-1, 32)[:, 0]
+    patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # over the border of two tiles
+    word = "".join(DrawnWords().token_text(int(ids[patch])).strip() for patch in patches)
+    shares = found.words.probabilities.reshape(-1, 32)[patches, 0]
+    desk.fill("#search", word)
+    chains = desk.evaluate("inspector.spelled(inspector.state.query.toLowerCase())")
+    (chain,) = [chain for chain in chains if chain["patches"] == patches]
+    assert chain["score"] == pytest.approx(float(np.exp(np.mean(np.log(shares)))), rel=1e-3)
+    assert "spelled by neighbours" in desk.text_content("#legend-title")
+
+
+def test_a_word_that_is_not_there(desk):
+    desk.fill("#search", "xylophone")
+    assert "not among the 32 likeliest" in desk.text_content("#legend-title")
+    assert max(desk.evaluate("Array.from(inspector.state.found.values)")) == 0
+
+
+def test_suggestions_are_chosen_by_key(desk):
+    desk.focus("#search")
+    desk.keyboard.type("tago")
+    assert desk.is_visible("#suggestions") and desk.get_attribute("#search", "aria-expanded") == "true"
+    desk.keyboard.press("ArrowDown")
+    chosen = desk.get_attribute("#search", "aria-activedescendant")
+    word = desk.evaluate(f"document.getElementById('{chosen}').firstChild.textContent")
+    desk.keyboard.press("Enter")
+    assert desk.input_value("#search") == word and word.startswith("tago") and not desk.is_visible("#suggestions")
+
+
+def test_the_answer_and_each_of_its_tokens(desk, found):
+    shares = found.answers[0].attribution.shares
+    maps = "Array.from(inspector.answerMap())"
+    np.testing.assert_allclose(desk.evaluate(maps), shares.sum(axis=0), atol=np.abs(shares.sum(axis=0)).max() / 200)
+    desk.click("#answer button >> nth=3")
+    np.testing.assert_allclose(desk.evaluate(maps), shares[3], atol=np.abs(shares[3]).max() / 200)
+    assert desk.get_attribute("#answer button >> nth=3", "aria-pressed") == "true"
+    assert "This token" in desk.text_content("#answer-note")
+    desk.mouse.move(*place(desk, 2000))
+    assert f"+{shares[3, 2000]:.1f}" in desk.text_content("#patch-share")
+
+
+def test_the_thumbnail_has_patches_of_its_own(desk, found):
+    desk.mouse.move(*place(desk, 5 * 729 + 365))
+    desk.click("#layers label >> nth=1")
+    # The middle of the page is the middle of the thumbnail.
+    assert desk.evaluate("inspector.state.patch") == 13 * 27 + 13
+    assert shown(desk) == expected(found, 13 * 27 + 13)
+
+
+def test_zooming_keeps_the_patch_under_the_pointer(desk):
+    x, y = place(desk, 4321)
+    desk.mouse.move(x, y)
+    desk.keyboard.down("Control")
+    desk.mouse.wheel(0, -300)
+    desk.keyboard.up("Control")
+    until(desk, "inspector.state.zoom > 3")
+    assert desk.evaluate("inspector.frame.scale") > 2
+    after = place(desk, 4321)
+    assert abs(after[0] - x) < 25 and abs(after[1] - y) < 25
+    desk.mouse.move(*after)
+    assert desk.evaluate("inspector.state.patch") == 4321
+    desk.click("#zoom-fit")
+    assert desk.evaluate("inspector.state.zoom") == 1
+
+
+def test_a_finger_taps_a_patch(browser, url, found):
+    with opened(browser, url, **PHONE) as tab:
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "nothing hangs over the edge"
+        tab.evaluate("document.getElementById('viewport').scrollIntoView()")
+        tab.touchscreen.tap(*place(tab, 5 * 729 + 365))
+        until(tab, f"inspector.state.patch === {5 * 729 + 365}")
+        assert shown(tab) == expected(found, 5 * 729 + 365)
+        heights = tab.evaluate("""[...document.querySelectorAll('.choice span, .choice button, #words button, #search')]
+            .filter((e) => e.offsetParent).map((e) => e.getBoundingClientRect().height)""")
+        assert min(heights) >= 38, "a finger's width"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(browser, url, scheme):
+    """Text against its background by WCAG 2.1: 4.5 at least, in both themes."""
+    with opened(browser, url, **DESK, color_scheme=scheme) as tab:
+        assert tab.evaluate("document.documentElement.dataset.theme") == scheme
+        pairs = tab.evaluate(
+            """() => {
+                const style = getComputedStyle(document.documentElement);
+                const canvas = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
+                const context = canvas.getContext('2d', { willReadFrequently: true });
+                const rgb = (name) => {
+                    const text = style.getPropertyValue(name).trim();
+                    context.fillStyle = text.includes(',') ? `rgb(${text})` : text;
+                    context.fillRect(0, 0, 1, 1);
+                    return Array.from(context.getImageData(0, 0, 1, 1).data.slice(0, 3));
+                };
+                const pairs = [];
+                for (const text of ['--ink', '--quiet']) {
+                    for (const ground of ['--paper', '--card', '--sheet']) pairs.push([rgb(text), rgb(ground)]);
+                }
+                return [...pairs, [rgb('--card'), rgb('--ink')], [rgb('--card'), rgb('--for')]];
+            }"""
+        )
+
+        def luminance(rgb):
+            linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+            return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+        for pair in pairs:
+            dark, light = sorted(map(luminance, pair))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
+        tab.click("#theme")
+        assert tab.evaluate("document.documentElement.dataset.theme") != scheme
+
+
+def test_controls_have_names(desk):
+    unnamed = desk.evaluate(
+        """[...document.querySelectorAll('button, input, [tabindex]')].filter((e) => e.offsetParent &&
+            !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)"""
+    )
+    assert unnamed == []
+    assert desk.evaluate("document.querySelectorAll('*').length") < 400, "no element for each of 7,290 patches"
+
+
+def test_it_is_quick(browser, url):
+    """First paint, and from a moved pointer to the frame that shows its patch: the median of 60 on a nine-tile page."""
+    with opened(browser, url, **DESK) as tab:
+        paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+        ready = tab.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") / 1000
+        hover = tab.evaluate(
+            """async () => {
+                const viewport = document.getElementById('viewport');
+                const box = viewport.getBoundingClientRect();
+                const times = [];
+                for (let i = 0; i < 60; i++) {
+                    const clientX = box.left + box.width * (0.3 + 0.4 * ((i * 37) % 60) / 60);
+                    const clientY = box.top + box.height * (0.1 + 0.8 * ((i * 23) % 60) / 60);
+                    const start = performance.now();
+                    const options = { clientX, clientY, pointerType: 'mouse', bubbles: true };
+                    viewport.dispatchEvent(new PointerEvent('pointermove', options));
+                    await new Promise(requestAnimationFrame);
+                    await new Promise((done) => setTimeout(done));
+                    times.push(performance.now() - start);
+                }
+                return times;
+            }"""
+        )
+        find = tab.evaluate(
+            """() => ['ba', 'tago', 'bandafer', 'tagobirozanbe'].map((word) => {
+                const start = performance.now();
+                inspector.locate(word);
+                return performance.now() - start;
+            })"""
+        )
+        draw = tab.evaluate(
+            """() => ['page', 'doubt', 'answer', 'words'].map((view) => {
+                inspector.state.view = view;
+                const start = performance.now();
+                inspector.drawPage();
+                return performance.now() - start;
+            })"""
+        )
+        size = pathlib.Path(url.removeprefix("file://")).stat().st_size
+        figures = {
+            "size_mb": size / 1e6,
+            "first_paint_s": paint,
+            "ready_s": ready,
+            "hover_ms": {"median": float(np.median(hover)), "95 %": float(np.quantile(hover, 0.95))},
+            "find_ms": find,
+            "draw_ms": draw,
+        }
+        print("\nnine tiles:", json.dumps(figures))
+        assert np.median(hover) < 1000 * FASTEST_REACTION

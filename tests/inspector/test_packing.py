@@ -1,0 +1,61 @@
+"""What is packed comes out again, within what packing.py promises; the file stays in bounds."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.inspector import packing, page
+from tests.inspector.samples import nine_tiles
+
+
+def unpack(text: dict) -> list[list[tuple[str, float]]]:
+    """Each patch's (word, probability) pairs, as page.js reads them."""
+    entries = packing.decode(text["entries"], "<u2" if len(text["words"]) <= 65536 else "<u4")
+    probabilities = np.exp(packing.decode(text["probabilities"], "<u2") / 65535 * text["lowest"])
+    counts = packing.decode(text["counts"], "u1").astype(int)
+    pairs = [(text["words"][word], p) for word, p in zip(entries, probabilities, strict=True)]
+    return [pairs[end - count : end] for end, count in zip(np.cumsum(counts), counts, strict=True)]
+
+
+def test_words_come_out_again():
+    rng = np.random.default_rng(0)
+    probabilities = np.sort(rng.dirichlet(np.full(40, 0.05), 50))[:, ::-1][:, :12]
+    ids = np.stack([rng.permutation(500)[:12] for _ in range(50)])
+    entropy = rng.uniform(0, math.log(500), 50)
+    text = packing.pack_words(ids, probabilities, entropy, vocabulary=500, text_of=str)
+    assert json.loads(json.dumps(text)) == text
+    for found, words, shares in zip(unpack(text), ids, probabilities, strict=True):
+        kept = shares >= packing.FLOOR
+        assert 1 <= kept.sum() and [word for word, _ in found] == [str(word) for word in words[kept]]
+        np.testing.assert_allclose([share for _, share in found], shares[kept], rtol=1.3e-4)
+    assert sum(map(len, unpack(text))) < ids.size, "some lie below the floor"
+    np.testing.assert_allclose(
+        packing.decode(text["entropy"], "<u2") / 65535 * math.log(500), entropy, atol=math.log(500) / 65535
+    )
+    assert text["words"] == [str(word) for word in packing.decode(text["ids"], "<u4")]
+
+
+def test_a_patch_keeps_its_likeliest_word_however_unlikely():
+    text = packing.pack_words(
+        np.array([[3, 5]]), np.array([[8e-6, 7e-6]]), np.array([11.7]), vocabulary=128256, text_of=str
+    )
+    ((only,),) = unpack(text)
+    assert only[0] == "3" and only[1] == pytest.approx(8e-6, rel=2e-4)
+
+
+def test_maps_keep_their_sign_and_scale():
+    maps = np.random.default_rng(0).normal(size=(3, 200)) * np.array([[1e-3], [1], [40]])
+    packed = packing.pack_maps(maps)
+    values = packing.decode(packed["values"], "i1").reshape(3, 200) / 127 * np.array(packed["scales"])[:, None]
+    assert np.all(np.abs(values - maps) <= np.max(np.abs(maps), axis=1, keepdims=True) / 254 * 1.01)
+    assert not packing.decode(packing.pack_maps(np.zeros((1, 5)))["values"], "i1").any()
+
+
+def test_the_largest_page_is_below_four_megabytes():
+    """Nine tiles and a thumbnail, all 32 words of each patch kept, nearly all of the vocabulary among them."""
+    found = nine_tiles().to_json()
+    assert len(found["text"]["words"]) > 65536 and packing.decode(found["text"]["counts"], "u1").sum() == 7290 * 32
+    text = page.render(found, title="nine tiles")
+    assert 3e6 < len(text.encode()) < 4e6
