@@ -167,12 +167,14 @@ const frame = { width: 0, height: 0, scale: 1, left: 0, top: 0 }; // of what is 
 const MOST_INK = 0.7;
 const PALE = 0.2; // a word whose largest P is below this gets less than the full colour
 
+const isNarrow = () => matchMedia("(max-width: 860px)").matches;
+
 /** Sizes the viewport and its canvases after the window's and the zoom. */
 function layOut() {
   const { width, height } = data.image;
-  const narrow = matchMedia("(max-width: 860px)").matches;
-  const room = narrow ? innerHeight * 0.44 : Math.max(320, innerHeight - 190);
-  const across = Math.max(80, viewport.parentElement.clientWidth - (narrow ? 28 : 0) - 2);
+  const narrow = isNarrow();
+  const room = narrow ? innerHeight * 0.42 : Math.max(320, innerHeight - 190);
+  const across = Math.max(80, viewport.parentElement.clientWidth - 2);
   const fit = Math.min(across / width, room / height);
   viewport.style.height = `${Math.ceil(height * fit) + 2}px`;
   frame.width = viewport.clientWidth;
@@ -802,7 +804,13 @@ viewport.addEventListener("pointermove", (event) => {
 
 viewport.addEventListener("click", (event) => {
   const t = patchAt(...pointOf(event));
-  if (t >= 0) show(t, { held: !(state.held && t === state.patch) });
+  if (t < 0) return;
+  show(t, { held: !(state.held && t === state.patch) });
+  // On a phone the words lie below the page: they come into sight, and the page stays.
+  if (isNarrow() && $("patch").getBoundingClientRect().top > innerHeight - 200) {
+    const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+    $("stage").scrollIntoView({ block: "start", behavior: smooth ? "smooth" : "auto" });
+  }
 });
 
 viewport.addEventListener("scroll", () => { place(); draw(); });

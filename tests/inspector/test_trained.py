@@ -1,0 +1,64 @@
+"""On the shipped nano model, which truly reads: what the inspector says an answer leaned on is what it leaned on."""
+
+import numpy as np
+import pytest
+
+import alignvlm_jax
+from alignvlm_jax.data.synthetic import draw_document
+from alignvlm_jax.inspector import InspectConfig, attribution, inspect_image
+from alignvlm_jax.inspector.words import patch_words
+
+pytestmark = pytest.mark.large
+
+PAGES, BLANKED = 8, 5
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return alignvlm_jax.load("nano")
+
+
+def log_probability(reader, prompt, answer, visual) -> float:
+    """Of the whole answer, with these visual tokens in place of the page's."""
+    batch = attribution._with_answer(reader.config, prompt, answer)
+    fixed = (attribution.AlignVLM(reader.config), reader.generator.variables, batch, len(prompt.tokens), answer)
+    return float(attribution._log_probs(*fixed, visual).sum())
+
+
+def test_blanking_what_an_answer_leaned_on_takes_it_away(reader):
+    """The patches with the largest shares, made those of a white page, cost the answer what random ones do not; and
+    over all patches one by one, the share tells the cost.
+    """
+    rng = np.random.default_rng(0)
+    of_leaned, of_random, correlations, missing = [], [], [], []
+    for index in range(PAGES):
+        document = draw_document(0, "heldout", index)
+        question = document.questions[0]
+        config = InspectConfig(attribution="answer")
+        found = inspect_image(reader, document.image, [question], config=config, progress=False)
+        (answer,) = found.answers
+        assert answer.text == reader.ask(document.image, question)
+        (prompt,) = reader.prompts(document.image, [question])
+        white = reader.prompts(document.image.point(lambda value: 255), [question])[0].tiles
+        variables = reader.generator.variables
+        blank = patch_words(reader.config, variables, white, prompt.tile_valid_hw, k=32, progress=False).visual
+        visual, blank = (tokens.reshape(-1, tokens.shape[-1]) for tokens in (found.words.visual, blank))
+        full = log_probability(reader, prompt, answer.ids, visual)
+        assert full == pytest.approx(float(answer.attribution.log_probs.sum()), abs=1e-2)
+
+        def cost(patches, visual=visual, blank=blank, prompt=prompt, answer=answer, full=full):
+            without = visual.copy()
+            without[patches] = blank[patches]
+            return full - log_probability(reader, prompt, answer.ids, without)
+
+        shares = answer.attribution.shares.sum(axis=0)
+        of_leaned.append(cost(np.argsort(-shares)[:BLANKED]))
+        of_random.append(np.mean([cost(rng.permutation(len(shares))[:BLANKED]) for _ in range(5)]))
+        costs = [cost([patch]) for patch in range(len(shares))]
+        correlations.append(np.corrcoef(shares, costs)[0, 1])
+        missing.append(answer.attribution.missing)
+    print(f"\n{BLANKED} of 200 patches blanked: {np.mean(of_leaned):.1f} nats by share, {np.mean(of_random):.2f} else")
+    print(f"share against cost of a patch: correlation {np.mean(correlations):.2f}, {min(correlations):.2f} the least")
+    print(f"shares miss {np.median(missing):.2%} of the rise (median), {max(missing):.2%} at most")
+    assert np.mean(of_leaned) > 5 and np.mean(of_leaned) > 10 * np.mean(of_random)
+    assert np.mean(correlations) > 0.5 and np.median(missing) < 0.02
