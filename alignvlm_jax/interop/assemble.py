@@ -20,7 +20,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, huggingface
-from alignvlm_jax.models.alignvlm import SEEDED, AlignVLMConfig, Params, random_parameters, seed_connector
+from alignvlm_jax.models.alignvlm import (
+    SEEDED,
+    AlignVLMConfig,
+    Params,
+    add_extra_words,
+    random_parameters,
+    seed_connector,
+)
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel import sharding
 
@@ -81,6 +88,13 @@ def assemble(
     if seeded:
         params["connector"] |= _compile(lambda params: seed_connector(config, params)["connector"], seeded)(params)
     return params
+
+
+def with_extra_words(config: AlignVLMConfig, params: Params, mesh: Mesh) -> Params:
+    """The weights of a model that was trained without words of ALIGN's own, with those that the config asks for."""
+    added = {"extra_words": abstract_parameters(config, mesh=mesh)["connector"]["extra_words"]}
+    added = _compile(lambda params: add_extra_words(config, params)["connector"], added)(params)
+    return {**params, "connector": {**params["connector"], **added}}
 
 
 def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dtype: str = "float32") -> Params:

@@ -279,22 +279,30 @@ def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
 
 
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
-    """Copies the LM head (tied or not) into ALIGN's W2, and lays its own words, if it has any, between those of the
-    vocabulary; other connectors are left alone. Call it before stage 1."""
-    connector = config.connector
-    if not isinstance(connector, AlignConfig):
+    """Copies the LM head (tied or not) into ALIGN's W2, and gives it its own words, if it is to have any; other
+    connectors are left alone. Call it before stage 1."""
+    if not isinstance(config.connector, AlignConfig):
         return params
     language = params["language"]
     head = language["embedding" if config.language.tie_word_embeddings else "lm_head"]
-    rows = connector.vocab_size or config.language.vocab_size
-    seeded = {"w2": jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)}
-    if connector.num_extra_words:
-        keys, embedding = nn.unbox(head)[:rows], nn.unbox(language["embedding"])[:rows]
-        extra = extra_words.seed(connector.num_extra_words, keys, embedding, connector.vocab_scale_init)
-        # Unlike W2 they are no table of words, and lie otherwise on a mesh: the boxes that they were drawn in stay.
-        drawn = params["connector"].get("extra_words", extra)
-        seeded["extra_words"] = {name: _in_box_of(drawn[name], value) for name, value in extra.items()}
-    return {**params, "connector": {**params["connector"], **seeded}}
+    rows = config.connector.vocab_size or config.language.vocab_size
+    w2 = jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)
+    return add_extra_words(config, {**params, "connector": {**params["connector"], "w2": w2}})
+
+
+def add_extra_words(config: AlignVLMConfig, params: Params) -> Params:
+    """Gives ALIGN the words of its own that the config asks for, twins of words as its W2 has them now: it may be a
+    fresh connector or one that was trained without them."""
+    number, connector = config.connector.num_extra_words, params["connector"]
+    if not number:
+        return params
+    keys, scale = nn.unbox((connector["w2"], connector["vocab_norm_scale"]))
+    embedding = nn.unbox(params["language"]["embedding"])[: len(keys)]
+    extra = extra_words.seed(number, keys, embedding, jnp.mean(scale))
+    # Unlike W2 they are no table of words, and lie otherwise on a mesh: the boxes that they were drawn in stay.
+    drawn = connector.get("extra_words", extra)
+    extra = {name: _in_box_of(drawn[name], value) for name, value in extra.items()}
+    return {**params, "connector": {**connector, "extra_words": extra}}
 
 
 def _in_box_of(drawn: Any, value: Array) -> Any:

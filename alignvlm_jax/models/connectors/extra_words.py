@@ -6,13 +6,15 @@
     F' = (1 - g) P · E_text + g softmax(s') · U
 
 That is one softmax over V + k words, with values [E_text; U]: F' lies in the convex hull of the text embeddings and of
-the k learned vectors U, which begin inside it (each is the mean of a few text embeddings, and its key the mean of the
-same words' keys). So the output stays bounded, and near the hull, as an MLP's does not.
+the k learned vectors U, which begin in it. So the output stays bounded, and near the hull, as an MLP's does not.
+
+Each begins as the twin of a word of the vocabulary, with its embedding and about its score: so it is in use from the
+first step on (a word that begins anywhere else has no share in a P that is decided, and without a share no gradient),
+and what the connector says is hardly changed by it. Twins then part: U is learned for pictures alone, E_text also for
+text.
 
 Axes: B tiles, N features per tile, D decoder width, k words of the connector's own, V vocabulary.
 """
-
-import math
 
 import flax.linen as nn
 import flax.struct
@@ -23,9 +25,6 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary
-
-_WORDS_MIXED = 4  # words of the vocabulary that a new word begins between
-_SEED = 0
 
 
 @flax.struct.dataclass
@@ -83,25 +82,24 @@ class ExtraWords:
 
 
 def seed(
-    number: int, keys: Float[Array, "V D"], embedding: Float[Array, "V D"], vocab_scale: float
+    number: int, keys: Float[Array, "V D"], embedding: Float[Array, "V D"], vocab_scale: Float[Array, ""] | float
 ) -> dict[str, Float[Array, "..."]]:
-    """The parameters before stage 1: each word begins between four words of the vocabulary, the same in every run.
+    """The parameters to begin with: twins of the first k words. Tokenizers number words from the commonest on.
 
-    Its key is the mean of theirs, taken from the mean of all and scaled, so that it scores about as LN_V would make it:
-    with q of unit variance the logits' standard deviation is sqrt(tr C), C the covariance of the keys.
+    A key is the word's, taken from the mean of all and scaled, so that it scores about as LN_V would make it: with q of
+    unit variance the logits' standard deviation is sqrt(tr C), C the covariance of the keys.
 
     Args:
       number: k.
-      keys: W2 as it begins.
+      keys: W2.
       embedding: E_text, of the same words.
-      vocab_scale: LN_V's initial scale.
+      vocab_scale: LN_V's scale.
     """
-    words = np.random.default_rng(_SEED).integers(0, keys.shape[0], (number, _WORDS_MIXED))
     centred = keys - jnp.mean(keys, axis=0)
-    spread = jnp.sqrt(jnp.mean(jnp.sum(centred**2, axis=-1)))
-    between = sum(centred[words[:, i]] for i in range(_WORDS_MIXED)) / _WORDS_MIXED
+    deviation = jnp.sqrt(jnp.mean(jnp.sum(centred**2, axis=-1)))
+    words = np.arange(number) % keys.shape[0]
     return {
-        "keys": vocab_scale / jnp.maximum(spread, math.ulp(1.0)) * between,
+        "keys": vocab_scale / deviation * centred[words],
         "bias": jnp.zeros(number, keys.dtype),
-        "values": sum(embedding[words[:, i]] for i in range(_WORDS_MIXED)) / _WORDS_MIXED,
+        "values": embedding[words],
     }
