@@ -156,6 +156,23 @@ examples:
 Every sigma and every level is one evaluation of LIMIT questions.
 """
 
+NAMES_DESCRIPTION = """\
+Whether rare names are pulled to commoner ones, the failure that the paper names. DATA is
+a corpus whose names differ in rarity by lot and in nothing else: error against rarity,
+how often a name is taken for a commoner look-alike, and whose fault it is: the same
+questions to the decoder alone, and what the visual tokens said.
+"""
+
+NAMES_EPILOG = """\
+examples:
+  python -c 'from alignvlm_jax.data.synthetic import names; names.build_names_corpus("data/names")'
+  alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names
+  alignvlm analyze names --checkpoint runs/align --checkpoint runs/extra --data data/names --out runs/names
+
+The figures say something of a model that was trained on the corpus's training pages; `alignvlm reproduce --only names`
+trains some.
+"""
+
 REPRODUCE_DESCRIPTION = """\
 The paper's comparison of connectors at a scale that a CPU trains in minutes a run: ALIGN, MLP, Perceiver, Ovis,
 H-Reducer and HoneyBee's C-Abstractor from the same backbones, on the same pages in the same order, for the same number
@@ -353,6 +370,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="of the page: blur, jpeg, rotation, resolution; or none (default: all four, each at four levels)",
     )
 
+    summary = "rare names, and their commoner look-alikes"
+    add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
+
     demo = add("demo", _demo, "the whole path, on a CPU, in minutes", DEMO_DESCRIPTION, DEMO_EPILOG, True)
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
     demo.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
@@ -503,6 +523,20 @@ def _analyze_noise(args: argparse.Namespace) -> None:
         corruptions=noise.parse_corruptions(args.corruptions),
         seed=args.seed,
         batch_size=args.batch_size,
+    )
+
+
+def _analyze_names(args: argparse.Namespace) -> None:
+    from alignvlm_jax.analysis import rare_names
+
+    rare_names.run(
+        args.checkpoint,
+        args.data,
+        args.out,
+        split=args.split,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
     )
 
 

@@ -18,16 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import numpy as np
 from jaxtyping import Float, Int
 
-from alignvlm_jax.analysis import name_answers
+from alignvlm_jax.analysis import name_answers, output
 from alignvlm_jax.analysis.name_answers import KINDS, NameAnswer
+from alignvlm_jax.analysis.subjects import load_readers
 from alignvlm_jax.data.synthetic.names import COUNTS, Name, read_lexicon
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.report import Tally
-from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.inference.reader import Reader
 
 RARE, COMMON = COUNTS[:2], COUNTS[-2:]
 _IS_RARE, _IS_COMMON, _ANY = (np.isin(COUNTS, counts) for counts in (RARE, COMMON, COUNTS))
@@ -117,7 +118,9 @@ def blame(answers: Sequence[NameAnswer], lexicon: Sequence[Name]) -> dict[str, A
     }
 
 
-def analyze(reader: Reader, folder: str | Path, *, split: str = "heldout", limit: int | None = None) -> dict[str, Any]:
+def analyze(
+    reader: Reader, folder: str | Path, *, split: str = "heldout", limit: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Everything about one model: its figures, JSON, and with them the answers.
 
     Args:
@@ -125,64 +128,94 @@ def analyze(reader: Reader, folder: str | Path, *, split: str = "heldout", limit
       folder: of a names corpus.
       split: which pages.
       limit: ask only the first so many questions.
+      seed: of the bootstrap.
     """
     answers = name_answers.ask_names(reader, folder, split=split, limit=limit)
-    figures = {"split": split, "model": summarize(answers)}
+    figures = {"split": split, "model": summarize(answers, seed=seed)}
     if name_answers.has_one_token_a_patch(reader):
         answers = name_answers.read_letters(reader, folder, answers)
         figures["tokens say the true letter"] = blame(answers, read_lexicon(folder))
         spelled = name_answers.ask_decoder(reader, folder, split=split, limit=limit)
-        figures["decoder alone"] = summarize(spelled)
+        figures["decoder alone"] = summarize(spelled, seed=seed)
         figures["spelled_answers"] = [answer.to_json() for answer in spelled]
     return {**figures, "answers": [answer.to_json() for answer in answers]}
 
 
-def analyze_checkpoint(
-    checkpoint: str, folder: str | Path, out: str | Path, *, split: str = "heldout", limit: int | None = None
-) -> str:
-    """`alignvlm analyze names`: writes names.json, names.png and names.txt into `out`; returns the paragraph."""
-    read_lexicon(folder)  # refused before a model is loaded
-    figures = analyze(load(checkpoint), folder, split=split, limit=limit)
-    figures = {"checkpoint": str(checkpoint), "data": str(folder), **figures}
-    out = Path(out)
-    runner.write_json(figures, out / "names.json")
-    plot({"model": figures["model"]} | {k: figures[k] for k in ("decoder alone",) if k in figures}, out / "names.png")
-    paragraph = describe(figures)
-    (out / "names.txt").write_text(paragraph + "\n", encoding="utf-8")
-    return paragraph
+def run(
+    checkpoints: Sequence[str],
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str = "heldout",
+    limit: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> None:
+    """`alignvlm analyze names`: writes names.json, names.png and names.md into `out`.
+
+    Args:
+      checkpoints: each is asked; the first is what the others are compared with.
+      data: the folder of a names corpus.
+      out: where to.
+      split: which pages.
+      limit: ask only the first so many questions.
+      batch_size: questions decoded at once.
+      seed: of the bootstrap.
+    """
+    read_lexicon(data)  # refused before a model is loaded
+    models = {
+        name: analyze(reader, data, split=split, limit=limit, seed=seed)
+        for name, reader in load_readers(checkpoints, batch_size=batch_size)
+    }
+    text = [f"# Rare names\n\n{split} pages of {data}; intervals are 95 %, over groups of names.\n"]
+    text += [f"## {name}\n\n{describe(figures)}\n" for name, figures in models.items()]
+    first, *others = models
+    answers = {
+        name: [NameAnswer.from_json(answer) for answer in figures["answers"]] for name, figures in models.items()
+    }
+    figures: dict[str, Any] = {"data": str(data), "split": split, "models": models}
+    if others:
+        found = {name: compare(answers[first], answers[name], seed=seed) for name in others}
+        figures[f"compared with {first}"] = found
+        text.append(f"## Compared with {first}\n\n{describe_comparison(first, found)}\n")
+    lines = {name: found["model"] for name, found in models.items()}
+    if not others and "decoder alone" in models[first]:
+        lines["its decoder alone"] = models[first]["decoder alone"]
+    pictures = {"names": plot(lines)}
+    output.write(out, "names", figures=figures, pictures=pictures, text="\n".join(text))
 
 
-def plot(models: dict[str, dict[str, Any]], file: str | Path) -> None:
-    """Error against rarity, look-alikes left and loners right, a line a model, with intervals; below, what was wrong.
+def plot(models: dict[str, dict[str, Any]]) -> matplotlib.figure.Figure:
+    """Error against rarity, names with look-alikes on the left, others on the right; a line a model.
 
     Args:
       models: from a name to what `summarize` says of it.
-      file: the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = output.picture(2, title="Names answered wrong, by how many training pages print them")
     for axis, which in zip(axes, ("look-alikes", "loners"), strict=True):
-        for shift, (name, summary) in enumerate(models.items()):
+        for number, (name, summary) in enumerate(models.items()):
             rows = [row for row in summary[which]["by_count"] if row["questions"]]
-            x = [COUNTS.index(row["seen"]) + 0.06 * (shift - (len(models) - 1) / 2) for row in rows]
-            errors = [row["error"] for row in rows]
-            y = [error["value"] for error in errors]
-            spread = [[e["value"] - e["low"] for e in errors], [e["high"] - e["value"] for e in errors]]
-            axis.errorbar(x, y, yerr=spread, marker="o", capsize=2, label=name)
-        axis.set(title=f"names with {which}" if which == "look-alikes" else "names like no other")
+            x = [COUNTS.index(row["seen"]) + 0.08 * (number - (len(models) - 1) / 2) for row in rows]
+            y, low, high = (np.array([100 * row["error"][key] for row in rows]) for key in ("value", "low", "high"))
+            bars = np.maximum([y - low, high - y], 0)
+            axis.errorbar(x, y, yerr=bars, label=name, capsize=2.5, elinewidth=0.8, **output.line_style(number))
+        axis.set_title("with look-alikes" if which == "look-alikes" else "like no other name", fontsize=10)
         axis.set_xticks(range(len(COUNTS)), COUNTS)
         axis.set_xlabel("training pages that print the name")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share of wrong answers")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend()
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+        axis.set_ylabel("wrong answers (%), 95 % interval")
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def describe_comparison(first: str, found: dict[str, dict[str, Any]]) -> str:
+    """The figures of `compare` in words."""
+    return " ".join(
+        f"{name} errs by {_points(difference['error'])} more than {first}: by {_points(difference['error_on_rare'])} "
+        f"on names seen at most once, by {_points(difference['error_on_common'])} on names seen {COMMON[0]} times and "
+        f"more; its rarity gap is wider by {_points(difference['rarity_gap'])}."
+        for name, difference in found.items()
+    )
 
 
 def describe(figures: dict[str, Any]) -> str:

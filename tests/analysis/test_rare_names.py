@@ -64,7 +64,7 @@ def test_no_effect_of_rarity_is_not_taken_for_one():
     """The interval of the gap holds 0 in about 95 of 100 worlds without one."""
     inside = 0
     for seed in range(40):
-        gap = rare_names.summarize(simulate(lambda seen: 0.3, per_name=4, seed=seed))["all"]["rarity_gap"]
+        gap = rare_names.summarize(simulate(lambda seen: 0.3, per_name=2, seed=seed))["all"]["rarity_gap"]
         inside += gap["low"] <= 0 <= gap["high"]
     assert inside >= 34
 
@@ -90,6 +90,7 @@ def test_two_models_are_compared_group_by_group():
     difference = rare_names.compare(worse, better)
     assert difference["error_on_rare"]["high"] < -0.3 and difference["rarity_gap"]["high"] < -0.2
     assert difference["error_on_common"]["low"] < 0 < difference["error_on_common"]["high"]
+    assert "wider by -36.5" in rare_names.describe_comparison("A", {"B": difference})
     with pytest.raises(UserError, match="different names"):
         rare_names.compare(worse, [answer for answer in better if answer.name.group < 3])
 
@@ -119,9 +120,10 @@ def test_blame_counts_what_the_tokens_said():
 
 def test_the_shipped_model_is_analyzed(tmp_path):
     folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
-    text = rare_names.analyze_checkpoint("nano", folder, tmp_path / "out", limit=40)
-    figures = json.loads((tmp_path / "out" / "names.json").read_text())
-    assert (tmp_path / "out" / "names.txt").read_text().strip() == text
+    rare_names.run(["nano"], folder, tmp_path / "out", limit=40)
+    written = json.loads((tmp_path / "out" / "names.json").read_text())
+    figures = written["models"]["ALIGN"]
+    assert rare_names.describe(figures) in (tmp_path / "out" / "names.md").read_text()
     assert (tmp_path / "out" / "names.png").stat().st_size > 5_000
     # It reads: that is what the figures are worth anything for.
     assert figures["model"]["all"]["error"]["value"] < 0.7

@@ -19,7 +19,9 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
+from alignvlm_jax.training.checkpoint import write_checkpoint
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from tests.interop import exported
 from tests.training.batches import MODEL
 
 
@@ -115,6 +117,29 @@ def test_a_tokenizer_for_text_alone_learns_of_images(tmp_path):
     assert load(576).image_id == 512
     with pytest.raises(UserError, match=r"needs 576 rows, the config has 512.*connector\.vocab_size to 512"):
         load(512)
+
+
+def test_a_trained_align_can_be_given_words_of_its_own(tmp_path):
+    config = exported.tiny_config("align")
+
+    def with_words(number, **fields):
+        connector = dataclasses.replace(config.model.connector, num_extra_words=number)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector), **fields)
+
+    params = exported.random_params(with_words(0).model)
+    write_checkpoint(tmp_path / "before", with_words(0), params, exported.nano_tokenizer(), history=[])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    grown = initial_parameters(with_words(3, init_from=str(tmp_path / "before")), mesh)
+    extra = grown["connector"].pop("extra_words")
+    jax.tree.map(np.testing.assert_array_equal, grown, params)
+    np.testing.assert_allclose(extra["values"], params["language"]["embedding"][:3], rtol=1e-6)
+    assert extra["keys"].sharding.spec == jax.P(None, "fsdp")
+    # Who has words of its own cannot be given others, nor lose them.
+    grown["connector"]["extra_words"] = extra
+    write_checkpoint(tmp_path / "after", with_words(3), grown, exported.nano_tokenizer(), history=[])
+    for number in (0, 4):
+        with pytest.raises(UserError, match="num_extra_words"):
+            initial_parameters(with_words(number, init_from=str(tmp_path / "after")), mesh)
 
 
 def test_a_missing_backbone_is_named(backbones, tmp_path):
