@@ -7,7 +7,7 @@ from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.reproduce import parts, recipe, scheduler
 from alignvlm_jax.reproduce.options import Options
-from alignvlm_jax.reproduce.parts import restoration
+from alignvlm_jax.reproduce.parts import names, restoration
 from alignvlm_jax.reproduce.report import write_report
 
 _CORPUS_SEED = 0
@@ -46,6 +46,8 @@ def reproduce(
         build_corpus(data / "documents", seed=_CORPUS_SEED, sizes=dict(options.sizes))
     if any(job.part == restoration.PART.name for job in jobs):
         restoration.build(data, dict(options.sizes))
+    if any(job.part == names.PART.name for job in jobs):
+        names.build(data, options.seeds)
     try:
         problems = scheduler.do_all(options, out, jobs, at_once=at_once)
     finally:

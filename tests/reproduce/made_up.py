@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from alignvlm_jax.analysis.name_answers import NameAnswer
+from alignvlm_jax.data.synthetic.names import draw_lexicon
 from alignvlm_jax.reproduce import parts
 from alignvlm_jax.reproduce.jobs import COMPLETE, RESULT_FILE, Job
 from alignvlm_jax.reproduce.options import Options, write_json
-from alignvlm_jax.reproduce.parts import noise, restoration, vocabulary
+from alignvlm_jax.reproduce.parts import names, noise, restoration, vocabulary
 
 PAGES = [3, 4] * 20
 
@@ -35,7 +37,7 @@ def write_result(out: Path, job: Job, rate: float, status: str = COMPLETE) -> No
         "status": status,
         "minutes": 3.0,
         **({} if job.part in ("noise", "vocabulary", "cost") else trained),
-        "found": _FOUND[job.part](rng, rate),
+        "found": _names(rng, rate, job.seed) if job.part == "names" else _FOUND[job.part](rng, rate),
         "versions": {"git": "abc"},
         "cores": 2,
     }
@@ -86,6 +88,19 @@ def _restoration(rng, rate):
         }
 
     return {difficulty: of(rate) for difficulty in restoration.DIFFICULTIES}
+
+
+def _names(rng, rate, seed):
+    """Wrong ones are garble, whatever the name; the decoder alone makes no mistakes."""
+    lexicon = draw_lexicon(seed, names.GROUPS)
+    wrong = rng.random(len(lexicon) * 4) >= rate
+    answers = [
+        NameAnswer("", name, "XX" if is_wrong else name.text, "garble" if is_wrong else "right")
+        for name, is_wrong in zip(lexicon * 4, wrong, strict=True)
+    ]
+    spelled = [NameAnswer("", name, name.text, "right") for name in lexicon]
+    packed = {"answers": names.pack(answers), "spelled": names.pack(spelled)}
+    return {"factor": 1.0, **packed, "documents": score(rng, rate)}
 
 
 def _cost(rng, rate):

@@ -39,7 +39,7 @@ def test_every_part_has_its_table_and_its_plot(tmp_path):
     text = write_report(OPTIONS, tmp_path).read_text()
     for part in parts.PARTS:
         assert f"\n## {part.title}\n" in text
-    plots = ("accuracy", "learning", "noise", "low_resource", "vocabulary", "restoration")
+    plots = ("accuracy", "learning", "noise", "low_resource", "vocabulary", "restoration", "names")
     assert sorted(file.stem for file in tmp_path.glob("*.svg")) == sorted(plots)
     assert all(f"({name}.svg)" in text for name in plots)
     assert "missing" not in text

@@ -6,7 +6,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.part import Part
-from alignvlm_jax.reproduce.parts import accuracy, cost, low_resource, noise, restoration, tuning, vocabulary
+from alignvlm_jax.reproduce.parts import accuracy, cost, low_resource, names, noise, restoration, tuning, vocabulary
 
 PARTS: tuple[Part, ...] = (
     accuracy.PART,
@@ -14,6 +14,7 @@ PARTS: tuple[Part, ...] = (
     low_resource.PART,
     vocabulary.PART,
     restoration.PART,
+    names.PART,
     cost.PART,
     tuning.PART,
 )
