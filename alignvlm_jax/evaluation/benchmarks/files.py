@@ -1,11 +1,9 @@
-"""The files that benchmarks come in: rows of JSON, JSON lines, Parquet and TSV, and the images they speak of.
+"""The files that benchmarks come in: rows of JSON, JSON lines and Parquet, and the images they speak of.
 
 A row is a dict. Its fields are asked for through `Row`, whose errors name file, record, field and the fields there are;
 readers turn a row that lacks something into a `Question` with a `problem`, so that it is counted and listed.
 """
 
-import base64
-import binascii
 import functools
 import json
 import pathlib
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks.question import Base64, Cell, Picture, Question
+from alignvlm_jax.evaluation.benchmarks.question import Cell, Picture, Question
 
 
 class RowError(UserError):
@@ -148,8 +146,6 @@ def image_bytes(picture: Picture) -> bytes:
             return picture.read_bytes()
         except OSError as error:
             raise UserError(f"{picture}: the image cannot be read ({error.strerror})") from error
-    if isinstance(picture, Base64):
-        return _decode_base64(picture)
     value = _row_group(picture.file, picture.row_group, picture.columns)[picture.column][picture.row].as_py()
     if picture.index is not None:
         value = value[picture.index]
@@ -162,16 +158,6 @@ def image_bytes(picture: Picture) -> bytes:
 def is_there(picture: Picture) -> bool:
     """Whether an image could be read, as far as can be said without reading it."""
     return picture.is_file() if isinstance(picture, pathlib.Path) else True
-
-
-def _decode_base64(picture: Base64) -> bytes:
-    with picture.file.open("rb") as file:
-        file.seek(picture.start)
-        text = file.read(picture.stop - picture.start)
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise UserError(f"{picture}: no image in base64 ({error})") from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,24 +30,7 @@ class Cell:
         return f"{self.file}, row group {self.row_group}, row {self.row}, column {self.column}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Base64:
-    """An image written out in a TSV file, at a place in it: VLMEvalKit's way.
-
-    Attributes:
-      file: the TSV file.
-      start, stop: the bytes of it that are the image in base64.
-    """
-
-    file: pathlib.Path
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, bytes {self.start} to {self.stop}"
-
-
-Picture = pathlib.Path | Cell | Base64
+Picture = pathlib.Path | Cell
 
 
 @dataclasses.dataclass(frozen=True)
