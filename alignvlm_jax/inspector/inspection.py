@@ -6,6 +6,7 @@ Axes: M tiles, N patches of a tile, A answer tokens.
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,7 @@ from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.resampling import resample_images
 from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inspector import geometry, packing, page
@@ -21,6 +23,7 @@ from alignvlm_jax.inspector.attribution import Attribution, attribute
 from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_words
 from alignvlm_jax.models.alignvlm import token_grid
 
+_MOST_WORDS = 1000
 _MOST_MAPS = 64
 """Answer tokens with a map of their own each; a longer answer gets one map as a whole."""
 
@@ -37,9 +40,13 @@ class InspectConfig:
     """
 
     words_per_patch: int = 32
-    attribution: str = "tokens"
+    attribution: Literal["tokens", "answer", "none"] = "tokens"
     steps: int = 32
     max_new_tokens: int = 128
+
+    def __post_init__(self):
+        if not 0 < self.words_per_patch <= _MOST_WORDS:
+            raise UserError(f"words per patch: expected 1 to {_MOST_WORDS}, got {self.words_per_patch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,6 @@ class Inspection:
         maps = whole if len(found.shares) == 1 else np.concatenate([whole, found.shares])
         return packed | {
             "maps": packing.pack_maps(maps),
-            "shareSum": float(found.shares.sum()),
             "missing": found.missing,
             "steps": self.config.steps,
         }

@@ -5,7 +5,7 @@ different words among them.
 
 Numbers become base64 of little-endian typed arrays:
 
-    counts          uint8  [T]   words kept of each patch: those of at least `FLOOR`, and the likeliest always
+    counts          uint16 [T]   words kept of each patch: those of at least `FLOOR`, and the likeliest always
     entries         uint16 [E]   which of the page's U words; uint32 where U > 65536
     probabilities   uint16 [E]   ln p from `_LOWEST` to 0, evenly: off by at most 0.013 % of p
     entropy         uint16 [T]   from 0 to ln V, evenly
@@ -55,7 +55,7 @@ def pack_words(
         "lowest": _LOWEST,
         "words": [text_of(int(word)) for word in words],
         "ids": encode(words, "<u4"),
-        "counts": encode(kept.sum(axis=1), "u1"),
+        "counts": encode(kept.sum(axis=1), "<u2"),
         "entries": encode(entries, "<u2" if len(words) <= 65536 else "<u4"),
         "probabilities": encode(np.round((logs / _LOWEST) * _STEPS), "<u2"),
         "entropy": encode(np.round(share * _STEPS), "<u2"),
@@ -63,9 +63,12 @@ def pack_words(
 
 
 def pack_maps(maps: Float[np.ndarray, "G T"]) -> dict:
-    """Signed maps, each in 127 steps either way of its own largest magnitude (`scales`)."""
+    """Signed maps as int16 [G, T], each in 32767 steps either way of its own largest magnitude (`scales`).
+
+    Thousands of small shares are to add up to what they were: 127 steps lose a tenth of the sum on a nine-tile page.
+    """
     scales = np.max(np.abs(maps), axis=1, initial=1e-12)
-    return {"scales": scales.tolist(), "values": encode(np.round(maps / scales[:, None] * 127), "i1")}
+    return {"scales": scales.tolist(), "values": encode(np.round(maps / scales[:, None] * 32767), "<i2")}
 
 
 def encode(numbers: np.ndarray, dtype: str) -> str:

@@ -28,7 +28,7 @@ const leftOut = data.leftOut ? numbers(data.leftOut, Uint8Array) : null;
 
 // The words of patch t are entries firstEntry[t] to firstEntry[t + 1], likeliest first.
 const firstEntry = new Uint32Array(TOTAL + 1);
-numbers(text.counts, Uint8Array).forEach((count, t) => { firstEntry[t + 1] = firstEntry[t] + count; });
+numbers(text.counts, Uint16Array).forEach((count, t) => { firstEntry[t + 1] = firstEntry[t] + count; });
 
 // The inverted index: the places of word w are byWord[firstPlace[w]] to byWord[firstPlace[w + 1]], each an entry.
 const firstPlace = new Uint32Array(NUM_WORDS + 1);
@@ -257,13 +257,27 @@ function heat() {
     let most = 1e-9;
     for (const t of patchesOf(state.layer)) most = Math.max(most, Math.abs(map[t]));
     const token = state.map ? `“${marked(asked().tokens[state.map - 1].text)}”` : "the answer";
-    return { value: (t) => map[t] / most, colour: colours.for, against: colours.against, title: `What each patch gave to ${token}, in nats`, ticks: [signed(-most), "0", signed(most)] };
+    return { value: (t) => map[t] / most, colour: colours.for, against: colours.against, title: `What each patch gave to ${token}, in nats${parts(map)}`, ticks: [signed(-most), "0", signed(most)] };
   }
   const values = state.found.values;
   // What is nowhere likely stays pale.
   let most = PALE;
   for (const t of patchesOf(state.layer)) most = Math.max(most, values[t]);
   return { value: (t) => Math.sqrt(values[t] / most), colour: colours.find, title: state.found.title, ticks: ["0", percent(most / 4), percent(most)] };
+}
+
+/** What of a map lies in each layer, and on patches that see none of the page: where there is more than one place. */
+function parts(map) {
+  const said = data.layers.map(({ name }, layer) => [name, 0, layer]);
+  let padding = 0;
+  for (const sum of said) {
+    for (const t of patchesOf(sum[2])) {
+      if (onPage(t)) sum[1] += map[t];
+      else padding += map[t];
+    }
+  }
+  if (Math.abs(padding) >= 0.05) said.push(["padding", padding]);
+  return said.length < 2 ? "" : `: ${said.map(([name, sum]) => `${name} ${signed(sum)}`).join(", ")}`;
 }
 
 function drawHeat({ value, colour, against, title, ticks }) {
@@ -666,7 +680,7 @@ function showOften() {
 const asked = () => data.questions[state.question];
 const maps = data.questions.map(({ maps }) => maps && {
   scales: maps.scales,
-  values: numbers(maps.values, Int8Array),
+  values: numbers(maps.values, Int16Array),
 });
 
 /** The patches' shares in what is chosen of the answer, or null. */
@@ -677,7 +691,7 @@ function answerMap() {
   const of = `${state.question}/${state.map}`;
   if (shares.of !== of) {
     const part = found.values.subarray(state.map * TOTAL, (state.map + 1) * TOTAL);
-    shares = { of, map: Float32Array.from(part, (value) => (value / 127) * found.scales[state.map]) };
+    shares = { of, map: Float32Array.from(part, (value) => (value / 32767) * found.scales[state.map]) };
   }
   return shares.map;
 }

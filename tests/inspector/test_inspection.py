@@ -77,11 +77,11 @@ def test_shares_add_up_to_what_the_page_did(found):
     np.testing.assert_allclose(answer.attribution.shares.sum(axis=1), rise, atol=0.02 * np.max(np.abs(rise)))
     assert answer.attribution.missing < 0.02
     question = found.to_json()["questions"][0]
-    maps = packing.decode(question["maps"]["values"], "i1").reshape(4, -1) / 127
+    maps = packing.decode(question["maps"]["values"], "<i2").reshape(4, -1) / 32767
     maps *= np.array(question["maps"]["scales"])[:, None]
     shares = answer.attribution.shares
     for packed, exact in ((maps[0], shares.sum(axis=0)), (maps[1:], shares)):
-        np.testing.assert_allclose(packed, exact, atol=np.max(np.abs(exact)) / 200)
+        np.testing.assert_allclose(packed, exact, atol=np.max(np.abs(exact)) / 60000)
 
 
 def test_log_probabilities_are_those_of_the_whole_model(reader, found):
@@ -150,6 +150,8 @@ def test_what_it_refuses(reader, tmp_path):
     with pytest.raises(UserError, match="mlp.*no words"):
         mlp = dataclasses.replace(reader.config, connector=MLPConfig())
         patch_words(mlp, {}, np.zeros((1, 16, 16, 3), np.uint8), np.full((1, 2), 16), k=1)
+    with pytest.raises(UserError, match="1 to 1000"):
+        InspectConfig(words_per_patch=1001)
     with pytest.raises(UserError, match="question is empty"):
         inspect_image(reader, noise_page(0), [" "], config=CONFIG, progress=False)
 

@@ -14,7 +14,7 @@ def unpack(text: dict) -> list[list[tuple[str, float]]]:
     """Each patch's (word, probability) pairs, as page.js reads them."""
     entries = packing.decode(text["entries"], "<u2" if len(text["words"]) <= 65536 else "<u4")
     probabilities = np.exp(packing.decode(text["probabilities"], "<u2") / 65535 * text["lowest"])
-    counts = packing.decode(text["counts"], "u1").astype(int)
+    counts = packing.decode(text["counts"], "<u2").astype(int)
     pairs = [(text["words"][word], p) for word, p in zip(entries, probabilities, strict=True)]
     return [pairs[end - count : end] for end, count in zip(np.cumsum(counts), counts, strict=True)]
 
@@ -48,14 +48,14 @@ def test_a_patch_keeps_its_likeliest_word_however_unlikely():
 def test_maps_keep_their_sign_and_scale():
     maps = np.random.default_rng(0).normal(size=(3, 200)) * np.array([[1e-3], [1], [40]])
     packed = packing.pack_maps(maps)
-    values = packing.decode(packed["values"], "i1").reshape(3, 200) / 127 * np.array(packed["scales"])[:, None]
-    assert np.all(np.abs(values - maps) <= np.max(np.abs(maps), axis=1, keepdims=True) / 254 * 1.01)
-    assert not packing.decode(packing.pack_maps(np.zeros((1, 5)))["values"], "i1").any()
+    values = packing.decode(packed["values"], "<i2").reshape(3, 200) / 32767 * np.array(packed["scales"])[:, None]
+    assert np.all(np.abs(values - maps) <= np.max(np.abs(maps), axis=1, keepdims=True) / 65534 * 1.01)
+    assert not packing.decode(packing.pack_maps(np.zeros((1, 5)))["values"], "<i2").any()
 
 
 def test_the_largest_page_is_below_four_megabytes():
     """Nine tiles and a thumbnail, all 32 words of each patch kept, nearly all of the vocabulary among them."""
     found = nine_tiles().to_json()
-    assert len(found["text"]["words"]) > 65536 and packing.decode(found["text"]["counts"], "u1").sum() == 7290 * 32
+    assert len(found["text"]["words"]) > 65536 and packing.decode(found["text"]["counts"], "<u2").sum() == 7290 * 32
     text = page.render(found, title="nine tiles")
     assert 3e6 < len(text.encode()) < 4e6
