@@ -300,7 +300,10 @@ function drawHeat({ value, colour, against, title, ticks }) {
   legend(title, `linear-gradient(to right, ${left}rgba(${colour}, 0)${against ? " 50%" : ""}, rgba(${colour}, ${MOST_INK}))`, ticks);
 }
 
+let told = "";
 function legend(title, gradient, ticks) {
+  // A screen reader hears what is written here: only when it is new.
+  if (told === (told = [title, gradient, ticks].join("|"))) return;
   $("legend-title").textContent = title;
   $("scale").hidden = !gradient;
   if (!gradient) return;

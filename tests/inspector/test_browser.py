@@ -7,6 +7,7 @@ controls: pointer, finger, keys, search. `-s` prints the times measured.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.inspector import page
+from alignvlm_jax.inspector.inspection import Answer
 from tests.inspector.samples import DrawnWords, nine_tiles
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -230,6 +232,18 @@ def test_the_thumbnail_has_patches_of_its_own(desk, found):
     # The middle of the page is the middle of the thumbnail.
     assert desk.evaluate("inspector.state.patch") == 13 * 27 + 13
     assert shown(desk) == expected(found, 13 * 27 + 13)
+
+
+@pytest.mark.parametrize("answers", [[], [Answer("Total?", "", np.zeros(0, int), None)]], ids=["none", "empty"])
+def test_without_an_answer(browser, found, tmp_path, answers):
+    """Nothing asked, or nothing answered: the page begins with the words."""
+    file = tmp_path / "page.html"
+    page.write(page.render(dataclasses.replace(found, answers=answers).to_json(), title="no answer"), file)
+    with opened(browser, file.as_uri(), **DESK) as tab:
+        assert tab.is_checked("#views [value=words]") and tab.is_disabled("#views [value=answer]")
+        assert tab.is_visible("#asked") == bool(answers) and (not answers or tab.text_content("#answer") == "no answer")
+        tab.mouse.move(*place(tab, 4000))
+        assert shown(tab) == expected(found, 4000) and tab.text_content("#patch-share") == ""
 
 
 def test_zooming_keeps_the_patch_under_the_pointer(desk):
