@@ -112,7 +112,7 @@ def test_benchmarks_in_several_processes(written, tmp_path):
     options = dict(data=str(tmp_path / "data"), limit=6, batch_size=6)
     evaluate_benchmarks(run, ["docvqa"], predictions_file=files[0], **options)
     several = processes.start(
-        tmp_path / "out", "benchmarks", 2, checkpoint=str(run), names=["docvqa"], predictions=str(files[1]), **options
+        tmp_path / "out", "benchmarks", 2, checkpoint=str(run), name="docvqa", predictions=str(files[1]), **options
     )
     assert processes.finish(several) == [0, 0], several[0].text()
     assert files[0].read_text() == files[1].read_text()

@@ -84,12 +84,12 @@ def evaluate(checkpoint, data, limit, predictions):
     print("answered", len(report.answers))
 
 
-def benchmarks(checkpoint, names, data, limit, batch_size, predictions):
+def benchmarks(checkpoint, name, data, limit, batch_size, predictions):
     """`alignvlm eval --benchmark`, likewise."""
     from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
 
     options = dict(limit=limit, batch_size=batch_size, predictions_file=predictions)
-    evaluate_benchmarks(checkpoint, names, data=data, **options)
+    evaluate_benchmarks(checkpoint, [name], data=data, **options)
 
 
 def main():

@@ -36,7 +36,7 @@ ONE_REFERENCE = "one reference a question: the folder meta/ is not there"
 """What `Question.extra` says where all accepted answers are not at hand."""
 
 _EXPECTED = """\
-DIR/test/{dataset}_test.jsonl or DIR/val.jsonl, DIR/imgs/..., and for all accepted answers \
+DIR/{split}/{dataset}_{split}.jsonl or DIR/{split}.jsonl, DIR/imgs/..., and for all accepted answers \
 DIR/meta/{dataset}/{split}/metadata.jsonl and document.jsonl"""
 
 # What the two data sets of forms ask for. The key is found in the question: "What is the value for the gross_amount?".

@@ -23,6 +23,11 @@ class Layout:
     expected: str
     read: Read
 
+    def describe(self, split: str) -> str:
+        """What is looked for, of a split."""
+        of_parquet = f"{'validation' if split == 'val' else split}-*"
+        return f"{self.name}: {self.expected.replace('{split}-*', of_parquet).replace('{split}', split)}"
+
 
 def split_names(split: str) -> tuple[str, ...]:
     """What publishers call a split."""

@@ -124,7 +124,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list
     Raises:
       UserError: there are none, or none could be asked; it says what is looked for.
     """
-    expected = "; ".join(f"{layout.name}: {layout.expected.replace('{split}', split)}" for layout in benchmark.layouts)
+    expected = "; ".join(layout.describe(split) for layout in benchmark.layouts)
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder. {benchmark.title} is read from: {expected}")
     folder = data / benchmark.name if (data / benchmark.name).is_dir() else data
@@ -141,7 +141,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list
         if shown and not any(files.is_there(picture) for picture in shown):
             raise UserError(
                 f"none of the {len(shown)} images of {benchmark.title} is there, not {shown[0]} for one. Expected is "
-                f"{layout.name}: {layout.expected.replace('{split}', split)}"
+                + layout.describe(split)
             )
         return _unique(questions)
     raise UserError(f"{folder}: no files of {benchmark.title}, split {split}. It is read from: {expected}")

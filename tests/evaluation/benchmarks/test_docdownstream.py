@@ -161,7 +161,9 @@ def test_what_is_wrong_is_named_and_counted(tmp_path):
 
 
 def test_files_that_are_not_there_are_described(tmp_path):
-    with pytest.raises(UserError, match=r"DIR/test/DocVQA_test.jsonl.*val_v1.0.json.*DIR/DocVQA/val-\*.parquet"):
+    with pytest.raises(
+        UserError, match=r"DIR/val/DocVQA_val.jsonl or DIR/val.jsonl.*val_v1.0.json.*DIR/DocVQA/validation-\*.parquet"
+    ):
         evaluate("docvqa", tmp_path, lambda text: "")
     with pytest.raises(UserError, match="no such folder"):
         evaluate("docvqa", tmp_path / "nowhere", lambda text: "")

@@ -161,3 +161,12 @@ def test_the_shipped_model_reads_drawn_pages(tmp_path, capsys):
     assert docvqa["num_not_asked"] == 0 and "jax" in figures["versions"]
     lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 + docvqa["num_questions"] + chartqa["num_questions"]
+
+
+def test_the_docs_name_every_benchmark():
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text()
+    for name, benchmark in BENCHMARKS.items():
+        assert f"`{name}`" in text, name
+        for layout in benchmark.layouts:
+            for place in layout.name.partition("(")[2].rstrip(")").split(", "):
+                assert place in text or place.startswith(("rrc", "vcr-org", "task")), place
