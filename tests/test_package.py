@@ -64,7 +64,7 @@ def test_every_folder_with_code_is_a_package(setup_arguments):
 
 
 def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
-    suffixes = {".py", ".jinja", ".json", ".safetensors", ".md"}
+    suffixes = {".py", ".jinja", ".json", ".safetensors", ".md", ".html", ".css", ".js"}
     shipped = [file for file in PACKAGE.rglob("*") if file.suffix in suffixes and "__pycache__" not in file.parts]
     missing = [file for file in shipped if not (installed / file.relative_to(ROOT)).is_file()]
     assert not missing

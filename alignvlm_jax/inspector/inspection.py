@@ -24,8 +24,8 @@ from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_word
 from alignvlm_jax.models.alignvlm import token_grid
 
 _MOST_WORDS = 1000
-_MOST_MAPS = 64
-"""Answer tokens with a map of their own each; a longer answer gets one map as a whole."""
+_MOST_SHARES = 64 * 7290
+"""Tokens of an answer times patches: beyond this (64 tokens on a nine-tile page) it gets one map as a whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _answer(
             words.visual.reshape(-1, width),
             blank.visual.reshape(-1, width),
             steps=config.steps,
-            per_token=config.attribution == "tokens" and len(ids) <= _MOST_MAPS,
+            per_token=config.attribution == "tokens" and len(ids) * words.entropy.size <= _MOST_SHARES,
             progress=progress,
         )
     return Answer(question, text, ids, found)

@@ -5,7 +5,7 @@ different words among them.
 
 Numbers become base64 of little-endian typed arrays:
 
-    counts          uint16 [T]   words kept of each patch: those of at least `FLOOR`, and the likeliest always
+    counts          uint16 [T]   words kept of each patch: those above the floor, and the likeliest always
     entries         uint16 [E]   which of the page's U words; uint32 where U > 65536
     probabilities   uint16 [E]   ln p from `_LOWEST` to 0, evenly: off by at most 0.013 % of p
     entropy         uint16 [T]   from 0 to ln V, evenly
@@ -21,6 +21,9 @@ from jaxtyping import Float, Int
 
 FLOOR = 1e-5
 """Words less likely than this are left out, except a patch's likeliest."""
+
+MOST_ENTRIES = 400_000
+"""Words kept of all patches together, whatever their number: the floor is raised until no more are left."""
 
 _LOWEST = -16.0
 _STEPS = 65535
@@ -43,7 +46,10 @@ def pack_words(
       vocabulary: V, how many words there were to choose from.
       text_of: a token's text.
     """
-    kept = probabilities >= FLOOR
+    floor = FLOOR
+    if probabilities.size > MOST_ENTRIES:
+        floor = max(floor, float(np.partition(probabilities, -MOST_ENTRIES, axis=None)[-MOST_ENTRIES]))
+    kept = probabilities >= floor
     kept[:, 0] = True
     words, entries = np.unique(ids[kept], return_inverse=True)
     logs = np.log(np.clip(probabilities[kept], math.exp(_LOWEST), 1.0))
@@ -51,7 +57,7 @@ def pack_words(
     return {
         "vocabulary": vocabulary,
         "kept": ids.shape[1],
-        "floor": FLOOR,
+        "floor": floor,
         "lowest": _LOWEST,
         "words": [text_of(int(word)) for word in words],
         "ids": encode(words, "<u4"),

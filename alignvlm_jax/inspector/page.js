@@ -176,7 +176,7 @@ function layOut() {
   const room = narrow ? innerHeight * 0.42 : Math.max(320, innerHeight - 190);
   const across = Math.max(80, viewport.parentElement.clientWidth - 2);
   const fit = Math.min(across / width, room / height);
-  viewport.style.height = `${Math.ceil(height * fit) + 2}px`;
+  viewport.style.height = `${Math.max(140, Math.ceil(height * fit)) + 2}px`;
   frame.width = viewport.clientWidth;
   frame.height = viewport.clientHeight;
   frame.scale = fit * state.zoom;

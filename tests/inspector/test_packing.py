@@ -45,6 +45,17 @@ def test_a_patch_keeps_its_likeliest_word_however_unlikely():
     assert only[0] == "3" and only[1] == pytest.approx(8e-6, rel=2e-4)
 
 
+def test_more_patches_raise_the_floor(monkeypatch):
+    monkeypatch.setattr(packing, "MOST_ENTRIES", 200)
+    probabilities = np.sort(np.random.default_rng(0).dirichlet(np.full(30, 0.3), 50))[:, ::-1]
+    text = packing.pack_words(
+        np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, text_of=str
+    )
+    assert text["floor"] > packing.FLOOR and 200 <= sum(map(len, unpack(text))) <= 250
+    for pairs, dense in zip(unpack(text), probabilities, strict=True):
+        assert len(pairs) == max(1, np.sum(dense >= text["floor"]))
+
+
 def test_maps_keep_their_sign_and_scale():
     maps = np.random.default_rng(0).normal(size=(3, 200)) * np.array([[1e-3], [1], [40]])
     packed = packing.pack_maps(maps)
