@@ -133,7 +133,7 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
     return _LLAMA if tie_word_embeddings else (*_LLAMA, Row("lm_head", "lm_head.weight"))
 
 
-_EXTRA_WORDS = ("keys", "bias", "values")
+_EXTRA_WORDS = ("keys", "scale", "bias", "values")
 _GATED_MLP = ("gate", "up", "down")
 
 

@@ -296,9 +296,9 @@ def add_extra_words(config: AlignVLMConfig, params: Params) -> Params:
     number, connector = config.connector.num_extra_words, params["connector"]
     if not number:
         return params
-    keys, scale = nn.unbox((connector["w2"], connector["vocab_norm_scale"]))
+    keys, scale, bias = nn.unbox([connector[name] for name in ("w2", "vocab_norm_scale", "vocab_norm_bias")])
     embedding = nn.unbox(params["language"]["embedding"])[: len(keys)]
-    extra = extra_words.seed(number, keys, embedding, jnp.mean(scale))
+    extra = extra_words.seed(number, keys, scale, bias, embedding)
     # Unlike W2 they are no table of words, and lie otherwise on a mesh: the boxes that they were drawn in stay.
     drawn = connector.get("extra_words", extra)
     extra = {name: _in_box_of(drawn[name], value) for name, value in extra.items()}

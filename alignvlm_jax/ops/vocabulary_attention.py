@@ -22,7 +22,8 @@ The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocab
 - without (few queries), a2 is known before it: the forward pass also sums  h_t = sum_v p_tv scale_v z_tv e_v, of which
   a2_t = dL/do_t·h_t - (dL/do_t·o_t - dL/dn_t) sum_v p_tv scale_v z_tv.
 
-n_t = log sum_v exp(s_tv), where it is asked for, adds p_tv dL/dn_t to dL/ds_tv.
+Where they are asked for, n_t = log sum_v exp(s_tv) adds p_tv dL/dn_t to dL/ds_tv, mu_t takes dL/dmu_t from r_t a1_t,
+and r_t adds r_t dL/dr_t to a2_t.
 """
 
 import dataclasses
@@ -46,17 +47,32 @@ from alignvlm_jax.ops.vocabulary_statistics import (
 
 
 @flax.struct.dataclass
-class VocabularySummary:
-    """What was asked of P beside the result; a gradient flows through the normaliser alone.
+class Normalizers:
+    """What the scores of further words need, to be as those of the vocabulary and to join its softmax; float32.
 
     Attributes:
-      log_normalizer: log of sum_v exp(s_v) of each query, float32; None if not asked for.
+      log_sum: log of sum_v exp(s_v) of each query.
+      mean: mu.
+      rate: r = 1 / sqrt(variance + eps).
+    """
+
+    log_sum: Float[Array, "..."]
+    mean: Float[Array, "..."]
+    rate: Float[Array, "..."]
+
+
+@flax.struct.dataclass
+class VocabularySummary:
+    """What was asked of P beside the result; a gradient flows through the normalizers alone.
+
+    Attributes:
+      normalizers: of the LayerNorm and of the softmax; None if not asked for.
       entropy: of each query's P, in nats; None if not asked for.
       top_probabilities: the k largest probabilities of each query, largest first; None if not asked for.
       top_ids: their words.
     """
 
-    log_normalizer: Float[Array, "..."] | None = None
+    normalizers: Normalizers | None = None
     entropy: Float[Array, "..."] | None = None
     top_probabilities: Float[Array, "... k"] | None = None
     top_ids: Int[Array, "... k"] | None = None
@@ -71,7 +87,7 @@ def vocabulary_attention(
     *,
     eps: float = 1e-5,
     statistics: VocabularyStatistics | None = None,
-    log_normalizer: bool = False,
+    normalizers: bool = False,
     entropy: bool = False,
     top_k: int = 0,
     block_size: int | None = None,
@@ -88,7 +104,7 @@ def vocabulary_attention(
       eps: of the LayerNorm.
       statistics: of frozen keys (`vocabulary_statistics`): saves their computation. They are constants: the gradient of
         the keys does not flow through them. They may be those of another table, of which `keys` are some rows.
-      log_normalizer: whether to return log of sum_v exp(s_v), which joins P with a softmax over something else.
+      normalizers: whether to return what joins P with a softmax over further words.
       entropy: whether to return the entropy of P.
       top_k: how many of the largest probabilities to return.
       block_size: K; None means `default_block_size`.
@@ -100,7 +116,7 @@ def vocabulary_attention(
     num_queries = q.shape[0] if q.ndim > 1 else 1
     options = _Options(
         eps=eps,
-        log_normalizer=log_normalizer,
+        normalizers=normalizers,
         entropy=entropy,
         top_k=min(top_k, keys.shape[0]),
         block_size=block_size,
@@ -112,7 +128,7 @@ def vocabulary_attention(
     mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
     if q.ndim == 1:
         mixed, summary = mixed[0], jax.tree.map(lambda leaf: leaf[0], summary)
-    return (mixed, summary) if log_normalizer or entropy or top_k else mixed
+    return (mixed, summary) if normalizers or entropy or top_k else mixed
 
 
 def vocabulary_usage(
@@ -162,7 +178,7 @@ class _Options:
     """What is static."""
 
     eps: float
-    log_normalizer: bool
+    normalizers: bool
     entropy: bool
     top_k: int
     block_size: int | None
@@ -215,7 +231,7 @@ def _attend_forward(options, q, keys, scale, bias, values, statistics):
 
 def _attend_backward(options, inputs, cotangents):
     mixed, summary = cotangents
-    return (*_backward(options, *inputs, mixed, summary.log_normalizer), None)
+    return (*_backward(options, *inputs, mixed, summary.normalizers), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -241,7 +257,7 @@ def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
         moments = _Moments(jax.P(), of_query, of_query, of_query if with_spread else None)
         saved_spec = _Saved(moments, of_query, of_query, None if with_spread else (of_query, of_query))
     summary_spec = VocabularySummary(
-        of_query if options.log_normalizer else None,
+        Normalizers(of_query, of_query, of_query) if options.normalizers else None,
         of_query if options.entropy else None,
         *((of_query, of_query) if options.top_k else ()),
     )
@@ -308,8 +324,9 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         means["mixed"] = merged["mixed"] / merged["share"]
 
     summary = VocabularySummary()
-    if options.log_normalizer:
-        summary = summary.replace(log_normalizer=running.maximum + jnp.log(running.total))
+    if options.normalizers:
+        log_sum = running.maximum + jnp.log(running.total)
+        summary = summary.replace(normalizers=Normalizers(log_sum, moments.mean, moments.rate))
     if options.entropy:
         summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
     if options.top_k:
@@ -321,18 +338,17 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     return means["mixed"].astype(q.dtype), summary, saved
 
 
-def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent, of_normalizer):
-    """The five gradients, from all devices; `of_normalizer` is the cotangent of the normaliser, None without one."""
+def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent, of_normalizers):
+    """The five gradients, from all devices; `of_normalizers` are their cotangents, None where none were returned."""
     axes = options.axes
     of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
 
-    def local(q, keys, scale, bias, values, saved, cotangent, of_normalizer):
+    def local(q, keys, scale, bias, values, saved, cotangent, of_normalizers):
         flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        if of_normalizer is not None:
-            of_normalizer = of_normalizer.reshape(-1)
+        of_normalizers = jax.tree.map(lambda leaf: leaf.reshape(-1), of_normalizers)
         keys, values = streaming.Table(keys, axes), streaming.Table(values, axes)
         frozen = statistics is not None
-        cotangents = cotangent, of_normalizer
+        cotangents = cotangent, of_normalizers
         of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, *cotangents)
         return of_q.reshape(q.shape), *rest
 
@@ -340,10 +356,10 @@ def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangen
     saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
     in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query, of_query)
     sharded = streaming.shard(local, axes, in_specs, (of_query, of_table, of_row, of_row, of_table))
-    return sharded(q, keys, scale, bias, values, saved, cotangent, of_normalizer)
+    return sharded(q, keys, scale, bias, values, saved, cotangent, of_normalizers)
 
 
-def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent, of_normalizer):
+def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent, of_normalizers):
     """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
     axes, moments = options.axes, saved.moments
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
@@ -355,10 +371,10 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     if saved.tilted is not None:
         tilted, tilt = saved.tilted
         second = jnp.sum(cotangent.astype(jnp.float32) * tilted, axis=-1) - expected * tilt
-        if of_normalizer is not None:
-            second += of_normalizer * (tilt + saved.softmax.maximum)
-    if of_normalizer is not None:
-        expected -= of_normalizer
+        if of_normalizers is not None:
+            second += of_normalizers.log_sum * (tilt + saved.softmax.maximum) + moments.rate * of_normalizers.rate
+    if of_normalizers is not None:
+        expected -= of_normalizers.log_sum
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry
@@ -398,6 +414,10 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     # The two short ones share an all-reduce.
     norm = streaming.add_up_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
 
+    if of_normalizers is not None:
+        sums["first"] -= of_normalizers.mean[:, None]
+        if second is None:
+            sums["second"] += (moments.rate * of_normalizers.rate)[:, None]
     of_q, first = sums["of_q"], sums["first"]
     of_q -= first * moments.mean_row
     if second is None:

@@ -85,8 +85,9 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
     return attend_words(query, words)[0]
 
 
-def attend_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
-    """`expected_embedding`, and the log of the softmax's denominator, float32 [T]."""
+def attend_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`expected_embedding`; and of each query, float32 [T], the log of the softmax's denominator and LN_V's mean and
+    inverse deviation: what further words need to join the softmax."""
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query = query.to(torch.get_autocast_dtype(device))
@@ -97,25 +98,27 @@ def attend_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def word_distribution(query: torch.Tensor, words: Words, own_scores: torch.Tensor | None = None) -> torch.Tensor:
-    """P itself, float32 [T, V]: for analyses of a few tiles. Words beside these [T, k] have what is missing to 1."""
+def word_distribution(query: torch.Tensor, words: Words, extra: "ExtraWords | None" = None) -> torch.Tensor:
+    """P itself, float32 [T, V]: for analyses of a few tiles. Words beside these have what is missing to 1."""
     everything = slice(0, words.size)
-    scores = _norm_of_logits(query, words.keys(everything).to(query), *words.norm(everything), words.eps)
-    if own_scores is not None:
-        scores = torch.cat([scores, own_scores], dim=-1)
+    logits = matmul_float32(query, words.keys(everything).to(query).T)
+    scores = _norm_of_logits(logits, *words.norm(everything), words.eps)
+    if extra is not None:
+        scores = torch.cat([scores, extra.scores(query, *_moments(logits, words.eps))], dim=-1)
     return F.softmax(scores, dim=-1)[:, : words.size]
 
 
-def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
+def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]:
     """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
     everything = slice(0, words.size)
     keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
 
     def attend(query, keys, scale, bias, values):
-        scores = _norm_of_logits(query, keys, scale, bias, words.eps)
+        logits = matmul_float32(query, keys.T)
+        scores = _norm_of_logits(logits, scale, bias, words.eps)
         expected = matmul_float32(F.softmax(scores, dim=-1).to(values.dtype), values).to(query.dtype)
-        return expected, torch.logsumexp(scores, dim=-1)
+        return expected, torch.logsumexp(scores, dim=-1), *_moments(logits, words.eps)
 
     blocks = query.split(max(1, _MAX_LOGITS // words.size))
     parts = [
@@ -125,13 +128,18 @@ def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _norm_of_logits(query, keys, scale, bias, eps) -> torch.Tensor:
-    logits = matmul_float32(query, keys.T)
+def _norm_of_logits(logits, scale, bias, eps) -> torch.Tensor:
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
     return F.layer_norm(logits, logits.shape[-1:], scale, bias, eps)
 
 
-def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(logits, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """LN_V's mean and inverse deviation, [T]."""
+    variance, mean = torch.var_mean(logits, dim=-1, correction=0)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]:
     """A block of V at a time: a first pass for LN_V's statistics, a second for softmax and expectation.
 
     The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
@@ -166,7 +174,8 @@ def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torc
         total = total * correction + weights.sum(dim=-1, keepdim=True)
         expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(query))
         maximum = new_maximum
-    return (expected / total).to(dtype), (maximum + total.log()).squeeze(-1)
+    normalizers = maximum + total.log(), mean, inverse_deviation
+    return (expected / total).to(dtype), *(normalizer.squeeze(-1) for normalizer in normalizers)
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -226,26 +235,31 @@ class WordNorm(nn.Module):
 
 
 class ExtraWords(nn.Module):
-    """A few words of the connector's own, which join the softmax over the vocabulary: their keys, biases and values."""
+    """A few words of the connector's own, which join the softmax over the vocabulary under LN_V's mean and deviation:
+    their keys, scales, biases and values."""
 
-    def __init__(self, num_words: int, width: int):
+    def __init__(self, num_words: int, width: int, initial_scale: float):
         super().__init__()
         self.keys = nn.Parameter(torch.empty(num_words, width))
+        self.scale = nn.Parameter(torch.empty(num_words))
         self.bias = nn.Parameter(torch.empty(num_words))
         self.values = nn.Parameter(torch.empty(num_words, width))
+        self.initial_scale = initial_scale
 
-    def scores(self, query: torch.Tensor) -> torch.Tensor:
+    def scores(self, query: torch.Tensor, mean: torch.Tensor, inverse_deviation: torch.Tensor) -> torch.Tensor:
         """[T, k], float32."""
-        return matmul_float32(query, self.keys.to(query).T).float() + self.bias.float()
+        logits = matmul_float32(query, self.keys.to(query).T)
+        normed = (logits - mean[:, None]) * inverse_deviation[:, None]
+        return normed * self.scale.to(normed) + self.bias.to(normed)
 
-    def forward(self, query: torch.Tensor, expected: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, expected: torch.Tensor, log_sum, mean, inverse_deviation) -> torch.Tensor:
         """Mixes the expected embedding over the vocabulary with that over these words."""
         query = query.to(expected.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            scores = self.scores(query)
-            share = torch.sigmoid(torch.logsumexp(scores, dim=-1) - log_normalizer)[:, None]
+            scores = self.scores(query, mean, inverse_deviation)
+            share = torch.sigmoid(torch.logsumexp(scores, dim=-1) - log_sum)[:, None]
             own = matmul_float32(F.softmax(scores, dim=-1).to(query), self.values.to(query))
-            return ((1 - share) * expected.float() + share * own).to(expected.dtype)
+            return ((1 - share) * expected.to(own) + share * own).to(expected.dtype)
 
 
 class AlignConnector(nn.Module):
@@ -261,22 +275,23 @@ class AlignConnector(nn.Module):
         self.w2 = WordTable(self.num_words, width)
         self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
         num_extra_words = fields.get("num_extra_words", 0)
-        self.extra_words = ExtraWords(num_extra_words, width) if num_extra_words else None
+        self.extra_words = None
+        if num_extra_words:
+            self.extra_words = ExtraWords(num_extra_words, width, fields["vocab_scale_init"])
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         query, words = self.query(features), self.words(embed_words)
         flat = query.flatten(0, 1)
-        expected, log_normalizer = attend_words(flat, words)
+        expected, *normalizers = attend_words(flat, words)
         if self.extra_words is not None:
-            expected = self.extra_words(flat, expected, log_normalizer)
+            expected = self.extra_words(flat, expected, *normalizers)
         return expected.view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
         """P for every feature, float32 [M, N, V]: for analyses of a few tiles."""
         query = self.query(features)
-        flat = query.flatten(0, 1)
-        own_scores = None if self.extra_words is None else self.extra_words.scores(flat)
-        return word_distribution(flat, self.words(), own_scores).view(*query.shape[:2], -1)
+        p = word_distribution(query.flatten(0, 1), self.words(), self.extra_words)
+        return p.view(*query.shape[:2], -1)
 
     def query(self, features: torch.Tensor) -> torch.Tensor:
         return self.hidden_norm(self.w1(features))
@@ -523,6 +538,7 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0.02)
         elif isinstance(module, ExtraWords):
             init.normal_(module.keys, std=0.02)
+            init.constant_(module.scale, module.initial_scale)
             init.zeros_(module.bias)
             init.normal_(module.values, std=0.02)
         elif isinstance(module, WordNorm):

@@ -78,7 +78,7 @@ class AlignConnector(nn.Module):
             self.values(text_embedding),
             eps=self.config.layer_norm_eps,
             statistics=self.get_variable("vocabulary", "statistics"),
-            log_normalizer=extra is not None,
+            normalizers=extra is not None,
             entropy=True,
             top_k=top_k,
             mesh_axes=layers.vocabulary_mesh(),
@@ -102,7 +102,9 @@ class AlignConnector(nn.Module):
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
         bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
-        extra = ExtraWords.declare(config.num_extra_words, width) if config.num_extra_words else None
+        extra = None
+        if config.num_extra_words:
+            extra = ExtraWords.declare(config.num_extra_words, width, config.vocab_scale_init)
         return query, keys, scale, bias, extra
 
     def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -120,27 +122,23 @@ class AlignConnector(nn.Module):
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.get_variable("vocabulary", "statistics")
         if statistics is None:
-            normed = layers.standardize(logits, eps)
+            mean, variance = jnp.mean(logits, axis=-1), jnp.var(logits, axis=-1)
         else:
             mean, variance, _ = statistics.moments(query)
-            normed = (logits - mean[..., None]) * jax.lax.rsqrt(variance + eps)[..., None]
-        scores = normed * scale + bias
-        if extra is None:
-            return jax.nn.log_softmax(scores, axis=-1)
-        own = jax.nn.logsumexp(extra.scores(query), axis=-1, keepdims=True)
-        return scores - jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), own)
+        rate = jax.lax.rsqrt(variance + eps)
+        scores = (logits - mean[..., None]) * rate[..., None] * scale + bias
+        if extra is not None:
+            scores = jnp.concatenate([scores, extra.scores(query, mean, rate)], axis=-1)
+        return jax.nn.log_softmax(scores, axis=-1)[..., : len(keys)]
 
     def usage(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], weights: Float[Array, "B N"]
     ) -> Float[Array, " V"]:
         """Sum over features of weight * P; of the words of the vocabulary alone."""
         *query_and_keys, extra = self.query_and_keys(features, text_embedding)
-        options = dict(
-            eps=self.config.layer_norm_eps, statistics=self.get_variable("vocabulary", "statistics")
-        )
+        options = dict(eps=self.config.layer_norm_eps, statistics=self.get_variable("vocabulary", "statistics"))
         if extra is not None:
-            _, summary = vocabulary_attention(
-                *query_and_keys, self.values(text_embedding), log_normalizer=True, **options
-            )
-            weights = weights * (1 - extra.share(query_and_keys[0], summary.log_normalizer))
+            values = self.values(text_embedding)
+            _, summary = vocabulary_attention(*query_and_keys, values, normalizers=True, **options)
+            weights = weights * (1 - extra.share(query_and_keys[0], summary))
         return vocabulary_usage(*query_and_keys, weights=weights, **options)
