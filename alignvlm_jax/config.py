@@ -31,7 +31,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.schedule import EvaluationConfig
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, CAbstractorConfig, PerceiverConfig
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig, CAbstractorConfig, PerceiverConfig
 from alignvlm_jax.ops.attention import KERNELS
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training.anomalies import AnomalyConfig
@@ -350,6 +350,10 @@ def _check(config: ExperimentConfig) -> None:
                 "config.model.connector.num_tokens: expected a square number, at most the encoder's "
                 f"{vision.num_patches} patches, got {tokens}"
             )
+    if isinstance(connector, AlignConfig) and connector.num_extra_words < 0:
+        raise UserError(
+            f"config.model.connector.num_extra_words: expected 0 (none) or more, got {connector.num_extra_words}"
+        )
     anyres = config.data.tiling.rule == "anyres_max_9"
     if config.model.newline != anyres:
         raise UserError(

@@ -98,6 +98,7 @@ def test_another_connector_takes_its_own_fields():
         ("stages.first.steps=1", ["config.stages.first", "3 entries: 0 to 2"]),
         ("model.connector.vocab_scale=1", ["config.model.connector.vocab_scale:", "'vocab_scale_init'"]),
         ("seed.x=1", ["config.seed.x", "single value"]),
+        ("model.connector.num_extra_words=-1", ["config.model.connector.num_extra_words", "0 (none) or more"]),
         # A wrong type: what was expected.
         ("seed=one", ["config.seed", "a whole number", "the string 'one'"]),
         ("stages.0.steps=2.5", ["config.stages.0.steps", "a whole number", "2.5"]),

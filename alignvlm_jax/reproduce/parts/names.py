@@ -66,14 +66,15 @@ def run(work: Work) -> dict[str, Any]:
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
     work.train(mixed(work.experiment(factor=factor), work.job.seed, work.job["words"]))
     reader, folder = work.reader(), work.data / dataset(work.job.seed)
-    answers = name_answers.ask_names(reader, folder)
+    limit = work.options.questions
+    answers = name_answers.ask_names(reader, folder, limit=limit)
     answers = name_answers.read_letters(reader, folder, answers)
-    spelled = name_answers.ask_decoder(reader, folder)
+    spelled = name_answers.ask_decoder(reader, folder, limit=limit)
     return {
         "factor": factor,
         "answers": pack(answers),
         "spelled": pack(spelled),
-        "documents": work.score(reader, work.records("heldout"), work.options.questions),
+        "documents": work.score(reader, work.records("heldout"), limit),
     }
 
 
