@@ -92,7 +92,7 @@ setup(
     # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page travel with the package.
     package_data={
         "alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"],
-        "alignvlm_jax.inspector": ["*.css", "*.html", "*.js"],
+        "alignvlm_jax.inspector": ["web/*"],
         "alignvlm_jax.interop": ["*.jinja"],
     },
     install_requires=REQUIRES,

@@ -20,8 +20,6 @@ import platform
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import PIL.Image
 
 import alignvlm_jax
@@ -34,7 +32,7 @@ from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.during_training import during_training
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.reader import Reader
-from alignvlm_jax.models.alignvlm import AlignVLM
+from alignvlm_jax.inspector.words import patch_words
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import loop
@@ -103,7 +101,10 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
     _say(f"figures     {out / 'results.json'}")
     _say(f"answers     {out / 'evaluation'}")
     _say("\nAsk it something else, score it again, look at the curves, train another:\n")
-    _say(f'  alignvlm ask --checkpoint {workdir} {out / "example.png"} --question "{question}"')
+    asked = f'--checkpoint {workdir} {out / "example.png"} --question "{question}"'
+    _say(f"  alignvlm ask {asked}")
+    if isinstance(config.model.connector, AlignConfig):
+        _say(f"  alignvlm inspect {asked} --out {out / 'example.html'}")
     _say(f"  alignvlm eval --checkpoint {workdir} --split validation")
     _say(f"  tensorboard --logdir {workdir}   # after: pip install tensorboard")
     _say(f"  alignvlm demo --out {out.with_name(out.name + '-mlp')} --config.model.connector=mlp")
@@ -187,16 +188,11 @@ def _show_example(reader: Reader, record: runner.Record, report: Report, out: pa
 
 def _patch_words(reader: Reader, image: PIL.Image.Image) -> list[list[list[str]]]:
     """For each tile, row and column of patches, the word with the largest probability in ALIGN's distribution."""
-
-    def likeliest(model: AlignVLM, tiles, valid_hw):
-        features = model.encode_features(tiles, valid_hw)
-        return jnp.argmax(model.connector.log_distribution(features, model.language.embedding), axis=-1)
-
     prompt = reader.prompts(image, ["?"])[0]
-    tiles, valid_hw = prompt.tiles[None], prompt.tile_valid_hw[None]
-    ids = AlignVLM(reader.config).apply(reader.generator.variables, tiles, valid_hw, method=likeliest)
+    variables = reader.generator.variables
+    words = patch_words(reader.config, variables, prompt.tiles, prompt.tile_valid_hw, k=1, progress=False)
     side = reader.config.vision.grid_size
-    grids = np.asarray(ids).reshape(-1, side, side)
+    grids = words.ids.reshape(-1, side, side)
     return [[[reader.tokenizer.decode([token]).strip() for token in row] for row in grid] for grid in grids]
 
 

@@ -4,7 +4,7 @@
     words.py         each patch's likeliest words, and how undecided it is
     attribution.py   which patches an answer leaned on
     packing.py       all of that in few bytes
-    page.py          the bytes, the picture, page.html, page.css and page.js in one file
+    page.py          the bytes, the picture, and the HTML, style and scripts of web/ in one file
     inspection.py    the order of it all: from a reader and a picture to an `Inspection`
 
 docs/inspector.md says how to read the page and what its numbers are.

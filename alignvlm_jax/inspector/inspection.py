@@ -64,7 +64,8 @@ class Inspection:
     """All that a page shows, before it is packed.
 
     left_out: patches that the language model is not shown.
-    vocabulary: V, the words that P ranges over.
+    vocabulary: V, how many words P ranges over.
+    own_words: how many of them are the connector's own, which have no text and are not listed.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Inspection:
     answers: list[Answer]
     tokenizer: ChatTokenizer
     config: InspectConfig
+    own_words: int = 0
 
     def to_json(self) -> dict:
         """The data of the page; `packing.py` says how numbers are written."""
@@ -92,6 +94,7 @@ class Inspection:
                 {"box": _rounded(tile.box), "xs": _rounded(tile.xs), "ys": _rounded(tile.ys)} for tile in self.tiles
             ],
             "layers": [{"name": layer.name, "tiles": list(layer.tiles)} for layer in self.layers],
+            "ownWords": self.own_words,
             "leftOut": packing.encode(self.left_out, "u1") if self.left_out.any() else None,
             "text": packing.pack_words(
                 words.ids.reshape(-1, k),
@@ -171,7 +174,8 @@ def inspect_image(
         layers=geometry.layers(plan),
         left_out=geometry.left_out(plan, words.entropy.shape[1], resampling),
         words=words,
-        vocabulary=variables["params"]["connector"]["w2"].shape[0],
+        vocabulary=variables["params"]["connector"]["w2"].shape[0] + reader.config.connector.num_extra_words,
+        own_words=reader.config.connector.num_extra_words,
         answers=answers,
         tokenizer=reader.tokenizer,
         config=config,

@@ -1,4 +1,4 @@
-"""A page's words in few bytes, as JSON that page.js reads.
+"""A page's words in few bytes, as JSON that web/data.js reads.
 
 Axes: T patches, k words of each at most, E entries: the words kept of all patches, one patch after the other; U
 different words among them.

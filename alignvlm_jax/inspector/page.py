@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: page.html with page.css, page.js, the picture and the data put in."""
+"""One HTML file that needs nothing else: web/page.html with the style, the scripts, the picture and the data put in."""
 
 import base64
 import html
@@ -12,7 +12,9 @@ import PIL.Image
 
 from alignvlm_jax.errors import UserError
 
-_HERE = pathlib.Path(__file__).parent
+_WEB = pathlib.Path(__file__).parent / "web"
+# They run as one script, in this order.
+_SCRIPTS = ("data", "places", "state", "drawing", "patch", "search", "answer", "controls", "facts")
 _LONGEST_SIDE = 2048
 _LARGEST_PNG = 600_000
 
@@ -26,13 +28,12 @@ def render(data: dict, *, title: str) -> str:
     """
     parts = {
         "title": html.escape(title),
-        "style": (_HERE / "page.css").read_text(encoding="utf-8"),
+        "style": _read("page.css"),
         # In a script element only "</script" and "<!--" mean anything; without "<" there are none.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "script": (_HERE / "page.js").read_text(encoding="utf-8"),
+        "script": "\n".join(_read(f"{name}.js") for name in _SCRIPTS),
     }
-    page = (_HERE / "page.html").read_text(encoding="utf-8")
-    pieces = [page]
+    pieces = [_read("page.html")]
     for name, text in parts.items():
         before, after = pieces.pop().split("{{" + name + "}}")
         pieces += [before, text, after]
@@ -69,3 +70,7 @@ def picture_url(image: PIL.Image.Image) -> str:
         encoded, kind = io.BytesIO(), "jpeg"
         image.save(encoded, "JPEG", quality=85, optimize=True, progressive=True)
     return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def _read(name: str) -> str:
+    return (_WEB / name).read_text(encoding="utf-8")

@@ -9,7 +9,9 @@ import pytest
 
 from alignvlm_jax.data.chat import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, ChatTokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.tokenizer import import_tokenizer
 from tests.data.nano_tokenizer import SPECIAL_TOKENS, TOKENIZER_CONFIG, write_chat_folder
+from tests.interop.tokenizer_styles import num_ids, write_style
 
 # In the manner of Llama 3: glue text after the header, contents trimmed, a system message made up.
 LLAMA_LIKE_TEMPLATE = """{{- bos_token }}
@@ -113,6 +115,18 @@ def test_prompt_is_how_training_begins(chat):
 def test_decode(chat):
     assert chat.decode(chat.encode([user("hm"), assistant("Preis: 5 €")]).tokens) == "hmPreis: 5 €"
     assert chat.decode(chat.encode_text("a<|end|>")) == "a<|end|>"
+
+
+def test_a_token_as_text(chat, tmp_path):
+    sentencepiece = import_tokenizer(write_style(tmp_path, "llama2"), num_embeddings=num_ids(tmp_path)).chat
+    text = "What is the total? 12.50"
+    for tokenizer, begin in ((chat, ""), (sentencepiece, " ")):  # Llama 2 puts a blank before a text
+        assert "".join(map(tokenizer.token_text, map(int, tokenizer.encode_text(text)))) == begin + text
+        assert tokenizer.token_text(tokenizer.image_id).startswith("<")
+        assert tokenizer.token_text(99999) == "<99999>"
+        parts = [tokenizer.token_text(int(token)) for token in tokenizer.encode_text("€")]
+        assert len(parts) >= 3 and not any("\ufffd" in part or part == "" for part in parts)
+    assert chat.token_text(chat.image_id) == "<|image|>"
 
 
 @pytest.mark.parametrize("special", [*SPECIAL_TOKENS, "\ue0000\ue001", "\ue000", "\ue001"])

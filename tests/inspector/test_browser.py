@@ -315,6 +315,9 @@ def test_controls_have_names(desk):
             !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)"""
     )
     assert unnamed == []
+    facts = "[...document.querySelectorAll('[data-fact]')].filter((e) => !e.closest('p[hidden]'))"
+    assert desk.evaluate(facts + ".map((e) => e.textContent)")[:3] == ["128,256", "32", "0.001\u00a0%"]
+    assert desk.evaluate(facts + ".filter((e) => !e.textContent || e.textContent.includes('undefined')).length") == 0
     assert desk.evaluate("document.querySelectorAll('*').length") < 400, "no element for each of 7,290 patches"
 
 

@@ -11,7 +11,7 @@ from tests.inspector.samples import nine_tiles
 
 
 def unpack(text: dict) -> list[list[tuple[str, float]]]:
-    """Each patch's (word, probability) pairs, as page.js reads them."""
+    """Each patch's (word, probability) pairs, as web/data.js reads them."""
     entries = packing.decode(text["entries"], "<u2" if len(text["words"]) <= 65536 else "<u4")
     probabilities = np.exp(packing.decode(text["probabilities"], "<u2") / 65535 * text["lowest"])
     counts = packing.decode(text["counts"], "<u2").astype(int)

@@ -1,0 +1,144 @@
+// Pointer, finger, keys and buttons.
+
+function setView(view) {
+  state.view = view;
+  document.querySelector(`#views [value=${view}]`).checked = true;
+  draw();
+}
+
+function setLayer(layer) {
+  const [left, top, right, bottom] = state.patch < 0 ? [0, 0, 0, 0] : rectangle(state.patch);
+  state.layer = layer;
+  if (state.query.trim()) state.found = locate(state.query);
+  show(patchAt((left + right) / 2, (top + bottom) / 2));
+  describe();
+  draw();
+}
+
+/** Zooms by a factor, with a point of the viewport staying where it is. */
+function zoom(factor, x = frame.width / 2, y = frame.height / 2) {
+  let finest = 1e9;
+  for (const t of patchesOf(state.layer)) {
+    const [left, , right] = rectangle(t);
+    if (right > left) finest = Math.min(finest, right - left);
+  }
+  const most = Math.max(1, 88 / (finest * (frame.scale / state.zoom)));
+  const before = frame.scale;
+  const point = [(x - frame.left) / before, (y - frame.top) / before];
+  state.zoom = factor ? Math.min(most, Math.max(1, state.zoom * factor)) : 1;
+  layOut();
+  viewport.scrollLeft = point[0] * frame.scale - x;
+  viewport.scrollTop = point[1] * frame.scale - y;
+  place();
+}
+
+function pointOf(event) {
+  const box = viewport.getBoundingClientRect();
+  return [
+    (event.clientX - box.left - viewport.clientLeft - frame.left) / frame.scale,
+    (event.clientY - box.top - viewport.clientTop - frame.top) / frame.scale,
+  ];
+}
+
+/** Brings a patch into sight where the page is larger than the viewport. */
+function reveal(t) {
+  const [x, y, width, height] = onScreen(rectangle(t));
+  const margin = 24;
+  viewport.scrollLeft += Math.min(0, x - margin) + Math.max(0, x + width + margin - frame.width);
+  viewport.scrollTop += Math.min(0, y - margin) + Math.max(0, y + height + margin - frame.height);
+}
+
+viewport.addEventListener("pointermove", (event) => {
+  if (event.pointerType === "touch" || state.held) return;
+  const t = patchAt(...pointOf(event));
+  if (t >= 0) show(t);
+});
+
+viewport.addEventListener("click", (event) => {
+  const t = patchAt(...pointOf(event));
+  if (t < 0) return;
+  show(t, { held: !(state.held && t === state.patch) });
+  // On a phone the words lie below the page: they come into sight, and the page stays.
+  if (isNarrow() && $("patch").getBoundingClientRect().top > innerHeight - 200) {
+    const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+    $("stage").scrollIntoView({ block: "start", behavior: smooth ? "smooth" : "auto" });
+  }
+});
+
+viewport.addEventListener("scroll", () => { place(); draw(); });
+
+viewport.addEventListener("wheel", (event) => {
+  if (!event.ctrlKey && !event.metaKey) return;
+  event.preventDefault();
+  const box = viewport.getBoundingClientRect();
+  zoom(Math.exp(-event.deltaY / 240), event.clientX - box.left, event.clientY - box.top);
+}, { passive: false });
+
+const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+viewport.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key in STEPS) {
+    const t = neighbour(state.patch, ...STEPS[event.key]);
+    if (t >= 0) {
+      show(t);
+      reveal(t);
+    }
+    speak();
+  } else if (event.key === "Enter" || event.key === " ") {
+    show(state.patch, { held: !state.held });
+    speak();
+  } else if (event.key === "+" || event.key === "=") zoom(1.5);
+  else if (event.key === "-") zoom(1 / 1.5);
+  else if (event.key === "0") zoom(0);
+  else return;
+  event.preventDefault();
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "/" && document.activeElement !== $("search")) {
+    event.preventDefault();
+    $("search").focus();
+    $("search").select();
+  }
+  if (event.key === "Escape" && state.held) show(state.patch, { held: false });
+});
+
+$("search").addEventListener("input", () => {
+  search($("search").value, { typed: true });
+  suggest();
+});
+$("search").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") {
+    if (chosen >= 0) choose(chosen);
+    openSuggestions(false);
+  } else if (event.key === "Escape") {
+    openSuggestions(false);
+  } else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && suggested.length) {
+    event.preventDefault();
+    openSuggestions(true);
+    const step = event.key === "ArrowDown" ? 1 : -1;
+    chosen = (chosen + step + suggested.length + (chosen < 0 && step < 0 ? 1 : 0)) % suggested.length;
+    [...$("suggestions").children].forEach((item, i) => item.setAttribute("aria-selected", String(i === chosen)));
+    $("search").setAttribute("aria-activedescendant", `suggestion-${chosen}`);
+  }
+});
+$("search").addEventListener("blur", () => openSuggestions(false));
+
+$("views").addEventListener("change", (event) => setView(event.target.value));
+$("layers").addEventListener("change", (event) => setLayer(Number(event.target.value)));
+$("zoom-in").addEventListener("click", () => zoom(1.5));
+$("zoom-out").addEventListener("click", () => zoom(1 / 1.5));
+$("zoom-fit").addEventListener("click", () => zoom(0));
+
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+function setTheme(dark) {
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  readColours();
+  draw();
+  describe();
+}
+$("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
+darkness.addEventListener("change", () => setTheme(darkness.matches));
+
+new ResizeObserver(layOut).observe(viewport.parentElement);
+addEventListener("resize", layOut);

@@ -1,0 +1,120 @@
+// The words of one patch.
+
+const SHOWN_WORDS = 8;
+const rows = Array.from({ length: SHOWN_WORDS }, () => {
+  const item = document.createElement("li");
+  const button = document.createElement("button");
+  button.type = "button";
+  const [fill, word, share] = ["fill", "word", "share"].map((name) => {
+    const part = document.createElement("span");
+    part.className = name;
+    return part;
+  });
+  fill.setAttribute("aria-hidden", "true");
+  button.append(word, share, fill);
+  item.append(button);
+  const row = { item, button, fill, word, share, index: -1 };
+  button.addEventListener("click", () => search(keys[row.index]));
+  $("words").append(item);
+  return row;
+});
+const crop = $("crop").getContext("2d");
+
+/** A word with its blanks made visible, faintly. */
+function spell(element, word) {
+  const inner = isBlank(word) ? "" : word.trim();
+  const [before, after] = inner ? word.split(inner).map(marked) : [marked(word), ""];
+  const mark = (blank) => make("span", { className: "mark", textContent: blank });
+  element.replaceChildren(...(before ? [mark(before)] : []), inner, ...(after ? [mark(after)] : []));
+}
+
+/** Makes a patch the one that is shown. */
+function show(t, { held = state.held } = {}) {
+  if (t === state.patch && held === state.held) return;
+  state.patch = t;
+  state.held = held;
+  drawCursor();
+  describe();
+}
+
+function describe() {
+  const t = state.patch;
+  if (t < 0) return;
+  const start = firstEntry[t];
+  const count = firstEntry[t + 1] - start;
+  const top = text.words[entryWord[start]];
+  $("patch-title").textContent = isBlank(top) ? `${marked(top)} (blank)` : `“${top.trim()}”`;
+  $("patch-place").textContent = `${placeOf(t)}${state.held ? " · held" : ""}`;
+  const words = effective[t];
+  $("patch-doubt").textContent = `${words < 1.05 ? "1.0" : short(words)} effective words`;
+  const map = answerMap();
+  $("patch-share").textContent = map ? gift(map[t]) : "";
+  let known = 0;
+  for (let entry = start; entry < start + count; entry++) known += entryShare[entry];
+  let listed = 0;
+  rows.forEach((row, i) => {
+    row.item.hidden = i >= count;
+    if (i >= count) return;
+    const share = entryShare[start + i];
+    listed += share;
+    row.index = entryWord[start + i];
+    const word = text.words[row.index];
+    spell(row.word, word);
+    row.share.textContent = percent(share);
+    row.fill.style.transform = `scaleX(${share < 0.004 ? 0 : share})`;
+    row.button.title = "Find it on the page";
+  });
+  const more = Math.max(0, count - SHOWN_WORDS);
+  const rest = [];
+  if (more) rest.push(`${more} more: ${percent(Math.max(0, known - listed))}`);
+  rest.push(`all words not kept: ${percent(Math.max(0, 1 - known))}`);
+  $("rest").textContent = rest.join(" · ");
+  drawCrop(t);
+}
+
+function gift(share) {
+  const to = state.map ? "this token" : "the answer";
+  return Math.abs(share) < 0.005 ? `Gave nothing to ${to}` : `Gave ${signed(share)} nats to ${to}`;
+}
+
+function placeOf(t) {
+  const tile = Math.floor(t / PATCHES);
+  const row = Math.floor((t % PATCHES) / COLUMNS) + 1;
+  const { name: layer, tiles } = data.layers[state.layer];
+  const name = layer === "thumbnail" ? layer : `tile ${tiles.indexOf(tile) + 1} of ${tiles.length}`;
+  const note = leftOut && leftOut[t] ? " · not shown to the language model" : "";
+  return `${name} · row ${row}, column ${(t % COLUMNS) + 1}${note}`;
+}
+
+function drawCrop(t) {
+  const [left, top, right, bottom] = rectangle(t);
+  const side = crop.canvas.width;
+  // Three patches across.
+  const scale = side / (3 * Math.max(right - left, bottom - top));
+  const x = side / 2 - ((left + right) / 2) * scale;
+  const y = side / 2 - ((top + bottom) / 2) * scale;
+  crop.clearRect(0, 0, side, side);
+  crop.imageSmoothingQuality = "high";
+  if (picture.complete) crop.drawImage(picture, x, y, data.image.width * scale, data.image.height * scale);
+  const box = [x + left * scale, y + top * scale, (right - left) * scale, (bottom - top) * scale];
+  crop.strokeStyle = "rgba(255, 255, 255, 0.9)";
+  crop.lineWidth = 7;
+  crop.strokeRect(...box);
+  crop.strokeStyle = "#111";
+  crop.lineWidth = 3;
+  crop.strokeRect(...box);
+}
+
+let speaking = 0;
+/** Tells a screen reader, once the keys rest. */
+function speak() {
+  clearTimeout(speaking);
+  speaking = setTimeout(() => {
+    const start = firstEntry[state.patch];
+    const said = [];
+    for (let entry = start; entry < Math.min(start + 3, firstEntry[state.patch + 1]); entry++) {
+      said.push(`${marked(text.words[entryWord[entry]].trim()) || "blank"}, ${percent(entryShare[entry])}`);
+    }
+    $("spoken").textContent = `${placeOf(state.patch)}: ${said.join("; ")}`;
+  }, 180);
+}
