@@ -71,11 +71,10 @@ def ratio(name: str, numerators: Sequence[float], denominators: Sequence[float])
         return Score(name, math.nan, None, 0)
     value = tops.sum() / bottoms.sum() if bottoms.sum() else 0.0
     rng = np.random.default_rng(0)
-    shares = np.full(len(tops), 1 / len(tops))
     sampled = np.zeros(_BOOTSTRAP_SAMPLES)
     for i in range(_BOOTSTRAP_SAMPLES):
-        drawn = rng.multinomial(len(tops), shares)
-        bottom = drawn @ bottoms
-        sampled[i] = drawn @ tops / bottom if bottom else 0.0
+        drawn = np.bincount(rng.integers(0, len(tops), len(tops)), minlength=len(tops))
+        bottom = np.sum(drawn * bottoms)
+        sampled[i] = np.sum(drawn * tops) / bottom if bottom else 0.0
     low, high = np.percentile(sampled, [2.5, 97.5])
     return Score(name, float(value), (float(low), float(high)), len(tops))
