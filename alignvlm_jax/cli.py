@@ -139,6 +139,24 @@ examples:
 `alignvlm analyze ANALYSIS --help` says more of each; docs/analyses.md shows what they find.
 """
 
+VOCABULARY_DESCRIPTION = """\
+Which words ALIGN uses: the mean of P over the patches of many pages, how many words
+carry its mass, and the score of models pruned to the words used most. --prune and
+--save write such a model as a checkpoint of its own, smaller, for `alignvlm ask`,
+`alignvlm eval` and tools/export_pytorch.py (not for training).
+"""
+
+VOCABULARY_EPILOG = """\
+examples:
+  alignvlm analyze vocabulary --checkpoint nano --data DIR --out runs/words --limit 300
+  alignvlm analyze vocabulary --checkpoint runs/1b --data DIR --out runs/words --sizes 1000,3400,128256
+  alignvlm analyze vocabulary --checkpoint runs/1b --data DIR --out runs/words --sizes none --prune 3400 --save runs/3k
+
+Words are counted on --usage-split and pruned models scored on --split: not on the
+same pages. Every size is one evaluation of LIMIT questions, or two: with LN_V's
+statistics of all words, and of the words kept.
+"""
+
 NOISE_DESCRIPTION = """\
 How much noise a connector stands. Gaussian noise of growing sigma on the encoder's
 features, just before the connector: how far the score falls, and how far the visual
@@ -370,6 +388,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="of the page: blur, jpeg, rotation, resolution; or none (default: all four, each at four levels)",
     )
 
+    summary = "the words ALIGN uses, and how many it can do without"
+    words = add_analysis("vocabulary", _analyze_vocabulary, summary, VOCABULARY_DESCRIPTION, VOCABULARY_EPILOG)
+    words.add_argument("--usage-split", default="train", help="which split words are counted on (default: train)")
+    words.add_argument("--pages", type=_positive, default=100, metavar="N", help="on how many pages (default: 100)")
+    words.add_argument("--sizes", type=_sizes, metavar="K[,K]", help="words kept, or none (default: by their mass)")
+    words.add_argument("--prune", type=_positive, metavar="K", help="write a checkpoint pruned to K words ...")
+    words.add_argument("--save", metavar="DIR", help="... here")
+    words.add_argument(
+        "--statistics",
+        choices=("full", "kept"),
+        default="full",
+        help="of which words LN_V takes mean and variance in the pruned checkpoint (default: full)",
+    )
+
     summary = "rare names, and their commoner look-alikes"
     add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
 
@@ -540,6 +572,25 @@ def _analyze_names(args: argparse.Namespace) -> None:
     )
 
 
+def _analyze_vocabulary(args: argparse.Namespace) -> None:
+    from alignvlm_jax.analysis import vocabulary
+
+    vocabulary.run(
+        args.checkpoint,
+        args.data,
+        args.out,
+        split=args.split,
+        usage_split=args.usage_split,
+        pages=args.pages,
+        sizes=args.sizes,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        prune=args.prune,
+        save=args.save,
+        statistics=args.statistics,
+    )
+
+
 def _demo(args: argparse.Namespace) -> None:
     from alignvlm_jax import config, demo
 
@@ -615,6 +666,10 @@ def _numbers(text: str) -> list[float]:
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, 0 or more, got {text!r}")
     return values
+
+
+def _sizes(text: str) -> list[int]:
+    return [] if text == "none" else [_positive(part) for part in text.split(",")]
 
 
 def _quiet_logs(debug: bool) -> None:

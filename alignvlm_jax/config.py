@@ -85,7 +85,13 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     raw = _plain(read_config_file(file))
     for override in overrides:
         _apply(raw, override)
-    return from_dict(raw)
+    config = from_dict(raw)
+    if getattr(config.model.connector, "kept_words", None) is not None:
+        raise UserError(
+            "config.model.connector.kept_words: expected None: a pruned model is not trained; train the full one, "
+            "then `alignvlm analyze vocabulary --prune` it"
+        )
+    return config
 
 
 def find_config(file: str | Path) -> Path:
@@ -354,6 +360,8 @@ def _check(config: ExperimentConfig) -> None:
         raise UserError(
             f"config.model.connector.num_extra_words: expected 0 (none) or more, got {connector.num_extra_words}"
         )
+    if isinstance(connector, AlignConfig) and connector.kept_words is not None:
+        _positive("config.model.connector", connector, "kept_words")
     anyres = config.data.tiling.rule == "anyres_max_9"
     if config.model.newline != anyres:
         raise UserError(

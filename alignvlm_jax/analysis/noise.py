@@ -16,7 +16,6 @@ touch another's. `feature_deviation` says what the features' own spread is, to b
 """
 
 import dataclasses
-import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ import PIL.ImageFilter
 from jaxtyping import Array, Float
 
 from alignvlm_jax.analysis import output, subjects
-from alignvlm_jax.analysis.subjects import Record, tile_batches
+from alignvlm_jax.analysis.subjects import Record, connect, encode, tile_batches
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Tally
@@ -135,9 +134,9 @@ def feature_distances(
     num_tokens = num_features = 0
     for tiles, valid_hw in tile_batches(reader, records, pages, title="features"):
         real = valid_hw[0, :, 0] > 0
-        features = _encode(model, variables, tiles, valid_hw)
+        features = encode(model, variables, tiles, valid_hw)
         of_features = np.asarray(features, np.float64)[real].reshape(-1, features.shape[-1])
-        of_tokens = np.asarray(_connect(model, variables, features), np.float64)[real].reshape(-1, width)
+        of_tokens = np.asarray(connect(model, variables, features), np.float64)[real].reshape(-1, width)
         moments += [of_features.sum(0), (of_features**2).sum(0)]
         token_sum += of_tokens.sum(0)
         num_features, num_tokens = num_features + len(of_features), num_tokens + len(of_tokens)
@@ -148,23 +147,13 @@ def feature_distances(
     sums = np.zeros((len(sigmas), len(origins)))
     for tiles, valid_hw in tile_batches(reader, records, pages, title="distances"):
         real = valid_hw[0, :, 0] > 0
-        features = _encode(model, variables, tiles, valid_hw)
-        clean = _connect(model, variables, features)
+        features = encode(model, variables, tiles, valid_hw)
+        clean = connect(model, variables, features)
         for number, sigma in enumerate(sigmas):
-            noisy = _connect(model, variables, FeatureNoise.of(sigma, seed).add_to(features, jnp.asarray(tiles)))
+            noisy = connect(model, variables, FeatureNoise.of(sigma, seed).add_to(features, jnp.asarray(tiles)))
             sums[number] += np.asarray(_cosine_distances(clean, noisy, origins))[:, real].sum((1, 2))
     by_sigma = [tuple(row) for row in (sums / num_tokens).tolist()]
     return Distances(by_sigma, math.sqrt(max(0.0, (square - mean**2).mean())), num_tokens)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _encode(model, variables, tiles, valid_hw):
-    return model.apply(variables, tiles, valid_hw, method="encode_features")
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _connect(model, variables, features):
-    return model.apply(variables, method=lambda model: model.connector(features, model.language.embedding).tokens)
 
 
 @jax.jit

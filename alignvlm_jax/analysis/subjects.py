@@ -1,20 +1,23 @@
-"""What an analysis looks at: checkpoints under names of their own, and pages as tiles.
+"""What an analysis looks at: checkpoints under names of their own, pages as tiles, and what the parts make of them.
 
-Axes: M tiles in a batch, S tile side.
+Axes: M tiles in a batch, S tile side, N features per tile, N' visual tokens per tile, d encoder width, D decoder width.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from alignvlm_jax.data import images, store
-from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.inference.vocabulary import Variables
+from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import (
     AlignConfig,
     CAbstractorConfig,
@@ -72,10 +75,24 @@ def tile_batches(
 
     for index in tqdm(range(min(pages, len(records))), desc=title, unit="page", dynamic_ncols=True, leave=None):
         image = images.open_image(records[index]["image"], name=records[index]["id"])
-        more, more_valid = cut_tiles(image, plan_tiles(*image.size, reader.tiling), side)
-        tiles, valid_hw = np.concatenate([tiles, more]), np.concatenate([valid_hw, more_valid])
+        cut = reader.cut(image)
+        tiles, valid_hw = np.concatenate([tiles, cut.tiles]), np.concatenate([valid_hw, cut.valid_hw])
         while len(tiles) >= _TILES_AT_ONCE:
             yield batch()
             tiles, valid_hw = tiles[_TILES_AT_ONCE:], valid_hw[_TILES_AT_ONCE:]
     if len(tiles):
         yield batch()
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode(
+    model: AlignVLM, variables: Variables, tiles: UInt8[Array, "1 M S S 3"], valid_hw: Int[Array, "1 M 2"]
+) -> Float[Array, "M N d"]:
+    """What the connector reads of tiles."""
+    return model.apply(variables, tiles, valid_hw, method="encode_features")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def connect(model: AlignVLM, variables: Variables, features: Float[Array, "M N d"]) -> Float[Array, "M N' D"]:
+    """What the connector makes of features: visual tokens."""
+    return model.apply(variables, method=lambda model: model.connector(features, model.language.embedding).tokens)

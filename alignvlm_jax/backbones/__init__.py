@@ -6,6 +6,7 @@ speaks, so the two have to exist first. `make backbones` makes them again; `nano
 `NANO_MODEL` is the two joined by ALIGN and trained by the demo: what `tools/export_pytorch.py` writes, less its code.
 """
 
+import os
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
@@ -30,3 +31,8 @@ def backbone_folder(kind: str, name: str) -> Path:
             "('nano' names the shipped one)"
         )
     return folder
+
+
+def trained_model(checkpoint: str | os.PathLike) -> Path:
+    """The folder of a checkpoint: "nano", where nothing here has that name, is the model shipped with the package."""
+    return NANO_MODEL if os.fspath(checkpoint) == "nano" and not os.path.exists("nano") else Path(checkpoint)

@@ -18,16 +18,16 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from alignvlm_jax.data.resampling import Resampling, at_positions
-from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary, prune_vocabulary
+from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
@@ -86,12 +86,6 @@ class Generator:
         self.end_ids = tuple(end_ids)
         self.pad_id = pad_id
         self.batch_size = batch_size
-
-    def prune_vocabulary(
-        self, usage: Float[Array, " V"], k: int, *, statistics: Literal["full", "kept"] = "full"
-    ) -> None:
-        """From now on ALIGN knows only the k most used words; see `inference.vocabulary.prune_vocabulary`."""
-        self.variables = prune_vocabulary(self.config, self.variables["params"], usage, k, statistics=statistics)
 
     def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
         """One of the same weights that adds noise to what the connector reads; see `models/feature_noise.py`."""

@@ -15,7 +15,7 @@ import PIL.Image
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from alignvlm_jax.backbones import NANO_MODEL
+from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer, Message
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
@@ -153,7 +153,7 @@ def load(
     # Imported here: what reads other formats is built on top of this room.
     from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
 
-    folder = NANO_MODEL if os.fspath(checkpoint) == "nano" and not os.path.exists("nano") else checkpoint
+    folder = trained_model(checkpoint)
     if is_alignvlm_folder(folder):
         found = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
         config, params, tokenizer = found.config, found.params, found.tokenizer

@@ -2,17 +2,15 @@
 
 Axes: V vocabulary, k words kept, B rows, M tiles per row, S tile side, D decoder width.
 
-Both make the collection "vocabulary" that `AlignConnector` looks for beside its parameters:
-
-    variables = cache_vocabulary(config, params)                    {"params": ..., "vocabulary": ...}
+    variables = cache_vocabulary(config, params)                    {"params": ..., "vocabulary": {"connector": ...}}
     usage = vocabulary_usage(config, variables, tiles, valid_hw)    summed over many pages
-    variables = prune_vocabulary(config, params, usage, 3400)
-    AlignVLM(config).apply(variables, batch, cache, method="prefill")
+    config, params = prune_vocabulary(config, params, usage, 3400)  a smaller model, to be asked, saved and exported
 
 The paper (arXiv 2502.01341) prunes at evaluation, without retraining: 3.4K of Llama's 128K words carry the mass of P on
 documents.
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -36,12 +34,12 @@ OF_A_WORD = ("w2", "vocab_norm_scale", "vocab_norm_bias")
 
 
 def cache_vocabulary(config: AlignVLMConfig, params: Params) -> Variables:
-    """The parameters with the statistics of W2 beside them; alone, where the connector is another one."""
+    """The parameters with the statistics of W2 beside them; alone, where the connector is another one or pruned."""
     params = nn.meta.unbox(params)
-    if not isinstance(config.connector, AlignConfig):
+    if not isinstance(config.connector, AlignConfig) or config.connector.kept_words is not None:
         return {"params": params}
-    dtype = hardware.resolve(config.language).dtype
-    return _variables(params, {"statistics": _statistics(params["connector"]["w2"], dtype)})
+    statistics = _statistics(params["connector"]["w2"], hardware.resolve(config.language).dtype)
+    return {"params": params, "vocabulary": {"connector": {"statistics": statistics}}}
 
 
 def prune_vocabulary(
@@ -51,23 +49,30 @@ def prune_vocabulary(
     k: int,
     *,
     statistics: Literal["full", "kept"] = "full",
-) -> Variables:
+) -> tuple[AlignVLMConfig, Params]:
     """Keeps the rows of W2 and of the values that belong to the k most used words; the decoder keeps all of its own.
+
+    The model that comes out is a model like any other (`AlignConfig.kept_words`), but not one to be trained.
 
     Args:
       config: of the model.
       params: its parameters, not pruned yet.
       usage: how much each word is used (`vocabulary_usage`, or counts of one's own).
       k: how many words to keep.
-      statistics: of which rows LN_V takes mean and variance. "full", the default: of all rows of W2, cached. The logits
-        of the words kept are then exactly the full model's, and P is the full model's P divided by the mass that it has
-        on them. "kept": of the k rows, which needs nothing of the full W2 but shifts and scales the logits.
+      statistics: of which rows LN_V takes mean and variance. "full", the default: of all rows of W2. The logits of the
+        words kept are then exactly the full model's, and P is the full model's P divided by the mass that it has on
+        them. "kept": of the k rows, which shifts and scales the logits.
 
     Returns:
-      Variables of the pruned model, for the same `config`.
+      The pruned model's config and parameters.
     """
-    if not isinstance(config.connector, AlignConfig):
+    connector = config.connector
+    if not isinstance(connector, AlignConfig):
         raise UserError("prune_vocabulary: only ALIGN has a vocabulary to prune; set the model's connector to align")
+    if connector.kept_words is not None:
+        raise UserError(
+            f"prune_vocabulary: this model is pruned to {connector.kept_words} words already: prune the full one"
+        )
     params = nn.meta.unbox(params)
     w2 = params["connector"]["w2"]
     if usage.shape != w2.shape[:1]:
@@ -78,10 +83,16 @@ def prune_vocabulary(
         raise UserError(f"prune_vocabulary: k is {k}, but ALIGN has {w2.shape[0]} words: take 1 to {w2.shape[0]}")
     # In the order of the vocabulary; of equally used words the first.
     words = np.sort(np.argsort(-np.asarray(usage), kind="stable")[:k])
-    connector = {name: leaf[words] if name in OF_A_WORD else leaf for name, leaf in params["connector"].items()}
-    rows = w2 if statistics == "full" else connector["w2"]
-    vocabulary = {"words": jnp.asarray(words), "statistics": _statistics(rows, hardware.resolve(config.language).dtype)}
-    return _variables({**params, "connector": connector}, vocabulary)
+    pruned = {name: leaf[words] if name in OF_A_WORD else leaf for name, leaf in params["connector"].items()}
+    rows = w2 if statistics == "full" else pruned["w2"]
+    of_rows = _statistics(rows, hardware.resolve(config.language).dtype)
+    pruned |= {
+        "word_ids": jnp.asarray(words, jnp.int32),
+        "key_mean": of_rows.mean,
+        "key_covariance": of_rows.covariance,
+    }
+    config = dataclasses.replace(config, connector=dataclasses.replace(connector, kept_words=k))
+    return config, {**params, "connector": pruned}
 
 
 def vocabulary_usage(
@@ -94,7 +105,7 @@ def vocabulary_usage(
 
     Args:
       config: of the model.
-      variables: of the model, not pruned.
+      variables: of the model; if it is pruned, V is its k words.
       tiles: pixels.
       tile_valid_hw: the part of each tile that is picture; a tile without any is not counted.
     """
@@ -114,7 +125,3 @@ def _usage(model: AlignVLM, variables: Variables, tiles, tile_valid_hw):
 @functools.partial(jax.jit, static_argnames="dtype")
 def _statistics(keys: Float[Array, "V D"], dtype: str) -> VocabularyStatistics:
     return vocabulary_statistics(keys, dtype=dtype)
-
-
-def _variables(params: Params, vocabulary: dict[str, Any]) -> Variables:
-    return {"params": params, "vocabulary": {"connector": vocabulary}}

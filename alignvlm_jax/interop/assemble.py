@@ -27,6 +27,7 @@ from alignvlm_jax.models.alignvlm import (
     add_extra_words,
     random_parameters,
     seed_connector,
+    stored_dtypes,
 )
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel import sharding
@@ -105,7 +106,12 @@ def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dty
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
         where = sharding.parameter_shardings(boxed, mesh)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes, where)
+    return jax.tree.map(
+        lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+        shapes,
+        stored_dtypes(shapes, dtype),
+        where,
+    )
 
 
 def check_same_model(path: str, wanted: Any, found: Any, folder: str | Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
@@ -24,7 +25,9 @@ from alignvlm_jax.interop.tensor_reader import TensorFiles
 
 Params = dict[str, Any]
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+# What a tensor may hold, and in words.
+_FLOATS = ("float64", "float32", "float16", "bfloat16"), "floating-point numbers of 16 bits or more"
+_INTEGERS = ("int32", "int64"), "whole numbers of 32 bits or more"
 # What XLA asks of memory that it takes over instead of copying it.
 _ALIGNMENT = 64
 # Rows converted at a time where a matrix is turned: they stay in the processor's cache.
@@ -108,8 +111,9 @@ def match(
         expected = row.transform.torch_shape(leaf.shape[1:] if stacked else leaf.shape)
         for key in found:
             shape, dtype = files.shapes[key], files.dtypes[key].name
-            if dtype not in _FLOATS:
-                wrong.append((key, f"holds {dtype}, not floating-point numbers of 16 bits or more"))
+            allowed, numbers = _INTEGERS if jnp.issubdtype(leaf.dtype, jnp.integer) else _FLOATS
+            if dtype not in allowed:
+                wrong.append((key, f"holds {dtype}, not {numbers}"))
             elif shape != expected and not (row.path in grow and _grows(shape, expected)):
                 wrong.append((key, f"has shape {list(shape)}, the config says {list(expected)}"))
         parts.append(Part(row.path, leaf, files, row.transform, tuple(found), stacked))

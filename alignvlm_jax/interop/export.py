@@ -28,7 +28,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import alignvlm_jax
 from alignvlm_jax import config as configs
@@ -42,7 +43,7 @@ from alignvlm_jax.interop.model_card import model_card
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, token_grid, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.training.checkpoint import ParameterReader
@@ -179,11 +180,15 @@ class _Source:
     def write_weights(self, folder: Path, rows: Sequence[tables.Row], prefix: str, max_shard_bytes: int) -> None:
         """Writes the tensors of `rows`, whose paths begin below `prefix` in the checkpoint."""
         reader = self.reader
+        dtypes = reader.dtypes
+        if self._dtype:
+            stored = stored_dtypes(unflatten_dict(dtypes, sep="/"), self._dtype)
+            dtypes = {path: jnp.dtype(dtype) for path, dtype in flatten_dict(stored, sep="/").items()}
         write_parameters(
             folder,
             [dataclasses.replace(row, path=prefix + row.path) for row in rows],
             shapes=reader.shapes,
-            dtypes=dict.fromkeys(reader.dtypes, DTYPES[self._dtype]) if self._dtype else reader.dtypes,
+            dtypes=dtypes,
             read=reader.read,
             max_shard_bytes=max_shard_bytes,
             title=f"writing {self.dtype}",

@@ -158,7 +158,7 @@ def _training(reader: ParameterReader) -> str:
         )
     if reader.step:
         passages.append("Trained:\n\n" + _run(reader.config, reader.meta["progress"]))
-    else:
+    elif getattr(reader.config.model.connector, "kept_words", None) is None:
         passages.append("Not trained any further: these are the weights that training would start from.")
     versions = ", ".join(f"{name} {version}" for name, version in reader.meta.get("versions", {}).items())
     return "\n\n".join([*passages, *([f"Saved by: {versions}."] if versions else [])])

@@ -135,6 +135,11 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
 
 _EXTRA_WORDS = ("keys", "scale", "bias", "values")
 _GATED_MLP = ("gate", "up", "down")
+_PRUNED = (
+    Row("word_ids", "word_ids"),
+    Row("key_mean", "key_statistics.mean"),
+    Row("key_covariance", "key_statistics.covariance"),
+)
 
 
 def _perceiver(config: PerceiverConfig) -> tuple[Row, ...]:
@@ -187,6 +192,7 @@ def connector(config: ConnectorConfig, source: int) -> tuple[Row, ...]:
                 Row("vocab_norm_scale", "vocab_norm.weight"),
                 Row("vocab_norm_bias", "vocab_norm.bias"),
                 *(Row(f"extra_words/{name}", f"extra_words.{name}") for name in _EXTRA_WORDS if config.num_extra_words),
+                *(_PRUNED if config.kept_words is not None else ()),
             )
         case MLPConfig():
             return (*_linear("linear_in", "linear_in", bias=True), *_linear("linear_out", "linear_out", bias=True))

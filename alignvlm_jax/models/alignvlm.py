@@ -34,6 +34,7 @@ from alignvlm_jax.models.connectors import (
     extra_words,
     make_connector,
 )
+from alignvlm_jax.models.connectors.align import EXACT
 from alignvlm_jax.models.language import KVCache, LanguageConfig, LanguageModel
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
 
@@ -272,6 +273,17 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
     }
 
 
+def stored_dtypes(params: Params, dtype: str) -> Params:
+    """The dtype of each parameter where weights are stored as `dtype`: all have that one but those of `EXACT`."""
+
+    def find(path, leaf):
+        del leaf
+        part, name = path[0].key, path[-1].key
+        return EXACT.get(name, dtype) if part == "connector" else dtype
+
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
 def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
     """Fresh float32 parameters, wrapped in `nn.LogicallyPartitioned`; ALIGN's W2 is a copy of the LM head already."""
     params = AlignVLM(config).init(rng, example_batch(config))["params"]
@@ -285,7 +297,7 @@ def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
         return params
     language = params["language"]
     head = language["embedding" if config.language.tie_word_embeddings else "lm_head"]
-    rows = config.connector.vocab_size or config.language.vocab_size
+    rows = config.connector.kept_words or config.connector.vocab_size or config.language.vocab_size
     w2 = jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)
     return add_extra_words(config, {**params, "connector": {**params["connector"], "w2": w2}})
 

@@ -43,7 +43,7 @@ from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import Params, random_parameters
+from alignvlm_jax.models.alignvlm import Params, random_parameters, stored_dtypes
 from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.training import integrity, provenance
@@ -449,7 +449,12 @@ def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str =
         where = sharding.parameter_shardings(boxed, mesh)
     return restore_params_into(
         folder,
-        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes, where),
+        jax.tree.map(
+            lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+            shapes,
+            stored_dtypes(shapes, dtype),
+            where,
+        ),
     )
 
 

@@ -71,6 +71,11 @@ def _takes_images(folder: Path) -> bool:
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     """The checkpoint's weights, straight onto the run's mesh."""
     source = checkpoint.load_config(config.init_from).model
+    if getattr(source.connector, "kept_words", None) is not None:
+        raise UserError(
+            f"config.init_from: {config.init_from} is pruned to {source.connector.kept_words} words, and a pruned "
+            "model is not trained: start from the full one, and prune it again afterwards"
+        )
     if config.model.newline != source.newline:
         raise UserError(
             f"config.model.newline is {config.model.newline}, but {config.init_from} has been trained "

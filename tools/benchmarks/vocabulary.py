@@ -378,11 +378,10 @@ def decoding(args) -> dict:
     align, usage = initial(AlignConfig()), rng.random(words)
     statistics = jax.jit(functools.partial(vocabulary_statistics, dtype=dtype))(align["w2"])
     cached = {"params": align, "vocabulary": {"statistics": statistics}}
-    pruned = _pruned_connector(align, usage, kept, dtype)
     programs = {
         "align": program(AlignConfig(), {"params": align}),
         "align cached": program(AlignConfig(), cached),
-        "align pruned": program(AlignConfig(), pruned),
+        "align pruned": program(*_pruned_connector(align, usage, kept, dtype)),
         "mlp": program(MLPConfig(), {"params": initial(MLPConfig())}),
     }
     figures = take_turns(programs, 2 if args.quick else args.rounds)
@@ -398,10 +397,10 @@ def decoding(args) -> dict:
 
 
 def _pruned_connector(connector, usage, kept: int, dtype: str):
-    """The connector's own variables out of those of the whole model."""
+    """The config of the connector, and its own variables out of those of the whole model."""
     config = AlignVLMConfig(language=LanguageConfig(dtype=dtype))
-    variables = prune_vocabulary(config, {"connector": connector}, usage, kept)
-    return {name: collection["connector"] for name, collection in variables.items()}
+    config, params = prune_vocabulary(config, {"connector": connector}, usage, kept)
+    return config.connector, {"params": params["connector"]}
 
 
 # Where each wins.

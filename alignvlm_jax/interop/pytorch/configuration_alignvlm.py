@@ -16,7 +16,7 @@
       "vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, ...},
       "text_config": {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {...}, ...},
       "connector_config": {"name": "align", "vocab_scale_init": 2.0, "use_bias": true, "layer_norm_eps": 1e-05,
-                           "vocab_size": null, "num_extra_words": 0},
+                           "vocab_size": null, "num_extra_words": 0, "kept_words": null},
       "newline": false,
       "image_token_id": 128011,
       "tie_word_embeddings": true,

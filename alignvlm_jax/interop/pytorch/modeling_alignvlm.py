@@ -64,6 +64,8 @@ class Words:
         norm: ([v], [v]) scale and bias of LN_V.
         values: [v, D'] embeddings.
         eps: of LN_V.
+        moments: from queries to mean and variance of their logits, float32 [T, 1], where they are not to be those over
+            these words: in a pruned model.
     """
 
     size: int
@@ -71,6 +73,7 @@ class Words:
     norm: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
     values: Callable[[slice], torch.Tensor]
     eps: float
+    moments: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def blocks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.size, size):
@@ -102,9 +105,10 @@ def word_distribution(query: torch.Tensor, words: Words, extra: "ExtraWords | No
     """P itself, float32 [T, V]: for analyses of a few tiles. Words beside these have what is missing to 1."""
     everything = slice(0, words.size)
     logits = matmul_float32(query, words.keys(everything).to(query).T)
-    scores = _norm_of_logits(logits, *words.norm(everything), words.eps)
+    moments = _moments(query, logits, words)
+    scores = _norm_of_logits(logits, moments, *words.norm(everything), words)
     if extra is not None:
-        scores = torch.cat([scores, extra.scores(query, *_moments(logits, words.eps))], dim=-1)
+        scores = torch.cat([scores, extra.scores(query, *moments)], dim=-1)
     return F.softmax(scores, dim=-1)[:, : words.size]
 
 
@@ -116,9 +120,10 @@ def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor
 
     def attend(query, keys, scale, bias, values):
         logits = matmul_float32(query, keys.T)
-        scores = _norm_of_logits(logits, scale, bias, words.eps)
+        moments = _moments(query, logits, words)
+        scores = _norm_of_logits(logits, moments, scale, bias, words)
         expected = matmul_float32(F.softmax(scores, dim=-1).to(values.dtype), values).to(query.dtype)
-        return expected, torch.logsumexp(scores, dim=-1), *_moments(logits, words.eps)
+        return expected, torch.logsumexp(scores, dim=-1), *moments
 
     blocks = query.split(max(1, _MAX_LOGITS // words.size))
     parts = [
@@ -128,15 +133,21 @@ def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _norm_of_logits(logits, scale, bias, eps) -> torch.Tensor:
+def _norm_of_logits(logits, moments, scale, bias, words) -> torch.Tensor:
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
-    return F.layer_norm(logits, logits.shape[-1:], scale, bias, eps)
+    if words.moments is None:
+        return F.layer_norm(logits, logits.shape[-1:], scale, bias, words.eps)
+    mean, inverse_deviation = (moment[:, None] for moment in moments)
+    return (logits - mean) * inverse_deviation * scale + bias
 
 
-def _moments(logits, eps) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(query, logits, words) -> tuple[torch.Tensor, torch.Tensor]:
     """LN_V's mean and inverse deviation, [T]."""
-    variance, mean = torch.var_mean(logits, dim=-1, correction=0)
-    return mean, torch.rsqrt(variance + eps)
+    if words.moments is None:
+        variance, mean = torch.var_mean(logits, dim=-1, correction=0)
+    else:
+        mean, variance = (moment[:, 0] for moment in words.moments(query))
+    return mean, torch.rsqrt(variance + words.eps)
 
 
 def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]:
@@ -152,17 +163,21 @@ def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]
     def logits(block: slice) -> torch.Tensor:
         return matmul_float32(query, words.keys(block).to(query).T)
 
-    count, mean, squares = 0, query.new_zeros(num_queries, 1, dtype=torch.float32), 0.0
-    for block in words.blocks(block_size):
-        scores, size = logits(block), block.stop - block.start
-        block_mean = scores.mean(dim=-1, keepdim=True)
-        delta = block_mean - mean
-        # Chan's rule for joining the moments of two sets.
-        squares = squares + (scores - block_mean).square_().sum(dim=-1, keepdim=True)
-        squares = squares + delta.square() * (count * size / (count + size))
-        mean = mean + delta * (size / (count + size))
-        count += size
-    inverse_deviation = torch.rsqrt(squares / words.size + words.eps)
+    def stream_moments(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count, mean, squares = 0, query.new_zeros(num_queries, 1, dtype=torch.float32), 0.0
+        for block in words.blocks(block_size):
+            scores, size = logits(block), block.stop - block.start
+            block_mean = scores.mean(dim=-1, keepdim=True)
+            delta = block_mean - mean
+            # Chan's rule for joining the moments of two sets.
+            squares = squares + (scores - block_mean).square_().sum(dim=-1, keepdim=True)
+            squares = squares + delta.square() * (count * size / (count + size))
+            mean = mean + delta * (size / (count + size))
+            count += size
+        return mean, squares / words.size
+
+    mean, variance = (words.moments or stream_moments)(query)
+    inverse_deviation = torch.rsqrt(variance + words.eps)
 
     maximum, total, expected = torch.full_like(mean, -math.inf), torch.zeros_like(mean), 0.0
     for block in words.blocks(block_size):
@@ -203,11 +218,11 @@ class _Float32Product(torch.autograd.Function):
 
 
 # --- Connectors: connector(features [M, N, d], embed_words) -> visual tokens [M, N', D] -------------------------------
-# `embed_words` gives the decoder's embeddings of a block of words. It is a function and no module, because the hooks of
-# offloading would try to move a module that is passed to another.
+# `embed_words` gives the decoder's embeddings of a block of words, or of those whose ids it is given. It is a function
+# and no module, because the hooks of offloading would try to move a module that is passed to another.
 
 
-EmbedWords = Callable[[slice], torch.Tensor]
+EmbedWords = Callable[[slice | torch.Tensor], torch.Tensor]
 
 
 class WordTable(nn.Module):
@@ -262,13 +277,33 @@ class ExtraWords(nn.Module):
             return ((1 - share) * expected.to(own) + share * own).to(expected.dtype)
 
 
+class KeyStatistics(nn.Module):
+    """Mean and covariance of the rows that LN_V normalises over in a pruned model; float32 in a model of any dtype."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float32))
+        self.register_buffer("covariance", torch.zeros(width, width, dtype=torch.float32))
+
+    def forward(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of the logits of queries [T, D], each [T, 1]."""
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        mean, covariance = self.mean.to(query), self.covariance.to(query)
+        variance = (query @ covariance * query).sum(dim=-1, keepdim=True).clamp(min=0)
+        return (query @ mean)[:, None], variance
+
+
 class AlignConnector(nn.Module):
-    """ALIGN. Its values are the live rows of the decoder's embedding table, which it is handed at every call."""
+    """ALIGN. Its values are the live rows of the decoder's embedding table, which it is handed at every call.
+
+    A pruned one knows some of the words only: `word_ids` are those.
+    """
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
         fields, width = config.connector_config, config.text_config.hidden_size
-        self.num_words = fields.get("vocab_size") or config.text_config.vocab_size
+        kept = fields.get("kept_words")
+        self.num_words = kept or fields.get("vocab_size") or config.text_config.vocab_size
         self.eps = fields["layer_norm_eps"]
         self.w1 = nn.Linear(config.vision_config.hidden_size, width, bias=fields["use_bias"])
         self.hidden_norm = nn.LayerNorm(width, eps=self.eps)
@@ -278,6 +313,8 @@ class AlignConnector(nn.Module):
         self.extra_words = None
         if num_extra_words:
             self.extra_words = ExtraWords(num_extra_words, width, fields["vocab_scale_init"])
+        self.register_buffer("word_ids", None if kept is None else torch.arange(kept, dtype=torch.int32))
+        self.key_statistics = None if kept is None else KeyStatistics(width)
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         query, words = self.query(features), self.words(embed_words)
@@ -288,7 +325,7 @@ class AlignConnector(nn.Module):
         return expected.view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
-        """P for every feature, float32 [M, N, V]: for analyses of a few tiles."""
+        """P for every feature, float32 [M, N, V] (of a pruned model's own words): for analyses of a few tiles."""
         query = self.query(features)
         p = word_distribution(query.flatten(0, 1), self.words(), self.extra_words)
         return p.view(*query.shape[:2], -1)
@@ -297,7 +334,8 @@ class AlignConnector(nn.Module):
         return self.hidden_norm(self.w1(features))
 
     def words(self, embed_words: EmbedWords | None = None) -> Words:
-        return Words(self.num_words, self.w2, self.vocab_norm, embed_words, self.eps)
+        values = embed_words if self.word_ids is None else lambda block: embed_words(self.word_ids[block])
+        return Words(self.num_words, self.w2, self.vocab_norm, values, self.eps, self.key_statistics)
 
 
 class OvisConnector(nn.Module):
@@ -526,6 +564,7 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
         *(connector.__name__ for connector in CONNECTORS.values()),
     ]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["key_statistics"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -541,6 +580,11 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, module.initial_scale)
             init.zeros_(module.bias)
             init.normal_(module.values, std=0.02)
+        elif isinstance(module, AlignConnector) and module.word_ids is not None:
+            init.copy_(module.word_ids, torch.arange(module.num_words))
+        elif isinstance(module, KeyStatistics):
+            init.zeros_(module.mean)
+            init.zeros_(module.covariance)
         elif isinstance(module, WordNorm):
             init.constant_(module.weight, module.initial_scale)
             init.zeros_(module.bias)
@@ -619,8 +663,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         features = self.vision_tower(pixel_values).last_hidden_state
         embed_tokens = self.get_input_embeddings()
 
-        def embed_words(block: slice) -> torch.Tensor:
-            return embed_tokens(torch.arange(block.start, block.stop, device=features.device))
+        def embed_words(words: slice | torch.Tensor) -> torch.Tensor:
+            if isinstance(words, slice):
+                words = torch.arange(words.start, words.stop, device=features.device)
+            return embed_tokens(words.to(features.device))
 
         visual = self.connector(features, embed_words)
         if visual_sources is not None:

@@ -3,17 +3,23 @@
     P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
     F' = P · E_text                            a point in the convex hull of the text embeddings
 
-Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary. Source: arXiv 2502.01341, section 3.
+Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary, k words kept by pruning.
+Source: arXiv 2502.01341, section 3.
 
 W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its
 own afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
 
 That is attention with queries LN_D(W1 f), keys W2 and values E_text, and is computed so: `ops/vocabulary_attention.py`
-passes over the words in blocks and never holds P. A model whose weights are frozen may bring, in the collection
-"vocabulary" (`inference/vocabulary.py` makes it), what then need not be computed at every call:
+passes over the words in blocks and never holds P. A model whose weights are frozen may bring, as "statistics" in the
+collection "vocabulary" (`inference/vocabulary.py` makes it), mean and covariance of the rows of W2: LN_V's statistics
+then need not be computed at every call.
 
-    statistics   mean and covariance of the rows of W2
-    words        which words the rows of W2 are, where most were pruned away
+A model may be pruned to the words that it uses (`kept_words`, `inference/vocabulary.py`). W2 and LN_V's parameters then
+have k rows, and there are three parameters more, which are frozen for good and keep their dtypes (`EXACT`):
+
+    word_ids         [k]     which words the rows are
+    key_mean         [D]     the rows that LN_V takes its statistics of, in the main all of those before pruning:
+    key_covariance   [D, D]  the logits of the words kept are what they were
 """
 
 import dataclasses
@@ -21,12 +27,13 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.extra_words import ExtraWords
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary, vocabulary_attention, vocabulary_usage
+from alignvlm_jax.ops.vocabulary_statistics import VocabularyStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,7 @@ class AlignConfig:
       vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original
         vocabulary when special tokens were added behind it.
       num_extra_words: learned words of the connector's own beside the vocabulary (`extra_words.py`); not in the paper.
+      kept_words: k, where the model is pruned to so many of those words; None is all of them.
     """
 
     vocab_scale_init: float = 2.0
@@ -49,6 +57,11 @@ class AlignConfig:
     layer_norm_eps: float = 1e-5
     vocab_size: int | None = None
     num_extra_words: int = 0
+    kept_words: int | None = None
+
+
+EXACT = {"word_ids": "int32", "key_mean": "float32", "key_covariance": "float32"}
+"""The parameters of a pruned connector that have these dtypes whatever dtype the weights have."""
 
 
 class AlignConnector(nn.Module):
@@ -77,15 +90,14 @@ class AlignConnector(nn.Module):
             bias,
             self.values(text_embedding),
             eps=self.config.layer_norm_eps,
-            statistics=self.get_variable("vocabulary", "statistics"),
+            statistics=self.statistics(),
             normalizers=extra is not None,
             entropy=True,
             top_k=top_k,
             mesh_axes=layers.vocabulary_mesh(),
         )
-        words = self.get_variable("vocabulary", "words")
-        if top_k and words is not None:
-            summary = summary.replace(top_ids=words[summary.top_ids])
+        if top_k and self.config.kept_words is not None:
+            summary = summary.replace(top_ids=self._parameter("word_ids")[summary.top_ids])
         if extra is not None:
             tokens, summary = extra.join(query, tokens, summary)
         return tokens, summary
@@ -97,22 +109,34 @@ class AlignConnector(nn.Module):
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
 
-        vocab_size = self.values(text_embedding).shape[0]
+        vocab_size = config.kept_words or config.vocab_size or text_embedding.shape[0]
         keys = layers.param(self, "w2", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab_size, width))
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
         bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
+        if config.kept_words is not None:
+            self.param("word_ids", nn.with_logical_partitioning(_first_words, (None,)), vocab_size)
+            layers.param(self, "key_mean", nn.initializers.zeros, (None,), (width,))
+            layers.param(self, "key_covariance", nn.initializers.zeros, (None, None), (width, width))
         extra = None
         if config.num_extra_words:
             extra = ExtraWords.declare(config.num_extra_words, width, config.vocab_scale_init)
         return query, keys, scale, bias, extra
 
     def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
-        """The embeddings of the words that P ranges over."""
-        words = self.get_variable("vocabulary", "words")
-        if words is not None:
-            return jnp.take(text_embedding, words, axis=0)
+        """The embeddings of the words that P ranges over; once `query_and_keys` has been called."""
+        if self.config.kept_words is not None:
+            return jnp.take(text_embedding, self._parameter("word_ids"), axis=0)
         return text_embedding[: self.config.vocab_size]
+
+    def statistics(self) -> VocabularyStatistics | None:
+        """Of the rows that LN_V normalises over, if they are known; once `query_and_keys` has been called."""
+        if self.config.kept_words is not None:
+            return VocabularyStatistics(self._parameter("key_mean"), self._parameter("key_covariance"))
+        return self.get_variable("vocabulary", "statistics")
+
+    def _parameter(self, name: str) -> Array:
+        return nn.meta.unbox(self.get_variable("params", name))
 
     def log_distribution(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
@@ -120,7 +144,7 @@ class AlignConnector(nn.Module):
         """log P for every feature and word, float32; the connector's own words have what is missing to 1."""
         query, keys, scale, bias, extra = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
-        eps, statistics = self.config.layer_norm_eps, self.get_variable("vocabulary", "statistics")
+        eps, statistics = self.config.layer_norm_eps, self.statistics()
         if statistics is None:
             mean, variance = jnp.mean(logits, axis=-1), jnp.var(logits, axis=-1)
         else:
@@ -136,9 +160,14 @@ class AlignConnector(nn.Module):
     ) -> Float[Array, " V"]:
         """Sum over features of weight * P; of the words of the vocabulary alone."""
         *query_and_keys, extra = self.query_and_keys(features, text_embedding)
-        options = dict(eps=self.config.layer_norm_eps, statistics=self.get_variable("vocabulary", "statistics"))
+        options = dict(eps=self.config.layer_norm_eps, statistics=self.statistics())
         if extra is not None:
             values = self.values(text_embedding)
             _, summary = vocabulary_attention(*query_and_keys, values, normalizers=True, **options)
             weights = weights * (1 - extra.share(query_and_keys[0], summary))
         return vocabulary_usage(*query_and_keys, weights=weights, **options)
+
+
+def _first_words(rng: PRNGKeyArray, number: int) -> Int[Array, " k"]:
+    del rng
+    return jnp.arange(number, dtype=jnp.int32)
