@@ -109,7 +109,8 @@ def test_blame_counts_what_the_tokens_said():
     place, _ = telling_letters(LEXICON)[0]
     answers = [NameAnswer("p", rare, rare.text, "right", rare.text[place])]
     answers += [
-        NameAnswer("p", rare, common.text, pulled.kind, text[place]) for text in (rare.text, common.text, common.text)
+        NameAnswer("p", rare, common.text, "commoner look-alike", text[place])
+        for text in (rare.text, common.text, common.text)
     ]
     says = rare_names.blame(answers, LEXICON)
     assert says["right"]["share"] == 1
