@@ -140,23 +140,23 @@ def test_cached_statistics_and_pruning():
     batch = random_batch(0)
     page = batch["tiles"][0], batch["tile_valid_hw"][0]
 
-    @jax.jit
-    def encode(variables):
+    @functools.partial(jax.jit, static_argnums=1)
+    def encode(variables, config=ON):
         def both(model):
             features = model.encode_features(*page)
             return model.encode_images(*page)[0], model.connector.log_distribution(features, model.language.embedding)
 
-        return AlignVLM(ON).apply(variables, method=both)
+        return AlignVLM(config).apply(variables, method=both)
 
     tokens, log_p = encode({"params": params})
     cached = cache_vocabulary(ON, params)
     np.testing.assert_allclose(encode(cached)[0], tokens, rtol=1e-4, atol=1e-6)
     usage = vocabulary_usage(ON, cached, *page)
     words = MODEL.language.vocab_size
-    everything = prune_vocabulary(ON, params, usage, words)
-    np.testing.assert_allclose(encode(everything)[0], tokens, rtol=1e-4, atol=1e-5)
-    pruned = prune_vocabulary(ON, params, usage, words // 2)
-    kept = pruned["vocabulary"]["connector"]["words"]
+    config, everything = prune_vocabulary(ON, params, usage, words)
+    np.testing.assert_allclose(encode({"params": everything}, config)[0], tokens, rtol=1e-4, atol=1e-5)
+    config, pruned = prune_vocabulary(ON, params, usage, words // 2)
+    kept = pruned["connector"]["word_ids"]
     p, own = np.exp(log_p)[..., kept], 1 - np.exp(log_p).sum(-1)
-    _, pruned_log_p = encode(pruned)
+    _, pruned_log_p = encode({"params": pruned}, config)
     np.testing.assert_allclose(np.exp(pruned_log_p), p / (p.sum(-1) + own)[..., None], rtol=1e-3, atol=1e-6)

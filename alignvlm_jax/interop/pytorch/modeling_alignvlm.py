@@ -155,7 +155,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]
 
     The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
     matrix is either computed anew in float32, which costs more than a pass in bfloat16, or kept, which is wrong as soon
-    as somebody writes to the weights.
+    as somebody writes to the weights. Only a pruned model, whose statistics are of rows that are gone, has it.
     """
     num_queries, dtype = query.shape[0], query.dtype
     block_size = max(_MIN_WORDS, _MAX_LOGITS // max(num_queries, 1))
