@@ -139,6 +139,20 @@ examples:
 `alignvlm analyze ANALYSIS --help` says more of each; docs/analyses.md shows what they find.
 """
 
+GEOMETRY_DESCRIPTION = """\
+Where visual tokens lie among the text embeddings: both in the plane in which they vary
+most (PCA), and the distance of visual tokens to the nearest text embedding and to the
+convex hull of all of them, each with a proof (a plane that separates, or a mixture).
+"""
+
+GEOMETRY_EPILOG = """\
+examples:
+  alignvlm analyze geometry --checkpoint nano --data DIR --out runs/geometry
+  alignvlm analyze geometry --checkpoint runs/align --checkpoint runs/mlp --data DIR --out runs/geometry
+
+Asks no questions: --limit and --batch-size have nothing to limit here.
+"""
+
 VOCABULARY_DESCRIPTION = """\
 Which words ALIGN uses: the mean of P over the patches of many pages, how many words
 carry its mass, and the score of models pruned to the words used most. --prune and
@@ -402,6 +416,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="of which words LN_V takes mean and variance in the pruned checkpoint (default: full)",
     )
 
+    summary = "where visual tokens lie among the text embeddings"
+    where = add_analysis("geometry", _analyze_geometry, summary, GEOMETRY_DESCRIPTION, GEOMETRY_EPILOG)
+    where.add_argument("--pages", type=_positive, default=20, metavar="N", help="pages looked at (default: 20)")
+    where.add_argument("--tokens", type=_positive, default=1000, metavar="N", help="of their visual tokens (1000)")
+    where.add_argument("--hull-tokens", type=_positive, default=64, metavar="N", help="... to the hull (64)")
+
     summary = "rare names, and their commoner look-alikes"
     add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
 
@@ -555,6 +575,21 @@ def _analyze_noise(args: argparse.Namespace) -> None:
         corruptions=noise.parse_corruptions(args.corruptions),
         seed=args.seed,
         batch_size=args.batch_size,
+    )
+
+
+def _analyze_geometry(args: argparse.Namespace) -> None:
+    from alignvlm_jax.analysis import geometry
+
+    geometry.run(
+        args.checkpoint,
+        args.data,
+        args.out,
+        split=args.split,
+        pages=args.pages,
+        tokens=args.tokens,
+        hull_tokens=args.hull_tokens,
+        seed=args.seed,
     )
 
 

@@ -33,7 +33,7 @@ def test_help_teaches_by_example(command, capsys):
     assert f"  alignvlm {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("analysis", ["noise", "vocabulary", "names"])
+@pytest.mark.parametrize("analysis", ["noise", "vocabulary", "geometry", "names"])
 def test_help_of_each_analysis_teaches_by_example(analysis, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["analyze", analysis, "--help"])
