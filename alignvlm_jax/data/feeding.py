@@ -20,10 +20,8 @@ import collections
 import concurrent.futures
 import concurrent.futures.process
 import itertools
-import multiprocessing
 import queue
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -31,7 +29,7 @@ from typing import Any, Protocol
 from alignvlm_jax.data.examples import ExampleReader, locate_example
 from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
 from alignvlm_jax.data.window import Waiting, Window
-from alignvlm_jax.data.workers import end_with_parent
+from alignvlm_jax.data.workers import DeafContext, end_with_parent
 from alignvlm_jax.errors import UserError
 
 RowStates = Mapping[str, Any]
@@ -71,10 +69,9 @@ class Pool:
     def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
         self._reader = reader
         if workers:
-            # "spawn": a fork of a process in which jax has started its threads can hang.
-            context = multiprocessing.get_context("spawn")
+            # Whatever stops the training process, it finishes its step and saves, for which it may need these.
             self._executor = concurrent.futures.ProcessPoolExecutor(
-                workers, context, initializer=_begin_worker, initargs=(reader,)
+                workers, DeafContext(), initializer=_begin_worker, initargs=(reader,)
             )
             self._submit = self._executor.submit
         else:
@@ -303,9 +300,6 @@ _worker_reader: ExampleReader | None = None
 def _begin_worker(reader: ExampleReader) -> None:
     global _worker_reader
     _worker_reader = reader
-    # Ctrl-C reaches all processes. The training process finishes its step and saves, for which it may need these; they
-    # end with it. (SIGTERM keeps its meaning: it is how the executor ends the other workers when one died.)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 

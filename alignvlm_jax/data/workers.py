@@ -3,7 +3,10 @@
 import concurrent.futures
 import concurrent.futures.process
 import multiprocessing
+import multiprocessing.context
+import multiprocessing.resource_tracker
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -48,6 +51,32 @@ def run_tasks(
         raise WorkerDied(list(running.values())) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _DeafProcess(multiprocessing.context.SpawnProcess):
+    """Takes no notice of SIGINT and SIGTERM, from its first moment on: it is ended by SIGKILL."""
+
+    def start(self) -> None:
+        multiprocessing.resource_tracker.ensure_running()  # would unblock them when it is started
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which the child inherits
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class DeafContext(multiprocessing.context.SpawnContext):
+    """Starts processes that the signals to a job do not end.
+
+    Ctrl-C reaches all processes of a terminal, and Slurm and others send SIGTERM to all of a job. The process that
+    started these may have to finish something with their help; they are ended by it, or with it (`end_with_parent`).
+    "spawn": a fork of a process in which jax has started its threads can hang.
+    """
+
+    Process = _DeafProcess
 
 
 def end_with_parent() -> None:

@@ -183,22 +183,25 @@ def test_an_error_in_the_records_ends_the_run(chat):
     feed.close()
 
 
-def test_an_interrupted_worker_goes_on_and_a_killed_one_ends_the_run(examples):
+def test_signals_to_the_whole_job_do_not_end_workers_and_a_killed_one_ends_the_run(examples):
     import psutil
 
     before = set(psutil.Process().children(recursive=True))
     feed = Feed(examples, ROWS, MICROBATCHES, workers=2)
-    next(feed)
-    workers = [
-        child
-        for child in set(psutil.Process().children(recursive=True)) - before
-        if "spawn_main" in " ".join(child.cmdline())
-    ]
-    assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)  # as Ctrl-C does to all processes
+
+    def workers():
+        found = set(psutil.Process().children(recursive=True)) - before
+        return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+    while len(workers()) < 2:  # as they start, and at work
+        time.sleep(0.005)
     for _ in range(5):
+        for worker in workers():
+            for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and Slurm do to all processes
+                os.kill(worker.pid, number)
         next(feed)
+    workers = workers()
+    assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(UserError, match="a process that reads data was killed"):

@@ -60,6 +60,14 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None):
             json.dump({"losses": losses, "made": made}, file)
 
 
+def steps(workdir, journal, steps):
+    """Trains the run of `tests/training/test_kill.py`."""
+    from tests.parallel import tiny
+    from tests.training import test_kill
+
+    tiny.train(workdir, test_kill.experiment(steps), losses=test_kill.Journal(pathlib.Path(journal)), made=[])
+
+
 def read(config, workdir, note, stop_at=None):
     """Trains as a config says until it is stopped, and notes the rows of batches that were made here."""
     from alignvlm_jax import config as configs

@@ -3,20 +3,18 @@
 import dataclasses
 import os
 import pathlib
-import random
 import re
 import signal
 import time
 
 import jax
-import numpy as np
 import pytest
 
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, checkpoint
 from alignvlm_jax.training.retention import CheckpointConfig
-from tests.parallel import processes, tiny
+from tests.parallel import tiny
 from tests.training import breakage
 
 MESH = (8, 1, 1)
@@ -29,10 +27,6 @@ def config(**changes):
 def run(workdir, experiment, **seams):
     losses = {}
     return tiny.train(workdir, experiment, losses=losses, made=[], **seams), losses
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
 def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
@@ -80,44 +74,6 @@ def test_the_budget_is_said_before_the_first_step(tmp_path, capsys):
         assert "warning" in budget.describe(
             config(keep=1000), experiment.stages, make_mesh(experiment.mesh), disk / "run"
         )
-
-
-def kill_and_resume(folder, kills: int) -> dict:
-    """A run of one process that is killed at random moments, so many times, and started again until it is done."""
-    workdir, rng, times = folder / "run", random.Random(0), []
-    for number in range(kills + 50):
-        began = time.monotonic()
-        (process,) = processes.start(
-            folder / str(number), "train", 1, devices=2, workdir=str(workdir), mesh=(2, 1, 1), save_every=1
-        )
-        if len(times) < kills:
-            while process.process.poll() is None and not re.search("memory of each device", process.text()):
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 4))
-            if process.process.poll() is None:
-                process.process.kill()
-                process.process.wait()
-                steps = checkpoint.complete_steps(workdir / "checkpoints")
-                times.append(max(steps, default=0))
-                continue
-        assert processes.finish([process], seconds=300) == [0], process.text()
-        return {"killed_at": times, "seconds": time.monotonic() - began}
-    raise AssertionError("it was never done")
-
-
-@pytest.mark.large
-@pytest.mark.parametrize("kills", [3, 20])
-def test_killed_at_random_moments_it_ends_in_the_same_weights(tmp_path, kills):
-    (whole,) = processes.start(
-        tmp_path / "whole", "train", 1, devices=2, workdir=str(tmp_path / "whole" / "run"), mesh=(2, 1, 1), save_every=1
-    )
-    assert processes.finish([whole], seconds=300) == [0], whole.text()
-    found = kill_and_resume(tmp_path / "killed", kills)
-    print(found)
-    runs = [np.load(tmp_path / name / "run.npz") for name in ("whole", "killed")]
-    assert runs[0].files and runs[0].files == runs[1].files
-    for name in runs[0].files:
-        np.testing.assert_array_equal(runs[0][name], runs[1][name])
 
 
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
