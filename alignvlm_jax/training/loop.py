@@ -12,8 +12,6 @@ stops all after the same step.
 import contextlib
 import dataclasses
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +48,7 @@ from alignvlm_jax.training.checkpoint import (
     write_history,
 )
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
 
@@ -177,7 +176,7 @@ def train(
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, config) as checkpointer,
-        _Interruption() as interruption,
+        Interruption() as interruption,
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explained(config, workdir),
     ):
@@ -232,7 +231,7 @@ class _Run:
     plans: list[StagePlan]
     mesh: Mesh
     checkpointer: Checkpointer
-    interruption: "_Interruption"
+    interruption: Interruption
     profiler: Profiler
     refusals: RefusalLog
     anomalies: AnomalyWatch
@@ -489,26 +488,3 @@ def _prepare_workdir(
     distributed.gather_json("written")
     distributed.agree({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
     return [change for change in changes if change.matters]
-
-
-class _Interruption:
-    """While in force, SIGINT and SIGTERM raise a flag: the step is finished and saved. A second one ends at once."""
-
-    def __init__(self):
-        self.came = self.preempted = False
-        self._before = {}
-
-    def __enter__(self) -> "_Interruption":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.came:
-            raise KeyboardInterrupt
-        self.came, self.preempted = True, number == signal.SIGTERM
-        tqdm.write("interrupted: finishing this step and saving (once more to stop at once)")

@@ -26,7 +26,7 @@ class Process:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+    def wait_for(self, pattern: str, seconds: float = 400) -> None:
         """Until the output has it."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text()):

@@ -66,6 +66,31 @@ def stopped_run(tmp_path, number, alone):
     return workdir
 
 
+@pytest.mark.large
+def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_on_from(alone, tmp_path):
+    workdir = tmp_path / "run"
+    two = processes.start(
+        tmp_path / "two",
+        "train",
+        2,
+        devices=4,
+        workdir=str(workdir),
+        mesh=(2, 2, 2),
+        save_every=1,
+        disk_fails_at=[None, 3],
+    )
+    codes = processes.finish(two)
+    assert codes[1] == 2 and codes[0] != 0, two[0].text() + two[1].text()
+    assert "step 3 could not be saved" in two[1].text() and "File too large" in two[1].text()
+    assert "process 1 of 2) ended with an error" in two[0].text()
+    assert max(checkpoint.complete_steps(workdir / "checkpoints")) == 2
+    losses = {}
+    tiny.train(
+        workdir, dataclasses.replace(tiny.config((2, 2, 2)), checkpoint=CheckpointConfig()), losses=losses, made=[]
+    )
+    assert_same_losses(losses, alone, [3, 4, 5])
+
+
 def go_on_alone(workdir, alone):
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])

@@ -45,7 +45,18 @@ def make_params(experiment):
     return jax.device_get(nn.unbox(make()))
 
 
-def train(workdir, experiment, *, losses: dict, made: list, documents=False, spoilt=(), skip=(), **seams):
+def train(
+    workdir,
+    experiment,
+    *,
+    losses: dict,
+    made: list,
+    documents=False,
+    spoilt=(),
+    skip=(),
+    make_params=make_params,
+    **seams,
+):
     """Trains; `losses` gets the loss and the refused examples of each step, `made` what was made here.
 
     That is the (step, row) of random bins, of which one example a row is said to be refused; or with `documents` the

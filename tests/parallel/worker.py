@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import resource
 import signal
 import socket
 import sys
@@ -30,17 +32,21 @@ def count(host, config=None, fail_at=None):
         time.sleep(0.05)
 
 
-def train(workdir, mesh=None, config=None, stop_at=None, save_every=None):
+def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_fails_at=None):
     """Trains the tiny model, on random bins or on a config's documents; "WORKDIR.N.I.json" is what process I of N heard
-    of each step, and made."""
+    of each step, and made. From a step on, this process may write no file of more than 20 kB."""
     from alignvlm_jax import config as configs
     from tests.parallel import tiny
 
     me = jax.process_index()
     losses, made = {}, []
-    on_step = None
-    if stop_at is not None:
-        on_step = lambda step: step == stop_at and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+
+    def on_step(step):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == disk_fails_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
     try:
         experiment = tiny.config(mesh) if config is None else configs.from_dict(config)
         if save_every is not None:
@@ -66,6 +72,42 @@ def steps(workdir, journal, steps):
     from tests.training import test_kill
 
     tiny.train(workdir, test_kill.experiment(steps), losses=test_kill.Journal(pathlib.Path(journal)), made=[])
+
+
+def cost(workdir, mesh, note, stop_at):
+    """Trains a model of 300 MB up to a step, and notes the most memory it had by then and the bytes it has read."""
+    from alignvlm_jax.config import BackbonesConfig
+    from alignvlm_jax.training.initial import initial_parameters
+    from tests.parallel import tiny
+
+    language = dataclasses.replace(tiny.MODEL.language, vocab_size=2**17, hidden_size=576, num_heads=8, num_kv_heads=8)
+    model = dataclasses.replace(tiny.MODEL, language=language)
+    experiment = dataclasses.replace(tiny.config(mesh, model=model), backbones=BackbonesConfig("random", "random"))
+    found = {}
+
+    def read_so_far():
+        return int(re.search(r"rchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
+
+    def look(when):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+        found[when] = {"peak": 1024 * int(peak[1]), "read": read_so_far() - before}
+        pathlib.Path(note).write_text(json.dumps(found))
+
+    def on_step(step):
+        if step == stop_at:
+            look("after a step")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = read_so_far()
+    tiny.train(
+        workdir,
+        experiment,
+        losses={},
+        made=[],
+        make_params=initial_parameters,
+        on_stage_start=lambda *_: look("before a step"),
+        on_step=on_step,
+    )
 
 
 def read(config, workdir, note, stop_at=None):

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignvlm_jax import config as configs
+from alignvlm_jax.data import packing as packed
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import anomalies, checkpoint
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import AnomalyConfig, AnomalyWatch
 from alignvlm_jax.training.debug import DebugConfig
+from alignvlm_jax.training.initial import initial_parameters
 from tests.parallel import tiny
 from tests.training import batches
 
@@ -65,6 +70,50 @@ def test_a_step_that_is_not_finite_changes_nothing():
         after, measured = train_step(before, batch)
         assert measured["skipped"] == 1 and after.step == before.step + 1
         assert_same((after.params, after.opt_state), (before.params, before.opt_state))
+
+
+@pytest.mark.large
+def test_looking_whether_all_is_finite_costs_next_to_nothing():
+    """The step of the nano model with the check and with it compiled away, in turns, on one device."""
+    config = configs.load("configs/nano.py")
+    stage = dataclasses.replace(config.stages[0], steps=100)
+    steps_of, params = {}, jax.device_put(initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+    batch = nano_batch(config)
+    with pytest.MonkeyPatch.context() as patch:
+        for checked in (True, False):
+            if not checked:
+                patch.setattr(jnp, "isfinite", lambda _: np.True_)
+            state = steps.create_state(stage, params)
+            compiled = jax.jit(steps.make_train_step(config.model, stage)).lower(state, batch).compile()
+            steps_of[checked] = compiled, state
+    assert "is-finite" in steps_of[True][0].as_text() and "is-finite" not in steps_of[False][0].as_text()
+    seconds = {True: [], False: []}
+    for _ in range(15):
+        for checked, (step, state) in steps_of.items():
+            began = time.process_time()  # of all cores, and not of what else runs here
+            jax.block_until_ready(step(state, batch))
+            seconds[checked].append(time.process_time() - began)
+    ratio = np.median(seconds[True]) / np.median(seconds[False])
+    spread = {checked: np.percentile(values, (25, 50, 75)).round(3).tolist() for checked, values in seconds.items()}
+    print(f"a nano step with the check takes {100 * (ratio - 1):+.1f} % (quartiles, CPU seconds: {spread})")
+    assert ratio < 1.1
+
+
+def nano_batch(config):
+    """Full bins of noise, in the shapes of the config."""
+    packing, rng = config.data.packing, np.random.default_rng(0)
+    shape = (2, packing.bins_per_microbatch)
+    batch = packed.empty_batch(*shape, packing, tile_size=config.data.tiling.tile_size, pad_id=0)
+    length = packing.tokens_per_bin
+    batch["tokens"][...] = rng.integers(6, 500, (*shape, length))
+    batch["targets"][...] = batch["tokens"]
+    batch["segment_ids"][...] = 1
+    batch["positions"][...] = np.arange(length)
+    batch["loss_weights"][..., ::4] = 1
+    batch["tiles"][...] = rng.integers(0, 256, batch["tiles"].shape)
+    batch["tile_valid_hw"][...] = config.data.tiling.tile_size
+    batch["visual_index"][..., :200] = np.arange(200)
+    return {name: batch[name] for name in steps.FIELDS}
 
 
 def test_a_few_skipped_updates_are_counted_and_named(tmp_path, capsys):

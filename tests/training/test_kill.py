@@ -5,18 +5,21 @@ import itertools
 import json
 import pathlib
 import random
+import statistics
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import checkpoint
 from alignvlm_jax.training.optimizer import OptimizerConfig
 from alignvlm_jax.training.retention import CheckpointConfig
+from alignvlm_jax.training.step import abstract_state
 from tests.parallel import processes, tiny
 
-MESH = (8, 1, 1)
+MESH = (2, 1, 1)
 
 
 def experiment(steps: int):
@@ -31,20 +34,26 @@ def experiment(steps: int):
 
 
 class Journal(dict):
-    """The losses of `tiny.train`, written down one by one as they come: {"step": 3, "loss": [hexadecimal, refused]}."""
+    """The losses of `tiny.train`, written down one by one as they come:
+    {"step": 3, "loss": [hexadecimal, refused], "time": seconds}."""
 
     def __init__(self, path: pathlib.Path):
         self._file = path.open("ab", buffering=0)
 
     def __setitem__(self, step, value):
         loss, refused = value
-        self._file.write(json.dumps({"step": step, "loss": [float(loss).hex(), refused]}).encode() + b"\n")
+        line = {"step": step, "loss": [float(loss).hex(), refused], "time": time.monotonic()}
+        self._file.write(json.dumps(line).encode() + b"\n")
 
 
-def read(path: pathlib.Path) -> list[tuple[int, list]]:
-    """Every step that was taken, in the order in which it was, with what was heard of it."""
-    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    return [(entry["step"], entry["loss"]) for entry in entries]
+def read(journal: pathlib.Path) -> list[dict]:
+    """Every step that was taken, in the order in which it was."""
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
+
+
+def start(folder: pathlib.Path, number: int, steps: int) -> processes.Process:
+    arguments = dict(workdir=str(folder / "run"), journal=str(folder / "journal"), steps=steps)
+    return processes.start(folder / str(number), "steps", 1, devices=2, **arguments)[0]
 
 
 def unfinished(checkpoints: pathlib.Path) -> bool:
@@ -60,7 +69,7 @@ def kill(process, journal: pathlib.Path, checkpoints: pathlib.Path, step: int, w
         while not condition() and process.process.poll() is None:
             time.sleep(0.001)
 
-    until(lambda: any(taken >= step for taken, _ in read(journal)))
+    until(lambda: any(taken["step"] >= step for taken in read(journal)))
     time.sleep(wait)
     if save:
         until(lambda: unfinished(checkpoints))
@@ -68,56 +77,51 @@ def kill(process, journal: pathlib.Path, checkpoints: pathlib.Path, step: int, w
     process.process.wait()
 
 
-def run_to_the_end(folder: pathlib.Path, steps: int, kills: int, pace: float):
+def killed_run(folder: pathlib.Path, steps: int, kills: int, pace: float) -> list[dict]:
     """Starts the run, kills it and starts it again; what each kill left behind."""
     rng, found = random.Random(0), []
-    workdir, journal = folder / "run", folder / "journal"
-    checkpoints = workdir / "checkpoints"
+    journal, checkpoints = folder / "journal", folder / "run" / "checkpoints"
     for number in range(kills + 1):
-        before = read(journal)
-        newest = max(checkpoint.complete_steps(checkpoints), default=0)
-        (process,) = processes.start(
-            folder / str(number), "steps", 1, devices=8, workdir=str(workdir), journal=str(journal), steps=steps
-        )
-        if number < kills:  # spread over all of it, some before the first step is saved
+        before, newest = len(read(journal)), max(checkpoint.complete_steps(checkpoints), default=0)
+        process = start(folder, number, steps)
+        if number < kills:  # spread over all of it
             step = rng.randint(number * steps // kills, (number + 1) * steps // kills - 1)
             kill(process, journal, checkpoints, max(1, step), rng.uniform(0, 2 * pace), save=number % 2 == 1)
         else:
-            assert processes.finish([process], seconds=300) == [0], process.text()
-        taken = [step for step, _ in read(journal)[len(before) :]]
+            assert processes.finish([process], seconds=900) == [0], process.text()
+        taken = [entry["step"] for entry in read(journal)[before:]]
         assert not taken or taken[0] == newest + 1, f"it went on from {taken[0] - 1}, not {newest}:\n{process.text()}"
-        found.append({"step": max(taken, default=0), "from": newest, "saving": unfinished(checkpoints)})
+        found.append({"from": newest, "to": max(taken, default=newest), "in a save": unfinished(checkpoints)})
     return found[:-1]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.large)])
 def test_killed_at_random_moments_it_ends_in_the_same_weights(tmp_path, kills):
-    steps = 4 * kills
-    losses, times = {}, []
-    whole = tiny.train(
-        tmp_path / "whole", experiment(steps), losses=losses, made=[], on_step=lambda _: times.append(time.monotonic())
-    )
-    pace = float(np.median([after - before for before, after in itertools.pairwise(times)]))
-    found = run_to_the_end(tmp_path, steps, kills, pace)
+    steps = max(12, 2 * kills)
+    whole = start(tmp_path / "whole", 0, steps)
+    assert processes.finish([whole], seconds=900) == [0], whole.text()
+    expected = {entry["step"]: entry["loss"] for entry in read(tmp_path / "whole" / "journal")}
+    times = [entry["time"] for entry in read(tmp_path / "whole" / "journal")]
+    pace = statistics.median(after - before for before, after in itertools.pairwise(times))
+
+    found = killed_run(tmp_path / "killed", steps, kills, pace)
     print(f"{kills} kills of a run of {steps} steps, {pace:.2f} s each: {found}")
-    assert any(left["saving"] for left in found), "no kill fell into a save"
-    assert len({left["step"] for left in found}) >= kills // 2, "they were to be spread over the run"
+    assert any(left["in a save"] for left in found), "no kill fell into a save"
+    assert len({left["to"] for left in found}) >= kills // 2, "they were to be spread over the run"
 
-    expected = {step: [float(loss).hex(), refused] for step, (loss, refused) in losses.items()}
-    taken = read(tmp_path / "journal")
-    assert dict(taken) == expected and all(expected[step] == heard for step, heard in taken)
-    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == [steps - 1, steps]
-    states = [final_state(tmp_path / name, experiment(steps)) for name in ("whole", "run")]
+    taken = read(tmp_path / "killed" / "journal")
+    assert {entry["step"] for entry in taken} == set(expected) == set(range(1, steps + 1))
+    for entry in taken:
+        assert entry["loss"] == expected[entry["step"]], f"step {entry['step']}"
+    states = [final_state(tmp_path / name / "run", steps) for name in ("whole", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
-    jax.tree.map(np.testing.assert_array_equal, states[1].params, jax.device_get(whole.params))
 
 
-def final_state(workdir, config):
+def final_state(workdir: pathlib.Path, steps: int):
     """Weights and optimizer of the last checkpoint."""
-    from alignvlm_jax.parallel.mesh import make_mesh
-    from alignvlm_jax.training.step import abstract_state
-
+    config = experiment(steps)
+    mesh = make_mesh(config.mesh, devices=jax.devices()[:2])
     with checkpoint.Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()
-        abstract = abstract_state(config.model, config.stages[-1], make_mesh(config.mesh))
-        return jax.device_get(checkpointer.restore(progress, abstract))
+        assert progress.step == steps
+        return jax.device_get(checkpointer.restore(progress, abstract_state(config.model, config.stages[-1], mesh)))

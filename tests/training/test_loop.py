@@ -185,6 +185,29 @@ def test_another_config_does_not_continue_a_run(finished):
     train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
 
 
+def test_a_change_of_stages_plans_what_remains_anew(finished, tmp_path):
+    """Stopped in stage 1 and gone on with a longer stage 2: what stage 1 had begun goes on, and stage 2 is planned."""
+    workdir, _, seen = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    for step in (4, 6, 7):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    longer = dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], dataclasses.replace(CONFIG.stages[1], epochs=2.5)))
+    with pytest.raises(UserError, match=r"--allow-config-change stages\.1\.epochs$"):
+        train(tmp_path / "run", longer)
+    stages = []
+    result = train(
+        tmp_path / "run",
+        longer,
+        allow_config_change=["stages.1.epochs"],
+        on_stage_start=lambda index, params: stages.append((index, jax.device_get(params))),
+    )
+    assert result.progress.step == 4 + 5
+    meta = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "9")
+    assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 5]
+    assert [index for index, _ in stages] == [0, 1]
+    jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])  # stage 1 ended as it would have
+
+
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
     workdir, result, _ = finished
     expected = jax.device_get(result.params)

@@ -1,20 +1,18 @@
 """What happens to a run: killed, preempted, on a disk that fills up; and what it says before it begins."""
 
 import dataclasses
-import os
+import json
 import pathlib
 import re
-import signal
 import time
 
 import jax
 import pytest
 
-from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, checkpoint
 from alignvlm_jax.training.retention import CheckpointConfig
-from tests.parallel import tiny
+from tests.parallel import processes, tiny
 from tests.training import breakage
 
 MESH = (8, 1, 1)
@@ -50,20 +48,6 @@ def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
     assert re.search(r"warning: step 2 could not be saved in .*: No space left on device; the newest", said), said
 
 
-def test_sigterm_saves_the_step_and_says_so_by_its_own_exit_code(tmp_path):
-    began = {}
-
-    def on_step(step):
-        if step == 2:
-            began["at"] = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(distributed.Preempted) as error:
-        run(tmp_path, config(every_steps=100), on_step=on_step)
-    assert error.value.exit_code == 75 and checkpoint.find_undamaged(tmp_path)[1] == 2
-    assert time.monotonic() - began["at"] < 60
-
-
 def test_the_budget_is_said_before_the_first_step(tmp_path, capsys):
     experiment = config(keep=2, keep_best=1)
     text = budget.describe(experiment, experiment.stages, make_mesh(experiment.mesh), tmp_path / "not" / "there")
@@ -74,6 +58,34 @@ def test_the_budget_is_said_before_the_first_step(tmp_path, capsys):
         assert "warning" in budget.describe(
             config(keep=1000), experiment.stages, make_mesh(experiment.mesh), disk / "run"
         )
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("number", [1, 2])
+def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than_it_holds(tmp_path, number):
+    """A model of 300 MB on one process and sharded over two: peak memory of each, and the bytes each reads."""
+    found = {}
+    for stop_at, start in ((1, "fresh"), (2, "resumed")):
+        notes = [str(tmp_path / f"{start}.{i}.json") for i in range(number)]
+        arguments = dict(workdir=str(tmp_path / "run"), mesh=(1, number, 1), note=notes, stop_at=stop_at)
+        several = processes.start(tmp_path / start, "cost", number, devices=1, **arguments)
+        assert processes.finish(several, seconds=1500) == [130] * number, several[0].text()
+        found[start] = [json.loads(pathlib.Path(note).read_text()) for note in notes]
+        if start == "fresh":
+            files = [path for path in (tmp_path / "run" / "checkpoints" / "1").rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
+            assert size > 9e8, "weights and two moments"
+    for fresh, resumed in zip(found["fresh"], found["resumed"], strict=True):
+        peaks = [note["after a step"]["peak"] for note in (fresh, resumed)]
+        read = resumed["before a step"]["read"] - fresh["before a step"]["read"]
+        print(
+            f"{number} processes, a checkpoint of {size / 1e6:.0f} MB: peak {peaks[0] / 1e6:.0f} MB fresh, "
+            f"{peaks[1] / 1e6:.0f} MB resumed ({fresh['before a step']['peak'] / 1e6:.0f} and "
+            f"{resumed['before a step']['peak'] / 1e6:.0f} MB before the first step); {read / 1e6:.0f} MB read"
+        )
+        assert peaks[1] <= 1.02 * peaks[0]
+        # Once for the digests and once for the weights, in each case its share.
+        assert read < 1.05 * 2 * size / number
 
 
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():

@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]], seconds: float, arguments: Sequence[str]) -> dict[str, Any]:
+def summarise(rounds: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> dict[str, Any]:
     """Adds up what `runs.play_round` returned."""
     sittings = [sitting for found in rounds for run in found["runs"].values() for sitting in run["sittings"]]
     counts = collections.Counter(sitting["event"] for sitting in sittings)
+    killed = [sitting for sitting in sittings if -9 in sitting["codes"]]
     stopped = [sitting["seconds_to_stop"] for sitting in sittings if sitting["codes"] == [75] * len(sitting["codes"])]
     differences = [found["runs"]["another"]["largest_loss_difference"] for found in rounds]
     return {
         "command": " ".join(["tools/soak.py", *arguments]),
         "cores": os.cpu_count(),
-        "minutes": round(seconds / 60, 1),
+        "minutes": round(sum(found["seconds"] for found in rounds) / 60, 1),
         "rounds": len(rounds),
         "sittings": len(sittings),
         "steps_taken": sum(sitting["steps"] for sitting in sittings),
         "steps_kept": sum(run["steps"] for found in rounds for run in found["runs"].values()),
-        "kills": counts["kill"] + counts["disk"],
-        "kills_while_saving": sum(sitting["while_saving"] for sitting in sittings),
+        "kills": len(killed),
+        "kills_while_saving": sum(sitting["while_saving"] for sitting in killed),
         "sigterms": counts["sigterm"],
         "sigterms_saved": len(stopped),
         "slowest_seconds_to_stop": max(stopped, default=None),
@@ -35,14 +36,15 @@ def summarise(rounds: Sequence[Mapping[str, Any]], seconds: float, arguments: Se
         "passed_over": sum(sitting["passed_over"] for sitting in sittings),
         "refused_examples": sum(found["refused"] for found in rounds),
         "largest_loss_difference_on_other_meshes": max(differences, default=None),
-        "failures": [failure for found in rounds for failure in found["failures"]],
+        "surprises": [surprise for found in rounds for surprise in found["surprises"]],
+        "lost": [lost for found in rounds for lost in found["lost"]],
     }
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as a list."""
     s = summary
-    lost = "nothing was lost" if not s["failures"] else f"{len(s['failures'])} things were lost"
+    lost = f"{len(s['lost'])} things were lost" if s["lost"] else "nothing was lost"
     slowest = s["slowest_seconds_to_stop"]
     lines = [
         f"`{s['command']}` on {s['cores']} cores, {s['minutes']} minutes: {lost}.",
@@ -58,7 +60,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"- {s['refused_examples']} damaged examples were refused, the same ones by all three runs of a round",
         f"- losses on other meshes differ from the clean run's by at most "
         f"{s['largest_loss_difference_on_other_meshes']:.2g}, relatively",
-        *(f"- **lost**: {failure}" for failure in s["failures"]),
+        *(f"- **lost**: {lost}" for lost in s["lost"]),
+        *(f"- ended by itself, and was started again: {surprise}" for surprise in s["surprises"]),
     ]
     return "\n".join(lines) + "\n"
 

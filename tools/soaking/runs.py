@@ -37,6 +37,7 @@ _DAMAGED = 12  # of them
 _DISK_MEGABYTES = 220
 _EVENTS = ("kill", "kill", "kill", "sigterm", "sigterm", "disk")
 _MOST_EVENTS = 6  # of a run: then it is left in peace
+_MOST_SITTINGS = 10  # and has to come to its end
 _LONGEST_SECONDS = 900  # of a sitting: whoever takes longer hangs
 _CLOSE = 0.05  # losses on another mesh, relative: Muon and steep rates let the last bit grow
 _MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))
@@ -92,21 +93,21 @@ def draw_documents(root: Path) -> Path:
 
 
 def play_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[str, Any]:
-    """A clean run and two to which things are done; what was done, and in "failures" what was lost."""
+    """A clean run and two to which things are done; what was done, and what was lost."""
     seed, mesh = rng.randrange(2**31), rng.choice(_MESHES)
     config = _config(data, steps, seed)
     clean = Run(folder / "clean", config, folder.parent / "cache")
     clean.folder.mkdir(parents=True)
     tqdm.write(f"{folder.name}: a clean run on mesh {_name(mesh)}")
     clean.sit(Sitting("", mesh, 1))
-    if clean.failures:
-        raise RuntimeError(f"the clean run failed: {clean.failures}")
-    found = {"mesh": mesh, "seed": seed, "runs": {"clean": clean.report()}, "failures": []}
+    if clean.surprises:
+        raise RuntimeError(f"the clean run failed: {clean.surprises}")
+    found = {"mesh": mesh, "seed": seed, "runs": {"clean": clean.report()}, "lost": [], "surprises": []}
     found["refused"] = len(clean.refused())
     for name in ("same", "another"):
         with _own_disk(folder / name / "disk") as disk:
             run = Run(folder / name, config, folder.parent / "cache", disk=disk, pace=clean)
-            for number in range(1000):
+            for number in range(_MOST_SITTINGS):
                 event = "" if number >= _MOST_EVENTS else rng.choice(_EVENTS)
                 if event == "disk" and disk is None:
                     event = "kill"
@@ -121,14 +122,20 @@ def play_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict
                     break
             run.compare(clean, same_mesh=name == "same")
             found["runs"][name] = run.report()
-            found["failures"] += [f"{folder.name}, {name}: {failure}" for failure in run.failures]
-            if run.failures and disk:
+            found["lost"] += [f"{folder.name}, {name}: {lost}" for lost in run.lost]
+            found["surprises"] += [f"{folder.name}, {name}: {surprise}" for surprise in run.surprises]
+            if run.lost and disk:
                 shutil.copytree(disk / "run", folder / name / "run")
     return found
 
 
 class Run:
-    """A run in a folder of its own: its sittings, one after the other, and what went wrong that must not."""
+    """A run in a folder of its own: its sittings, one after the other.
+
+    Attributes:
+      lost: what must not happen.
+      surprises: sittings that ended by themselves, which another one makes good.
+    """
 
     def __init__(
         self,
@@ -141,7 +148,8 @@ class Run:
         self.folder, self._config, self._cache, self._disk = folder, config, cache, disk
         self.workdir = (disk or folder) / "run"
         self.sittings: list[Sitting] = []
-        self.failures: list[str] = []
+        self.lost: list[str] = []
+        self.surprises: list[str] = []
         self.difference = 0.0
         self._pace, self._began = pace, 0.0
 
@@ -182,7 +190,7 @@ class Run:
                 self._strike(sitting, processes, rng)
             sitting.codes = [process.wait(_LONGEST_SECONDS) for process in processes]
         except subprocess.TimeoutExpired:
-            self.failures.append(f"sitting {number} hangs")
+            self.lost.append(f"sitting {number} hangs")
             sitting.codes = [-1] * len(processes)
         finally:
             for process in processes:
@@ -198,16 +206,16 @@ class Run:
             expected, found = notes[0], mine.get(step, {}).values()
             # Of two processes one may have been killed before it noted its rows.
             if any(not _is_part(note, expected) for note in found):
-                self.failures.append(f"step {step} had another batch")
+                self.lost.append(f"step {step} had another batch")
             if not any(_is_part(expected, note) for note in found):
-                self.failures.append(f"step {step} was not taken")
+                self.lost.append(f"step {step} was not taken")
         before = dict(clean._losses())
         differences = [abs(loss - before[step]) / before[step] for step, loss in self._losses()]
         self.difference = max(differences)
         if self.difference > (0 if same_mesh else _CLOSE):
-            self.failures.append(f"losses differ by {self.difference:.3g}")
+            self.lost.append(f"losses differ by {self.difference:.3g}")
         if same_mesh and not self._ends_as(clean):
-            self.failures.append("weights, optimizer or places in the data differ in the end")
+            self.lost.append("weights, optimizer or places in the data differ in the end")
 
     def refused(self) -> set[str]:
         """The examples that were refused."""
@@ -293,7 +301,7 @@ class Run:
         taken = [step for step, notes in sorted(self._journal().items()) if number in notes]
         sitting.steps = len(taken)
         if taken and taken[0] != sitting.from_step + 1:
-            self.failures.append(f"sitting {number} went on from step {taken[0] - 1}, not {sitting.from_step}")
+            self.lost.append(f"sitting {number} went on from step {taken[0] - 1}, not {sitting.from_step}")
         in_training = "memory of each device" in text
         fine = {
             "": _all_ended(sitting, 0),
@@ -302,9 +310,10 @@ class Run:
             "sigterm": _all_ended(sitting, 75, 0) or not in_training,
         }[sitting.event]
         if not fine:
-            self.failures.append(f"sitting {number} ({sitting.event}) ended with {sitting.codes}: {text[-600:]}")
+            last = next((line.strip() for line in reversed(outputs[0].read_text().splitlines()) if line.strip()), "")
+            self.surprises.append(f"sitting {number} ({sitting.event}) ended with {sitting.codes}: {last[-300:]}")
         if sitting.damaged and in_training and not sitting.passed_over:
-            self.failures.append(f"sitting {number} did not see that {sitting.damaged}")
+            self.lost.append(f"sitting {number} did not see that {sitting.damaged}")
 
     def _wait_for(self, number: int, pattern: str, processes: list[subprocess.Popen], seconds: float = 600) -> None:
         """Until the first process has said it, or any is gone, or so many seconds have passed."""

@@ -82,20 +82,39 @@ def test_incomplete_samples_are_refused_by_name(tmp_path):
 
 
 def test_links_and_paths_lead_nowhere(tmp_path):
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        link = tarfile.TarInfo("1.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    """An archive made to write beside itself, and to show what lies there, when it is unpacked carelessly."""
+    (tmp_path / "secret.txt").write_text("not to be trained on")
+    archive_file = tmp_path / "a" / "b" / "0.tar"
+    archive_file.parent.mkdir(parents=True)
+
+    def add_link(archive, name, kind, target):
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = kind, str(target)
         archive.addfile(link)
+
+    with tarfile.open(archive_file, "w") as archive:
+        add_link(archive, "1.jpg", tarfile.SYMTYPE, "/etc/hostname")
         add_file(archive, "1.txt", b"a caption")
         add_file(archive, "../../2.jpg", image_bytes(0))
         add_file(archive, "../../2.txt", b"outside")
-        device = tarfile.TarInfo("3.jpg")
-        device.type = tarfile.CHRTYPE
-        archive.addfile(device)
-    found = read_all("webdataset", tmp_path / "0.tar")
-    assert [getattr(f, "kind", "accepted") for f in found] == ["missing image", "accepted", "missing image"]
+        add_link(archive, "3.jpg", tarfile.CHRTYPE, "")
+        add_file(archive, f"{tmp_path}/4.jpg", image_bytes(0))
+        add_link(archive, f"{tmp_path}/4.txt", tarfile.SYMTYPE, tmp_path / "secret.txt")
+        add_link(archive, "way", tarfile.SYMTYPE, tmp_path)
+        add_file(archive, "way/5.jpg", image_bytes(0))
+        add_link(archive, "way/5.txt", tarfile.LNKTYPE, "../../secret.txt")
+    with tarfile.open(archive_file) as archive:  # it does harm
+        archive.extractall(tmp_path / "x" / "y", filter="fully_trusted")
+    assert (tmp_path / "2.txt").exists() and (tmp_path / "5.jpg").exists()
+    for path in ("2.jpg", "2.txt", "4.jpg", "4.txt", "5.jpg"):
+        (tmp_path / path).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    found = read_all("webdataset", archive_file)
+    expected = ["missing image", "accepted", "missing image", "empty conversation", "empty conversation"]
+    assert [getattr(f, "kind", "accepted") for f in found] == expected
     assert found[1].images == [image_bytes(0)]
-    assert [path.name for path in tmp_path.rglob("*")] == ["0.tar"]
+    assert "not to be trained on" not in repr(found)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def kinds(path):

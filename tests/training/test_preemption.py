@@ -1,0 +1,170 @@
+"""The machine is wanted elsewhere: SIGTERM to all of a job, or a notice of Google's. The run is saved, and says so."""
+
+import dataclasses
+import http.server
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import psutil
+import pytest
+
+from alignvlm_jax import config as configs
+from alignvlm_jax.data import store
+from alignvlm_jax.data.packing import PackingConfig
+from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.data.synthetic.corpus import FEATURES
+from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.training import checkpoint, interruption
+from alignvlm_jax.training.stages import MixturePart
+from tests.data.nano_tokenizer import write_chat_folder
+from tests.data.pages import pages
+from tests.parallel import processes, tiny
+
+STEPS = 60
+CONFIG_FILE = """
+import json
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(json.loads({text!r}))
+"""
+
+
+def write_config(folder):
+    """The config file of a run on pages on disk, read by a process of its own; all of it takes seconds."""
+    documents = [page | {"image": io.BytesIO(page["image"])} for page in pages(30)]
+    store.write_dataset(folder / "documents", FEATURES, {"train": documents})
+    experiment = tiny.config((2, 1, 1))
+    packing = PackingConfig(tokens_per_bin=160, tiles_per_bin=8, bins_per_microbatch=2, examples_per_bin=8, window=6)
+    (stage,) = experiment.stages
+    experiment = dataclasses.replace(
+        experiment,
+        tokenizer=str(write_chat_folder(folder / "tokenizer")),
+        model=dataclasses.replace(
+            tiny.MODEL, language=dataclasses.replace(tiny.MODEL.language, vocab_size=352, max_position_embeddings=512)
+        ),
+        backbones=configs.BackbonesConfig("random", "random"),
+        data=DataConfig(str(folder), TilingConfig(tile_size=16, max_tiles=3), packing, workers=1),
+        stages=(dataclasses.replace(stage, mixture=(MixturePart("documents", task="qa"),), steps=STEPS),),
+        checkpoint=dataclasses.replace(experiment.checkpoint, every_steps=10 * STEPS),
+    )
+    (folder / "config.py").write_text(CONFIG_FILE.format(text=configs.to_json(experiment)))
+    return folder / "config.py"
+
+
+def start(folder, config):
+    """`alignvlm train`, at the head of a group of processes."""
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONPATH": str(processes.ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "alignvlm_jax", "train", "--config", config, "--workdir", folder / "run"]
+    output = folder / "output.txt"
+    with output.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+        )
+    return processes.Process(process, output)
+
+
+def group_of(process):
+    found = []
+    for other in psutil.process_iter():
+        try:
+            if os.getpgid(other.pid) == process.pid:
+                found.append(other)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_goes_on_from_there(tmp_path):
+    config = write_config(tmp_path)
+    run = start(tmp_path, config)
+    run.wait_for("step 3 ")
+    workers = [other for other in group_of(run.process) if "spawn_main" in " ".join(other.cmdline())]
+    assert len(workers) == 1
+    asked = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGTERM)
+    workers[0].send_signal(signal.SIGTERM)  # some are sent it twice
+    assert run.process.wait(400) == 75, run.text()
+    seconds = time.monotonic() - asked
+    assert not group_of(run.process), "none is left behind"
+    (step,) = map(int, re.findall(r"saved after step (\d+)", run.text()))
+    assert 3 <= step < STEPS and checkpoint.find_undamaged(tmp_path / "run")[1] == step
+    print(f"saved and gone {seconds:.2f} s after SIGTERM")
+
+    again = start(tmp_path, config)
+    assert again.process.wait(400) == 0, again.text()
+    steps = [int(number) for number in re.findall(r"step (\d+) tiny", again.text())]
+    assert steps == list(range(step + 1, STEPS + 1)) and f"trained {STEPS} steps" in again.text()
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google's metadata server, as far as the notice goes: it answers when there is something new."""
+
+    preempted, asked = threading.Event(), 0
+
+    def do_GET(self):
+        assert self.path.startswith("/computeMetadata/v1/instance/preempted?wait_for_change=true")
+        assert self.headers["Metadata-Flavor"] == "Google"
+        type(self).asked += 1
+        if "last_etag=0" not in self.path:
+            assert "last_etag=first" in self.path
+            self.preempted.wait(60)
+        self.send_response(200)
+        self.send_header("ETag", "second" if self.preempted.is_set() else "first")
+        self.end_headers()
+        self.wfile.write(b"TRUE" if self.preempted.is_set() else b"FALSE")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_notice_of_googles_saves_the_step(tmp_path, monkeypatch, capsys):
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+    said = []
+
+    def on_step(step):
+        if step == 2:
+            Metadata.preempted.set()
+            while not any("interrupted" in line for line in said):
+                said.append(capsys.readouterr().out)
+                time.sleep(0.01)
+
+    with pytest.raises(distributed.Preempted) as error:
+        tiny.train(tmp_path, tiny.config((8, 1, 1)), losses={}, made=[], on_step=on_step)
+    server.shutdown()
+    assert error.value.exit_code == 75 and checkpoint.find_undamaged(tmp_path)[1] == 2 and Metadata.asked == 2
+
+
+def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
+    monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    monkeypatch.setattr(interruption, "_PRODUCT", tmp_path / "product_name")
+    assert not interruption.on_google()
+    (tmp_path / "product_name").write_text("Google Compute Engine\n")
+    assert interruption.on_google()
+
+
+def test_a_second_sigterm_does_not_end_a_save_and_a_second_ctrl_c_does():
+    with interruption.Interruption() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.came and flag.preempted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
