@@ -1,6 +1,6 @@
 # make install   build .venv with everything the tests need (the other targets call it when needed)
 # make test      run the tests, two files at a time
-# make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk
+# make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk; and an hour of tools/soak.py
 # make test-tpu  compile all rows of docs/tpu.md that are not there yet: minutes each, 6 GB of memory
 # make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones make the shipped nano backbones again, from nothing (an hour or two)
@@ -25,6 +25,7 @@ test: $(STAMP)
 
 test-large: $(STAMP)
 	$(BIN)/python -m pytest -m large -s
+	$(BIN)/python tools/soak.py --minutes 60
 
 test-tpu: $(STAMP)
 	$(BIN)/python tools/tpu_table.py
