@@ -81,8 +81,9 @@ def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_o
     )
     codes = processes.finish(two)
     assert codes[1] == 2 and codes[0] != 0, two[0].text() + two[1].text()
-    assert "step 3 could not be saved" in two[1].text() and "File too large" in two[1].text()
-    assert "process 1 of 2) ended with an error" in two[0].text()
+    # What process 1 writes of it itself is cut off by the very limit that it ran into.
+    said = two[0].text()
+    assert "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in said and "File too" in said
     assert max(checkpoint.complete_steps(workdir / "checkpoints")) == 2
     losses = {}
     tiny.train(

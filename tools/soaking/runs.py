@@ -38,7 +38,7 @@ _DISK_MEGABYTES = 220
 _EVENTS = ("kill", "kill", "kill", "sigterm", "sigterm", "disk")
 _MOST_EVENTS = 6  # of a run: then it is left in peace
 _MOST_SITTINGS = 10  # and has to come to its end
-_LONGEST_SECONDS = 900  # of a sitting: whoever takes longer hangs
+_LONGEST_SECONDS = 900  # of a sitting: whoever takes longer hangs (for one that never comes, others wait 300)
 _CLOSE = 0.05  # losses on another mesh, relative: Muon and steep rates let the last bit grow
 _MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))
 
@@ -287,7 +287,7 @@ class Run:
         else:
             rng.choice(processes).kill()
         for process in processes:
-            process.wait(300)
+            process.wait(_LONGEST_SECONDS)
         sitting.seconds_to_stop = round(time.monotonic() - asked, 2)
 
     def _look(self, number: int, sitting: Sitting) -> None:
