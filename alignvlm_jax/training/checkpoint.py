@@ -225,8 +225,9 @@ class Checkpointer:
         if _is_of_storage(error):
             # Orbax keeps errors of its threads, and would raise this one again with the next save.
             self._orbax = _make_orbax()
-            integrity.remove(step)
-            shutil.rmtree(f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
+            if jax.process_count() == 1:  # else others are writing into it, and the next start clears it away
+                integrity.remove(step)
+                shutil.rmtree(f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
             _say(f"warning: {self._describe(step, error)}")
 
     def _join(self, failures_allowed: int | None = None) -> None:

@@ -86,9 +86,7 @@ def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_o
     assert "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in said and "File too" in said
     assert max(checkpoint.complete_steps(workdir / "checkpoints")) == 2
     losses = {}
-    tiny.train(
-        workdir, dataclasses.replace(tiny.config((2, 2, 2)), checkpoint=CheckpointConfig()), losses=losses, made=[]
-    )
+    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
     assert_same_losses(losses, alone, [3, 4, 5])
 
 
