@@ -1,0 +1,61 @@
+"""Covered print: the same lines twice, more of them left when it is easy, and nothing else touched."""
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.data import store
+from alignvlm_jax.data.synthetic import split_of
+from alignvlm_jax.data.synthetic.restoration import (
+    build_restoration_corpus,
+    draw_restoration,
+    glyphs_of_lines,
+    references,
+)
+from alignvlm_jax.evaluation.metrics import vcr_scores
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_bars_lie_on_the_covered_lines_and_nowhere_else(index):
+    easy, question, answer = draw_restoration(3, "train", index, "easy")
+    hard, *same = draw_restoration(3, "train", index, "hard")
+    assert [question, answer] == same
+    covered = references(answer)
+    assert 1 <= len(covered) < len(easy.lines) and set(covered) <= set(easy.lines)
+    changed = np.any(np.asarray(easy.image) != np.asarray(hard.image), axis=-1)
+    inside = np.zeros_like(changed)
+    for line, glyphs in zip(easy.lines, glyphs_of_lines(easy), strict=True):
+        for glyph in glyphs if line in covered else ():
+            inside[round(glyph.top) : round(glyph.bottom) + 1, round(glyph.left) : round(glyph.right) + 1] = True
+    assert changed.any() and not (changed & ~inside).any()
+
+
+def test_hard_leaves_less_ink():
+    def ink(difficulty):
+        images = [np.asarray(draw_restoration(3, "train", i, difficulty)[0].image, float) for i in range(20)]
+        return sum(float((np.median(image) - image).clip(20).sum()) for image in images)
+
+    assert ink("hard") < ink("easy")
+
+
+def test_values_keep_to_their_split():
+    for index in range(20):
+        document, _, _ = draw_restoration(3, "heldout", index, "easy")
+        assert all(split_of(answer) == "heldout" for answer in document.answers if any(c.isdigit() for c in answer))
+
+
+def test_the_answer_scores_in_full():
+    _, _, answer = next(
+        drawn for i in range(50) if len(references((drawn := draw_restoration(3, "train", i, "easy"))[2])) == 2
+    )
+    assert vcr_scores(answer, references(answer), "en") == ([1.0, 1.0], [1.0, 1.0])
+    first = references(answer)[0]
+    assert vcr_scores(first, references(answer), "en")[0][0] == 1.0
+
+
+def test_the_data_set(tmp_path):
+    folder = build_restoration_corpus(tmp_path / "pages", seed=3, sizes={"train": 6, "heldout": 2}, progress=False)
+    records = store.open_dataset(folder, "train")
+    assert [records[i]["source"] for i in range(6)] == ["easy", "hard"] * 3
+    for i in range(0, 6, 2):
+        assert records[i]["answers"] == records[i + 1]["answers"] and records[i]["image"] != records[i + 1]["image"]
+        assert len(records[i]["questions"]) == len(records[i]["answers"]) == 1
