@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from alignvlm_jax import config as configs
 
-STEPS = {"align": 200, "read": 150}
+STEPS = {"align": 150, "read": 150}
 PAGES = 8  # a step
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.reproduce import parts, recipe, scheduler
@@ -41,9 +42,11 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     options.save(out)
     (out / ".gitignore").write_text(_IGNORED, encoding="utf-8")
-    data = Path(options.data) if options.data else out / "data"
+    data = out / "data"
     if options.data is None:
         build_corpus(data / "documents", seed=_CORPUS_SEED, sizes=dict(options.sizes))
+    else:
+        _link(data / "documents", Path(options.data) / "documents")
     if any(job.part == restoration.PART.name for job in jobs):
         restoration.build(data, dict(options.sizes))
     if any(job.part == names.PART.name for job in jobs):
@@ -54,3 +57,14 @@ def reproduce(
         print(f"report: {write_report(options, out)}")
     if problems:
         raise UserError(f"{len(problems)} of {len(jobs)} jobs have no figures, the first: {problems[0]}")
+
+
+def _link(here: Path, there: Path) -> None:
+    """The documents drawn elsewhere, under the name they have here; nothing is ever written there."""
+    store.open_dataset(there, "heldout")
+    here.parent.mkdir(parents=True, exist_ok=True)
+    if here.is_symlink():
+        here.unlink()
+    elif here.exists():
+        raise UserError(f"{here} exists already: leave out --data, or choose another --out")
+    here.symlink_to(there.absolute(), target_is_directory=True)

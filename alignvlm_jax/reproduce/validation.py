@@ -10,12 +10,21 @@ import jax
 import numpy as np
 
 from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.models.alignvlm import AlignVLM, Params
 from alignvlm_jax.training import loop
-from alignvlm_jax.training.stages import MixturePart
+from alignvlm_jax.training.stages import MixturePart, StageConfig
 from alignvlm_jax.training.step import FIELDS
 
 PAGES = 64
+
+
+class OnePageABin(loop.ExperimentData):
+    """The data of a recipe whose bins hold one page each: there is nothing to be measured before it is planned."""
+
+    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        microbatches = stage.bins_per_step // self._config.data.packing.bins_per_microbatch
+        return StagePlan(stage.steps, microbatches, examples_per_bin=1.0)
 
 
 class ValidationLoss:
@@ -29,9 +38,9 @@ class ValidationLoss:
         part = MixturePart(dataset or last.mixture[0].dataset, "validation", "qa")
         stage = dataclasses.replace(last, mixture=(part,), steps=max(1, PAGES // last.bins_per_step))
         config = dataclasses.replace(config, stages=(stage,), seed=0, init_from=None)
-        data = loop.ExperimentData(config)
-        plan = data.plan(0, stage)
-        batches = data.batches(0, stage, plan, None, range(config.data.packing.bins_per_microbatch))
+        data = OnePageABin(config)
+        rows = range(config.data.packing.bins_per_microbatch)
+        batches = data.batches(0, stage, data.plan(0, stage), None, rows)
         try:
             self._batches = [
                 {name: batch[name] for name in FIELDS} for batch, _ in zip(batches, range(stage.steps), strict=False)

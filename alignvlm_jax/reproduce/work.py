@@ -32,12 +32,12 @@ from alignvlm_jax.models.alignvlm import PARTS, Params, tokens_per_tile
 from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job, Result
 from alignvlm_jax.reproduce.options import Options, write_json
-from alignvlm_jax.reproduce.validation import ValidationLoss
+from alignvlm_jax.reproduce.validation import OnePageABin, ValidationLoss
 from alignvlm_jax.training import loop, provenance
 from alignvlm_jax.training.checkpoint import Checkpointer
 
 CURVE_FILE = "curve.json"
-_POINTS = 8  # of a learning curve
+_POINTS = 5  # of a learning curve
 
 
 class OverTimeError(Exception):
@@ -63,7 +63,7 @@ class Work:
 
     @property
     def data(self) -> Path:
-        return Path(self.options.data) if self.options.data else self.out / "data"
+        return self.out / "data"
 
     def experiment(self, **changes: Any) -> ExperimentConfig:
         """The recipe for this job; `changes` as of `recipe.experiment`."""
@@ -111,7 +111,12 @@ class Work:
         }
         try:
             params = loop.train(
-                config, workdir, on_stage_start=clock.start_stage, on_step=clock.tick, score=score
+                config,
+                workdir,
+                open_data=OnePageABin,
+                on_stage_start=clock.start_stage,
+                on_step=clock.tick,
+                score=score,
             ).params
         finally:
             self.figures |= {

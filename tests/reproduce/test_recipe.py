@@ -10,7 +10,7 @@ from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.models.alignvlm import token_grid
 from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import Job
-from alignvlm_jax.reproduce.options import CONNECTORS, Options
+from alignvlm_jax.reproduce.options import CONNECTORS
 from alignvlm_jax.reproduce.work import Work
 from alignvlm_jax.training import loop
 from alignvlm_jax.training.initial import initial_parameters
@@ -18,20 +18,27 @@ from tests.reproduce.tiny import make_options
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> Options:
-    return make_options(tmp_path_factory.mktemp("tiny"), connectors=CONNECTORS)
+def out(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("tiny")
 
 
-def experiment(options, connector, seed=0, **changes):
-    work = Work(options, pathlib.Path("unused"), Job("accuracy", "patches", connector, seed))
-    return work.on_pages(work.experiment(**changes), 1.0)
+@pytest.fixture(scope="module")
+def experiment(out):
+    """A function from connector, seed and changes to the config of a run."""
+    options = make_options(out, connectors=CONNECTORS)
+
+    def make(connector, seed=0, fraction=1.0, **changes):
+        work = Work(options, out, Job("accuracy", "patches", connector, seed))
+        return work.on_pages(work.experiment(**changes), fraction)
+
+    return make
 
 
-def test_the_same_pages_in_the_same_steps(options):
+def test_the_same_pages_in_the_same_steps(experiment):
     order = {}
     for seed in (0, 1):
         for connector in CONNECTORS:
-            config = experiment(options, connector, seed)
+            config = experiment(connector, seed)
             data = loop.ExperimentData(config)
             order[connector, seed] = []
             for index, stage in enumerate(config.stages):
@@ -46,38 +53,36 @@ def test_the_same_pages_in_the_same_steps(options):
     assert pages.shape == (4, 1, 8, 1) and pages.min() >= 0
 
 
-def test_the_same_weights_but_for_the_connector(options):
-    start = {connector: initial_parameters(experiment(options, connector)) for connector in CONNECTORS}
+def test_the_same_weights_but_for_the_connector(experiment):
+    start = {connector: initial_parameters(experiment(connector)) for connector in CONNECTORS}
     for params in start.values():
         for part in ("vision", "language"):
             jax.tree.map(np.testing.assert_array_equal, params[part], start["align"][part])
     np.testing.assert_array_equal(start["align"]["connector"]["w2"], start["align"]["language"]["embedding"])
 
 
-def test_nothing_else_differs(options):
-    configs = {connector: recipe.configs.to_dict(experiment(options, connector)) for connector in CONNECTORS}
+def test_nothing_else_differs(experiment):
+    configs = {connector: recipe.configs.to_dict(experiment(connector)) for connector in CONNECTORS}
     for connector, config in configs.items():
         assert config["model"]["connector"].pop("name") == connector
         config["model"].pop("connector")
         tokens = config["data"]["packing"].pop("tokens_per_bin")
         stages = config["stages"]
-        rows, columns = token_grid(experiment(options, connector).model)
+        rows, columns = token_grid(experiment(connector).model)
         assert tokens == 2 * rows * columns + max(stage["max_text_tokens"] for stage in stages)
         assert config == configs["align"] or connector == "align"
 
 
-def test_a_factor_moves_the_rates_of_the_connector_alone(options):
-    plain, fast = (experiment(options, "mlp", factor=factor) for factor in (1.0, 4.0))
+def test_a_factor_moves_the_rates_of_the_connector_alone(experiment):
+    plain, fast = (experiment("mlp", factor=factor) for factor in (1.0, 4.0))
     for before, after in zip(plain.stages, fast.stages, strict=True):
         assert after.learning_rates.connector == 4 * before.learning_rates.connector
         assert after.learning_rates.language == before.learning_rates.language
         assert (after.steps, after.warmup_steps, after.schedule) == (before.steps, before.warmup_steps, before.schedule)
 
 
-def test_a_share_of_the_data(options):
-    work = Work(options, pathlib.Path("unused"), Job("low_resource", "patches", "mlp"))
+def test_a_share_of_the_data(experiment):
     splits = {
-        fraction: work.on_pages(work.experiment(), fraction).stages[0].mixture[0].split
-        for fraction in (1 / 16, 1 / 4, 1)
+        fraction: experiment("mlp", fraction=fraction).stages[0].mixture[0].split for fraction in (1 / 16, 1 / 4, 1)
     }
     assert splits == {1 / 16: "train[:2]", 1 / 4: "train[:8]", 1: "train[:32]"}  # 2 stages of 2 steps of 8 pages

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,13 +14,27 @@ import pytest
 from alignvlm_jax.reproduce import parts, recipe, scheduler, work
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, read_result
 from alignvlm_jax.reproduce.options import Options
+from alignvlm_jax.reproduce.parts import names
 from alignvlm_jax.reproduce.report import write_report
 from tests.reproduce.tiny import make_options
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> Options:
-    return make_options(tmp_path_factory.mktemp("tiny"))
+def shared(tmp_path_factory) -> tuple[Options, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return make_options(folder), folder
+
+
+@pytest.fixture
+def options(shared) -> Options:
+    return shared[0]
+
+
+@pytest.fixture
+def out(shared, tmp_path) -> pathlib.Path:
+    """A fresh output folder with the data in it."""
+    (tmp_path / "data").symlink_to(shared[1] / "data")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)
@@ -32,67 +47,79 @@ def do(options, out, job) -> dict:
     return read_result(out, job)
 
 
-def test_tuning_and_the_main_run(options, tmp_path):
+def test_tuning_and_the_main_run(options, out):
     options = dataclasses.replace(options, connectors=("mlp",))
     tuning, main = parts.all_jobs(options, ["accuracy"])
-    trial = do(options, tmp_path, tuning)
+    trial = do(options, out, tuning)
     assert trial["status"] == COMPLETE and trial["validation_loss"] > 0
-    result = do(options, tmp_path, main)
+    result = do(options, out, main)
     assert (result["status"], result["steps"], result["pages"]) == (COMPLETE, 4, 32)
     assert [step for step, _ in result["curve"]] == [1, 2, 3, 4]
     assert set(result["parameters"]) == {"vision", "connector", "language"}
     heldout = result["found"]["heldout"]
     assert len(heldout["right"]) == sum(heldout["questions"]) == 6
     assert result["config"]["model"]["connector"] == {"name": "mlp"}
-    assert "| MLP |" in write_report(options, tmp_path).read_text()
+    assert "| MLP |" in write_report(options, out).read_text()
     # Small enough to be committed.
-    assert (main.folder(tmp_path) / "result.json").stat().st_size < 20_000
+    assert (main.folder(out) / "result.json").stat().st_size < 20_000
 
 
-def test_a_run_past_its_minutes_is_marked_and_can_go_on(options, tmp_path):
+def test_what_builds_upon_a_run(options, out):
+    """The other parts of one connector, on the run of the main table."""
+    options = dataclasses.replace(options, connectors=("align",))
+    for job in parts.all_jobs(options, ["noise", "vocabulary", "restoration", "cost"]):
+        assert do(options, out, job)["status"] == COMPLETE
+    text = write_report(options, out).read_text()
+    for plot in ("noise", "vocabulary", "restoration"):
+        assert (out / f"{plot}.svg").is_file() and f"({plot}.svg)" in text
+    assert "nan" not in text
+
+
+def test_a_run_past_its_minutes_is_marked_and_can_go_on(options, out):
     tuning = parts.all_jobs(options, ["tuning"])[1]
-    stopped = do(dataclasses.replace(options, minutes=1e-6), tmp_path, tuning)
+    stopped = do(dataclasses.replace(options, minutes=1e-6), out, tuning)
     assert (stopped["status"], stopped["steps"]) == (OVER_TIME, 1)
-    result = do(options, tmp_path, tuning)
+    result = do(options, out, tuning)
     assert (result["status"], result["steps"]) == (COMPLETE, result["steps_asked"])
 
 
 @pytest.mark.large
-def test_everything_by_processes_killed_and_continued(options, tmp_path):
+def test_everything_by_processes_killed_and_continued(options, out):
     """All parts, by the command's own processes, the first of which is killed while it trains."""
-    options.save(tmp_path)
+    options.save(out)
+    names.build(out / "data", options.seeds)
     jobs = parts.all_jobs(options)
     trial = jobs[0]
-    folder = trial.folder(tmp_path)
+    folder = trial.folder(out)
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(scheduler.worker_command(tmp_path, trial, 1), stdout=log, stderr=log)
+        process = subprocess.Popen(scheduler.worker_command(out, trial, 1), stdout=log, stderr=log)
         while not (folder / work.CURVE_FILE).exists():
             assert process.poll() is None
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert read_result(tmp_path, trial) is None
-    assert scheduler.do_all(options, tmp_path, jobs) == []
-    results = [read_result(tmp_path, job) for job in jobs]
+    assert read_result(out, trial) is None
+    assert scheduler.do_all(options, out, jobs) == []
+    results = [read_result(out, job) for job in jobs]
     assert {result["status"] for result in results} == {COMPLETE}
-    text = write_report(options, tmp_path).read_text()
+    text = write_report(options, out).read_text()
     assert "missing" not in text and "nan" not in text
-    stamps = {job: (job.folder(tmp_path) / "result.json").stat().st_mtime_ns for job in jobs}
-    assert scheduler.do_all(options, tmp_path, jobs) == []
-    assert stamps == {job: (job.folder(tmp_path) / "result.json").stat().st_mtime_ns for job in jobs}
+    stamps = {job: (job.folder(out) / "result.json").stat().st_mtime_ns for job in jobs}
+    assert scheduler.do_all(options, out, jobs) == []
+    assert stamps == {job: (job.folder(out) / "result.json").stat().st_mtime_ns for job in jobs}
 
 
 @pytest.mark.large
-def test_a_worker_ends_when_the_one_that_started_it_is_killed(options, tmp_path):
-    options.save(tmp_path)
+def test_a_worker_ends_when_the_one_that_started_it_is_killed(options, out):
+    options.save(out)
     trial = parts.all_jobs(options)[0]
-    trial.folder(tmp_path).mkdir(parents=True)
+    trial.folder(out).mkdir(parents=True)
     starter = (
         "import subprocess, sys, json; process = subprocess.Popen(json.loads(sys.argv[1]));"
         "print(process.pid, flush=True); process.wait()"
     )
-    command = json.dumps(scheduler.worker_command(tmp_path, trial, 1))
+    command = json.dumps(scheduler.worker_command(out, trial, 1))
     with subprocess.Popen([sys.executable, "-c", starter, command], stdout=subprocess.PIPE, text=True) as process:
         worker = int(process.stdout.readline())
         time.sleep(1)

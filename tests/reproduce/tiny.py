@@ -30,10 +30,9 @@ MODEL = [
 
 
 def make_options(folder: pathlib.Path, **changes) -> Options:
-    """Options for the tiny recipe, with its backbones and data in the folder."""
-    data = folder / "data"
-    build_corpus(data / "documents", seed=0, sizes=SIZES, progress=False)
-    restoration.build(data, SIZES)
+    """Options for the tiny recipe, with its backbones and data in the folder, which is the output folder as well."""
+    build_corpus(folder / "data" / "documents", seed=0, sizes=SIZES, progress=False)
+    restoration.build(folder / "data", SIZES)
     overrides = (*MODEL, *STAGES, f"backbones.vision={folder / 'vision'}", f"backbones.language={folder / 'language'}")
     model = config.load("configs/reproduce.py", overrides).model
     params = nn.unbox(jax.jit(lambda rng: random_parameters(model, rng))(jax.random.key(0)))
@@ -43,7 +42,6 @@ def make_options(folder: pathlib.Path, **changes) -> Options:
     return Options(
         seeds=1,
         overrides=overrides,
-        data=str(data),
         encoders=("patches",),
         questions=6,
         analysed=6,

@@ -17,8 +17,8 @@ from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import TITLES, Options
 from alignvlm_jax.reproduce.part import Part, Results
+from alignvlm_jax.reproduce.validation import OnePageABin
 from alignvlm_jax.reproduce.work import Work
-from alignvlm_jax.training import loop
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 
@@ -53,7 +53,7 @@ def run(work: Work) -> dict[str, Any]:
 
 def _train(config, stage, mesh, params) -> tuple[float, int]:
     """The median second of a step, and the bytes that a step needs beside weights and optimizer, as compiled."""
-    data = loop.ExperimentData(config)
+    data = OnePageABin(config)
     plan = data.plan(len(config.stages) - 1, stage)
     rows = range(config.data.packing.bins_per_microbatch)
     state = steps.place_state(config.model, stage, mesh, params)
