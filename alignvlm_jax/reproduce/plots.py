@@ -79,7 +79,7 @@ def curves(
         if logarithmic[1]:
             axes.set_yscale("log")
     row[0][0].set_ylabel(y_label)
-    row[0][-1].legend(frameon=False, fontsize=8)
+    row[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, file)
 
 

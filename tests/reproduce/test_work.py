@@ -1,4 +1,4 @@
-"""Jobs done, from training to the report, with a tiny model."""
+"""Jobs done, from training to the report, with a tiny model. Every job compiles its own programs: minutes in all."""
 
 import dataclasses
 import json
@@ -17,6 +17,8 @@ from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.parts import names
 from alignvlm_jax.reproduce.report import write_report
 from tests.reproduce.tiny import make_options
+
+pytestmark = pytest.mark.large
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,6 @@ def test_a_run_past_its_minutes_is_marked_and_can_go_on(options, out):
     assert (result["status"], result["steps"]) == (COMPLETE, result["steps_asked"])
 
 
-@pytest.mark.large
 def test_everything_by_processes_killed_and_continued(options, out):
     """All parts, by the command's own processes, the first of which is killed while it trains."""
     options.save(out)
@@ -110,7 +111,6 @@ def test_everything_by_processes_killed_and_continued(options, out):
     assert stamps == {job: (job.folder(out) / "result.json").stat().st_mtime_ns for job in jobs}
 
 
-@pytest.mark.large
 def test_a_worker_ends_when_the_one_that_started_it_is_killed(options, out):
     options.save(out)
     trial = parts.all_jobs(options)[0]
