@@ -66,7 +66,14 @@ def principal_plane(text: Float[np.ndarray, "V D"], visual: Float[np.ndarray, "T
     for scatter, mean in zip(scatters, means, strict=True):
         covariance = scatter - np.outer(mean - origin, mean - origin)
         explained.append(float(np.trace(axes.T @ covariance @ axes) / max(np.trace(covariance), 1e-300)))
-    return Plane((text - origin) @ axes, (visual - origin) @ axes, (explained[0], explained[1]))
+    return Plane(_project(text, origin, axes), _project(visual, origin, axes), (explained[0], explained[1]))
+
+
+def _project(
+    group: Float[np.ndarray, "n D"], origin: Float64[np.ndarray, " D"], axes: Float64[np.ndarray, "D 2"]
+) -> Float64[np.ndarray, "n 2"]:
+    starts = range(0, len(group), _WORDS_AT_ONCE)
+    return np.concatenate([(group[start : start + _WORDS_AT_ONCE] - origin) @ axes for start in starts])
 
 
 def _scatter(group: Float[np.ndarray, "n D"], origin: Float64[np.ndarray, " D"]) -> Float64[np.ndarray, "D D"]:

@@ -399,11 +399,12 @@ def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
                 f"{shown.centred_cosine_distance:.4f} once the mean text embedding is subtracted from both, "
                 f"{shown.token_centred_cosine_distance:.4f} once the mean visual token is."
             )
+        if shown is not None and report.clean.right:
             half = next((point for point in report.features if point.score < report.clean.exact_match / 2), None)
             lines.append(
                 f"Half of its score is gone at sigma {half.sigma:g}."
                 if half
-                else f"It keeps more than half of its score up to sigma {report.features[-1].sigma:g}, the largest."
+                else f"It keeps at least half of its score up to sigma {report.features[-1].sigma:g}, the largest."
             )
         lines.append("")
     lines += _comparison(reports)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float64
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
 from alignvlm_jax import config as configs
@@ -270,11 +271,11 @@ class VocabularyReport:
 
 
 def default_sizes(use: VocabularyUse) -> list[int]:
-    """Sizes for a curve: all words, those above the threshold, those that carry the masses, and three below, each half
-    the last."""
-    fewest = use.words_for(MASSES[0])
-    sizes = {len(use.mean), use.words_above(), *(use.words_for(mass) for mass in MASSES)}
-    return sorted(sizes | {max(1, fewest // part) for part in (2, 4, 8)})
+    """Sizes for a curve: those that carry the masses, three below, each half the last, those above the threshold unless
+    that is nearly all, and all words."""
+    fewest, everything = use.words_for(MASSES[0]), len(use.mean)
+    sizes = {use.words_above(), *(use.words_for(mass) for mass in MASSES), *(fewest // part for part in (2, 4, 8))}
+    return sorted({everything} | {size for size in sizes if 0 < size < 0.95 * everything})
 
 
 def run(
@@ -338,6 +339,10 @@ def draw(reports: Mapping[str, VocabularyReport]):
     mass.set(xscale="log", yscale="log", ylim=(1e-7, 1.5), xlabel="words, the most used first")
     mass.set_ylabel("share of the mass of P that other words have")
     scores.set(xscale="log", xlabel="words kept")
+    for axes in (mass, scores):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes is scores else (1,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     name, report = next(iter(reports.items()))
     labels = [ascii(word)[1:-1] if not word.isprintable() else f"\u201c{word}\u201d" for word, _ in report.top_words]
     places = np.arange(len(labels))[::-1]
@@ -369,8 +374,13 @@ def describe(reports: Mapping[str, VocabularyReport], usage_split: str, split: s
             held = next(point for point in report.full if point.tally.interval[1] >= whole.score)
             lines += [
                 f"All {whole.words:,} words answer {output.percent(whole.tally)} of {whole.tally.total} questions of "
-                f"split {split!r} right. The smallest pruned model whose 95 % interval still reaches that has "
-                f"{held.words:,} words and answers {output.percent(held.tally)}.",
+                f"split {split!r} right. "
+                + (
+                    "None of the pruned models reaches that within its 95 % interval."
+                    if held is whole
+                    else "The smallest pruned model whose 95 % interval still reaches that has "
+                    f"{held.words:,} words and answers {output.percent(held.tally)}."
+                ),
             ]
             differ = [(full, kept) for full in report.full for kept in report.kept if full.words == kept.words]
             if differ:

@@ -78,6 +78,7 @@ def test_figures_of_a_distribution():
     uniform = VocabularyUse(np.full(8, 1 / 8), 8.0, 10, 1)
     assert uniform.effective_of_mean == pytest.approx(8)
     assert vocabulary.default_sizes(uniform) == [1, 2, 4, 8]
+    assert vocabulary.default_sizes(use) == [1, 3, 4, 5] and use.words_for(0.9) == 3
 
 
 def test_a_pruned_reader_and_its_use(reader, use):
