@@ -47,8 +47,8 @@ class BackbonesConfig:
     """Where the weights come from that stage 1 starts with.
 
     Attributes:
-      vision: a SigLIP folder in Hugging Face layout; "nano" is the one shipped with the package, "random" draws weights
-        of the configured shape.
+      vision: a SigLIP folder in Hugging Face layout; "nano" is the one shipped with the package, "nano-transcription"
+        the one made without labels per patch, "random" draws weights of the configured shape.
       language: a Llama folder, likewise.
     """
 

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from alignvlm_jax.errors import UserError
 
-NANO_MODEL = Path(__file__).parent / "nano" / "model"
+_NANO = Path(__file__).parent / "nano"
+NANO_MODEL = _NANO / "model"
+
+_SHIPPED = {
+    ("vision", "nano"): _NANO / "vision",
+    ("vision", "nano-transcription"): _NANO / "vision_transcription",
+    ("language", "nano"): _NANO / "language",
+}
 
 
 def backbone_folder(kind: str, name: str) -> Path:
@@ -19,12 +26,13 @@ def backbone_folder(kind: str, name: str) -> Path:
 
     Args:
       kind: "vision" or "language".
-      name: "nano" for the shipped one, else a path.
+      name: "nano" for the shipped one, "nano-transcription" for the shipped encoder that never saw labels per patch,
+        else a path.
 
     Raises:
       UserError: no such folder.
     """
-    folder = Path(__file__).parent / "nano" / kind if name == "nano" else Path(name)
+    folder = _SHIPPED.get((kind, name), Path(name))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a {kind} backbone: it needs a Hugging Face config.json and model.safetensors "

@@ -10,6 +10,7 @@ Two objectives share one linear head that is thrown away afterwards:
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -18,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes, reading_order
 from alignvlm_jax.backbones.training import PretrainConfig, pretrain
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.interop.huggingface import save_vision_folder
 from alignvlm_jax.models.layers import Dense
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
@@ -88,6 +91,20 @@ def transcription_loss(logits, batch):
     return jnp.mean(losses / count), {"named": jnp.mean(jnp.sum(jnp.argmax(logits, -1) > 0, -1) / count)}
 
 
+def best_path(logits: Float[Array, "B M N C"]) -> list[str]:
+    """What each page says by CTC's best path: the likeliest class of each patch, runs as one, blanks left out."""
+    classes = np.asarray(jnp.argmax(logits, -1)).reshape(logits.shape[0], -1)
+    kept = (np.diff(classes, axis=1, prepend=-1) != 0) & (classes > 0)
+    return ["".join(CHARACTERS[c - 1] for c in page[keep]) for page, keep in zip(classes, kept, strict=True)]
+
+
+def character_error_rate(predicted: Sequence[str], batch: Mapping[str, np.ndarray]) -> float:
+    """Edits that turn what was read into what is printed, per printed character."""
+    printed = ["".join(CHARACTERS[c - 1] for c in page if c) for page in batch["characters"]]
+    edits = sum(edit_distance(*pair) for pair in zip(predicted, printed, strict=True))
+    return edits / sum(map(len, printed))
+
+
 def make_vision_backbone(
     out: str | Path, workdir: str | Path, config: PretrainConfig, objective: str = "patches"
 ) -> dict[str, float]:
@@ -107,5 +124,10 @@ def make_vision_backbone(
     validation = make_batches(
         dataclasses.replace(config, steps=config.validation_pages // config.batch_size), split="validation"
     )
-    scores = [jax.jit(loss_fn)(params, batch)[1] for batch in validation]
+    score = jax.jit(loss_fn)
+    scores = [score(params, batch)[1] for batch in validation]
+    if objective == "transcription":
+        read = jax.jit(lambda batch: model.apply({"params": params}, batch["tiles"], batch["tile_valid_hw"]))
+        for found, batch in zip(scores, validation, strict=True):
+            found["character_error_rate"] = character_error_rate(best_path(read(batch)), batch)
     return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}

@@ -95,3 +95,19 @@ def test_transcription_needs_no_places():
 def test_a_folder_that_is_no_backbone_is_refused(tmp_path):
     with pytest.raises(UserError, match="needs a Hugging Face config.json"):
         backbone_folder("vision", str(tmp_path))
+
+
+def test_what_a_best_path_says_and_how_wrong_it_is():
+    a, b, c = (CHARACTERS.index(character) + 1 for character in "ABC")
+    classes = np.array([[[0, a, a, 0, a], [b, b, c, 0, 0]], [[0, 0, 0, 0, 0], [c, 0, 0, 0, 0]]])  # over two tiles
+    logits = np.eye(len(CHARACTERS) + 1)[classes]
+    assert vision_recipe.best_path(logits) == ["AABC", "C"]
+    printed = np.array([[a, b, c, 0, 0], [c, b, 0, 0, 0]])
+    assert vision_recipe.character_error_rate(["AABC", "C"], {"characters": printed}) == 2 / 5
+
+
+def test_the_encoder_without_labels_per_patch_is_another_of_the_same_shape():
+    shipped = [backbone_folder("vision", name) for name in ("nano", "nano-transcription")]
+    ours, theirs = (transformers.SiglipVisionModel.from_pretrained(folder).state_dict() for folder in shipped)
+    assert {key: leaf.shape for key, leaf in ours.items()} == {key: leaf.shape for key, leaf in theirs.items()}
+    assert not any(np.array_equal(ours[key].float(), theirs[key].float()) for key in ours if ours[key].ndim > 1)
