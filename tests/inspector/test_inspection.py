@@ -140,8 +140,8 @@ def test_a_pruned_vocabulary_keeps_its_words(reader):
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
     full = dense_p(reader, prompt.tiles, prompt.tile_valid_hw)
     usage = full.sum(axis=(0, 1))
-    variables = prune_vocabulary(reader.config, reader.generator.variables["params"], usage, 50)
-    pruned = patch_words(reader.config, variables, prompt.tiles, prompt.tile_valid_hw, k=5, progress=False)
+    config, params = prune_vocabulary(reader.config, reader.generator.variables["params"], usage, 50)
+    pruned = patch_words(config, {"params": params}, prompt.tiles, prompt.tile_valid_hw, k=5, progress=False)
     kept = np.where(usage >= np.sort(usage)[-50], full, 0)
     np.testing.assert_array_equal(pruned.ids[..., 0], np.argmax(kept, axis=-1))
 
