@@ -31,7 +31,7 @@ NANO_SIZES = {
     "c_abstractor": dict(num_tokens=64, hidden_size=128),
 }
 
-RATE_FACTORS = (0.25, 1.0, 4.0)
+RATE_FACTORS = (0.25, 1.0, 4.0, 16.0)
 """The grid of tuning: multiples of the connector's learning rates in the recipe."""
 
 TUNING_SHARE = 1 / 3
