@@ -20,7 +20,7 @@ def test_the_list():
     count = {part.name: sum(job.part == part.name for job in jobs) for part in parts.PARTS}
     assert count == {
         "accuracy": 6 * 2 * 3,
-        "tuning": 6 * 2 * 3,
+        "tuning": 6 * 2 * 4,
         "noise": 6 * 2 * 3,
         "low_resource": 3 * 2 * 3,
         "vocabulary": 2 * 3,
@@ -58,7 +58,7 @@ def test_more_seeds_and_connectors_only_add():
 
 def test_only_brings_what_it_needs():
     jobs = parts.all_jobs(dataclasses.replace(OPTIONS, seeds=1, encoders=("patches",)), ["vocabulary"])
-    assert [job.part for job in jobs] == ["tuning"] * 3 + ["accuracy", "vocabulary"]
+    assert [job.part for job in jobs] == ["tuning"] * 4 + ["accuracy", "vocabulary"]
     with pytest.raises(UserError, match="no part 'nosie'"):
         parts.all_jobs(OPTIONS, ["nosie"])
     with pytest.raises(UserError, match="no connector 'mpl'"):
