@@ -8,6 +8,7 @@ run died (`parallel/watch.py`), 75 preempted (SIGTERM; the run was saved), 130 i
 """
 
 import argparse
+import glob
 import logging
 import math
 import os
@@ -714,5 +715,8 @@ def _quiet_logs(debug: bool) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+        # libtpu may be installed without a TPU, to compile for one; it then complains at length of having none.
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "4")
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

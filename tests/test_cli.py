@@ -1,6 +1,9 @@
 """The command line: help that teaches, one clear line for what the user can fix, `--debug` for the rest."""
 
 import json
+import os
+import subprocess
+import sys
 
 import PIL.Image
 import pytest
@@ -8,7 +11,7 @@ import pytest
 import alignvlm_jax
 from alignvlm_jax import cli
 
-COMMANDS = ("train", "eval", "ask", "analyze", "demo")
+COMMANDS = ("train", "eval", "ask", "inspect", "analyze", "reproduce", "demo")
 
 
 def error_line(capsys, *argv: str) -> str:
@@ -141,3 +144,11 @@ def test_config_key_that_does_not_exist(capsys, tmp_path):
     line = error_line(capsys, *argv)
     assert "sed" in line and "seed" in line
     assert not (tmp_path / "w").exists()
+
+
+def test_a_machine_without_tpus_hears_nothing_of_them():
+    """libtpu is among what the tests need (`setup.py`); it must not greet every command."""
+    code = "from alignvlm_jax import cli, parallel; cli._quiet_logs(debug=False); import jax; print(jax.devices()[0])"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr == ""
