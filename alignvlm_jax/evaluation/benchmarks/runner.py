@@ -114,6 +114,7 @@ def evaluate_benchmarks(
         _write_submissions(outcomes, pathlib.Path(predictions_file))
         if json_file:
             figures = {**identity, "data": str(data), "predictions": str(predictions_file), "versions": versions()}
+            figures["average_of_nine"] = summary.average_of_nine(outcomes)
             write_json({**figures, "benchmarks": [summary.to_json(outcome) for outcome in outcomes]}, json_file)
     return outcomes
 

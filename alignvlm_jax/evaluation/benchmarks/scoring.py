@@ -74,7 +74,9 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
                 for question in asked
                 if (answer := answers[question.id]) is not None and answer.replace("\n", "") not in dropped
             ]
-            expected = [(question.group, value) for question in asked for value in question.values]
+            # Once, though a key may be asked for on several of the document's pages.
+            sought = dict.fromkeys((question.group, question.values) for question in asked)
+            expected = [(key, value) for key, values in sought for value in values]
             # F1 = 2 right / (predicted + expected), so that micro F1 is a ratio of sums over documents.
             bottoms.append(len(predicted) + len(expected))
             tops.append(metrics.due_f1([predicted], [expected]) * bottoms[-1])
@@ -104,7 +106,8 @@ def vcr(language: str) -> Metric:
         metrics.vcr_scores("", ["."], language)  # An error now, before anything is asked, if spaCy's model lacks.
         exact, jaccard, covered = [], [], []
         for question in questions:
-            answer, references = answers[question.id], question.references or ("",)
+            # What could not be read covers one text at least; a picture that covers none counts for nothing.
+            answer, references = answers[question.id], ("",) if question.references is None else question.references
             scores = ([0.0], [0.0]) if answer is None else metrics.vcr_scores(answer, references, language)
             exact.append(sum(scores[0]))
             jaccard.append(sum(scores[1]))

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED
 from alignvlm_jax.evaluation.benchmarks.scores import Score
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ def format_table(outcomes: Sequence["Outcome"]) -> str:
     DocVQA val, ANLS                 5349   71.3 [70.2-72.4]   72.42      79.63      71.46
     ChartQA test, relaxed accuracy   2500   64.0 [62.1-65.8]   65.44      71.88      66.48
       augmented                      1250   80.1 [77.8-82.2]
+
+    Under the nine benchmarks of the paper's main table, if all are there, stands their plain mean.
     """
     models = list(dict.fromkeys(model for outcome in outcomes for model in outcome.benchmark.paper))
     rows = [["", "count", "ours", *models]]
@@ -33,12 +36,25 @@ def format_table(outcomes: Sequence["Outcome"]) -> str:
         primary = outcome.scores.primary
         rows.append([f"{name}, {primary.name}", str(primary.count), _cell(primary), *paper])
         rows += [[f"  {other.name}", str(other.count), _cell(other)] for other in outcome.scores.others]
+    if (average := average_of_nine(outcomes)) is not None:
+        theirs = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
+        rows.append(["average of the nine", "", f"{average:.2f}", *theirs])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.rjust(widths[i]) if i == 1 else cell.ljust(widths[i]) for i, cell in enumerate(row)]
         lines.append("   ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def average_of_nine(outcomes: Sequence["Outcome"]) -> float | None:
+    """The mean, in percent, of the nine scores that the paper averages; None unless all are there."""
+    values = {
+        outcome.benchmark.name: 100 * outcome.scores.primary.value
+        for outcome in outcomes
+        if outcome.benchmark.name in AVERAGED and outcome.scores is not None and outcome.scores.primary is not None
+    }
+    return sum(values.values()) / len(AVERAGED) if len(values) == len(AVERAGED) else None
 
 
 def format_notes(outcomes: Sequence["Outcome"]) -> str:

@@ -34,12 +34,15 @@ def _read(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
 
 
 def _question(part: str, row: Row) -> Question:
+    answer = row.text("gt")
+    if part == "vtabfact" and answer not in ("0", "1"):
+        raise UserError(f"{row.where}: the answer to a statement is {answer!r}, not 1 or 0")
     return Question(
         id=f"{part}:{row.text('qa_id')}",
         where=row.where,
         text=row.text("question"),
         images=(row.get("image"),),
-        references=(row.text("gt"),),
+        references=(answer,),
         group=part,
         kind=part,
     )

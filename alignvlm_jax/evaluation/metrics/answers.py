@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 
 from alignvlm_jax.edit_distance import edit_distance
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.metrics.arguments import check_references
+from alignvlm_jax.evaluation.metrics.arguments import ScorerAborted, accepted_answers
 
 _ANLS_THRESHOLD = 0.5
 _RELAXED_TOLERANCE = 0.05
@@ -29,7 +28,7 @@ _CONTRACTED = """
 """.split()
 
 
-def anls(prediction: str, references: Sequence[str]) -> float:
+def anls(prediction: str, references: str | Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one answer: DocVQA and InfoVQA.
 
     The RRC server's script (copied in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py). Blanks are collapsed and case
@@ -43,8 +42,7 @@ def anls(prediction: str, references: Sequence[str]) -> float:
       its permutations.
     - An empty answer scores 0, unless a reference is empty too.
     """
-    check_references(references)
-    best = 1 - min(_normalized_distance(reference, prediction) for reference in references)
+    best = 1 - min(_normalized_distance(reference, prediction) for reference in accepted_answers(references))
     return best if best >= _ANLS_THRESHOLD else 0.0
 
 
@@ -57,7 +55,7 @@ def _collapsed(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
+def relaxed_accuracy(prediction: str, references: str | Sequence[str]) -> float:
     """Whether one answer is right within 5 % of a number, or else letter by letter, ignoring case: ChartQA.
 
     google-research/pix2struct, metrics.py, `relaxed_correctness`; lmms-eval agrees. 1 if any reference is met. Traps:
@@ -73,8 +71,7 @@ def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
 
     The data set's score is the mean over all questions, human and augmented alike.
     """
-    check_references(references)
-    return float(any(_is_relaxed_match(prediction, reference) for reference in references))
+    return float(any(_is_relaxed_match(prediction, reference) for reference in accepted_answers(references)))
 
 
 def _is_relaxed_match(prediction: str, reference: str) -> bool:
@@ -136,14 +133,16 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     facebookresearch/mmf, m4c_evaluators.py, `TextVQAAccuracyEvaluator`: against every nine of the ten references,
     min(1, matches / 3); the mean of those. All answers pass through `evalai_normalize` first. Traps:
 
-    - There must be ten references; the official scorer asserts it.
     - An empty answer matches references that nothing is left of, such as "the".
     - VLMEvalKit's processor keeps commas, 's and "5." apart from this one's; the original VQA scorer leaves
       punctuation alone where all references agree.
+
+    Raises:
+      ScorerAborted: there are not ten references; the official scorer asserts it.
     """
-    check_references(references)
+    references = accepted_answers(references)
     if len(references) != _VQA_ANSWERS:
-        raise UserError(f"VQA accuracy is defined for {_VQA_ANSWERS} references, these are {len(references)}")
+        raise ScorerAborted(f"VQA accuracy is defined for {_VQA_ANSWERS} references, these are {len(references)}")
     answer = evalai_normalize(prediction)
     matches = [evalai_normalize(reference) == answer for reference in references]
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / _VQA_ANSWERS

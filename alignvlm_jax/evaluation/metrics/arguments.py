@@ -6,7 +6,7 @@ from alignvlm_jax.errors import UserError
 
 
 class ScorerAborted(UserError, AssertionError):
-    """The official scorer ends its whole run at this answer. A runner may rather count it as wrong, and say so."""
+    """The official scorer ends its whole run at this question. A runner may rather count it as wrong, and say so."""
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
@@ -15,8 +15,14 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
         raise UserError(f"{name} is the string {texts!r}: give a list of strings, [{texts!r}]")
 
 
-def check_references(references: Sequence[str]) -> None:
-    """As `check_texts`, and refuses an empty list."""
-    check_texts("references", references)
-    if not references:
-        raise UserError("references is empty: a question needs at least one accepted answer")
+def accepted_answers(references: str | Sequence[str]) -> Sequence[str]:
+    """The accepted answers as a list; a string is the only one.
+
+    Raises:
+      ScorerAborted: there are none. The official scorers take a minimum, a maximum or a first one of them.
+    """
+    if isinstance(references, str):
+        return (references,)
+    if not len(references):
+        raise ScorerAborted("references is empty: a question needs at least one accepted answer")
+    return references

@@ -4,7 +4,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from alignvlm_jax.evaluation.metrics.arguments import check_references
+from alignvlm_jax.evaluation.metrics.arguments import accepted_answers
 
 _MARKS_AROUND = ",.!?;:'"
 _LEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -59,8 +59,7 @@ def mmmu_open(prediction: str, references: Sequence[str]) -> bool:
     - "is " is found within words: "this " ends in it.
     - An accepted text of one letter must touch a blank in the answer.
     """
-    check_references(references)
-    accepted = {value for reference in references for value in _normalized(reference)}
+    accepted = {value for reference in accepted_answers(references) for value in _normalized(reference)}
     taken = _key_parts(prediction)
     numbers = [number for part in taken for pattern in _NUMBERS for number in pattern.findall(part)]
     for said in {value for part in [*taken, *numbers] for value in _normalized(part)}:

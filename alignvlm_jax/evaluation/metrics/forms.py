@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from alignvlm_jax.evaluation.metrics.arguments import check_texts
-
 
 def due_f1(
     documents_predicted: Sequence[Sequence[tuple[str, str]]],
-    documents_expected: Sequence[Sequence[tuple[str, Sequence[str]]]],
+    documents_expected: Sequence[Sequence[tuple[str, str | Sequence[str]]]],
 ) -> float:
     """F1 over all values of all documents: DeepForm and KLC.
 
@@ -21,19 +19,21 @@ def due_f1(
       wrong; and what takes another's only partner can cost a match that a better pairing would find.
     - Documents pair by position, whatever their names, and those that one side has more of vanish: a run that stopped
       half-way loses nothing.
-    - Two documents without values change nothing; no values at all score 0.
+    - Two documents without values change nothing; no values at all score 0. A key of the reference without a value to
+      be found is none that is missed.
     - mPLUG-DocOwl asks one question a key, strips answers, deletes their newlines and drops the answer "None" (not
       "none" or "None."), which raises this score; that is for whoever prepares the predictions.
 
     Args:
       documents_predicted: a document is a list of (key, value).
-      documents_expected: a document is a list of (key, accepted values), one entry for every value to be found.
+      documents_expected: a document is a list of (key, accepted values), one entry for every value to be found. A
+        string is the only value accepted.
     """
     num_predicted = num_expected = num_right = 0
     # Not strict: see the trap above.
-    for predicted, expected in zip(documents_predicted, documents_expected, strict=False):
-        for key, accepted in expected:
-            check_texts(f"the accepted values of {key!r}", accepted)
+    for predicted, document in zip(documents_predicted, documents_expected, strict=False):
+        listed = [(key, [accepted] if isinstance(accepted, str) else accepted) for key, accepted in document]
+        expected = [(key, accepted) for key, accepted in listed if len(accepted)]
         num_predicted += len(predicted)
         num_expected += len(expected)
         # For the recall, the evaluator pairs again from the expected side. As each side takes whom the other lists

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.metrics.arguments import check_references
 
 _REFUSALS = ("I can't", "I cannot", "无法", "抱歉")
 _BLANK = {"en": " ", "zh": ""}
 _CHINESE_MODEL = "zh_core_web_sm"
 
 
-def vcr_scores(prediction: str, references: Sequence[str], language: str) -> tuple[list[float], list[float]]:
+def vcr_scores(prediction: str, references: str | Sequence[str], language: str) -> tuple[list[float], list[float]]:
     """Exact match and Jaccard index of every covered text of one image: VCR.
 
     tianyu-z/VCR, src/evaluation/evaluation_metrics.py; lmms-eval and VLMEvalKit agree. Of the answer's windows as long
@@ -32,13 +31,14 @@ def vcr_scores(prediction: str, references: Sequence[str], language: str) -> tup
 
     Args:
       prediction: the model's answer, meant to hold all covered texts.
-      references: the covered texts.
+      references: the covered texts; a string is the only one. Without any there is nothing to score.
       language: en or zh.
 
     Returns:
       The exact matches (0 or 1) and the Jaccard indices, in the order of the references.
     """
-    check_references(references)
+    if isinstance(references, str):
+        references = (references,)
     if language not in _BLANK:
         raise UserError(f"language {language!r} of VCR: en and zh are known")
     answer = prediction.split("Assistant: ")[-1]

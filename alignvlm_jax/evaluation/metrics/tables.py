@@ -70,7 +70,8 @@ def wtq_denotation(
       target_canon: `targetCanon`, likewise: the targets as numbers or dates. An empty one is as its target.
 
     Raises:
-      ScorerAborted: where the official evaluator would, at numbers too large for a float.
+      ScorerAborted: where the official evaluator would, at numbers too large for a float, or if there are not as many
+        canonical values as targets.
     """
     check_texts("predicted_items", predicted_items)
     check_texts("targets", targets)
@@ -78,7 +79,7 @@ def wtq_denotation(
         target_canon = targets
     check_texts("target_canon", target_canon)
     if len(target_canon) != len(targets):
-        raise UserError(f"there are {len(targets)} targets, but {len(target_canon)} canonical values of them")
+        raise ScorerAborted(f"there are {len(targets)} targets, but {len(target_canon)} canonical values of them")
     return _is_same_set(_read(predicted_items, predicted_items, 2), _read(targets, target_canon, 2))
 
 
@@ -125,7 +126,7 @@ def tablevqa_correct(subset: str, prediction: str, reference: str | int) -> bool
         predicted, expected = _unescaped(prediction.replace("||", "|")), _unescaped(str(reference))
         return _is_same_set(_read(predicted, predicted, 3), _read(expected, expected, 3))
     if subset == "vtabfact":
-        if str(reference) not in ("0", "1"):
+        if reference not in (0, 1, "0", "1"):
             raise UserError(f"reference {reference!r} of vtabfact: 1 and 0 are known")
         says_true, says_false = "true" in prediction.lower(), "false" in prediction.lower()
         return says_true != says_false and says_true == bool(int(reference))

@@ -97,6 +97,10 @@ def test_tablevqa_as_the_authors_scored_gpt4v(tmp_path):
     assert outcome.scores.primary.value == pytest.approx((8 + 2) / 13), "weighted by questions"
     assert stub.seen[0].startswith("[99]You are asked to answer questions asked on an image.\n")
 
+    write_parquet(tmp_path / "data" / "vtabfact-00000-of-00001.parquet", [{**fact, "gt": 2}])
+    outcome, _ = evaluate("tablevqa", tmp_path, rule)
+    assert "'2', not 1 or 0" in str(outcome.problems) and outcome.scores.primary.value == pytest.approx((8 + 1) / 13)
+
     # "nan" as an item ends the official run: counted as wrong, and said.
     outcome, _ = evaluate("tablevqa", tmp_path, lambda text: "nan" if "Question: who\n" in text else rule(text))
     assert [id for id, _ in outcome.scores.aborted] == ["vwtq:nu-1", "vwtq_syn:nu-1"]
