@@ -18,7 +18,8 @@
 
 Every function scores one question (`due_f1` a data set), from 0 to 1. A data set's score is the plain mean over its
 questions, except where a docstring says otherwise. Nothing is cleaned up before: where a popular harness strips or
-rewrites answers first, the docstring says so and whoever compares with that harness does it.
+rewrites answers first, the docstring says so and whoever compares with that harness does it. One string in place of
+accepted answers is the only one; where the official scorer would stop with an error, `ScorerAborted` is raised.
 """
 
 from alignvlm_jax.evaluation.metrics.answers import anls, evalai_normalize, relaxed_accuracy, vqa_accuracy
