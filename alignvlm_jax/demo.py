@@ -36,8 +36,9 @@ from alignvlm_jax.inspector.words import patch_words
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import loop
-from alignvlm_jax.training.checkpoint import Checkpointer, Progress
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.workdir import Progress
 
 # The name under which a config's mixtures speak of the demo's corpus.
 CORPUS = "documents"

@@ -36,7 +36,7 @@ from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import checkpoint as checkpoints
+from alignvlm_jax.training.workdir import find_checkpoint, load_config
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -129,8 +129,8 @@ def evaluate_checkpoint(
     distributed.agree({"checkpoint": str(checkpoint), **{name: str(value) for name, value in arguments.items()}})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
-    workdir, step = checkpoints.find_checkpoint(checkpoint)
-    folder = pathlib.Path(data) if data else dataset_folder(checkpoints.load_config(checkpoint))
+    workdir, step = find_checkpoint(checkpoint)
+    folder = pathlib.Path(data) if data else dataset_folder(load_config(checkpoint))
     if not data and not folder.exists():
         raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
     records = store.open_dataset(folder, split)

@@ -31,7 +31,8 @@ from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
 from alignvlm_jax.new_folder import refuse_taken
-from alignvlm_jax.training.checkpoint import Progress, write_checkpoint
+from alignvlm_jax.training.checkpoint import write_checkpoint
+from alignvlm_jax.training.workdir import Progress
 
 # The paper's stages: what a folder that says nothing of training gets, so that the checkpoint can be trained.
 DEFAULT_CONFIG = "alignvlm_1b.py"

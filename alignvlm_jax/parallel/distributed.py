@@ -18,11 +18,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 import alignvlm_jax
 from alignvlm_jax.errors import UserError
@@ -150,6 +151,12 @@ def several_hosts(environ: Mapping[str, str]) -> bool:
 def is_primary() -> bool:
     """Whether this process prints and writes for all."""
     return jax.process_index() == 0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints above a progress bar, once for all processes; on standard output if nothing else is said."""
+    if is_primary():
+        tqdm.write(text, file=file)
 
 
 def gather_json(value: Any) -> list[Any]:

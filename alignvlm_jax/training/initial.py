@@ -16,6 +16,7 @@ from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import PARTS, Params
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import checkpoint
+from alignvlm_jax.training.workdir import TOKENIZER_FOLDER, find_checkpoint, load_config
 
 RANDOM = "random"
 """In the place of a backbone's folder: weights of the configured shape, drawn from the seed, to try a config out. Where
@@ -42,7 +43,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     if config.tokenizer is not None:
         folder = Path(config.tokenizer)
     elif config.init_from is not None:
-        folder = checkpoint.find_checkpoint(config.init_from)[0] / checkpoint.TOKENIZER_FOLDER
+        folder = find_checkpoint(config.init_from)[0] / TOKENIZER_FOLDER
     else:
         name = config.backbones.language
         folder = backbone_folder("language", "nano" if name == RANDOM else name)
@@ -70,7 +71,7 @@ def _takes_images(folder: Path) -> bool:
 
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     """The checkpoint's weights, straight onto the run's mesh."""
-    source = checkpoint.load_config(config.init_from).model
+    source = load_config(config.init_from).model
     if getattr(source.connector, "kept_words", None) is not None:
         raise UserError(
             f"config.init_from: {config.init_from} is pruned to {source.connector.kept_words} words, and a pruned "

@@ -38,19 +38,13 @@ from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, config_changes, debug, metrics, out_of_memory
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
-from alignvlm_jax.training.checkpoint import (
-    CONFIG_FILE,
-    TOKENIZER_FOLDER,
-    Checkpointer,
-    Progress,
-    history_of_run,
-    is_checkpoint,
-    write_history,
-)
+from alignvlm_jax.training.checkpoint import history_of_run, write_history
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
+from alignvlm_jax.training.workdir import CONFIG_FILE, TOKENIZER_FOLDER, Progress, is_checkpoint
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -152,7 +146,7 @@ def train(
 
     Args:
       config: the experiment.
-      workdir: where everything goes; see `training/checkpoint.py`.
+      workdir: where everything goes; see `training/workdir.py`.
       open_data: where the batches come from.
       make_params: where the weights come from that stage 1 starts with.
       on_stage_start: called with the stage's index and the weights it starts from, also when resuming within it.
@@ -184,7 +178,7 @@ def train(
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
         report = workdir / ANOMALIES_FILE if distributed.is_primary() else None
-        anomalies = AnomalyWatch(config.anomalies, report, _say)
+        anomalies = AnomalyWatch(config.anomalies, report, distributed.say)
         run = _Run(
             config,
             stages,
@@ -199,7 +193,7 @@ def train(
             on_step,
             score,
         )
-        _say(budget.describe(config, stages, mesh, workdir))
+        distributed.say(budget.describe(config, stages, mesh, workdir))
         params, progress = run.resume()
         if progress.step:
             anomalies.go_on_from(checkpointer.data_state(progress) or {})
@@ -213,8 +207,8 @@ def train(
                 index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]
                 with contextlib.closing(data.batches(index, stage, plan, run.rows_at(progress), rows)) as batches:
                     state = run.begin_stage(progress, params)
-                    _say(stage_table(stage, state.params))
-                    _say(_describe(config, plan))
+                    distributed.say(stage_table(stage, state.params))
+                    distributed.say(_describe(config, plan))
                     if on_stage_start:
                         on_stage_start(index, state.params)
                     state, progress = run.finish_stage(state, progress, batches, bar, log)
@@ -321,7 +315,7 @@ class _Run:
             at_end = progress.step_in_stage == stage.steps
             if at_end or progress.step % self.config.log_every_steps == 0:
                 summary = log.write(progress.step, progress.stage)
-                _say(metrics.line(progress.step, stage.name, summary))
+                distributed.say(metrics.line(progress.step, stage.name, summary))
                 bar.set_postfix_str(f"loss {summary['loss']:.3f}")
             if first:  # the first step compiled: from here on it is speed
                 jax.block_until_ready(measured)
@@ -351,7 +345,7 @@ class _Run:
                 self.checkpointer.save(progress, state, self._data_state(batches), log.last)
             if interrupted and not too_many:
                 self.checkpointer.wait()
-                _say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
+                distributed.say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
                 raise distributed.Preempted if preempted else distributed.Interrupted
         return state, progress
 
@@ -372,7 +366,8 @@ class _Run:
                 "--config.debug.nans=true, a lower learning rate, or an earlier checkpoint"
             )
         self.anomalies.leave_out(progress.stage, progress.step_in_stage, last_batch)
-        _say(f"warning: {why}; back to step {progress.step}, and on with the batches after number {last_batch}")
+        after = f"and on with the batches after number {last_batch}"
+        distributed.say(f"warning: {why}; back to step {progress.step}, {after}")
         return params, progress
 
     def _score(self, params: Params, progress: Progress, log: metrics.MetricsLog) -> float:
@@ -384,7 +379,7 @@ class _Run:
         log.write_scalars(progress.step, {f"{split}/{name}": value for name, value in found.items()})
         seconds = time.monotonic() - began
         figures = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        _say(f"step {progress.step} {split} | {figures} | scored in {seconds:.0f} s")
+        distributed.say(f"step {progress.step} {split} | {figures} | scored in {seconds:.0f} s")
         log.restart_clock()
         return seconds
 
@@ -442,12 +437,6 @@ def _progress_bar(total: int, done: int) -> tqdm:
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet)
 
 
-def _say(text: str) -> None:
-    """Above the progress bar, once for all processes."""
-    if distributed.is_primary():
-        tqdm.write(text)
-
-
 def _host_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
     """What the pipeline counted in these rows: examples packed, cut short and refused."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
@@ -469,7 +458,7 @@ def _prepare_workdir(
     going_on = is_checkpoint(workdir)
     if going_on:
         changes = config_changes.compare(configs.read_json(path), config)
-        _say(config_changes.describe(changes))
+        distributed.say(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
     text = configs.to_json(config)
     distributed.gather_json("looked")  # before anything is written

@@ -13,7 +13,8 @@ from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.training.checkpoint import ParameterReader, Progress, write_checkpoint
+from alignvlm_jax.training.checkpoint import ParameterReader, write_checkpoint
+from alignvlm_jax.training.workdir import Progress
 
 CONNECTORS = {
     "align": {"vocab_size": 480, "num_extra_words": 3},

@@ -65,7 +65,7 @@ def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
 
 
 def _write_random_checkpoint(workdir: Path, config: configs.ExperimentConfig) -> dict[str, tuple[int, ...]]:
-    """A bfloat16 checkpoint as `training/checkpoint.py` would write it, a block at a time; returns the shapes.
+    """A bfloat16 checkpoint as `training/arrays.py` would write it, a block at a time; returns the shapes.
 
     A small checkpoint of the same tree is written first. Then its arrays are replaced by large ones.
     """

@@ -23,6 +23,7 @@ from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training import checkpoint
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.workdir import load_config
 from tests.interop import oracle
 
 TEMPLATE = (
@@ -65,7 +66,7 @@ def imported(backbones, tmp_path_factory):
 
 def test_the_config_is_made_of_what_is_in_the_folders(backbones, imported):
     out, config, notes = imported
-    assert checkpoint.load_config(out) == config
+    assert load_config(out) == config
     assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
     assert any("512 to 576 rows" in note for note in notes)
     # The paper's nine tiles and a thumbnail, 9 tokens each, fit the 400 positions with 256 of text.
@@ -138,7 +139,7 @@ def test_a_context_without_room_for_a_tile(backbones, tmp_path):
 def test_the_shipped_config_of_the_same_shape_is_taken(tmp_path, capsys):
     arguments = ["--vision", "nano", "--language", "nano", "--out", str(tmp_path / "out"), "--max-tiles", "3"]
     run_tool(*arguments)
-    config, nano = checkpoint.load_config(tmp_path / "out"), configs.load("nano.py")
+    config, nano = load_config(tmp_path / "out"), configs.load("nano.py")
     assert config.stages == nano.stages and config.model == nano.model
     assert config.data.tiling == dataclasses.replace(nano.data.tiling, max_tiles=3)
     assert "up to 3 tiles of 80 px" in capsys.readouterr().out

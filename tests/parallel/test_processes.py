@@ -16,6 +16,7 @@ from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.training import checkpoint
 from alignvlm_jax.training.stages import MixturePart
+from alignvlm_jax.training.workdir import complete_steps, find_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.parallel import processes, tiny
 from tests.training import batches
@@ -60,7 +61,7 @@ def stopped_run(tmp_path, number, alone):
     losses, made = heard(workdir, number)
     assert_same_losses(losses, alone, [1, 2, 3])
     assert sorted(made) == examples([1, 2, 3]), "each example is made by one process"
-    assert checkpoint.find_checkpoint(workdir) == (workdir, 3)
+    assert find_checkpoint(workdir) == (workdir, 3)
     assert "interrupted: saved after step 3" in several[0].text() and "| loss" in several[0].text()
     assert "| loss" not in several[1].text(), "only process 0 prints"
     return workdir
@@ -84,7 +85,7 @@ def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_o
     # What process 1 writes of it itself is cut off by the very limit that it ran into.
     said = two[0].text()
     assert "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in said and "File too" in said
-    assert max(checkpoint.complete_steps(workdir / "checkpoints")) == 2
+    assert max(complete_steps(workdir / "checkpoints")) == 2
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
     assert_same_losses(losses, alone, [3, 4, 5])

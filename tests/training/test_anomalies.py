@@ -13,11 +13,12 @@ from alignvlm_jax import config as configs
 from alignvlm_jax.data import packing as packed
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import anomalies, checkpoint
+from alignvlm_jax.training import anomalies
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import AnomalyConfig, AnomalyWatch
 from alignvlm_jax.training.debug import DebugConfig
 from alignvlm_jax.training.initial import initial_parameters
+from alignvlm_jax.training.workdir import find_checkpoint, read_meta
 from tests.parallel import tiny
 from tests.training import batches
 
@@ -130,7 +131,7 @@ def test_too_many_go_back_and_leave_the_data_out(tmp_path):
     config = AnomalyConfig(max_skipped=2)
     result, _ = run(tmp_path / "run", bad=[3, 4], anomalies=config)
     assert result.progress.step == 5
-    meta = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "5")
+    meta = read_meta(tmp_path / "run" / "checkpoints" / "5")
     left_out = [{"stage": 0, "step_in_stage": 2, "first": 3, "last": 5}]
     assert meta["data"]["left_out"] == left_out and meta["data"]["rows"]["0"] == 8, "5 steps and 3 batches left out"
     # As though the data had never been there; and a run that is killed while it goes back ends in the same weights.
@@ -140,14 +141,14 @@ def test_too_many_go_back_and_leave_the_data_out(tmp_path):
         run(tmp_path / "killed", bad=[3, 4], anomalies=config, stop_after=4)
     again, _ = run(tmp_path / "killed", bad=[3, 4], anomalies=config)
     assert_same(again.params, result.params)
-    meta = checkpoint.read_meta(tmp_path / "killed" / "checkpoints" / "5")
+    meta = read_meta(tmp_path / "killed" / "checkpoints" / "5")
     assert meta["data"]["left_out"] == left_out
 
 
 def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path):
     with pytest.raises(UserError, match="2 updates in a row were skipped by step 4.*anomalies.jsonl"):
         run(tmp_path / "stop", bad=[3, 4], anomalies=AnomalyConfig(max_skipped=2, then="stop"))
-    assert checkpoint.find_checkpoint(tmp_path / "stop")[1] == 2
+    assert find_checkpoint(tmp_path / "stop")[1] == 2
     with pytest.raises(UserError, match="after going back to step 2 1 times"):
         run(tmp_path / "back", bad=range(3, 99), anomalies=AnomalyConfig(max_skipped=2, max_rollbacks=1))
 

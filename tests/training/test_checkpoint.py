@@ -18,7 +18,8 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
-from alignvlm_jax.training import checkpoint
+from alignvlm_jax.training import arrays, checkpoint
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from tests.training.batches import MODEL, stage
 
@@ -79,7 +80,7 @@ def test_bfloat16_stays_and_can_be_restored_as_float32(params, chat, tmp_path):
 
 
 def test_a_stack_of_layers_is_stored_layer_by_layer(params, chat, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 4096)
     checkpoint.write_checkpoint(tmp_path / "small", CONFIG, params, chat, history=[])
     reader = checkpoint.ParameterReader(tmp_path / "small")
     assert reader.shapes["language/layers/mlp/gate/kernel"][0] > 1
@@ -107,7 +108,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(written, params, chat, 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.Checkpointer, "save_params", full)
+    monkeypatch.setattr(Checkpointer, "save_params", full)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.write_checkpoint(tmp_path / "out", CONFIG, params, chat, history=[])
     assert not list(tmp_path.iterdir())

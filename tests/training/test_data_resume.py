@@ -21,7 +21,7 @@ from alignvlm_jax.data.synthetic.corpus import FEATURES as PAGE_FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training.checkpoint import Checkpointer
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.stages import MixturePart
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import mixed_records, pages

@@ -11,9 +11,10 @@ import pytest
 
 from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.training import checkpoint, integrity, provenance
-from alignvlm_jax.training.checkpoint import Checkpointer, Progress
+from alignvlm_jax.training import integrity, provenance
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.step import TrainState
+from alignvlm_jax.training.workdir import Progress, complete_steps, find_undamaged, read_meta
 from tests.training import breakage
 
 
@@ -60,7 +61,7 @@ def files_of(step: pathlib.Path) -> list[pathlib.Path]:
 
 def test_the_newest_step_is_gone_on_from_and_says_what_wrote_it(run):
     assert newest(run) == 20
-    meta = checkpoint.read_meta(run / "checkpoints" / "20")
+    meta = read_meta(run / "checkpoints" / "20")
     assert meta["versions"] == provenance.versions() and {"jax", "alignvlm_jax"} <= set(meta["versions"])
     git = provenance.git_revision()
     assert git is None or len(git.split("+")[0]) == 12
@@ -112,7 +113,7 @@ def test_half_a_step_is_passed_over(run, capsys, how):
         (step / "digests.0-of-1.json").rename(step / "digests.0-of-2.json")
     else:
         (step / "digests.0-of-1.json").write_bytes((step / "digests.0-of-1.json").read_bytes()[:-20])
-    assert newest(run) == 10 and checkpoint.complete_steps(run / "checkpoints") == [10]
+    assert newest(run) == 10 and complete_steps(run / "checkpoints") == [10]
     assert f"{step} is passed over" in capsys.readouterr().err
     shutil.rmtree(run / "checkpoints" / "10")
     assert newest(run) is None
@@ -161,16 +162,16 @@ def test_weights_are_not_read_from_a_damaged_step(run, capsys):
     step = run / "checkpoints" / "20"
     path = next(iter((step / "params" / "d").iterdir()))
     path.write_bytes(flip(path.read_bytes()))
-    assert checkpoint.find_undamaged(run) == (run, 10)
+    assert find_undamaged(run) == (run, 10)
     assert f"{path.relative_to(step)} is not what was written" in capsys.readouterr().err
     with pytest.raises(UserError, match=rf"no checkpoint that is undamaged: .*{path.name}"):
-        checkpoint.find_undamaged(step)
+        find_undamaged(step)
 
 
 def test_what_is_kept(tmp_path):
     losses = {step: {"loss": loss} for step, loss in zip(range(1, 9), (9, 3, 8, 7, 6, float("nan"), 5, 4), strict=True)}
     write_steps(tmp_path, *range(1, 9), metrics=losses, keep=2, keep_every=4, keep_best=1)
-    assert checkpoint.complete_steps(tmp_path / "checkpoints") == [2, 4, 7, 8]
+    assert complete_steps(tmp_path / "checkpoints") == [2, 4, 7, 8]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "7", "8"]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import checkpoint
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.optimizer import OptimizerConfig
 from alignvlm_jax.training.retention import CheckpointConfig
 from alignvlm_jax.training.step import abstract_state
+from alignvlm_jax.training.workdir import complete_steps
 from tests.parallel import processes, tiny
 
 MESH = (2, 1, 1)
@@ -58,7 +59,7 @@ def start(folder: pathlib.Path, number: int, steps: int) -> processes.Process:
 
 def unfinished(checkpoints: pathlib.Path) -> bool:
     """Whether there is a step that is not complete: one that is being saved."""
-    complete = {str(step) for step in checkpoint.complete_steps(checkpoints)}
+    complete = {str(step) for step in complete_steps(checkpoints)}
     return any(path.name not in complete for path in checkpoints.glob("*"))
 
 
@@ -82,7 +83,7 @@ def killed_run(folder: pathlib.Path, steps: int, kills: int, pace: float) -> lis
     rng, found = random.Random(0), []
     journal, checkpoints = folder / "journal", folder / "run" / "checkpoints"
     for number in range(kills + 1):
-        before, newest = len(read(journal)), max(checkpoint.complete_steps(checkpoints), default=0)
+        before, newest = len(read(journal)), max(complete_steps(checkpoints), default=0)
         process = start(folder, number, steps)
         if number < kills:  # spread over all of it
             step = rng.randint(number * steps // kills, (number + 1) * steps // kills - 1)
@@ -121,7 +122,7 @@ def final_state(workdir: pathlib.Path, steps: int):
     """Weights and optimizer of the last checkpoint."""
     config = experiment(steps)
     mesh = make_mesh(config.mesh, devices=jax.devices()[:2])
-    with checkpoint.Checkpointer(workdir, config) as checkpointer:
+    with Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()
         assert progress.step == steps
         return jax.device_get(checkpointer.restore(progress, abstract_state(config.model, config.stages[-1], mesh)))

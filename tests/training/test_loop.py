@@ -21,8 +21,10 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import checkpoint, config_changes, loop
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.profile import ProfileConfig
 from alignvlm_jax.training.step import abstract_state
+from alignvlm_jax.training.workdir import Progress, find_checkpoint, is_checkpoint, load_config, read_meta
 from tests.training.batches import MODEL, random_batch, stage
 
 CONFIG = ExperimentConfig(
@@ -114,8 +116,8 @@ def test_stages_run_in_order_and_freeze_what_they_say(finished):
 
 def test_the_workdir_holds_all_it_takes(finished):
     workdir, result, _ = finished
-    assert checkpoint.find_checkpoint(workdir) == (workdir, TOTAL)
-    assert checkpoint.load_config(workdir) == CONFIG
+    assert find_checkpoint(workdir) == (workdir, TOTAL)
+    assert load_config(workdir) == CONFIG
     assert (workdir / "tokenizer" / "tokenizer.json").is_file()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     assert steps == [3, 4, 6, 7]  # every third, and the ends of the stages
@@ -143,7 +145,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):
     for stop in (1, 4, 6):  # in stage 1, between the stages, in stage 2
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), signal.SIGTERM))
-        assert checkpoint.find_checkpoint(tmp_path)[1] == stop
+        assert find_checkpoint(tmp_path)[1] == stop
     result = train(tmp_path, dataclasses.replace(CONFIG, profile=ProfileConfig(steps="7:8")))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
     (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
@@ -202,7 +204,7 @@ def test_a_change_of_stages_plans_what_remains_anew(finished, tmp_path):
         on_stage_start=lambda index, params: stages.append((index, jax.device_get(params))),
     )
     assert result.progress.step == 4 + 5
-    meta = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "9")
+    meta = read_meta(tmp_path / "run" / "checkpoints" / "9")
     assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 5]
     assert [index for index, _ in stages] == [0, 1]
     jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])  # stage 1 ended as it would have
@@ -222,9 +224,9 @@ def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
 
 def test_optimizer_state_is_restored_on_another_mesh(finished):
     workdir, _, _ = finished
-    progress = checkpoint.Progress(step=3, stage=0, step_in_stage=3)
+    progress = Progress(step=3, stage=0, step_in_stage=3)
     states = []
-    with checkpoint.Checkpointer(workdir, CONFIG) as checkpointer:
+    with Checkpointer(workdir, CONFIG) as checkpointer:
         for mesh in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2), MeshConfig(8, 1, 1)):
             abstract = abstract_state(MODEL, CONFIG.stages[0], make_mesh(mesh))
             states.append(checkpointer.restore(progress, abstract))
@@ -248,7 +250,7 @@ def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
     make(tmp_path / "run")
     with pytest.raises(UserError, match=message) as error:
         checkpoint.restore_params(tmp_path / "run")
-    assert "\n" not in str(error.value) and not checkpoint.is_checkpoint(tmp_path / "run")
+    assert "\n" not in str(error.value) and not is_checkpoint(tmp_path / "run")
 
 
 def test_out_of_memory_in_a_step_is_explained_and_profiled(finished, tmp_path):

@@ -22,8 +22,9 @@ from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.synthetic.corpus import FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.training import checkpoint, interruption
+from alignvlm_jax.training import interruption
 from alignvlm_jax.training.stages import MixturePart
+from alignvlm_jax.training.workdir import find_undamaged
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import pages
 from tests.parallel import processes, tiny
@@ -105,7 +106,7 @@ def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_goes_on_from_there(tm
         time.sleep(0.05)
         assert time.monotonic() - asked < 400
     (step,) = map(int, re.findall(r"saved after step (\d+)", run.text()))
-    assert 3 <= step < STEPS and checkpoint.find_undamaged(tmp_path / "run")[1] == step
+    assert 3 <= step < STEPS and find_undamaged(tmp_path / "run")[1] == step
     print(f"saved and gone {seconds:.2f} s after SIGTERM")
 
     again = start(tmp_path, config)
@@ -151,7 +152,7 @@ def test_a_notice_of_googles_saves_the_step(tmp_path, monkeypatch, capsys):
     with pytest.raises(distributed.Preempted) as error:
         tiny.train(tmp_path, tiny.config((8, 1, 1)), losses={}, made=[], on_step=on_step)
     server.shutdown()
-    assert error.value.exit_code == 75 and checkpoint.find_undamaged(tmp_path)[1] == 2 and Metadata.asked >= 2
+    assert error.value.exit_code == 75 and find_undamaged(tmp_path)[1] == 2 and Metadata.asked >= 2
 
 
 def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, checkpoint
 from alignvlm_jax.training.retention import CheckpointConfig
+from alignvlm_jax.training.workdir import complete_steps, find_undamaged
 from tests.parallel import processes, tiny
 from tests.training import breakage
 
@@ -32,7 +33,7 @@ def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
     with breakage.small_disk(tmp_path / "disk", 8) as disk:
 
         def on_step(step):
-            steps = lambda: checkpoint.complete_steps(disk / "run" / "checkpoints")  # noqa: E731
+            steps = lambda: complete_steps(disk / "run" / "checkpoints")  # noqa: E731
             if step == 2:  # before step 2 is saved
                 while not steps():
                     time.sleep(0.01)
@@ -43,7 +44,7 @@ def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
 
         result, _ = run(disk / "run", config(), on_step=on_step)
         assert result.progress.step == 5 and seen["left"] == [1]
-        assert checkpoint.find_undamaged(disk / "run")[1] == 5
+        assert find_undamaged(disk / "run")[1] == 5
     said = capsys.readouterr().err
     assert re.search(r"warning: step 2 could not be saved in .*: No space left on device; the newest", said), said
 
@@ -72,7 +73,7 @@ def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than
         assert processes.finish(several, seconds=1500) == [130] * number, several[0].text()
         found[start] = [json.loads(pathlib.Path(note).read_text()) for note in notes]
         if start == "fresh":
-            step = max(checkpoint.complete_steps(checkpoints))
+            step = max(complete_steps(checkpoints))
             size = sum(path.stat().st_size for path in (checkpoints / str(step)).rglob("*") if path.is_file())
             assert size > 8e8, "weights and two moments, compressed"
     for fresh, resumed in zip(found["fresh"], found["resumed"], strict=True):

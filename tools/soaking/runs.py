@@ -29,8 +29,10 @@ from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import FEATURES, build_corpus
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import checkpoint, integrity
+from alignvlm_jax.training import integrity
+from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.step import abstract_state
+from alignvlm_jax.training.workdir import CHECKPOINTS_FOLDER, complete_steps
 
 _PAGES = 400
 _DAMAGED = 12  # of them
@@ -160,7 +162,7 @@ class Run:
 
     def damage_newest(self, sitting: Sitting, rng: random.Random) -> None:
         """Spoils one file of the newest checkpoint, if there is another to fall back to."""
-        whole = checkpoint.complete_steps(self._checkpoints)
+        whole = complete_steps(self._checkpoints)
         if len(whole) < 2:
             return
         step = self._checkpoints / str(whole[-1])
@@ -179,7 +181,7 @@ class Run:
         """Starts the run, or starts it again, and does to it what is to be done."""
         number = len(self.sittings)
         self.sittings.append(sitting)
-        whole = checkpoint.complete_steps(self._checkpoints)
+        whole = complete_steps(self._checkpoints)
         undamaged = [step for step in whole if not integrity.damage(self._checkpoints / str(step))]
         sitting.from_step = max(undamaged, default=0)
         began = time.monotonic()
@@ -242,7 +244,7 @@ class Run:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.workdir / checkpoint.CHECKPOINTS_FOLDER
+        return self.workdir / CHECKPOINTS_FOLDER
 
     def _start(self, number: int, sitting: Sitting) -> list[subprocess.Popen]:
         config = dataclasses.replace(self._config, mesh=MeshConfig(*sitting.mesh))
@@ -296,7 +298,7 @@ class Run:
         text = "".join(output.read_text(errors="replace") for output in outputs)
         sitting.passed_over = "is passed over" in text
         sitting.saves_failed = len(re.findall("warning: step [0-9]+ could not be saved", text))
-        whole = {str(step) for step in checkpoint.complete_steps(self._checkpoints)}
+        whole = {str(step) for step in complete_steps(self._checkpoints)}
         sitting.while_saving = any(path.name not in whole for path in self._checkpoints.glob("*"))
         taken = [step for step, notes in sorted(self._journal().items()) if number in notes]
         sitting.steps = len(taken)
@@ -331,7 +333,7 @@ class Run:
 
     def _final_state(self) -> tuple[Any, Any]:
         mesh = make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
-        with checkpoint.Checkpointer(self.workdir, self._config) as checkpointer:
+        with Checkpointer(self.workdir, self._config) as checkpointer:
             progress = checkpointer.latest()
             abstract = abstract_state(self._config.model, self._config.stages[-1], mesh)
             state = jax.device_get(checkpointer.restore(progress, abstract))
