@@ -1,0 +1,180 @@
+"""Nested dicts, and text from the command line, into frozen dataclasses; any, so long as their fields have these types:
+
+dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and the union of the connectors' configs,
+of which a value names one. What does not fit is a `UserError` that names the key's full path, what was expected and,
+for a key or a choice, the nearest right one.
+"""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import ml_collections
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+
+
+def plain(value: Any) -> Any:
+    """ConfigDicts, dicts and sequences, at any depth, as fresh dicts and lists."""
+    if isinstance(value, ml_collections.ConfigDict | Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+class _Text(str):
+    """A value from the command line, to be read as the type of the field that it is for."""
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Puts the override's value, as text, at its place in `raw`; whether the place exists is `build`'s to say."""
+    key, equals, value = override.removeprefix("--config.").partition("=")
+    if not equals:
+        raise UserError(f"--config.{key}: expected --config.{key}=value")
+    names = key.split(".")
+    if names[-3:] == ["model", "connector", "name"]:
+        names.pop()  # another connector has other fields: what the file says of the old one does not carry over
+    place, path = raw, "config"
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        if isinstance(place, list):
+            if not (name.isdigit() and int(name) < len(place)):
+                raise UserError(f"{path}.{name}: {path} has {len(place)} entries: 0 to {len(place) - 1}")
+            name = int(name)
+        elif not isinstance(place, dict):
+            raise UserError(f"{path}.{name}: {path} is a single value and has no parts")
+        if after is None:
+            place[name] = _Text(value)
+        elif isinstance(place, dict) and place.get(name) is None:
+            place[name] = {}
+        elif name == "connector" and isinstance(place[name], str):
+            place[name] = {"name": place[name]}
+        place, path = place[name], f"{path}.{name}"
+
+
+def build(kind: Any, value: Any, path: str, default: Any) -> Any:
+    """`value` as an instance of the annotated type `kind`; `default` fills in what a mapping leaves out."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path, default)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if set(arguments) == set(CONNECTOR_CONFIGS.values()):
+            return _build_connector(value, path, default)
+        if value is None or (isinstance(value, _Text) and value.lower() == "none"):
+            if type(None) in arguments:
+                return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return build(kind, value, path, default)
+    if isinstance(value, _Text):
+        value = _parse(kind, value)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{path}: expected one of {listed(arguments)}, got {value!r}{nearest(value, arguments)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: expected a list, got {article(value)}")
+        return tuple(build(arguments[0], item, f"{path}.{index}", None) for index, item in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path}: expected {_TYPE_NAMES[kind]}, got {article(value)}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+
+
+def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected the fields of {kind.__name__}, got {article(value)}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise UserError(
+                f"{path}.{key}: no such key{nearest(key, fields)}; {path} has {listed(fields) or 'no keys at all'}"
+            )
+    kinds, arguments = typing.get_type_hints(kind), {}
+    for name, field in fields.items():
+        if isinstance(default, kind):
+            inherited = getattr(default, name)
+        elif field.default_factory is not dataclasses.MISSING:
+            inherited = field.default_factory()
+        else:
+            inherited = field.default
+        if name in value:
+            arguments[name] = build(kinds[name], value[name], f"{path}.{name}", inherited)
+        elif inherited is dataclasses.MISSING:
+            raise UserError(f"{path}.{name}: missing, and it has no default")
+        else:
+            arguments[name] = inherited
+    try:
+        return kind(**arguments)
+    except ValueError as error:  # the dataclass's own check
+        raise UserError(f"{path}: {error}") from error
+
+
+def _build_connector(value: Any, path: str, default: Any) -> Any:
+    """A connector: its name alone, or its name and fields. Without a name it is the default connector."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected the name of a connector or its fields, got {article(value)}")
+    name = str(value.get("name", connector_name(default) if default else "align"))
+    one_of(f"{path}.name", name, list(CONNECTOR_CONFIGS))
+    rest = {key: item for key, item in value.items() if key != "name"}
+    return _build_dataclass(CONNECTOR_CONFIGS[name], rest, path, default)
+
+
+def connector_name(connector: Any) -> str:
+    """The name by which a config file asks for this kind of connector."""
+    return next(name for name, kind in CONNECTOR_CONFIGS.items() if type(connector) is kind)
+
+
+def _parse(kind: Any, text: _Text) -> Any:
+    """Text from the command line as Python would read it; strings need no quotes."""
+    if kind is str:
+        return str(text)
+    literals = {"true": "True", "false": "False"}
+    try:
+        return plain(ast.literal_eval(literals.get(text, str(text))))
+    except (ValueError, SyntaxError):
+        if typing.get_origin(kind) is tuple:  # trainable=connector,language
+            return [part.strip() for part in text.split(",") if part.strip()]
+        return str(text)
+
+
+def one_of(path: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises a `UserError` if the value is none of those allowed."""
+    if value not in allowed:
+        raise UserError(f"{path}: expected one of {listed(allowed)}, got {value!r}{nearest(value, allowed)}")
+
+
+def nearest(value: Any, candidates: Any) -> str:
+    """ ": did you mean 'seed'?" for a value that is nearly one of the candidates, else nothing."""
+    matches = difflib.get_close_matches(str(value), [str(candidate) for candidate in candidates], n=1, cutoff=0.5)
+    return f": did you mean {matches[0]!r}?" if matches else ""
+
+
+def listed(names: Any) -> str:
+    """Names with commas between."""
+    return ", ".join(str(name) for name in names)
+
+
+def article(value: Any) -> str:
+    """A value with its kind, for messages: "the string 'abc'"."""
+    names = {
+        str: "the string",
+        _Text: "the string",
+        int: "the whole number",
+        float: "the number",
+        bool: "the truth value",
+    }
+    kind = names.get(type(value), f"a {type(value).__name__},")
+    shown = repr(str(value)) if isinstance(value, str) else repr(value)
+    return f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,0 +1,199 @@
+"""What types cannot say of an experiment: values that exist, and sizes that fit each other.
+
+Every refusal is a `UserError` that names the key's full path and what was expected of it.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from alignvlm_jax.config_building import listed, one_of
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models import hardware
+from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
+from alignvlm_jax.models.connectors import AlignConfig, CAbstractorConfig, PerceiverConfig
+from alignvlm_jax.ops.attention import KERNELS
+from alignvlm_jax.training.optimizer import OPTIMIZERS, OptimizerConfig
+from alignvlm_jax.training.profile import traced_steps
+from alignvlm_jax.training.stages import StageConfig
+
+if TYPE_CHECKING:
+    from alignvlm_jax.config import ExperimentConfig
+
+
+def check(config: "ExperimentConfig") -> None:
+    """Checks a whole experiment.
+
+    Raises:
+      UserError: it cannot be run.
+    """
+    _check_model(config.model)
+    _check_tiles(config)
+    _check_run(config)
+    _check_data(config)
+    _check_stages(config)
+
+
+def _check_model(model: AlignVLMConfig) -> None:
+    vision, language = model.vision, model.language
+    for name, part in (("vision", vision), ("language", language)):
+        path = f"config.model.{name}"
+        one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
+        one_of(f"{path}.attention", part.attention, (hardware.AUTO, *KERNELS))
+        one_of(f"{path}.remat", part.remat, ("none", "dots", "full"))
+        _positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    _positive("config.model.vision", vision, "image_size", "patch_size")
+    _positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
+    if vision.patch_size > vision.image_size:
+        raise UserError(
+            f"config.model.vision.patch_size: expected at most image_size, {vision.image_size}, got {vision.patch_size}"
+        )
+    if vision.hidden_size % vision.num_heads:
+        raise UserError(
+            f"config.model.vision.num_heads: {vision.num_heads} heads do not divide hidden_size {vision.hidden_size}"
+        )
+    if language.head_dim is None and language.hidden_size % language.num_heads:
+        raise UserError(
+            f"config.model.language.num_heads: {language.num_heads} heads do not divide hidden_size "
+            f"{language.hidden_size} (set head_dim to give heads another width)"
+        )
+    if language.num_heads % language.num_kv_heads:
+        raise UserError(
+            f"config.model.language.num_kv_heads: {language.num_kv_heads} do not divide num_heads {language.num_heads}"
+        )
+    if language.head_width % 2:
+        raise UserError(
+            f"config.model.language.head_dim: expected an even number (rotary pairs), got {language.head_width}"
+        )
+    _check_connector(model)
+
+
+def _check_connector(model: AlignVLMConfig) -> None:
+    connector = model.connector
+    if isinstance(connector, CAbstractorConfig):
+        tokens = connector.num_tokens
+        if not 0 < tokens <= model.vision.num_patches or math.isqrt(tokens) ** 2 != tokens:
+            raise UserError(
+                "config.model.connector.num_tokens: expected a square number, at most the encoder's "
+                f"{model.vision.num_patches} patches, got {tokens}"
+            )
+    if isinstance(connector, AlignConfig) and connector.num_extra_words < 0:
+        raise UserError(
+            f"config.model.connector.num_extra_words: expected 0 (none) or more, got {connector.num_extra_words}"
+        )
+    if isinstance(connector, AlignConfig) and connector.kept_words is not None:
+        _positive("config.model.connector", connector, "kept_words")
+
+
+def _check_tiles(config: "ExperimentConfig") -> None:
+    """How pictures are cut up, and what the model makes of the pieces."""
+    if config.data.tiling.tile_size != config.model.vision.image_size:
+        raise UserError(
+            f"config.data.tiling.tile_size: expected the encoder's image_size, {config.model.vision.image_size}, "
+            f"got {config.data.tiling.tile_size}"
+        )
+    anyres = config.data.tiling.rule == "anyres_max_9"
+    if config.model.newline != anyres:
+        raise UserError(
+            f"config.model.newline: expected {anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
+            f"{config.model.newline}: rows of visual tokens end with a newline exactly under anyres_max_9"
+        )
+    if anyres and isinstance(config.model.connector, PerceiverConfig):
+        raise UserError(
+            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of neighbouring tiles, and a Perceiver's "
+            "have no places in their tile: expected ovis or internvl, or another connector"
+        )
+
+
+def _check_run(config: "ExperimentConfig") -> None:
+    """What is logged, saved, scored and watched on the way."""
+    _positive("config", config, "log_every_steps")
+    _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
+    _positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens")
+    for name in ("every_steps", "limit"):
+        if getattr(config.evaluation, name) is not None:
+            _positive("config.evaluation", config.evaluation, name)
+    _at_least_0("config.checkpoint", config.checkpoint, "keep_best")
+    _positive("config.anomalies", config.anomalies, "max_skipped")
+    _at_least_0("config.anomalies", config.anomalies, "max_rollbacks", "spike")
+    keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
+    if keep_every is not None and (keep_every < 1 or keep_every % every):
+        raise UserError(f"config.checkpoint.keep_every: expected a multiple of every_steps, {every}, got {keep_every}")
+    try:
+        traced_steps(config.profile)
+    except ValueError as error:
+        raise UserError(f"config.profile.steps: {error}") from error
+
+
+def _check_data(config: "ExperimentConfig") -> None:
+    _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
+    if config.data.max_turns is not None:
+        _positive("config.data", config.data, "max_turns")
+    _at_least_0("config.data", config.data, "workers", "max_refused")
+    if config.data.max_refused > 1:
+        raise UserError(f"config.data.max_refused: expected a share, 0 to 1, got {config.data.max_refused}")
+
+
+def _check_stages(config: "ExperimentConfig") -> None:
+    if not config.stages:
+        raise UserError("config.stages: expected at least one stage, got none")
+    for index, stage in enumerate(config.stages):
+        _check_stage(stage, f"config.stages.{index}")
+        bins, rows = stage.bins_per_step, config.data.packing.bins_per_microbatch
+        if bins is not None and (bins < 1 or bins % rows):
+            raise UserError(
+                f"config.stages.{index}.bins_per_step: expected a multiple of data.packing.bins_per_microbatch, "
+                f"{rows}, got {bins}"
+            )
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.stages: expected stages of different names, got {listed(names)}")
+
+
+def _check_stage(stage: StageConfig, path: str) -> None:
+    if not stage.trainable:
+        raise UserError(f"{path}.trainable: expected at least one of {listed(PARTS)}, got none")
+    for index, part in enumerate(stage.trainable):
+        one_of(f"{path}.trainable.{index}", part, PARTS)
+        if part in stage.trainable[:index]:
+            raise UserError(f"{path}.trainable.{index}: {part!r} is named twice")
+    if (stage.steps is None) == (stage.epochs is None):
+        raise UserError(f"{path}: expected either steps or epochs, got {'neither' if stage.steps is None else 'both'}")
+    _positive(path, stage, *(name for name in ("steps", "epochs") if getattr(stage, name) is not None))
+    _positive(path, stage, "global_batch", "max_text_tokens")
+    for name in ("vision", "connector", "language"):
+        _at_least_0(f"{path}.learning_rates", stage.learning_rates, name)
+    _at_least_0(path, stage, "warmup_steps", "final_lr_fraction")
+    if stage.steps is not None and stage.warmup_steps >= stage.steps:
+        raise UserError(f"{path}.warmup_steps: expected fewer than the stage's {stage.steps}, got {stage.warmup_steps}")
+    if stage.final_lr_fraction > 1:
+        raise UserError(f"{path}.final_lr_fraction: expected at most 1, got {stage.final_lr_fraction}")
+    _check_optimizer(stage.optimizer, f"{path}.optimizer")
+    if not stage.mixture:
+        raise UserError(f"{path}.mixture: expected at least one data set, got none")
+    for index, part in enumerate(stage.mixture):
+        _positive(f"{path}.mixture.{index}", part, "weight")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, path: str) -> None:
+    one_of(f"{path}.name", optimizer.name, OPTIMIZERS)
+    _positive(path, optimizer, "eps", "muon_rms")
+    _at_least_0(path, optimizer, "weight_decay", "b1", "b2", "muon_beta")
+    for name in ("b1", "b2", "muon_beta"):
+        if getattr(optimizer, name) >= 1:
+            raise UserError(f"{path}.{name}: expected less than 1, got {getattr(optimizer, name)}")
+    if optimizer.clip_norm is not None:
+        _positive(path, optimizer, "clip_norm")
+
+
+def _positive(path: str, owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{path}.{name}: expected more than 0, got {value}")
+
+
+def _at_least_0(path: str, owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{path}.{name}: expected 0 or more, got {value}")
