@@ -1,4 +1,4 @@
-"""Packaging. Each dependency is bounded: below by what the tests ran on, above by what may break it."""
+"""Packaging. Each dependency is bounded: below by what is known to be needed, above by what may break it."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
-    "tensorstore>=0.1.80,<0.2",  # reads slices of what Orbax wrote
+    "tensorstore>=0.1.84,<0.2",  # reads slices of what Orbax wrote
     "grain>=0.2.18,<0.3",
     "array-record>=0.8.3,<0.9",
     "tensorflow-datasets>=4.9.10,<4.10",
@@ -45,7 +45,7 @@ EXTRAS = {
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": TORCH,
-    # What tools/prepare_data.py reads YAML and Parquet with; other dependencies bring both as well.
+    # What tools/prepare_data.py reads YAML and Parquet with, and benchmarks Parquet; other dependencies bring both too.
     "data": DATA,
     "beam": [*DATA, "apache-beam>=2.77,<3"],
     "eval": EVAL,

@@ -20,6 +20,9 @@ import os
 import sys
 from pathlib import Path
 
+from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.errors import UserError
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +40,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--mesh",
-        type=_mesh,
         metavar="data=1,fsdp=1,tensor=1",
         help="spread the weights over all devices so on their way; without it they are put together on the host",
     )
@@ -51,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--max-tiles",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tiles a page is cut into, its thumbnail apart (default: the config's)",
     )
@@ -59,9 +61,8 @@ def main() -> None:
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported here, so that --help answers at once, and jax sees the variable above.
-    from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_hf import import_huggingface
-    from alignvlm_jax.parallel.mesh import MeshConfig
+    from alignvlm_jax.parallel.mesh import parse_mesh
 
     try:
         template = None if args.chat_template is None else _read(args.chat_template)
@@ -71,7 +72,7 @@ def main() -> None:
             args.out,
             connector=args.connector,
             dtype=args.dtype,
-            mesh=None if args.mesh is None else MeshConfig(**args.mesh),
+            mesh=None if args.mesh is None else parse_mesh(args.mesh),
             config_file=args.config,
             image_token=args.image_token,
             chat_template=template,
@@ -90,28 +91,7 @@ def main() -> None:
     print(f"  {command}")
 
 
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        sizes = {"": 0}
-    if not set(sizes) <= {"data", "fsdp", "tensor"}:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected such as data=1,fsdp=2,tensor=4")
-    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes are 1 or more, at most one of them -1 (what is left)")
-    return sizes
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return value
-
-
 def _read(path: Path) -> str:
-    from alignvlm_jax.errors import UserError
-
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -38,16 +38,10 @@ def main() -> None:
     from alignvlm_jax import config as configs
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm
-    from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+    from alignvlm_jax.parallel.mesh import make_mesh, parse_mesh
 
     try:
-        mesh = None
-        if args.mesh is not None:
-            try:
-                sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
-                mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"--mesh {args.mesh}: expected such as data=1,fsdp=2,tensor=4 ({error})") from error
+        mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))
         base = configs.load(args.config) if args.config else None
         import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
     except UserError as error:

@@ -38,7 +38,7 @@ from alignvlm_jax.data.chat import ChatTokenizer, special_names
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import tables
-from alignvlm_jax.interop.huggingface import llama_config, siglip_config
+from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
 from alignvlm_jax.interop.model_card import model_card
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters

@@ -18,8 +18,8 @@ from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import huggingface
 from alignvlm_jax.interop.assemble import assemble, check_same_model
+from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
@@ -77,7 +77,7 @@ def import_huggingface(
     backbones = BackbonesConfig(str(vision), str(language))
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
     with new_folder(out) as folder:
-        encoder, decoder = huggingface.read_vision_config(vision), huggingface.read_language_config(language)
+        encoder, decoder = read_vision_config(vision), read_language_config(language)
         tokenizer = import_tokenizer(
             language, num_embeddings=decoder.vocab_size, image_token=image_token, chat_template=chat_template
         )

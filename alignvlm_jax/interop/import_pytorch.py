@@ -25,7 +25,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
 from alignvlm_jax.interop.assemble import abstract_parameters
 from alignvlm_jax.interop.export import PROCESSOR_FILE, TRAINING_FILE
-from alignvlm_jax.interop.huggingface import read_language_config, read_vision_config
+from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer

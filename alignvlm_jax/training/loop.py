@@ -15,7 +15,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,14 +25,12 @@ from tqdm import tqdm
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
-from alignvlm_jax.data import pipeline, store
-from alignvlm_jax.data.examples import ExampleReader
-from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
+from alignvlm_jax.data.feeding import BatchIterator, RowStates
 from alignvlm_jax.data.packing import Batch
-from alignvlm_jax.data.planning import StagePlan, plan_stage
+from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.data.refusals import RefusalLog
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import Params, token_grid
+from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, config_changes, debug, metrics, out_of_memory
@@ -40,82 +38,14 @@ from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.checkpoint import history_of_run, write_history
 from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.experiment_data import ExperimentData, TrainingData
+from alignvlm_jax.training.initial import initial_parameters
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
 from alignvlm_jax.training.workdir import CONFIG_FILE, TOKENIZER_FOLDER, Progress, is_checkpoint
 
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-class TrainingData(Protocol):
-    """What the loop asks of the data."""
-
-    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        """How many steps a stage takes, and how many microbatches each has; the same answer in every process."""
-
-    def batches(
-        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
-    ) -> BatchIterator:
-        """The packed batches of a stage, of each microbatch these rows: from the start, or from a state on."""
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Whatever it takes to read a checkpoint later."""
-
-
-class ExperimentData:
-    """The data sets, tokenizer and pipeline that a config names."""
-
-    def __init__(self, config: ExperimentConfig):
-        self._config = config
-        self._chat = load_tokenizer(config)
-        parts = [part for stage in config.stages for part in stage.mixture]
-        root = Path(config.data.root)
-        self._sources = {
-            pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
-        }
-
-    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        return plan_stage(
-            self._reader(stage_index, stage),
-            global_batch=stage.global_batch,
-            bins_per_step=stage.bins_per_step,
-            steps=stage.steps,
-            epochs=stage.epochs,
-            threads=max(self._config.data.read_threads, self._config.data.workers),
-            progress=distributed.is_primary(),
-        )
-
-    def batches(
-        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
-    ) -> BatchIterator:
-        data = self._config.data
-        return Feed(
-            self._reader(stage_index, stage),
-            rows,
-            plan.microbatches,
-            state,
-            num_examples=plan.num_examples,
-            workers=data.workers,
-            threads=data.read_threads,
-            prefetch=data.prefetch_batches,
-            max_refused=data.max_refused,
-        )
-
-    def _reader(self, stage_index: int, stage: StageConfig) -> ExampleReader:
-        return pipeline.make_reader(
-            self._sources,
-            stage.mixture,
-            self._chat,
-            self._config.data,
-            seed=(self._config.seed, stage_index),
-            token_grid=token_grid(self._config.model),
-            max_text_tokens=stage.max_text_tokens,
-        )
-
-    def save_tokenizer(self, folder: Path) -> None:
-        self._chat.save(folder)
 
 
 @dataclasses.dataclass(frozen=True)

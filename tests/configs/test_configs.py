@@ -10,7 +10,7 @@ import transformers
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.data.resampling import max_visual_tokens
-from alignvlm_jax.interop.huggingface import llama_config, siglip_config
+from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
 from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, token_grid
 from alignvlm_jax.training.stages import StageConfig
 

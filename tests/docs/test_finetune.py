@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from alignvlm_jax import config as configs
-from alignvlm_jax.training.loop import ExperimentData
+from alignvlm_jax.training.experiment_data import ExperimentData
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIAL = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")

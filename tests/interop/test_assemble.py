@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import huggingface
 from alignvlm_jax.interop.assemble import abstract_parameters, assemble
+from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -26,9 +26,9 @@ def backbones(request, tmp_path_factory):
     oracle.siglip(folder / "vision")
     llama = oracle.llama(folder / "language", tie_word_embeddings=request.param)
     config = AlignVLMConfig(
-        huggingface.read_vision_config(folder / "vision"),
+        read_vision_config(folder / "vision"),
         AlignConfig(),
-        huggingface.read_language_config(folder / "language"),
+        read_language_config(folder / "language"),
     )
     return folder, llama, config
 

@@ -13,6 +13,12 @@ import transformers
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import huggingface
+from alignvlm_jax.interop.huggingface_config import (
+    llama_config,
+    read_language_config,
+    read_vision_config,
+    siglip_config,
+)
 from alignvlm_jax.models.language import LanguageModel, empty_cache
 from alignvlm_jax.models.vision import VisionEncoder
 from tests.interop import oracle
@@ -89,7 +95,7 @@ def test_siglip_features_are_those_of_transformers(tmp_path, write, changes):
 
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip", "vision_config": {"hidden_size": 24}}')
-    expected = huggingface.siglip_config(huggingface.read_vision_config(tmp_path), "float32")
+    expected = siglip_config(read_vision_config(tmp_path), "float32")
     theirs = transformers.SiglipVisionConfig(hidden_size=24).to_dict()
     assert {key: theirs[key] for key in expected if key in theirs} | {
         "architectures": ["SiglipVisionModel"],
@@ -97,7 +103,7 @@ def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
         "vision_use_head": False,
     } == expected
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    expected = huggingface.llama_config(huggingface.read_language_config(tmp_path), "float32")
+    expected = llama_config(read_language_config(tmp_path), "float32")
     theirs = transformers.LlamaConfig().to_dict()
     assert {key: theirs[key] for key in expected} | {
         "architectures": ["LlamaForCausalLM"],

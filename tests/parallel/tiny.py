@@ -15,6 +15,7 @@ from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig
 from alignvlm_jax.training import loop, metrics
+from alignvlm_jax.training.experiment_data import ExperimentData
 from tests.training import batches
 
 MODEL = dataclasses.replace(
@@ -110,7 +111,7 @@ def train(
         def __getattr__(self, name):
             return getattr(self.feed, name)
 
-    class Documents(loop.ExperimentData):
+    class Documents(ExperimentData):
         def batches(self, *arguments):
             return Noted(super().batches(*arguments))
 

@@ -7,9 +7,10 @@ import jax
 
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.training import loop
+from alignvlm_jax.training.experiment_data import ExperimentData
 
 
-class Watched(loop.ExperimentData):
+class Watched(ExperimentData):
     """Notes the rows of each batch made here, as {row: hash}."""
 
     seen: list[dict[str, str]] = []

@@ -17,6 +17,7 @@ from alignvlm_jax import config as configs
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.training import loop
+from alignvlm_jax.training.experiment_data import ExperimentData
 
 
 class _Noted:
@@ -48,7 +49,7 @@ def main() -> int:
     feeds: list[_Noted] = []
     journal = os.open(arguments["journal"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    class Data(loop.ExperimentData):
+    class Data(ExperimentData):
         def batches(self, stage_index, stage, plan, state, rows):
             feeds.append(_Noted(super().batches(stage_index, stage, plan, state, rows), rows))
             return feeds[-1]

@@ -12,7 +12,6 @@ from alignvlm_jax.data.formats import json_files
 from alignvlm_jax.data.formats.conversation import (
     Conversation,
     FormatOptions,
-    Refusal,
     Refused,
     Slice,
     expect_list,
@@ -33,15 +32,12 @@ def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
     """The conversations of a slice."""
-    for number, record in json_files.read_slice(piece, options):
-        where = f"{piece.file}: record {number + 1}"
-        try:
-            if isinstance(record, Refusal):
-                raise record
-            yield _conversation(expect_object(record, "the record"), where, Path(piece.file).stem, number, options)
-        except Refusal as refusal:
-            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
-            yield Refused(where, record_id, refusal.kind, str(refusal))
+    stem = Path(piece.file).stem
+
+    def convert(record: dict[str, Any], where: str, number: int) -> Conversation:
+        return _conversation(record, where, stem, number, options)
+
+    return json_files.read_conversations(piece, options, convert)
 
 
 def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:

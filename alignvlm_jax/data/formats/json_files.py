@@ -15,10 +15,18 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice
+from alignvlm_jax.data.formats.conversation import (
+    Conversation,
+    FormatOptions,
+    Refusal,
+    Refused,
+    Slice,
+    expect_object,
+    name_of,
+)
 from alignvlm_jax.data.paths import is_local, opened
 
 Buffer = bytes | mmap.mmap
@@ -70,6 +78,21 @@ def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any 
                 yield number, _parse(buffer, start, stop, options.max_record_bytes)
             except Refusal as refusal:
                 yield number, refusal
+
+
+def read_conversations(
+    piece: Slice, options: FormatOptions, convert: Callable[[dict[str, Any], str, int], Conversation]
+) -> Iterator[Conversation | Refused]:
+    """The conversations of a slice: of each record `convert(record, where, number)`, unless it raises a `Refusal`."""
+    for number, record in read_slice(piece, options):
+        where = f"{piece.file}: record {number + 1}"
+        try:
+            if isinstance(record, Refusal):
+                raise record
+            yield convert(expect_object(record, "the record"), where, number)
+        except Refusal as refusal:
+            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
+            yield Refused(where, record_id, refusal.kind, str(refusal))
 
 
 def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:

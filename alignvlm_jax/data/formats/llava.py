@@ -50,15 +50,12 @@ def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
     """The conversations of a slice."""
-    for number, record in json_files.read_slice(piece, options):
-        where = f"{piece.file}: record {number + 1}"
-        try:
-            if isinstance(record, Refusal):
-                raise record
-            yield _conversation(expect_object(record, "the record"), where, piece.file, number, options)
-        except Refusal as refusal:
-            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
-            yield Refused(where, record_id, refusal.kind, str(refusal))
+    stem = Path(piece.file).stem
+
+    def convert(record: dict[str, Any], where: str, number: int) -> Conversation:
+        return _conversation(record, where, stem, number, options)
+
+    return json_files.read_conversations(piece, options, convert)
 
 
 def turns(conversations: Any) -> list[Message]:
@@ -67,8 +64,7 @@ def turns(conversations: Any) -> list[Message]:
     return [text_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
 
 
-def _conversation(record: dict[str, Any], where: str, file: str, number: int, options: FormatOptions) -> Conversation:
-    stem = Path(file).stem
+def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:
     if "video" in record:
         raise Refusal("unreadable record", "the record is about a video")
     return Conversation(

@@ -1,0 +1,87 @@
+"""The data of an experiment as the training loop asks for it: a plan of each stage, and its packed batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.data import pipeline, store
+from alignvlm_jax.data.examples import ExampleReader
+from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
+from alignvlm_jax.data.planning import StagePlan, plan_stage
+from alignvlm_jax.models.alignvlm import token_grid
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.training.initial import load_tokenizer
+from alignvlm_jax.training.stages import StageConfig
+
+
+class TrainingData(Protocol):
+    """What the loop asks of the data."""
+
+    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        """How many steps a stage takes, and how many microbatches each has; the same answer in every process."""
+
+    def batches(
+        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
+    ) -> BatchIterator:
+        """The packed batches of a stage, of each microbatch these rows: from the start, or from a state on."""
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Whatever it takes to read a checkpoint later."""
+
+
+class ExperimentData:
+    """The data sets, tokenizer and pipeline that a config names."""
+
+    def __init__(self, config: ExperimentConfig):
+        self._config = config
+        self._chat = load_tokenizer(config)
+        parts = [part for stage in config.stages for part in stage.mixture]
+        root = Path(config.data.root)
+        self._sources = {
+            pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
+        }
+
+    def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        """By measuring a sample of the stage's examples: `data/planning.py`."""
+        return plan_stage(
+            self._reader(stage_index, stage),
+            global_batch=stage.global_batch,
+            bins_per_step=stage.bins_per_step,
+            steps=stage.steps,
+            epochs=stage.epochs,
+            threads=max(self._config.data.read_threads, self._config.data.workers),
+            progress=distributed.is_primary(),
+        )
+
+    def batches(
+        self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
+    ) -> BatchIterator:
+        """Made ahead of the steps, by threads or worker processes: `data/feeding.py`."""
+        data = self._config.data
+        return Feed(
+            self._reader(stage_index, stage),
+            rows,
+            plan.microbatches,
+            state,
+            num_examples=plan.num_examples,
+            workers=data.workers,
+            threads=data.read_threads,
+            prefetch=data.prefetch_batches,
+            max_refused=data.max_refused,
+        )
+
+    def _reader(self, stage_index: int, stage: StageConfig) -> ExampleReader:
+        return pipeline.make_reader(
+            self._sources,
+            stage.mixture,
+            self._chat,
+            self._config.data,
+            seed=(self._config.seed, stage_index),
+            token_grid=token_grid(self._config.model),
+            max_text_tokens=stage.max_text_tokens,
+        )
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer and its chat template."""
+        self._chat.save(folder)
