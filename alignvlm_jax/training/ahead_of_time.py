@@ -27,7 +27,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
 from alignvlm_jax.models.language import empty_cache
-from alignvlm_jax.parallel import sharding
+from alignvlm_jax.parallel import hlo_collectives, hlo_work, sharding
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
@@ -241,17 +241,17 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
 def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, mesh: Mesh, memory) -> Report:
     capacity = int(_USABLE * chip.hbm_bytes / chip.devices_per_chip)
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    collectives = program.collectives(slice_of)
+    collectives = hlo_collectives.collectives(program, slice_of)
     traffic = {}
     for found in collectives:
         kinds = traffic.setdefault(found.kind, {"ici": 0.0, "dcn": 0.0})
         kinds["dcn" if found.crosses_slices else "ici"] += found.count * found.bytes_sent
     ici, dcn = (sum(kinds[wire] for kinds in traffic.values()) for wire in ("ici", "dcn"))
-    executed = sum(program.flops().values())
+    executed = sum(hlo_work.flops(program).values())
     share = 1 / chip.devices_per_chip
     seconds = {
         "products": executed / (chip.peak_flops * share),
-        "memory": program.bytes_moved() / (chip.hbm_bandwidth * share),
+        "memory": hlo_work.bytes_moved(program) / (chip.hbm_bandwidth * share),
         "ici": ici / (chip.ici_bandwidth * share),
         "dcn": dcn / (chip.dcn_bandwidth * share),
     }
@@ -271,7 +271,7 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
         "memory": memory,
         "collective_bytes": ici + dcn,
         "collectives": traffic,
-        "kernels": program.kernels(),
+        "kernels": hlo_work.kernels(program),
         "executed_flops_per_chip": executed,
         "estimate": {
             "seconds": seconds,
@@ -279,7 +279,8 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
             "step_seconds_if_nothing_overlaps": sum(seconds.values()),
         },
         "largest_buffers": [
-            {"bytes": size, "shape": shape, "from": origin} for size, shape, origin in program.largest_buffers(8)
+            {"bytes": size, "shape": shape, "from": origin}
+            for size, shape, origin in hlo_work.largest_buffers(program, 8)
         ],
         "failure": failure,
         "advice": [] if fits else _advice(memory, capacity),
@@ -303,7 +304,7 @@ def _advice(memory: dict[str, float], capacity: int) -> list[str]:
 
 def _kernels(program: Program) -> dict[str, str]:
     """Which attention runs in each part, by what is in the program."""
-    names = program.kernels()
+    names = hlo_work.kernels(program)
     return {
         part: "splash" if any(name.startswith(f"{module}: splash") for name in names) else "xla"
         for part, module in (("encoder", "vision"), ("decoder", "language"))

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from alignvlm_jax.parallel.hlo import Program, _groups, _valid
+from alignvlm_jax.parallel import hlo_collectives, hlo_work
+from alignvlm_jax.parallel.hlo import Program
+from alignvlm_jax.parallel.hlo_collectives import _groups
+from alignvlm_jax.parallel.hlo_work import _valid
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -31,9 +34,9 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
 
     text = _compile(step, jnp.ones((12, 16)), jnp.ones((16, 16)))
     program = Program(text)
-    assert sum(program.flops().values()) == 7 * (5 + 1) * 2 * 12 * 16 * 16
+    assert sum(hlo_work.flops(program).values()) == 7 * (5 + 1) * 2 * 12 * 16 * 16
     # Each run of a product reads and writes at least its operands and its result.
-    assert program.bytes_moved() >= 42 * 4 * (12 * 16 + 16 * 16 + 12 * 16)
+    assert hlo_work.bytes_moved(program) >= 42 * 4 * (12 * 16 + 16 * 16 + 12 * 16)
 
 
 def test_a_loop_that_the_data_end_is_the_callers_to_know():
@@ -43,14 +46,14 @@ def test_a_loop_that_the_data_end_is_the_callers_to_know():
     text = _compile(step, jnp.ones((8, 8)), 3)
     asked = []
     program = Program(text, trips=lambda op_name: asked.append(op_name) or 10)
-    assert sum(program.flops().values()) == 10 * 2 * 8**3
+    assert sum(hlo_work.flops(program).values()) == 10 * 2 * 8**3
     assert asked and all("while" in name for name in asked)
 
 
 def test_batched_products():
     left, right = jnp.ones((3, 4, 5, 6)), jnp.ones((3, 6, 7))
     text = _compile(lambda a, b: jnp.einsum("bijk,bkl->bijl", a, b), left, right)
-    assert sum(Program(text).flops().values()) == 2 * 3 * 4 * 5 * 6 * 7
+    assert sum(hlo_work.flops(Program(text)).values()) == 2 * 3 * 4 * 5 * 6 * 7
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ ENTRY %main (a: bf16[9728,4096], b: bf16[4096,14336]) -> bf16[9728,14336] {{
   ROOT {line}, metadata={{op_name="jit(step)/layers/mlp/up/dot_general"}}
 }}
 """
-    assert Program(text).flops() == {"jit(step)/layers/mlp/up/dot_general": flops}
+    assert hlo_work.flops(Program(text)) == {"jit(step)/layers/mlp/up/dot_general": flops}
 
 
 def test_windows_count_what_meets_something():
@@ -137,12 +140,12 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 def test_what_pallas_calls_hide():
     program = Program(SPLASH)
     square = 9728 * 9728 / 2  # causal: the blocks above the diagonal are skipped
-    assert program.flops() == {
+    assert hlo_work.flops(program) == {
         "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
         "jit(s)/language/layers/attention/dkv": 32 * 2 * 4 * 32 * square * 128,  # 32 heads, not its 8 results
         "jit(s)/vision/layers/attention/pallas_call": 32 * 2 * 2 * 10 * 16 * 768 * 768 * 72,
     }
-    assert program.kernels() == {
+    assert hlo_work.kernels(program) == {
         "language: splash_mha_fwd_segmented_residuals": 32,
         "language: splash_mha_dkv_segmented": 32,
         "vision: splash_mha_fwd_segmented": 32,
@@ -169,7 +172,7 @@ def _traffic():
 
 
 def test_collectives_with_loops_multiplied_out():
-    found = Program(_traffic()).collectives([0] * 8)
+    found = hlo_collectives.collectives(Program(_traffic()), [0] * 8)
     total = {}
     for one in found:
         total.setdefault(one.kind, []).append((one.count, one.bytes_sent))
@@ -180,7 +183,7 @@ def test_collectives_with_loops_multiplied_out():
 
 def test_what_crosses_slices_is_told_from_what_does_not():
     # Devices 0-3 are one slice: data lies across, fsdp and tensor within.
-    found = Program(_traffic()).collectives([0, 0, 0, 0, 1, 1, 1, 1])
+    found = hlo_collectives.collectives(Program(_traffic()), [0, 0, 0, 0, 1, 1, 1, 1])
     assert [one.crosses_slices for one in sorted(found, key=lambda one: one.count)] == [True, False, False]
 
 
@@ -222,7 +225,7 @@ ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
   ROOT %c = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%later
 }
 """  # noqa: E501
-    (found,) = Program(text).collectives([0, 0])
+    (found,) = hlo_collectives.collectives(Program(text), [0, 0])
     assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
 
 
@@ -239,11 +242,15 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   ROOT %r = f32[16,8]{1,0} copy(%p)
 }
 """  # noqa: E501
-    found = {one.kind: one.bytes_sent for one in Program(text).collectives([0, 0, 1, 1]) if one.crosses_slices}
+    found = {
+        one.kind: one.bytes_sent
+        for one in hlo_collectives.collectives(Program(text), [0, 0, 1, 1])
+        if one.crosses_slices
+    }
     assert found == {"all-reduce": 512, "all-gather": 1024, "collective-permute": 512}
 
 
 def test_the_largest_buffers_come_with_their_origin():
     text = _compile(lambda x: jnp.sort(x @ x.T, axis=-1)[:, :2], jnp.ones((96, 4)))
-    (size, shape, origin), *_ = Program(text).largest_buffers(3)
+    (size, shape, origin), *_ = hlo_work.largest_buffers(Program(text), 3)
     assert size == 96 * 96 * 4 and shape == "f32[96,96]" and origin
