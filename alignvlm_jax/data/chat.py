@@ -97,6 +97,11 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "ChatTokenizer":
+        """What `save`, or transformers, wrote.
+
+        Raises:
+          UserError: the folder is not a chat model's tokenizer.
+        """
         folder = pathlib.Path(folder)
         config_text = _read(folder / CONFIG_FILE)
         try:
@@ -163,6 +168,7 @@ class ChatTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
+        """The id of a token as the tokenizer's file has it; None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def token_text(self, token_id: int) -> str:

@@ -77,11 +77,13 @@ class ExampleReader:
 
     @functools.cached_property
     def order(self) -> ExampleOrder:
+        """Which record of which part each position of the endless stage has."""
         lengths = tuple(len(part.records) for part in self.parts)
         return ExampleOrder(lengths, tuple(part.weight for part in self.parts), self.seed)
 
     @property
     def tokens_per_tile(self) -> int:
+        """N, after the connector."""
         return math.prod(self.token_grid)
 
     @property

@@ -79,9 +79,11 @@ class Pool:
             self._submit = lambda function, items: self._executor.submit(function, items, reader)
 
     def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[Waiting | Refused]]":
+        """Begins to look up how large the examples at these positions are."""
         return self._submit(_measure, positions)
 
     def make(self, examples: Sequence[Waiting]) -> "concurrent.futures.Future[list[Example | Refused]]":
+        """Begins to make tiles and tokens of the examples."""
         return self._submit(_make, examples)
 
     def close(self) -> None:

@@ -29,10 +29,12 @@ class Summary:
 
     @property
     def num_rejected(self) -> int:
+        """Of all kinds."""
         return sum(self.rejected.values())
 
     @property
     def total(self) -> int:
+        """The records that were looked at."""
         return self.accepted + self.num_rejected
 
     def __add__(self, other: "Summary") -> "Summary":
@@ -61,6 +63,7 @@ class Notes:
         ]
 
     def write_plan(self, fingerprint: str, slices: Sequence[Slice]) -> None:
+        """Writes down what is to be done, and of which input and options that is the plan."""
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = {"fingerprint": fingerprint, "slices": [dataclasses.asdict(piece) for piece in slices]}
         self._write(self.folder / _PLAN, plan)
@@ -75,11 +78,13 @@ class Notes:
         self._write(self._path(index), note)
 
     def summary(self, index: int) -> Summary:
+        """What became of the records of a finished slice."""
         note = self._read(index)
         kinds = collections.Counter(reject["kind"] for reject in note["rejects"])
         return Summary(note["shard"]["records"], dict(kinds))
 
     def shard(self, index: int) -> Shard:
+        """The shard that a finished slice became."""
         return Shard(**self._read(index)["shard"])
 
     def rejects(self) -> Iterator[dict[str, Any]]:
@@ -94,6 +99,7 @@ class Notes:
                 self._path(index).unlink()
 
     def clear(self) -> None:
+        """Forgets everything."""
         self.folder.rmtree(missing_ok=True)
 
     def _path(self, index: int) -> epath.Path:

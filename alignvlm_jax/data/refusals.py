@@ -19,6 +19,7 @@ class RefusalLog:
         self._named = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
 
     def add(self, refused: Iterable[Refused]) -> None:
+        """Appends those that are not in it yet; one that is refused in every epoch stands there once."""
         new = {(example.source, example.id): example for example in refused}
         new = {name: example for name, example in new.items() if name not in self._named}
         if not new:

@@ -48,6 +48,7 @@ class Window:
 
     @property
     def has_room(self) -> bool:
+        """Whether more examples are to be looked at before the next bin is made."""
         return len(self.waiting) < self.config.window
 
     def take_bin(self) -> list[Waiting]:
@@ -65,6 +66,7 @@ class Window:
 
     @classmethod
     def from_state(cls, config: PackingConfig, state: Mapping[str, Any]) -> "Window":
+        """Goes on from where `state` was taken."""
         return cls(config, state["next"], [Waiting(*example) for example in state["waiting"]])
 
 

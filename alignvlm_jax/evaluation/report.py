@@ -50,6 +50,7 @@ class Tally:
 
     @property
     def exact_match(self) -> float:
+        """The share that is right; nan of nothing."""
         return self.right / self.total if self.total else math.nan
 
     @property
@@ -90,15 +91,18 @@ class Report:
 
     @property
     def overall(self) -> Tally:
+        """All questions."""
         return Tally.of(self.answers)
 
     @property
     def per_family(self) -> dict[str, Tally]:
+        """The questions on each family of documents."""
         families = sorted({answer.family for answer in self.answers})
         return {family: Tally.of([a for a in self.answers if a.family == family]) for family in families}
 
     @property
     def unseen_font(self) -> Tally:
+        """The questions on pages in fonts that training never saw."""
         return Tally.of([answer for answer in self.answers if answer.font in self.unseen_fonts])
 
     def to_json(self) -> dict:

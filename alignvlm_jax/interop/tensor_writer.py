@@ -36,6 +36,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """In the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -27,6 +27,7 @@ class FeatureNoise:
 
     @classmethod
     def of(cls, sigma: float, seed: int) -> "FeatureNoise":
+        """From plain numbers."""
         return cls(jnp.float32(sigma), jnp.uint32(seed))
 
     def add_to(

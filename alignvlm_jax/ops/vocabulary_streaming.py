@@ -96,6 +96,7 @@ class RunningSoftmax:
 
     @classmethod
     def empty(cls, num_queries: int) -> "RunningSoftmax":
+        """Before the first block."""
         return cls(jnp.full((num_queries,), LOWEST), jnp.zeros((num_queries,)))
 
     def update(

@@ -52,6 +52,7 @@ class ModelFlops:
 
     @property
     def total(self) -> float:
+        """All parts together."""
         return self.encoder + self.connector + self.decoder + self.loss
 
 

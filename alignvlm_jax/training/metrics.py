@@ -42,6 +42,7 @@ class Machine:
 
     @classmethod
     def of(cls, devices: Sequence[jax.Device]) -> "Machine":
+        """These devices; a chip may be several."""
         chip = find_chip(devices[0].device_kind)
         return cls(max(1, len(devices) // (chip.devices_per_chip if chip else 1)), chip)
 
@@ -126,6 +127,7 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes what is still to be written, if the disk takes it."""
         if self._writer is not None and self._writer.file_writer.event_writer._worker.is_alive():
             with contextlib.suppress(OSError):  # a full disk
                 self._writer.close()

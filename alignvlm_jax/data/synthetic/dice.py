@@ -21,6 +21,7 @@ class Dice:
         self._pool: list[float] = []
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A number from low to high."""
         if not self._pool:
             self._pool = self.generator.random(_BLOCK).tolist()
         return low + (high - low) * self._pool.pop()
@@ -30,12 +31,15 @@ class Dice:
         return low + int(self.uniform() * (high - low + 1))
 
     def pick(self, options: Sequence[T]) -> T:
+        """One of the options, all alike likely."""
         return options[int(self.uniform() * len(options))]
 
     def chance(self, probability: float) -> bool:
+        """True with this probability."""
         return self.uniform() < probability
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
+        """The items in random order (Fisher and Yates)."""
         items = list(items)
         for last in range(len(items) - 1, 0, -1):
             other = int(self.uniform() * (last + 1))

@@ -28,6 +28,7 @@ class Look:
 
 
 def draw_look(dice: Dice) -> Look:
+    """Paper, ink and mark of one document, by lot."""
     light = dice.integer(228, 255)
     tint = dice.pick(((0, 0, 0), (0, 0, 0), (0, 3, 14), (0, 5, 5), (10, 4, 0), (6, 0, 8)))
     return Look(

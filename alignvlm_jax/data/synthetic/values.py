@@ -84,6 +84,7 @@ class Values:
         return f"{'$' if self._dollar else ''}{units}.{self._dice.integer(0, 99):02d}"
 
     def date(self) -> str:
+        """21.03.19, in the separator of this document."""
         dice, separator = self._dice, self._date_separator
         day, month, year = dice.integer(1, 28), dice.integer(1, 12), dice.integer(0, 49)
         return f"{day:02d}{separator}{month:02d}{separator}{year:02d}"
@@ -99,9 +100,11 @@ class Values:
         return f"{self._letter()}{dice.integer(0, 9)}-{dice.integer(100, 999)}"
 
     def phone(self) -> str:
+        """555-0142."""
         return f"{self._dice.integer(200, 999)}-{self._dice.integer(0, 9999):04d}"
 
     def time(self) -> str:
+        """08:45."""
         return f"{self._dice.integer(0, 23):02d}:{self._dice.integer(0, 59):02d}"
 
     def quantity(self) -> str:
@@ -114,15 +117,19 @@ class Values:
         return str(self._dice.integer(100, 999))
 
     def percent(self) -> str:
+        """12.5%."""
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}%"
 
     def whole_percent(self) -> str:
+        """45%."""
         return f"{self._dice.integer(10, 99)}%"
 
     def tenths(self) -> str:
+        """4.5."""
         return f"{self._dice.integer(1, 9)}.{self._dice.integer(0, 9)}"
 
     def decimal(self) -> str:
+        """37.2."""
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"
 
     def _letter(self) -> str:
