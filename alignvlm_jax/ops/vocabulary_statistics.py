@@ -16,6 +16,7 @@ Devices that share the table's columns (`Table.share`) each compute C of a share
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from alignvlm_jax.ops import vocabulary_streaming as streaming
@@ -80,7 +81,7 @@ def covariance_is_cheaper(num_queries: int, width: int, num_parts: int = 1) -> b
     return 3 * width <= 4 * num_queries * num_parts
 
 
-def mean_row(keys: streaming.Table, dtype) -> Float[Array, " D"]:
+def mean_row(keys: streaming.Table, dtype: DTypeLike) -> Float[Array, " D"]:
     """w̄, float32, over the rows of all devices."""
     total = jnp.sum(keys.part.astype(dtype), axis=0, dtype=jnp.float32)
     total = streaming.add_up(total, keys.axes.vocabulary) / keys.all_rows
@@ -88,7 +89,12 @@ def mean_row(keys: streaming.Table, dtype) -> Float[Array, " D"]:
 
 
 def centred_rows(
-    share: streaming.Table, num_real: Array | int, mean: Float[Array, " D"], start: Array | int, size: int, dtype
+    share: streaming.Table,
+    num_real: Array | int,
+    mean: Float[Array, " D"],
+    start: Array | int,
+    size: int,
+    dtype: DTypeLike,
 ) -> Float[Array, "K D"]:
     """A block of a `Table.share` less the mean row; zeros where the rows are not real.
 
@@ -100,7 +106,9 @@ def centred_rows(
     return rows.astype(dtype)
 
 
-def centred_covariance(keys: streaming.Table, mean: Float[Array, " D"], dtype, block_size: int) -> Float[Array, "D D"]:
+def centred_covariance(
+    keys: streaming.Table, mean: Float[Array, " D"], dtype: DTypeLike, block_size: int
+) -> Float[Array, "D D"]:
     """C, float32. Only panels on and above the diagonal are computed: 5/8 of the products, for four panels.
 
     panels of 4:  0 0 0 0

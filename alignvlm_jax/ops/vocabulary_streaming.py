@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Carry = TypeVar("Carry")
+Tree = TypeVar("Tree")
 
 LOWEST = -1e30
 """Below every score, and finite: the difference of two such maxima is 0, not NaN."""
@@ -51,9 +53,7 @@ def default_block_size(num_queries: int, *, inference: bool = False) -> int:
     return min(factor * largest, max(smallest, 1 << (fitting.bit_length() - 1)))
 
 
-def stream(
-    step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, num_rows: int, block_size: int
-) -> Carry:
+def stream(step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, num_rows: int, block_size: int) -> Carry:
     """Folds `carry = step(start, size, carry)` over blocks of rows: full ones in a loop, then the ragged last one.
 
     before: num_rows=10, block_size=4
@@ -67,7 +67,9 @@ def stream(
     return step(full * block_size, ragged, carry) if ragged else carry
 
 
-def take(rows: Float[Array, "V ..."], start: Array | int, size: int, dtype=None) -> Float[Array, "K ..."]:
+def take(
+    rows: Float[Array, "V ..."], start: Array | int, size: int, dtype: DTypeLike | None = None
+) -> Float[Array, "K ..."]:
     """A block of rows, cast to `dtype` (None: left as they are)."""
     return jax.lax.dynamic_slice_in_dim(rows, start, size).astype(dtype or rows.dtype)
 
@@ -99,9 +101,7 @@ class RunningSoftmax:
         """Before the first block."""
         return cls(jnp.full((num_queries,), LOWEST), jnp.zeros((num_queries,)))
 
-    def update(
-        self, scores: Float[Array, "T K"]
-    ) -> tuple["RunningSoftmax", Float[Array, "T K"], Float[Array, "T 1"]]:
+    def update(self, scores: Float[Array, "T K"]) -> tuple["RunningSoftmax", Float[Array, "T K"], Float[Array, "T 1"]]:
         """Takes in a block; returns its exp(score - m) too, and what sums of earlier blocks are to be multiplied by."""
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[:, None])
@@ -141,7 +141,7 @@ class RunningSoftmax:
         return jnp.exp(scores - self.maximum[:, None]) * (1 / self.total)[:, None]
 
 
-def add_up(partial, across: tuple[str, ...]):
+def add_up(partial: Tree, across: tuple[str, ...]) -> Tree:
     """The sum over the devices of some mesh axes, of every array of a tree; without axes, what was given."""
     return jax.lax.psum(partial, across) if across else partial
 
@@ -252,12 +252,12 @@ class Table:
         """f: how many devices share the columns."""
         return jax.lax.axis_size(self.axes.widths) if self.axes.widths else 1
 
-    def take(self, start: Array | int, size: int, dtype) -> Float[Array, "K D"]:
+    def take(self, start: Array | int, size: int, dtype: DTypeLike) -> Float[Array, "K D"]:
         """A block of rows, whole in width, cast to `dtype`; what travels is cast already."""
         block = take(self.part, start, size, dtype)
         return gather(block, self.axes.widths, axis=1)
 
-    def share(self, dtype) -> tuple["Table", Array | int]:
+    def share(self, dtype: DTypeLike) -> tuple["Table", Array | int]:
         """A share of this device's rows for each of the devices that share their columns, whole in width.
 
         Returns:

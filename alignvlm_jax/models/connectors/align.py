@@ -103,7 +103,9 @@ class AlignConnector(nn.Module):
         return tokens, summary
 
     @nn.compact
-    def query_and_keys(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]):
+    def query_and_keys(
+        self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "V D"], Float[Array, " V"], Float[Array, " V"], ExtraWords | None]:
         """LN_D(W1 f) [B, N, D], W2 [V, D], LN_V's scale and bias [V], and the connector's own words or None."""
         config, width = self.config, self.output_size
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
