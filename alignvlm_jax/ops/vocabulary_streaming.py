@@ -44,8 +44,8 @@ def default_block_size(num_queries: int, *, inference: bool = False) -> int:
 
     Args:
       num_queries: T.
-      inference: whether no gradient will follow. Twice the rows and the bytes then: a forward pass alone does less
-        arithmetic for each sum that it moves, and a v6e is bound by arithmetic from 8192 rows on.
+      inference: whether no gradient will follow, on an accelerator. Twice the rows and the bytes then: a forward pass
+        alone does less arithmetic for each sum that it moves, and a v6e is bound by arithmetic from 8192 rows on.
     """
     smallest, largest = _BLOCK_ROWS
     factor = 2 if inference else 1
