@@ -270,7 +270,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     """The forward pass over this device's rows of the tables for its queries [T, D], merged with the other devices'."""
     across = options.axes.vocabulary
     num_queries = q.shape[0]
-    # Accelerators compute in bfloat16; a CPU, in float32, has nothing of larger blocks but what no longer fits its caches.
+    # Accelerators compute in bfloat16. A CPU does in float32, and larger blocks no longer fit its caches.
     larger = not for_gradient and q.dtype != jnp.float32
     block_size = options.block_size or streaming.default_block_size(num_queries, inference=larger)
     moments = _moments(q, keys, statistics, options.eps, block_size)
