@@ -8,6 +8,7 @@ run died (`parallel/watch.py`), 75 preempted (SIGTERM; the run was saved), 130 i
 
 import argparse
 import glob
+import importlib.util
 import logging
 import os
 import sys
@@ -29,6 +30,9 @@ start here:
 """
 
 _COMMANDS = (train, evaluate, ask, inspect, analyze, demo, reproduce)
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
+"""Where Linux shows TPUs and GPUs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,8 +104,8 @@ def _quiet_logs(debug: bool) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
-        # libtpu may be installed without a TPU, to compile for one; it then complains at length of having none.
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "4")
+    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
+        # libtpu can be there without a TPU, to compile for one. Where JAX looks for TPUs, it complains of having none.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

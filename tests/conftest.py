@@ -25,3 +25,11 @@ def compilation_cache():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         yield
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+_LONG = ("training", "parallel", "tools", "backbones", "interop")
+
+
+def pytest_collection_modifyitems(items):
+    """Folders with long tests first: at the end there are short ones to share out between the workers."""
+    items.sort(key=lambda item: not any(f"tests/{folder}/" in item.nodeid for folder in _LONG))

@@ -148,7 +148,7 @@ def test_config_key_that_does_not_exist(capsys, tmp_path):
 
 def test_a_machine_without_tpus_hears_nothing_of_them():
     """libtpu is among what the tests need (`setup.py`); it must not greet every command."""
-    code = "from alignvlm_jax import cli, parallel; cli._quiet_logs(debug=False); import jax; print(jax.devices()[0])"
+    code = "from alignvlm_jax import cli; cli._quiet_logs(debug=False); import jax; print(jax.devices()[0])"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout and done.stderr == ""

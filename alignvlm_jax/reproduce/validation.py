@@ -12,14 +12,14 @@ import numpy as np
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.models.alignvlm import AlignVLM, Params
-from alignvlm_jax.training import loop
+from alignvlm_jax.training.experiment_data import ExperimentData
 from alignvlm_jax.training.stages import MixturePart, StageConfig
 from alignvlm_jax.training.step import FIELDS
 
 PAGES = 64
 
 
-class OnePageABin(loop.ExperimentData):
+class OnePageABin(ExperimentData):
     """The data of a recipe whose bins hold one page each: there is nothing to be measured before it is planned."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:

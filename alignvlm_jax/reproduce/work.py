@@ -34,7 +34,7 @@ from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job, R
 from alignvlm_jax.reproduce.options import Options, write_json
 from alignvlm_jax.reproduce.validation import OnePageABin, ValidationLoss
 from alignvlm_jax.training import loop, provenance
-from alignvlm_jax.training.checkpoint import Checkpointer
+from alignvlm_jax.training.checkpointer import Checkpointer
 
 CURVE_FILE = "curve.json"
 _POINTS = 5  # of a learning curve

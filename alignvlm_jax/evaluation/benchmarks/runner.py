@@ -24,7 +24,7 @@ from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import checkpoint as checkpoints
+from alignvlm_jax.training import workdir as workdirs
 from alignvlm_jax.training.provenance import versions
 
 _QUESTIONS_AT_ONCE = 64
@@ -265,8 +265,8 @@ def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
                 content.seek(max(0, file.stat().st_size - 2**20))
                 digest.update(content.read(2**20))
         return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
-    workdir, step = checkpoints.find_checkpoint(folder)
-    for file in sorted((workdir / checkpoints.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
+    workdir, step = workdirs.find_checkpoint(folder)
+    for file in sorted((workdir / workdirs.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
         digest.update(file.read_bytes())
     return {"checkpoint": str(workdir.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
 
