@@ -1,4 +1,4 @@
-"""The trained nano model, in JAX and as PyTorch reads it: the same answer to questions held out from training (all: large).
+"""The trained nano model, in JAX and as PyTorch reads it: the same answers to questions held out from training.
 
 Random weights prove little here: ALIGN's output is then almost the same for every patch, and tiles or rows in a wrong
 order would not show.
