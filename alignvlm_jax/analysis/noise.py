@@ -428,15 +428,22 @@ def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
 
 
 def _comparison(reports: Mapping[str, NoiseReport]) -> list[str]:
-    """Who loses least at the sigma nearest the paper's, if there are several and anyone had a score to lose."""
-    losses = {}
-    for name, report in reports.items():
-        shown = min(report.features[1:], key=lambda point: abs(point.sigma - PAPER_SIGMA), default=None)
-        if shown is not None and report.clean.right:
-            losses[name] = shown.sigma, 100 * (shown.score - report.clean.exact_match)
-    if len(losses) < 2:
+    """Who loses least, if there are several with a score to lose: at noise as large as the features' own deviation and
+    at the paper's sigma, at which a small model may have nothing left."""
+    able = {name: report for name, report in reports.items() if report.clean.right and len(report.features) > 1}
+    if len(able) < 2:
         return []
-    order = sorted(losses, key=lambda name: -losses[name][1])
-    sigma = losses[order[0]][0]
-    said = ", ".join(f"{name} {losses[name][1]:+.1f} points" for name in order)
-    return [f"Side by side at sigma {sigma:g}, from the least loss to the largest: {said}.", ""]
+    first = next(iter(able.values())).features[1:]
+    places = {
+        min(range(len(first)), key=lambda i: abs(first[i].relative_sigma - 1)),
+        min(range(len(first)), key=lambda i: abs(first[i].sigma - PAPER_SIGMA)),
+    }
+    lines = []
+    for place in sorted(places):
+        losses = {
+            name: 100 * (report.features[1 + place].score - report.clean.exact_match) for name, report in able.items()
+        }
+        order = sorted(losses, key=lambda name: -losses[name])
+        said = ", ".join(f"{name} {losses[name]:+.1f} points" for name in order)
+        lines.append(f"Side by side at sigma {first[place].sigma:g}, from the least loss to the largest: {said}.")
+    return [*lines, ""]

@@ -14,7 +14,7 @@ from alignvlm_jax.analysis.noise import CorruptedRecords, Corruption, feature_di
 from alignvlm_jax.analysis.subjects import tile_batches
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.report import Answer, Report
+from alignvlm_jax.evaluation.report import Answer, Report, Tally
 from alignvlm_jax.models.connectors import MLPConfig, PerceiverConfig
 from tests.analysis.subjects import features_of, random_reader, records
 
@@ -196,3 +196,17 @@ def test_what_is_written(reader, tmp_path, monkeypatch):
     assert "from the least loss to the largest: ALIGN -20.0 points, MLP -60.0 points" in text
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"noise.json", "noise.md", "noise.png", "noise_images.png"}
+
+
+def test_who_loses_least_is_said_where_there_is_something_left_to_lose():
+    def report(*right):
+        points = [
+            noise.NoisePoint(sigma, sigma / 1.1, Tally(count, 100), 0.0, 0.0, 0.0)
+            for sigma, count in zip((0.0, 0.5, 1.0, 3.0), right, strict=True)
+        ]
+        return noise.NoiseReport(points, [])
+
+    text = noise.describe({"ALIGN": report(80, 76, 63, 3), "MLP": report(73, 65, 47, 0)}, "heldout")
+    assert "at sigma 1, from the least loss to the largest: ALIGN -17.0 points, MLP -26.0 points." in text
+    assert "at sigma 3, from the least loss to the largest: MLP -73.0 points, ALIGN -77.0 points." in text
+    assert "Side by side" not in noise.describe({"ALIGN": report(80, 76, 63, 3), "MLP": report(0, 0, 0, 0)}, "heldout")
