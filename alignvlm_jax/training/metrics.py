@@ -199,7 +199,7 @@ def line(step: int, stage: str, summary: dict[str, float]) -> str:
     pieces.append(f"bins {100 * summary['token_fraction']:.0f} % full")
     if not math.isnan(summary["effective_tokens"]):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
-    pieces.append("lr " + "/".join(sorted({f"{value:.1e}" for value in rates.values()}, reverse=True)))
+    pieces.append("lr " + "/".join(f"{rate:.1e}" for rate in sorted(set(rates.values()), reverse=True)))
     if summary.get("data_wait", 0.0) > _MUCH_WAITING:
         pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")
     if summary.get("skipped"):
