@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from alignvlm_jax.reproduce.options import TITLES
 from alignvlm_jax.reproduce.statistics import Estimate
@@ -76,8 +77,11 @@ def curves(
         axes.grid(color="0.9")
         if logarithmic[0]:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if logarithmic[1]:
             axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(StrMethodFormatter("{x:g}"))
     row[0][0].set_ylabel(y_label)
     row[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, file)
