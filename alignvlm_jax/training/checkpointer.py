@@ -123,10 +123,13 @@ class Checkpointer:
         return (self._folder / str(progress.step) / "opt_state").is_dir()
 
     def restore(self, progress: Progress, abstract: TrainState) -> TrainState:
-        """The state at `progress`, with the shapes and shardings of `abstract`, on whatever mesh those are."""
+        """The state at `progress`, with the shapes and shardings of `abstract`, on whatever mesh those are.
+
+        Learning rates are the config's affair and stay as `abstract` has them.
+        """
         restored = self._restore(progress, params=abstract.params, opt_state=abstract.opt_state)
         step = jax.device_put(np.int32(progress.step_in_stage), abstract.step.sharding)
-        return TrainState(step, restored.params, restored.opt_state)
+        return abstract.replace(step=step, params=restored.params, opt_state=restored.opt_state)
 
     def restore_params(self, progress: Progress, abstract: Params) -> Params:
         """The weights alone: what the next stage starts from."""

@@ -193,7 +193,9 @@ class _Run:
         stage = self.stages[progress.stage]
         if params is not None:
             return steps.place_state(self.config.model, stage, self.mesh, params)
-        return self.checkpointer.restore(progress, steps.abstract_state(self.config.model, stage, self.mesh))
+        abstract = steps.abstract_state(self.config.model, stage, self.mesh)
+        state = self.checkpointer.restore(progress, abstract)
+        return state.replace(learning_rates=steps.peak_learning_rates(stage, abstract.step.sharding))
 
     def finish_stage(
         self,

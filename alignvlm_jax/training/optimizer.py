@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 OPTIMIZERS = ("adamw", "muon")
@@ -43,7 +44,12 @@ class OptimizerConfig:
 
 
 def make_schedule(
-    peak: float, *, steps: int, warmup_steps: int = 0, kind: str = "cosine", final_fraction: float = 0.0
+    peak: float | Float[Array, ""],
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    kind: str = "cosine",
+    final_fraction: float = 0.0,
 ) -> optax.Schedule:
     """Linear warm-up to `peak`, then down to `final_fraction * peak` where the stage ends (or flat, if "constant").
 

@@ -5,10 +5,12 @@ The paper's three stages: (1) the full model on captions, which steadies ALIGN; 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import optax
+from jaxtyping import Array, Float
 
 from alignvlm_jax.models.alignvlm import PARTS
 from alignvlm_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -79,11 +81,13 @@ class StageConfig:
     max_text_tokens: int = 2048
 
 
-def stage_schedules(stage: StageConfig) -> dict[str, optax.Schedule]:
-    """Learning rate by step for each trainable part; `stage.steps` must be known."""
+def stage_schedules(
+    stage: StageConfig, peaks: Mapping[str, Float[Array, ""]] | None = None
+) -> dict[str, optax.Schedule]:
+    """Learning rate by step for each trainable part; `stage.steps` must be known. `peaks` stand for the stage's own."""
     return {
         part: make_schedule(
-            getattr(stage.learning_rates, part),
+            getattr(stage.learning_rates, part) if peaks is None else peaks[part],
             steps=stage.steps,
             warmup_steps=stage.warmup_steps,
             kind=stage.schedule,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training import stages
+from alignvlm_jax.training.optimizer import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -45,17 +46,25 @@ class TrainState(flax.struct.PyTreeNode):
     step: optimizer steps done in this stage.
     params: all weights, float32, frozen ones included.
     opt_state: the optimizer's state of the trainable parts.
+    learning_rates: the peak of each trainable part, which never changes. As data of the compiled step and not constants
+      in it: another rate, in a tuning trial or a next stage, is not another program, and a compilation cache has it.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    learning_rates: dict[str, Float[Array, ""]]
 
 
 def create_state(stage: stages.StageConfig, params: Params) -> TrainState:
     """The state a stage starts from. Pure: evaluate its shapes, or jit it into shardings."""
     opt_state = stages.stage_optimizer(stage).init(stages.trainable_params(stage, params))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, peak_learning_rates(stage))
+
+
+def peak_learning_rates(stage: stages.StageConfig, where: Any = None) -> dict[str, Float[Array, ""]]:
+    """Of each trainable part, on the devices of the sharding `where`."""
+    return {part: jax.device_put(jnp.float32(getattr(stage.learning_rates, part)), where) for part in stage.trainable}
 
 
 def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
@@ -63,11 +72,12 @@ def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh
     boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
     of_params = sharding.parameter_shardings(boxed, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     of_opt_state = sharding.like_parameters(shapes.opt_state, shapes.params, of_params, mesh)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
-        TrainState(NamedSharding(mesh, PartitionSpec()), of_params, of_opt_state),
+        TrainState(everywhere, of_params, of_opt_state, dict.fromkeys(shapes.learning_rates, everywhere)),
     )
 
 
@@ -85,7 +95,8 @@ def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: M
     params = jax.device_put(params, where.params)
     init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=where.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
-    return TrainState(step, params, init(stages.trainable_params(stage, params)))
+    opt_state = init(stages.trainable_params(stage, params))
+    return TrainState(step, params, opt_state, peak_learning_rates(stage, where.step))
 
 
 def make_train_step(
@@ -98,8 +109,6 @@ def make_train_step(
     the whole of it.
     """
     model = AlignVLM(model_config)
-    optimizer = stages.stage_optimizer(stage)
-    schedules = stages.stage_schedules(stage)
 
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
         output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
@@ -120,6 +129,8 @@ def make_train_step(
         return output.loss, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        schedules = stages.stage_schedules(stage, state.learning_rates)
+        optimizer = make_optimizer(stage.optimizer, schedules)
         trainable = stages.trainable_params(stage, state.params)
         frozen = stages.frozen_params(stage, state.params)
 
@@ -162,7 +173,7 @@ def make_train_step(
             "effective_tokens": sums["effective_tokens"] / jnp.maximum(sums["tiles"], 1.0),
             **{f"learning_rate/{part}": jnp.float32(rate(state.step)) for part, rate in schedules.items()},
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 

@@ -20,7 +20,7 @@ from tests.training import breakage
 
 def state_at(step: int, size: int = 64) -> TrainState:
     weights = jnp.full((size,), step, jnp.float32)
-    return TrainState(jnp.int32(step), {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}})
+    return TrainState(jnp.int32(step), {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}}, {})
 
 
 def write_steps(workdir, *steps, size=64, metrics=None, **config) -> Checkpointer:

@@ -189,3 +189,18 @@ def assert_is_sharded(state):
         if jax.tree_util.keystr(path).endswith("['mlp']['down']['kernel']")
     ]
     assert moments and all(moment.sharding.spec == down.sharding.spec for moment in moments)
+
+
+def test_another_learning_rate_is_not_another_program(params):
+    """A tuning trial, or a next stage that differs in its rates, is found in a compilation cache."""
+    batch, mesh = random_batch(7), make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
+    texts, moved = [], []
+    for rate in (1e-3, 2e-3):
+        config = stage(learning_rates=LearningRates(rate, rate, rate))
+        with jax.set_mesh(mesh):
+            step = train_step_lib.jit_train_step(MODEL, config, mesh)
+            texts.append(step.lower(train_step_lib.abstract_state(MODEL, config, mesh), batch).as_text())
+        state, _ = run(config, params, [batch])
+        moved.append(optax.tree.norm(jax.tree.map(jnp.subtract, state.params, params)))
+    assert texts[0] == texts[1]
+    np.testing.assert_allclose(moved[1] / moved[0], 2, rtol=0.05)
