@@ -19,6 +19,7 @@ import alignvlm_jax
 from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
 from alignvlm_jax.commands.arguments import Commands, style
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.terminal import lasting_output
 
 DESCRIPTION = """\
 AlignVLM in JAX: a vision-language model for documents whose connector says what it
@@ -39,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     _quiet_logs(args.debug)
+    with lasting_output():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
         return 0

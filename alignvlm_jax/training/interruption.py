@@ -10,6 +10,7 @@ JAX's own preemption service (`multihost_utils.reached_preemption_sync_point`) a
 hears SIGTERM only; here the processes agree by a sum that they take with every step anyway.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -65,7 +66,8 @@ class Interruption:
             return
         self.came, self.preempted = True, preempted
         more = "" if preempted else " (once more to stop at once)"
-        tqdm.write(f"interrupted: finishing this step and saving{more}")
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+            tqdm.write(f"interrupted: finishing this step and saving{more}")
 
     def _ask_google(self) -> None:
         """In the background: asks again and again; an answer comes when there is something new."""

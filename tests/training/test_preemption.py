@@ -61,8 +61,8 @@ def write_config(folder):
     return folder / "config.py"
 
 
-def start(folder, config):
-    """`alignvlm train`, at the head of a group of processes."""
+def start(folder, config, output=None):
+    """`alignvlm train`, at the head of a group of processes; `output` is a handle to print to, else it is a file."""
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
@@ -72,12 +72,27 @@ def start(folder, config):
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-m", "alignvlm_jax", "train", "--config", config, "--workdir", folder / "run"]
-    output = folder / "output.txt"
-    with output.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
-        )
-    return processes.Process(process, output)
+    options = dict(stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True)
+    if output is not None:
+        return subprocess.Popen(command, stdout=output, **options)
+    file = folder / "output.txt"
+    with file.open("w") as out:
+        return processes.Process(subprocess.Popen(command, stdout=out, **options), file)
+
+
+def test_sigterm_saves_also_where_nobody_reads_the_log_any_more(tmp_path):
+    """A signal to a whole job ends the `tee` behind it first."""
+    config = write_config(tmp_path)
+    read, write = os.pipe()
+    run = start(tmp_path, config, output=write)
+    os.close(write)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        said = b""
+        while b"step 3 " not in said:
+            said += pipe.read(4096)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(400) == 75
+    assert 3 <= find_undamaged(tmp_path / "run")[1] < STEPS
 
 
 def group_of(process):
