@@ -219,7 +219,10 @@ def _value(text: str, canonical: str, python: _Python) -> _Value:
             number = int(number)
         return _Value("number", number, _normalize(text, python) if text else str(number))
     if date:
-        return _Value("date", date, _normalize(text, python) if text else str(date))
+        if python == 2 and date[0] >= 2**63:
+            raise ScorerAborted(f"the official scorer fails at {canonical!r}: its year is a Python 2 long")
+        year, month = ("xx" if part == _UNKNOWN else part for part in date[:2])  # as there, and not the day
+        return _Value("date", date, _normalize(text, python) if text else f"{year}-{month}-{date[2]}")
     normalized = _normalize(text, python)
     return _Value("text", normalized, normalized)
 
