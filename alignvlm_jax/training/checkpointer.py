@@ -52,6 +52,7 @@ class Checkpointer:
         self._failure: tuple[Path, Exception] | None = None
         self._failures = 0
         self._newest: int | None = None  # the step last saved, or known to be undamaged
+        self._passed_over: set[int] = set()  # steps that are damaged
         self._cleaned_up = False
 
     def __enter__(self) -> "Checkpointer":
@@ -100,23 +101,41 @@ class Checkpointer:
         self._join(failures_allowed=0)
 
     def latest(self) -> Progress | None:
-        """The progress of the newest undamaged checkpoint, None if there is none. Those passed over are named."""
+        """The progress of the newest undamaged checkpoint, None if the run has none yet. Those passed over are named.
+
+        Raises:
+          UserError: there are some, and all are damaged: to begin anew would delete them.
+        """
         self._join()
-        for step in reversed(distributed.gather_json(numbered_steps(self._folder))[0]):
+        there = {step: integrity.is_sealed(self._folder / str(step)) for step in numbered_steps(self._folder)}
+        there, reasons = dict(distributed.gather_json(list(there.items()))[0]), []
+        for step in reversed(there):
             path = self._folder / str(step)
             if step != self._newest:
                 share = (jax.process_index(), jax.process_count())
                 found = distributed.gather_json(integrity.damage(path, share=share))
                 if reason := next(filter(None, found), None):
                     warn_passed_over(path, reason)
+                    self._passed_over.add(step)
+                    reasons.append(f"step {step}: {reason}")
                     continue
                 self._newest = step
             return Progress(**read_meta(path)["progress"])
+        # A single one that was never finished is what a run leaves that is killed while it saves for the first time.
+        if len(there) > 1 or any(there.values()):
+            raise UserError(
+                f"{self._folder} holds no undamaged checkpoint to go on from ({'; '.join(reasons)}). A run that began "
+                "anew would delete these: move the folder away if that is what you want, or choose another workdir"
+            )
         return None
 
     def data_state(self, progress: Progress) -> dict[str, Any] | None:
         """What was saved of the data at `progress`, if anything was."""
         return read_meta(self._folder / str(progress.step)).get("data")
+
+    def config(self, progress: Progress) -> dict[str, Any]:
+        """The config under which `progress` was saved, as nested dicts."""
+        return read_meta(self._folder / str(progress.step))["config"]
 
     def has_optimizer(self, progress: Progress) -> bool:
         """Whether the checkpoint at `progress` can be gone on from in the middle of its stage."""
@@ -163,10 +182,16 @@ class Checkpointer:
             integrity.seal(step, jax.process_index(), jax.process_count())
             if distributed.is_primary():
                 integrity.wait_for_seals(step, jax.process_count())
-                self._delete_old(int(step.name))
             self._newest, self._failures = int(step.name), 0
+            self._passed_over.discard(int(step.name))
         except Exception as error:
-            self._fail(step, error)
+            return self._fail(step, error)
+        try:
+            if distributed.is_primary():
+                self._delete_old(int(step.name))
+        except OSError as error:  # is no harm to the new one
+            why = f"{error.filename or self._folder}: {error.strerror or error}"
+            distributed.say(f"warning: older checkpoints could not be deleted: {why}", file=sys.stderr)
 
     def _fail(self, step: Path, error: Exception) -> None:
         self._failure = step, error
@@ -206,13 +231,20 @@ class Checkpointer:
             self._cleaned_up = True
 
     def _delete_old(self, newest: int) -> None:
-        """Deletes what the rules do not keep, and what is later than the newest: its past was given up."""
-        complete = [step for step in complete_steps(self._folder) if step <= newest]
-        metrics = {step: read_meta(self._folder / str(step)).get("metrics") or {} for step in complete}
+        """Deletes what the rules do not keep, what was found damaged, and what is later: that past was given up."""
+        complete = [step for step in complete_steps(self._folder) if step <= newest and step not in self._passed_over]
+        metrics = {step: self._metrics(step) for step in complete}
         kept = kept_steps(metrics, self._config.checkpoint)
         for step in numbered_steps(self._folder):
             if step not in kept:
                 integrity.remove(self._folder / str(step))
+
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        try:
+            return read_meta(self._folder / str(step)).get("metrics") or {}
+        except (OSError, ValueError):  # damaged since: no reason to lose the new one
+            return {}
 
 
 def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:

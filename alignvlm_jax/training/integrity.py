@@ -36,13 +36,33 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
         if path.is_file() and not _DIGESTS.fullmatch(path.name) and _writer(path.relative_to(step)) == process
     )
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(lambda file: _digest(step / file), files)
+        digests = pool.map(lambda file: _digest(step / file, sync=True), files)
         entries = {
             str(file): {"bytes": (step / file).stat().st_size, "sha256": digest}
             for file, digest in zip(files, digests, strict=True)
         }
     text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
-    (step / f"digests.{process}-of-{num_processes}.json").write_text(text, encoding="utf-8")
+    for folder in {step, *((step / file).parent for file in files)}:
+        _sync(folder)
+    # Last, and only once the files themselves would survive the power going: older steps are deleted upon it.
+    digests = step / f"digests.{process}-of-{num_processes}.json"
+    digests.write_text(text, encoding="utf-8")
+    _sync(digests)
+    _sync(step)
+
+
+def is_sealed(step: Path) -> bool:
+    """Whether all processes had written their digests, whatever became of the files since.
+
+    A step that is not was never complete: whoever saved it was killed meanwhile, or whoever deleted it.
+    """
+    found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
+    if not found or len(found) < int(found[0][2]):
+        return False
+    try:
+        return all((step / match[0]).read_bytes().endswith(b"}") for match in found)  # else torn
+    except OSError:
+        return True  # there, and cannot be read
 
 
 def incompleteness(step: Path) -> str | None:
@@ -91,9 +111,13 @@ def wait_for_seals(step: Path, num_processes: int, seconds: float = 600) -> None
       OSError: one of them did not.
     """
     deadline = time.monotonic() + seconds
-    while len(list(step.glob("digests.*.json"))) < num_processes:
-        if time.monotonic() > deadline:
-            raise OSError(errno.ESTALE, "another process has not written its digests")
+    while True:  # a file is seen before what is in it
+        try:
+            _read_digests(step)
+            break
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise OSError(errno.ESTALE, f"another process has not written its digests ({error})") from error
         time.sleep(0.05)
     if reason := incompleteness(step):
         raise OSError(errno.EIO, reason)
@@ -115,8 +139,7 @@ def _read_digests(step: Path) -> dict[str, dict]:
     found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
     if not found:
         raise ValueError("its digests are missing: it was not finished, or its deletion was not")
-    missing = set(range(int(found[0][2]))) - {int(match[1]) for match in found}
-    if missing:
+    if missing := set(range(int(found[0][2]))) - {int(match[1]) for match in found}:
         raise ValueError(f"the digests of process {min(missing)} are missing: it was not finished")
     entries = {}
     for match in found:
@@ -137,9 +160,23 @@ def _writer(file: Path) -> int:
     return int(found[0][1]) if found else 0
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, sync: bool = False) -> str:
     with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Sees to it that a file, or the names in a folder, are on the disk and not only on their way."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _digest_of_list(entries: dict) -> str:

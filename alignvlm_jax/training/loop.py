@@ -43,7 +43,14 @@ from alignvlm_jax.training.initial import initial_parameters
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.stages import StageConfig, stage_table
-from alignvlm_jax.training.workdir import CONFIG_FILE, TOKENIZER_FOLDER, Progress, is_checkpoint
+from alignvlm_jax.training.workdir import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    Progress,
+    complete_steps,
+    read_meta,
+)
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -96,7 +103,7 @@ def train(
     machine = metrics.Machine.of(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
     data = open_data(config)
-    changes = _prepare_workdir(workdir, config, data, allow_config_change)
+    _prepare_workdir(workdir, config, data, allow_config_change)
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, config) as checkpointer,
@@ -104,7 +111,7 @@ def train(
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explained(config, workdir),
     ):
-        plans = _plans(config, data, checkpointer, changes)
+        plans = _plans(config, data, checkpointer)
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
         report = workdir / ANOMALIES_FILE if distributed.is_primary() else None
@@ -240,7 +247,7 @@ class _Run:
             too_many = self.anomalies.look(before=progress.step)
             if self.config.debug.nans and float(measured["skipped"]):
                 debug.explain_skipped(self.config.model, stage, self.mesh, state, device_batch, progress.step)
-            interrupted, preempted = counts.pop("interrupted"), counts.pop("preempted")
+            signalled = counts.pop("interrupted"), counts.pop("preempted")
             log.add({**measured, **counts, "data_seconds": waited})
             self.refusals.add(batches.refused())
             bar.update()
@@ -255,17 +262,19 @@ class _Run:
                 first = False
             if self.on_step:
                 self.on_step(progress.step)
-            if self.score and progress.step % self.config.evaluation.every_steps == 0:
+            interrupted, preempted = self._is_to_end(signalled)
+            if self.score and not interrupted and progress.step % self.config.evaluation.every_steps == 0:
                 started += self._score(state.params, progress, log)
-            if jax.process_count() == 1:  # what came during the step counts too
-                interrupted, preempted = self.interruption.came, self.interruption.preempted
-            interrupted, preempted = bool(interrupted), bool(preempted)
-            to_save = at_end or interrupted or progress.step % self.config.checkpoint.every_steps == 0
+                interrupted, preempted = self._is_to_end(signalled)
+            must_save = at_end or interrupted
+            to_save = must_save or progress.step % self.config.checkpoint.every_steps == 0
             if to_save and not too_many:
                 jax.block_until_ready(state)
                 if too_many := self.anomalies.look(before=progress.step + 1):
                     next(batches)  # left out too, as it would be had this been seen one step late, as usual
                     drawn += 1
+                # Updates that fail lead back to before the first of them, not to one between.
+                to_save = must_save or not self.anomalies.in_a_row
             if too_many:
                 del state  # to make room
                 failed, measured = progress, None
@@ -281,6 +290,13 @@ class _Run:
                 raise distributed.Preempted if preempted else distributed.Interrupted
         return state, progress
 
+    def _is_to_end(self, signalled: tuple[Any, Any]) -> tuple[bool, bool]:
+        """Whether to end after this step, and because of a preemption; `signalled` are sums from before the step."""
+        if jax.process_count() == 1:  # what came since counts too
+            return self.interruption.came, self.interruption.preempted
+        interrupted, preempted = signalled
+        return bool(interrupted), bool(preempted)
+
     def _back_from(self, failed: Progress, last_batch: int) -> tuple[Params | None, Progress]:
         """Where to go back to after too many skipped updates; the batches between there and here are left out.
 
@@ -292,6 +308,11 @@ class _Run:
         if config.then == "stop":
             raise UserError(f"{why}; {ANOMALIES_FILE} has the examples (config.anomalies.then=rollback goes past them)")
         params, progress = self.resume()
+        if progress.stage != failed.stage:
+            raise UserError(
+                f"{why}, and the newest checkpoint is one of the stage before (step {progress.step}): that at the end "
+                "of it was not saved. The same command goes on from there"
+            )
         if self.anomalies.returns_to(progress.stage, progress.step_in_stage) >= config.max_rollbacks:
             raise UserError(
                 f"{why}, after going back to step {progress.step} {config.max_rollbacks} times. Try "
@@ -324,17 +345,15 @@ class _Run:
         return {"plans": plans, "rows": rows, **self.anomalies.state()}
 
 
-def _plans(
-    config: ExperimentConfig,
-    data: TrainingData,
-    checkpointer: Checkpointer,
-    changes: Sequence[config_changes.Change],
-) -> list[StagePlan]:
-    """The plans of the stages: those the run began with, or if it begins now or has changed, new ones."""
+def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpointer) -> list[StagePlan]:
+    """The plans of the stages: those of the checkpoint; new ones if there is none, or data or stages have changed."""
     progress = checkpointer.latest()
     kept = checkpointer.data_state(progress) if progress else None
-    if kept is not None and not any(change.key.startswith(("stages", "data")) for change in changes):
-        return [StagePlan(**plan) for plan in kept["plans"]]
+    if kept is not None:
+        # Not by config.json: that has a change from the moment it was allowed, and a kill may have come since.
+        changes = config_changes.compare(checkpointer.config(progress), config)
+        if not any(change.matters and change.key.startswith(("stages", "data")) for change in changes):
+            return [StagePlan(**plan) for plan in kept["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
     # Every process has measured the same examples, if every one sees the same data sets.
     distributed.agree({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
@@ -384,19 +403,21 @@ def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:
 
 def _prepare_workdir(
     workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]
-) -> Sequence[config_changes.Change]:
-    """Makes the workdir, or checks that the run in it is this one; returns what is new in the config, if it matters."""
-    path, changes = workdir / CONFIG_FILE, []
-    going_on = is_checkpoint(workdir)
+) -> None:
+    """Makes the workdir, or checks that the run in it is this one."""
+    path, there = workdir / CONFIG_FILE, complete_steps(workdir / CHECKPOINTS_FOLDER)
+    going_on = bool(there)
     if going_on:
-        changes = config_changes.compare(configs.read_json(path), config)
+        lost = not path.is_file()
+        old = read_meta(workdir / CHECKPOINTS_FOLDER / str(there[-1]))["config"] if lost else configs.read_json(path)
+        changes = config_changes.compare(old, config)
         distributed.say(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
     text = configs.to_json(config)
     distributed.gather_json("looked")  # before anything is written
     try:
         # A run that goes on under the same config writes nothing: a kill in between cannot spoil what is there.
-        if distributed.is_primary() and not (going_on and path.read_text(encoding="utf-8") == text):
+        if distributed.is_primary() and not (going_on and not lost and path.read_text(encoding="utf-8") == text):
             workdir.mkdir(parents=True, exist_ok=True)
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
             if config.init_from is not None and not going_on:
@@ -408,4 +429,3 @@ def _prepare_workdir(
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
     distributed.gather_json("written")
     distributed.agree({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
-    return [change for change in changes if change.matters]

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import tensorboardX
-from tqdm import tqdm
 
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
+from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.training.flops import train_flops
 from alignvlm_jax.training.stages import StageConfig
@@ -78,9 +78,12 @@ class MetricsLog:
         # What an earlier sitting wrote after the checkpoint it is resumed from is done again: those points are dropped.
         self._writer = None
         if folder is not None:
-            self._writer = tensorboardX.SummaryWriter(
-                str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
-            )
+            try:
+                self._writer = tensorboardX.SummaryWriter(
+                    str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
+                )
+            except OSError as error:
+                distributed.say(f"warning: {folder}: no curves for TensorBoard ({error.strerror})", file=sys.stderr)
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
@@ -120,7 +123,7 @@ class MetricsLog:
         """Writes figures under their own names."""
         # Its thread ends when the disk is full; whoever then went on handing it figures would wait for ever.
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            tqdm.write("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
+            distributed.say("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
             self._writer = None
         for name, value in values.items():
             if self._writer is not None and not math.isnan(value):

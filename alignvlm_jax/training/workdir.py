@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from alignvlm_jax import config as configs
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.errors import UserError
@@ -63,15 +65,6 @@ def numbered_steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
-def is_checkpoint(folder: str | Path) -> bool:
-    """Whether `find_checkpoint` would find something."""
-    try:
-        find_checkpoint(folder)
-    except UserError:
-        return False
-    return True
-
-
 def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     """The workdir and the step that `folder` stands for: a workdir (its newest step) or one of its step folders."""
     folder = Path(folder)
@@ -97,9 +90,9 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
 
 
 def find_undamaged(folder: str | Path) -> tuple[Path, int]:
-    """As `find_checkpoint`, but with all weights read and compared with their digests, once for each process.
+    """As `find_checkpoint`, but with all weights read and compared with their digests, each process its share.
 
-    In a workdir, a damaged step is named and the newest that is not is taken.
+    In a workdir, a damaged step is named and the newest that is not is taken, the same by all processes; all must call.
 
     Raises:
       UserError: there is none.
@@ -124,7 +117,9 @@ def warn_passed_over(step: Path, reason: str) -> None:
 @functools.lru_cache(maxsize=64)
 def _damage_of_weights(step: Path, sealed: int) -> str | None:
     del sealed  # when it was; here to tell it from another of the same name
-    return integrity.damage(step, ("params", "meta"))
+    share = (jax.process_index(), jax.process_count())
+    found = distributed.gather_json(integrity.damage(step, ("params", "meta"), share=share))
+    return next(filter(None, found), None)
 
 
 def load_config(folder: str | Path) -> ExperimentConfig:

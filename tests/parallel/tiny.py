@@ -54,6 +54,7 @@ def train(
     made: list,
     documents=False,
     spoilt=(),
+    spoilt_stage=0,
     skip=(),
     make_params=make_params,
     **seams,
@@ -62,7 +63,7 @@ def train(
 
     That is the (step, row) of random bins, of which one example a row is said to be refused; or with `documents` the
     numbers of the examples that the config's data sets give. The random batches with the numbers in `spoilt`, from 1,
-    have no finite loss; those in `skip` are passed over.
+    of the stage `spoilt_stage` have no finite loss; those in `skip` are passed over.
     """
 
     class Log(metrics.MetricsLog):
@@ -72,14 +73,14 @@ def train(
             return summary
 
     class Batches:
-        def __init__(self, step, rows):
-            self.step, self.rows = step, list(rows)
+        def __init__(self, stage_index, step, rows):
+            self.step, self.rows, self.spoilt = step, list(rows), spoilt if stage_index == spoilt_stage else ()
 
         def __next__(self):
             while self.step + 1 in skip:
                 self.step += 1
             batch = batches.random_batch(self.step)
-            if self.step + 1 in spoilt:
+            if self.step + 1 in self.spoilt:
                 batch["loss_weights"][...] = np.inf
             batch["num_refused"] = np.ones((1, ROWS), np.int32)
             batch["example_ids"] = np.arange(ROWS, dtype=np.int32).reshape(1, ROWS, 1) + ROWS * self.step
@@ -123,7 +124,7 @@ def train(
             return StagePlan(stage.steps, 1, 1.0)
 
         def batches(self, stage_index, stage, plan, state, rows):
-            return Batches(state[str(rows[0])] if state else 0, rows)
+            return Batches(stage_index, state[str(rows[0])] if state else 0, rows)
 
         def save_tokenizer(self, folder):
             folder.mkdir(exist_ok=True)

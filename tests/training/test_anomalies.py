@@ -1,6 +1,7 @@
 """Numbers going wrong: updates skipped, data left out, the run gone back; and where a NaN comes from."""
 
 import dataclasses
+import errno
 import json
 import time
 
@@ -13,7 +14,7 @@ from alignvlm_jax import config as configs
 from alignvlm_jax.data import packing as packed
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import anomalies
+from alignvlm_jax.training import anomalies, arrays
 from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import AnomalyConfig, AnomalyWatch
 from alignvlm_jax.training.debug import DebugConfig
@@ -25,12 +26,13 @@ from tests.training import batches
 MESH = (8, 1, 1)
 
 
-def run(workdir, bad=(), stop_after=None, skip=(), **changes):
+def run(workdir, bad=(), stop_after=None, skip=(), bad_stage=0, **changes):
     """Trains the tiny model; the batches of these numbers (from 1) have an infinite weight on an answer."""
     config = dataclasses.replace(tiny.config(MESH), **changes)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=2))
     losses = {}
-    result = tiny.train(workdir, config, losses=losses, made=[], spoilt=bad, skip=skip, **stop(stop_after))
+    spoilt = dict(spoilt=bad, spoilt_stage=bad_stage, skip=skip)
+    result = tiny.train(workdir, config, losses=losses, made=[], **spoilt, **stop(stop_after))
     return result, losses
 
 
@@ -151,6 +153,32 @@ def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path
     assert find_checkpoint(tmp_path / "stop")[1] == 2
     with pytest.raises(UserError, match="after going back to step 2 1 times"):
         run(tmp_path / "back", bad=range(3, 99), anomalies=AnomalyConfig(max_skipped=2, max_rollbacks=1))
+
+
+def test_going_back_goes_to_before_the_first_failure_however_often_the_run_is_saved(tmp_path):
+    """A checkpoint comes due between two failures: to go back to it would be no way out, and would never end."""
+    config = AnomalyConfig(max_skipped=3, max_rollbacks=2)
+    with pytest.raises(UserError, match="after going back to step 2 2 times"):
+        run(tmp_path / "run", bad=range(3, 99), anomalies=config)
+
+
+def test_a_stage_that_failed_and_whose_start_was_not_saved_is_not_trained_as_another(tmp_path, monkeypatch):
+    (first,) = tiny.config(MESH).stages
+    stages = tuple(dataclasses.replace(first, name=name, steps=3) for name in ("one", "two"))
+    config = AnomalyConfig(max_skipped=1)
+    save = arrays.StepStore.save
+
+    def fails_at_the_end_of_stage_one(store, step, *rest):
+        if step.name == "3":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(store, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.StepStore, "save", fails_at_the_end_of_stage_one)
+        with pytest.raises(UserError, match=r"the newest checkpoint is one of the stage before \(step 2\)"):
+            run(tmp_path / "run", bad=range(1, 99), bad_stage=1, stages=stages, anomalies=config)
+    result, _ = run(tmp_path / "run", stages=stages, anomalies=config)
+    assert result.progress.step == 6
 
 
 def test_the_operation_that_gave_nan_is_found(tmp_path):

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +118,86 @@ def test_half_a_step_is_passed_over(run, capsys, how):
     assert newest(run) == 10 and complete_steps(run / "checkpoints") == [10]
     assert f"{step} is passed over" in capsys.readouterr().err
     shutil.rmtree(run / "checkpoints" / "10")
-    assert newest(run) is None
+    if how == "half deleted":  # it was whole once
+        with pytest.raises(UserError, match="no undamaged checkpoint"):
+            newest(run)
+    else:  # as a kill in the first save leaves it
+        assert newest(run) is None
+
+
+def test_a_run_does_not_begin_anew_over_checkpoints_that_are_all_damaged(run):
+    for step in (10, 20):
+        path = run / "checkpoints" / str(step) / "meta" / "metadata"
+        path.write_bytes(flip(path.read_bytes()))
+    with pytest.raises(UserError, match=r"to go on from \(step 20: meta/metadata .*; step 10: "):
+        newest(run)
+    for step in (10, 20):  # and not over those from before there were digests
+        (run / "checkpoints" / str(step) / "digests.0-of-1.json").unlink()
+    with pytest.raises(UserError, match="no undamaged checkpoint"):
+        newest(run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
+
+
+def test_what_was_passed_over_does_not_count_towards_those_kept(run):
+    """20 is damaged, and 30 is saved: with two to be kept, 10 is the one to fall back to."""
+    path = next(iter((run / "checkpoints" / "20" / "params" / "d").iterdir()))
+    path.write_bytes(flip(path.read_bytes()))
+    config = ExperimentConfig(checkpoint=CheckpointConfig(keep=2))
+    with Checkpointer(run, config) as checkpointer:
+        assert checkpointer.latest().step == 10
+        checkpointer.save(Progress(30, 0, 30), state_at(30), {"rows": 30})
+    assert complete_steps(run / "checkpoints") == [10, 30]
+    assert not (run / "checkpoints" / "20").exists()
+
+
+def test_trouble_with_an_old_step_is_none_of_the_new_ones(run, capsys):
+    path = run / "checkpoints" / "10" / "meta" / "metadata"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    write_steps(run, 30, keep=3)
+    assert newest(run) == 30
+    with breakage.immutable(run / "checkpoints" / "20"):
+        write_steps(run, 40, keep=1)
+    assert newest(run) == 40
+    assert "older checkpoints could not be deleted" in capsys.readouterr().err
+
+
+def test_digests_that_are_being_written_are_waited_for(run):
+    step = run / "checkpoints" / "20"
+    whole = (step / "digests.0-of-1.json").read_text()
+    (step / "digests.0-of-1.json").write_text(whole[:100])  # as another host sees it that looks too early
+    writer = threading.Timer(0.3, (step / "digests.0-of-1.json").write_text, [whole])
+    writer.start()
+    integrity.wait_for_seals(step, 1, seconds=60)
+    writer.join()
+    (step / "digests.0-of-1.json").write_text(whole[:100])
+    with pytest.raises(OSError, match="has not written its digests"):
+        integrity.wait_for_seals(step, 1, seconds=0.1)
+
+
+def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    """Older steps are deleted upon it: nothing may still be on its way when the power goes."""
+    synced, written = [], []
+    fsync, write_text = os.fsync, pathlib.Path.write_text
+
+    def note(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def write(path, *arguments, **named):
+        if path.name.startswith("digests"):
+            written.append(len(synced))
+        return write_text(path, *arguments, **named)
+
+    write_steps(tmp_path, 10)
+    step = tmp_path / "checkpoints" / "10"
+    (step / "digests.0-of-1.json").unlink()
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(pathlib.Path, "write_text", write)
+    integrity.seal(step)
+    before = set(synced[: written[0]])
+    files = [path for path in files_of(step) if not path.name.startswith("digests")]
+    assert {str(path) for path in files} | {str(path.parent) for path in files} <= before
+    assert synced[written[0] :] == [str(step / "digests.0-of-1.json"), str(step)]
 
 
 def test_a_step_is_complete_with_its_last_file_and_not_before(run):

@@ -24,7 +24,7 @@ from alignvlm_jax.training import checkpoint, config_changes, loop
 from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.profile import ProfileConfig
 from alignvlm_jax.training.step import abstract_state
-from alignvlm_jax.training.workdir import Progress, find_checkpoint, is_checkpoint, load_config, read_meta
+from alignvlm_jax.training.workdir import Progress, find_checkpoint, load_config, read_meta
 from tests.training.batches import MODEL, random_batch, stage
 
 CONFIG = ExperimentConfig(
@@ -210,6 +210,28 @@ def test_a_change_of_stages_plans_what_remains_anew(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])  # stage 1 ended as it would have
 
 
+def test_a_change_that_was_allowed_outlives_a_kill_before_the_next_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
+    longer = dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], dataclasses.replace(CONFIG.stages[1], epochs=2.5)))
+
+    def kill(step):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tmp_path / "run", longer, allow_config_change=["stages.1.epochs"], on_step=kill)
+    assert train(tmp_path / "run", longer).progress.step == 4 + 5
+
+
+def test_a_lost_config_is_not_a_licence_to_change_it(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="--allow-config-change seed$"):
+        train(tmp_path / "run", dataclasses.replace(CONFIG, seed=7))
+    assert train(tmp_path / "run").progress.step == TOTAL
+    assert load_config(tmp_path / "run") == CONFIG
+
+
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
     workdir, result, _ = finished
     expected = jax.device_get(result.params)
@@ -252,7 +274,7 @@ def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
     make(tmp_path / "run")
     with pytest.raises(UserError, match=message) as error:
         checkpoint.restore_params(tmp_path / "run")
-    assert "\n" not in str(error.value) and not is_checkpoint(tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_out_of_memory_in_a_step_is_explained_and_profiled(finished, tmp_path):
