@@ -14,8 +14,8 @@ A round trains the same short run three times (two stages, AdamW then Muon, on d
     another    likewise, but at every start on another mesh, now and then of two processes
 
 Nothing is lost if every start goes on from the newest step that is whole; every step, however often it is taken, has
-the batch that the clean run had, bit for bit, and refuses the same examples; `same` takes the very losses of the clean
-run and ends in its weights and optimizer, bit for bit; and the losses of `another` are close to them.
+the batch that the clean run had, bit for bit, and refuses the same examples; `same` has the losses of the clean run, to
+the last digit of its log, and ends in its weights and optimizer, bit for bit; and the losses of `another` are close.
 
 The same command goes on where it was stopped, with the round that was being played.
 """

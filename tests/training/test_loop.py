@@ -223,13 +223,14 @@ def test_a_change_that_was_allowed_outlives_a_kill_before_the_next_checkpoint(fi
     assert train(tmp_path / "run", longer).progress.step == 4 + 5
 
 
-def test_a_lost_config_is_not_a_licence_to_change_it(finished, tmp_path):
+def test_a_lost_config_is_not_a_licence_to_change_it(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match="--allow-config-change seed$"):
         train(tmp_path / "run", dataclasses.replace(CONFIG, seed=7))
     assert train(tmp_path / "run").progress.step == TOTAL
     assert load_config(tmp_path / "run") == CONFIG
+    assert "checkpoints: at most" in capsys.readouterr().out, "the budget, before the first step"
 
 
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):

@@ -45,6 +45,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as a list."""
     s = summary
     lost = f"{len(s['lost'])} things were lost" if s["lost"] else "nothing was lost"
+    whole, same = ("", "") if s["lost"] else (", every one from the newest whole step", ", the same ones by all runs")
     slowest = s["slowest_seconds_to_stop"]
     lines = [
         f"`{s['command']}` on {s['cores']} cores, {s['minutes']} minutes: {lost}.",
@@ -54,10 +55,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"- {s['kills']} times `kill -9` ({s['kills_while_saving']} while a checkpoint was being written), "
         f"{s['sigterms']} SIGTERM, of which {s['sigterms_saved']} came in training and were saved within "
         f"{'-' if slowest is None else f'{slowest:.1f}'} s",
-        f"- {s['restores']} restores, every one from the newest whole step; {s['damaged']} times that was damaged "
+        f"- {s['restores']} restores{whole}; {s['damaged']} times that was damaged "
         f"first, and {s['passed_over']} times a damaged or unfinished step was passed over",
         f"- {s['full_disks']} times the disk was full, {s['saves_that_failed']} saves failed of it",
-        f"- {s['refused_examples']} damaged examples were refused, the same ones by all three runs of a round",
+        f"- {s['refused_examples']} damaged examples were refused{same}",
         f"- losses on other meshes differ from the clean run's by at most "
         f"{s['largest_loss_difference_on_other_meshes']:.2g}, relatively",
         *(f"- **lost**: {lost}" for lost in s["lost"]),

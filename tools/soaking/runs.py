@@ -163,10 +163,10 @@ class Run:
 
     def damage_newest(self, sitting: Sitting, rng: random.Random) -> None:
         """Spoils one file of the newest checkpoint, if there is another to fall back to."""
-        whole = complete_steps(self._checkpoints)
-        if len(whole) < 2:
+        undamaged = self._undamaged()
+        if len(undamaged) < 2:
             return
-        step = self._checkpoints / str(whole[-1])
+        step = self._checkpoints / str(undamaged[-1])
         path = rng.choice(sorted(path for path in step.rglob("*") if path.is_file() and path.stat().st_size))
         content, how = path.read_bytes(), rng.choice(("flipped", "cut", "deleted"))
         place = rng.randrange(len(content))
@@ -182,9 +182,7 @@ class Run:
         """Starts the run, or starts it again, and does to it what is to be done."""
         number = len(self.sittings)
         self.sittings.append(sitting)
-        whole = complete_steps(self._checkpoints)
-        undamaged = [step for step in whole if not integrity.damage(self._checkpoints / str(step))]
-        sitting.from_step = max(undamaged, default=0)
+        sitting.from_step = max(self._undamaged(), default=0)
         began = time.monotonic()
         self._began = self._began or began
         processes = self._start(number, sitting)
@@ -235,6 +233,10 @@ class Run:
 
     def _times(self) -> list[float]:
         return [notes[0]["time"] for _, notes in sorted(self._journal().items()) if 0 in notes]
+
+    def _undamaged(self) -> list[int]:
+        whole = complete_steps(self._checkpoints)
+        return [step for step in whole if not integrity.damage(self._checkpoints / str(step))]
 
     @property
     def _journal_file(self) -> Path:
@@ -337,8 +339,8 @@ class Run:
         with Checkpointer(self.workdir, self._config) as checkpointer:
             progress = checkpointer.latest()
             abstract = abstract_state(self._config.model, self._config.stages[-1], mesh)
-            state = jax.device_get(checkpointer.restore(progress, abstract))
-            return state, checkpointer.data_state(progress)
+            state = checkpointer.restore(progress, abstract)
+            return jax.device_get((state.params, state.opt_state)), checkpointer.data_state(progress)
 
     def _journal(self) -> dict[int, dict[int, dict[str, Any]]]:
         """Of each step, what each sitting that took it noted: by step, then by sitting, all processes together."""
