@@ -26,6 +26,7 @@ class Job:
     variant: what sets it apart from the part's other jobs with this seed, such as "rate1e-3".
     setting: what `variant` stands for, for the part to read.
     needs: names of jobs whose results it builds upon.
+    takes_weights: whether it needs their trained weights as well.
     wave: jobs go wave by wave, so that whoever stops early has a first figure of everything.
     weight: how long it takes, very roughly, in units of a training run.
     alone: nothing else may run beside it: it measures time.
@@ -38,6 +39,7 @@ class Job:
     variant: str = ""
     setting: tuple[tuple[str, Any], ...] = ()
     needs: tuple[str, ...] = ()
+    takes_weights: bool = False
     wave: int = 0
     weight: float = 1.0
     alone: bool = False
@@ -50,6 +52,10 @@ class Job:
 
     def folder(self, out: Path) -> Path:
         return out / "runs" / self.name
+
+    def workdir(self, out: Path) -> Path:
+        """Where its weights are, if it trains."""
+        return self.folder(out) / "workdir"
 
     def __getitem__(self, name: str) -> Any:
         return dict(self.setting)[name]

@@ -24,6 +24,9 @@ from alignvlm_jax.reproduce.options import Options
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
+# glibc then asks Linux for pages of 2 MB: XLA allocates all that a step needs anew, and page by page of 4 kB that is a
+# fifth of the step.
+_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _PATIENCE = 120.0  # seconds for a process to save
 _TICK = 0.5  # seconds between looks
 
@@ -41,7 +44,7 @@ def do_all(
     at_once: int = 1,
     command: Callable[[Path, Job, int], list[str]] = worker_command,
 ) -> list[str]:
-    """Does the jobs that are not done, in their order.
+    """Does the jobs that are not done, in their order, and again those that are but whose weights are gone and needed.
 
     Args:
       options: as saved in `out`.
@@ -58,8 +61,11 @@ def do_all(
       UserError: another process is at work on `out`.
     """
     before = {job: read_result(out, job) for job in jobs}
-    waiting = [job for job in jobs if not is_done(before[job], options.minutes)]
+    undone = [job for job in jobs if not is_done(before[job], options.minutes)]
+    again = _without_weights(out, undone, jobs)
+    waiting = [job for job in jobs if job in undone or job.name in again]
     finished = {job.name for job, result in before.items() if result is not None and result["status"] == COMPLETE}
+    finished -= again
     problems = {
         job.name: _stopped(job, result)
         for job, result in before.items()
@@ -106,6 +112,12 @@ def do_all(
     return list(problems.values())
 
 
+def _without_weights(out: Path, undone: Sequence[Job], jobs: Sequence[Job]) -> set[str]:
+    """Jobs that are done, but whose weights are needed and gone: results are kept with the code, weights are not."""
+    needed = {name for job in undone if job.takes_weights for name in job.needs}
+    return {job.name for job in jobs if job.name in needed and not job.workdir(out).is_dir()}
+
+
 def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -> Job | None:
     """The first job that may start now."""
     if any(process.job.alone for process in running.values()):
@@ -142,6 +154,7 @@ class _Process:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                env={**_ENVIRONMENT, **os.environ},
                 start_new_session=True,  # Ctrl-C is for this process, which passes it on
             )
         if mine:

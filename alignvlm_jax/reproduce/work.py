@@ -90,7 +90,7 @@ class Work:
           OverTimeError: after the job's minutes.
           distributed.Interrupted: a signal came; the run was saved.
         """
-        workdir = self.folder / "workdir"
+        workdir = self.job.workdir(self.out)
         every = max(1, sum(stage.steps for stage in config.stages) // _POINTS)
         evaluation = dataclasses.replace(config.evaluation, every_steps=every)
         config = dataclasses.replace(config, evaluation=evaluation)
@@ -137,7 +137,7 @@ class Work:
 
     def reader(self, of: Job | None = None) -> Reader:
         """The trained model of this job, or of another."""
-        return alignvlm_jax.load((of or self.job).folder(self.out) / "workdir")
+        return alignvlm_jax.load((of or self.job).workdir(self.out))
 
     def score(self, reader: Reader, records: Sequence[Any], limit: int | None, **arguments: Any) -> dict[str, Any]:
         """Asks the questions; see `scores`."""

@@ -86,6 +86,23 @@ def test_a_failure_is_named_and_costs_only_what_needs_it(tmp_path):
     assert [name for what, name in notes(log)[4:] if what == "begins"] == ["bad", "blocked", "after"]
 
 
+def test_what_is_done_is_trained_again_only_for_weights_that_are_gone_and_needed(tmp_path):
+    """A clone has the results of earlier runs, not their weights."""
+    trained, tuned = Job("p", "e", "trained"), Job("p", "e", "tuned")
+    jobs = [tuned, trained, Job("p", "e", "noisy", needs=(trained.name,), takes_weights=True)]
+    jobs.append(Job("p", "e", "after", needs=(tuned.name,)))
+    log = tmp_path / "log"
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs[:2], command=command(log)) == []
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+    assert [name for what, name in notes(log) if what == "begins"] == ["tuned", "trained", "trained", "noisy", "after"]
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == [], "all is done: weights may go"
+    assert len(notes(log)) == 10
+    (jobs[2].folder(tmp_path) / RESULT_FILE).unlink()
+    jobs[1].workdir(tmp_path).mkdir()
+    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+    assert [name for what, name in notes(log)[10:] if what == "begins"] == ["noisy"]
+
+
 def test_a_job_that_ran_out_of_time_is_repeated_under_a_higher_limit_only(tmp_path):
     slow = Job("p", "e", "slow")
     jobs = [slow, Job("p", "e", "after", needs=(slow.name,))]

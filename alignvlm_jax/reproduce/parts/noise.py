@@ -23,7 +23,7 @@ _PAGES = 32
 
 def job(connector: str, encoder: str, seed: int) -> Job:
     needs = (accuracy.job(connector, encoder, seed).name,)
-    return Job("noise", encoder, connector, seed, needs=needs, wave=seed, weight=0.4)
+    return Job("noise", encoder, connector, seed, needs=needs, takes_weights=True, wave=seed, weight=0.4)
 
 
 def jobs(options: Options) -> list[Job]:

@@ -36,7 +36,7 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
 
 def job(connector: str, encoder: str, seed: int) -> Job:
     needs = (accuracy.job(connector, encoder, seed).name,)
-    return Job("restoration", encoder, connector, seed, needs=needs, wave=seed, weight=0.5)
+    return Job("restoration", encoder, connector, seed, needs=needs, takes_weights=True, wave=seed, weight=0.5)
 
 
 def jobs(options: Options) -> list[Job]:
@@ -49,7 +49,7 @@ def run(work: Work) -> dict[str, Any]:
     vcr_scores("", ["a"], "en")  # said before it is trained, if the scorer is not installed
     start = accuracy.job(work.job.connector, work.job.encoder, work.job.seed)
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
-    work.train(continued(work.experiment(factor=factor), start.folder(work.out) / "workdir"))
+    work.train(continued(work.experiment(factor=factor), start.workdir(work.out)))
     records = work.records("heldout", DATASET)
     limit = None if work.options.questions is None else work.options.questions
     report = runner.evaluate(work.reader(), records, limit=limit, max_new_tokens=_MAX_NEW_TOKENS)

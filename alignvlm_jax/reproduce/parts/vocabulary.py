@@ -27,6 +27,7 @@ def jobs(options: Options) -> list[Job]:
             "align",
             seed,
             needs=(accuracy.job("align", encoder, seed).name,),
+            takes_weights=True,
             wave=seed,
             weight=0.4,
         )
