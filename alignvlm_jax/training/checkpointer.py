@@ -181,7 +181,7 @@ class Checkpointer:
             self._store.wait()
             integrity.seal(step, jax.process_index(), jax.process_count())
             if distributed.is_primary():
-                integrity.wait_for_seals(step, jax.process_count())
+                integrity.wait_for_seals(step)
             self._newest, self._failures = int(step.name), 0
             self._passed_over.discard(int(step.name))
         except Exception as error:
@@ -238,7 +238,6 @@ class Checkpointer:
         for step in numbered_steps(self._folder):
             if step not in kept:
                 integrity.remove(self._folder / str(step))
-
 
     def _metrics(self, step: int) -> dict[str, float]:
         try:

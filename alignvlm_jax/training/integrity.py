@@ -42,7 +42,7 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
             for file, digest in zip(files, digests, strict=True)
         }
     text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
-    for folder in {step, *((step / file).parent for file in files)}:
+    for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
         _sync(folder)
     # Last, and only once the files themselves would survive the power going: older steps are deleted upon it.
     digests = step / f"digests.{process}-of-{num_processes}.json"
@@ -104,8 +104,8 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
         return next(filter(None, pool.map(check, files)), None)
 
 
-def wait_for_seals(step: Path, num_processes: int, seconds: float = 600) -> None:
-    """Until all processes have sealed the step.
+def wait_for_seals(step: Path, seconds: float = 600) -> None:
+    """Until all processes have sealed the step; one has, and its digests say how many there are.
 
     Raises:
       OSError: one of them did not.

@@ -167,11 +167,11 @@ def test_digests_that_are_being_written_are_waited_for(run):
     (step / "digests.0-of-1.json").write_text(whole[:100])  # as another host sees it that looks too early
     writer = threading.Timer(0.3, (step / "digests.0-of-1.json").write_text, [whole])
     writer.start()
-    integrity.wait_for_seals(step, 1, seconds=60)
+    integrity.wait_for_seals(step, seconds=60)
     writer.join()
     (step / "digests.0-of-1.json").write_text(whole[:100])
     with pytest.raises(OSError, match="has not written its digests"):
-        integrity.wait_for_seals(step, 1, seconds=0.1)
+        integrity.wait_for_seals(step, seconds=0.1)
 
 
 def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypatch):
@@ -196,7 +196,8 @@ def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypa
     integrity.seal(step)
     before = set(synced[: written[0]])
     files = [path for path in files_of(step) if not path.name.startswith("digests")]
-    assert {str(path) for path in files} | {str(path.parent) for path in files} <= before
+    folders = {str(path) for path in (step, *step.rglob("*")) if path.is_dir()} | {str(step.parent)}
+    assert {str(path) for path in files} | folders <= before
     assert synced[written[0] :] == [str(step / "digests.0-of-1.json"), str(step)]
 
 
