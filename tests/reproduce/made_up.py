@@ -61,7 +61,7 @@ def _accuracy(rng, rate):
 
 def _noise(rng, rate):
     names = ["0", *(f"{share:g}" for share in noise.RELATIVE_SIGMAS), "paper"]
-    distances = {"cosine_distance": 0.1, "centred_cosine_distance": 0.2}
+    distances = {"cosine_distance": 0.1, "centred_cosine_distance": 0.2, "token_centred_cosine_distance": 0.3}
     # A connector's loss is the larger, the worse it is.
     points = {name: {**score(rng, rate if name == "0" else rate**2), **distances} for name in names}
     return {"feature_deviation": 1.5, "points": points}
