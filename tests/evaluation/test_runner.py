@@ -6,7 +6,9 @@ import json
 import PIL.Image
 import pytest
 
+from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.runner import derangement, evaluate, write_json, write_predictions
 
 FAMILIES = ("form", "receipt", "table")
@@ -155,3 +157,15 @@ def test_prepared_conversations_are_scored_turn_by_turn():
         evaluate(ChattingReader(), [{**records[1], "images": [b"torn", b"torn"]}])
     with pytest.raises(UserError, match="these records have id, caption: what can be scored"):
         evaluate(ChattingReader(), [{"id": "1", "caption": "?"}])
+
+
+@pytest.mark.parametrize("checkpoint", ["nano", str(NANO_MODEL)])
+def test_an_exported_folder_is_scored_on_data_that_are_named(monkeypatch, tmp_path, capsys, checkpoint):
+    monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: RECORDS)
+    monkeypatch.setattr(runner, "load", lambda *args, **options: FakeReader())
+    report = runner.evaluate_checkpoint(checkpoint, data="pages", json_file=tmp_path / "scores.json")
+    assert report.overall.right == 18 and f"{NANO_MODEL}: split 'heldout' of pages" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    assert figures["checkpoint"] == str(NANO_MODEL) and figures["step"] is None
+    with pytest.raises(UserError, match="no data set of its own: name one with --data"):
+        runner.evaluate_checkpoint(checkpoint)

@@ -57,7 +57,7 @@ def stopped_run(tmp_path, number, alone):
     several = processes.start(
         tmp_path / "output", "train", number, devices=8 // number, workdir=str(workdir), mesh=(2, 2, 2), stop_at=stops
     )
-    assert processes.finish(several) == [130] * number, several[0].text()
+    assert processes.finish(several) == [75] * number, several[0].text()
     losses, made = heard(workdir, number)
     assert_same_losses(losses, alone, [1, 2, 3])
     assert sorted(made) == examples([1, 2, 3]), "each example is made by one process"

@@ -153,8 +153,8 @@ def main():
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # as `cli.main` has it
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 if __name__ == "__main__":

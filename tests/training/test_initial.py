@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.backbones import NANO_MODEL, backbone_folder
 from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
@@ -155,3 +155,9 @@ def test_the_step_needs_no_data_libraries():
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["nano", str(NANO_MODEL)])
+def test_an_exported_folder_is_brought_in_before_it_is_trained(name):
+    with pytest.raises(UserError, match=f"{name} is an exported folder.* tools/import_pytorch.py --folder {NANO_MODEL}"):
+        initial_parameters(ExperimentConfig(init_from=name))

@@ -1,0 +1,49 @@
+"""Pages are found in documents and in conversations; readers have names that differ."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alignvlm_jax.analysis import noise, subjects
+from alignvlm_jax.analysis.geometry import visual_tokens
+from alignvlm_jax.analysis.noise import CorruptedRecords, Corruption
+from alignvlm_jax.analysis.vocabulary import vocabulary_use
+from alignvlm_jax.data import images
+from alignvlm_jax.errors import UserError
+from tests.analysis.subjects import random_reader, records
+
+
+def conversations():
+    """The pages of `records` as `tools/prepare_data.py` writes them: none, one, none, three; and what is said of them."""
+    pages = [record["image"] for record in records()[:4]]
+    found = []
+    for number, shown in enumerate(([], pages[:1], [], pages[1:])):
+        question = [*({"type": "image"} for _ in shown), {"type": "text", "text": "What is the total?"}]
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": "12"}]
+        found.append({"id": str(number), "source": "said", "conversation": json.dumps(said), "images": shown})
+    return found
+
+
+def test_conversations_have_the_pages_of_documents():
+    reader = random_reader()
+    tokens, use = visual_tokens(reader, conversations(), 3), vocabulary_use(reader, conversations(), pages=3)
+    np.testing.assert_array_equal(tokens, visual_tokens(reader, records(), 3))
+    np.testing.assert_array_equal(use.mean, vocabulary_use(reader, records(), pages=3).mean)
+    assert use.pages == 3 and len(subjects.page_places(conversations(), 50)) == 4
+
+
+def test_noise_of_conversations():
+    corrupted = CorruptedRecords(conversations(), Corruption("blur", 2.0), seed=0)
+    for record, found in zip(conversations(), corrupted, strict=True):
+        assert {**found, "images": None} == {**record, "images": None}
+        for page, blurred in zip(record["images"], found["images"], strict=True):
+            expected = Corruption("blur", 2.0).apply(images.open_image(page), np.random.default_rng(0))
+            assert images.open_image(blurred).tobytes() == expected.tobytes()
+    points = noise.feature_noise(random_reader(), conversations(), [0.0, 2.0], pages=2)
+    assert [point.questions for point in points] == [4, 4]
+
+
+def test_without_pages_there_is_nothing_to_look_at():
+    with pytest.raises(UserError, match="none of the 2 records has an image"):
+        vocabulary_use(random_reader(), conversations()[::2], pages=3)
