@@ -29,7 +29,7 @@ import PIL.ImageFilter
 from jaxtyping import Array, Float
 
 from alignvlm_jax.analysis import output, subjects
-from alignvlm_jax.analysis.subjects import Record, connect, encode, tile_batches
+from alignvlm_jax.analysis.subjects import Record, connect, encode, page_images, tile_batches
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Tally
@@ -287,11 +287,16 @@ class CorruptedRecords(Sequence):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
-        image = images.open_image(record["image"], name=record["id"])
+        record, rng = self._records[index], np.random.default_rng([self._seed, index])
+        pages = [self._corrupt(page, record["id"], rng) for page in page_images(record)]
+        if "images" in record:
+            return {**record, "images": pages}
+        return {**record, "image": pages[0]} if pages else record
+
+    def _corrupt(self, page: bytes, name: str, rng: np.random.Generator) -> bytes:
         file = io.BytesIO()
-        self._corruption.apply(image, np.random.default_rng([self._seed, index])).save(file, "PNG", compress_level=1)
-        return {**record, "image": file.getvalue()}
+        self._corruption.apply(images.open_image(page, name=name), rng).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Axes: M tiles in a batch, S tile side, N features per tile, N' visual tokens per
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from alignvlm_jax.data import images, store
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.models.alignvlm import AlignVLM
@@ -58,10 +60,28 @@ def open_records(data: str | os.PathLike, split: str) -> Sequence[Record]:
     return store.open_dataset(Path(data), split)
 
 
+def page_images(record: Record) -> list[bytes]:
+    """The pages of a record, encoded: a document's image, or the images of a conversation, which may have none."""
+    return list(record["images"]) if "images" in record else [record["image"]] if "image" in record else []
+
+
+def page_places(records: Sequence[Record], pages: int) -> list[tuple[int, int]]:
+    """Where the first `pages` pages are: in which record, and which of its images.
+
+    Raises:
+      UserError: no record has an image.
+    """
+    images_of = (((index, i) for i in range(len(page_images(records[index])))) for index in range(len(records)))
+    places = list(itertools.islice(itertools.chain.from_iterable(images_of), pages))
+    if not places:
+        raise UserError(f"none of the {len(records):,} records has an image: an analysis looks at pages")
+    return places
+
+
 def tile_batches(
     reader: Reader, records: Sequence[Record], pages: int, *, title: str
 ) -> Iterator[tuple[UInt8[np.ndarray, "1 M S S 3"], Int[np.ndarray, "1 M 2"]]]:
-    """The tiles of the first `pages` records, cut as the reader cuts them, and which part of each is picture.
+    """The tiles of the first `pages` pages, cut as the reader cuts them, and which part of each is picture.
 
     All batches have one shape; the last is filled up with tiles of which no part is picture.
     """
@@ -73,9 +93,10 @@ def tile_batches(
         chosen = np.pad(tiles[:_TILES_AT_ONCE], ((0, short), (0, 0), (0, 0), (0, 0)))
         return chosen[None], np.pad(valid_hw[:_TILES_AT_ONCE], ((0, short), (0, 0)))[None]
 
-    for index in tqdm(range(min(pages, len(records))), desc=title, unit="page", dynamic_ncols=True, leave=None):
-        image = images.open_image(records[index]["image"], name=records[index]["id"])
-        cut = reader.cut(image)
+    places = page_places(records, pages)
+    for index, number in tqdm(places, desc=title, unit="page", dynamic_ncols=True, leave=None):
+        record = records[index]
+        cut = reader.cut(images.open_image(page_images(record)[number], name=record["id"]))
         tiles, valid_hw = np.concatenate([tiles, cut.tiles]), np.concatenate([valid_hw, cut.valid_hw])
         while len(tiles) >= _TILES_AT_ONCE:
             yield batch()

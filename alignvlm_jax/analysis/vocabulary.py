@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from alignvlm_jax import config as configs
 from alignvlm_jax.analysis import output, subjects
-from alignvlm_jax.analysis.subjects import Record, encode, tile_batches
+from alignvlm_jax.analysis.subjects import Record, encode, page_places, tile_batches
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
@@ -110,7 +110,7 @@ def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PA
     if config.kept_words is not None:
         kept, mean = mean, np.zeros(reader.config.language.vocab_size)
         mean[np.asarray(variables["params"]["connector"]["word_ids"])] = kept
-    return VocabularyUse(mean, float(effective / patches), patches, min(pages, len(records)))
+    return VocabularyUse(mean, float(effective / patches), patches, len(page_places(records, pages)))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -15,7 +15,7 @@ from tests.analysis.subjects import random_reader, records
 
 
 def conversations():
-    """The pages of `records` as `tools/prepare_data.py` writes them: none, one, none, three; and what is said of them."""
+    """Four pages of `records` as `tools/prepare_data.py` writes them: none, one, none and three in a conversation."""
     pages = [record["image"] for record in records()[:4]]
     found = []
     for number, shown in enumerate(([], pages[:1], [], pages[1:])):
