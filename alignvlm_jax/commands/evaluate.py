@@ -46,7 +46,9 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help='the workdir of a training run, an exported folder, or "nano"',
     )
-    command.add_argument("--data", metavar="DIR", help="folder of the data set (default: the run's own)")
+    command.add_argument(
+        "--data", metavar="DIR", help="folder of the data set (default: the run's own; an exported folder has none)"
+    )
     command.add_argument(
         "--benchmark",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],

@@ -31,12 +31,13 @@ from alignvlm_jax.data.chat import Message
 from alignvlm_jax.data.conversations import make_conversation
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.identity import locate
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.workdir import find_checkpoint, load_config
+from alignvlm_jax.training.workdir import load_config
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -114,8 +115,8 @@ def evaluate_checkpoint(
     """`alignvlm eval`: scores a checkpoint, prints the table, writes the files asked for.
 
     Args:
-      checkpoint: a workdir or a step folder.
-      data: the folder of a data set; None is the one that the run's last stage trained on.
+      checkpoint: as `inference.reader.load` takes it.
+      data: the folder of a data set; None is the one that the run's last stage trained on, and for runs only.
       split: which of its splits.
       control: what to do with the images.
       limit: ask only the first so many questions.
@@ -129,7 +130,9 @@ def evaluate_checkpoint(
     distributed.agree({"checkpoint": str(checkpoint), **{name: str(value) for name, value in arguments.items()}})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
-    workdir, step = find_checkpoint(checkpoint)
+    model, step = locate(checkpoint)
+    if step is None and not data:
+        raise UserError(f"{checkpoint}: an exported folder has no data set of its own: name one with --data")
     folder = pathlib.Path(data) if data else dataset_folder(load_config(checkpoint))
     if not data and not folder.exists():
         raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
@@ -139,9 +142,10 @@ def evaluate_checkpoint(
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
-    print(f"{workdir}, step {step}: split {split!r} of {folder}, every question with {shown}\n")
+    which = str(model) if step is None else f"{model}, step {step}"
+    print(f"{which}: split {split!r} of {folder}, every question with {shown}\n")
     print(format_table({"exact match": report}))
-    figures = {"checkpoint": str(workdir), "step": step, "data": str(folder), "split": split, **report.to_json()}
+    figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, **report.to_json()}
     if json_file:
         write_json(figures, json_file)
     if predictions_file:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from alignvlm_jax import config as configs
+from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.config import ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
@@ -69,7 +70,12 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     """The workdir and the step that `folder` stands for: a workdir (its newest step) or one of its step folders."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a checkpoint is the workdir of a training run")
+        if trained_model(folder) != folder:
+            raise UserError(_exported(folder, trained_model(folder)))
+        raise UserError(
+            f"{folder}: no such folder; a checkpoint is the workdir of a training run, and to be asked or scored also "
+            'an exported folder, or "nano"'
+        )
     if folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdigit():
         workdir, steps = folder.parent.parent, [int(folder.name)]
     else:
@@ -78,6 +84,11 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} as a training run leaves it")
     if not steps:
+        # Imported here: what reads other formats is built on top of this room.
+        from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder
+
+        if is_alignvlm_folder(workdir):
+            raise UserError(_exported(folder, workdir))
         found = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
         begun = [int(name) for name in found if name.isdigit()]
         if begun:
@@ -87,6 +98,13 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     if reason := integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(steps))):
         raise UserError(f"{folder} is no complete checkpoint: {reason}")
     return workdir, max(steps)
+
+
+def _exported(name: Path, folder: Path) -> str:
+    return (
+        f"{name} is an exported folder, which is asked and scored as it is, and for all else brought in first: "
+        f"tools/import_pytorch.py --folder {folder} --out NEW makes the checkpoint NEW of it"
+    )
 
 
 def find_undamaged(folder: str | Path) -> tuple[Path, int]:

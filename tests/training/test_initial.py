@@ -159,5 +159,6 @@ def test_the_step_needs_no_data_libraries():
 
 @pytest.mark.parametrize("name", ["nano", str(NANO_MODEL)])
 def test_an_exported_folder_is_brought_in_before_it_is_trained(name):
-    with pytest.raises(UserError, match=f"{name} is an exported folder.* tools/import_pytorch.py --folder {NANO_MODEL}"):
+    how = f"tools/import_pytorch.py --folder {NANO_MODEL} --out NEW"
+    with pytest.raises(UserError, match=f"{name} is an exported folder.*: {how}"):
         initial_parameters(ExperimentConfig(init_from=name))

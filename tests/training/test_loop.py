@@ -265,7 +265,7 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: None, "no such folder; a checkpoint is .*workdir.* exported folder.* \"nano\""),
+        (lambda folder: None, 'no such folder; a checkpoint is .*workdir.* exported folder.* "nano"'),
         (lambda folder: folder.mkdir(), "is not a checkpoint"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no finished checkpoint"),
         (lambda folder: folder.write_text("x"), "no such folder"),

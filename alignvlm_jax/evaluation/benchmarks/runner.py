@@ -20,11 +20,11 @@ from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Picture, Question
 from alignvlm_jax.evaluation.benchmarks.scores import Scores
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
+from alignvlm_jax.evaluation.identity import identify
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import workdir as workdirs
 from alignvlm_jax.training.provenance import versions
 
 _QUESTIONS_AT_ONCE = 64
@@ -246,29 +246,6 @@ def fingerprint(questions: Sequence[Question]) -> str:
         fields = [question.id, question.text, question.kind, question.choices, question.references, question.values]
         digest.update(json.dumps(fields).encode())
     return digest.hexdigest()[:16]
-
-
-def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """Which weights a checkpoint has: where they are, and a digest that changes when they do."""
-    from alignvlm_jax.backbones import NANO_MODEL
-    from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder
-
-    folder = pathlib.Path(checkpoint)
-    if os.fspath(checkpoint) == "nano" and not folder.exists():
-        folder = pathlib.Path(NANO_MODEL)
-    digest = hashlib.sha256()
-    if is_alignvlm_folder(folder):
-        for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as content:  # Gigabytes are told apart by both ends.
-                digest.update(content.read(2**20))
-                content.seek(max(0, file.stat().st_size - 2**20))
-                digest.update(content.read(2**20))
-        return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
-    workdir, step = workdirs.find_checkpoint(folder)
-    for file in sorted((workdir / workdirs.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
-        digest.update(file.read_bytes())
-    return {"checkpoint": str(workdir.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
 
 
 def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | None) -> str:

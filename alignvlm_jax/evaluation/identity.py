@@ -1,0 +1,37 @@
+"""Which model a checkpoint is: where it lies, and a digest of its weights."""
+
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+from alignvlm_jax.backbones import trained_model
+from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder
+from alignvlm_jax.training import workdir as workdirs
+
+
+def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
+    """The folder of a checkpoint, as `inference.reader.load` takes it, and its step: a workdir's, None where exported.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = trained_model(checkpoint)
+    return (folder, None) if is_alignvlm_folder(folder) else workdirs.find_checkpoint(folder)
+
+
+def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Which weights a checkpoint has: where they are, and a digest that changes when they do."""
+    folder, step = locate(checkpoint)
+    digest = hashlib.sha256()
+    if step is None:
+        for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as content:  # Gigabytes are told apart by both ends.
+                digest.update(content.read(2**20))
+                content.seek(max(0, file.stat().st_size - 2**20))
+                digest.update(content.read(2**20))
+        return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
+    for file in sorted((folder / workdirs.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
+        digest.update(file.read_bytes())
+    return {"checkpoint": str(folder.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
