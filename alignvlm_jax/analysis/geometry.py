@@ -325,6 +325,7 @@ def run(
     seed: int = 0,
 ) -> None:
     """`alignvlm analyze geometry`: measures each checkpoint and writes OUT/geometry.json, .md and .png."""
+    output.check_folder(out)
     records = subjects.open_records(data, split)
     found = {
         name: geometry(reader, records, pages=pages, tokens=tokens, hull_tokens=hull_tokens, seed=seed)

@@ -324,6 +324,7 @@ def run(
     batch_size: int = 32,
 ) -> None:
     """`alignvlm analyze noise`: measures each checkpoint and writes OUT/noise.json, .md and the pictures."""
+    output.check_folder(out)
     records = subjects.open_records(data, split)
     sigmas = sorted({0.0, *sigmas})
     reports = {}

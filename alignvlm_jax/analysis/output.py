@@ -7,6 +7,7 @@ a dash pattern of its own, every axis its unit.
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def percent(score: Tally) -> str:
     """A score in words: "78.9 % [76.4-81.3]"."""
     low, high = score.interval
     return f"{100 * score.exact_match:.1f} % [{100 * low:.1f}-{100 * high:.1f}]"
+
+
+def check_folder(out: str | Path) -> None:
+    """Finds out whether `write` can write there, before long work; makes nothing.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({folder}: {error.strerror or error})") from error
 
 
 def write(

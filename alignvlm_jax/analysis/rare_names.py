@@ -162,6 +162,7 @@ def run(
       batch_size: questions decoded at once.
       seed: of the bootstrap.
     """
+    output.check_folder(out)
     read_lexicon(data)  # refused before a model is loaded
     models = {
         name: analyze(reader, data, split=split, limit=limit, seed=seed)

@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
+from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.data import images, store
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inference.vocabulary import Variables
-from alignvlm_jax.models.alignvlm import AlignVLM
+from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm_config
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import (
     AlignConfig,
     CAbstractorConfig,
@@ -28,6 +30,7 @@ from alignvlm_jax.models.connectors import (
     OvisConfig,
     PerceiverConfig,
 )
+from alignvlm_jax.training.workdir import load_config
 
 Record = Mapping[str, Any]
 """A page as `data/store.py` gives it; `evaluation/runner.py` says what it holds."""
@@ -43,16 +46,23 @@ CONNECTOR_NAMES = {
 _TILES_AT_ONCE = 16
 
 
+def model_config(checkpoint: str | os.PathLike) -> AlignVLMConfig:
+    """What a checkpoint's model is, without its weights: to be asked before long work."""
+    folder = trained_model(checkpoint)
+    return (read_alignvlm_config(folder) if is_alignvlm_folder(folder) else load_config(folder)).model
+
+
 def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 32) -> Iterator[tuple[str, Reader]]:
-    """The readers one after the other, each with a name: its connector's, and its folder's where that is taken."""
+    """The readers one after the other, each with a name of its own: its connector's, with its folder's where that is
+    taken, with a number where that is taken too. All checkpoints are there before the first is loaded."""
     taken: set[str] = set()
-    for checkpoint in checkpoints:
-        reader = load(checkpoint, batch_size=batch_size)
-        name = CONNECTOR_NAMES[type(reader.config.connector)]
-        if name in taken:
-            name = f"{name} ({checkpoint})"
+    for checkpoint, config in [(checkpoint, model_config(checkpoint)) for checkpoint in checkpoints]:
+        connector = CONNECTOR_NAMES[type(config.connector)]
+        numbered = (f"{connector} ({checkpoint}, {number})" for number in itertools.count(2))
+        names = itertools.chain((connector, f"{connector} ({checkpoint})"), numbered)
+        name = next(name for name in names if name not in taken)
         taken.add(name)
-        yield name, reader
+        yield name, load(checkpoint, batch_size=batch_size)
 
 
 def open_records(data: str | os.PathLike, split: str) -> Sequence[Record]:

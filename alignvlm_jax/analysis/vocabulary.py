@@ -35,8 +35,9 @@ from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import prune_vocabulary
 from alignvlm_jax.interop.assemble import abstract_parameters
 from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
-from alignvlm_jax.models.alignvlm import AlignVLM
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.new_folder import refuse_taken
 from alignvlm_jax.training import checkpoint as checkpoint_files
 
 PAGES = 100
@@ -96,7 +97,7 @@ def mean_distribution(reader: Reader, records: Sequence[Record], *, pages: int =
 
 def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PAGES) -> VocabularyUse:
     """`mean_distribution` and what else is known of P; patches of tiles without any picture are not counted."""
-    config = _align(reader)
+    config = _align(reader.config)
     model, variables = AlignVLM(reader.config), reader.generator.variables
     of_words, effective, patches = 0.0, 0.0, 0
     for tiles, valid_hw in tile_batches(reader, records, pages, title="words"):
@@ -123,11 +124,11 @@ def _use(model, variables, features, weights):
     return model.apply(variables, method=use)
 
 
-def _align(reader: Reader) -> AlignConfig:
-    if not isinstance(reader.config.connector, AlignConfig):
-        name = subjects.CONNECTOR_NAMES[type(reader.config.connector)]
-        raise UserError(f"the checkpoint's connector is {name}: only ALIGN speaks in words of the language model")
-    return reader.config.connector
+def _align(config: AlignVLMConfig, checkpoint: str | os.PathLike = "the checkpoint") -> AlignConfig:
+    if not isinstance(config.connector, AlignConfig):
+        name = subjects.CONNECTOR_NAMES[type(config.connector)]
+        raise UserError(f"{checkpoint}'s connector is {name}: only ALIGN speaks in words of the language model")
+    return config.connector
 
 
 def pruned_reader(
@@ -180,12 +181,12 @@ def vocabulary_curve(
     limit: int | None = None,
     statistics: Statistics = "full",
 ) -> list[VocabularyPoint]:
-    """Scores the reader pruned to each of `sizes` words; a size of all words is the reader itself.
+    """Scores the reader pruned to each of `sizes` words; a size of all words that it knows is the reader itself.
 
     Costs for each size an evaluation of `limit` questions and the compilation of a model of another shape.
 
     Args:
-      reader: the full model.
+      reader: the full model; a pruned one as it is.
       records: documents with questions.
       sizes: how many words to keep.
       usage: from `mean_distribution`, on other pages.
@@ -193,9 +194,10 @@ def vocabulary_curve(
       statistics: of which rows LN_V takes mean and variance, as for `inference.vocabulary.prune_vocabulary`.
     """
     shares = np.sort(usage / usage.sum())[::-1]
+    everything = _align(reader.config).kept_words or len(usage)
     points = []
     for size in tqdm(sizes, desc="pruned", unit="model", dynamic_ncols=True, leave=None):
-        pruned = reader if size == len(usage) else pruned_reader(reader, usage, size, statistics=statistics)
+        pruned = reader if size == everything else pruned_reader(reader, usage, size, statistics=statistics)
         report = evaluate(pruned, records, limit=limit, title=f"{size:,} words")
         points.append(VocabularyPoint(size, statistics, float(shares[:size].sum()), report.overall))
     return points
@@ -296,6 +298,11 @@ def run(
     """`alignvlm analyze vocabulary`: measures each checkpoint, writes OUT/vocabulary.*, and a pruned one to `save`."""
     if (prune is None) != (save is None) or prune is not None and len(checkpoints) > 1:
         raise UserError("--prune K and --save DIR go together, with one --checkpoint")
+    for checkpoint in checkpoints:
+        _check_sizes(checkpoint, sizes, prune)
+    if save is not None:
+        refuse_taken(save)
+    output.check_folder(out)
     seen, records = subjects.open_records(data, usage_split), subjects.open_records(data, split)
     reports = {}
     for name, reader in subjects.load_readers(checkpoints, batch_size=batch_size):
@@ -303,9 +310,11 @@ def run(
         if save is not None:
             save_pruned(checkpoints[0], use.mean, prune, save, statistics=statistics)
             print(f"written: {save}, {prune:,} of {len(use.mean):,} words")
-        chosen = default_sizes(use) if sizes is None else sorted(sizes)
+        everything = _align(reader.config).kept_words or len(use.mean)
+        of_this = default_sizes(use) if everything == len(use.mean) else [everything]
+        chosen = of_this if sizes is None else sorted(sizes)
         full = vocabulary_curve(reader, records, chosen, usage=use.mean, limit=limit)
-        fewer = [size for size in chosen if size < len(use.mean)]
+        fewer = [size for size in chosen if size < everything]
         kept = vocabulary_curve(reader, records, fewer, usage=use.mean, limit=limit, statistics="kept")
         top = [(reader.tokenizer.token_text(word), p) for word, p in use.top(_TOP)]
         reports[name] = VocabularyReport(use, top, full, kept)
@@ -318,6 +327,21 @@ def run(
     }
     pictures = {"vocabulary": draw(reports)}
     output.write(out, "vocabulary", figures=figures, pictures=pictures, text=describe(reports, usage_split, split))
+
+
+def _check_sizes(checkpoint: str, sizes: Sequence[int] | None, prune: int | None) -> None:
+    """Refuses before any work what a checkpoint cannot be pruned to."""
+    config = subjects.model_config(checkpoint)
+    connector = _align(config, checkpoint)
+    words = connector.kept_words or connector.vocab_size or config.language.vocab_size
+    for option, size in (*(("--sizes", size) for size in sizes or ()), *([("--prune", prune)] if prune else [])):
+        if size > words:
+            raise UserError(f"{option} {size}: {checkpoint} has {words:,} words: take 1 to {words}")
+        if connector.kept_words is not None and (size, option) != (words, "--sizes"):
+            raise UserError(
+                f"{option} {size}: {checkpoint} is pruned to {words:,} words and is not pruned again: take the full "
+                f"model, or leave {option} out"
+            )
 
 
 def draw(reports: Mapping[str, VocabularyReport]):

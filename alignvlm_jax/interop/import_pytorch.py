@@ -96,6 +96,12 @@ def read_alignvlm(
     return AlignVLMFolder(config, params, tokenizer, progress, history)
 
 
+def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
+    """What `read_alignvlm` finds the experiment to be, without its weights."""
+    folder = Path(folder)
+    return _read_run(folder, _read_json(folder / "config.json"), None)[0]
+
+
 def is_alignvlm_folder(folder: str | Path) -> bool:
     """Whether `read_alignvlm` is the one to read it: an exported folder, not a training run's workdir."""
     try:

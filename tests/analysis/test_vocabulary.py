@@ -185,6 +185,7 @@ def test_what_is_written(reader, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vocabulary, "evaluate", lambda reader, records, *, limit, title: tenth(next(rights)))
     monkeypatch.setattr(vocabulary.subjects, "load_readers", lambda checkpoints, batch_size: iter([("ALIGN", reader)]))
     monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
+    monkeypatch.setattr(vocabulary.subjects, "model_config", lambda checkpoint: reader.config)
     num_words = reader.config.language.vocab_size
     vocabulary.run(["a"], "data", tmp_path, pages=2, sizes=[num_words, 20, 5, 40])
     figures = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]["ALIGN"]
@@ -206,3 +207,52 @@ def test_what_cannot_be_analysed(tmp_path, capsys):
         mean_distribution(random_reader(MLPConfig()), records(), pages=1)
     argv = ["analyze", "vocabulary", "--checkpoint", "x", "--data", "d", "--out", str(tmp_path), "--prune", "5"]
     assert cli.main(argv) == 2 and "--prune K and --save DIR go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "options", "match"),
+    [
+        (["full", "mlp"], {}, "mlp's connector is MLP: only ALIGN"),
+        (["full"], {"sizes": [20, 4000]}, "--sizes 4000: .*full has 480 words"),
+        (["full"], {"prune": 481, "save": "new"}, "--prune 481: .*full has 480 words"),
+        (["folder"], {"sizes": [481]}, "--sizes 481: .*folder has 480 words"),
+        (["pruned"], {"sizes": [5]}, "--sizes 5: .*pruned is pruned to 30 words"),
+        (["pruned"], {"prune": 30, "save": "new"}, "--prune 30: .*not pruned again"),
+        (["full"], {"prune": 5, "save": "pruned"}, "pruned exists already and is not empty"),
+        (["full"], {"out": "file"}, "file: cannot be written"),
+        (["full"], {"out": "file/below"}, "below: cannot be written"),
+        (["full", "nowhere"], {}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(checkpoints, options, match, folders, monkeypatch):
+    monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
+    monkeypatch.setattr(vocabulary.subjects, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    paths = {key: str(folders / value) for key, value in options.items() if isinstance(value, str)}
+    with pytest.raises(UserError, match=match):
+        checkpoints = [str(folders / name) for name in checkpoints]
+        vocabulary.run(checkpoints, "data", **{"out": str(folders / "out"), **options, **paths})
+    assert not (folders / "out").exists() and not (folders / "new").exists()
+
+
+def test_a_pruned_model_is_scored_as_it_is(folders, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(vocabulary, "evaluate", lambda reader, *_, **__: asked.append(reader) or tenth(4))
+    monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
+    vocabulary.run([str(folders / "pruned")] * 3, "data", tmp_path, pages=1)
+    assert [reader.config.connector.kept_words for reader in asked] == [KEPT] * 3
+    found = json.loads((tmp_path / "vocabulary.json").read_text())
+    names = ["ALIGN", f"ALIGN ({folders / 'pruned'})", f"ALIGN ({folders / 'pruned'}, 2)"]
+    assert list(found["checkpoints"]) == names
+    assert [point["words"] for point in found["vocabulary"]["ALIGN"]["curve"]] == [KEPT]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A full checkpoint, the same exported and pruned, an MLP's, and a file."""
+    folder = tmp_path_factory.mktemp("folders")
+    make_checkpoint(folder / "full")
+    make_checkpoint(folder / "mlp", "mlp")
+    export_alignvlm(folder / "full", folder / "folder")
+    save_pruned(folder / "full", np.arange(480.0), KEPT, folder / "pruned")
+    (folder / "file").touch()
+    return folder
