@@ -75,10 +75,12 @@ def run(args: argparse.Namespace) -> None:
     """Scores the checkpoint on its own documents or on benchmarks."""
     from alignvlm_jax.evaluation import runner
     from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
+    from alignvlm_jax.evaluation.benchmarks.table import find_benchmarks
     from alignvlm_jax.parallel.mesh import parse_mesh
 
     mesh = parse_mesh(args.mesh) if args.mesh else None
-    if args.benchmark:
+    if args.benchmark is not None:
+        find_benchmarks(args.benchmark)
         if not args.data:
             raise UserError("--benchmark needs --data: the folder that the benchmark's files are in")
         if args.control != "none":

@@ -213,8 +213,10 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """The benchmarks of these names.
 
     Raises:
-      UserError: one is not known, or named twice.
+      UserError: there is none, one is not known, or named twice.
     """
+    if not names:
+        raise UserError(f"--benchmark names none: there are {', '.join(BENCHMARKS)}")
     for name in names:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark {name!r}: there are {', '.join(BENCHMARKS)}")

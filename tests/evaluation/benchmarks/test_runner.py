@@ -110,6 +110,9 @@ def test_what_the_command_refuses_at_once(tmp_path, capsys):
         find_benchmarks(["docvqa", "docqva"])
     assert cli.main(["eval", "--checkpoint", "nano", "--benchmark", "docvqa"]) == 2
     assert "needs --data" in capsys.readouterr().err
+    for empty in ("", " ,"):
+        assert cli.main(["eval", "--checkpoint", "nano", "--benchmark", empty]) == 2
+        assert "--benchmark names none: there are docvqa, infovqa" in capsys.readouterr().err
     command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa", "--data", str(tmp_path)]
     assert cli.main([*command, "--control", "blank"]) == 2
     assert cli.main(command) == 2
