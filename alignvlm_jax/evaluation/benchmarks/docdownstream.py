@@ -35,9 +35,9 @@ IMAGE_MARK = "<|image|>"
 ONE_REFERENCE = "one reference a question: the folder meta/ is not there"
 """What `Question.extra` says where all accepted answers are not at hand."""
 
-_EXPECTED = """\
-DIR/{split}/{dataset}_{split}.jsonl or DIR/{split}.jsonl, DIR/imgs/..., and for all accepted answers \
-DIR/meta/{dataset}/{split}/metadata.jsonl and document.jsonl"""
+_EXPECTED = "DIR/{split}/{dataset}_{split}.jsonl or DIR/{split}.jsonl, DIR/imgs/..."
+_EXPECTED_OF_DUE = ", and for all accepted answers DIR/meta/{dataset}/{split}/metadata.jsonl and document.jsonl"
+_EXPECTED_OF_TEXTVQA = ", and DIR/meta/TextVQA/TextVQA_0.5.1_{split}.json"
 
 # What the two data sets of forms ask for. The key is found in the question: "What is the value for the gross_amount?".
 KEYS = {
@@ -59,9 +59,14 @@ _ABSENT = "None"  # How the messages answer for a key that the document has no v
 
 def layout(dataset: str) -> Layout:
     """DocDownstream's layout of one of its data sets, by its name there."""
+    expected = _EXPECTED
+    if dataset in _WITH_DUE_REFERENCES:
+        expected += _EXPECTED_OF_DUE
+    if dataset == "TextVQA":
+        expected += _EXPECTED_OF_TEXTVQA
     return Layout(
         "DocDownstream-1.0 (mPLUG/DocDownstream-1.0)",
-        _EXPECTED.replace("{dataset}", dataset),
+        expected.replace("{dataset}", dataset),
         functools.partial(_read, dataset),
     )
 

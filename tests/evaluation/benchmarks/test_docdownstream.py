@@ -160,6 +160,25 @@ def test_what_is_wrong_is_named_and_counted(tmp_path):
     assert summary.to_json(outcome)["num_not_asked"] == 5
 
 
+@pytest.mark.parametrize(
+    "name, meta",
+    [
+        ("docvqa", ["DIR/meta/DocVQA/val/metadata.jsonl and document.jsonl"]),
+        ("klc", ["DIR/meta/KleisterCharity/test/metadata.jsonl and document.jsonl"]),
+        ("textvqa", ["DIR/meta/TextVQA/TextVQA_0.5.1_val.json"]),
+        ("tabfact", []),
+        ("chartqa", []),
+    ],
+)
+def test_of_meta_only_what_is_read_is_asked_for(tmp_path, name, meta):
+    with pytest.raises(UserError, match="DIR/imgs/") as error:
+        evaluate(name, tmp_path, lambda text: "")
+    own = str(error.value).partition("It is read from: ")[2].partition("; ")[0]
+    assert [part.removeprefix("and ") for part in own.split(", ") if "meta/" in part] == [
+        f"for all accepted answers {part}" if "document" in part else part for part in meta
+    ]
+
+
 def test_files_that_are_not_there_are_described(tmp_path):
     with pytest.raises(
         UserError, match=r"DIR/val/DocVQA_val.jsonl or DIR/val.jsonl.*val_v1.0.json.*DIR/DocVQA/validation-\*.parquet"
