@@ -189,12 +189,14 @@ class CorruptionKind:
     axis: what a level is, with its unit.
     clean: the level that changes nothing.
     levels: what is tried by default.
+    valid: the lowest and the highest level that can be asked for.
     """
 
     apply: Callable[[PIL.Image.Image, float, np.random.Generator], PIL.Image.Image]
     axis: str
     clean: float
     levels: tuple[float, ...]
+    valid: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +230,14 @@ def _shrink(image, share, rng):
 
 
 CORRUPTIONS: Mapping[str, CorruptionKind] = {
-    "blur": CorruptionKind(_blur, "radius of the Gaussian blur (pixels of the page)", 0.0, (0.5, 0.75, 1.0, 1.5)),
-    "jpeg": CorruptionKind(_jpeg, "JPEG quality (1-95)", 100.0, (75.0, 50.0, 25.0, 10.0)),
-    "rotation": CorruptionKind(_rotate, "rotation, left or right (degrees)", 0.0, (0.5, 1.0, 2.0, 4.0)),
-    "resolution": CorruptionKind(_shrink, "resolution kept (share of each side)", 1.0, (0.9, 0.8, 0.65, 0.5)),
+    "blur": CorruptionKind(
+        _blur, "radius of the Gaussian blur (pixels of the page)", 0.0, (0.5, 0.75, 1.0, 1.5), (0, 100)
+    ),
+    "jpeg": CorruptionKind(_jpeg, "JPEG quality", 100.0, (75.0, 50.0, 25.0, 10.0), (1, 100)),
+    "rotation": CorruptionKind(_rotate, "rotation, left or right (degrees)", 0.0, (0.5, 1.0, 2.0, 4.0), (0, 180)),
+    "resolution": CorruptionKind(
+        _shrink, "resolution kept (share of each side)", 1.0, (0.9, 0.8, 0.65, 0.5), (0.01, 1)
+    ),
 }
 
 DEFAULT_CORRUPTIONS = tuple(Corruption(kind, level) for kind in CORRUPTIONS for level in CORRUPTIONS[kind].levels)
@@ -241,7 +247,7 @@ def parse_corruptions(texts: Sequence[str] | None) -> tuple[Corruption, ...]:
     """What the command line says: ["blur=0.5,1", "jpeg=20"]; "none" is none, None the default.
 
     Raises:
-      UserError: a kind that does not exist, or a level that is no number.
+      UserError: a kind that does not exist, or a level that is no number or not in the kind's range.
     """
     if texts is None:
         return DEFAULT_CORRUPTIONS
@@ -252,10 +258,15 @@ def parse_corruptions(texts: Sequence[str] | None) -> tuple[Corruption, ...]:
             continue
         if kind not in CORRUPTIONS:
             raise UserError(f"--corruptions {text}: expected one of {', '.join(CORRUPTIONS)}, or none")
+        lowest, highest = CORRUPTIONS[kind].valid
         try:
             chosen = [float(level) for level in levels.split(",")] if equals else CORRUPTIONS[kind].levels
         except ValueError:
-            raise UserError(f"--corruptions {text}: expected numbers, {CORRUPTIONS[kind].axis}") from None
+            chosen = [math.nan]
+        if not all(lowest <= level <= highest for level in chosen):  # NaN is not either
+            raise UserError(
+                f"--corruptions {text}: expected numbers from {lowest:g} to {highest:g}, {CORRUPTIONS[kind].axis}"
+            )
         found += [Corruption(kind, level) for level in chosen]
     return tuple(found)
 

@@ -177,6 +177,30 @@ def test_corruptions_that_do_not_exist(text, match):
         noise.parse_corruptions([text])
 
 
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("jpeg=500", "from 1 to 100, JPEG quality"),
+        ("jpeg=20,0.9", "from 1 to 100"),
+        ("resolution=0", "from 0.01 to 1, resolution kept"),
+        ("resolution=0.5,2", "from 0.01 to 1"),
+        ("blur=-1", "from 0 to 100, radius"),
+        ("blur=inf", "from 0 to 100"),
+        ("rotation=nan", "from 0 to 180, rotation"),
+    ],
+)
+def test_levels_that_do_not_exist(text, valid):
+    with pytest.raises(UserError, match=f"--corruptions {text}: expected numbers {valid}"):
+        noise.parse_corruptions([text])
+
+
+def test_default_and_clean_levels_exist():
+    for kind, entry in noise.CORRUPTIONS.items():
+        levels = [*entry.levels, entry.clean, *entry.valid]
+        found = noise.parse_corruptions([f"{kind}={','.join(map(str, levels))}"])
+        assert [corruption.level for corruption in found] == levels
+
+
 def test_what_is_written(reader, tmp_path, monkeypatch):
     readers = [("ALIGN", reader), ("MLP", random_reader(MLPConfig()))]
     rights = itertools.cycle((9, 7, 8, 8, 2, 5))
