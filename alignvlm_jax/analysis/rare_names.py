@@ -237,14 +237,12 @@ def describe(figures: dict[str, Any]) -> str:
     ]
     if "decoder alone" in figures:
         alone = figures["decoder alone"]["look-alikes"]
-        says = figures["tokens say the true letter"]
         text.append(
             f"The decoder alone, given the letters themselves, errs on {_percent(alone['error'])} of the look-alikes "
             f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} commoner, "
-            f"{alone['pull']['rarer']} rarer). At the one letter that tells look-alikes apart the visual tokens are "
-            f"nearest to the true one in {_share(says['right'])} of right answers and in {_share(says['pulled'])} of "
-            "answers pulled to a commoner name: in the latter share the decoder overruled what it was told."
+            f"{alone['pull']['rarer']} rarer)."
         )
+        text += _blamed(figures["tokens say the true letter"])
     return " ".join(text)
 
 
@@ -317,8 +315,21 @@ def _points(estimate: dict[str, Any]) -> str:
     return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}] points"
 
 
-def _share(share: dict[str, Any]) -> str:
-    return "none" if not share["answers"] else f"{100 * share['share']:.0f} % (of {share['answers']})"
+def _blamed(says: dict[str, Any]) -> list[str]:
+    """What `blame` says of right answers and of pulled ones, as far as there are any."""
+    kinds = {"right": "right answers", "pulled": "answers pulled to a commoner name"}
+    shares = [
+        f"in {100 * says[kind]['share']:.0f} % (of {says[kind]['answers']}) of {title}"
+        for kind, title in kinds.items()
+        if says[kind]["answers"]
+    ]
+    if not shares:
+        return []
+    overruled = ": in the latter share the decoder overruled what it was told" if says["pulled"]["answers"] else ""
+    return [
+        "At the one letter that tells look-alikes apart the visual tokens are nearest to the true one "
+        f"{' and '.join(shares)}{overruled}."
+    ]
 
 
 def _verdict(estimate: dict[str, Any], null: float) -> str:

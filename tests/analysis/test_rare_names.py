@@ -119,6 +119,25 @@ def test_blame_counts_what_the_tokens_said():
     assert says["by_count"]["1"]["answers"] == 4 and says["by_count"]["4"]["share"] is None
 
 
+def test_nothing_is_said_of_answers_that_there_are_none_of():
+    rare, common = OF_GROUP[0, 1], OF_GROUP[0, 256]
+    place, _ = telling_letters(LEXICON)[0]
+    right = NameAnswer("p", rare, rare.text, "right", rare.text[place])
+    pulled = NameAnswer("p", rare, common.text, "commoner look-alike", rare.text[place])
+    summary = rare_names.summarize(simulate(lambda seen: 0.1))
+
+    def told(*answers):
+        says = rare_names.blame(answers, LEXICON)
+        text = rare_names.describe({"model": summary, "decoder alone": summary, "tokens say the true letter": says})
+        return text.partition(" rarer).")[2].partition("the visual tokens are ")[2]
+
+    in_right, in_pulled = "in 100 % (of 1) of right answers", "in 100 % (of 1) of answers pulled to a commoner name"
+    overruled = ": in the latter share the decoder overruled what it was told."
+    assert told(right, pulled) == f"nearest to the true one {in_right} and {in_pulled}{overruled}"
+    assert told(right) == f"nearest to the true one {in_right}."
+    assert told() == ""
+
+
 def test_the_shipped_model_is_analyzed(tmp_path):
     folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
     rare_names.run(["nano"], folder, tmp_path / "out", limit=40)
