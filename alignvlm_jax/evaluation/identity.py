@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: where it lies, and a digest of its weights."""
+"""Which model a checkpoint is: where it lies, a digest of its weights, whether it is pruned."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from alignvlm_jax.backbones import trained_model
-from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder
+from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm_config
 from alignvlm_jax.training import workdir as workdirs
 
 
@@ -35,3 +35,10 @@ def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
     for file in sorted((folder / workdirs.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
         digest.update(file.read_bytes())
     return {"checkpoint": str(folder.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
+
+
+def is_pruned(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint's connector is pruned to the words that it uses."""
+    folder, step = locate(checkpoint)
+    config = read_alignvlm_config(folder) if step is None else workdirs.load_config(folder)
+    return getattr(config.model.connector, "kept_words", None) is not None

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from alignvlm_jax.data.images import open_image
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files, summary
+from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Picture, Question
 from alignvlm_jax.evaluation.benchmarks.scores import Scores
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
-from alignvlm_jax.evaluation.identity import identify
+from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.parallel import distributed
@@ -86,7 +87,7 @@ def evaluate_benchmarks(
     distributed.agree({"checkpoint": str(checkpoint), **arguments})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
-    identity = identify(checkpoint)
+    identity, pruned = identify(checkpoint), is_pruned(checkpoint)
     for row in benchmarks:
         row.metric((), {})  # What a metric needs and is not installed is said now.
     # All files are read before anything that takes long: what is wrong with the last one is said now.
@@ -109,12 +110,13 @@ def evaluate_benchmarks(
             outcomes.append(run(row, split or row.split, questions, reader, predictions, identity, limit=limit))
     if distributed.is_primary():
         print(f"{identity['checkpoint']}: answers in {predictions_file}\n")
-        print(summary.format_table(outcomes))
+        print(summary.format_table(outcomes, pruned=pruned))
         print(summary.format_notes(outcomes))
         _write_submissions(outcomes, pathlib.Path(predictions_file))
         if json_file:
             figures = {**identity, "data": str(data), "predictions": str(predictions_file), "versions": versions()}
-            figures["average_of_nine"] = summary.average_of_nine(outcomes)
+            figures["average_of_nine"] = summary.average_of(AVERAGED, outcomes)
+            figures["average_of_four"] = summary.average_of(FOUR, outcomes)
             write_json({**figures, "benchmarks": [summary.to_json(outcome) for outcome in outcomes]}, json_file)
     return outcomes
 

@@ -1,10 +1,19 @@
 """What a run over benchmarks came to: the table that is printed, what is to be said beside it, and the JSON."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED
+from alignvlm_jax.evaluation.benchmarks.paper import (
+    AVERAGE,
+    AVERAGED,
+    FOOTNOTES,
+    FOUR,
+    GENERAL,
+    LOW_RESOURCE,
+    MARKS,
+    PRUNED,
+)
 from alignvlm_jax.evaluation.benchmarks.scores import Score
 
 if TYPE_CHECKING:
@@ -13,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN_PROBLEMS = 5
 
 
-def format_table(outcomes: Sequence["Outcome"]) -> str:
+def format_table(outcomes: Sequence["Outcome"], *, pruned: bool = False) -> str:
     """Scores in percent: a row for each benchmark and one for each of its further scores, the paper's models beside.
 
                                 questions   ours               ALIGN 1B   ALIGN 3B   MLP 3B
@@ -21,22 +30,27 @@ def format_table(outcomes: Sequence["Outcome"]) -> str:
     ChartQA test, relaxed accuracy   2500   64.0 [62.1-65.8]   65.44      71.88      66.48
       augmented                      1250   80.1 [77.8-82.2]
 
-    Under the nine benchmarks of the paper's main table, if all are there, stands their plain mean.
+    Under the nine benchmarks of the paper's main table, if all are there, stands their plain mean. Figures of other
+    models than that table's have a mark, which `format_notes` explains.
+
+    Args:
+      outcomes: of one checkpoint.
+      pruned: whether its vocabulary is pruned; the paper's model that was is then beside.
     """
     models = list(dict.fromkeys(model for outcome in outcomes for model in outcome.benchmark.paper))
+    models = [model for model in models if pruned or model != PRUNED]
     rows = [["", "count", "ours", *models]]
     for outcome in outcomes:
         name = f"{outcome.benchmark.title} {outcome.split}"
-        paper = [
-            f"{outcome.benchmark.paper[model]:.2f}" if model in outcome.benchmark.paper else "" for model in models
-        ]
+        theirs, mark = outcome.benchmark.paper, MARKS.get(outcome.benchmark.name, "")
+        paper = [f"{theirs[model]:.2f}{mark}" if model in theirs else "" for model in models]
         if outcome.scores is None or outcome.scores.primary is None:
             rows.append([name, str(len(outcome.questions)), "not scored here", *paper])
             continue
         primary = outcome.scores.primary
         rows.append([f"{name}, {primary.name}", str(primary.count), _cell(primary), *paper])
         rows += [[f"  {other.name}", str(other.count), _cell(other)] for other in outcome.scores.others]
-    if (average := average_of_nine(outcomes)) is not None:
+    if (average := average_of(AVERAGED, outcomes)) is not None:
         theirs = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
         rows.append(["average of the nine", "", f"{average:.2f}", *theirs])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
@@ -47,18 +61,18 @@ def format_table(outcomes: Sequence["Outcome"]) -> str:
     return "\n".join(lines)
 
 
-def average_of_nine(outcomes: Sequence["Outcome"]) -> float | None:
-    """The mean, in percent, of the nine scores that the paper averages; None unless all are there."""
+def average_of(names: Sequence[str], outcomes: Sequence["Outcome"]) -> float | None:
+    """The mean, in percent, of the scores of these benchmarks, as the paper averages; None unless all are there."""
     values = {
         outcome.benchmark.name: 100 * outcome.scores.primary.value
         for outcome in outcomes
-        if outcome.benchmark.name in AVERAGED and outcome.scores is not None and outcome.scores.primary is not None
+        if outcome.benchmark.name in names and outcome.scores is not None and outcome.scores.primary is not None
     }
-    return sum(values.values()) / len(AVERAGED) if len(values) == len(AVERAGED) else None
+    return sum(values.values()) / len(names) if len(values) == len(names) else None
 
 
 def format_notes(outcomes: Sequence["Outcome"]) -> str:
-    """What a reader of the table must know: questions that were not asked, references that lack, limits."""
+    """What the table's reader must know: what was not asked, references that lack, limits, whose figures are beside."""
     lines = []
     for outcome in outcomes:
         title = outcome.benchmark.title
@@ -75,7 +89,26 @@ def format_notes(outcomes: Sequence["Outcome"]) -> str:
                 f"which count as wrong here: {outcome.scores.aborted[0][0]}: {outcome.scores.aborted[0][1]}"
             )
         lines += [f"{title}: {note}" for note in _remarks(outcome)]
+    lines += _about_the_papers(outcomes)
     return "\n".join(["", *lines]) if lines else ""
+
+
+def _about_the_papers(outcomes: Sequence["Outcome"]) -> list[str]:
+    """Whose the marked figures are, and what the models of the low-resource setting average."""
+    names = [outcome.benchmark.name for outcome in outcomes]
+    lines = [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in map(MARKS.get, names)]
+    if set(GENERAL) & set(names):
+        lines.insert(1, f"  their averages over MMMU, SEED, MM-Vet, POPE, GQA: {_listed(LOW_RESOURCE[GENERAL])}")
+    if (average := average_of(FOUR, outcomes)) is not None:
+        lines.append(
+            f"average of DocVQA, InfoVQA, ChartQA and TextVQA: {average:.2f}; of the paper's low-resource models "
+            f"(3B, LLaVA's data): {_listed(LOW_RESOURCE[FOUR])}"
+        )
+    return lines
+
+
+def _listed(averages: Mapping[str, float]) -> str:
+    return ", ".join(f"{model} {average:.2f}" for model, average in averages.items())
 
 
 def to_json(outcome: "Outcome") -> dict[str, Any]:
@@ -90,6 +123,7 @@ def to_json(outcome: "Outcome") -> dict[str, Any]:
         **(scores.primary.to_json() if scores and scores.primary else {"score": None}),
         "others": {other.name: other.to_json() for other in scores.others} if scores else {},
         "paper": dict(benchmark.paper),
+        "paper_note": FOOTNOTES.get(MARKS.get(benchmark.name, "")),
         "prompt": benchmark.prompt,
         "prompt_source": benchmark.prompt_source,
         "max_new_tokens": benchmark.max_new_tokens,

@@ -1,25 +1,28 @@
 """The table beside the paper's."""
 
-import types
+import json
+import shutil
 
 import pytest
 
-from alignvlm_jax.evaluation.benchmarks import summary
-from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED, PAPER
+from alignvlm_jax.backbones import NANO_MODEL
+from alignvlm_jax.evaluation.benchmarks import runner, summary
+from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED, FOUR, GENERAL, LOW_RESOURCE, PAPER
 from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
+from alignvlm_jax.evaluation.identity import is_pruned
 
 
 def outcomes(names):
     return [
-        types.SimpleNamespace(benchmark=BENCHMARKS[name], split="test", scores=Scores(Score("x", i / 10, None, 7)))
+        runner.Outcome(BENCHMARKS[name], "test", [], {}, {}, Scores(Score("x", i / 10, None, 7)), None, 0.0)
         for i, name in enumerate(names)
     ]
 
 
 def test_the_average_stands_under_all_nine_and_the_papers_beside():
     found = outcomes([*AVERAGED, "vcr_en_easy"])
-    assert summary.average_of_nine(found) == pytest.approx(40)
+    assert summary.average_of(AVERAGED, found) == pytest.approx(40)
     last = summary.format_table(found).splitlines()[-1].split()
     assert last == ["average", "of", "the", "nine", "40.00", "52.14", "58.81", "62.88", "53.06", "50.68", "54.72"]
 
@@ -30,5 +33,38 @@ def test_the_papers_average_is_its_nine_scores():
 
 
 def test_no_average_of_fewer():
-    assert summary.average_of_nine(outcomes(AVERAGED[1:])) is None
+    assert summary.average_of(AVERAGED, outcomes(AVERAGED[1:])) is None
     assert "average" not in summary.format_table(outcomes(AVERAGED[1:]))
+
+
+def test_a_pruned_model_stands_beside_the_papers_pruned_one():
+    table = summary.format_table(outcomes(AVERAGED), pruned=True).splitlines()
+    assert table[0].endswith("ALIGN 3B pruned") and "79.40" in table[1] and table[-1].endswith("58.69")
+    assert "79.40" not in summary.format_table(outcomes(AVERAGED))
+
+
+def test_figures_of_other_models_say_so():
+    found = outcomes(["mmvet", "docvqa", "vcr_en_easy"])
+    table, notes = summary.format_table(found), summary.format_notes(found).splitlines()[1:]
+    assert "35.32*" in table and "79.63*" not in table and "65.84**" in table
+    assert [note[:6] for note in notes] == ["* of t", "  thei", "** of "]
+    assert "low-resource" in notes[0] and "ALIGN 56.88, MLP 53.59" in notes[1]
+    assert "low-resource" in summary.to_json(found[0])["paper_note"]
+    assert summary.to_json(found[1])["paper_note"] is None and not summary.format_notes(found[1:2])
+
+
+def test_the_average_of_four_stands_beside_the_low_resource_models():
+    notes = summary.format_notes(outcomes(FOUR))
+    assert "15.00; of the paper's low-resource models" in notes and "ALIGN 59.32, MLP 40.61" in notes
+    theirs = sum(PAPER[name]["ALIGN 3B"] for name in GENERAL) / 5
+    assert LOW_RESOURCE[GENERAL]["ALIGN"] == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize("kept_words", [None, 3])
+def test_which_checkpoints_are_pruned(tmp_path, kept_words):
+    config = json.loads((NANO_MODEL / "config.json").read_text())
+    config["connector_config"]["kept_words"] = kept_words
+    folder = tmp_path / "model"
+    shutil.copytree(NANO_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert is_pruned(folder) == bool(kept_words) and not is_pruned("nano")
