@@ -70,7 +70,7 @@ def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than
         notes = [str(tmp_path / f"{start}.{i}.json") for i in range(number)]
         arguments = dict(workdir=str(tmp_path / "run"), mesh=(1, number, 1), note=notes, stop_at=step + 1)
         several = processes.start(tmp_path / start, "cost", number, devices=1, **arguments)
-        assert processes.finish(several, seconds=1500) == [130] * number, several[0].text()
+        assert processes.finish(several, seconds=1500) == [75] * number, several[0].text()
         found[start] = [json.loads(pathlib.Path(note).read_text()) for note in notes]
         if start == "fresh":
             step = max(complete_steps(checkpoints))
