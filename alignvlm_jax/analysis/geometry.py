@@ -1,6 +1,6 @@
 """Where visual tokens lie among the text embeddings: in the plane that shows both best, and beside their convex hull.
 
-Axes: T visual tokens, V vocabulary, D decoder width, S vertices of a face.
+Axes: T visual tokens, V vocabulary, D decoder width, S vertices of a face, E edges of it.
 
 ALIGN's tokens are mixtures of text embeddings and so lie in their convex hull; an MLP's may lie anywhere. Whether one
 does is not assumed here but measured, for any connector alike, by the distance to the nearest text embedding and to the
@@ -38,6 +38,10 @@ TOLERANCE = 1e-3
 
 _WORDS_AT_ONCE = 8192
 _DRAWN_WORDS = 3000
+_REFINEMENTS = 6
+
+_Inverse = Float64[np.ndarray, "E E"] | None
+"""Of the products of a face's E edges from its first vertex, to be refined by; None where it is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,7 @@ def hull_distances(
     """
     visual = np.asarray(visual, np.float64)
     _, start = nearest_words(visual, text)
-    faces = [_Face(text[word][None] - token, np.ones(1)) for word, token in zip(start, visual, strict=True)]
+    faces = [_Face(text[word] - token) for word, token in zip(start, visual, strict=True)]
     lower = np.zeros(len(visual))
     scale = max(np.abs(text).max(), 1e-300)
     open_tokens = list(range(len(visual)))
@@ -160,50 +164,96 @@ def hull_distances(
 
 
 class _Face:
-    """The simplex that the nearest point lies in so far: its vertices, relative to the token, and their weights."""
+    """The simplex that the nearest point lies in so far: its vertices, relative to the token, and their weights.
 
-    def __init__(self, vertices: Float64[np.ndarray, "S D"], weights: Float64[np.ndarray, " S"]):
-        self.vertices, self.weights = vertices, weights
+    A step changes a vertex or two, so the inverse products of its edges are kept and brought up to date. That is not
+    only fewer multiplications: BLAS would give each of these small problems to several threads, which where cores are
+    busy takes several times as long (`einsum` does not).
+    """
 
-    @property
-    def point(self) -> Float64[np.ndarray, " D"]:
-        return self.weights @ self.vertices
+    def __init__(self, vertex: Float64[np.ndarray, " D"]):
+        self._take(vertex[None], np.ones(1), np.zeros((0, 0)))
+
+    def _take(
+        self, vertices: Float64[np.ndarray, "S D"], weights: Float64[np.ndarray, " S"], inverse: _Inverse
+    ) -> None:
+        self.vertices, self.weights, self._inverse = vertices, weights, inverse
+        self.point = np.einsum("s,sd->d", weights, vertices)
 
     def add(self, vertex: Float64[np.ndarray, " D"]) -> bool:
         """Takes in a vertex and moves to the point nearest 0 of what they span; False if that came no nearer."""
-        before = np.linalg.norm(self.point)
-        previous = self.vertices, self.weights
-        self.vertices = np.concatenate([self.vertices, vertex[None]])
-        self.weights = np.append(self.weights, 0.0)
+        previous, before = (self.vertices, self.weights, self._inverse), np.linalg.norm(self.point)
+        inverse = _with_edge(self._inverse, self.vertices[1:] - self.vertices[0], vertex - self.vertices[0])
+        vertices, weights = np.concatenate([self.vertices, vertex[None]]), np.append(self.weights, 0.0)
         while True:
-            wanted = _affine_weights(self.vertices)
+            wanted, inverse = _affine_weights(vertices, inverse)
             if (wanted > 1e-12).all():
-                self.weights = wanted
                 break
             # Towards it as far as no weight becomes negative; the vertex whose weight is then 0 is left behind.
             falling = wanted <= 1e-12
-            ratios = self.weights[falling] / np.maximum(self.weights[falling] - wanted[falling], 1e-300)
+            ratios = weights[falling] / np.maximum(weights[falling] - wanted[falling], 1e-300)
             step = min(1.0, ratios.min())
-            weights = (1 - step) * self.weights + step * wanted
+            weights = (1 - step) * weights + step * wanted
             stays = weights > 1e-12
             stays[np.flatnonzero(falling)[ratios.argmin()]] = False
             if not stays.any():
-                self.vertices, self.weights = previous
                 return False
-            self.vertices, self.weights = self.vertices[stays], weights[stays] / weights[stays].sum()
+            vertices, weights = vertices[stays], weights[stays] / weights[stays].sum()
+            inverse = _without_edges(inverse, stays[1:]) if stays[0] else None
+        self._take(vertices, wanted, inverse)
         if np.linalg.norm(self.point) < before:
             return True
-        self.vertices, self.weights = previous
+        self._take(*previous)
         return False
 
 
-def _affine_weights(vertices: Float64[np.ndarray, "S D"]) -> Float64[np.ndarray, " S"]:
-    """Weights, of any sign and with sum 1, of the point nearest 0 in the plane through the vertices."""
-    if len(vertices) == 1:
-        return np.ones(1)
+def _with_edge(inverse: _Inverse, edges: Float64[np.ndarray, "E D"], edge: Float64[np.ndarray, " D"]) -> _Inverse:
+    """The inverse products of edges once there is one more, behind the others."""
+    if inverse is None:
+        return None
+    along = np.einsum("ef,f->e", inverse, np.einsum("ed,d->e", edges, edge))
+    apart = edge - np.einsum("e,ed->d", along, edges)
+    square = (apart**2).sum()
+    if square <= 1e-12 * (edge**2).sum():
+        return None
+    border = np.append(-along, 1.0)
+    return np.pad(inverse, (0, 1)) + np.outer(border, border) / square
+
+
+def _without_edges(inverse: _Inverse, stays: np.ndarray) -> _Inverse:
+    """The inverse products of those edges that stay."""
+    while inverse is not None and not stays.all():
+        left = int(np.flatnonzero(~stays)[0])
+        column, square = np.delete(inverse[left], left), inverse[left, left]
+        inverse = np.delete(np.delete(inverse, left, 0), left, 1) - np.outer(column, column / square)
+        stays = np.delete(stays, left)
+    return inverse
+
+
+def _affine_weights(
+    vertices: Float64[np.ndarray, "S D"], inverse: _Inverse
+) -> tuple[Float64[np.ndarray, " S"], _Inverse]:
+    """Weights, of any sign and with sum 1, of the point nearest 0 in the plane through the vertices.
+
+    Returns them with the inverse products that did: those given, if with them the edges come to be orthogonal to the
+    point, new ones else, and none where the edges are too near to dependent for any (least squares does it then).
+    """
     edges = vertices[1:] - vertices[0]
+    orthogonal = 1e-13 * np.linalg.norm(edges, axis=1) * np.linalg.norm(vertices[0])
+    for found in (inverse, None):
+        if found is None:
+            try:
+                found = np.linalg.inv(edges @ edges.T)
+            except np.linalg.LinAlgError:
+                break
+        along = np.zeros(len(edges))
+        for _ in range(_REFINEMENTS):
+            slopes = np.einsum("ed,d->e", edges, vertices[0] + np.einsum("e,ed->d", along, edges))
+            if (np.abs(slopes) <= orthogonal).all():
+                return np.concatenate([[1 - along.sum()], along]), found
+            along = along - np.einsum("ef,f->e", found, slopes)
     along = np.linalg.lstsq(edges.T, -vertices[0], rcond=None)[0]
-    return np.concatenate([[1 - along.sum()], along])
+    return np.concatenate([[1 - along.sum()], along]), None
 
 
 def _lowest_products(

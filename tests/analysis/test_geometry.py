@@ -53,6 +53,32 @@ def test_words_twice_in_the_table_and_words_on_a_line():
     np.testing.assert_allclose(found.lower, [0, 2, 1], atol=1e-9)
 
 
+def test_inverse_products_of_edges_are_kept_up_to_date():
+    edges, inverse = RNG.normal(size=(7, 12)), np.zeros((0, 0))
+    for number, edge in enumerate(edges):
+        inverse = geometry._with_edge(inverse, edges[:number], edge)
+        np.testing.assert_allclose(
+            inverse @ (edges[: number + 1] @ edges[: number + 1].T), np.eye(number + 1), atol=1e-9
+        )
+    assert geometry._with_edge(inverse, edges, edges[2] - edges[5]) is None
+    stays = np.array([True, False, True, True, False, True, False])
+    found = geometry._without_edges(inverse, stays)
+    np.testing.assert_allclose(found @ (edges[stays] @ edges[stays].T), np.eye(4), atol=1e-9)
+
+
+def test_least_squares_are_for_nearly_dependent_words_alone(monkeypatch):
+    """They take BLAS's threads, which for problems as small as these cost several times what they bring."""
+    flat, least_squares, calls = np.logspace(0, -8, 30), np.linalg.lstsq, []
+    monkeypatch.setattr(geometry.np.linalg, "lstsq", lambda *args, **kw: calls.append(1) or least_squares(*args, **kw))
+    for scales, expected in ((np.ones(30), False), (flat, True)):
+        text = RNG.normal(size=(200, 30)) * scales
+        points = np.concatenate([RNG.dirichlet(np.full(200, 0.1), 8) @ text, RNG.normal(size=(8, 30)) + 1])
+        found = hull_distances(points, text)
+        assert bool(calls) == expected
+        np.testing.assert_allclose(found.lower, found.upper, atol=1e-6)
+        assert (found.upper[:8] < 1e-6).all() and (found.lower[8:] > 0.1).all()
+
+
 def test_nearest_words(monkeypatch):
     monkeypatch.setattr(geometry, "_WORDS_AT_ONCE", 7)
     text, points = RNG.normal(size=(30, 5)) + 10, RNG.normal(size=(12, 5)) + 10
