@@ -87,7 +87,8 @@ def _restoration(rng, rate):
             "questions": PAGES,
         }
 
-    return {difficulty: of(rate) for difficulty in restoration.DIFFICULTIES}
+    names = restoration.DIFFICULTIES
+    return {name: of(rate) for name in names} | {restoration.BEFORE + name: of(rate / 2) for name in names}
 
 
 def _names(rng, rate, seed):

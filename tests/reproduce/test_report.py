@@ -30,7 +30,7 @@ def test_the_verdict_follows_the_figures(tmp_path, align, mlp, verdict):
     assert len(about_mlp) == 2 + 2 + 2 + 2 + 1  # accuracy, noise, low resource, restoration, cost
     of_accuracy = [line for line in about_mlp if "answers more than MLP, " in line]
     assert [line.startswith(f"- {verdict}: ") for line in of_accuracy] == [True, True]
-    of_restoration = [line for line in about_mlp if "covered lines than MLP" in line]
+    of_restoration = [line for line in about_mlp if "ALIGN restores more of what is covered" in line]
     assert [line.startswith(f"- {verdict}: ") for line in of_restoration] == [True, True]
 
 

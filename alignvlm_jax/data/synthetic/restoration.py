@@ -1,13 +1,14 @@
-"""Pages with lines of print partly covered, after VCR (arXiv 2406.06462): to be read off what is left of them.
+"""Pages on which the print of an answer is partly covered, after VCR (arXiv 2406.06462): to be read off what is left.
 
-A document of the corpus gets one or two of its lines struck through, glyph by glyph, by bars of the paper's colour:
+A document of the corpus gets the answer to one of its own questions struck through, glyph by glyph, by bars of the
+paper's colour:
 
     easy   a quarter of a capital's height, its middle: enough is left for people to read on
     hard   half of it: about two px of print are left above the bar and two below
 
-The question asks for the covered lines, the answer has them in reading order, one a line, as the transcription does.
-Every document comes twice, easy and then hard, with the same lines covered: `source` of the record says which it is.
-`evaluation.metrics.vcr_scores` scores it, with `references` of the answer as the covered texts.
+The question is the document's, so that what is to be restored is found as ever, by its label: what is asked for anew is
+to read it. Every document comes twice, easy and then hard, with the same print covered: `source` of the record says
+which it is. `evaluation.metrics.vcr_scores` scores it.
 """
 
 import functools
@@ -28,26 +29,35 @@ Difficulty = Literal["easy", "hard"]
 COVERED = {"easy": 1 / 4, "hard": 1 / 2}
 """Share of a capital's height that the bar takes."""
 
-QUESTIONS = ("What is covered?", "Which print is covered?", "Read the covered lines.")
-
 # Charts print marks, not lines.
 _FAMILIES = ("receipt", "form", "table")
-_MOST_LINES = 2
 
 
 def draw_restoration(seed: int, split: str, index: int, difficulty: Difficulty) -> tuple[Document, str, str]:
-    """A document with covered lines, the question and its answer: a pure function of its arguments."""
+    """A document with covered print, the question and its answer: a pure function of its arguments."""
     dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))  # a stream of its own beside the document's
     document = draw_document(seed, split, index, family=dice.pick(_FAMILIES))
-    lines = glyphs_of_lines(document)
-    covered = sorted(dice.shuffled(range(len(lines)))[: dice.integer(1, min(_MOST_LINES, len(lines) - 1))])
-    _cover(document, [glyph for line in covered for glyph in lines[line]], COVERED[difficulty])
-    return document, dice.pick(QUESTIONS), "\n".join(document.lines[line] for line in covered)
+    places = [(len(printed), question, answer, printed) for question, answer, printed in _printed(document)]
+    fewest = min(count for count, *_ in places)  # once, as a rule: what stands twice is covered twice
+    _, question, answer, printed = dice.pick([place for place in places if place[0] == fewest])
+    _cover(document, [glyph for glyphs in printed for glyph in glyphs], COVERED[difficulty])
+    return document, question, answer
 
 
-def references(answer: str) -> list[str]:
-    """The covered texts that an answer is made of."""
-    return answer.split("\n")
+def _printed(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
+    """The questions whose answers are on the page, with the glyphs of the answer wherever it is."""
+    glyphs_by_line, found = glyphs_of_lines(document), []
+    for question, answer in zip(document.questions, document.answers, strict=True):
+        printed = []
+        for line, glyphs in zip(document.lines, glyphs_by_line, strict=True):
+            start = line.find(answer)
+            while start >= 0:
+                before = len(line[:start].replace(" ", ""))
+                printed.append(glyphs[before : before + len(answer.replace(" ", ""))])
+                start = line.find(answer, start + 1)
+        if printed:
+            found.append((question, answer, printed))
+    return found
 
 
 def draw_restoration_records(seed: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
