@@ -3,8 +3,8 @@
 A document of the corpus gets the answer to one of its own questions struck through, glyph by glyph, by bars of the
 paper's colour:
 
-    easy   a quarter of a capital's height, its middle: enough is left for people to read on
-    hard   half of it: about two px of print are left above the bar and two below
+    easy   an eighth of a capital's height, its middle: one px, and people read on
+    hard   a quarter of it: two px or three of some eight, and people guess
 
 The question is the document's, so that what is to be restored is found as ever, by its label: what is asked for anew is
 to read it. Every document comes twice, easy and then hard, with the same print covered: `source` of the record says
@@ -26,7 +26,7 @@ from alignvlm_jax.data.synthetic.values import SPLITS
 
 Difficulty = Literal["easy", "hard"]
 
-COVERED = {"easy": 1 / 4, "hard": 1 / 2}
+COVERED = {"easy": 1 / 8, "hard": 1 / 4}
 """Share of a capital's height that the bar takes."""
 
 # Charts print marks, not lines.

@@ -122,9 +122,9 @@ def section(results: Results, folder: Path) -> str:
     columns = [f"{difficulty}, {what}" for difficulty in DIFFICULTIES for what in ("as it was", "trained", "Jaccard")]
     table = [f"| connector | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     what = (
-        "The answer to one of a page's questions struck through by bars of the paper's colour, a quarter (easy) or "
-        "half (hard) of a capital's height, to be read all the same. *As it was*: exact match of the models of the "
-        "main table, which never saw covered print. *Trained*: each goes on from there, for "
+        "The answer to one of a page's questions struck through by bars of the paper's colour, an eighth (easy) or "
+        "a quarter (hard) of a capital's height, to be read all the same. *As it was*: exact match of the models of "
+        "the main table, which never saw covered print. *Trained*: each goes on from there, for "
         f"{SHARE:.0%} of its last stage's steps, on covered pages and plain questions half and half, all parts at the "
         "rate of the decoder; one training for both difficulties. Exact match and Jaccard (once trained) by VCR's own "
         f"rules. On the {ENCODER_TITLES[options.encoders[0]]}."
