@@ -695,7 +695,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values: [M, 3, S, S], all tiles of all rows; None where no row has an image.
             attention_mask: [B, L], 0 at padding, on either side.
             position_ids: [B, L]; by default they count the positions that are not padding.
-            past_key_values: what came before.
+            past_key_values: what came before; from transformers 5.24 on `cache`.
             inputs_embeds: [B, L, D] in place of `input_ids`, visual tokens already in their places.
             mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
             visual_sources: and `visual_weights`: see `get_image_features`.
@@ -716,7 +716,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual is not None:
                 inputs_embeds = self.place_visual_tokens(input_ids, inputs_embeds, visual)
-            elif past_key_values is None or _is_empty(past_key_values):
+            elif _is_empty(kwargs.get("cache") if past_key_values is None else past_key_values):
                 _check_counts(input_ids == self.config.image_token_id, num_visual=0)
         elif visual is not None:
             raise ValueError("`pixel_values` need `input_ids`, which say where the visual tokens go")
@@ -726,7 +726,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **_if_given(past_key_values=past_key_values),
             **kwargs,
         )
         return AlignVLMModelOutput(**outputs, image_hidden_states=visual)
@@ -813,7 +813,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **_if_given(past_key_values=past_key_values),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             visual_sources=visual_sources,
@@ -860,7 +860,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         """Images are read with the prompt; afterwards the cache knows them."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **_if_given(past_key_values=past_key_values),
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -899,9 +899,14 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         return input_ids, {**model_kwargs, **joined}
 
 
-def _is_empty(past_key_values) -> bool:
+def _is_empty(cache) -> bool:
     # Under torch.compile the length of a static cache is a tensor: no branch on it then.
-    return not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0
+    return cache is None or (not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0)
+
+
+def _if_given(**argument) -> dict:
+    """The argument, if it is not None: from transformers 5.24 on the same is called `cache`, and is among `kwargs`."""
+    return {name: value for name, value in argument.items() if value is not None}
 
 
 def _check_counts(is_image: torch.Tensor, num_visual: int) -> None:

@@ -104,7 +104,8 @@ def test_links_and_paths_lead_nowhere(tmp_path):
         add_file(archive, "way/5.jpg", image_bytes(0))
         add_link(archive, "way/5.txt", tarfile.LNKTYPE, "../../secret.txt")
     with tarfile.open(archive_file) as archive:  # it does harm
-        archive.extractall(tmp_path / "x" / "y", filter="fully_trusted")
+        careless = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}  # Python 3.11.4 on
+        archive.extractall(tmp_path / "x" / "y", **careless)
     assert (tmp_path / "2.txt").exists() and (tmp_path / "5.jpg").exists()
     for path in ("2.jpg", "2.txt", "4.jpg", "4.txt", "5.jpg"):
         (tmp_path / path).unlink()
