@@ -30,6 +30,7 @@ from alignvlm_jax.models.alignvlm import (
     stored_dtypes,
 )
 from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.parallel import sharding
 
 # How a model is run or was begun, not what it is: the config may say otherwise than the folder.
@@ -125,7 +126,7 @@ def check_same_model(path: str, wanted: Any, found: Any, folder: str | Path) -> 
     """
     if type(wanted) is not type(found):  # connectors
         raise UserError(f"{path} is {wanted}, but {folder} has {found}")
-    if hasattr(wanted, "head_dim"):  # None and the width it stands for are the same
+    if isinstance(wanted, LanguageConfig):  # a head_dim of None and the width it stands for are the same
         wanted = dataclasses.replace(wanted, head_dim=wanted.head_width)
         found = dataclasses.replace(found, head_dim=found.head_width)
     differences = [

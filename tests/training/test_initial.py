@@ -16,7 +16,7 @@ from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
-from alignvlm_jax.models.connectors import MLPConfig
+from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
 from alignvlm_jax.training.checkpoint import write_checkpoint
@@ -117,6 +117,15 @@ def test_a_tokenizer_for_text_alone_learns_of_images(tmp_path):
     assert load(576).image_id == 512
     with pytest.raises(UserError, match=r"needs 576 rows, the config has 512.*connector\.vocab_size to 512"):
         load(512)
+
+
+@pytest.mark.parametrize("connector", CONNECTOR_CONFIGS)
+def test_every_connector_goes_on_from_a_checkpoint(tmp_path, connector):
+    config = exported.tiny_config(connector)
+    params = exported.random_params(config.model)
+    write_checkpoint(tmp_path / "before", config, params, exported.nano_tokenizer(), history=[])
+    again = initial_parameters(dataclasses.replace(config, init_from=str(tmp_path / "before")), make_mesh(MeshConfig()))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_a_trained_align_can_be_given_words_of_its_own(tmp_path):
