@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.reproduce.jobs import COMPLETE, Job, Result, is_done, read_result
 from alignvlm_jax.reproduce.options import Options
+from alignvlm_jax.training.workdir import CHECKPOINTS_FOLDER, complete_steps
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
@@ -62,7 +63,7 @@ def do_all(
     """
     before = {job: read_result(out, job) for job in jobs}
     undone = [job for job in jobs if not is_done(before[job], options.minutes)]
-    again = _without_weights(out, undone, jobs)
+    again = _without_weights(out, undone, before)
     waiting = [job for job in jobs if job in undone or job.name in again]
     finished = {job.name for job, result in before.items() if result is not None and result["status"] == COMPLETE}
     finished -= again
@@ -112,10 +113,18 @@ def do_all(
     return list(problems.values())
 
 
-def _without_weights(out: Path, undone: Sequence[Job], jobs: Sequence[Job]) -> set[str]:
-    """Jobs that are done, but whose weights are needed and gone: results are kept with the code, weights are not."""
+def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Result | None]) -> set[str]:
+    """Jobs that are done, but whose weights are needed and gone: results are kept with the code, weights are not.
+
+    What a training again had saved when it was stopped are not those weights either.
+    """
     needed = {name for job in undone if job.takes_weights for name in job.needs}
-    return {job.name for job in jobs if job.name in needed and not job.workdir(out).is_dir()}
+    done = {job: result for job, result in results.items() if job.name in needed and job not in undone}
+    return {
+        job.name
+        for job, result in done.items()
+        if result["steps"] not in complete_steps(job.workdir(out) / CHECKPOINTS_FOLDER)
+    }
 
 
 def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -> Job | None:

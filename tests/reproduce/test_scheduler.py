@@ -16,6 +16,7 @@ from alignvlm_jax.parallel import distributed
 from alignvlm_jax.reproduce import scheduler
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job
 from alignvlm_jax.reproduce.options import Options
+from alignvlm_jax.training import integrity
 
 OPTIONS = Options()
 
@@ -97,10 +98,14 @@ def test_what_is_done_is_trained_again_only_for_weights_that_are_gone_and_needed
     assert [name for what, name in notes(log) if what == "begins"] == ["tuned", "trained", "trained", "noisy", "after"]
     assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == [], "all is done: weights may go"
     assert len(notes(log)) == 10
-    (jobs[2].folder(tmp_path) / RESULT_FILE).unlink()
-    jobs[1].workdir(tmp_path).mkdir()
-    assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
-    assert [name for what, name in notes(log)[10:] if what == "begins"] == ["noisy"]
+    for step, begun in ((3, ["trained", "noisy"]), (7, ["noisy"])):  # of 7: training again was stopped at 3
+        (jobs[2].folder(tmp_path) / RESULT_FILE).unlink()
+        weights = trained.workdir(tmp_path) / "checkpoints" / str(step)
+        weights.mkdir(parents=True)
+        integrity.seal(weights)
+        before = len(notes(log))
+        assert scheduler.do_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
+        assert [name for what, name in notes(log)[before:] if what == "begins"] == begun
 
 
 def test_a_job_that_ran_out_of_time_is_repeated_under_a_higher_limit_only(tmp_path):
