@@ -123,6 +123,8 @@ def analyze(
 ) -> dict[str, Any]:
     """Everything about one model: its figures, JSON, and with them the answers.
 
+    Of a reader that looks at its images several times only the answers: the rest is a matter of one look.
+
     Args:
       reader: the model.
       folder: of a names corpus.
@@ -132,7 +134,7 @@ def analyze(
     """
     answers = name_answers.ask_names(reader, folder, split=split, limit=limit)
     figures = {"split": split, "model": summarize(answers, seed=seed)}
-    if name_answers.has_one_token_a_patch(reader):
+    if name_answers.has_one_token_a_patch(reader) and reader.num_views == 1:
         answers = name_answers.read_letters(reader, folder, answers)
         figures["tokens say the true letter"] = blame(answers, read_lexicon(folder))
         spelled = name_answers.ask_decoder(reader, folder, split=split, limit=limit)
@@ -149,6 +151,7 @@ def run(
     split: str = "heldout",
     limit: int | None = None,
     batch_size: int = 32,
+    views: int = 1,
     seed: int = 0,
 ) -> None:
     """`alignvlm analyze names`: writes names.json, names.png and names.md into `out`.
@@ -160,14 +163,16 @@ def run(
       split: which pages.
       limit: ask only the first so many questions.
       batch_size: questions decoded at once.
+      views: above 1, each is asked again, looking at every page so many times (`inference/views.py`).
       seed: of the bootstrap.
     """
     output.check_folder(out)
     read_lexicon(data)  # refused before a model is loaded
-    models = {
-        name: analyze(reader, data, split=split, limit=limit, seed=seed)
-        for name, reader in load_readers(checkpoints, batch_size=batch_size)
-    }
+    models = {}
+    for name, reader in load_readers(checkpoints, batch_size=batch_size):
+        for number in sorted({1, views}):
+            title = name if number == 1 else f"{name}, {number} views"
+            models[title] = analyze(reader.with_views(number), data, split=split, limit=limit, seed=seed)
     text = [f"# Rare names\n\n{split} pages of {data}; intervals are 95 %, over groups of names.\n"]
     text += [f"## {name}\n\n{describe(figures)}\n" for name, figures in models.items()]
     first, *others = models

@@ -2,7 +2,7 @@
 
 import argparse
 
-from alignvlm_jax.commands.arguments import Commands, at_least_0, numbers, positive, sizes
+from alignvlm_jax.commands.arguments import Commands, add_views, at_least_0, numbers, positive, sizes
 
 DESCRIPTION = """\
 Measure what a checkpoint does, on the pages of a data set. Each analysis writes its
@@ -78,9 +78,10 @@ examples:
   python -c 'from alignvlm_jax.data.synthetic import names; names.build_names_corpus("data/names")'
   alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names
   alignvlm analyze names --checkpoint runs/align --checkpoint runs/extra --data data/names --out runs/names
+  alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names --views 4
 
 The figures say something of a model that was trained on the corpus's training pages; `alignvlm reproduce --only names`
-trains some.
+trains some. With --views each checkpoint is asked twice: as it is, and with every page looked at K times.
 """
 
 
@@ -138,7 +139,8 @@ def add(commands: Commands) -> None:
     where.add_argument("--hull-tokens", type=positive, default=64, metavar="N", help="... to the hull (64)")
 
     summary = "rare names, and their commoner look-alikes"
-    add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
+    names = add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
+    add_views(names)
 
 
 def _analyze_noise(args: argparse.Namespace) -> None:
@@ -201,5 +203,6 @@ def _analyze_names(args: argparse.Namespace) -> None:
         split=args.split,
         limit=args.limit,
         batch_size=args.batch_size,
+        views=args.views,
         seed=args.seed,
     )

@@ -63,6 +63,17 @@ class Commands:
         return command
 
 
+def add_views(command: argparse.ArgumentParser) -> None:
+    """Adds --views."""
+    command.add_argument(
+        "--views",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="look at each image K times, moved by parts of a patch: reads better, takes K times the work (default: 1)",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     value = int(text) if text.isdigit() else 0

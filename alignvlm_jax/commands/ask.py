@@ -3,7 +3,7 @@
 import argparse
 
 import alignvlm_jax
-from alignvlm_jax.commands.arguments import Commands, positive
+from alignvlm_jax.commands.arguments import Commands, add_views, positive
 
 DESCRIPTION = """\
 Ask a trained model about an image and print its answer.
@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)"
     )
+    add_views(command)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,4 +46,5 @@ def run(args: argparse.Namespace) -> None:
     # What can be wrong with the question and the image is said before the model is loaded.
     question = reader.check_question(args.question)
     image = images.open_image(args.image)
-    print(alignvlm_jax.load(args.checkpoint).ask(image, question, max_new_tokens=args.max_new_tokens))
+    model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
+    print(model.ask(image, question, max_new_tokens=args.max_new_tokens))

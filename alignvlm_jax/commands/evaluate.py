@@ -2,7 +2,7 @@
 
 import argparse
 
-from alignvlm_jax.commands.arguments import Commands, joined, positive
+from alignvlm_jax.commands.arguments import Commands, add_views, joined, positive
 from alignvlm_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -59,6 +59,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--control", choices=CONTROLS, default="none", help="replace the images (default: none)")
     command.add_argument("--limit", type=positive, metavar="N", help="score the first N questions (of each benchmark)")
     command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once")
+    add_views(command)
     command.add_argument("--json", metavar="FILE", help="write the figures here")
     command.add_argument(
         "--predictions", metavar="FILE", help="write one JSON line per question here; of benchmarks, gone on with"
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
                 split=args.split,
                 limit=args.limit,
                 batch_size=args.batch_size,
+                views=args.views,
                 json_file=args.json,
                 predictions_file=args.predictions,
                 mesh=mesh,
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
             control=args.control,
             limit=args.limit,
             batch_size=args.batch_size,
+            views=args.views,
             json_file=args.json,
             predictions_file=args.predictions,
             mesh=mesh,

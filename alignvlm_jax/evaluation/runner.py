@@ -108,6 +108,7 @@ def evaluate_checkpoint(
     control: Control = "none",
     limit: int | None = None,
     batch_size: int = 32,
+    views: int = 1,
     json_file: str | None = None,
     predictions_file: str | None = None,
     mesh: MeshConfig | None = None,
@@ -121,13 +122,15 @@ def evaluate_checkpoint(
       control: what to do with the images.
       limit: ask only the first so many questions.
       batch_size: questions decoded at once.
+      views: how often each image is looked at (`inference/views.py`).
       json_file: for the figures.
       predictions_file: for the answers, as JSON lines.
       mesh: how to lie on all devices. None is the first device alone in one process, and with several `fsdp` over all:
         whatever the run was trained on, that holds the weights.
     """
     arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
-    distributed.agree({"checkpoint": str(checkpoint), **{name: str(value) for name, value in arguments.items()}})
+    arguments |= dict(checkpoint=checkpoint, views=views)
+    distributed.agree({name: str(value) for name, value in arguments.items()})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     model, step = locate(checkpoint)
@@ -137,20 +140,25 @@ def evaluate_checkpoint(
     if not data and not folder.exists():
         raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
     records = store.open_dataset(folder, split)
-    reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh))
+    reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
     which = str(model) if step is None else f"{model}, step {step}"
-    print(f"{which}: split {split!r} of {folder}, every question with {shown}\n")
+    print(f"{which}: split {split!r} of {folder}, every question with {shown}{_times(views)}\n")
     print(format_table({"exact match": report}))
-    figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, **report.to_json()}
+    figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, "views": views}
+    figures |= report.to_json()
     if json_file:
         write_json(figures, json_file)
     if predictions_file:
         write_predictions(report, predictions_file)
     return report
+
+
+def _times(views: int) -> str:
+    return f", looked at {views} times" if views > 1 else ""
 
 
 def dataset_folder(config: ExperimentConfig) -> pathlib.Path:

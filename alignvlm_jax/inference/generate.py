@@ -1,6 +1,7 @@
 """Greedy decoding in batches of static shapes.
 
-Axes: B rows (prompts), L positions of the padded prompt, A positions of the answer, M tiles per row, S tile side.
+Axes: B prompts, R = K B rows, K views, L positions of the padded prompt, A positions of the answer, M tiles per row, S
+tile side, V vocabulary.
 
 Prompts are padded on the right and read at once (prefill); the answers then grow in one compiled loop that stops when
 every row has ended. All rows write the same slots of the cache, and a slot that is padding in its row is never seen:
@@ -11,6 +12,9 @@ every row has ended. All rows write the same slots of the cache, and a slot that
     positions  | 0 1 2 3 4 . . .              | 5 6 7         (row 0: they go on where the prompt ended)
 
 so an answer does not depend on what else is in the batch. B, L and M are rounded up to few values, to compile rarely.
+
+A prompt may bring its images in K views (`inference/views.py`): then K rows beside each other are one prompt, and the
+next token of all of them is the one that is likeliest to them together.
 """
 
 import contextlib
@@ -24,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
@@ -47,6 +51,7 @@ class Prompt:
       tiles: pixels of all tiles of all images; there may be none.
       tile_valid_hw: the part of each tile that is picture.
       resampling: under the tiling rule anyres_max_9, what each visual token is made of.
+      moved: the same tiles in all views but the first, which is `tiles`; None if there is no other.
     """
 
     tokens: Int[np.ndarray, " L"]
@@ -54,6 +59,17 @@ class Prompt:
     tiles: UInt8[np.ndarray, "M S S 3"]
     tile_valid_hw: Int[np.ndarray, "M 2"]
     resampling: Resampling | None = None
+    moved: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
+
+    @property
+    def num_views(self) -> int:
+        """K."""
+        return 1 if self.moved is None else 1 + len(self.moved)
+
+    def views(self) -> "list[Prompt]":
+        """The same conversation with each view of its images, as prompts of one view."""
+        others = () if self.moved is None else self.moved
+        return [dataclasses.replace(self, tiles=tiles, moved=None) for tiles in (self.tiles, *others)]
 
 
 class Generator:
@@ -74,7 +90,7 @@ class Generator:
         params: of the model, boxed in logical axis names or not.
         end_ids: tokens that end an answer.
         pad_id: fills prompts up; any valid id will do.
-        batch_size: most prompts decoded at once.
+        batch_size: most prompts decoded at once; prompts of K views count K times.
         mesh: of the devices that `params` lie on, over which the prompts are spread; None is the one device that they
           are on. With several processes each must be asked the same, and hears all answers.
         """
@@ -103,18 +119,16 @@ class Generator:
           max_new_tokens: A, where an answer that does not end is cut off.
           on_batch: called after each batch with the number of prompts it answered, for progress bars.
         """
-        # Prompts of like size share a batch, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
         answers: list = [None] * len(prompts)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in self._batches(prompts):
+            views = prompts[chosen[0]].num_views
             batch = pad_prompts(
-                [prompts[i] for i in chosen],
-                rows=self._num_rows(len(chosen)),
+                [view for i in chosen for view in prompts[i].views()],
+                rows=views * self._num_rows(len(chosen), views),
                 tile_size=self.config.vision.image_size,
                 pad_id=self.pad_id,
             )
-            decoded = self._decode(batch, max_new_tokens)
+            decoded = self._decode(batch, max_new_tokens, views)
             for i, row in zip(chosen, decoded[: len(chosen)], strict=True):
                 ends = np.flatnonzero(np.isin(row, self.end_ids))
                 answers[i] = row[: ends[0]] if len(ends) else row
@@ -122,13 +136,24 @@ class Generator:
                 on_batch(len(chosen))
         return answers
 
-    def _num_rows(self, prompts: int) -> int:
-        rows = min(self.batch_size, _power_of_two(prompts))
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Which prompts share a batch: those of like size, so that little of it is padding, and of as many views."""
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
+        for views in sorted({prompt.num_views for prompt in prompts}):
+            alike, size = [i for i in order if prompts[i].num_views == views], self._most_prompts(views)
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+    def _most_prompts(self, views: int) -> int:
+        return max(1, self.batch_size // views)
+
+    def _num_rows(self, prompts: int, views: int) -> int:
+        """B: prompts of a batch, padding included; each device has all views of its prompts."""
+        rows = min(self._most_prompts(views), _power_of_two(prompts))
         shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
         return -(-rows // shards) * shards
 
-    def _decode(self, batch: Batch, max_new_tokens: int) -> Int[np.ndarray, "B A"]:
-        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id)
+    def _decode(self, batch: Batch, max_new_tokens: int, views: int) -> Int[np.ndarray, "B A"]:
+        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
         with self._on_mesh():
             if self.mesh is None:
                 return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, **options))
@@ -180,11 +205,27 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
     return batch
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id", "views"))
 def greedy_decode(
-    model: AlignVLM, variables: Variables, batch: Batch, *, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int
+    model: AlignVLM,
+    variables: Variables,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    end_ids: tuple[int, ...],
+    pad_id: int,
+    views: int = 1,
 ) -> Int[Array, "B A"]:
-    """Answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`."""
+    """Answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`.
+
+    Args:
+      model, variables: the model.
+      batch: the prompts, R rows.
+      max_new_tokens: A.
+      end_ids: tokens that end an answer.
+      pad_id: what comes after.
+      views: K; each K rows are views of one prompt.
+    """
     rows, length = batch["tokens"].shape
     cache = empty_cache(model.config.language, rows, length + max_new_tokens)
     logits, cache = model.apply(variables, batch, cache, method="prefill")
@@ -199,11 +240,19 @@ def greedy_decode(
         answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
         ended |= jnp.isin(token, jnp.array(end_ids))
         logits, cache = model.apply(variables, token, prompt_lengths + step, cache, method="decode_step")
-        return step + 1, jnp.argmax(logits, axis=-1), ended, answers, cache
+        return step + 1, _likeliest(logits, views), ended, answers, cache
 
     answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
-    start = (0, jnp.argmax(logits, axis=-1), prompt_lengths == 0, answers, cache)
-    return jax.lax.while_loop(unfinished, decode, start)[3]
+    start = (0, _likeliest(logits, views), prompt_lengths == 0, answers, cache)
+    return jax.lax.while_loop(unfinished, decode, start)[3][::views]
+
+
+def _likeliest(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
+    """The next token of each row: of the views of one prompt the same, by their mean log-probability."""
+    if views == 1:
+        return jnp.argmax(logits, axis=-1)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jnp.repeat(jnp.argmax(log_p.reshape(-1, views, log_p.shape[-1]).mean(axis=1), axis=-1), views)
 
 
 def _power_of_two(number: int) -> int:

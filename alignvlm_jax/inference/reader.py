@@ -21,6 +21,7 @@ from alignvlm_jax.data.chat import ChatTokenizer, Message
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import views
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
@@ -30,11 +31,12 @@ ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
 
 class CutImage(NamedTuple):
-    """An image as the model sees it: M tiles, side S."""
+    """An image as the model sees it: M tiles, side S, and the same in each further view of K."""
 
     plan: TilePlan
     tiles: UInt8[np.ndarray, "M S S 3"]
     valid_hw: Int[np.ndarray, "M 2"]
+    moved: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
 
 
 class Reader:
@@ -53,6 +55,7 @@ class Reader:
         self.config = config
         self.tokenizer = tokenizer
         self.tiling = tiling
+        self.num_views = 1
         self.generator = Generator(
             config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size, mesh=mesh
         )
@@ -67,6 +70,17 @@ class Reader:
         noisy = copy.copy(self)
         noisy.generator = self.generator.with_feature_noise(sigma, seed)
         return noisy
+
+    def with_views(self, number: int) -> "Reader":
+        """A reader of the same weights that looks at every image `number` times, moved each time by a part of a patch.
+
+        It reads print better, and takes so many times the work (`inference/views.py`).
+        """
+        if number < 1:
+            raise UserError(f"an image is looked at once or more often, not {number} times")
+        other = copy.copy(self)
+        other.num_views = number
+        return other
 
     def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
         """The model's answer, decoded greedily.
@@ -101,7 +115,12 @@ class Reader:
         """An image cut into tiles, to be shown in any number of prompts."""
         image = _open(image)
         plan = plan_tiles(*image.size, self.tiling)
-        return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
+        if self.num_views == 1:
+            return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
+        offsets = views.offsets(self.num_views, plan, self.config.vision.patch_size).tolist()
+        looks = [cut_tiles(views.moved(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
+        (tiles, valid_hw), *others = looks
+        return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]))
 
     def chat_prompt(self, messages: Sequence[Message], shown: Sequence[CutImage]) -> Prompt:
         """A conversation up to where the model is to go on, with any number of images.
@@ -120,14 +139,18 @@ class Reader:
                 f"{images} and question take {len(chat.tokens)} tokens ({sum(tokens_per_image)} of them visual), "
                 f"the model has room for {limit}: shorten the question"
             )
+        tiles, valid_hw, moved = self._joined(shown)
+        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resample_images(plans, self.tiling, grid), moved)
+
+    def _joined(self, shown: Sequence[CutImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What the images have of tiles, of their valid parts, and of views."""
         if len(shown) == 1:
-            tiles, valid_hw = shown[0].tiles, shown[0].valid_hw  # shared by all prompts about it
-        else:
-            side = self.tiling.tile_size
-            tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in shown)])
-            valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in shown)])
-        resampling = resample_images(plans, self.tiling, grid)
-        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling)
+            return shown[0].tiles, shown[0].valid_hw, shown[0].moved  # shared by all prompts about it
+        side = self.tiling.tile_size
+        tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in shown)])
+        valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in shown)])
+        moved = [image.moved for image in shown if image.moved is not None]
+        return tiles, valid_hw, np.concatenate(moved, axis=1) if moved else None
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None

@@ -140,7 +140,7 @@ def test_nothing_is_said_of_answers_that_there_are_none_of():
 
 def test_the_shipped_model_is_analyzed(tmp_path):
     folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
-    rare_names.run(["nano"], folder, tmp_path / "out", limit=40)
+    rare_names.run(["nano"], folder, tmp_path / "out", limit=40, views=2)
     written = json.loads((tmp_path / "out" / "names.json").read_text())
     figures = written["models"]["ALIGN"]
     assert rare_names.describe(figures) in (tmp_path / "out" / "names.md").read_text()
@@ -151,6 +151,12 @@ def test_the_shipped_model_is_analyzed(tmp_path):
     assert figures["tokens say the true letter"]["right"]["share"] > 0.9
     again = [NameAnswer.from_json(fields) for fields in figures["answers"]]
     assert rare_names.summarize(again) == figures["model"]
+    looks = written["models"]["ALIGN, 2 views"]
+    assert len(looks["answers"]) == len(figures["answers"]) and looks["answers"] != figures["answers"]
+    assert "decoder alone" not in looks
+    compared = written["compared with ALIGN"]["ALIGN, 2 views"]
+    difference = looks["model"]["all"]["error"]["value"] - figures["model"]["all"]["error"]["value"]
+    assert compared["error"]["value"] == pytest.approx(difference, abs=1e-3)
 
 
 def test_a_model_without_a_token_for_each_patch_is_refused():

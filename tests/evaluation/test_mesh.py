@@ -71,6 +71,18 @@ def test_a_mesh_predicts_what_one_device_does(written, tmp_path):
     assert predictions(run, tmp_path / "cube.jsonl", MeshConfig(*CUBE)) == alone
 
 
+def test_views_on_a_mesh(written, tmp_path):
+    # All views of a page lie on one device: six rows are three pages of two, spread over four.
+    run, once = written
+    answers = []
+    for name, mesh in (("alone", None), ("cube", MeshConfig(*CUBE))):
+        file = tmp_path / f"{name}.jsonl"
+        options = dict(split="validation", limit=QUESTIONS, batch_size=6, views=2)
+        runner.evaluate_checkpoint(run, mesh=mesh, predictions_file=file, **options)
+        answers.append(file.read_text())
+    assert answers[0] == answers[1] != once
+
+
 def test_benchmarks_on_a_mesh(written, tmp_path):
     run, _ = written
     write_docdownstream(tmp_path / "data", tmp_path, pages=4)

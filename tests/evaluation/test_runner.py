@@ -34,6 +34,11 @@ def record(number: int) -> dict:
 class FakeReader:
     def __init__(self):
         self.sizes = []
+        self.num_views = 1
+
+    def with_views(self, number):
+        self.num_views = number
+        return self
 
     def prompts(self, image, questions):
         self.sizes.append(image.size)
@@ -162,10 +167,15 @@ def test_prepared_conversations_are_scored_turn_by_turn():
 @pytest.mark.parametrize("checkpoint", ["nano", str(NANO_MODEL)])
 def test_an_exported_folder_is_scored_on_data_that_are_named(monkeypatch, tmp_path, capsys, checkpoint):
     monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: RECORDS)
-    monkeypatch.setattr(runner, "load", lambda *args, **options: FakeReader())
+    fake = FakeReader()
+    monkeypatch.setattr(runner, "load", lambda *args, **options: fake)
     report = runner.evaluate_checkpoint(checkpoint, data="pages", json_file=tmp_path / "scores.json")
     assert report.overall.right == 18 and f"{NANO_MODEL}: split 'heldout' of pages" in capsys.readouterr().out
     figures = json.loads((tmp_path / "scores.json").read_text())
     assert figures["checkpoint"] == str(NANO_MODEL) and figures["step"] is None
+    assert figures["views"] == fake.num_views == 1
+    runner.evaluate_checkpoint(checkpoint, data="pages", views=3, json_file=tmp_path / "looked.json")
+    assert "every question with the page itself, looked at 3 times" in capsys.readouterr().out
+    assert json.loads((tmp_path / "looked.json").read_text())["views"] == fake.num_views == 3
     with pytest.raises(UserError, match="no data set of its own: name one with --data"):
         runner.evaluate_checkpoint(checkpoint)

@@ -1,4 +1,6 @@
-"""Decoding: the same answer alone and in a batch, the same as scoring everything anew for each token."""
+"""Decoding: the same answer alone and in a batch, the same as scoring everything anew for each token; several views."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -75,6 +77,54 @@ def test_cached_decoding_equals_scoring_everything_at_once(params):
     scores = jax.jit(AlignVLM(CONFIG).apply)(generator(params).variables, batch).logits
     predicted = np.argmax(scores[0, len(one.tokens) - 1 : -1], axis=-1)
     np.testing.assert_array_equal(predicted, answer)
+
+
+def of_views(one: Prompt, number: int) -> Prompt:
+    moved = np.random.default_rng(9).integers(0, 256, (number - 1, *one.tiles.shape)).astype(np.uint8)
+    return dataclasses.replace(one, moved=moved)
+
+
+def test_several_views_say_what_is_likeliest_to_all_of_them(params):
+    """Against everything scored anew for each token, view by view, in float64."""
+    one = of_views(PROMPTS[1], 3)
+    model, variables = AlignVLM(CONFIG), generator(params).variables
+    apply, expected, alone = jax.jit(model.apply), [], []
+    for _ in range(MAX_NEW):
+        log_p = []
+        for view in one.views():
+            tokens = np.concatenate([view.tokens, np.array(expected, np.int32)])
+            batch = pad_prompts([dataclasses.replace(view, tokens=tokens, visual_index=_longer(view, tokens))], **ROW)
+            logits = np.asarray(apply(variables, batch).logits, np.float64)[0, len(tokens) - 1]
+            log_p.append(logits - np.log(np.sum(np.exp(logits))))
+        alone.append([int(np.argmax(row)) for row in log_p])
+        expected.append(int(np.argmax(np.mean(log_p, axis=0))))
+    answer = generator(params, end_ids=()).generate([one], max_new_tokens=MAX_NEW)[0]
+    assert answer.tolist() == expected
+    assert any(len(set(tokens)) > 1 for tokens in alone), "the views should not agree by themselves"
+
+
+ROW = dict(rows=1, tile_size=16, pad_id=PAD)
+
+
+def _longer(view: Prompt, tokens: np.ndarray) -> np.ndarray:
+    return np.concatenate([view.visual_index, np.full(len(tokens) - len(view.tokens), -1, np.int32)])
+
+
+def test_views_that_are_alike_change_nothing(params):
+    prompts = [dataclasses.replace(one, moved=np.stack([one.tiles] * 2)) for one in PROMPTS]
+    found = generator(params).generate(prompts, max_new_tokens=MAX_NEW)
+    for answer, expected in zip(found, generator(params).generate(PROMPTS, max_new_tokens=MAX_NEW), strict=True):
+        np.testing.assert_array_equal(answer, expected)
+
+
+def test_prompts_of_one_view_and_of_several_are_answered_together(params):
+    # More rows than the batch has room for, and views that do not divide it: 4 rows, 3 and 6 views.
+    prompts = [of_views(PROMPTS[0], 3), PROMPTS[1], of_views(PROMPTS[1], 6), PROMPTS[2], of_views(PROMPTS[1], 3)]
+    done = []
+    together = generator(params).generate(prompts, max_new_tokens=MAX_NEW, on_batch=done.append)
+    for one, answer in zip(prompts, together, strict=True):
+        np.testing.assert_array_equal(generator(params).generate([one], max_new_tokens=MAX_NEW)[0], answer)
+    assert sum(done) == len(prompts)
 
 
 def test_answers_stop_before_the_end_token(params):

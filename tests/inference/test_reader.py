@@ -14,6 +14,7 @@ from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import views
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
@@ -169,3 +170,27 @@ def test_several_images_in_one_prompt(reader):
 
     with pytest.raises(UserError, match="2 images and question take"):
         reader.chat_prompt([{"role": "user", "content": [*parts, {"type": "text", "text": "long " * 99}]}], shown)
+
+
+def test_several_views_of_an_image(reader):
+    looking = reader.with_views(4)
+    image = page(0, 32, 60)  # two of its pixels to one of a tile: a quarter of a patch is 4
+    cut, plain = looking.cut(image), reader.cut(image)
+    assert plain.moved is None and cut.plan == plain.plan
+    expected = [reader.cut(views.moved(image, x, y)).tiles for y in (-4, 4) for x in (-4, 4)]
+    np.testing.assert_array_equal(np.stack([cut.tiles, *cut.moved]), np.stack(expected))
+    np.testing.assert_array_equal(cut.valid_hw, plain.valid_hw)
+
+    images, questions = [image, page(1), page(2, 16, 16)], [QUESTION, "Read the page.", "Date?"]
+    one_by_one = [looking.ask(*pair, max_new_tokens=MAX_NEW) for pair in zip(images, questions, strict=True)]
+    assert looking.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
+    assert one_by_one != reader.ask_batch(images, questions, max_new_tokens=MAX_NEW)
+
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
+    both = looking.chat_prompt([{"role": "user", "content": content}], [cut, looking.cut(page(1))])
+    assert both.num_views == 4 and both.moved.shape == (3, *both.tiles.shape)
+    np.testing.assert_array_equal(both.moved[:, : len(cut.tiles)], cut.moved)
+    text = looking.chat_prompt([{"role": "user", "content": QUESTION}], [])
+    assert text.num_views == 1
+    with pytest.raises(UserError, match="once or more often"):
+        reader.with_views(0)

@@ -15,17 +15,55 @@ from tests.reproduce.made_up import write_result, write_results
 OPTIONS = Options(seeds=2, connectors=("align", "mlp"), vision=(("transcription", "somewhere"),))
 
 
-def test_jobs_are_align_without_and_with_words_and_mlp():
+def test_jobs_are_align_and_mlp_with_and_without_the_options():
     jobs = names.jobs(OPTIONS)
-    assert [job.name for job in jobs[:3]] == [
+    align, words, looks, mlp, mlp_looks = jobs[:5]
+    assert [job.name for job in jobs[:5]] == [
         "names/transcription/align/seed0",
         "names/transcription/align/words128-seed0",
+        "names/transcription/align/views4-seed0",
         "names/transcription/mlp/seed0",
+        "names/transcription/mlp/views4-seed0",
     ]
-    assert len(jobs) == 6 and jobs[1]["words"] == names.EXTRA_WORDS
-    # The rates are those of the same trials.
-    assert jobs[0].needs == jobs[1].needs != jobs[2].needs
-    assert [job.connector for job in names.jobs(dataclasses.replace(OPTIONS, connectors=("mlp",)))] == ["mlp", "mlp"]
+    assert len(jobs) == 10 and words["variant"].words == names.EXTRA_WORDS and looks["variant"].views == names.VIEWS
+    # The rates are those of the same trials, and who looks several times is the model that looks once.
+    assert align.needs == words.needs != mlp.needs
+    assert looks.needs == (align.name,) and mlp_looks.needs == (mlp.name,) and looks.takes_weights
+    alone = names.jobs(dataclasses.replace(OPTIONS, connectors=("mlp",)))
+    assert [job.name for job in alone] == [job.name for job in jobs if job.connector == "mlp"]
+
+
+def test_a_job_that_looks_several_times_asks_the_trained_model(monkeypatch, tmp_path):
+    asked = []
+
+    class Reader:
+        num_views = 1
+
+        def with_views(self, number):
+            self.num_views = number
+            return self
+
+    class FakeWork:
+        options, out, data, job = OPTIONS, tmp_path, tmp_path / "data", names.jobs(OPTIONS)[7]
+
+        def reader(self, of):
+            asked.append(of.name)
+            return Reader()
+
+        def records(self, split):
+            return split
+
+        def score(self, reader, records, limit):
+            return {"views": reader.num_views, "records": records}
+
+    def ask_names(reader, folder, limit):
+        asked.append((reader.num_views, folder.name))
+        return []
+
+    monkeypatch.setattr(names.name_answers, "ask_names", ask_names)
+    found = names.run(FakeWork())
+    assert asked == ["names/transcription/align/seed1", (4, "names-1")]
+    assert found == {"answers": [], "documents": {"views": 4, "records": "heldout"}}
 
 
 def test_every_page_of_names_comes_once(tmp_path):
@@ -61,21 +99,26 @@ def test_answers_are_kept_in_lines():
 def test_the_report_tells_who_is_better_on_rare_names(tmp_path):
     write_results(OPTIONS, tmp_path, {"align": 0.5, "mlp": 0.7}, only=("names",))
     for job in names.jobs(OPTIONS):
-        if job["words"]:
-            write_result(tmp_path, job, 0.9)
+        if job["variant"].words or job["variant"].views > 1:
+            write_result(tmp_path, job, 0.9 if job.connector == "align" else 0.7)
     results = Results(OPTIONS, tmp_path)
     text = names.section(results, tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("| ALIGN") or line.startswith("| MLP")]
-    assert [row.split("|")[1].strip() for row in rows] == ["ALIGN", "ALIGN with 128 words of its own", "MLP"]
-    assert [float(row.split("|")[2].split()[0]) for row in rows] == pytest.approx([0.5, 0.1, 0.3], abs=0.06)
+    titles = ["ALIGN", "ALIGN with 128 words of its own", "ALIGN, 4 views", "MLP", "MLP, 4 views"]
+    assert [row.split("|")[1].strip() for row in rows] == titles
+    assert [float(row.split("|")[2].split()[0]) for row in rows] == pytest.approx([0.5, 0.1, 0.1, 0.3, 0.3], abs=0.06)
+    assert [row.count("as with one") for row in rows] == [0, 0, 2, 0, 2]
+    compared = [line[2:].split(": ")[0] for line in text.splitlines() if line.startswith("- ")]
+    assert compared == [*(f"{title} less ALIGN" for title in titles[1:4]), "MLP, 4 views less MLP"]
     assert (tmp_path / "names.svg").is_file()
     assert "missing" not in text
-    gap, words = names.claims(results)
+    gap, words, looks = names.claims(results)
     assert gap.startswith("Undecided: ALIGN errs more on rare")  # made up without an effect of rarity
     assert words.startswith("Shows: words of its own")
+    assert looks.startswith("Shows: looking at each page 4 times")
 
 
 def test_without_results(tmp_path):
     results = Results(OPTIONS, tmp_path)
-    assert "6 of 6 runs are still missing" in names.section(results, tmp_path)
+    assert "10 of 10 runs are still missing" in names.section(results, tmp_path)
     assert names.claims(results) == []

@@ -64,6 +64,7 @@ def evaluate_benchmarks(
     split: str | None = None,
     limit: int | None = None,
     batch_size: int = 32,
+    views: int = 1,
     json_file: str | None = None,
     predictions_file: str | None = None,
     mesh: MeshConfig | None = None,
@@ -77,6 +78,7 @@ def evaluate_benchmarks(
       split: another than the benchmark's own.
       limit: ask only the first so many questions of each.
       batch_size: questions decoded at once.
+      views: how often each image is looked at (`inference/views.py`).
       json_file: for the figures.
       predictions_file: for the answers; by default beside `json_file`, or in runs/benchmarks. What it has already is
         not asked again.
@@ -84,10 +86,12 @@ def evaluate_benchmarks(
     """
     benchmarks = find_benchmarks(names)
     arguments = dict(names=list(names), data=str(data), split=split, limit=limit, batch_size=batch_size, mesh=str(mesh))
-    distributed.agree({"checkpoint": str(checkpoint), **arguments})
+    distributed.agree({"checkpoint": str(checkpoint), "views": views, **arguments})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     identity, pruned = identify(checkpoint), is_pruned(checkpoint)
+    if views > 1:
+        identity["views"] = views  # its answers are others
     for row in benchmarks:
         row.metric((), {})  # What a metric needs and is not installed is said now.
     # All files are read before anything that takes long: what is wrong with the last one is said now.
@@ -98,7 +102,7 @@ def evaluate_benchmarks(
 
     def reader() -> Reader:  # Not loaded if all has been answered.
         if not loaded:
-            loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)))
+            loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views))
         return loaded[0]
 
     outcomes = []

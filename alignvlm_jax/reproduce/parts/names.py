@@ -1,13 +1,15 @@
-"""Rare names: are they pulled to commoner ones, does MLP do the same, and do words of ALIGN's own help?
+"""Rare names: are they pulled to commoner ones, does MLP do the same, and what helps?
 
 Every run is one of the recipe's, from the backbones on, but on pages of names and ordinary documents mixed; every page
 of names comes once. Which name is common is drawn by lot anew for each seed, so the seeds' names are different names.
+Two options are compared: words of ALIGN's own, which are trained, and several looks at each page, which the trained
+models are asked with once more.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +27,36 @@ from alignvlm_jax.reproduce.work import Work, digits
 from alignvlm_jax.training.stages import MixturePart
 
 EXTRA_WORDS = 128
+VIEWS = 4
 GROUPS = 12
 _LARGEST_SHARE = 0.6  # of the pages; with the recipe's 2,400 all of the names' fit
 
-# (connector, words of its own) in the order of the table; the first is what the others are compared with.
-_VARIANTS = (("align", 0), ("align", EXTRA_WORDS), ("mlp", 0))
+
+class Variant(NamedTuple):
+    """Who is asked.
+
+    connector: which.
+    words: of its own, beside the vocabulary.
+    views: how often each page is looked at; beyond once, the model is that of the variant that looks once.
+    """
+
+    connector: str
+    words: int = 0
+    views: int = 1
+
+    @property
+    def title(self) -> str:
+        title = TITLES[self.connector]
+        if self.words:
+            title += f" with {self.words} words of its own"
+        return f"{title}, {self.views} views" if self.views > 1 else title
+
+
+# In the order of the table, each after the one whose model it asks.
+_ALIGN, _WORDS, _LOOKS = Variant("align"), Variant("align", words=EXTRA_WORDS), Variant("align", views=VIEWS)
+_MLP, _MLP_LOOKS = Variant("mlp"), Variant("mlp", views=VIEWS)
+_VARIANTS = (_ALIGN, _WORDS, _LOOKS, _MLP, _MLP_LOOKS)
+_COMPARED = ((_WORDS, _ALIGN), (_LOOKS, _ALIGN), (_MLP, _ALIGN), (_MLP_LOOKS, _MLP))
 
 
 def dataset(seed: int) -> str:
@@ -42,31 +69,43 @@ def build(data: Path, seeds: int) -> None:
         build_names_corpus(data / dataset(seed), seed=seed, groups=GROUPS)
 
 
-def job(connector: str, words: int, encoder: str, seed: int) -> Job:
-    return Job(
+def job(variant: Variant, encoder: str, seed: int) -> Job:
+    connector, words, views = variant
+    base = Job(
         "names",
         encoder,
         connector,
         seed,
         variant=f"words{words}" if words else "",
-        setting=(("words", words),),
+        setting=(("variant", variant),),
         needs=tuple(trial.name for trial in tuning.trials(connector, encoder)),
         wave=seed,
         weight=1.3,
     )
+    if views == 1:
+        return base
+    needs = (job(variant._replace(views=1), encoder, seed).name,)
+    return dataclasses.replace(base, variant=f"views{views}", needs=needs, takes_weights=True, weight=1.0)
 
 
 def jobs(options: Options) -> list[Job]:
     """On the first encoder alone: the fair one, if it is asked for."""
-    chosen = [variant for variant in _VARIANTS if variant[0] in recipe.connectors(options)]
-    return [job(*variant, options.encoders[0], seed) for seed in range(options.seeds) for variant in chosen]
+    chosen = [variant for variant in _VARIANTS if variant.connector in recipe.connectors(options)]
+    return [job(variant, options.encoders[0], seed) for seed in range(options.seeds) for variant in chosen]
 
 
 def run(work: Work) -> dict[str, Any]:
+    variant, folder, limit = work.job["variant"], work.data / dataset(work.job.seed), work.options.questions
+    if variant.views > 1:
+        once = job(variant._replace(views=1), work.job.encoder, work.job.seed)
+        reader = work.reader(once).with_views(variant.views)
+        return {
+            "answers": pack(name_answers.ask_names(reader, folder, limit=limit)),
+            "documents": work.score(reader, work.records("heldout"), limit),
+        }
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
-    work.train(mixed(work.experiment(factor=factor), work.job.seed, work.job["words"]))
-    reader, folder = work.reader(), work.data / dataset(work.job.seed)
-    limit = work.options.questions
+    work.train(mixed(work.experiment(factor=factor), work.job.seed, variant.words))
+    reader = work.reader()
     answers = name_answers.ask_names(reader, folder, limit=limit)
     answers = name_answers.read_letters(reader, folder, answers)
     spelled = name_answers.ask_decoder(reader, folder, limit=limit)
@@ -111,19 +150,14 @@ def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
     return answers
 
 
-def _runs(results: Results, variant: tuple[str, int]) -> dict[int, Result]:
+def _runs(results: Results, variant: Variant) -> dict[int, Result]:
     encoder = results.options.encoders[0]
-    seeds = {job(*variant, encoder, seed): seed for seed in range(results.options.seeds)}
+    seeds = {job(variant, encoder, seed): seed for seed in range(results.options.seeds)}
     return {seeds[one]: result["found"] for one, result in results.complete(list(seeds)).items()}
 
 
 def _answers(runs: dict[int, Result], which: str = "answers") -> list[NameAnswer]:
     return [answer for seed, found in runs.items() for answer in unpack(found[which], seed)]
-
-
-def _title(variant: tuple[str, int]) -> str:
-    connector, words = variant
-    return f"{TITLES[connector]} with {words} words of its own" if words else TITLES[connector]
 
 
 def section(results: Results, folder: Path) -> str:
@@ -134,7 +168,8 @@ def section(results: Results, folder: Path) -> str:
             continue
         summary = rare_names.summarize(_answers(runs))
         rare, common = (_errors_on(_answers(runs), counts) for counts in (rare_names.RARE, rare_names.COMMON))
-        alone = rare_names.summarize(_answers(runs, "spelled"))["all"]
+        trained = variant.views == 1
+        alone = _number(rare_names.summarize(_answers(runs, "spelled"))["all"]["error"]) if trained else "as with one"
         right = estimate(
             np.array([digits(found["documents"]) for found in runs.values()]),
             next(iter(runs.values()))["documents"]["questions"],
@@ -142,13 +177,13 @@ def section(results: Results, folder: Path) -> str:
         whole, pull = summary["all"], summary["look-alikes"]["pull"]
         cells = [_number(whole["error"]), rare, common, _number(whole["rarity_gap"], "+")]
         cells += [f"{pull['commoner']} : {pull['rarer']}", _number(pull)]
-        cells += [_number(alone["error"]), _letters(runs), str(right), str(len(runs))]
-        lines.append(f"| {_title(variant)} | {' | '.join(cells)} |")
+        cells += [alone, _letters(runs) if trained else "as with one", str(right), str(len(runs))]
+        lines.append(f"| {variant.title} | {' | '.join(cells)} |")
         for panel, which in zip(curves, ("look-alikes", "loners"), strict=True):
             rows = summary[which]["by_count"]
             values = [_estimate(row["error"], len(runs), row["questions"]) for row in rows]
-            curves[panel][_title(variant)] = [_place(count) for count in COUNTS], values
-    parts = [_WHAT.format(encoder=ENCODER_TITLES[options.encoders[0]]), "", *_HEADER, *lines, ""]
+            curves[panel][variant.title] = [_place(count) for count in COUNTS], values
+    parts = [_WHAT.format(encoder=ENCODER_TITLES[options.encoders[0]], views=VIEWS), "", *_HEADER, *lines, ""]
     if lines:
         plots.curves(
             folder / "names.svg",
@@ -166,7 +201,8 @@ _WHAT = (
     "The paper's stated failure: rare names are pulled to commoner ones. Names of six letters or fewer, each printed "
     "on 0, 1, 4, 16, 64 or 256 training pages by lot, half of them with look-alikes one letter apart; held-out pages "
     "ask for all equally often. From the backbones on, on the {encoder}, the recipe's steps on names and documents "
-    "mixed, the rate as tuned for the connector in the main table (with words of its own: as for ALIGN). "
+    "mixed, the rate as tuned for the connector in the main table (with words of its own: as for ALIGN). *{views} "
+    "views*: the same models, each page looked at {views} times, moved by parts of a patch, in {views} times the work. "
     "*Rare*: at most once, *common*: 64 times and more. *Taken for*: a name taken for a commoner look-alike : for a "
     "rarer one, and the share of the former, a half if rarity did not matter. *Decoder alone*: error with the letters "
     "themselves in the place of the visual tokens. *Letter said*: how often the visual tokens are nearest to the true "
@@ -181,18 +217,17 @@ _HEADER = (
 
 
 def _differences(results: Results) -> list[str]:
-    """Each variant against the first, over the seeds that both have."""
-    first, lines = _runs(results, _VARIANTS[0]), []
-    for variant in _VARIANTS[1:]:
-        other = _runs(results, variant)
-        seeds = sorted(first.keys() & other.keys())
+    """Variants against each other, over the seeds that both have."""
+    lines = []
+    for variant, reference in _COMPARED:
+        seeds, first, other = _paired(results, reference, variant)
         if not seeds:
             continue
-        found = rare_names.compare(*(_answers({seed: runs[seed] for seed in seeds}) for runs in (first, other)))
+        found = rare_names.compare(*(_answers(runs) for runs in (first, other)))
         right = np.array([[digits(runs[seed]["documents"]) for seed in seeds] for runs in (other, first)])
         documents = estimate(right[0] - right[1], first[seeds[0]]["documents"]["questions"])
         lines.append(
-            f"{_title(variant)} less {_title(_VARIANTS[0])}: names wrong {_number(found['error'], '+')}, rare "
+            f"{variant.title} less {reference.title}: names wrong {_number(found['error'], '+')}, rare "
             f"{_number(found['error_on_rare'], '+')}, common {_number(found['error_on_common'], '+')}, gap "
             f"{_number(found['rarity_gap'], '+')}; documents right {documents.signed()}."
         )
@@ -200,19 +235,31 @@ def _differences(results: Results) -> list[str]:
 
 
 def claims(results: Results) -> list[str]:
-    first, second = (_runs(results, variant) for variant in _VARIANTS[:2])
-    lines = []
-    if first:
-        whole = rare_names.summarize(_answers(first))["all"]
-        gap = _estimate(whole["rarity_gap"], len(first), whole["questions"])
+    lines, align = [], _runs(results, _ALIGN)
+    if align:
+        whole = rare_names.summarize(_answers(align))["all"]
+        gap = _estimate(whole["rarity_gap"], len(align), whole["questions"])
         lines.append(f"{verdict(gap)}: ALIGN errs more on rare names than on common ones: {gap.signed()} of them.")
-    seeds = sorted(first.keys() & second.keys())
-    if seeds:
-        runs = [_answers({seed: one[seed] for seed in seeds}) for one in (second, first)]
-        fewer = _estimate(rare_names.compare(*runs)["error_on_rare"], len(seeds), len(runs[0]))
-        what = "words of its own (not in the paper) lower ALIGN's error on rare names"
-        lines.append(f"{verdict(fewer)}: {what}: by {fewer.signed()} of them.")
+    options = {
+        _WORDS: "words of its own (not in the paper) lower ALIGN's error on rare names",
+        _LOOKS: f"looking at each page {VIEWS} times (not in the paper) lowers ALIGN's error on rare names",
+    }
+    for variant, what in options.items():
+        seeds, once, other = _paired(results, _ALIGN, variant)
+        if seeds:
+            answers = _answers(other), _answers(once)
+            fewer = _estimate(rare_names.compare(*answers)["error_on_rare"], len(seeds), len(answers[0]))
+            lines.append(f"{verdict(fewer)}: {what}: by {fewer.signed()} of them.")
     return lines
+
+
+def _paired(
+    results: Results, first: Variant, second: Variant
+) -> tuple[list[int], dict[int, Result], dict[int, Result]]:
+    """The seeds that both have, and the runs of both with these."""
+    both = _runs(results, first), _runs(results, second)
+    seeds = sorted(both[0].keys() & both[1].keys())
+    return seeds, *({seed: runs[seed] for seed in seeds} for runs in both)
 
 
 def _errors_on(answers: Sequence[NameAnswer], counts: Sequence[int]) -> str:

@@ -165,6 +165,13 @@ def test_the_shipped_model_reads_drawn_pages(tmp_path, capsys):
     lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 + docvqa["num_questions"] + chartqa["num_questions"]
 
+    looks = [*command, "--views", "2", "--limit", "3"]
+    assert cli.main([*looks, "--json", str(tmp_path / "scores.json")]) == 2
+    assert "views was None and is 2" in capsys.readouterr().err
+    assert cli.main([*looks, "--json", str(tmp_path / "looks.json")]) == 0
+    figures = json.loads((tmp_path / "looks.json").read_text())
+    assert figures["views"] == 2 and figures["benchmarks"][0]["score"] > 30
+
 
 def test_the_docs_name_every_benchmark():
     text = (pathlib.Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text()
