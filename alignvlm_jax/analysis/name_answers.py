@@ -34,8 +34,20 @@ from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
 
-KINDS = ("right", "commoner look-alike", "rarer look-alike", "elsewhere on the page", "another name", "garble")
+KINDS = (
+    "right",
+    "commoner look-alike",
+    "rarer look-alike",
+    "elsewhere on the page",
+    "another name",
+    "commoner ending",
+    "rarer ending",
+    "garble",
+)
+"""What an answer is. The last three are no name of the corpus; an answer with another name's ending was read as far as
+it is right, and then went on as that name does."""
 
+_ENDING = 3  # letters, at least
 _PAGES_AT_ONCE = 32
 _MAX_NEW_TOKENS = 16
 
@@ -149,7 +161,7 @@ def judge(answers: Sequence[Answer], lexicon: Sequence[Name]) -> list[NameAnswer
       answers: about each page all of them, for it is from them that it is known what else is printed there.
       lexicon: of the corpus.
     """
-    names = {name.text: name for name in lexicon}
+    names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
     printed = collections.defaultdict(set)
     for answer in answers:
         printed[answer.document].add(answer.expected)
@@ -158,8 +170,35 @@ def judge(answers: Sequence[Answer], lexicon: Sequence[Name]) -> list[NameAnswer
         if answer.expected in names:
             name, predicted = names[answer.expected], answer.predicted.strip()
             kind = _kind(name, predicted, names, printed[answer.document])
+            kind = kind_of_garble(name, predicted, endings) if kind == "garble" else kind
             judged.append(NameAnswer(answer.document, name, predicted, kind))
     return judged
+
+
+def count_endings(lexicon: Iterable[Name]) -> collections.Counter[str]:
+    """How many training pages print a name that ends so, for all endings of all names of the corpus."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name in lexicon:
+        counts.update({name.text[-length:]: name.seen for length in range(_ENDING, len(name.text) + 1)})
+    return counts
+
+
+def kind_of_garble(name: Name, predicted: str, endings: Mapping[str, int]) -> str:
+    """Whether an answer that is no name ends as another name does, and as a commoner or a rarer one.
+
+    The longest ending counts, against as many letters of the true name. Over names that are asked for equally often as
+    many are commoner as are rarer if rarity does not matter.
+
+    Args:
+      name: the one asked for.
+      predicted: the answer.
+      endings: from `count_endings`.
+    """
+    length = max((n for n in range(_ENDING, len(predicted) + 1) if predicted[-n:] in endings), default=0)
+    said, true = predicted[-length:], name.text[-length:]
+    if not length or endings[said] == endings[true]:
+        return "garble"
+    return "commoner ending" if endings[said] > endings[true] else "rarer ending"
 
 
 def telling_letters(lexicon: Iterable[Name]) -> dict[int, tuple[int, str]]:

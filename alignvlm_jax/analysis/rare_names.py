@@ -6,6 +6,7 @@ Names of different rarity differ there by lot alone, so what differs between the
     rarity gap              error on names seen at most once, less error on those seen 64 times and more
     pull                    of the wrong answers that are another name of the group, the share that is a commoner one.
                             Of names asked equally often it is a half if rarity does not matter
+    pull of endings         the same of wrong answers that are no name, but end as another name of the corpus does
     blame                   the same error of the decoder alone, and what the visual tokens said (`name_answers.py`)
 
 Intervals are 95 % percentile intervals of a bootstrap over groups of names: answers about one name are not independent.
@@ -228,7 +229,7 @@ def describe(figures: dict[str, Any]) -> str:
     """The figures of `analyze` in words."""
     whole, alike = figures["model"]["all"], figures["model"]["look-alikes"]
     rarest, commonest = whole["by_count"][0], whole["by_count"][-1]
-    pull = alike["pull"]
+    pull, endings = alike["pull"], whole["pull_of_endings"]
     text = [
         f"Of {whole['questions']} questions for names, {_percent(whole['error'])} are answered wrong: "
         f"{_percent(rarest['error'])} of those for names never seen in training, {_percent(commonest['error'])} of "
@@ -239,6 +240,8 @@ def describe(figures: dict[str, Any]) -> str:
         f"times and for a rarer one {pull['rarer']} times"
         + (f" ({_percent(pull)} commoner; a half if rarity did not matter)" if pull["value"] is not None else "")
         + f": {_verdict(pull, 0.5)}.",
+        f"Of the answers that are no name, {endings['commoner']} end as a commoner name does and {endings['rarer']} as "
+        f"a rarer one: {_verdict(endings, 0.5)}.",
     ]
     if "decoder alone" in figures:
         alone = figures["decoder alone"]["look-alikes"]
@@ -254,18 +257,19 @@ def describe(figures: dict[str, Any]) -> str:
 def _summarize(answers: Sequence[NameAnswer], seed: int) -> dict[str, Any]:
     wrong, asked = _count(answers, _is_wrong)
     kinds = {kind: _count(answers, lambda answer, kind=kind: answer.kind == kind)[0] for kind in KINDS[1:]}
-    commoner, rarer = kinds["commoner look-alike"], kinds["rarer look-alike"]
     estimate = functools.partial(_bootstrap, groups=len(wrong), seed=seed)
     rare, common = _rate(wrong, asked, _IS_RARE), _rate(wrong, asked, _IS_COMMON)
+
+    def pull(commoner, rarer):
+        share = estimate(_rate(commoner, commoner + rarer, _ANY)).to_json()
+        return {**share, "commoner": int(commoner.sum()), "rarer": int(rarer.sum())}
+
     return {
         "questions": int(asked.sum()),
         "error": estimate(_rate(wrong, asked, _ANY)).to_json(),
         "rarity_gap": estimate(lambda rows: rare(rows) - common(rows)).to_json(),
-        "pull": {
-            **estimate(_rate(commoner, commoner + rarer, _ANY)).to_json(),
-            "commoner": int(commoner.sum()),
-            "rarer": int(rarer.sum()),
-        },
+        "pull": pull(kinds["commoner look-alike"], kinds["rarer look-alike"]),
+        "pull_of_endings": pull(kinds["commoner ending"], kinds["rarer ending"]),
         "by_count": [
             {
                 "seen": count,

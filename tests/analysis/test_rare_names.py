@@ -49,6 +49,39 @@ def test_every_kind_of_answer_is_told_apart():
     assert kinds == [*kept, "garble", "garble"]  # the loner is printed on that page, the fee is no name
 
 
+def test_answers_with_another_names_ending():
+    rare, common = OF_GROUP[7, 1], OF_GROUP[8, 256]  # like no other name
+    stump = "QQ"
+    found = judge(
+        [
+            answer(rare, stump + common.text[-3:]),
+            answer(common, stump + rare.text[-3:]),
+            answer(rare, stump + rare.text[-3:]),  # its own
+            answer(rare, stump + common.text[-2:]),  # two letters are no ending
+            answer(rare, stump + OF_GROUP[9, 1].text[-3:]),  # neither commoner nor rarer
+        ],
+        LEXICON,
+    )
+    assert [judged.kind for judged in found] == ["commoner ending", "rarer ending", "garble", "garble", "garble"]
+    pull = rare_names.summarize(found)["all"]["pull_of_endings"]
+    assert (pull["commoner"], pull["rarer"], pull["value"]) == (1, 1, 0.5)
+
+    # Look-alikes that share their last letters end in what all of them make up together.
+    endings = name_answers.count_endings(LEXICON)
+    texts = {group: OF_GROUP[group, 4].text for group in telling_letters(LEXICON)}
+    alike = [texts[group] for group, (place, _) in telling_letters(LEXICON).items() if place < len(texts[group]) - 3]
+    assert alike and {endings[text[-3:]] for text in alike} == {sum(COUNTS)}
+
+
+def test_endings_by_lot_are_not_taken_for_a_pull():
+    def ending(name, rng):
+        return "QQ" + LEXICON[rng.integers(len(LEXICON))].text[-3:]
+
+    answers = simulate(lambda seen: 0.5, toward=ending)
+    pull = rare_names.summarize(answers)["all"]["pull_of_endings"]
+    assert pull["commoner"] + pull["rarer"] > 100 and pull["low"] < 0.5 < pull["high"]
+
+
 def test_error_by_count_is_the_share_of_wrong_answers():
     figures = rare_names.summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
     rows = figures["all"]["by_count"]

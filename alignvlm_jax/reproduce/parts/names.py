@@ -141,10 +141,12 @@ def pack(answers: Sequence[NameAnswer]) -> list[str]:
 
 def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
     """The answers; groups get numbers of their seed's, since another seed's are other names."""
-    names = {name.text: name for name in draw_lexicon(seed, GROUPS)}
-    answers = []
+    lexicon, answers = draw_lexicon(seed, GROUPS), []
+    names, endings = {name.text: name for name in lexicon}, name_answers.count_endings(lexicon)
     for line in lines:
         text, predicted, kind, letter = line.split("\t")
+        if kind == "garble":  # runs from before endings were told apart
+            kind = name_answers.kind_of_garble(names[text], predicted, endings)
         name = dataclasses.replace(names[text], group=names[text].group + seed * GROUPS)
         answers.append(NameAnswer("", name, predicted, kind, letter or None))
     return answers
@@ -175,8 +177,10 @@ def section(results: Results, folder: Path) -> str:
             next(iter(runs.values()))["documents"]["questions"],
         )
         whole, pull = summary["all"], summary["look-alikes"]["pull"]
+        endings = whole["pull_of_endings"]
+        pulls = [f"{kind['commoner']} : {kind['rarer']}" for kind in (pull, endings)]
         cells = [_number(whole["error"]), rare, common, _number(whole["rarity_gap"], "+")]
-        cells += [f"{pull['commoner']} : {pull['rarer']}", _number(pull)]
+        cells += [pulls[0], f"{pulls[1]}; {_number(endings)}"]
         cells += [alone, _letters(runs) if trained else "as with one", str(right), str(len(runs))]
         lines.append(f"| {variant.title} | {' | '.join(cells)} |")
         for panel, which in zip(curves, ("look-alikes", "loners"), strict=True):
@@ -204,13 +208,14 @@ _WHAT = (
     "mixed, the rate as tuned for the connector in the main table (with words of its own: as for ALIGN). *{views} "
     "views*: the same models, each page looked at {views} times, moved by parts of a patch, in {views} times the work. "
     "*Rare*: at most once, *common*: 64 times and more. *Taken for*: a name taken for a commoner look-alike : for a "
-    "rarer one, and the share of the former, a half if rarity did not matter. *Decoder alone*: error with the letters "
-    "themselves in the place of the visual tokens. *Letter said*: how often the visual tokens are nearest to the true "
-    "one of the letters that tell look-alikes apart, in all answers and in those pulled to a commoner name. Intervals: "
-    "95 %, a bootstrap over groups of names (it does not count what else differs between seeds)."
+    "rarer one. *Ends like*: an answer that is no name, but ends as a commoner name does : as a rarer one; and the "
+    "share of the former, a half if rarity did not matter. *Decoder alone*: error with the letters themselves in the "
+    "place of the visual tokens. *Letter said*: how often the visual tokens are nearest to the true one of the letters "
+    "that tell look-alikes apart, in all answers and in those pulled to a commoner name. Intervals: 95 %, a bootstrap "
+    "over groups of names (it does not count what else differs between seeds)."
 )
 _HEADER = (
-    "| connector | names wrong | rare | common | gap | taken for | share commoner | decoder alone | letter said "
+    "| connector | names wrong | rare | common | gap | taken for | ends like | decoder alone | letter said "
     "| documents right | seeds |",
     "|---|---|---|---|---|---:|---|---|---|---|---:|",
 )
