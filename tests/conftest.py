@@ -12,20 +12,19 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 os.environ["NPROC"] = "64"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-_CACHE = "ALIGNVLM_TEST_CACHE"
 
-
-def pytest_configure(config):
-    """Tests that compile the same program twice pay once, also if they are of different workers."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="jax_cache_", ignore_cleanup_errors=True)
-        config.add_cleanup(folder.cleanup)
-        os.environ[_CACHE] = folder.name
-    jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache():
+    """Tests that compile the same program twice pay once."""
+    with tempfile.TemporaryDirectory(prefix="jax_cache_") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 _LONG = ("training", "parallel", "tools", "backbones", "interop")
