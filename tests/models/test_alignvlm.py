@@ -154,7 +154,7 @@ def test_what_is_not_picture_is_zero_after_normalisation():
     assert np.all(pixels[0, :2, :3] == 1.0) and np.all(pixels[0, 2:] == 0.0) and np.all(pixels[0, :, 3:] == 0.0)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.large), "full"])
 def test_rematerialisation_changes_nothing_but_memory(params, remat):
     again = AlignVLMConfig(
         dataclasses.replace(VISION, remat=remat), CONFIG.connector, dataclasses.replace(LANGUAGE, remat=remat)

@@ -199,7 +199,8 @@ def _regnet_layer(p, width, channels):
     return layer.double()
 
 
-@pytest.mark.parametrize(("grid", "side"), [(4, 2), (5, 3), (3, 3)])  # 5 columns to 3: windows overlap, as 27 to 12
+# 5 columns to 3: windows overlap, as 27 to 12.
+@pytest.mark.parametrize(("grid", "side"), [pytest.param(4, 2, marks=pytest.mark.large), (5, 3), (3, 3)])
 def test_c_abstractor_is_that_of_honeybee_in_value_and_gradient(grid, side):
     features, embedding = _inputs(grid * grid)
     config = connectors.CAbstractorConfig(num_tokens=side * side, depth=2, hidden_size=8)

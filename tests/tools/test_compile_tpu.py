@@ -31,6 +31,7 @@ def compile_tpu(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
+@pytest.mark.large
 def test_the_nano_model_trains_on_a_slice(tmp_path):
     file = tmp_path / "report.json"
     done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", "--json", str(file))
