@@ -44,8 +44,8 @@ KINDS = (
     "rarer ending",
     "garble",
 )
-"""What an answer is. The last three are no name of the corpus; an answer with another name's ending was read as far as
-it is right, and then went on as that name does."""
+"""What an answer is. The last three are no name of the corpus; the two before "garble" end as some other name does,
+whatever they begin with."""
 
 _ENDING = 3  # letters, at least
 _PAGES_AT_ONCE = 32

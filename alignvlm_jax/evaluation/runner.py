@@ -129,8 +129,8 @@ def evaluate_checkpoint(
         whatever the run was trained on, that holds the weights.
     """
     arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
-    arguments |= dict(checkpoint=checkpoint, views=views)
-    distributed.agree({name: str(value) for name, value in arguments.items()})
+    asked = {"checkpoint": checkpoint, "views": views, **arguments}
+    distributed.agree({name: str(value) for name, value in asked.items()})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     model, step = locate(checkpoint)
@@ -145,8 +145,9 @@ def evaluate_checkpoint(
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
+    times = f", looked at {views} times" if views > 1 else ""
     which = str(model) if step is None else f"{model}, step {step}"
-    print(f"{which}: split {split!r} of {folder}, every question with {shown}{_times(views)}\n")
+    print(f"{which}: split {split!r} of {folder}, every question with {shown}{times}\n")
     print(format_table({"exact match": report}))
     figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, "views": views}
     figures |= report.to_json()
@@ -155,10 +156,6 @@ def evaluate_checkpoint(
     if predictions_file:
         write_predictions(report, predictions_file)
     return report
-
-
-def _times(views: int) -> str:
-    return f", looked at {views} times" if views > 1 else ""
 
 
 def dataset_folder(config: ExperimentConfig) -> pathlib.Path:

@@ -142,8 +142,10 @@ class Reader:
         tiles, valid_hw, moved = self._joined(shown)
         return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resample_images(plans, self.tiling, grid), moved)
 
-    def _joined(self, shown: Sequence[CutImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """What the images have of tiles, of their valid parts, and of views."""
+    def _joined(
+        self, shown: Sequence[CutImage]
+    ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"], UInt8[np.ndarray, "K-1 M S S 3"] | None]:
+        """Tiles, their valid parts and their further views, of all images one after the other."""
         if len(shown) == 1:
             return shown[0].tiles, shown[0].valid_hw, shown[0].moved  # shared by all prompts about it
         side = self.tiling.tile_size

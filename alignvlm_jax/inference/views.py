@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from alignvlm_jax.data.tiling import TilePlan
 
@@ -43,7 +43,7 @@ def offsets(number: int, plan: TilePlan, patch_size: int) -> Int[np.ndarray, "K 
     return np.rint(np.stack([x.ravel(), y.ravel()], axis=1) * patch_size * scale).astype(int)
 
 
-def _centred(number: int) -> np.ndarray:
+def _centred(number: int) -> Float[np.ndarray, " number"]:
     """Points evenly over [-1/2, 1/2], each in the middle of its part."""
     return (np.arange(number) + 0.5) / number - 0.5
 

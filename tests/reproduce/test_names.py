@@ -25,7 +25,7 @@ def test_jobs_are_align_and_mlp_with_and_without_the_options():
         "names/transcription/mlp/seed0",
         "names/transcription/mlp/views4-seed0",
     ]
-    assert len(jobs) == 10 and words["variant"].words == names.EXTRA_WORDS and looks["variant"].views == names.VIEWS
+    assert len(jobs) == 10 and words["asked"].words == names.EXTRA_WORDS and looks["asked"].views == names.VIEWS
     # The rates are those of the same trials, and who looks several times is the model that looks once.
     assert align.needs == words.needs != mlp.needs
     assert looks.needs == (align.name,) and mlp_looks.needs == (mlp.name,) and looks.takes_weights
@@ -99,7 +99,7 @@ def test_answers_are_kept_in_lines():
 def test_the_report_tells_who_is_better_on_rare_names(tmp_path):
     write_results(OPTIONS, tmp_path, {"align": 0.5, "mlp": 0.7}, only=("names",))
     for job in names.jobs(OPTIONS):
-        if job["variant"].words or job["variant"].views > 1:
+        if job["asked"].words or job["asked"].views > 1:
             write_result(tmp_path, job, 0.9 if job.connector == "align" else 0.7)
     results = Results(OPTIONS, tmp_path)
     text = names.section(results, tmp_path)

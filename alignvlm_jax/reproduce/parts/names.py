@@ -77,7 +77,7 @@ def job(variant: Variant, encoder: str, seed: int) -> Job:
         connector,
         seed,
         variant=f"words{words}" if words else "",
-        setting=(("variant", variant),),
+        setting=(("asked", variant),),
         needs=tuple(trial.name for trial in tuning.trials(connector, encoder)),
         wave=seed,
         weight=1.3,
@@ -95,7 +95,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    variant, folder, limit = work.job["variant"], work.data / dataset(work.job.seed), work.options.questions
+    variant, folder, limit = work.job["asked"], work.data / dataset(work.job.seed), work.options.questions
     if variant.views > 1:
         once = job(variant._replace(views=1), work.job.encoder, work.job.seed)
         reader = work.reader(once).with_views(variant.views)
