@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import alignvlm_jax
 from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
 from alignvlm_jax.commands.arguments import Commands, style
+from alignvlm_jax.commands.terminal import lasting_output
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.terminal import lasting_output
 
 DESCRIPTION = """\
 AlignVLM in JAX: a vision-language model for documents whose connector says what it

@@ -23,8 +23,10 @@ import jax
 import PIL.Image
 
 import alignvlm_jax
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import Progress
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data import images, store
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.data.synthetic.corpus import build_corpus
@@ -36,9 +38,7 @@ from alignvlm_jax.inspector.words import patch_words
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import loop
-from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
-from alignvlm_jax.training.workdir import Progress
 
 # The name under which a config's mixtures speak of the demo's corpus.
 CORPUS = "documents"
@@ -74,7 +74,7 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
     _say(", ".join(f"{size:,} {split}" for split, size in sizes.items()) + f" pages in {folder}")
 
     _heading(2, "before training: shipped backbones, fresh connector")
-    key = _hash(configs.to_dict(config), store.read_metadata(folder))
+    key = _hash(config_to_dict(config), store.read_metadata(folder))
     score = functools.partial(_score_once, out=out / "evaluation", records=heldout)
     before = score("before", lambda: _untrained_reader(config), key=key)
 
@@ -215,7 +215,7 @@ def _results(config: ExperimentConfig, reports: dict[str, Report], seconds: floa
             "blank": blank.to_json(),
             "wrong": wrong.to_json(),
         },
-        "config": configs.to_dict(config),
+        "config": config_to_dict(config),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "grain")},

@@ -11,14 +11,14 @@ same grid; the two stages keep their ratio.
 
 from ml_collections import ConfigDict
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config import read_config_file
 
 STEPS = {"align": 150, "read": 150}
 PAGES = 8  # a step
 
 
 def get_config() -> ConfigDict:
-    config = configs.read_config_file("configs/nano.py")
+    config = read_config_file("configs/nano.py")
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=200 + 96, tiles_per_bin=2, bins_per_microbatch=PAGES, examples_per_bin=1, window=1)
     )

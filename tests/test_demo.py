@@ -10,7 +10,9 @@ import PIL.Image
 import pytest
 from flax import linen as nn
 
-from alignvlm_jax import cli, config, demo
+from alignvlm_jax import cli, demo
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.models.alignvlm import random_parameters
 from tests.data.nano_tokenizer import write_chat_folder
@@ -33,11 +35,11 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory) -> config.ExperimentConfig:
+def experiment(tmp_path_factory) -> ExperimentConfig:
     """configs/nano.py with a tiny model and its last stage only, on backbones of random weights."""
     folder = tmp_path_factory.mktemp("backbones")
     backbones = [f"backbones.{part}={folder / part}" for part in ("vision", "language")]
-    nano = config.load("configs/nano.py", [*TINY, *backbones])
+    nano = load_config("configs/nano.py", [*TINY, *backbones])
     stage = dataclasses.replace(nano.stages[-1], steps=2, warmup_steps=0, global_batch=8)
     tiny = dataclasses.replace(nano, stages=(stage,))
     params = nn.unbox(jax.jit(lambda rng: random_parameters(tiny.model, rng))(jax.random.key(0)))

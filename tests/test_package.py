@@ -72,7 +72,7 @@ def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
 
     where = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
     assert pathlib.Path(where.strip()).is_relative_to(installed)
-    program = "from alignvlm_jax.config import find_config; print(find_config('configs/nano.py'))"
+    program = "from alignvlm_jax.config.loading import find_config; print(find_config('configs/nano.py'))"
     assert pathlib.Path(run_installed(installed, "-c", program).strip()).is_relative_to(installed)
 
 
@@ -83,7 +83,8 @@ def test_the_model_needs_jax_flax_and_optax_only(installed):
 import sys
 for name in {unwanted}:
     sys.modules[name] = None  # makes `import name` fail
-import alignvlm_jax.models.alignvlm, alignvlm_jax.ops, alignvlm_jax.training.step, alignvlm_jax.inference.vocabulary
+import alignvlm_jax.models.alignvlm, alignvlm_jax.ops
+import alignvlm_jax.training.train_step, alignvlm_jax.inference.vocabulary
 """
     run_installed(installed, "-c", program)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import parse_mesh
 from alignvlm_jax.parallel.topology import topology_devices
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = _parse(argv)
     jax.config.update("jax_exec_time_optimization_effort", args.effort)
     try:
-        experiment = configs.load(args.config, overrides)
+        experiment = load_config(args.config, overrides)
         if not 1 <= args.stage <= len(experiment.stages):
             raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
         devices = topology_devices(args.topology, slices=args.slices)

@@ -35,14 +35,14 @@ def main() -> None:
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Imported here, so that --help answers at once, and jax sees the variable above.
-    from alignvlm_jax import config as configs
+    from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm
     from alignvlm_jax.parallel.mesh import make_mesh, parse_mesh
 
     try:
         mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))
-        base = configs.load(args.config) if args.config else None
+        base = load_config(args.config) if args.config else None
         import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,9 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from alignvlm_jax.backbones.language_recipe import make_language_backbone
-from alignvlm_jax.backbones.training import PretrainConfig
-from alignvlm_jax.backbones.vision_recipe import OBJECTIVES, make_vision_backbone
+from alignvlm_jax.pretraining.language_recipe import make_language_backbone
+from alignvlm_jax.pretraining.training import PretrainConfig
+from alignvlm_jax.pretraining.vision_recipe import OBJECTIVES, make_vision_backbone
 
 VISION = PretrainConfig(steps=5500)
 LANGUAGE = PretrainConfig(steps=4000, batch_size=8)

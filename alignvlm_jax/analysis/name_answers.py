@@ -21,18 +21,18 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes
 from alignvlm_jax.data import images, store
+from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.data.synthetic import Document
 from alignvlm_jax.data.synthetic.names import LOOK_ALIKE, Name, read_lexicon, redraw
 from alignvlm_jax.data.tiling import plan_tiles
-from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.report import Answer
 from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
+from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes
 
 KINDS = (
     "right",
@@ -100,7 +100,7 @@ def ask_decoder(
 ) -> list[NameAnswer]:
     """The decoder's answers where each patch is the embedding of the letter that lies there, or of a space.
 
-    So the nano decoder was pre-trained (`backbones/language_recipe.py`); another may make little of it.
+    So the nano decoder was pre-trained (`pretraining/language_recipe.py`); another may make little of it.
     """
     _check_one_token_a_patch(reader)
     lexicon = read_lexicon(folder)

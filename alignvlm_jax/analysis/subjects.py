@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from alignvlm_jax.backbones import trained_model
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.checkpoints.workdir import read_run_config
 from alignvlm_jax.data import images, store
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inference.vocabulary import Variables
-from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm_config
+from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import (
     AlignConfig,
@@ -30,7 +32,6 @@ from alignvlm_jax.models.connectors import (
     OvisConfig,
     PerceiverConfig,
 )
-from alignvlm_jax.training.workdir import load_config
 
 Record = Mapping[str, Any]
 """A page as `data/store.py` gives it; `evaluation/runner.py` says what it holds."""
@@ -49,7 +50,7 @@ _TILES_AT_ONCE = 16
 def model_config(checkpoint: str | os.PathLike) -> AlignVLMConfig:
     """What a checkpoint's model is, without its weights: to be asked before long work."""
     folder = trained_model(checkpoint)
-    return (read_alignvlm_config(folder) if is_alignvlm_folder(folder) else load_config(folder)).model
+    return (read_alignvlm_config(folder) if is_alignvlm_folder(folder) else read_run_config(folder)).model
 
 
 def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 32) -> Iterator[tuple[str, Reader]]:

@@ -23,10 +23,13 @@ from jaxtyping import Float64
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
-from alignvlm_jax import config as configs
 from alignvlm_jax.analysis import output, subjects
 from alignvlm_jax.analysis.subjects import Record, encode, page_places, tile_batches
 from alignvlm_jax.backbones import trained_model
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.checkpoints.new_folder import refuse_taken
+from alignvlm_jax.checkpoints.weights import ParameterReader, history_of_run, restore_params_into, write_checkpoint
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Tally
@@ -34,11 +37,9 @@ from alignvlm_jax.evaluation.runner import evaluate
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import prune_vocabulary
 from alignvlm_jax.interop.assemble import abstract_parameters
-from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
+from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig
-from alignvlm_jax.new_folder import refuse_taken
-from alignvlm_jax.training import checkpoint as checkpoint_files
 
 PAGES = 100
 MASSES = (0.9, 0.99, 0.999)
@@ -239,20 +240,20 @@ def save_pruned(
         found = read_alignvlm(folder)
         config, params, tokenizer, history = found.config, found.params, found.tokenizer, found.history
         if found.progress.step:
-            progress, trained = dataclasses.asdict(found.progress), configs.to_dict(config)
+            progress, trained = dataclasses.asdict(found.progress), config_to_dict(config)
             history = [*history, {"what": "trained", "progress": progress, "config": trained}]
     else:
-        source = checkpoint_files.ParameterReader(folder)
+        source = ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
         abstract = flatten_dict(abstract_parameters(config.model), sep="/")
         stored = {path: leaf.update(dtype=source.dtypes[path]) for path, leaf in abstract.items()}
-        params = checkpoint_files.restore_params_into(folder, unflatten_dict(stored, sep="/"))
-        history = checkpoint_files.history_of_run(folder)
+        params = restore_params_into(folder, unflatten_dict(stored, sep="/"))
+        history = history_of_run(folder)
     num_words = len(usage)
     model, params = prune_vocabulary(config.model, params, usage, k, statistics=statistics)
     event = {"what": "pruned", "words kept": k, "of": num_words, "statistics of LN_V": f"{statistics} vocabulary"}
     config = dataclasses.replace(config, model=model)
-    checkpoint_files.write_checkpoint(out, config, params, tokenizer, history=[*history, event])
+    write_checkpoint(out, config, params, tokenizer, history=[*history, event])
 
 
 @dataclasses.dataclass(frozen=True)

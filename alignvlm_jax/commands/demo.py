@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draws, trains and scores."""
-    from alignvlm_jax import config, demo
+    from alignvlm_jax import demo
+    from alignvlm_jax.config.loading import load_config
 
-    demo.run(config.load(args.config, args.overrides), pathlib.Path(args.out))
+    demo.run(load_config(args.config, args.overrides), pathlib.Path(args.out))

@@ -53,14 +53,15 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, or goes on where the same command stopped."""
-    from alignvlm_jax import config, demo
+    from alignvlm_jax import demo
+    from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.evaluation.during_training import during_training
     from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
 
     if args.init_from:
         args.overrides.append(f"init_from={args.init_from}")
-    experiment = config.load(args.config, args.overrides)
+    experiment = load_config(args.config, args.overrides)
     with joined(args):
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)

@@ -51,8 +51,8 @@ class DataConfig:
     prefetch_batches: int = 2
 
 
-class MixturePart(Protocol):
-    """What is read of a stage's `training.stages.MixturePart`."""
+class MixtureComponent(Protocol):
+    """The fields of `config.stages.MixturePart` that the pipeline reads."""
 
     dataset: str
     split: str
@@ -60,14 +60,14 @@ class MixturePart(Protocol):
     weight: float
 
 
-def source_name(part: MixturePart) -> str:
+def source_name(part: MixtureComponent) -> str:
     """The key of a part's records among the sources."""
     return f"{part.dataset}/{part.split}"
 
 
 def make_reader(
     sources: Mapping[str, Sequence[Record]],
-    mixture: Sequence[MixturePart],
+    mixture: Sequence[MixtureComponent],
     chat: ChatTokenizer,
     data: DataConfig,
     *,

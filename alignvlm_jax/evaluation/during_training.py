@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data import store
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.inference.reader import Reader

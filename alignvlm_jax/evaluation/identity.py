@@ -6,8 +6,9 @@ import pathlib
 from typing import Any
 
 from alignvlm_jax.backbones import trained_model
-from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm_config
-from alignvlm_jax.training import workdir as workdirs
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, find_checkpoint, read_run_config
+from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
 
 
 def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
@@ -17,7 +18,7 @@ def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
       UserError: there is none.
     """
     folder = trained_model(checkpoint)
-    return (folder, None) if is_alignvlm_folder(folder) else workdirs.find_checkpoint(folder)
+    return (folder, None) if is_alignvlm_folder(folder) else find_checkpoint(folder)
 
 
 def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
                 content.seek(max(0, file.stat().st_size - 2**20))
                 digest.update(content.read(2**20))
         return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
-    for file in sorted((folder / workdirs.CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
+    for file in sorted((folder / CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
         digest.update(file.read_bytes())
     return {"checkpoint": str(folder.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
 
@@ -40,5 +41,5 @@ def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
 def is_pruned(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint's connector is pruned to the words that it uses."""
     folder, step = locate(checkpoint)
-    config = read_alignvlm_config(folder) if step is None else workdirs.load_config(folder)
+    config = read_alignvlm_config(folder) if step is None else read_run_config(folder)
     return getattr(config.model.connector, "kept_words", None) is not None

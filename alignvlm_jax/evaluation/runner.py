@@ -25,7 +25,8 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.workdir import read_run_config
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data import images, store
 from alignvlm_jax.data.chat import Message
 from alignvlm_jax.data.conversations import make_conversation
@@ -37,7 +38,6 @@ from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.workdir import load_config
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -136,7 +136,7 @@ def evaluate_checkpoint(
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set of its own: name one with --data")
-    folder = pathlib.Path(data) if data else dataset_folder(load_config(checkpoint))
+    folder = pathlib.Path(data) if data else dataset_folder(read_run_config(checkpoint))
     if not data and not folder.exists():
         raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
     records = store.open_dataset(folder, split)

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from alignvlm_jax.backbones import trained_model
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.checkpoints.weights import ParameterReader, restore_params
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer, Message
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
@@ -23,9 +25,9 @@ from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_til
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import views
 from alignvlm_jax.inference.generate import Generator, Prompt
+from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
-from alignvlm_jax.training import checkpoint as checkpoints
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
@@ -175,18 +177,15 @@ def load(
         all others float32.
       mesh: the devices that the weights and each batch are spread over; None takes the first device alone.
     """
-    # Imported here: what reads other formats is built on top of this room.
-    from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder, read_alignvlm
-
     folder = trained_model(checkpoint)
     if is_alignvlm_folder(folder):
         found = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
         config, params, tokenizer = found.config, found.params, found.tokenizer
     else:
-        source = checkpoints.ParameterReader(folder)
+        source = ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
         narrow = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
-        params = checkpoints.restore_params(folder, mesh, dtype=dtype or ("bfloat16" if narrow else "float32"))
+        params = restore_params(folder, mesh, dtype=dtype or ("bfloat16" if narrow else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size, mesh=mesh)
 
 

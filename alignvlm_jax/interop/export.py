@@ -32,7 +32,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import alignvlm_jax
-from alignvlm_jax import config as configs
+from alignvlm_jax.checkpoints.new_folder import new_folder
+from alignvlm_jax.checkpoints.weights import ParameterReader
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.chat import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from alignvlm_jax.data.chat import ChatTokenizer, special_names
 from alignvlm_jax.data.tiling import TilingConfig
@@ -45,8 +47,6 @@ from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_pa
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
-from alignvlm_jax.new_folder import new_folder
-from alignvlm_jax.training.checkpoint import ParameterReader
 
 TRAINING_FILE = "alignvlm_training.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -199,7 +199,7 @@ class _Source:
 
     def training_json(self) -> dict[str, Any]:
         return {
-            "config": configs.to_dict(self.reader.config),
+            "config": config_to_dict(self.reader.config),
             "meta": self.reader.meta,
             "history": self.reader.history,
         }

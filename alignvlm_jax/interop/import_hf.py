@@ -12,9 +12,12 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import backbone_folder
-from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.checkpoints.new_folder import new_folder
+from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.config.loading import load_config, shipped_configs
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.errors import UserError
@@ -25,9 +28,7 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
-from alignvlm_jax.new_folder import new_folder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.checkpoint import write_checkpoint
 
 # Whose stages, tiles and bins a model of no shipped config's shape gets: the paper's.
 _PAPER_CONFIG = "alignvlm_1b.py"
@@ -83,7 +84,7 @@ def import_huggingface(
         )
         for note in tokenizer.notes:
             say(note)
-        config = configs.load(config_file) if config_file else _shipped_config(encoder, decoder)
+        config = load_config(config_file) if config_file else _shipped_config(encoder, decoder)
         if config is None:
             say(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
             config = _paper_config(encoder, decoder, dtype)
@@ -97,7 +98,7 @@ def import_huggingface(
             init_from=None,
             tokenizer=None,
         )
-        config = configs.from_dict(configs.to_dict(config))  # checks it
+        config = config_from_dict(config_to_dict(config))  # checks it
         devices = None if mesh is None else make_mesh(mesh)
         params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}
@@ -107,8 +108,8 @@ def import_huggingface(
 
 def _shipped_config(encoder: VisionConfig, decoder: LanguageConfig) -> ExperimentConfig | None:
     """The first shipped config of these shapes, if there is one."""
-    for file in configs.shipped_configs():
-        config = configs.load(file)
+    for file in shipped_configs():
+        config = load_config(file)
         with contextlib.suppress(UserError):
             _check_shape(config, encoder, decoder)
             return config
@@ -125,7 +126,7 @@ def _check_shape(config: ExperimentConfig, encoder: VisionConfig, decoder: Langu
 
 def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) -> ExperimentConfig:
     """The paper's stages around these backbones, with bins that are just large enough."""
-    config = configs.load(_PAPER_CONFIG)
+    config = load_config(_PAPER_CONFIG)
     encoder, decoder = dataclasses.replace(encoder, dtype=dtype), dataclasses.replace(decoder, dtype=dtype)
     tiling = dataclasses.replace(config.data.tiling, tile_size=encoder.image_size)
     packing = dataclasses.replace(config.data.packing, tokens_per_bin=1, tiles_per_bin=1)

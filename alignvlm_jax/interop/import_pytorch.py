@@ -17,8 +17,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.checkpoints.new_folder import refuse_taken
+from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.checkpoints.workdir import Progress
+from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
@@ -30,9 +34,6 @@ from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
-from alignvlm_jax.new_folder import refuse_taken
-from alignvlm_jax.training.checkpoint import write_checkpoint
-from alignvlm_jax.training.workdir import Progress
 
 # The paper's stages: what a folder that says nothing of training gets, so that the checkpoint can be trained.
 DEFAULT_CONFIG = "alignvlm_1b.py"
@@ -102,14 +103,6 @@ def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
     return _read_run(folder, _read_json(folder / "config.json"), None)[0]
 
 
-def is_alignvlm_folder(folder: str | Path) -> bool:
-    """Whether `read_alignvlm` is the one to read it: an exported folder, not a training run's workdir."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type") == "alignvlm"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
     kind = config_json.get("model_type")
     if kind == "alignvlm":
@@ -143,10 +136,10 @@ def _read_run(
             progress = Progress()
     else:
         base = dataclasses.replace(
-            base or configs.load(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None
+            base or load_config(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None
         )
         dtype = "float32" if config_json.get("dtype", "float32") == "float32" else "bfloat16"
-        raw = configs.to_dict(base)
+        raw = config_to_dict(base)
         for part in ("vision", "language"):
             raw["model"][part] |= {"dtype": dtype, "remat": "none"}
         raw["model"]["language"]["head_dim"] = None
@@ -154,7 +147,7 @@ def _read_run(
     raw["model"] = _read_model(folder, config_json, raw["model"])
     raw["data"]["tiling"] = _read_tiling(folder, raw["data"]["tiling"] if file.is_file() else None)
     try:
-        return configs.from_dict(raw), progress, history
+        return config_from_dict(raw), progress, history
     except UserError as error:
         raise UserError(f"{folder}: what its config.json and {PROCESSOR_FILE} say does not hold: {error}") from error
 

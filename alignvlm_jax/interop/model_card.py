@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.weights import ParameterReader
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
-from alignvlm_jax.training.checkpoint import ParameterReader
-from alignvlm_jax.training.stages import StageConfig
 
 _CONNECTORS = {
     "align": "ALIGN: every visual feature becomes a distribution over the language model's vocabulary, and the visual "
@@ -60,7 +60,7 @@ def model_card(
       part: what was exported: the whole model, or one of its backbones.
     """
     config = reader.config
-    connector = configs.to_dict(config)["model"]["connector"]["name"]
+    connector = config_to_dict(config)["model"]["connector"]["name"]
     title = {
         "alignvlm": f"AlignVLM ({connector})",
         "language": "The language model of an AlignVLM",
@@ -168,7 +168,7 @@ def _event(event: Mapping[str, Any]) -> str:
     """One entry of the history; a past training run is told as fully as the last."""
     if event.get("what") == "trained":
         try:
-            config = configs.from_dict(event["config"])
+            config = config_from_dict(event["config"])
         except UserError:  # of an older version, whose keys were others
             return f"Trained for {event['progress']['step']} steps."
         return "Trained:\n\n" + _run(config, event["progress"])

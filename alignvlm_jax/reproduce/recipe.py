@@ -8,14 +8,15 @@ length of a text decides which pages share a step.
 import dataclasses
 from pathlib import Path
 
-from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import NANO_MODEL
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.reproduce.options import FAIR, Options
-from alignvlm_jax.training.stages import StageConfig
 
 # Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. Where a connector reduces, it keeps at
 # least the share of tokens that it keeps in the paper: a nano page has a letter in every patch, and less to leave out.
@@ -66,8 +67,8 @@ def experiment(
       factor: of the connector's learning rates, in all stages.
       steps: share of the recipe's steps.
     """
-    base = configs.load(options.config, options.overrides)
-    raw = configs.to_dict(base)
+    base = load_config(options.config, options.overrides)
+    raw = config_to_dict(base)
     raw["seed"] = seed
     raw["data"]["root"] = str(data)
     raw["model"]["connector"] = {"name": connector, **NANO_SIZES[connector]}
@@ -76,7 +77,7 @@ def experiment(
         stage["steps"] = max(1, round(stage["steps"] * steps))
         stage["warmup_steps"] = min(stage["warmup_steps"], stage["steps"] - 1)
         stage["learning_rates"]["connector"] *= factor
-    config = configs.from_dict(raw)
+    config = config_from_dict(raw)
     return dataclasses.replace(config, data=fitted(config))
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.reproduce import parts, recipe
 from alignvlm_jax.reproduce.jobs import read_result
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
@@ -34,7 +34,7 @@ def _head(options: Options, out: Path) -> str:
     done = [result for result in (read_result(out, job) for job in jobs) if result is not None]
     seconds = sum(result.get("train_seconds", 0.0) for result in done)
     revisions = sorted({result["versions"].get("git", "unknown") for result in done})
-    config = configs.load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     stages = ", ".join(
         f"{stage.steps} steps of {stage.bins_per_step} pages ({stage.mixture[0].task})" for stage in config.stages
     )
@@ -59,7 +59,7 @@ def claims(results: Results) -> str:
 
 
 def _fairness(options: Options) -> str:
-    config = configs.load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     page = config.data.packing.tiles_per_bin
     rows = []
     for connector in options.connectors:

@@ -17,11 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, complete_steps
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.reproduce.jobs import COMPLETE, Job, Result, is_done, read_result
 from alignvlm_jax.reproduce.options import Options
-from alignvlm_jax.training.workdir import CHECKPOINTS_FOLDER, complete_steps
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"

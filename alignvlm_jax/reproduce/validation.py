@@ -9,12 +9,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import MixturePart, StageConfig
 from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.models.alignvlm import AlignVLM, Params
 from alignvlm_jax.training.experiment_data import ExperimentData
-from alignvlm_jax.training.stages import MixturePart, StageConfig
-from alignvlm_jax.training.step import FIELDS
+from alignvlm_jax.training.train_step import FIELDS
 
 PAGES = 64
 

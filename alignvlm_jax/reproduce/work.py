@@ -20,8 +20,10 @@ import numpy as np
 from jaxtyping import Int
 
 import alignvlm_jax
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints import provenance
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.evaluation import runner
@@ -33,8 +35,7 @@ from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job, Result
 from alignvlm_jax.reproduce.options import Options, write_json
 from alignvlm_jax.reproduce.validation import OnePageABin, ValidationLoss
-from alignvlm_jax.training import loop, provenance
-from alignvlm_jax.training.checkpointer import Checkpointer
+from alignvlm_jax.training import loop
 
 CURVE_FILE = "curve.json"
 _POINTS = 5  # of a learning curve
@@ -105,7 +106,7 @@ class Work:
             return {"loss": found}
 
         self.figures |= {
-            "config": configs.to_dict(config),
+            "config": config_to_dict(config),
             "visual_tokens_per_page": config.data.packing.tiles_per_bin * tokens_per_tile(config.model),
             "pages": recipe.pages_seen(config.stages),
         }

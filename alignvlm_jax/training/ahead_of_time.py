@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
@@ -31,8 +31,8 @@ from alignvlm_jax.parallel import hlo_collectives, hlo_work, sharding
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
-from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.flops import train_flops
+from alignvlm_jax.training.train_step import FIELDS, abstract_state, jit_train_step
 
 TEXT_TOKENS = 2048
 """Of a page, at most; a quarter of them answers."""
@@ -78,11 +78,11 @@ def compile_train_step(
     batch = {
         name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=where)
         for name, leaf in shapes.items()
-        if name in steps.FIELDS
+        if name in FIELDS
     }
     with jax.set_mesh(mesh):
-        state = steps.abstract_state(model, stage, mesh)
-        compiled, seconds, text, failure = _compile(steps.jit_train_step(model, stage, mesh), state, batch)
+        state = abstract_state(model, stage, mesh)
+        compiled, seconds, text, failure = _compile(jit_train_step(model, stage, mesh), state, batch)
 
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches

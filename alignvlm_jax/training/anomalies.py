@@ -12,38 +12,20 @@ was skipped and what jumped goes into the workdir's `anomalies.jsonl`, with the 
 """
 
 import collections
-import dataclasses
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
+
+from alignvlm_jax.config.run import AnomalyConfig
 
 ANOMALIES_FILE = "anomalies.jsonl"
 _HISTORY = 100  # losses that are looked back at
 _ENOUGH = 20  # losses before which nothing counts as a jump
-
-
-@dataclasses.dataclass(frozen=True)
-class AnomalyConfig:
-    """When numbers count as wrong, and what is done.
-
-    Attributes:
-      max_skipped: so many skipped updates in a row are too many.
-      then: what is done about them: back to the last checkpoint and past these data, or an end.
-      max_rollbacks: going back to the same checkpoint more often than this ends the run.
-      spike: a loss is reported that lies above the median of the last hundred by more than so many times their spread
-        (the median distance from the median, times 1.4826: the standard deviation of a normal distribution); 0 reports
-        none.
-    """
-
-    max_skipped: int = 5
-    then: Literal["rollback", "stop"] = "rollback"
-    max_rollbacks: int = 3
-    spike: float = 10.0
 
 
 class AnomalyWatch:

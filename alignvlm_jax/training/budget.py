@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import ExperimentConfig
-from alignvlm_jax.training import step as steps
-from alignvlm_jax.training.stages import StageConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.training.train_step import abstract_state
 
 
 def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh, workdir: Path) -> str:
@@ -28,7 +28,7 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
       mesh: where it runs.
       workdir: where it is saved.
     """
-    states = [(stage, steps.abstract_state(config.model, stage, mesh)) for stage in stages]
+    states = [(stage, abstract_state(config.model, stage, mesh)) for stage in stages]
     checkpoint = max(_bytes((state.params, state.opt_state)) for _, state in states)
     number, for_good = most_at_a_time(config, sum(stage.steps for stage in stages))
     free = shutil.disk_usage(_existing(workdir)).free

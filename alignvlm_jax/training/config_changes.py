@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
 # Keys that may differ when a run is resumed: they change where and how often, never what is computed.
@@ -51,10 +51,10 @@ def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
     Keys that came with a later version have their defaults; a key that this version does not know is a difference.
     """
     try:
-        old = configs.to_dict(configs.from_dict(old))
+        old = config_to_dict(config_from_dict(old))
     except UserError:
         pass
-    return [Change(*difference) for difference in _differences(old, configs.to_dict(new))]
+    return [Change(*difference) for difference in _differences(old, config_to_dict(new))]
 
 
 def describe(changes: Sequence[Change]) -> str:

@@ -1,28 +1,17 @@
 """Where a NaN comes from."""
 
-import dataclasses
 
 import jax
 from jax.sharding import Mesh
 
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Batch
-from alignvlm_jax.training import step as steps
-from alignvlm_jax.training.stages import StageConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class DebugConfig:
-    """Attributes:
-    nans: look at every step, and do one whose loss or gradients are not finite again, operation by operation: the run
-      ends and names the first that gave NaN. Waits for each step; the search takes minutes on a large model.
-    """
-
-    nans: bool = False
+from alignvlm_jax.training.train_step import TrainState, make_train_step
 
 
 def explain_skipped(
-    model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, state: steps.TrainState, batch: Batch, step: int
+    model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, state: TrainState, batch: Batch, step: int
 ) -> None:
     """Does a step again that was skipped, not compiled, and stops at the first NaN.
 
@@ -37,7 +26,7 @@ def explain_skipped(
     """
     with jax.set_mesh(mesh), jax.disable_jit(), jax.debug_nans(True):
         try:
-            steps.make_train_step(model, stage)(state, batch)
+            make_train_step(model, stage)(state, batch)
         except FloatingPointError as error:
             # The innermost line of ours that the operation, or in the backward pass its gradient, comes from.
             place = _innermost(error)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data import pipeline, store
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
@@ -12,7 +13,6 @@ from alignvlm_jax.data.planning import StagePlan, plan_stage
 from alignvlm_jax.models.alignvlm import token_grid
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.training.initial import load_tokenizer
-from alignvlm_jax.training.stages import StageConfig
 
 
 class TrainingData(Protocol):

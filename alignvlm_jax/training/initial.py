@@ -8,15 +8,15 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from alignvlm_jax.backbones import backbone_folder
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.checkpoints.workdir import TOKENIZER_FOLDER, find_checkpoint, read_run_config
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.chat import CONFIG_FILE, ChatTokenizer, special_names
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import assemble
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import PARTS, Params
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import checkpoint
-from alignvlm_jax.training.workdir import TOKENIZER_FOLDER, find_checkpoint, load_config
 
 RANDOM = "random"
 """In the place of a backbone's folder: weights of the configured shape, drawn from the seed, to try a config out. Where
@@ -71,7 +71,7 @@ def _takes_images(folder: Path) -> bool:
 
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     """The checkpoint's weights, straight onto the run's mesh."""
-    source = load_config(config.init_from).model
+    source = read_run_config(config.init_from).model
     if getattr(source.connector, "kept_words", None) is not None:
         raise UserError(
             f"config.init_from: {config.init_from} is pruned to {source.connector.kept_words} words, and a pruned "
@@ -89,5 +89,5 @@ def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     for part in PARTS:
         path = f"config.model.{part}"
         assemble.check_same_model(path, getattr(model, part), getattr(source, part), config.init_from)
-    params = checkpoint.restore_params(config.init_from, mesh)
+    params = weights.restore_params(config.init_from, mesh)
     return assemble.with_extra_words(config.model, params, mesh) if added else params

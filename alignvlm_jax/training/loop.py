@@ -23,8 +23,19 @@ from jax.sharding import Mesh
 from jaxtyping import Bool
 from tqdm import tqdm
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.weights import history_of_run, write_history
+from alignvlm_jax.checkpoints.workdir import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    Progress,
+    complete_steps,
+    read_meta,
+)
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_dict, config_to_json, read_config_json
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.feeding import BatchIterator, RowStates
 from alignvlm_jax.data.packing import Batch
 from alignvlm_jax.data.planning import StagePlan
@@ -34,22 +45,20 @@ from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.training import budget, config_changes, debug, metrics, out_of_memory
-from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
-from alignvlm_jax.training.checkpoint import history_of_run, write_history
-from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.experiment_data import ExperimentData, TrainingData
 from alignvlm_jax.training.initial import initial_parameters
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
-from alignvlm_jax.training.stages import StageConfig, stage_table
-from alignvlm_jax.training.workdir import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    TOKENIZER_FOLDER,
-    Progress,
-    complete_steps,
-    read_meta,
+from alignvlm_jax.training.stages import stage_table
+from alignvlm_jax.training.train_step import (
+    FIELDS,
+    RESAMPLING_FIELDS,
+    TrainState,
+    abstract_state,
+    jit_train_step,
+    peak_learning_rates,
+    place_state,
 )
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -83,7 +92,7 @@ def train(
 
     Args:
       config: the experiment.
-      workdir: where everything goes; see `training/workdir.py`.
+      workdir: where everything goes; see `checkpoints/workdir.py`.
       open_data: where the batches come from.
       make_params: where the weights come from that stage 1 starts with.
       on_stage_start: called with the stage's index and the weights it starts from, also when resuming within it.
@@ -98,7 +107,7 @@ def train(
       distributed.Disagreement: the processes are not set up alike.
     """
     workdir = Path(workdir)
-    distributed.agree({"config": configs.to_dict(config)})
+    distributed.agree({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.of(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
@@ -179,7 +188,7 @@ class _Run:
         done = progress.step_in_stage >= stage.steps
         if not done and self.checkpointer.has_optimizer(progress):
             return None, progress
-        abstract = steps.abstract_state(self.config.model, stage, self.mesh)
+        abstract = abstract_state(self.config.model, stage, self.mesh)
         params = self.checkpointer.restore_params(progress, abstract.params)
         return params, _next_stage(progress) if done else progress
 
@@ -195,27 +204,27 @@ class _Run:
             )
         return data["rows"]
 
-    def begin_stage(self, progress: Progress, params: Params | None) -> steps.TrainState:
+    def begin_stage(self, progress: Progress, params: Params | None) -> TrainState:
         """The state to go on from: fresh from `params` at the start of a stage, else from the checkpoint."""
         stage = self.stages[progress.stage]
         if params is not None:
-            return steps.place_state(self.config.model, stage, self.mesh, params)
-        abstract = steps.abstract_state(self.config.model, stage, self.mesh)
+            return place_state(self.config.model, stage, self.mesh, params)
+        abstract = abstract_state(self.config.model, stage, self.mesh)
         state = self.checkpointer.restore(progress, abstract)
-        return state.replace(learning_rates=steps.peak_learning_rates(stage, abstract.step.sharding))
+        return state.replace(learning_rates=peak_learning_rates(stage, abstract.step.sharding))
 
     def finish_stage(
         self,
-        state: steps.TrainState,
+        state: TrainState,
         progress: Progress,
         batches: BatchIterator,
         bar: tqdm,
         log: metrics.MetricsLog,
-    ) -> tuple[steps.TrainState, Progress]:
+    ) -> tuple[TrainState, Progress]:
         """Trains to the end of the stage and saves."""
         stage = self.stages[progress.stage]
-        train_step = steps.jit_train_step(self.config.model, stage, self.mesh)
-        fields = steps.FIELDS + (steps.RESAMPLING_FIELDS if self.config.model.newline else ())
+        train_step = jit_train_step(self.config.model, stage, self.mesh)
+        fields = FIELDS + (RESAMPLING_FIELDS if self.config.model.newline else ())
         bar.set_description(stage.name)
         started = time.monotonic() - progress.train_seconds
         counted_here = sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
@@ -409,11 +418,11 @@ def _prepare_workdir(
     going_on = bool(there)
     if going_on:
         lost = not path.is_file()
-        old = read_meta(workdir / CHECKPOINTS_FOLDER / str(there[-1]))["config"] if lost else configs.read_json(path)
+        old = read_meta(workdir / CHECKPOINTS_FOLDER / str(there[-1]))["config"] if lost else read_config_json(path)
         changes = config_changes.compare(old, config)
         distributed.say(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
-    text = configs.to_json(config)
+    text = config_to_json(config)
     distributed.gather_json("looked")  # before anything is written
     try:
         # A run that goes on under the same config writes nothing: a kill in between cannot spoil what is there.

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 import tensorboardX
 
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.training.flops import train_flops
-from alignvlm_jax.training.stages import StageConfig
-from alignvlm_jax.training.step import Metrics
+from alignvlm_jax.training.train_step import Metrics
 
 # Shown per second; shown as a sum; needed for others only. Everything else is averaged.
 _PER_SECOND = ("tokens", "tiles", "examples")

@@ -10,7 +10,6 @@ in AdamW. Muon's direction is scaled to the root mean square that Adam's usually
 one learning rate serves both and a config can change the optimizer alone.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,28 +18,13 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "linear", "constant")
+from alignvlm_jax.config.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # A module made by `nn.scan` has this name, and its weights a leading axis, one slice a layer.
 STACKED = "layers"
 # The first layer sees pixels, not features of the model's width: Adam, as is usual with Muon.
 NEVER_MUON = "patch_embedding"
 NEVER_DECAYED = ("bias", "scale")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """What to build. `b1`, `b2`, `eps` are Adam's (with Muon: of the weights that Muon leaves to Adam)."""
-
-    name: str = "adamw"
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    muon_beta: float = 0.95
-    muon_rms: float = 0.2
 
 
 def make_schedule(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.errors import UserError
 
 MEMORY_PROFILE = "out_of_memory.prof"

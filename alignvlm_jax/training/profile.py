@@ -4,41 +4,14 @@ alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
 pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
 """
 
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from alignvlm_jax.config.run import ProfileConfig, traced_steps
 from alignvlm_jax.parallel import distributed
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-    """What is traced.
-
-    Attributes:
-      steps: "first:stop", in steps of the run as the log counts them, from 1: "10:13" traces steps 10, 11 and 12. None
-        traces nothing. The first step of a stage compiles: choose later ones. Tracing slows the traced steps down.
-    """
-
-    steps: str | None = None
-
-
-def traced_steps(config: ProfileConfig) -> range:
-    """The steps of `config.steps`.
-
-    Raises:
-      ValueError: what it says are no steps.
-    """
-    if config.steps is None:
-        return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", config.steps)
-    if not match or not 1 <= int(match[1]) < int(match[2]):
-        raise ValueError(f"expected first:stop, such as 10:13 for steps 10, 11 and 12, got {config.steps!r}")
-    return range(int(match[1]), int(match[2]))
 
 
 class Profiler:

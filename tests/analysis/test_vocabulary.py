@@ -9,7 +9,6 @@ import PIL.Image
 import pytest
 
 from alignvlm_jax import cli
-from alignvlm_jax import config as configs
 from alignvlm_jax.analysis import vocabulary
 from alignvlm_jax.analysis.subjects import encode, tile_batches
 from alignvlm_jax.analysis.vocabulary import (
@@ -20,6 +19,8 @@ from alignvlm_jax.analysis.vocabulary import (
     vocabulary_curve,
     vocabulary_use,
 )
+from alignvlm_jax.checkpoints.weights import ParameterReader
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Answer, Report
 from alignvlm_jax.inference.reader import load
@@ -29,7 +30,6 @@ from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
 from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
 from alignvlm_jax.training import initial
-from alignvlm_jax.training.checkpoint import ParameterReader
 from tests.analysis.subjects import random_reader, records
 from tests.interop.exported import assert_same_weights, make_checkpoint, read_weights
 
@@ -209,7 +209,7 @@ def test_a_pruned_model_is_not_trained_nor_pruned_again(tmp_path):
     with pytest.raises(UserError, match="already"):
         save_pruned(tmp_path / "pruned", np.arange(30.0), 5, tmp_path / "again")
     with pytest.raises(UserError, match="kept_words.*a pruned model is not trained"):
-        configs.load("configs/nano.py", ["model.connector.kept_words=30"])
+        load_config("configs/nano.py", ["model.connector.kept_words=30"])
     config = dataclasses.replace(ParameterReader(checkpoint).config, init_from=str(tmp_path / "pruned"))
     with pytest.raises(UserError, match="pruned to 30 words.*not trained"):
         initial.initial_parameters(config)

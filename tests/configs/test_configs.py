@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
 from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, token_grid
-from alignvlm_jax.training.stages import StageConfig
 
 # What the cards of the backbones say they have, LM head counted once where it is tied.
 PUBLISHED = {
@@ -37,7 +37,7 @@ def count(tree) -> int:
 @pytest.fixture(scope="module", params=sorted(PUBLISHED))
 def shipped(request):
     """The name, the config, and the shapes of its weights."""
-    config = configs.load(f"configs/{request.param}.py")
+    config = load_config(f"configs/{request.param}.py")
     return request.param, config, nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
 
 
@@ -70,7 +70,7 @@ def test_a_full_bin_goes_through(shipped):
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_the_three_stages_are_the_papers(name):
-    stages: tuple[StageConfig, ...] = configs.load(f"configs/{name}.py").stages
+    stages: tuple[StageConfig, ...] = load_config(f"configs/{name}.py").stages
     batches, rates = PAPER[name]
     assert tuple(stage.global_batch for stage in stages) == batches
     for stage, rate in zip(stages, rates, strict=True):
@@ -85,7 +85,7 @@ def test_the_three_stages_are_the_papers(name):
 
 
 def test_the_low_resource_stages_are_the_papers():
-    config = configs.load("configs/low_resource_3b.py")
+    config = load_config("configs/low_resource_3b.py")
     first, second = config.stages
     assert first.trainable == ("connector",) and first.learning_rates.connector == 1e-3
     assert set(second.trainable) == {"vision", "connector", "language"}
@@ -98,7 +98,7 @@ def test_the_low_resource_stages_are_the_papers():
 def test_every_row_of_the_low_resource_table_has_its_config(connector):
     """Each reads a picture of the largest size it takes, at full size, in shapes only."""
     changes = ["data.tiling.rule=ovis", "model.newline=False"] if connector == "perceiver" else []
-    config = configs.load("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
+    config = load_config("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
     tiles = config.data.tiling.max_tiles_per_image
     length = max_visual_tokens(config.data.tiling, token_grid(config.model)) + 8
     params = nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import example_batch
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import step as steps
+from alignvlm_jax.training.train_step import FIELDS, abstract_state, make_train_step
 
 
 @dataclasses.dataclass
@@ -20,7 +20,7 @@ class _Gpu:
 
 @pytest.mark.parametrize("compute_capability, kernel", [("9.0", "flash"), ("7.5", "xla")])
 def test_the_step_lowers_for_cuda(compute_capability, kernel):
-    experiment, gpu = configs.load("configs/debug_gpu.py"), _Gpu(compute_capability)
+    experiment, gpu = load_config("configs/debug_gpu.py"), _Gpu(compute_capability)
     model = dataclasses.replace(
         experiment.model,
         vision=hardware.resolve(experiment.model.vision, gpu),
@@ -33,11 +33,11 @@ def test_the_step_lowers_for_cuda(compute_capability, kernel):
             model, rows=packing.bins_per_microbatch, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin
         )
     )
-    batch = {name: jax.ShapeDtypeStruct((1, *shapes[name].shape), shapes[name].dtype) for name in steps.FIELDS}
+    batch = {name: jax.ShapeDtypeStruct((1, *shapes[name].shape), shapes[name].dtype) for name in FIELDS}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = steps.abstract_state(model, stage, mesh)
-        lowered = jax.jit(steps.make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
+        state = abstract_state(model, stage, mesh)
+        lowered = jax.jit(make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert ("triton" in text) == (kernel == "flash")
     assert ("bf16" in text) == (kernel == "flash"), "cards before Ampere have no bfloat16"

@@ -7,9 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from alignvlm_jax.data import store
+from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.data.synthetic import draw_document, names, split_of
 from alignvlm_jax.data.synthetic.names import COUNTS, LOOK_ALIKE, draw_lexicon, draw_names_document
-from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.errors import UserError
 
 SEED, GROUPS = 0, 6

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.training.experiment_data import ExperimentData
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def test_data_and_configs(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "tags" / "train.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and not (tmp_path / "data" / "tags" / "rejects.jsonl").read_text()
 
-    config = configs.load(tmp_path / "tags.py")
+    config = load_config(tmp_path / "tags.py")
     (stage,) = config.stages
     data = ExperimentData(config)
     plan = data.plan(0, stage)
@@ -70,7 +70,7 @@ def test_data_and_configs(tmp_path, monkeypatch):
     # Of a page of 80 x 80 pixels: one tile of 10 x 10 visual tokens.
     assert (batch["visual_index"] >= 0).sum() == 100 * batch["num_examples"].sum()
 
-    real = configs.load(tmp_path / "tags_1b.py")
+    real = load_config(tmp_path / "tags_1b.py")
     assert [part.dataset for part in real.stages[0].mixture] == ["tags", "docdownstream"]
 
 

@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.config.run import EvaluationConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
 from alignvlm_jax.evaluation.during_training import during_training
-from alignvlm_jax.evaluation.schedule import EvaluationConfig
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training.checkpoint import write_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.evaluation.benchmarks.drawn import write_docdownstream
 from tests.parallel import processes, tiny

@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
@@ -21,7 +22,6 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
-from alignvlm_jax.training.checkpoint import write_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.training.batches import stage
 

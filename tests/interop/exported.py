@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import backbone_folder
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints.weights import ParameterReader, write_checkpoint
+from alignvlm_jax.checkpoints.workdir import Progress
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.training.checkpoint import ParameterReader, write_checkpoint
-from alignvlm_jax.training.workdir import Progress
 
 CONNECTORS = {
     "align": {"vocab_size": 480, "num_extra_words": 3},
@@ -31,7 +32,7 @@ HISTORY = [{"what": "joined by a test", "vision": "siglip-x", "language": "llama
 
 def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentConfig:
     """The nano experiment around a model of a few thousand weights."""
-    raw = configs.to_dict(configs.load("configs/nano.py"))
+    raw = config_to_dict(load_config("configs/nano.py"))
     raw["model"]["vision"] |= {
         "image_size": 16,
         "patch_size": 4,
@@ -51,7 +52,7 @@ def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentCon
     }
     raw["model"]["connector"] = {"name": connector, **CONNECTORS[connector]}
     raw["data"]["tiling"] |= {"tile_size": 16, "max_tiles": 3, "thumbnail": True}
-    return configs.from_dict(raw)
+    return config_from_dict(raw)
 
 
 def random_params(config: AlignVLMConfig, *, dtype: str = "float32", mesh: Mesh | None = None) -> Params:

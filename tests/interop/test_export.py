@@ -13,14 +13,14 @@ import transformers
 import yaml
 from flax.traverse_util import flatten_dict
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.checkpoints.weights import restore_params, write_checkpoint
+from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import export
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.models.language import LanguageModel
 from alignvlm_jax.models.vision import VisionEncoder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.checkpoint import restore_params, write_checkpoint
 from tests.interop.exported import CONNECTORS, HISTORY, make_checkpoint, nano_tokenizer, random_params, tiny_config
 from tests.interop.pytorch.folders import picture, relative_error
 
@@ -202,7 +202,7 @@ def test_the_card_says_what_was_trained_on_what(folder):
 
 def test_the_card_of_a_run_that_went_on_from_another_tells_both(checkpoint, tmp_path):
     copied = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    earlier = configs.to_dict(tiny_config("mlp"))
+    earlier = config_to_dict(tiny_config("mlp"))
     earlier["stages"] = [{**earlier["stages"][0], "name": "warming-up"}]
     event = {"what": "trained", "config": earlier, "progress": {"step": 40, "stage": 0, "step_in_stage": 40}}
     (copied / "history.json").write_text(json.dumps([event]))
@@ -245,10 +245,10 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
 
 def test_joined_tiles_come_back(tmp_path):
     """anyres_max_9: the newline, and that the model has one, go to PyTorch and back."""
-    raw = configs.to_dict(tiny_config())
+    raw = config_to_dict(tiny_config())
     raw["model"]["newline"] = True
     raw["data"]["tiling"] |= {"rule": "anyres_max_9", "grid_side": 2}
-    config = configs.from_dict(raw)
+    config = config_from_dict(raw)
     params = random_params(config.model)
     write_checkpoint(tmp_path / "joined", config, params, nano_tokenizer(), history=HISTORY)
     restored = restore_params(tmp_path / "joined")["connector"]["newline"]

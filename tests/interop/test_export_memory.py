@@ -19,7 +19,9 @@ import safetensors
 import tensorstore
 from flax.traverse_util import flatten_dict
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_to_json
 from alignvlm_jax.interop.tensor_writer import MAX_SHARD_BYTES
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from tests.interop.exported import make_checkpoint
@@ -40,7 +42,7 @@ def disk(tmp_path):
 
 @pytest.mark.large
 def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
-    config = configs.load("configs/alignvlm_8b.py")
+    config = load_config("configs/alignvlm_8b.py")
     shapes = _write_random_checkpoint(disk / "checkpoint", config)
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
     started = time.monotonic()
@@ -64,13 +66,13 @@ def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
     assert peak < _ALLOWED
 
 
-def _write_random_checkpoint(workdir: Path, config: configs.ExperimentConfig) -> dict[str, tuple[int, ...]]:
-    """A bfloat16 checkpoint as `training/arrays.py` would write it, a block at a time; returns the shapes.
+def _write_random_checkpoint(workdir: Path, config: ExperimentConfig) -> dict[str, tuple[int, ...]]:
+    """A bfloat16 checkpoint as `checkpoints/arrays.py` would write it, a block at a time; returns the shapes.
 
     A small checkpoint of the same tree is written first. Then its arrays are replaced by large ones.
     """
     make_checkpoint(workdir, tied=False, dtype="bfloat16")
-    (workdir / "config.json").write_text(configs.to_json(config))
+    (workdir / "config.json").write_text(config_to_json(config))
     shapes = _shapes(config.model)
     for path, shape in shapes.items():
         base = {"driver": "file", "path": f"{workdir / 'checkpoints' / '7' / 'params'}/"}

@@ -13,17 +13,18 @@ import PIL.Image
 import pytest
 
 import alignvlm_jax
-from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.checkpoints.workdir import read_run_config
+from alignvlm_jax.config.experiment import BackbonesConfig
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import export
 from alignvlm_jax.interop.import_hf import import_huggingface
 from alignvlm_jax.models.alignvlm import tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training import checkpoint
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
-from alignvlm_jax.training.workdir import load_config
 from tests.interop import oracle
 
 TEMPLATE = (
@@ -66,7 +67,7 @@ def imported(backbones, tmp_path_factory):
 
 def test_the_config_is_made_of_what_is_in_the_folders(backbones, imported):
     out, config, notes = imported
-    assert load_config(out) == config
+    assert read_run_config(out) == config
     assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
     assert any("512 to 576 rows" in note for note in notes)
     # The paper's nine tiles and a thumbnail, 9 tokens each, fit the 400 positions with 256 of text.
@@ -74,13 +75,13 @@ def test_the_config_is_made_of_what_is_in_the_folders(backbones, imported):
     assert tokens_per_tile(config.model) == 9
     assert (tiling.tile_size, tiling.max_tiles, tiling.thumbnail) == (20, 9, True)
     assert (packing.tiles_per_bin, packing.tokens_per_bin) == (10, 2560)  # 10 * 9 + 2048, rounded up to 512s
-    assert [stage.name for stage in config.stages] == [stage.name for stage in configs.load("alignvlm_1b.py").stages]
+    assert [stage.name for stage in config.stages] == [stage.name for stage in load_config("alignvlm_1b.py").stages]
     assert any("alignvlm_1b.py" in note for note in notes)
 
 
 def test_the_weights_are_the_folders(backbones, imported):
     (_, llama), (out, _, _) = backbones, imported
-    params = checkpoint.restore_params(out)
+    params = weights.restore_params(out)
     table = llama.model.embed_tokens.weight.detach().numpy()
     np.testing.assert_array_equal(params["language"]["embedding"][:512], table)
     np.testing.assert_array_equal(params["connector"]["w2"], table)
@@ -95,9 +96,9 @@ def test_it_can_be_asked(imported):
 
 def test_it_can_be_trained_from(imported):
     out, config, _ = imported
-    config = dataclasses.replace(config, init_from=str(out), backbones=configs.BackbonesConfig("gone", "gone"))
+    config = dataclasses.replace(config, init_from=str(out), backbones=BackbonesConfig("gone", "gone"))
     params = initial_parameters(config)
-    jax.tree.map(np.testing.assert_array_equal, params, checkpoint.restore_params(out))
+    jax.tree.map(np.testing.assert_array_equal, params, weights.restore_params(out))
     assert load_tokenizer(config).image_id == 512
 
 
@@ -124,7 +125,7 @@ def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones
     # With 256 of text, 300 positions hold four tiles of 9 tokens: three and the thumbnail.
     assert config.data.tiling.max_tiles == 3
     assert "at most 3 tiles a page, not 9: the context has 300 positions" in notes
-    reader = checkpoint.ParameterReader(out)
+    reader = weights.ParameterReader(out)
     assert {str(dtype) for dtype in reader.dtypes.values()} == {"bfloat16"}
     names = {"vision": "vision", "language": "language", "connector": "fresh, seed 0"}
     assert reader.history == [{"what": "imported", **names, "dtype": "bfloat16"}]
@@ -139,11 +140,11 @@ def test_a_context_without_room_for_a_tile(backbones, tmp_path):
 def test_the_shipped_config_of_the_same_shape_is_taken(tmp_path, capsys):
     arguments = ["--vision", "nano", "--language", "nano", "--out", str(tmp_path / "out"), "--max-tiles", "3"]
     run_tool(*arguments)
-    config, nano = load_config(tmp_path / "out"), configs.load("nano.py")
+    config, nano = read_run_config(tmp_path / "out"), load_config("nano.py")
     assert config.stages == nano.stages and config.model == nano.model
     assert config.data.tiling == dataclasses.replace(nano.data.tiling, max_tiles=3)
     assert "up to 3 tiles of 80 px" in capsys.readouterr().out
-    again = checkpoint.restore_params(tmp_path / "out")
+    again = weights.restore_params(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again, initial_parameters(nano))
 
 

@@ -11,12 +11,12 @@ import safetensors.numpy
 import torch
 import transformers
 
+from alignvlm_jax.checkpoints.weights import ParameterReader, restore_params
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.export import export_alignvlm, export_language
 from alignvlm_jax.interop.import_pytorch import import_alignvlm
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.checkpoint import ParameterReader, restore_params
 from tests.interop.exported import (
     CONNECTORS,
     HISTORY,

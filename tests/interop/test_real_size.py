@@ -62,11 +62,11 @@ from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.training import checkpoint
-from alignvlm_jax.training.workdir import load_config
+from alignvlm_jax.checkpoints.workdir import read_run_config
 """,
     work="""
 source, page, out = sys.argv[1:]
-config = load_config(source)
+config = read_run_config(source)
 model = dataclasses.replace(
     config.model,
     vision=dataclasses.replace(config.model.vision, dtype="float32"),

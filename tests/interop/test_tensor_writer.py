@@ -12,10 +12,10 @@ import pytest
 import safetensors
 import safetensors.torch
 
+from alignvlm_jax.checkpoints.new_folder import new_folder
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import tensor_writer
 from alignvlm_jax.interop.tensor_writer import TensorSpec, split_into_shards, write_tensors
-from alignvlm_jax.new_folder import new_folder
 
 
 def _spec(key, shape, dtype="float32"):

@@ -11,12 +11,12 @@ import numpy as np
 import psutil
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.checkpoints.workdir import complete_steps, find_checkpoint
+from alignvlm_jax.config.serialization import config_to_dict
+from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.synthetic.corpus import build_corpus
-from alignvlm_jax.training import checkpoint
-from alignvlm_jax.training.stages import MixturePart
-from alignvlm_jax.training.workdir import complete_steps, find_checkpoint
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.parallel import processes, tiny
 from tests.training import batches
@@ -112,7 +112,7 @@ def test_four_processes_train_as_one_and_two_go_on(alone, tmp_path):
     assert_same_losses(losses, alone, [4, 5])
     assert sorted(made) == examples([4, 5])
     written = np.load(f"{workdir}.npz")
-    for path, leaf in jax.tree.leaves_with_path(checkpoint.restore_params(workdir)):
+    for path, leaf in jax.tree.leaves_with_path(weights.restore_params(workdir)):
         np.testing.assert_array_equal(leaf, written[jax.tree_util.keystr(path)])
 
 
@@ -139,7 +139,7 @@ def test_each_document_is_read_by_one_process(tmp_path):
     assert sorted(read) == sorted([*range(40)] * 2) and len(losses) >= 4
 
     workdir = tmp_path / "two"
-    two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=configs.to_dict(config))
+    two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=config_to_dict(config))
     assert processes.finish(two) == [0] * 2, two[0].text()
     found, read_by_two = heard(workdir, 2)
     assert found.keys() == losses.keys()

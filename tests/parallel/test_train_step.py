@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters, tokens_per_tile
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import step as steps
+from alignvlm_jax.training.train_step import abstract_state, jit_train_step, place_state
 from tests.training import batches
 
 # Sizes that are found again in compiled code: no other array has a side of so many.
@@ -43,14 +43,14 @@ def mesh():
 @pytest.fixture(scope="module")
 def compiled(mesh):
     """The train step of 8 bins, and what it is compiled for."""
-    state = steps.abstract_state(MODEL, STAGE, mesh)
+    state = abstract_state(MODEL, STAGE, mesh)
     where = NamedSharding(mesh, sharding.BATCH_SPEC)
     batch = {
         name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)
         for name, field in batches.random_batch(0, model=MODEL).items()
     }
     with jax.set_mesh(mesh):
-        return steps.jit_train_step(MODEL, STAGE, mesh).lower(state, batch).compile(), state
+        return jit_train_step(MODEL, STAGE, mesh).lower(state, batch).compile(), state
 
 
 def test_weights_and_optimizer_come_out_where_they_went_in(compiled, mesh):
@@ -84,7 +84,7 @@ def test_no_table_of_words_is_whole_on_any_device(compiled):
 def test_bins_stay_where_they_are_from_pixels_to_loss(mesh):
     """The activations that models name: rows over data and fsdp, and the width of the MLPs and heads over tensor."""
     model = AlignVLM(MODEL)
-    params = steps.abstract_state(MODEL, STAGE, mesh).params
+    params = abstract_state(MODEL, STAGE, mesh).params
     where = NamedSharding(mesh, jax.P(("data", "fsdp")))
     batch = jax.tree.map(
         lambda field: jax.ShapeDtypeStruct(field.shape[1:], field.dtype, sharding=where),
@@ -141,8 +141,8 @@ def losses(mesh):
     """Of three steps on the same batch: the second and third see the gradients, too."""
     params = nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))())
     with jax.set_mesh(mesh):
-        state = steps.place_state(MODEL, STAGE, mesh, jax.device_get(params))
-        step = steps.jit_train_step(MODEL, STAGE, mesh)
+        state = place_state(MODEL, STAGE, mesh, jax.device_get(params))
+        step = jit_train_step(MODEL, STAGE, mesh)
         batch = sharding.shard_batch(batches.random_batch(0, model=MODEL), mesh)
         found = []
         for _ in range(3):

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.planning import StagePlan

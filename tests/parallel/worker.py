@@ -35,7 +35,7 @@ def count(host, config=None, fail_at=None):
 def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_fails_at=None):
     """Trains the tiny model, on random bins or on a config's documents; "WORKDIR.N.I.json" is what process I of N heard
     of each step, and made. From a step on, this process may write no file of more than 20 kB."""
-    from alignvlm_jax import config as configs
+    from alignvlm_jax.config.serialization import config_from_dict
     from tests.parallel import tiny
 
     me = jax.process_index()
@@ -48,7 +48,7 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_f
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     try:
-        experiment = tiny.config(mesh) if config is None else configs.from_dict(config)
+        experiment = tiny.config(mesh) if config is None else config_from_dict(config)
         if save_every is not None:
             often = dataclasses.replace(experiment.checkpoint, every_steps=save_every)
             experiment = dataclasses.replace(experiment, checkpoint=often)
@@ -76,7 +76,7 @@ def steps(workdir, journal, steps):
 
 def cost(workdir, mesh, note, stop_at):
     """Trains a model of 300 MB up to a step, and notes the most memory it had by then and the bytes it has read."""
-    from alignvlm_jax.config import BackbonesConfig
+    from alignvlm_jax.config.experiment import BackbonesConfig
     from alignvlm_jax.training.initial import initial_parameters
     from tests.parallel import tiny
 
@@ -112,10 +112,10 @@ def cost(workdir, mesh, note, stop_at):
 
 def read(config, workdir, note, stop_at=None):
     """Trains as a config says until it is stopped, and notes the rows of batches that were made here."""
-    from alignvlm_jax import config as configs
+    from alignvlm_jax.config.serialization import config_from_dict
     from tests.training import watched
 
-    experiment = configs.from_dict(json.loads(pathlib.Path(config).read_text()))
+    experiment = config_from_dict(json.loads(pathlib.Path(config).read_text()))
 
     def on_step(step):
         if step == stop_at:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from alignvlm_jax.checkpoints import integrity
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.reproduce import scheduler
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job
 from alignvlm_jax.reproduce.options import Options
-from alignvlm_jax.training import integrity
 
 OPTIONS = Options()
 

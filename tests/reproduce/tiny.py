@@ -5,7 +5,7 @@ import pathlib
 import jax
 from flax import linen as nn
 
-from alignvlm_jax import config
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.models.alignvlm import random_parameters
@@ -34,7 +34,7 @@ def make_options(folder: pathlib.Path, **changes) -> Options:
     build_corpus(folder / "data" / "documents", seed=0, sizes=SIZES, progress=False)
     restoration.build(folder / "data", SIZES)
     overrides = (*MODEL, *STAGES, f"backbones.vision={folder / 'vision'}", f"backbones.language={folder / 'language'}")
-    model = config.load("configs/reproduce.py", overrides).model
+    model = load_config("configs/reproduce.py", overrides).model
     params = nn.unbox(jax.jit(lambda rng: random_parameters(model, rng))(jax.random.key(0)))
     huggingface.save_vision_folder(folder / "vision", model.vision, params["vision"])
     huggingface.save_language_folder(folder / "language", model.language, params["language"])

@@ -23,7 +23,8 @@ import jsonschema
 import pytest
 import yaml
 
-from alignvlm_jax import cli, config
+from alignvlm_jax import cli
+from alignvlm_jax.config.loading import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch"
@@ -357,7 +358,7 @@ def assert_trains(words):
     """That alignvlm takes these arguments, and the config what is set in it."""
     arguments = cli.parse(words)
     assert arguments.command == "train"
-    config.load(ROOT / arguments.config, arguments.overrides)
+    load_config(ROOT / arguments.config, arguments.overrides)
 
 
 # Slurm

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
 from tools.soaking import report, runs
 
 STEPS = 6

@@ -6,12 +6,12 @@ K microbatches, B bins, L positions, M tiles per bin, N visual tokens per tile.
 import jax
 import numpy as np
 
+from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.config.stages import LearningRates, MixturePart, StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
-from alignvlm_jax.training.optimizer import OptimizerConfig
-from alignvlm_jax.training.stages import LearningRates, MixturePart, StageConfig
 
 MODEL = AlignVLMConfig(
     vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),

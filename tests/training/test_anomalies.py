@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.checkpoints import arrays
+from alignvlm_jax.checkpoints.workdir import find_checkpoint, read_meta
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.run import AnomalyConfig, DebugConfig
 from alignvlm_jax.data import packing as packed
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import anomalies, arrays
-from alignvlm_jax.training import step as steps
-from alignvlm_jax.training.anomalies import AnomalyConfig, AnomalyWatch
-from alignvlm_jax.training.debug import DebugConfig
+from alignvlm_jax.training import anomalies
+from alignvlm_jax.training.anomalies import AnomalyWatch
 from alignvlm_jax.training.initial import initial_parameters
-from alignvlm_jax.training.workdir import find_checkpoint, read_meta
+from alignvlm_jax.training.train_step import FIELDS, create_state, make_train_step
 from tests.parallel import tiny
 from tests.training import batches
 
@@ -56,9 +57,9 @@ def assert_same(a, b):
 def test_a_step_that_is_not_finite_changes_nothing():
     config = tiny.config(MESH)
     stage = dataclasses.replace(config.stages[0], steps=5)
-    train_step = jax.jit(steps.make_train_step(config.model, stage))
+    train_step = jax.jit(make_train_step(config.model, stage))
     params = tiny.make_params(config)
-    state = steps.create_state(stage, params)
+    state = create_state(stage, params)
     state, measured = train_step(state, batches.random_batch(0))
     assert measured["skipped"] == 0
     for spoil in ("loss", "gradient"):
@@ -78,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 @pytest.mark.large
 def test_looking_whether_all_is_finite_costs_next_to_nothing():
     """The step of the nano model with the check and with it compiled away, in turns, on one device."""
-    config = configs.load("configs/nano.py")
+    config = load_config("configs/nano.py")
     stage = dataclasses.replace(config.stages[0], steps=100)
     steps_of, params = {}, jax.device_put(initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1])))
     batch = nano_batch(config)
@@ -86,8 +87,8 @@ def test_looking_whether_all_is_finite_costs_next_to_nothing():
         for checked in (True, False):
             if not checked:
                 patch.setattr(jnp, "isfinite", lambda _: np.True_)
-            state = steps.create_state(stage, params)
-            compiled = jax.jit(steps.make_train_step(config.model, stage)).lower(state, batch).compile()
+            state = create_state(stage, params)
+            compiled = jax.jit(make_train_step(config.model, stage)).lower(state, batch).compile()
             steps_of[checked] = compiled, state
     assert "is-finite" in steps_of[True][0].as_text() and "is-finite" not in steps_of[False][0].as_text()
     seconds = {True: [], False: []}
@@ -116,7 +117,7 @@ def nano_batch(config):
     batch["tiles"][...] = rng.integers(0, 256, batch["tiles"].shape)
     batch["tile_valid_hw"][...] = config.data.tiling.tile_size
     batch["visual_index"][..., :200] = np.arange(200)
-    return {name: batch[name] for name in steps.FIELDS}
+    return {name: batch[name] for name in FIELDS}
 
 
 def test_a_few_skipped_updates_are_counted_and_named(tmp_path, capsys):

@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.run import CheckpointConfig
+from alignvlm_jax.config.serialization import config_to_json
+from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data import store
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.pipeline import DataConfig
@@ -21,8 +24,6 @@ from alignvlm_jax.data.synthetic.corpus import FEATURES as PAGE_FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.stages import MixturePart
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import mixed_records, pages
 from tests.parallel import processes
@@ -120,7 +121,7 @@ def test_a_task_that_does_not_fit_the_records_is_said_before_anything_is_trained
 def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
     """Two processes begin, four go on, one ends: every row of every batch was made once and is what it was."""
     _, _, expected = finished
-    (tmp_path / "config.json").write_text(configs.to_json(config))
+    (tmp_path / "config.json").write_text(config_to_json(config))
     made = []
     for number, stop in ((2, 1), (4, 3)):
         output = tmp_path / f"of{number}"

@@ -17,7 +17,7 @@ import pytest
 from alignvlm_jax.models import connectors, language, vision
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
 from alignvlm_jax.ops.vocabulary_attention import Normalizers, VocabularySummary
-from alignvlm_jax.training import step
+from alignvlm_jax.training import train_step
 from alignvlm_jax.training.flops import train_flops
 from tests.ops import dense
 from tests.training.batches import stage
@@ -196,10 +196,11 @@ ALL = ("vision", "connector", "language")
 def test_train_step(name, trainable):
     """The whole step that ships, optimizer included."""
     config, stage_config = model_config(name), stage(trainable=trainable)
-    state = jax.eval_shape(functools.partial(step.create_state, stage_config), shapes_of_parameters(config))
+    state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), shapes_of_parameters(config))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), packed_shapes())
     assert tokens_per_tile(config) * TILES < LENGTH, "or not every visual token would be read"
-    counted = xla_flops(step.make_train_step(config, stage_config), state, {name: batch[name] for name in step.FIELDS})
+    inputs = {name: batch[name] for name in train_step.FIELDS}
+    counted = xla_flops(train_step.make_train_step(config, stage_config), state, inputs)
     assert train_flops(config, trainable, **SIZES).total == pytest.approx(counted, rel=TOLERANCE)
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.backbones import NANO_MODEL, backbone_folder
-from alignvlm_jax.config import BackbonesConfig, ExperimentConfig
+from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
-from alignvlm_jax.training.checkpoint import write_checkpoint
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from tests.interop import exported
 from tests.training.batches import MODEL
@@ -159,7 +159,7 @@ def test_a_missing_backbone_is_named(backbones, tmp_path):
 
 def test_the_step_needs_no_data_libraries():
     program = (
-        "import sys, alignvlm_jax.training.step; "
+        "import sys, alignvlm_jax.training.train_step; "
         "print(*{'grain', 'tensorflow_datasets', 'ml_collections', 'tokenizers', 'PIL'} & set(sys.modules))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.examples import Part
 from alignvlm_jax.data.feeding import Feed
@@ -18,7 +20,7 @@ from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters, token_grid
 from alignvlm_jax.parallel.mesh import MeshConfig
-from alignvlm_jax.training import checkpoint, loop
+from alignvlm_jax.training import loop
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import mixed_records, reader
 from tests.training.batches import MODEL, stage
@@ -94,7 +96,7 @@ class _Data:
 def test_the_loop_trains_and_the_result_is_asked(config, examples, tokenizer, tmp_path):
     before = _params(config)
     loop.train(config, tmp_path, open_data=lambda _: _Data(examples, tokenizer), make_params=lambda *_: before)
-    after = checkpoint.restore_params(tmp_path)
+    after = weights.restore_params(tmp_path)
     assert after["connector"]["newline"].shape == (16,)
     assert np.abs(after["connector"]["newline"] - _params(config)["connector"]["newline"]).max() > 1e-3
     answer = Reader(config.model, after, tokenizer, TILING).ask(mixed_records(1)[0]["images"][0], "Total 0?")

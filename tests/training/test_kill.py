@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import complete_steps
+from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.optimizer import OptimizerConfig
-from alignvlm_jax.training.retention import CheckpointConfig
-from alignvlm_jax.training.step import abstract_state
-from alignvlm_jax.training.workdir import complete_steps
+from alignvlm_jax.training.train_step import abstract_state
 from tests.parallel import processes, tiny
 
 MESH = (2, 1, 1)

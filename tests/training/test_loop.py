@@ -11,8 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import Progress, find_checkpoint, read_meta, read_run_config
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.run import CheckpointConfig, ProfileConfig
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.packing import PackingConfig, Refused
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.planning import StagePlan
@@ -20,11 +24,8 @@ from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import checkpoint, config_changes, loop
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.profile import ProfileConfig
-from alignvlm_jax.training.step import abstract_state
-from alignvlm_jax.training.workdir import Progress, find_checkpoint, load_config, read_meta
+from alignvlm_jax.training import config_changes, loop
+from alignvlm_jax.training.train_step import abstract_state
 from tests.training.batches import MODEL, random_batch, stage
 
 CONFIG = ExperimentConfig(
@@ -117,7 +118,7 @@ def test_stages_run_in_order_and_freeze_what_they_say(finished):
 def test_the_workdir_holds_all_it_takes(finished):
     workdir, result, _ = finished
     assert find_checkpoint(workdir) == (workdir, TOTAL)
-    assert load_config(workdir) == CONFIG
+    assert read_run_config(workdir) == CONFIG
     assert (workdir / "tokenizer" / "tokenizer.json").is_file()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     assert steps == [3, 4, 6, 7]  # every third, and the ends of the stages
@@ -175,13 +176,13 @@ def test_another_config_does_not_continue_a_run(finished):
     changed = dataclasses.replace(CONFIG, stages=stages)
     with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 there, 16 now.*choose another workdir.*"):
         train(workdir, changed)
-    changes = config_changes.compare(configs.to_dict(CONFIG), changed)
+    changes = config_changes.compare(config_to_dict(CONFIG), changed)
     assert config_changes.describe(changes) == "the config has changed:\n  stages.0.global_batch: 8 there, 16 now"
     config_changes.check(changes, ["stages.0.global_batch"], workdir)
     config_changes.check(changes, ["stages"], workdir)
     with pytest.raises(UserError, match="--allow-config-change stages.0.global_batch$"):
         config_changes.check(changes, ["seed", "stages.0.global"], workdir)
-    older = configs.to_dict(CONFIG)
+    older = config_to_dict(CONFIG)
     del older["anomalies"]
     assert not config_changes.compare(older, CONFIG), "a key that came later has its default"
     train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
@@ -229,18 +230,18 @@ def test_a_lost_config_is_not_a_licence_to_change_it(finished, tmp_path, capsys)
     with pytest.raises(UserError, match="--allow-config-change seed$"):
         train(tmp_path / "run", dataclasses.replace(CONFIG, seed=7))
     assert train(tmp_path / "run").progress.step == TOTAL
-    assert load_config(tmp_path / "run") == CONFIG
+    assert read_run_config(tmp_path / "run") == CONFIG
     assert "checkpoints: at most" in capsys.readouterr().out, "the budget, before the first step"
 
 
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
     workdir, result, _ = finished
     expected = jax.device_get(result.params)
-    alone = checkpoint.restore_params(workdir)
+    alone = weights.restore_params(workdir)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(alone), expected)
     assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(alone))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    spread = checkpoint.restore_params(workdir / "checkpoints" / str(TOTAL), mesh)
+    spread = weights.restore_params(workdir / "checkpoints" / str(TOTAL), mesh)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), expected)
     assert spread["language"]["embedding"].addressable_shards[0].data.shape == (24, 4)
 
@@ -274,7 +275,7 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
 def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
     make(tmp_path / "run")
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.restore_params(tmp_path / "run")
+        weights.restore_params(tmp_path / "run")
     assert "\n" not in str(error.value)
 
 

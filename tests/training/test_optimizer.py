@@ -6,13 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from alignvlm_jax.training.optimizer import (
-    OptimizerConfig,
-    is_decayed,
-    make_optimizer,
-    make_schedule,
-    muon_dimension_numbers,
-)
+from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.training.optimizer import is_decayed, make_optimizer, make_schedule, muon_dimension_numbers
 
 
 def parameters():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError

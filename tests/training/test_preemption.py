@@ -15,7 +15,10 @@ import jax
 import psutil
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.checkpoints.workdir import find_undamaged
+from alignvlm_jax.config.experiment import BackbonesConfig
+from alignvlm_jax.config.serialization import config_to_json
+from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data import store
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.pipeline import DataConfig
@@ -23,8 +26,6 @@ from alignvlm_jax.data.synthetic.corpus import FEATURES
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.training import interruption
-from alignvlm_jax.training.stages import MixturePart
-from alignvlm_jax.training.workdir import find_undamaged
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import pages
 from tests.parallel import processes, tiny
@@ -52,12 +53,12 @@ def write_config(folder):
         model=dataclasses.replace(
             tiny.MODEL, language=dataclasses.replace(tiny.MODEL.language, vocab_size=352, max_position_embeddings=512)
         ),
-        backbones=configs.BackbonesConfig("random", "random"),
+        backbones=BackbonesConfig("random", "random"),
         data=DataConfig(str(folder), TilingConfig(tile_size=16, max_tiles=3), packing, workers=1),
         stages=(dataclasses.replace(stage, mixture=(MixturePart("documents", task="qa"),), steps=STEPS),),
         checkpoint=dataclasses.replace(experiment.checkpoint, every_steps=10 * STEPS),
     )
-    (folder / "config.py").write_text(CONFIG_FILE.format(text=configs.to_json(experiment)))
+    (folder / "config.py").write_text(CONFIG_FILE.format(text=config_to_json(experiment)))
     return folder / "config.py"
 
 

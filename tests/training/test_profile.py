@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignvlm_jax.config import from_dict
+from alignvlm_jax.config.run import ProfileConfig, traced_steps
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.training.profile import ProfileConfig, Profiler, traced_steps
+from alignvlm_jax.training.profile import Profiler
 
 
 def run_steps(profiler, first, last):
@@ -51,4 +51,4 @@ def test_steps_are_like_a_slice():
 @pytest.mark.parametrize("steps", ["10", "13:10", "10:10", "0:3", "a:b", "10:", "10-13", "-1:3", "10:13:2"])
 def test_other_steps_are_refused(steps):
     with pytest.raises(UserError, match=r"config\.profile\.steps: expected first:stop, such as 10:13 for .*, got"):
-        from_dict({"profile": {"steps": steps}, "data": {"tiling": {"tile_size": 384}}})
+        config_from_dict({"profile": {"steps": steps}, "data": {"tiling": {"tile_size": 384}}})

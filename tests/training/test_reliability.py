@@ -9,10 +9,11 @@ import time
 import jax
 import pytest
 
+from alignvlm_jax.checkpoints import weights
+from alignvlm_jax.checkpoints.workdir import complete_steps, find_undamaged
+from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.parallel.mesh import make_mesh
-from alignvlm_jax.training import budget, checkpoint
-from alignvlm_jax.training.retention import CheckpointConfig
-from alignvlm_jax.training.workdir import complete_steps, find_undamaged
+from alignvlm_jax.training import budget
 from tests.parallel import processes, tiny
 from tests.training import breakage
 
@@ -91,7 +92,7 @@ def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than
 
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
     """No code of the package may call what executes what it reads, or extracts to wherever an archive says."""
-    root = pathlib.Path(checkpoint.__file__).parents[1]
+    root = pathlib.Path(weights.__file__).parents[1]
     bad = re.compile(
         r"(import|from) (pickle|dill|joblib|cloudpickle|shelve|marshal)|\bpickle\.loads?\(|allow_pickle\s*=\s*True"
         r"|torch\.load\((?!.*weights_only=True)|yaml\.(unsafe_)?load\(|extractall\(|unpack_archive\("

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.window import Waiting, Window
 from alignvlm_jax.models.alignvlm import tokens_per_tile
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Fills bins in every way, prints a table."""
-    config = configs.load(CONFIG)
+    config = load_config(CONFIG)
     packing, per_tile = config.data.packing, tokens_per_tile(config.model)
     bins = _BINS_QUICK if args.quick else args.bins
     longest = config.data.tiling.max_tiles_per_image, max(stage.max_text_tokens for stage in config.stages)

@@ -24,16 +24,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints import integrity
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, complete_steps
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_to_json
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import FEATURES, build_corpus
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import integrity
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.stages import StageConfig
-from alignvlm_jax.training.step import abstract_state
-from alignvlm_jax.training.workdir import CHECKPOINTS_FOLDER, complete_steps
+from alignvlm_jax.training.train_step import abstract_state
 
 _PAGES = 400
 _DAMAGED = 12  # of them
@@ -252,7 +253,7 @@ class Run:
     def _start(self, number: int, sitting: Sitting) -> list[subprocess.Popen]:
         config = dataclasses.replace(self._config, mesh=MeshConfig(*sitting.mesh))
         file = self.folder / f"config{number}.json"
-        file.write_text(configs.to_json(config), encoding="utf-8")
+        file.write_text(config_to_json(config), encoding="utf-8")
         arguments = dict(config=str(file), workdir=str(self.workdir), journal=str(self._journal_file), sitting=number)
         environment = {
             **os.environ,
@@ -374,7 +375,7 @@ def _config(data: Path, steps: int, seed: int) -> ExperimentConfig:
     Its rates are a tenth of the demo's. At the full ones a last bit, which is another on every mesh, now and then grows
     to a quarter of the loss within 20 steps of AdamW, and losses could not be held against each other.
     """
-    config = configs.load("configs/nano.py")
+    config = load_config("configs/nano.py")
     first, _, last = (_slowed(stage) for stage in config.stages)
     adamw = dataclasses.replace(first.optimizer, name="adamw")
     first = dataclasses.replace(first, steps=steps - steps // 3, warmup_steps=4, global_batch=4, optimizer=adamw)

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.serialization import config_from_dict, read_config_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.training import loop
@@ -64,7 +64,7 @@ def main() -> int:
         }
         os.write(journal, json.dumps(note).encode() + b"\n")  # in one piece, whatever comes
 
-    config = configs.from_dict(configs.read_json(Path(arguments["config"])))
+    config = config_from_dict(read_config_json(Path(arguments["config"])))
     try:
         with distributed.joined(*arguments.get("joins", ())):
             loop.train(config, arguments["workdir"], open_data=Data, on_step=on_step)

@@ -50,14 +50,14 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class MixturePart:
+class MixtureEntry:
     """One file of a mixture; without a sampling all its records are wanted."""
 
     file: str
     sampling: Sampling | None
 
 
-def read_mixture(file: str) -> list[MixturePart]:
+def read_mixture(file: str) -> list[MixtureEntry]:
     """The files that a mixture names, in its order."""
     try:
         content = yaml.safe_load(epath.Path(file).read_bytes())
@@ -71,7 +71,7 @@ def read_mixture(file: str) -> list[MixturePart]:
     return [_part(entry, file, i) for i, entry in enumerate(datasets, 1)]
 
 
-def _part(entry: Any, file: str, position: int) -> MixturePart:
+def _part(entry: Any, file: str, position: int) -> MixtureEntry:
     where = f"{file}: data set {position}"
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
         raise UserError(f"{where}: it has no json_path")
@@ -83,9 +83,9 @@ def _part(entry: Any, file: str, position: int) -> MixturePart:
         raise UserError(f"{where}: there is no file {path}")
     strategy = entry.get("sampling_strategy", "all")
     if strategy == "all":
-        return MixturePart(path, None)
+        return MixtureEntry(path, None)
     match = _STRATEGY.fullmatch(str(strategy))
     if match is None or match[3] and int(match[2]) > 100:
         examples = "'all', 'first:1000', 'end:5%' or 'random:10%'"
         raise UserError(f"{where}: sampling_strategy is {strategy!r}; expected something like {examples}")
-    return MixturePart(path, Sampling(match[1], int(match[2]), bool(match[3]), seed=entry["json_path"]))
+    return MixtureEntry(path, Sampling(match[1], int(match[2]), bool(match[3]), seed=entry["json_path"]))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax.data import store
+from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.data.synthetic.corpus import write_corpus
 from alignvlm_jax.data.synthetic.dice import Dice
 from alignvlm_jax.data.synthetic.document import Document, print_document
@@ -36,7 +37,6 @@ from alignvlm_jax.data.synthetic.values import (
     spell_name,
     split_of,
 )
-from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.errors import UserError
 
 COUNTS = (0, 1, 4, 16, 64, 256)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from alignvlm_jax.checkpoints.provenance import versions
 from alignvlm_jax.data.images import open_image
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files, summary
@@ -26,7 +27,6 @@ from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training.provenance import versions
 
 _QUESTIONS_AT_ONCE = 64
 """At least so many prompts are made before they are answered: enough to fill batches with prompts of like size."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from alignvlm_jax.edit_distance import edit_distance
+from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.evaluation.metrics.arguments import ScorerAborted, accepted_answers
 
 _ANLS_THRESHOLD = 0.5

@@ -19,8 +19,8 @@ from alignvlm_jax.reproduce.options import TITLES, Options
 from alignvlm_jax.reproduce.part import Part, Results
 from alignvlm_jax.reproduce.validation import OnePageABin
 from alignvlm_jax.reproduce.work import Work
-from alignvlm_jax.training import step as steps
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
+from alignvlm_jax.training.train_step import FIELDS, jit_train_step, place_state
 
 _STEPS = 12
 _QUESTIONS = 64
@@ -56,12 +56,12 @@ def _train(config, stage, mesh, params) -> tuple[float, int]:
     data = OnePageABin(config)
     plan = data.plan(len(config.stages) - 1, stage)
     rows = range(config.data.packing.bins_per_microbatch)
-    state = steps.place_state(config.model, stage, mesh, params)
-    train_step, seconds = steps.jit_train_step(config.model, stage, mesh), []
+    state = place_state(config.model, stage, mesh, params)
+    train_step, seconds = jit_train_step(config.model, stage, mesh), []
     batches = data.batches(len(config.stages) - 1, stage, plan, None, rows)
     try:
         for number, batch in zip(range(_STEPS), batches, strict=False):
-            on_device = sharding.shard_batch({name: batch[name] for name in steps.FIELDS}, mesh)
+            on_device = sharding.shard_batch({name: batch[name] for name in FIELDS}, mesh)
             if number == 0:
                 compiled = train_step.lower(state, on_device).compile()
             jax.block_until_ready(on_device)

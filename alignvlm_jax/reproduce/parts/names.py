@@ -15,7 +15,8 @@ import numpy as np
 
 from alignvlm_jax.analysis import name_answers, rare_names
 from alignvlm_jax.analysis.name_answers import NameAnswer
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data.synthetic.names import COUNTS, FAMILY, build_names_corpus, draw_lexicon, num_documents
 from alignvlm_jax.reproduce import plots, recipe
 from alignvlm_jax.reproduce.jobs import Job, Result
@@ -24,7 +25,6 @@ from alignvlm_jax.reproduce.part import Part, Results
 from alignvlm_jax.reproduce.parts import tuning
 from alignvlm_jax.reproduce.statistics import Estimate, estimate, verdict
 from alignvlm_jax.reproduce.work import Work, digits
-from alignvlm_jax.training.stages import MixturePart
 
 EXTRA_WORDS = 128
 VIEWS = 4

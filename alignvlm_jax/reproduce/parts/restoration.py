@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data.synthetic import restoration
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.metrics import vcr_scores
@@ -19,7 +20,6 @@ from alignvlm_jax.reproduce.part import Part, Results
 from alignvlm_jax.reproduce.parts import accuracy
 from alignvlm_jax.reproduce.statistics import estimate, verdict
 from alignvlm_jax.reproduce.work import Work
-from alignvlm_jax.training.stages import MixturePart
 
 DATASET = "restoration"
 DIFFICULTIES = ("easy", "hard")

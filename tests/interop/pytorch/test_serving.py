@@ -9,8 +9,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignvlm_jax.inference.generate import Generator
+from alignvlm_jax.inference.prompt_embeds import prompt_embeds
 from alignvlm_jax.interop.huggingface import save_language_folder
-from alignvlm_jax.interop.prompt_embeds import prompt_embeds
 from tests.interop.pytorch.folders import CONNECTORS, ask, picture, relative_error
 
 TOLERANCE = 1e-4

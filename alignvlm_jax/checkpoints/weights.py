@@ -13,16 +13,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
-from alignvlm_jax.data.chat import ChatTokenizer
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import Params, random_parameters, stored_dtypes
-from alignvlm_jax.new_folder import new_folder
-from alignvlm_jax.parallel import sharding
-from alignvlm_jax.training.arrays import StoredTree, restore_tree
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.workdir import (
+from alignvlm_jax.checkpoints.arrays import StoredTree, restore_tree
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.new_folder import new_folder
+from alignvlm_jax.checkpoints.workdir import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     HISTORY_FILE,
@@ -30,9 +24,15 @@ from alignvlm_jax.training.workdir import (
     Progress,
     find_checkpoint,
     find_undamaged,
-    load_config,
     read_meta,
+    read_run_config,
 )
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_json, read_config_json
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.alignvlm import Params, random_parameters, stored_dtypes
+from alignvlm_jax.parallel import sharding
 
 
 def write_checkpoint(
@@ -57,7 +57,7 @@ def write_checkpoint(
       progress: what the weights went through already.
     """
     with new_folder(workdir) as scratch:
-        (scratch / CONFIG_FILE).write_text(configs.to_json(config), encoding="utf-8")
+        (scratch / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
         write_history(scratch, history)
         tokenizer.save(scratch / TOKENIZER_FOLDER)
         with Checkpointer(scratch, config) as checkpointer:
@@ -72,7 +72,7 @@ def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """What `write_history` wrote into a checkpoint's workdir; nothing for a run that began with its backbones."""
     path = find_checkpoint(folder)[0] / HISTORY_FILE
-    return configs.read_json(path) if path.is_file() else []
+    return read_config_json(path) if path.is_file() else []
 
 
 def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
 
 def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
     """A checkpoint's weights without its optimizer, in `dtype`: on a mesh, or whole on the first device."""
-    boxed = jax.eval_shape(lambda: random_parameters(load_config(folder).model, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: random_parameters(read_run_config(folder).model, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
@@ -118,7 +118,7 @@ class ParameterReader(StoredTree):
 
     def __init__(self, folder: str | Path):
         workdir, self.step = find_undamaged(folder)
-        self.config = load_config(folder)
+        self.config = read_run_config(folder)
         self.history = read_history(folder)
         self.tokenizer_folder = workdir / TOKENIZER_FOLDER
         step = workdir / CHECKPOINTS_FOLDER / str(self.step)

@@ -4,23 +4,21 @@ Every refusal is a `UserError` that names the key's full path and what was expec
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from alignvlm_jax.config_building import listed, one_of
+from alignvlm_jax.config.building import listed, one_of
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
+from alignvlm_jax.config.run import traced_steps
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, CAbstractorConfig, PerceiverConfig
 from alignvlm_jax.ops.attention import KERNELS
-from alignvlm_jax.training.optimizer import OPTIMIZERS, OptimizerConfig
-from alignvlm_jax.training.profile import traced_steps
-from alignvlm_jax.training.stages import StageConfig
-
-if TYPE_CHECKING:
-    from alignvlm_jax.config import ExperimentConfig
 
 
-def check(config: "ExperimentConfig") -> None:
+def check(config: ExperimentConfig) -> None:
     """Checks a whole experiment.
 
     Raises:
@@ -84,7 +82,7 @@ def _check_connector(model: AlignVLMConfig) -> None:
         _positive("config.model.connector", connector, "kept_words")
 
 
-def _check_tiles(config: "ExperimentConfig") -> None:
+def _check_tiles(config: ExperimentConfig) -> None:
     """How pictures are cut up, and what the model makes of the pieces."""
     if config.data.tiling.tile_size != config.model.vision.image_size:
         raise UserError(
@@ -104,7 +102,7 @@ def _check_tiles(config: "ExperimentConfig") -> None:
         )
 
 
-def _check_run(config: "ExperimentConfig") -> None:
+def _check_run(config: ExperimentConfig) -> None:
     """What is logged, saved, scored and watched on the way."""
     _positive("config", config, "log_every_steps")
     _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
@@ -124,7 +122,7 @@ def _check_run(config: "ExperimentConfig") -> None:
         raise UserError(f"config.profile.steps: {error}") from error
 
 
-def _check_data(config: "ExperimentConfig") -> None:
+def _check_data(config: ExperimentConfig) -> None:
     _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
     if config.data.max_turns is not None:
         _positive("config.data", config.data, "max_turns")
@@ -133,7 +131,7 @@ def _check_data(config: "ExperimentConfig") -> None:
         raise UserError(f"config.data.max_refused: expected a share, 0 to 1, got {config.data.max_refused}")
 
 
-def _check_stages(config: "ExperimentConfig") -> None:
+def _check_stages(config: ExperimentConfig) -> None:
     if not config.stages:
         raise UserError("config.stages: expected at least one stage, got none")
     for index, stage in enumerate(config.stages):

@@ -21,12 +21,13 @@ from typing import Any
 
 import jax
 
-from alignvlm_jax import config as configs
 from alignvlm_jax.backbones import trained_model
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints import integrity
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_from_dict, read_config_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.training import integrity
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -84,9 +85,6 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} as a training run leaves it")
     if not steps:
-        # Imported here: what reads other formats is built on top of this room.
-        from alignvlm_jax.interop.import_pytorch import is_alignvlm_folder
-
         if is_alignvlm_folder(workdir):
             raise UserError(_exported(folder, workdir))
         found = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
@@ -140,6 +138,6 @@ def _damage_of_weights(step: Path, sealed: int) -> str | None:
     return next(filter(None, found), None)
 
 
-def load_config(folder: str | Path) -> ExperimentConfig:
+def read_run_config(folder: str | Path) -> ExperimentConfig:
     """The experiment that a checkpoint belongs to."""
-    return configs.from_dict(configs.read_json(find_checkpoint(folder)[0] / CONFIG_FILE))
+    return config_from_dict(read_config_json(find_checkpoint(folder)[0] / CONFIG_FILE))

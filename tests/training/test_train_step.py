@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.config.stages import LearningRates
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, example_batch, random_parameters
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import step as train_step_lib
-from alignvlm_jax.training.optimizer import OptimizerConfig
-from alignvlm_jax.training.stages import LearningRates, stage_table
+from alignvlm_jax.training import train_step as train_step_lib
+from alignvlm_jax.training.stages import stage_table
 from tests.training.batches import MODEL, random_batch, stage
 
 # Adam with a large eps is plain gradient descent: weights show the gradient and not its sign. The first rate is 1.

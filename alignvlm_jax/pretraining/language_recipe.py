@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes
-from alignvlm_jax.backbones.tokenizer import READING_INSTRUCTIONS, VOCAB_SIZE, save_tokenizer
-from alignvlm_jax.backbones.training import PretrainConfig, pretrain
-from alignvlm_jax.backbones.vision_recipe import NANO_TILING, NANO_VISION, TILES_PER_PAGE
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import plan_tiles
 from alignvlm_jax.interop.huggingface import save_language_folder
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel
+from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes
+from alignvlm_jax.pretraining.tokenizer import READING_INSTRUCTIONS, VOCAB_SIZE, save_tokenizer
+from alignvlm_jax.pretraining.training import PretrainConfig, pretrain
+from alignvlm_jax.pretraining.vision_recipe import NANO_TILING, NANO_VISION, TILES_PER_PAGE
 
 NANO_LANGUAGE = LanguageConfig(
     vocab_size=VOCAB_SIZE,

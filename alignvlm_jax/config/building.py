@@ -28,33 +28,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-class _Text(str):
-    """A value from the command line, to be read as the type of the field that it is for."""
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts the override's value, as text, at its place in `raw`; whether the place exists is `build`'s to say."""
-    key, equals, value = override.removeprefix("--config.").partition("=")
-    if not equals:
-        raise UserError(f"--config.{key}: expected --config.{key}=value")
-    names = key.split(".")
-    if names[-3:] == ["model", "connector", "name"]:
-        names.pop()  # another connector has other fields: what the file says of the old one does not carry over
-    place, path = raw, "config"
-    for name, after in zip(names, [*names[1:], None], strict=True):
-        if isinstance(place, list):
-            if not (name.isdigit() and int(name) < len(place)):
-                raise UserError(f"{path}.{name}: {path} has {len(place)} entries: 0 to {len(place) - 1}")
-            name = int(name)
-        elif not isinstance(place, dict):
-            raise UserError(f"{path}.{name}: {path} is a single value and has no parts")
-        if after is None:
-            place[name] = _Text(value)
-        elif isinstance(place, dict) and place.get(name) is None:
-            place[name] = {}
-        elif name == "connector" and isinstance(place[name], str):
-            place[name] = {"name": place[name]}
-        place, path = place[name], f"{path}.{name}"
+class UnparsedText(str):
+    """A value from the command line, still to be parsed as the type of its field."""
 
 
 def build(kind: Any, value: Any, path: str, default: Any) -> Any:
@@ -65,12 +40,12 @@ def build(kind: Any, value: Any, path: str, default: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if set(arguments) == set(CONNECTOR_CONFIGS.values()):
             return _build_connector(value, path, default)
-        if value is None or (isinstance(value, _Text) and value.lower() == "none"):
+        if value is None or (isinstance(value, UnparsedText) and value.lower() == "none"):
             if type(None) in arguments:
                 return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
         return build(kind, value, path, default)
-    if isinstance(value, _Text):
+    if isinstance(value, UnparsedText):
         value = _parse(kind, value)
     if origin is Literal:
         if value not in arguments:
@@ -136,7 +111,7 @@ def connector_name(connector: Any) -> str:
     return next(name for name, kind in CONNECTOR_CONFIGS.items() if type(connector) is kind)
 
 
-def _parse(kind: Any, text: _Text) -> Any:
+def _parse(kind: Any, text: UnparsedText) -> Any:
     """Text from the command line as Python would read it; strings need no quotes."""
     if kind is str:
         return str(text)
@@ -170,7 +145,7 @@ def article(value: Any) -> str:
     """A value with its kind, for messages: "the string 'abc'"."""
     names = {
         str: "the string",
-        _Text: "the string",
+        UnparsedText: "the string",
         int: "the whole number",
         float: "the number",
         bool: "the truth value",

@@ -17,7 +17,8 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from alignvlm_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.training.optimizer import make_optimizer, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from alignvlm_jax import config as configs
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config.serialization import config_from_dict, config_hash, config_to_dict, config_to_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig, MLPConfig, PerceiverConfig
 
@@ -20,13 +21,13 @@ def write(tmp_path, text):
 
 def complaint(overrides=(), file=NANO):
     with pytest.raises(UserError) as error:
-        configs.load(file, overrides)
+        load_config(file, overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_nano_has_the_three_stages_of_the_paper():
-    config = configs.load(NANO)
+    config = load_config(NANO)
     assert [stage.trainable for stage in config.stages] == [
         ("vision", "connector", "language"),
         ("vision", "connector", "language"),
@@ -36,15 +37,15 @@ def test_nano_has_the_three_stages_of_the_paper():
 
 
 def test_a_config_survives_json():
-    config = configs.load(NANO, ["model.connector.vocab_size=500", "stages.1.steps=None", "stages.1.epochs=0.5"])
-    again = configs.from_dict(json.loads(configs.to_json(config)))
+    config = load_config(NANO, ["model.connector.vocab_size=500", "stages.1.steps=None", "stages.1.epochs=0.5"])
+    again = config_from_dict(json.loads(config_to_json(config)))
     assert again == config
-    assert configs.config_hash(again) == configs.config_hash(config) != configs.config_hash(configs.load(NANO))
+    assert config_hash(again) == config_hash(config) != config_hash(load_config(NANO))
     hash(config)  # configs are arguments of cached and jitted functions
 
 
 def test_overrides_are_read_as_the_type_of_their_field():
-    config = configs.load(
+    config = load_config(
         NANO,
         [
             "seed=7",
@@ -67,7 +68,7 @@ def test_overrides_are_read_as_the_type_of_their_field():
 
 
 def test_an_override_keeps_its_neighbours():
-    before, after = configs.load(NANO), configs.load(NANO, ["stages.1.learning_rates.vision=0.5"])
+    before, after = load_config(NANO), load_config(NANO, ["stages.1.learning_rates.vision=0.5"])
     rates = dataclasses.replace(before.stages[1].learning_rates, vision=0.5)
     assert after.stages[1] == dataclasses.replace(before.stages[1], learning_rates=rates)
     assert after.stages[0] == before.stages[0]
@@ -78,16 +79,16 @@ def test_the_connector_is_chosen_by_name(name):
     # HoneyBee's 144 tokens are more than the nano encoder's patches.
     fitting = ["model.connector.num_tokens=64"] if name == "c_abstractor" else []
     for override in (f"model.connector={name}", f"model.connector.name={name}"):
-        config = configs.load(NANO, [override, *fitting])
+        config = load_config(NANO, [override, *fitting])
         assert type(config.model.connector) is CONNECTOR_CONFIGS[name]
-    assert configs.to_dict(config)["model"]["connector"]["name"] == name
+    assert config_to_dict(config)["model"]["connector"]["name"] == name
 
 
 def test_another_connector_takes_its_own_fields():
-    config = configs.load(NANO, ["model.connector=perceiver", "model.connector.num_latents=16"])
+    config = load_config(NANO, ["model.connector=perceiver", "model.connector.num_latents=16"])
     assert config.model.connector == PerceiverConfig(num_latents=16)
-    assert configs.load(NANO, ["model.connector=mlp"]).model.connector == MLPConfig()
-    assert configs.load(NANO, ["model.connector.vocab_scale_init=1.5"]).model.connector.vocab_scale_init == 1.5
+    assert load_config(NANO, ["model.connector=mlp"]).model.connector == MLPConfig()
+    assert load_config(NANO, ["model.connector.vocab_scale_init=1.5"]).model.connector.vocab_scale_init == 1.5
 
 
 @pytest.mark.parametrize(
@@ -158,9 +159,9 @@ def test_a_missing_file_is_named_with_what_there_is():
 
 def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configs.load("configs/nano.py") == configs.load("nano.py")
+    assert load_config("configs/nano.py") == load_config("nano.py")
     with pytest.raises(UserError, match="no such config file"):  # another folder is another file
-        configs.load("elsewhere/nano.py")
+        load_config("elsewhere/nano.py")
 
 
 @pytest.mark.parametrize(
@@ -186,4 +187,4 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expec
 def test_latents_without_places_are_not_joined():
     overrides = ["model.newline=true", "data.tiling.rule=anyres_max_9", "model.connector=perceiver"]
     assert "have no places in their tile" in complaint(overrides)
-    assert configs.load(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"
+    assert load_config(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignvlm_jax.config import CheckpointConfig, ExperimentConfig
+from alignvlm_jax.checkpoints import integrity, provenance
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import Progress, complete_steps, find_undamaged, read_meta
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.training import integrity, provenance
-from alignvlm_jax.training.checkpointer import Checkpointer
-from alignvlm_jax.training.step import TrainState
-from alignvlm_jax.training.workdir import Progress, complete_steps, find_undamaged, read_meta
+from alignvlm_jax.training.train_step import TrainState
 from tests.training import breakage
 
 

@@ -15,15 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignvlm_jax import config as configs
-from alignvlm_jax.config import ExperimentConfig
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import Params
-from alignvlm_jax.parallel import distributed
-from alignvlm_jax.training import arrays, integrity, provenance
-from alignvlm_jax.training.retention import kept_steps
-from alignvlm_jax.training.step import TrainState
-from alignvlm_jax.training.workdir import (
+from alignvlm_jax.checkpoints import arrays, integrity, provenance
+from alignvlm_jax.checkpoints.retention import kept_steps
+from alignvlm_jax.checkpoints.workdir import (
     CHECKPOINTS_FOLDER,
     Progress,
     complete_steps,
@@ -31,6 +25,12 @@ from alignvlm_jax.training.workdir import (
     read_meta,
     warn_passed_over,
 )
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_dict
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.alignvlm import Params
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.training.train_step import TrainState
 
 _MAX_FAILURES = 3
 
@@ -249,6 +249,6 @@ class Checkpointer:
 def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:
     return {
         "progress": dataclasses.asdict(progress),
-        "config": configs.to_dict(config),
+        "config": config_to_dict(config),
         "versions": provenance.versions(),
     }

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import transformers
 
-from alignvlm_jax.backbones import backbone_folder, language_recipe, vision_recipe
-from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes, reading_order
-from alignvlm_jax.backbones.training import PretrainConfig
+from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic import FAMILIES, HELD_OUT_FONT, draw_document
 from alignvlm_jax.data.tiling import plan_tiles
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.pretraining import language_recipe, vision_recipe
+from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes, reading_order
+from alignvlm_jax.pretraining.training import PretrainConfig
 
 TINY = PretrainConfig(steps=2, batch_size=2, save_every=1, warmup_steps=0, validation_pages=2)
 

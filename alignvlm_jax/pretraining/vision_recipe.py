@@ -21,14 +21,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from alignvlm_jax.backbones.patches import CHARACTERS, patch_classes, reading_order
-from alignvlm_jax.backbones.training import PretrainConfig, pretrain
+from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
-from alignvlm_jax.edit_distance import edit_distance
 from alignvlm_jax.interop.huggingface import save_vision_folder
 from alignvlm_jax.models.layers import Dense
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
+from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes, reading_order
+from alignvlm_jax.pretraining.training import PretrainConfig, pretrain
 
 NANO_VISION = VisionConfig(
     image_size=80, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import sys
 from tqdm import tqdm
-from alignvlm_jax.terminal import lasting_output
+from alignvlm_jax.commands.terminal import lasting_output
 
 with lasting_output():
     sys.stdin.readline()

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from alignvlm_jax.config import ExperimentConfig
+from alignvlm_jax.checkpoints import arrays, weights
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
@@ -18,8 +20,6 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
-from alignvlm_jax.training import arrays, checkpoint
-from alignvlm_jax.training.checkpointer import Checkpointer
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from tests.training.batches import MODEL, stage
 
@@ -51,12 +51,12 @@ def params():
 @pytest.fixture(scope="module")
 def written(params, chat, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("written") / "a checkpoint"  # with a space: paths are not URLs
-    checkpoint.write_checkpoint(workdir, CONFIG, params, chat, history=HISTORY)
+    weights.write_checkpoint(workdir, CONFIG, params, chat, history=HISTORY)
     return workdir
 
 
 def test_a_reader_gives_every_weight_and_slices_of_it(written, params):
-    reader = checkpoint.ParameterReader(written)
+    reader = weights.ParameterReader(written)
     expected = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     assert reader.shapes == {path: leaf.shape for path, leaf in expected.items()}
     assert set(map(str, reader.dtypes.values())) == {"float32"}
@@ -70,10 +70,10 @@ def test_a_reader_gives_every_weight_and_slices_of_it(written, params):
 
 def test_bfloat16_stays_and_can_be_restored_as_float32(params, chat, tmp_path):
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
-    checkpoint.write_checkpoint(tmp_path / "half", CONFIG, half, chat, history=[])
-    assert set(map(str, checkpoint.ParameterReader(tmp_path / "half").dtypes.values())) == {"bfloat16"}
+    weights.write_checkpoint(tmp_path / "half", CONFIG, half, chat, history=[])
+    assert set(map(str, weights.ParameterReader(tmp_path / "half").dtypes.values())) == {"bfloat16"}
     for dtype in ("float32", "bfloat16"):
-        restored = checkpoint.restore_params(tmp_path / "half", dtype=dtype)
+        restored = weights.restore_params(tmp_path / "half", dtype=dtype)
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(restored)} == {dtype}
         # Every bfloat16 is a float32: nothing is lost either way.
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b), half, restored)
@@ -81,8 +81,8 @@ def test_bfloat16_stays_and_can_be_restored_as_float32(params, chat, tmp_path):
 
 def test_a_stack_of_layers_is_stored_layer_by_layer(params, chat, tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "_CHUNK_BYTES", 4096)
-    checkpoint.write_checkpoint(tmp_path / "small", CONFIG, params, chat, history=[])
-    reader = checkpoint.ParameterReader(tmp_path / "small")
+    weights.write_checkpoint(tmp_path / "small", CONFIG, params, chat, history=[])
+    reader = weights.ParameterReader(tmp_path / "small")
     assert reader.shapes["language/layers/mlp/gate/kernel"][0] > 1
     assert reader.chunk_shape("language/layers/mlp/gate/kernel")[0] == 1
     assert max(4 * np.prod(shape) for shape in reader.shapes.values()) > 4096
@@ -95,7 +95,7 @@ def test_a_run_starts_from_a_checkpoint_with_its_weights_tokenizer_and_history(w
     jax.tree.map(np.testing.assert_array_equal, started, params)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, started, params)))
     assert load_tokenizer(config).vocab_size == chat.vocab_size
-    assert checkpoint.history_of_run(written) == HISTORY  # nothing was trained in it
+    assert weights.history_of_run(written) == HISTORY  # nothing was trained in it
     other = dataclasses.replace(config, model=AlignVLMConfig(MODEL.vision, MLPConfig(), MODEL.language))
     with pytest.raises(UserError, match=r"config\.model\.connector is MLPConfig.*has AlignConfig"):
         initial_parameters(other)
@@ -103,12 +103,12 @@ def test_a_run_starts_from_a_checkpoint_with_its_weights_tokenizer_and_history(w
 
 def test_nothing_is_overwritten_and_nothing_half_written(written, params, chat, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists already"):
-        checkpoint.write_checkpoint(written, CONFIG, params, chat, history=[])
+        weights.write_checkpoint(written, CONFIG, params, chat, history=[])
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Checkpointer, "save_params", full)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.write_checkpoint(tmp_path / "out", CONFIG, params, chat, history=[])
+        weights.write_checkpoint(tmp_path / "out", CONFIG, params, chat, history=[])
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,1 @@
+"""The folder of a run, and everything about the arrays in it: written, sealed, found, restored."""

@@ -1,0 +1,87 @@
+"""An experiment, as frozen dataclasses read from a plain Python file and from the command line.
+
+A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` (or a dict). `load_config` reads it,
+applies `a.b=value` overrides, and checks everything before anything is built. A wrong key, type (`building.py`) or
+value (`checks.py`) is a `UserError` that names the key's full path, what was expected and, for a key, the nearest
+right one.
+
+    config = load_config("configs/nano.py", ["seed=1", "stages.0.learning_rates.vision=1e-4", "model.connector=mlp"])
+
+What a file leaves out has the default of its dataclass; the dataclasses live beside what they configure.
+"""
+
+import runpy
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import alignvlm_jax
+from alignvlm_jax.config.building import article, plain
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.overrides import apply_override
+from alignvlm_jax.config.serialization import config_from_dict
+from alignvlm_jax.errors import UserError
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a config file, applies overrides ("a.b=value", with or without "--config." in front), checks the result."""
+    raw = plain(read_config_file(file))
+    for override in overrides:
+        apply_override(raw, override)
+    config = config_from_dict(raw)
+    if getattr(config.model.connector, "kept_words", None) is not None:
+        raise UserError(
+            "config.model.connector.kept_words: expected None: a pruned model is not trained; train the full one, "
+            "then `alignvlm analyze vocabulary --prune` it"
+        )
+    return config
+
+
+def find_config(file: str | Path) -> Path:
+    """The file as given; `configs/NAME.py` and `NAME.py` also mean the one shipped with the package."""
+    file = Path(file)
+    candidates = [file]
+    if file in (Path(file.name), Path("configs", file.name)):
+        candidates += [folder / file.name for folder in _shipped_folders()]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{file}: no such config file; the package ships {', '.join(shipped_configs()) or 'none'}")
+
+
+def shipped_configs() -> list[str]:
+    """The names of the config files that come with the package, such as "nano.py"."""
+    names = {path.name for folder in _shipped_folders() for path in folder.glob("*.py")}
+    return sorted(names - {"__init__.py"})
+
+
+def _shipped_folders() -> list[Path]:
+    package = Path(alignvlm_jax.__file__).parent
+    return [package / "configs", package.parent / "configs"]  # installed, and in a clone
+
+
+def read_config_file(file: str | Path) -> Any:
+    """What the file's `get_config` returns, unchecked: for configs that are another one with a few changes.
+
+    Whatever goes wrong in it is a `UserError` that names the file and the line.
+    """
+    path = find_config(file)
+    try:
+        namespace = runpy.run_path(str(path))
+        if not callable(namespace.get("get_config")):
+            raise UserError(f"{path}: a config file must define get_config(), which returns the config")
+        config = namespace["get_config"]()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # the user's own code: anything may be wrong with it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config() must return a ConfigDict, it returned {article(config)}")
+    return config
