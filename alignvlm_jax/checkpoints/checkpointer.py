@@ -191,7 +191,7 @@ class Checkpointer:
                 self._delete_old(int(step.name))
         except OSError as error:  # is no harm to the new one
             why = f"{error.filename or self._folder}: {error.strerror or error}"
-            distributed.say(f"warning: older checkpoints could not be deleted: {why}", file=sys.stderr)
+            distributed.log(f"warning: older checkpoints could not be deleted: {why}", file=sys.stderr)
 
     def _fail(self, step: Path, error: Exception) -> None:
         self._failure = step, error
@@ -201,7 +201,7 @@ class Checkpointer:
             if jax.process_count() == 1:  # else others are writing into it, and the next start clears it away
                 integrity.remove(step)
                 shutil.rmtree(arrays.remnant(step), ignore_errors=True)
-            distributed.say(f"warning: {self._describe(step, error)}", file=sys.stderr)
+            distributed.log(f"warning: {self._describe(step, error)}", file=sys.stderr)
 
     def _join(self, failures_allowed: int | None = None) -> None:
         """Waits for the save under way, and raises what went wrong if that is more than is allowed."""

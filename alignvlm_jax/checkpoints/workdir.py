@@ -127,7 +127,7 @@ def find_undamaged(folder: str | Path) -> tuple[Path, int]:
 
 def warn_passed_over(step: Path, reason: str) -> None:
     """Names a step that is damaged, once for all processes."""
-    distributed.say(f"warning: {step} is passed over: {reason}", file=sys.stderr)
+    distributed.log(f"warning: {step} is passed over: {reason}", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=64)

@@ -122,7 +122,7 @@ def joined(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     """The run as one of the processes that take part in it; what it does alone is not changed."""
     from alignvlm_jax.parallel import distributed
 
-    return distributed.joined(args.coordinator, args.num_processes, args.process_id)
+    return distributed.initialized(args.coordinator, args.num_processes, args.process_id)
 
 
 def _add_distributed_arguments(command: argparse.ArgumentParser) -> None:

@@ -130,7 +130,7 @@ def evaluate_checkpoint(
     """
     arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
     asked = {"checkpoint": checkpoint, "views": views, **arguments}
-    distributed.agree({name: str(value) for name, value in asked.items()})
+    distributed.require_equal({name: str(value) for name, value in asked.items()})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     model, step = locate(checkpoint)

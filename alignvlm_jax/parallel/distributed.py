@@ -39,7 +39,7 @@ _HEARTBEAT_SECONDS = 40
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
-class Disagreement(UserError):
+class MismatchError(UserError):
     """The hosts are not set up alike. Every process raises it."""
 
 
@@ -54,7 +54,7 @@ class Preempted(Interrupted):
 
 
 @contextlib.contextmanager
-def joined(
+def initialized(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
     """Within it this process is one of the run's; arguments as of `initialize`.
@@ -69,7 +69,7 @@ def joined(
     watch = _start_watch()
     try:
         yield
-    except (Disagreement, Interrupted):
+    except (MismatchError, Interrupted):
         _leave(watch)
         raise
     except BaseException as error:
@@ -100,7 +100,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     if given and len(given) < len(arguments):
         missing = " and ".join(name for name in arguments if name not in given)
         raise UserError(f"{', '.join(given)} without {missing}: several processes need all three, one process none")
-    if not given and not several_hosts(os.environ) and not _has_tpu(os.environ):
+    if not given and not is_multi_host(os.environ) and not _has_tpu(os.environ):
         return
     if given:
         if not coordinator.rpartition(":")[2].isdigit() or not coordinator.rpartition(":")[0]:
@@ -125,7 +125,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not several_hosts(os.environ):
+        if isinstance(error, ValueError) and not is_multi_host(os.environ):
             return  # a TPU that belongs to no pod: JAX found nobody else
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -136,7 +136,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         patience.cancel()
 
 
-def several_hosts(environ: Mapping[str, str]) -> bool:
+def is_multi_host(environ: Mapping[str, str]) -> bool:
     """Whether the environment says that this is one of several hosts."""
     tpu_workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     return (
@@ -153,7 +153,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def log(text: str, file: TextIO | None = None) -> None:
     """Prints above a progress bar, once for all processes; on standard output if nothing else is said."""
     if is_primary():
         tqdm.write(text, file=file)
@@ -179,14 +179,14 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-def add_up(values: dict[str, float]) -> dict[str, Any]:
+def sum_over_processes(values: dict[str, float]) -> dict[str, Any]:
     """The sums over all processes, which all must ask for at the same point. Nobody waits: they are arrays to come."""
     if jax.process_count() == 1:
         return dict(values)
     return _sum({name: np.float32(value) for name, value in values.items()})
 
 
-def agree(experiment: Mapping[str, Any]) -> None:
+def require_equal(experiment: Mapping[str, Any]) -> None:
     """Sees to it that all processes are about to do the same, before the first step; all must call it.
 
     Compared are the config (by its hash; where that differs, key by key), library versions and devices.
@@ -195,7 +195,7 @@ def agree(experiment: Mapping[str, Any]) -> None:
       experiment: the config, as nested dicts and lists, under the names that messages show.
 
     Raises:
-      Disagreement: on every process, with the machines that differ and in what.
+      MismatchError: on every process, with the machines that differ and in what.
     """
     if jax.process_count() == 1:
         return
@@ -215,7 +215,7 @@ def agree(experiment: Mapping[str, Any]) -> None:
         flat = gather_json(dict(_leaves(experiment)))
         differences = ". ".join(filter(None, (differences, describe_differences(hosts, flat))))
     if differences:
-        raise Disagreement(f"the hosts do not agree, nothing was started: {differences}")
+        raise MismatchError(f"the hosts do not agree, nothing was started: {differences}")
 
 
 def describe_differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> str:

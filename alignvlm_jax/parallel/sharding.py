@@ -60,7 +60,7 @@ def parameter_shardings(boxed_params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(_keep_what_divides, shardings, nn.unbox(boxed_params))
 
 
-def like_parameters(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def optimizer_state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of an optimizer's state: moments lie where their weights lie, counters are everywhere.
 
     Args:
@@ -103,7 +103,7 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     return tuple(sorted({row for (piece,) in held.values() for row in range(rows)[piece]}))
 
 
-def first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
+def is_first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
     """Of the `local_rows`, those that no process of a lower number holds too: where each row is counted once."""
     _check_divides(mesh, rows)
     holder = np.full(rows, jax.process_count())

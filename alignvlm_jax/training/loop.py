@@ -88,7 +88,7 @@ def train(
 ) -> TrainResult:
     """Trains through all stages, or goes on where an earlier call on `workdir` stopped.
 
-    With several processes all call it, within `distributed.joined`.
+    With several processes all call it, within `distributed.initialized`.
 
     Args:
       config: the experiment.
@@ -104,10 +104,10 @@ def train(
     Raises:
       distributed.Interrupted: SIGINT, or SIGTERM (`Preempted`), came; the run was saved first.
       UserError: the config does not fit the data, the devices or their memory, or what `workdir` holds.
-      distributed.Disagreement: the processes are not set up alike.
+      distributed.MismatchError: the processes are not set up alike.
     """
     workdir = Path(workdir)
-    distributed.agree({"config": config_to_dict(config)})
+    distributed.require_equal({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.of(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
@@ -124,7 +124,7 @@ def train(
         stages = [_planned(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
         refusals = RefusalLog(workdir / _refusals_file())
         report = workdir / ANOMALIES_FILE if distributed.is_primary() else None
-        anomalies = AnomalyWatch(config.anomalies, report, distributed.say)
+        anomalies = AnomalyWatch(config.anomalies, report, distributed.log)
         run = _Run(
             config,
             stages,
@@ -139,7 +139,7 @@ def train(
             on_step,
             score,
         )
-        distributed.say(budget.describe(config, stages, mesh, workdir))
+        distributed.log(budget.describe(config, stages, mesh, workdir))
         params, progress = run.resume()
         if progress.step:
             anomalies.go_on_from(checkpointer.data_state(progress) or {})
@@ -153,8 +153,8 @@ def train(
                 index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]
                 with contextlib.closing(data.batches(index, stage, plan, run.rows_at(progress), rows)) as batches:
                     state = run.begin_stage(progress, params)
-                    distributed.say(stage_table(stage, state.params))
-                    distributed.say(_describe(config, plan))
+                    distributed.log(stage_table(stage, state.params))
+                    distributed.log(_describe(config, plan))
                     if on_stage_start:
                         on_stage_start(index, state.params)
                     state, progress = run.finish_stage(state, progress, batches, bar, log)
@@ -227,7 +227,7 @@ class _Run:
         fields = FIELDS + (RESAMPLING_FIELDS if self.config.model.newline else ())
         bar.set_description(stage.name)
         started = time.monotonic() - progress.train_seconds
-        counted_here = sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
+        counted_here = sharding.is_first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
         first, measured = True, None
         drawn = progress.step_in_stage + self.anomalies.num_left_out(progress.stage)
         log.begin_stage(metrics.step_flops(self.config.model, stage))
@@ -236,7 +236,7 @@ class _Run:
             batch, drawn = next(batches), drawn + 1
             waited = time.monotonic() - asked
             # Before the step, so that asking for the sums does not wait for it.
-            counts = distributed.add_up(
+            counts = distributed.sum_over_processes(
                 {
                     **_host_counts(batch, counted_here),
                     "interrupted": float(self.interruption.came),
@@ -263,7 +263,7 @@ class _Run:
             at_end = progress.step_in_stage == stage.steps
             if at_end or progress.step % self.config.log_every_steps == 0:
                 summary = log.write(progress.step, progress.stage)
-                distributed.say(metrics.line(progress.step, stage.name, summary))
+                distributed.log(metrics.line(progress.step, stage.name, summary))
                 bar.set_postfix_str(f"loss {summary['loss']:.3f}")
             if first:  # the first step compiled: from here on it is speed
                 jax.block_until_ready(measured)
@@ -295,7 +295,7 @@ class _Run:
                 self.checkpointer.save(progress, state, self._data_state(batches), log.last)
             if interrupted and not too_many:
                 self.checkpointer.wait()
-                distributed.say(f"interrupted: saved after step {progress.step}; the same command goes on from there")
+                distributed.log(f"interrupted: saved after step {progress.step}; the same command goes on from there")
                 raise distributed.Preempted if preempted else distributed.Interrupted
         return state, progress
 
@@ -329,7 +329,7 @@ class _Run:
             )
         self.anomalies.leave_out(progress.stage, progress.step_in_stage, last_batch)
         after = f"and on with the batches after number {last_batch}"
-        distributed.say(f"warning: {why}; back to step {progress.step}, {after}")
+        distributed.log(f"warning: {why}; back to step {progress.step}, {after}")
         return params, progress
 
     def _score(self, params: Params, progress: Progress, log: metrics.MetricsLog) -> float:
@@ -341,7 +341,7 @@ class _Run:
         log.write_scalars(progress.step, {f"{split}/{name}": value for name, value in found.items()})
         seconds = time.monotonic() - began
         figures = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-        distributed.say(f"step {progress.step} {split} | {figures} | scored in {seconds:.0f} s")
+        distributed.log(f"step {progress.step} {split} | {figures} | scored in {seconds:.0f} s")
         log.restart_clock()
         return seconds
 
@@ -365,7 +365,7 @@ def _plans(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpoin
             return [StagePlan(**plan) for plan in kept["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
     # Every process has measured the same examples, if every one sees the same data sets.
-    distributed.agree({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
+    distributed.require_equal({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
     return plans
 
 
@@ -420,7 +420,7 @@ def _prepare_workdir(
         lost = not path.is_file()
         old = read_meta(workdir / CHECKPOINTS_FOLDER / str(there[-1]))["config"] if lost else read_config_json(path)
         changes = config_changes.compare(old, config)
-        distributed.say(config_changes.describe(changes))
+        distributed.log(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
     text = config_to_json(config)
     distributed.gather_json("looked")  # before anything is written
@@ -437,4 +437,4 @@ def _prepare_workdir(
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
     distributed.gather_json("written")
-    distributed.agree({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
+    distributed.require_equal({f"{workdir} is on storage that the host shares with process 0": path.is_file()})

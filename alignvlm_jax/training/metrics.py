@@ -83,7 +83,7 @@ class MetricsLog:
                     str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
                 )
             except OSError as error:
-                distributed.say(f"warning: {folder}: no curves for TensorBoard ({error.strerror})", file=sys.stderr)
+                distributed.log(f"warning: {folder}: no curves for TensorBoard ({error.strerror})", file=sys.stderr)
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._since = time.monotonic()
@@ -123,7 +123,7 @@ class MetricsLog:
         """Writes figures under their own names."""
         # Its thread ends when the disk is full; whoever then went on handing it figures would wait for ever.
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            distributed.say("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
+            distributed.log("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
             self._writer = None
         for name, value in values.items():
             if self._writer is not None and not math.isnan(value):

@@ -73,7 +73,7 @@ def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
     of_params = sharding.parameter_shardings(boxed, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    of_opt_state = sharding.like_parameters(shapes.opt_state, shapes.params, of_params, mesh)
+    of_opt_state = sharding.optimizer_state_shardings(shapes.opt_state, shapes.params, of_params, mesh)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,

@@ -31,7 +31,7 @@ def test_alone_a_process_is_primary_and_gathers_itself():
     ],
 )
 def test_clusters_are_recognised(environ, several):
-    assert distributed.several_hosts(environ) == several
+    assert distributed.is_multi_host(environ) == several
 
 
 @pytest.mark.parametrize(

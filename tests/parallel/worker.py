@@ -22,9 +22,9 @@ from alignvlm_jax.parallel import distributed
 def count(host, config=None, fail_at=None):
     """Adds up over all processes, again and again, as hosts "host0", "host1", ... that are told a config each."""
     del host
-    distributed.agree({"config": config or {}})
+    distributed.require_equal({"config": config or {}})
     for step in range(600):
-        total = float(distributed.add_up({"one": 1.0})["one"])
+        total = float(distributed.sum_over_processes({"one": 1.0})["one"])
         assert total == jax.process_count()
         print("counted", step, flush=True)
         if step == fail_at:
@@ -148,7 +148,7 @@ def main():
     if "host" in arguments:
         socket.gethostname = lambda: arguments["host"]
     try:
-        with distributed.joined(coordinator, int(number), int(process)):
+        with distributed.initialized(coordinator, int(number), int(process)):
             globals()[task](**arguments)
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)

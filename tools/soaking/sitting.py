@@ -66,7 +66,7 @@ def main() -> int:
 
     config = config_from_dict(read_config_json(Path(arguments["config"])))
     try:
-        with distributed.joined(*arguments.get("joins", ())):
+        with distributed.initialized(*arguments.get("joins", ())):
             loop.train(config, arguments["workdir"], open_data=Data, on_step=on_step)
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)

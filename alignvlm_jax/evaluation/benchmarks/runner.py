@@ -86,7 +86,7 @@ def evaluate_benchmarks(
     """
     benchmarks = find_benchmarks(names)
     arguments = dict(names=list(names), data=str(data), split=split, limit=limit, batch_size=batch_size, mesh=str(mesh))
-    distributed.agree({"checkpoint": str(checkpoint), "views": views, **arguments})
+    distributed.require_equal({"checkpoint": str(checkpoint), "views": views, **arguments})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     identity, pruned = identify(checkpoint), is_pruned(checkpoint)
