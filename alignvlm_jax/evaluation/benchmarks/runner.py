@@ -17,10 +17,10 @@ from alignvlm_jax.checkpoints.provenance import versions
 from alignvlm_jax.data.images import open_image
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files, summary
+from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Picture, Question
-from alignvlm_jax.evaluation.benchmarks.scores import Scores
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
@@ -30,30 +30,6 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 _QUESTIONS_AT_ONCE = 64
 """At least so many prompts are made before they are answered: enough to fill batches with prompts of like size."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One benchmark, done.
-
-    Attributes:
-      benchmark, split: which.
-      questions: those that were to be asked, in the order of the files.
-      answers: by the question's id; None where it could not be asked.
-      problems: why not, by id.
-      scores: what that adds up to; None where the benchmark keeps its answers to itself.
-      limit: if only the first so many were asked.
-      seconds: that this run took to ask what was not answered before.
-    """
-
-    benchmark: Benchmark
-    split: str
-    questions: list[Question]
-    answers: dict[str, str | None]
-    problems: dict[str, str]
-    scores: Scores | None
-    limit: int | None
-    seconds: float
 
 
 def evaluate_benchmarks(

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import (
     AVERAGE,
     AVERAGED,
@@ -16,13 +17,10 @@ from alignvlm_jax.evaluation.benchmarks.paper import (
 )
 from alignvlm_jax.evaluation.benchmarks.scores import Score
 
-if TYPE_CHECKING:
-    from alignvlm_jax.evaluation.benchmarks.runner import Outcome
-
 _SHOWN_PROBLEMS = 5
 
 
-def format_table(outcomes: Sequence["Outcome"], *, pruned: bool = False) -> str:
+def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
     """Scores in percent: a row for each benchmark and one for each of its further scores, the paper's models beside.
 
                                 questions   ours               ALIGN 1B   ALIGN 3B   MLP 3B
@@ -61,7 +59,7 @@ def format_table(outcomes: Sequence["Outcome"], *, pruned: bool = False) -> str:
     return "\n".join(lines)
 
 
-def average_of(names: Sequence[str], outcomes: Sequence["Outcome"]) -> float | None:
+def average_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> float | None:
     """The mean, in percent, of the scores of these benchmarks, as the paper averages; None unless all are there."""
     values = {
         outcome.benchmark.name: 100 * outcome.scores.primary.value
@@ -71,7 +69,7 @@ def average_of(names: Sequence[str], outcomes: Sequence["Outcome"]) -> float | N
     return sum(values.values()) / len(names) if len(values) == len(names) else None
 
 
-def format_notes(outcomes: Sequence["Outcome"]) -> str:
+def format_notes(outcomes: Sequence[Outcome]) -> str:
     """What the table's reader must know: what was not asked, references that lack, limits, whose figures are beside."""
     lines = []
     for outcome in outcomes:
@@ -93,7 +91,7 @@ def format_notes(outcomes: Sequence["Outcome"]) -> str:
     return "\n".join(["", *lines]) if lines else ""
 
 
-def _about_the_papers(outcomes: Sequence["Outcome"]) -> list[str]:
+def _about_the_papers(outcomes: Sequence[Outcome]) -> list[str]:
     """Whose the marked figures are, and what the models of the low-resource setting average."""
     names = [outcome.benchmark.name for outcome in outcomes]
     lines = [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in map(MARKS.get, names)]
@@ -111,7 +109,7 @@ def _listed(averages: Mapping[str, float]) -> str:
     return ", ".join(f"{model} {average:.2f}" for model, average in averages.items())
 
 
-def to_json(outcome: "Outcome") -> dict[str, Any]:
+def to_json(outcome: Outcome) -> dict[str, Any]:
     """Everything but the answers, scores in percent."""
     benchmark, scores = outcome.benchmark, outcome.scores
     found: dict[str, Any] = {
@@ -136,7 +134,7 @@ def to_json(outcome: "Outcome") -> dict[str, Any]:
     return found
 
 
-def _remarks(outcome: "Outcome") -> list[str]:
+def _remarks(outcome: Outcome) -> list[str]:
     """What readers of files remarked on many questions, each once with its count."""
     counts = Counter(question.extra for question in outcome.questions if isinstance(question.extra, str))
     return [f"{remark} ({count} questions)" for remark, count in counts.items()]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import PIL.Image
 
+from alignvlm_jax.evaluation.benchmarks import runner
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
 
 
@@ -62,8 +63,6 @@ def write_json(path: pathlib.Path, value) -> None:
 
 def evaluate(name: str, data: pathlib.Path, rule: Callable[[str], str], split: str | None = None, **options):
     """The outcome of a benchmark with a stub that answers by this rule, and the stub."""
-    from alignvlm_jax.evaluation.benchmarks import runner
-
     benchmark, stub = BENCHMARKS[name], StubReader(rule)
     split = split or benchmark.split
     questions = runner.read_questions(benchmark, data, split)

@@ -7,6 +7,7 @@ import pytest
 
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.evaluation.benchmarks import runner, summary
+from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED, FOUR, GENERAL, LOW_RESOURCE, PAPER
 from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
@@ -15,7 +16,7 @@ from alignvlm_jax.evaluation.identity import is_pruned
 
 def outcomes(names):
     return [
-        runner.Outcome(BENCHMARKS[name], "test", [], {}, {}, Scores(Score("x", i / 10, None, 7)), None, 0.0)
+        Outcome(BENCHMARKS[name], "test", [], {}, {}, Scores(Score("x", i / 10, None, 7)), None, 0.0)
         for i, name in enumerate(names)
     ]
 

@@ -1,0 +1,32 @@
+"""The result of one benchmark run, before it is printed or written."""
+
+import dataclasses
+
+from alignvlm_jax.evaluation.benchmarks.question import Question
+from alignvlm_jax.evaluation.benchmarks.scores import Scores
+from alignvlm_jax.evaluation.benchmarks.table import Benchmark
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Answers to the questions of one benchmark, and their scores.
+
+    Attributes:
+      benchmark: row of the table of benchmarks.
+      split: name of the split.
+      questions: selected questions, in the order of the files.
+      answers: answer by question id; None if the question could not be asked.
+      problems: reason by question id, for the questions that could not be asked.
+      scores: scores of the answers; None if the benchmark withholds its references.
+      limit: maximum number of questions to ask; None for all.
+      seconds: time this run took to answer the questions that had no stored answer.
+    """
+
+    benchmark: Benchmark
+    split: str
+    questions: list[Question]
+    answers: dict[str, str | None]
+    problems: dict[str, str]
+    scores: Scores | None
+    limit: int | None
+    seconds: float
