@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from alignvlm_jax.backbones import NANO_MODEL
-from alignvlm_jax.evaluation.benchmarks import runner, summary
+from alignvlm_jax.evaluation.benchmarks import summary
 from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED, FOUR, GENERAL, LOW_RESOURCE, PAPER
 from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores
