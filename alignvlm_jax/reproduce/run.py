@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
@@ -36,7 +37,7 @@ def reproduce(
     if report_only:
         print(f"report: {write_report(options, out)}")
         return
-    base = recipe.configs.load(options.config, options.overrides)
+    base = load_config(options.config, options.overrides)
     for encoder in options.encoders:
         recipe.vision_folder(options, encoder, base)  # said before anything is drawn
     out.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.models.alignvlm import token_grid
-from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import CONNECTORS
 from alignvlm_jax.reproduce.work import Work
-from alignvlm_jax.training import loop
+from alignvlm_jax.training.experiment_data import ExperimentData
 from alignvlm_jax.training.initial import initial_parameters
 from tests.reproduce.tiny import make_options
 
@@ -39,7 +39,7 @@ def test_the_same_pages_in_the_same_steps(experiment):
     for seed in (0, 1):
         for connector in CONNECTORS:
             config = experiment(connector, seed)
-            data = loop.ExperimentData(config)
+            data = ExperimentData(config)
             order[connector, seed] = []
             for index, stage in enumerate(config.stages):
                 batches = data.batches(index, stage, StagePlan(stage.steps, 1, 1.0), None, range(8))
@@ -62,7 +62,7 @@ def test_the_same_weights_but_for_the_connector(experiment):
 
 
 def test_nothing_else_differs(experiment):
-    configs = {connector: recipe.configs.to_dict(experiment(connector)) for connector in CONNECTORS}
+    configs = {connector: config_to_dict(experiment(connector)) for connector in CONNECTORS}
     for connector, config in configs.items():
         assert config["model"]["connector"].pop("name") == connector
         config["model"].pop("connector")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.reproduce import plots, recipe
 from alignvlm_jax.reproduce.jobs import Job, Result
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
@@ -66,7 +67,7 @@ def section(results: Results, folder: Path) -> str:
         lines.append(f"| {TITLES[connector]} | {' | '.join(cells)} |")
         if values:
             curves[TITLES[connector]] = list(values), list(values.values())
-    pages = recipe.pages_seen(recipe.configs.load(options.config, options.overrides).stages)
+    pages = recipe.pages_seen(load_config(options.config, options.overrides).stages)
     header = " | ".join(f"{pages * fraction:,.0f} pages" for fraction in (*FRACTIONS, 1))
     table = [f"| connector | {header} |", "|---|---|---|---|", *lines, ""]
     if curves:
