@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from alignvlm_jax.checkpoints import arrays, integrity, provenance
 from alignvlm_jax.checkpoints.retention import kept_steps
@@ -30,7 +29,6 @@ from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.training.train_step import TrainState
 
 _MAX_FAILURES = 3
 
@@ -70,7 +68,8 @@ class Checkpointer:
     def save(
         self,
         progress: Progress,
-        state: TrainState,
+        params: Params,
+        opt_state: Any,
         data: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -78,14 +77,15 @@ class Checkpointer:
 
         Args:
           progress: where the run stands.
-          state: weights and optimizer.
+          params: weights.
+          opt_state: state of the optimizer.
           data: where the data stand, as JSON can hold it; `data_state` gives it back.
           metrics: what the run has come to, for `checkpoint.keep_best`.
 
         Raises:
           UserError: saving failed, and failed before.
         """
-        trees = {"params": state.params, "opt_state": state.opt_state}
+        trees = {"params": params, "opt_state": opt_state}
         self._save(progress, trees, {"data": data, "metrics": dict(metrics or {})})
 
     def save_params(self, progress: Progress, params: Params) -> None:
@@ -141,14 +141,16 @@ class Checkpointer:
         """Whether the checkpoint at `progress` can be gone on from in the middle of its stage."""
         return (self._folder / str(progress.step) / "opt_state").is_dir()
 
-    def restore(self, progress: Progress, abstract: TrainState) -> TrainState:
-        """The state at `progress`, with the shapes and shardings of `abstract`, on whatever mesh those are.
+    def restore(self, progress: Progress, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """Returns the weights and the optimizer's state saved at `progress`.
 
-        Learning rates are the config's affair and stay as `abstract` has them.
+        Args:
+          progress: the checkpoint to read.
+          params: shapes, dtypes and shardings of the weights, on any mesh.
+          opt_state: the same of the optimizer's state.
         """
-        restored = self._restore(progress, params=abstract.params, opt_state=abstract.opt_state)
-        step = jax.device_put(np.int32(progress.step_in_stage), abstract.step.sharding)
-        return abstract.replace(step=step, params=restored.params, opt_state=restored.opt_state)
+        restored = self._restore(progress, params=params, opt_state=opt_state)
+        return restored.params, restored.opt_state
 
     def restore_params(self, progress: Progress, abstract: Params) -> Params:
         """The weights alone: what the next stage starts from."""

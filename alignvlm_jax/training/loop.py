@@ -210,8 +210,10 @@ class _Run:
         if params is not None:
             return place_state(self.config.model, stage, self.mesh, params)
         abstract = abstract_state(self.config.model, stage, self.mesh)
-        state = self.checkpointer.restore(progress, abstract)
-        return state.replace(learning_rates=peak_learning_rates(stage, abstract.step.sharding))
+        params, opt_state = self.checkpointer.restore(progress, abstract.params, abstract.opt_state)
+        step = jax.device_put(np.int32(progress.step_in_stage), abstract.step.sharding)
+        # Learning rates belong to the config, not to the checkpoint.
+        return TrainState(step, params, opt_state, peak_learning_rates(stage, abstract.step.sharding))
 
     def finish_stage(
         self,
@@ -292,7 +294,7 @@ class _Run:
                 bar.n = progress.step
             elif to_save:
                 progress = dataclasses.replace(progress, train_seconds=time.monotonic() - started)
-                self.checkpointer.save(progress, state, self._data_state(batches), log.last)
+                self.checkpointer.save(progress, state.params, state.opt_state, self._data_state(batches), log.last)
             if interrupted and not too_many:
                 self.checkpointer.wait()
                 distributed.log(f"interrupted: saved after step {progress.step}; the same command goes on from there")

@@ -17,19 +17,19 @@ from alignvlm_jax.checkpoints.workdir import Progress, complete_steps, find_unda
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.training.train_step import TrainState
 from tests.training import breakage
 
 
-def state_at(step: int, size: int = 64) -> TrainState:
+def state_at(step: int, size: int = 64) -> tuple[dict, dict]:
+    """Weights and a state of the optimizer that tell the step they belong to."""
     weights = jnp.full((size,), step, jnp.float32)
-    return TrainState(jnp.int32(step), {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}}, {})
+    return {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}}
 
 
 def write_steps(workdir, *steps, size=64, metrics=None, **config) -> Checkpointer:
     with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(**{"keep": 10, **config}))) as checkpointer:
         for step in steps:
-            checkpointer.save(Progress(step, 0, step), state_at(step, size), {"rows": step}, (metrics or {}).get(step))
+            checkpointer.save(Progress(step, 0, step), *state_at(step, size), {"rows": step}, (metrics or {}).get(step))
     return checkpointer
 
 
@@ -39,8 +39,8 @@ def newest(workdir) -> int | None:
         progress = checkpointer.latest()
         if progress is None:
             return None
-        state = checkpointer.restore(progress, state_at(0))
-        assert state.params["language"]["embedding"][5] == state.opt_state["mu"]["embedding"][5] - 1 == progress.step
+        params, opt_state = checkpointer.restore(progress, *state_at(0))
+        assert params["language"]["embedding"][5] == opt_state["mu"]["embedding"][5] - 1 == progress.step
         assert checkpointer.data_state(progress) == {"rows": progress.step}
         return progress.step
 
@@ -146,7 +146,7 @@ def test_what_was_passed_over_does_not_count_towards_those_kept(run):
     config = ExperimentConfig(checkpoint=CheckpointConfig(keep=2))
     with Checkpointer(run, config) as checkpointer:
         assert checkpointer.latest().step == 10
-        checkpointer.save(Progress(30, 0, 30), state_at(30), {"rows": 30})
+        checkpointer.save(Progress(30, 0, 30), *state_at(30), {"rows": 30})
     assert complete_steps(run / "checkpoints") == [10, 30]
     assert not (run / "checkpoints" / "20").exists()
 
@@ -288,7 +288,7 @@ def test_a_disk_that_fails_costs_no_step(tmp_path, capsys, how):
     parent = tmp_path if how == "no permission" else breakage.small_disk(tmp_path / "disk", 4)
     with contextlib.nullcontext(parent) if how == "no permission" else parent as workdir:
         with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(keep=1))) as checkpointer:
-            save = lambda step: checkpointer.save(Progress(step, 0, step), state_at(step, 100_000), {"rows": step})  # noqa: E731
+            save = lambda step: checkpointer.save(Progress(step, 0, step), *state_at(step, 100_000), {"rows": step})  # noqa: E731
             save(1)
             checkpointer.wait()
             with breaks(workdir):
@@ -298,7 +298,7 @@ def test_a_disk_that_fails_costs_no_step(tmp_path, capsys, how):
             assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
             save(3)  # goes on
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
-        state = checkpointer.restore(Progress(3, 0, 3), state_at(0, 100_000))
-        np.testing.assert_array_equal(state.params["language"]["embedding"], 3)
+        params, _ = checkpointer.restore(Progress(3, 0, 3), *state_at(0, 100_000))
+        np.testing.assert_array_equal(params["language"]["embedding"], 3)
         said = capsys.readouterr().err
         assert "warning: step 2 could not be saved" in said

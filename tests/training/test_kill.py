@@ -125,5 +125,5 @@ def final_state(workdir: pathlib.Path, steps: int):
     with Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()
         assert progress.step == steps
-        state = checkpointer.restore(progress, abstract_state(config.model, config.stages[-1], mesh))
-        return jax.device_get((state.params, state.opt_state))
+        abstract = abstract_state(config.model, config.stages[-1], mesh)
+        return jax.device_get(checkpointer.restore(progress, abstract.params, abstract.opt_state))

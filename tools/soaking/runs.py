@@ -340,8 +340,8 @@ class Run:
         with Checkpointer(self.workdir, self._config) as checkpointer:
             progress = checkpointer.latest()
             abstract = abstract_state(self._config.model, self._config.stages[-1], mesh)
-            state = checkpointer.restore(progress, abstract)
-            return jax.device_get((state.params, state.opt_state)), checkpointer.data_state(progress)
+            state = checkpointer.restore(progress, abstract.params, abstract.opt_state)
+            return jax.device_get(state), checkpointer.data_state(progress)
 
     def _journal(self) -> dict[int, dict[int, dict[str, Any]]]:
         """Of each step, what each sitting that took it noted: by step, then by sitting, all processes together."""
