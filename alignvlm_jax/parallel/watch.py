@@ -1,20 +1,24 @@
-"""Watches over the processes of a run, so that none waits for ever for one that is gone, and all can say which.
+"""Ends all processes of a run when one of them dies, with a message that names the machine that was lost.
 
-A process that waits in a collective hears nothing, and JAX's own runtime aborts it after a while with the number of a
-task. So each process starts a *watcher* beside it: this file, run by itself, in nothing but the standard library. It
-notices how its process ends (the pipe between them closes, even if that process is killed), and the watchers tell each
-other over TCP, all of them through the one of process 0:
+A process that waits in a collective cannot notice that a peer is gone. JAX's own runtime aborts it after a while, and
+only prints the number of a task. So each process starts a *watcher*: a second process that runs this file, with nothing
+but the standard library. The watcher notices how its own process ends (the pipe between them closes, even if the
+process is killed). The watchers exchange news over TCP, all of them through the watcher of process 0:
 
-    process 2 killed -> its watcher -> watcher of 0 -> watchers of 1 and 3: say so on stderr, then end their process
+    process 2 killed -> its watcher -> watcher of 0 -> watchers of 1 and 3: each prints a message and ends its process
 
-A machine that vanishes without a word is noticed by its silence. The watcher prints the message itself: its own process
-may be stuck in C++, or have been aborted by JAX in the same moment.
+A machine that disappears without closing its connections is noticed by missing heartbeats. The watcher prints the
+message itself, because its process may be stuck in C++, or may be aborted by JAX at the same moment.
 
-Lines between a process and its watcher, and between watchers, are JSON lists of a word and what belongs to it:
+Messages between a process and its watcher, and between watchers, are lines of JSON: a list of a word and its arguments.
 
-    process -> watcher   ["watch", whom]   ["left"] done, in peace   ["failed", text] ends, by an error
-    watcher -> process   ["port", number] where it listens   ["lost"] end now   ["alone"] all others are gone
-    watcher -> watcher   ["hello", token, process]   ["left", process]   ["lost", process, text]   ["beat"]
+    process -> watcher   ["watch", settings]   start watching
+                         ["done"]              the process ends normally
+                         ["failed", text]      the process ends with an error
+    watcher -> process   ["port", number]      the port that the watcher listens on
+                         ["lost"]              another process was lost: end now
+                         ["alone"]             all other watchers are gone
+    watcher -> watcher   ["hello", token, process]   ["done", process]   ["lost", process, text]   ["heartbeat"]
 """
 
 import json
@@ -29,24 +33,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
-"""After so long without a beat a machine counts as gone: well under the minute that others may wait, well over a hiccup
-of the network."""
+"""A machine that sends no heartbeat for this long counts as gone. It is well below the minute within which the other
+processes must end, and well above a short interruption of the network."""
 GRACE_SECONDS = 2.0
-"""A process whose peer failed may be about to fail of the same, and says it better itself."""
+"""How long a process may continue after a peer failed: it may fail for the same reason, and prints a better message."""
 CRASH_SECONDS = 0.5
-"""A process that crashes may do so because another did: that news travels first."""
+"""How long a crash is held back: the process may have crashed because another one did, whose report must come first."""
 EXIT_CODE = 4
-"""Of a process that ended because another one did."""
+"""Exit code of a process that ended because another one did."""
 
 
 class Watch:
-    """This process's watcher, as seen from the process."""
+    """The process's side of the connection to its watcher."""
 
     def __init__(self, on_lost: Callable[[], Any]):
-        """Starts it. `on_lost` is called, from a thread, when this process must end: the reason has been printed."""
-        # A session of its own: Ctrl-C on the terminal must not end it before its process.
+        """Starts the watcher.
+
+        Args:
+          on_lost: called from a thread when this process must end; the reason has been printed by then.
+        """
+        # The watcher gets its own session, so that Ctrl-C on the terminal does not end it before its process.
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -59,35 +67,40 @@ class Watch:
         self.port: int = json.loads(self._watcher.stdout.readline())[1]
 
     def start(self, *, process: int, hosts: Sequence[str], addresses: Sequence[str], port: int, token: str) -> None:
-        """Begins to watch.
+        """Starts watching.
 
         Args:
-          process: the number of this one.
-          hosts: the machine of each process.
-          addresses: under which process 0 may be reached, the likeliest first.
-          port: where its watcher listens.
-          token: what the watchers of this run know each other by.
+          process: index of this process.
+          hosts: host name of each process.
+          addresses: addresses of process 0, the most likely first.
+          port: the port on which the watcher of process 0 listens.
+          token: shared secret by which the watchers of this run recognize each other.
         """
-        plan = dict(process=process, hosts=list(hosts), addresses=list(addresses), port=port, token=token)
-        self._say("watch", plan)
+        settings = dict(process=process, hosts=list(hosts), addresses=list(addresses), port=port, token=token)
+        self._send("watch", settings)
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def left(self) -> None:
-        """This process is done: that it is gone from now on is no loss."""
+    def report_done(self) -> None:
+        """Reports that this process is done: its end is no loss from now on."""
         self._leaving = True
-        self._say("left")
+        self._send("done")
 
-    def failed(self, text: str, *, wait_seconds: float) -> None:
-        """This process ends by an error, and the others with it; waits until they have, if it has to be last."""
+    def report_failure(self, text: str, *, wait_seconds: float) -> None:
+        """Reports that this process ends with an error, which ends the others too.
+
+        Args:
+          text: the error.
+          wait_seconds: how long to wait for the other processes to end, for a process that must end last.
+        """
         self._leaving = True
-        self._say("failed", text)
+        self._send("failed", text)
         self._alone.wait(wait_seconds)
 
-    def _say(self, *words: Any) -> None:
+    def _send(self, *message: Any) -> None:
         try:
-            self._watcher.stdin.write(json.dumps(words).encode() + b"\n")
+            self._watcher.stdin.write(json.dumps(message).encode() + b"\n")
             self._watcher.stdin.flush()
-        except OSError:  # somebody ended the watcher, as `_listen` has noticed
+        except OSError:  # The watcher was killed. `_listen` notices it, too.
             self._alone.set()
 
     def _listen(self) -> None:
@@ -96,37 +109,38 @@ class Watch:
                 self._alone.set()
             else:
                 self._on_lost()
-        if not self._leaving:  # to the others this process is lost: it must not go on
+        # The watcher is gone. The other processes count this one as lost and end, so it must not continue.
+        if not self._leaving:
             _print("error: the watcher of this process was killed; ending")
             self._on_lost()
 
 
 class _Link:
-    """A connection to another watcher, or the pipe to the own process."""
+    """A connection to another watcher, or the pipe from the watcher's own process."""
 
     def __init__(self, read: Callable[[int], bytes], write: Callable[[bytes], Any] | None = None):
         self._read, self._write = read, write
-        self._rest = b""
-        self.process: int | None = None  # who is at the other end, once known
-        self.heard = time.monotonic()
+        self._buffer = b""  # The start of a line that has not arrived completely.
+        self.process: int | None = None  # The process at the other end; None until its watcher says hello.
+        self.last_received = time.monotonic()
 
-    def lines(self) -> list[list[Any]] | None:
-        """What has come in; None if the other end is gone."""
+    def receive(self) -> list[list[Any]] | None:
+        """Returns the messages that have arrived; None if the other end is gone."""
         try:
             data = self._read(65536)
         except OSError:
             return None
         if not data:
             return None
-        self.heard = time.monotonic()
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.last_received = time.monotonic()
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def say(self, *words: Any) -> None:
+    def send(self, *message: Any) -> None:
         try:
-            self._write(json.dumps(words).encode() + b"\n")
+            self._write(json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # noticed when reading
+            pass  # The next `receive` returns None.
 
 
 class Watcher:
@@ -134,12 +148,12 @@ class Watcher:
 
     def __init__(self, parent: int):
         self._parent = parent
-        self._parent_is: Literal["running", "leaving", "gone"] = "running"
+        self._parent_state: Literal["running", "leaving", "gone"] = "running"
         self._process, self._hosts, self._token = 0, [""], ""
-        self._failure = ""  # how the own process says that it ended
-        self._departed: set[int] = set()  # processes that left in peace
-        self._next_beat = 0.0
-        self._lost = False  # whether any was lost: the first is the one to name
+        self._failure = ""  # The error with which the own process ended.
+        self._done: set[int] = set()  # Processes that ended normally.
+        self._next_heartbeat = 0.0
+        self._lost = False  # Whether any process was lost. Only the first one is reported.
         self._listener = socket.create_server(("", 0), backlog=1024)
         self._pipe = _Link(lambda size: os.read(0, size))
         self._links: dict[socket.socket, _Link] = {}
@@ -147,79 +161,85 @@ class Watcher:
         self._selector.register(0, selectors.EVENT_READ, self._pipe)
 
     def run(self) -> None:
-        """Watches until its own process is gone, or has been ended; then exits."""
-        self._tell_parent("port", self._listener.getsockname()[1])
+        """Watches until the own process has ended or was ended, then exits."""
+        self._send_to_parent("port", self._listener.getsockname()[1])
         while True:
-            self._turn(BEAT_SECONDS / 2)
+            self._poll(HEARTBEAT_SECONDS / 2)
 
-    def _turn(self, seconds: float) -> None:
-        """Hears what comes in within so many seconds; now and then says that it is there."""
+    def _poll(self, seconds: float) -> None:
+        """Handles the messages that arrive within `seconds`, and sends heartbeats when they are due."""
         for key, _ in self._selector.select(seconds):
             if key.data is None:
-                self._add(self._listener.accept()[0], process=None)
+                self._add_link(self._listener.accept()[0], process=None)
             elif key.data is self._pipe:
-                self._hear_parent()
-            elif key.fileobj in self._links:
-                self._hear(key.fileobj, key.data)
-        if time.monotonic() < self._next_beat:
-            return  # not at every turn: a beat that answered a beat would be answered in turn
-        self._next_beat = time.monotonic() + BEAT_SECONDS
-        for connection, link in list(self._links.items()):
-            link.say("beat")
-            if time.monotonic() - link.heard > SILENCE_SECONDS:
-                self._drop(connection, f"has not been heard of for {SILENCE_SECONDS:.0f} s")
-
-    def _listen_for(self, seconds: float, *, while_parent_is: str) -> None:
-        deadline = time.monotonic() + seconds
-        while self._parent_is == while_parent_is and (left := deadline - time.monotonic()) > 0:
-            self._turn(min(left, BEAT_SECONDS / 2))
-
-    # The own process
-
-    def _hear_parent(self) -> None:
-        lines = self._pipe.lines()
-        for word, *rest in lines or []:
-            if word == "watch":
-                self._begin(**rest[0])
-            else:
-                self._parent_is = "leaving"
-                if word == "left":
-                    self._tell_all("left", self._process)
-                else:
-                    self._hear_parent_failed(rest[0])
-        if lines is not None:
+                self._receive_from_parent()
+            elif key.fileobj in self._links:  # An earlier message of this loop may have dropped the connection.
+                self._receive(key.fileobj, key.data)
+        # Heartbeats follow the clock. If every received one were answered, two watchers would flood each other.
+        if time.monotonic() < self._next_heartbeat:
             return
+        self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+        for connection, link in list(self._links.items()):
+            link.send("heartbeat")
+            if time.monotonic() - link.last_received > SILENCE_SECONDS:
+                self._drop(connection, f"has sent nothing for {SILENCE_SECONDS:.0f} s")
+
+    def _poll_while(self, parent_state: str, seconds: float) -> None:
+        """Handles messages for `seconds`, or until the own process leaves the given state."""
+        deadline = time.monotonic() + seconds
+        while self._parent_state == parent_state and (left := deadline - time.monotonic()) > 0:
+            self._poll(min(left, HEARTBEAT_SECONDS / 2))
+
+    # Messages of the own process.
+
+    def _receive_from_parent(self) -> None:
+        messages = self._pipe.receive()
+        for word, *arguments in messages or []:
+            if word == "watch":
+                self._start(**arguments[0])
+            else:
+                self._parent_state = "leaving"
+                if word == "done":
+                    self._send_to_all("done", self._process)
+                else:
+                    self._handle_parent_failure(arguments[0])
+        if messages is not None:
+            return
+        # The pipe is closed: the own process is gone.
         self._selector.unregister(0)
-        if self._parent_is == "running":
-            self._parent_is = "gone"
-            if self._process != 0:  # JAX aborts processes when 0 is gone: then it is that one's loss
-                self._listen_for(CRASH_SECONDS, while_parent_is="gone")
-            self._tell_all("lost", self._process, "was killed or crashed")
+        if self._parent_state == "running":
+            self._parent_state = "gone"
+            if self._process != 0:
+                # JAX aborts this process when process 0 dies. Then process 0 is the one to report, and not this one.
+                self._poll_while("gone", CRASH_SECONDS)
+            self._send_to_all("lost", self._process, "was killed or crashed")
         sys.exit()
 
-    def _hear_parent_failed(self, text: str) -> None:
+    def _handle_parent_failure(self, text: str) -> None:
         self._failure = f"ended with an error: {text}"
-        # It may have failed because another was lost, whose own watcher is about to say so.
+        # The process may have failed because another one was lost. The report of that one's watcher must come first.
+        # The pipe is not read while waiting: its end must not be handled yet.
         self._selector.unregister(0)
-        self._listen_for(2 * CRASH_SECONDS, while_parent_is="leaving")
+        self._poll_while("leaving", 2 * CRASH_SECONDS)
         self._selector.register(0, selectors.EVENT_READ, self._pipe)
         if not self._lost:
-            self._tell_all("lost", self._process, self._failure)
-        self._tell_parent_if_alone()
+            self._send_to_all("lost", self._process, self._failure)
+        self._send_alone_if_alone()
 
-    def _tell_parent(self, *words: Any) -> None:
+    def _send_to_parent(self, *message: Any) -> None:
         try:
-            os.write(1, json.dumps(words).encode() + b"\n")
+            os.write(1, json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # it is gone, as the closed pipe will show
+            pass  # The process is gone. The closed pipe on stdin will show it.
 
-    def _tell_parent_if_alone(self) -> None:
-        if self._parent_is == "leaving" and not self._links:
-            self._tell_parent("alone")
+    def _send_alone_if_alone(self) -> None:
+        if self._parent_state == "leaving" and not self._links:
+            self._send_to_parent("alone")
 
-    # The other watchers
+    # Messages of the other watchers.
 
-    def _begin(self, process: int, hosts: list[str], addresses: list[str], port: int, token: str) -> None:
+    def _start(self, process: int, hosts: list[str], addresses: list[str], port: int, token: str) -> None:
+        """Accepts connections in process 0, and connects to process 0 elsewhere."""
         self._process, self._hosts, self._token = process, hosts, token
         if process == 0:
             self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -230,14 +250,14 @@ class Watcher:
                 connection = socket.create_connection((address, port), timeout=5)
             except OSError:
                 continue
-            self._add(connection, process=0).say("hello", token, process)
+            self._add_link(connection, process=0).send("hello", token, process)
             return
         _print(
-            f"warning: process {process} on {hosts[process]} cannot reach {hosts[0]}, port {port}: should another "
-            "process die, JAX will notice, later, and give its number only"
+            f"warning: process {process} on {hosts[process]} cannot connect to {hosts[0]}, port {port}: if another "
+            "process dies, only JAX will notice it, later, and report a task number instead of a machine"
         )
 
-    def _add(self, connection: socket.socket, process: int | None) -> _Link:
+    def _add_link(self, connection: socket.socket, process: int | None) -> _Link:
         connection.settimeout(5)
         link = _Link(connection.recv, connection.sendall)
         link.process = process
@@ -245,56 +265,61 @@ class Watcher:
         self._selector.register(connection, selectors.EVENT_READ, link)
         return link
 
-    def _hear(self, connection: socket.socket, link: _Link) -> None:
+    def _receive(self, connection: socket.socket, link: _Link) -> None:
         try:
-            lines = link.lines()
-            if lines is None:
-                return self._drop(connection, "is gone with its watcher, or its machine is")
-            for word, *rest in lines:
-                if word == "hello" and rest[0] == self._token:
-                    link.process = rest[1]
-                elif link.process is None:
+            messages = link.receive()
+            if messages is None:
+                return self._drop(connection, "is gone: its watcher or its machine closed the connection")
+            for word, *arguments in messages:
+                if word == "hello" and arguments[0] == self._token:
+                    link.process = arguments[1]
+                elif link.process is None:  # The first message was no valid hello: this is no watcher of our run.
                     return self._drop(connection, "")
-                elif word == "left":
-                    self._departed.add(rest[0])
+                elif word == "done":
+                    self._done.add(arguments[0])
                 elif word == "lost":
-                    self._lose(*rest)
-        except ValueError:  # no JSON: a stranger has knocked
-            self._drop(connection, "sent nonsense")
+                    self._handle_loss(*arguments)
+        except ValueError:  # Not JSON: some other program has connected to the port.
+            self._drop(connection, "sent an invalid message")
 
     def _drop(self, connection: socket.socket, reason: str) -> None:
+        """Closes a connection; the process at its other end counts as lost."""
         link = self._links.pop(connection)
         self._selector.unregister(connection)
         connection.close()
-        self._tell_parent_if_alone()
+        self._send_alone_if_alone()
         if link.process is not None:
-            self._lose(link.process, reason)
+            self._handle_loss(link.process, reason)
 
-    def _lose(self, process: int, reason: str) -> None:
-        """Passes on who is lost, says so, and ends the own process, unless that is about to end anyway."""
-        if process in self._departed or self._lost:
+    def _handle_loss(self, process: int, reason: str) -> None:
+        """Forwards and prints the loss of a process, then ends the own process unless it is already ending."""
+        if process in self._done or self._lost:
             return
         self._lost = True
-        self._tell_all("lost", process, reason)
+        self._send_to_all("lost", process, reason)
         if "error" in reason:
-            self._listen_for(GRACE_SECONDS, while_parent_is="running")
-        if self._parent_is == "leaving" and self._failure in ("", reason):
+            # The own process may be about to fail with the same error. Give it time to print its own message.
+            self._poll_while("running", GRACE_SECONDS)
+        # Print nothing if the own process is leaving, unless it failed for another reason than the lost process.
+        if self._parent_state == "leaving" and self._failure in ("", reason):
             return
         _print(
             f"error: {self._hosts[process]} (process {process} of {len(self._hosts)}) {reason}; "
             f"process {self._process} on {self._hosts[self._process]} ends with it"
         )
-        if self._parent_is == "leaving":
+        if self._parent_state == "leaving":
             return
-        if self._parent_is == "running":
-            self._tell_parent("lost")
-            if not _is_readable(0, GRACE_SECONDS) and os.getppid() == self._parent:  # stuck in C++
+        if self._parent_state == "running":
+            self._send_to_parent("lost")
+            # A process that is stuck in C++ cannot act on the message. The parent's id is checked because the process
+            # may have ended in the meantime, and its id may belong to another program.
+            if not _is_readable(0, GRACE_SECONDS) and os.getppid() == self._parent:
                 os.kill(self._parent, signal.SIGKILL)
         sys.exit()
 
-    def _tell_all(self, *words: Any) -> None:
+    def _send_to_all(self, *message: Any) -> None:
         for link in self._links.values():
-            link.say(*words)
+            link.send(*message)
 
 
 def _is_readable(file: int, seconds: float) -> bool:
@@ -311,7 +336,7 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # Slurm signals every process of a job: this one ends when its own process does, which may have to save first.
+    # Slurm sends these signals to every process of a job. The watcher must outlive its process, which may have to save.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Watcher(int(sys.argv[1])).run()

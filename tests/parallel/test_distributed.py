@@ -52,7 +52,7 @@ def test_nobody_waits_for_ever_for_the_others(tmp_path):
     join = "from alignvlm_jax.parallel import distributed as d; d._START_SECONDS = 1; d.initialize('localhost:1', 2, 1)"
     done = subprocess.run([sys.executable, "-c", join], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "error: process 1 has waited 1 s for the others of the run, at localhost:1" in done.stderr
+    assert "error: process 1 has waited 1 s for the other processes of the run, at localhost:1" in done.stderr
 
 
 def test_a_cluster_that_jax_cannot_read_is_no_reason_to_train_alone(monkeypatch):

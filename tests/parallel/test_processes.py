@@ -181,7 +181,7 @@ def test_when_a_machine_falls_silent_the_others_end_and_name_it(tmp_path):
         process.kill()
     processes.finish(three)
     for i in (0, 2):
-        assert "host1 (process 1 of 3) has not been heard of for 20 s" in three[i].text()
+        assert "host1 (process 1 of 3) has sent nothing for 20 s" in three[i].text()
 
 
 def test_when_one_fails_the_others_say_of_what(tmp_path):
