@@ -1,1 +1,1 @@
-"""Where arrays live: the device mesh and the rules that lay arrays out on it."""
+"""Device mesh, sharding rules, processes of a run, and the cost of compiled programs."""

@@ -1,8 +1,8 @@
-"""What the usual chips can do at most: the denominators of utilisation, and the numbers of a roofline.
+"""Peak rates of common TPUs and GPUs: the denominators of utilization, and the limits of a roofline.
 
-All rates are peaks of one chip as its maker publishes them: dense (no sparsity), per second, in FLOP and bytes; a
-multiply-add is two FLOP. `peak_flops` is the rate of bfloat16 matrix products with float32 sums; on Volta and Turing,
-which have no bfloat16, that of float16, which a model in bfloat16 cannot reach.
+All rates are peaks of one chip as its vendor publishes them: dense (no sparsity), per second, in FLOP and bytes. A
+multiply-add counts as two FLOP. `peak_flops` is the rate of bfloat16 matrix products with float32 sums. Volta and
+Turing have no bfloat16: for them it is the rate of float16, which a model in bfloat16 cannot reach.
 
 Sources:
 
@@ -14,14 +14,14 @@ Sources:
     TPU v6e     docs.cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GB/s, 800 GB/s both ways, 25.6 Tbit/s per
                 pod of 256 chips
     TPU7x       docs.cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GB/s, 1200 GB/s both ways, 100 Gbit/s;
-                jax sees each chip's two TensorCores as two devices
+                JAX sees each chip's two TensorCores as two devices
     V100, T4    nvidia.com data sheets of the V100 (SXM2) and the T4
     A100, A10G  nvidia.com data sheet of the A100; data sheet of the A10G by NVIDIA and AWS
     L4, L40S    nvidia.com data sheets, half of their figures "with sparsity"; RTX 4090: the Ada architecture whitepaper
-    H100, H200  nvidia.com data sheets, half of their figures "with sparsity"; B200: the HGX data sheet, likewise
+    H100, H200  nvidia.com data sheets, half of their figures "with sparsity"; B200: the HGX data sheet, also half
 
-NVLink's published bandwidth counts both directions: half of it is `ici_bandwidth`. A GPU's network depends on the
-cluster, so its `dcn_bandwidth` is not known here; neither is a link where there is only PCI Express.
+NVLink's published bandwidth counts both directions, so `ici_bandwidth` is half of it. It is None for GPUs that only
+have PCI Express. A GPU's network depends on the cluster, so `dcn_bandwidth` is None for all GPUs.
 """
 
 import dataclasses
@@ -34,14 +34,15 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-      name: what people call it.
+      name: common name.
       peak_flops: dense bfloat16 FLOP per second.
-      hbm_bytes: memory of the chip; what a program gets of it is a little less.
+      hbm_bytes: memory of the chip, of which a program can use slightly less.
       hbm_bandwidth: bytes per second between memory and the cores.
-      ici_bandwidth: bytes per second that the chip can send over all its links to its neighbours (TPU) or to the other
-        GPUs of its host (NVLink) together; as much arrives at the same time. None where there is no such link.
-      dcn_bandwidth: bytes per second that the chip can send over the network, its share of its host's; None if unknown.
-      devices_per_chip: how many `jax.Device`s one chip is.
+      ici_bandwidth: bytes per second that the chip can send over all its links together, to its neighbors (TPU) or to
+        the other GPUs of its host (NVLink). It can receive the same amount at the same time. None without such links.
+      dcn_bandwidth: bytes per second that the chip can send over the network: its share of the bandwidth of its host.
+        None if unknown.
+      devices_per_chip: number of `jax.Device`s of one chip.
     """
 
     name: str
@@ -59,7 +60,7 @@ TPU_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, ici_bandwidth=600e9, dcn_ban
 TPU_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, ici_bandwidth=400e9, dcn_bandwidth=12.5e9)
 TPU_7X = Chip("TPU7x", 2307e12, 192 * GIB, 7380e9, ici_bandwidth=600e9, dcn_bandwidth=12.5e9, devices_per_chip=2)
 
-# From `jax.Device.device_kind`. The TPUs' own names come first, then those of other versions of libtpu.
+# By `jax.Device.device_kind`: first the names that libtpu uses today, then those of other versions of libtpu.
 _TPUS = {
     "TPU v4": TPU_V4,
     "TPU v5 lite": TPU_V5E,
@@ -73,8 +74,8 @@ _TPUS = {
     "TPU v7x": TPU_7X,
 }
 
-# A GPU's device kind is the product's name ("NVIDIA A100-SXM4-80GB", "Tesla T4"): the first entry whose words are all
-# in it is the GPU. NVIDIA's gigabytes of memory are GiB.
+# A GPU's device kind is the name of the product ("NVIDIA A100-SXM4-80GB", "Tesla T4"). The first entry whose words all
+# occur in it applies, so entries with more words come first. NVIDIA's gigabytes of memory are GiB.
 _GPUS = (
     (("B200",), Chip("B200", 2250e12, 180 * GIB, 8000e9, ici_bandwidth=900e9)),
     (("H200",), Chip("H200", 989.5e12, 141 * GIB, 4800e9, ici_bandwidth=450e9)),
@@ -95,9 +96,9 @@ _GPUS = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip behind a `jax.Device.device_kind` such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if unknown.
+    """Returns the chip of a `jax.Device.device_kind` such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    A part of a GPU (MIG) is not the GPU and is unknown.
+    A part of a GPU (MIG) counts as unknown: its rates are not those of the GPU.
     """
     kind = device_kind.lower()
     for name, chip in _TPUS.items():

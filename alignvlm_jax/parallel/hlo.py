@@ -1,8 +1,9 @@
-"""The text of a compiled program: its computations, their instructions, and how often each of them runs.
+"""Parses the text of a compiled program: its computations, their instructions, and how often each of them runs.
 
-`compiled.cost_analysis()` counts the body of a loop once. The models are loops (over layers, over blocks of the
-vocabulary, over microbatches), so here a computation runs as often as the loops around it. How often that is is read
-off a loop's condition; where only the data decide (the loss's chunks of answers), the caller must say.
+`compiled.cost_analysis()` counts the body of a loop once. The models consist of loops (over layers, blocks of the
+vocabulary and microbatches), so here the body of a loop counts once per iteration. The number of iterations is read
+from the condition of the loop. If it depends on the data (as for the chunks of answers in the loss), the caller must
+provide it.
 
     program = Program(compiled.as_text(), trips=lambda op_name: 4)
     program.runs                                                   # {"region_3.12": 28.0, ...}
@@ -15,8 +16,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+# Bytes of one element, for the dtypes whose name does not end with their number of bits.
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
 
 
@@ -25,12 +27,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: in its computation.
-      shapes: dtype and dimensions of the result, one pair for each part of a tuple.
+      name: unique within the computation.
+      shapes: dtype and dimensions of the result, one pair for each element of a tuple.
       opcode: "fusion", "while", "all-gather", ...
-      operands: names.
-      attributes: the rest of the line.
-      is_root: whether it is what its computation returns.
+      operands: names of other instructions.
+      attributes: the rest of the line; for constants and parameters, the text in the parentheses.
+      is_root: whether the computation returns the result of this instruction.
     """
 
     name: str
@@ -43,39 +45,41 @@ class Instruction:
     @property
     def size(self) -> float:
         """Bytes of the result."""
-        return sum(size_of(dtype, shape) for dtype, shape in self.shapes)
+        return sum(array_bytes(dtype, shape) for dtype, shape in self.shapes)
 
     def attribute(self, name: str) -> str | None:
-        """The computation or other single word that an attribute names, without its %."""
-        found = re.search(rf"\b{name}=%?([^,\s{{}}]+)", self.attributes)
-        return found and found.group(1)
+        """Returns the value of an attribute that is a single word, such as the name of a computation, without its %."""
+        match = re.search(rf"\b{name}=%?([^,\s{{}}]+)", self.attributes)
+        return match and match.group(1)
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from: "jit(step)/.../layers/mlp/up/dot_general"."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        """Origin in the Python program: "jit(step)/.../layers/mlp/up/dot_general"; "" if unknown."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
 
 class Program:
-    """The text of a compiled (scheduled, partitioned) program, as one device runs it.
+    """A compiled (scheduled, partitioned) program, as one device runs it.
 
     Attributes:
-      computations: of each, its instructions, both by name.
-      entry: the name of the computation that is run.
-      roots: of each computation, the instruction that it returns; None if there is none.
+      computations: the instructions of each computation, by the names of both.
+      entry: name of the computation where the program starts.
+      roots: the instruction whose result each computation returns, or None.
     """
 
     def __init__(self, text: str, *, trips: Callable[[str], float] = lambda op_name: 1.0):
-        """Args:
-        text: `compiled.as_text()`.
-        trips: how often a loop runs whose end is in the data; asked with its op_name.
+        """Parses the text of a program.
+
+        Args:
+          text: the value of `compiled.as_text()`.
+          trips: returns the number of iterations of a loop that ends depending on the data, given its op_name.
         """
         self._trips = trips
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current = None
-        # The metadata of a Pallas kernel has line breaks in it.
+        # The metadata of a Pallas kernel contain line breaks. They are joined, so that an instruction is one line.
         for line in text.replace('\n"', ' "').replace("\n}}", "}}").splitlines():
             if line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY")):
                 name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
@@ -87,6 +91,7 @@ class Program:
             elif current is not None and " = " in line:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
+        # The loop to which each body belongs, with the computation that contains the loop.
         self._while_of_body = {
             instruction.attribute("body"): (name, instruction)
             for name, body in self.computations.items()
@@ -99,7 +104,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, float]:
-        """How often each computation runs in a step; those inside fusions as often as the fusion."""
+        """Number of runs of each computation in one step; those inside a fusion run as often as the fusion."""
         order, seen = [], set()
 
         def visit(name):
@@ -111,6 +116,7 @@ class Program:
             order.append(name)
 
         visit(self.entry)
+        # In reverse postorder all callers come before their callees, so a count is complete before it is used.
         runs = collections.defaultdict(float)
         runs[self.entry] = 1.0
         for name in reversed(order):
@@ -118,8 +124,8 @@ class Program:
                 runs[callee] += runs[name] * times
         return dict(runs)
 
-    def _calls(self, name: str):
-        """The computations that one calls, with how often."""
+    def _calls(self, name: str) -> Iterator[tuple[str, float]]:
+        """Yields each computation that another one calls, and how often."""
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
                 times = self.trip_count(name, instruction)
@@ -129,6 +135,7 @@ class Program:
                 if callee:
                     yield callee, 1.0
             elif instruction.opcode == "conditional":
+                # Which branch runs depends on the data. Every branch counts, which is an upper bound.
                 for callee in re.findall(r"(?:true|false)_computation=%([^,\s]+)", instruction.attributes):
                     yield callee, 1.0
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -136,38 +143,45 @@ class Program:
                     yield callee.strip().lstrip("%"), 1.0
 
     def trip_count(self, computation: str, loop: Instruction) -> float:
-        """How often a loop runs: what XLA knows, else what its condition compares the counter with."""
+        """Returns the number of iterations of a loop, from XLA's annotation or from the condition of the loop."""
         known = re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return float(known.group(1))
-        compared = self._condition(loop.attribute("condition"))
-        if compared is not None:
-            counter, bound = compared
-            start = self._value(computation, self._carried(computation, loop, counter))
+        comparison = self._loop_condition(loop.attribute("condition"))
+        if comparison is not None:
+            counter, bound = comparison
+            start = self._integer_value(computation, self._initial_value(computation, loop, counter))
             if not isinstance(bound, int):
-                bound = self._value(computation, self._carried(computation, loop, bound[0]))
+                bound = self._integer_value(computation, self._initial_value(computation, loop, bound[0]))
             if bound is not None:
                 return float(max(0, bound - (start or 0)))
         return self._trips(loop.op_name)
 
-    def _condition(self, name: str) -> tuple[int, int | tuple[int]] | None:
-        """Of a condition `counter < bound`: which part of what the loop carries counts, and the bound: a number, or (in
-        a tuple) which part it is."""
+    def _loop_condition(self, name: str) -> tuple[int, int | tuple[int]] | None:
+        """Parses a condition `counter < bound`.
+
+        Returns:
+          The index of the counter in the tuple that the loop carries, and the bound: a number, or a tuple with the
+          index of the bound. None if the condition has another form.
+        """
         body, root = self.computations[name], self.roots[name]
 
         def follow(name):
-            found = body.get(name)
-            while found and found.opcode in ("copy", "bitcast", "convert"):
-                found = body.get(found.operands[0])
-            return found
+            instruction = body.get(name)
+            while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
+                instruction = body.get(instruction.operands[0])
+            return instruction
 
         comparison, operands = root, [follow(operand) for operand in root.operands]
         if root.opcode == "fusion":
+            # The comparison is inside the fusion. Replace the fusion's parameters by the operands outside of it.
             inner = self.computations[root.attribute("calls")]
             comparison = self.roots[root.attribute("calls")]
-            numbered = {i.name: int(re.search(r"\d+", i.attributes).group()) for i in parameters(inner)}
+            parameter_numbers = {i.name: int(re.search(r"\d+", i.attributes).group()) for i in parameters(inner)}
             operands = [
-                follow(root.operands[numbered[operand]]) if operand in numbered else inner.get(operand)
+                follow(root.operands[parameter_numbers[operand]])
+                if operand in parameter_numbers
+                else inner.get(operand)
                 for operand in comparison.operands
             ]
         if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes or None in operands:
@@ -180,59 +194,64 @@ class Program:
             return counter, int(right.attributes)
         return (counter, (int(right.attribute("index")),)) if right.opcode == "get-tuple-element" else None
 
-    def _carried(self, computation: str, loop: Instruction, index: int) -> str | None:
-        """The name of what a loop starts with at one place of what it carries."""
+    def _initial_value(self, computation: str, loop: Instruction, index: int) -> str | None:
+        """Returns the name of the instruction that gives the initial value of one element of what a loop carries."""
         start = self.computations[computation].get(loop.operands[0])
         return start.operands[index] if start and start.opcode == "tuple" else None
 
-    def _value(self, computation: str, name: str | None) -> int | None:
-        """The whole number that an instruction has, if it can be told; what an outer loop carries is taken to stay."""
-        found = self.computations[computation].get(name)
-        if found is None:
+    def _integer_value(self, computation: str, name: str | None) -> int | None:
+        """Returns the integer that an instruction evaluates to, or None if the text does not tell.
+
+        A value that an enclosing loop carries is assumed to keep its initial value.
+        """
+        instruction = self.computations[computation].get(name)
+        if instruction is None:
             return None
-        if found.opcode == "constant":
-            return int(found.attributes) if re.fullmatch(r"-?\d+", found.attributes) else None
-        if found.opcode in ("copy", "bitcast", "convert"):
-            return self._value(computation, found.operands[0])
-        if found.opcode == "get-tuple-element" and computation in self._while_of_body:
+        if instruction.opcode == "constant":
+            return int(instruction.attributes) if re.fullmatch(r"-?\d+", instruction.attributes) else None
+        if instruction.opcode in ("copy", "bitcast", "convert"):
+            return self._integer_value(computation, instruction.operands[0])
+        if instruction.opcode == "get-tuple-element" and computation in self._while_of_body:
             outer, loop = self._while_of_body[computation]
-            return self._value(outer, self._carried(outer, loop, int(found.attribute("index"))))
+            return self._integer_value(outer, self._initial_value(outer, loop, int(instruction.attribute("index"))))
         return None
 
 
 def _parse(line: str) -> Instruction:
+    """Parses a line such as `ROOT %c = f32[2,3]{1,0} dot(%a, %b), lhs_contracting_dims={1}`."""
     name, rest = line.split(" = ", 1)
     is_root = "ROOT " in name
     name = name.replace("ROOT", "").strip().lstrip("%")
-    end = _matching(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    # The shape of a tuple is in parentheses and contains spaces.
+    end = _closing_parenthesis(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, rest = rest.split("(", 1)
-    end = _matching("(" + rest) - 1
+    end = _closing_parenthesis("(" + rest) - 1
     inside, attributes = rest[:end], rest[end + 1 :]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     if opcode in ("constant", "parameter"):
         attributes = inside
-    return Instruction(name, shapes_in(shape), opcode, operands, attributes, is_root)
+    return Instruction(name, parse_shapes(shape), opcode, operands, attributes, is_root)
 
 
-def _matching(text: str) -> int:
-    """The place of the parenthesis that closes the one at the start."""
+def _closing_parenthesis(text: str) -> int:
+    """Returns the index of the parenthesis that closes the one at the start."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return place
+            return index
     raise ValueError(f"no closing parenthesis in {text[:80]!r}")
 
 
-def shapes_in(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The dtypes and dimensions of all arrays that a text names: "(f32[2,3], pred[])"."""
-    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
-    return tuple((dtype, tuple(int(size) for size in shape.split(",") if size)) for dtype, shape in found)
+def parse_shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns dtype and dimensions of every array in a text such as "(f32[2,3], pred[])"."""
+    matches = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
+    return tuple((dtype, tuple(int(size) for size in shape.split(",") if size)) for dtype, shape in matches)
 
 
-def size_of(dtype: str, shape: tuple[int, ...]) -> float:
-    """Bytes of an array."""
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> float:
+    """Bytes of an array; 0 if the dtype is unknown."""
     width = _BYTES.get(dtype)
     if width is None:
         bits = re.search(r"\d+", dtype)
@@ -241,5 +260,5 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> float:
 
 
 def parameters(body: dict[str, Instruction]) -> list[Instruction]:
-    """What a computation is given, in no certain order."""
+    """Returns the parameters of a computation, in no particular order."""
     return [instruction for instruction in body.values() if instruction.opcode == "parameter"]

@@ -1,8 +1,8 @@
-"""The collectives of a compiled program, read off its text: what is sent, how often, and over which network.
+"""Lists the collectives of a compiled program from its text: what is sent, how often, and over which network.
 
-What goes from slice to slice is not written as collectives but as messages to the host, which reduces or spreads them:
-`_between_slices` says what they stand for. Collectives that XLA takes apart to overlap them with other work appear
-several times in the text, as parts of one chain: each is counted where it starts.
+Traffic between slices appears in the text as messages to the host, which reduces or distributes them, and not as
+collectives: `_between_slices` translates them. A collective that XLA splits to overlap it with other work appears
+several times in the text, as the parts of one chain. It is counted where the chain starts.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from alignvlm_jax.parallel.hlo import Instruction, Program, size_of
+from alignvlm_jax.parallel.hlo import Instruction, Program, array_bytes
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -21,10 +21,10 @@ class Collective:
 
     Attributes:
       kind: "all-gather", "all-reduce", ...
-      op_name: where it comes from.
-      count: how often a step runs it.
-      bytes_sent: by one device in one run, as a ring does it.
-      crosses_slices: whether any of its groups reaches over the network between slices.
+      op_name: origin in the Python program.
+      count: number of runs in one step.
+      bytes_sent: bytes that one device sends in one run, in a ring algorithm.
+      crosses_slices: whether any of its groups spans the network between slices.
     """
 
     kind: str
@@ -35,14 +35,16 @@ class Collective:
 
 
 def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collective]:
-    """All collectives.
+    """Returns all collectives of a program.
 
     Args:
-      slice_of_device: for each device, in the mesh's order, the slice it belongs to.
+      program: the compiled program.
+      slice_of_device: the slice of each device, in the order of the mesh.
     """
     found = []
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
+        # The first part of each chain is an operand of the instruction that starts the asynchronous collective.
         started = {operand for i in body.values() if '"AsyncCollectiveStart"' in i.attributes for operand in i.operands}
         for instruction in body.values():
             kind = instruction.opcode.removesuffix("-start")
@@ -52,21 +54,23 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
             if kind not in _COLLECTIVES or instruction.opcode == "send":
                 continue
             if "chain_id=" in instruction.attributes and instruction.name not in started:
-                continue  # a later part of a chain
+                continue  # A later part of a chain.
             groups = _groups(instruction.attributes, len(slice_of_device))
             size = max(map(len, groups)) if groups else len(slice_of_device)
             if size == 1:
                 continue
             shapes = instruction.shapes
+            # The result of an asynchronous start is a tuple: the operands come first, then the results.
             if instruction.opcode.endswith("-start") and kind != "all-reduce" and len(shapes) > 1:
-                shapes = shapes[len(shapes) // 2 :][:1]  # operands come first
-            whole = sum(size_of(*shape) for shape in shapes)
+                shapes = shapes[len(shapes) // 2 :][:1]
+            # Bytes of the result on one device. A ring of n devices sends (n - 1) / n of the gathered array.
+            result = sum(array_bytes(*shape) for shape in shapes)
             sent = {
-                "all-gather": whole * (size - 1) / size,
-                "all-reduce": 2 * whole * (size - 1) / size,
-                "reduce-scatter": whole * (size - 1),
-                "all-to-all": whole * (size - 1) / size,
-                "collective-permute": whole,
+                "all-gather": result * (size - 1) / size,
+                "all-reduce": 2 * result * (size - 1) / size,
+                "reduce-scatter": result * (size - 1),
+                "all-to-all": result * (size - 1) / size,
+                "collective-permute": result,
             }[kind]
             crosses = any(len({slice_of_device[i] for i in group}) > 1 for group in groups)
             found.append(Collective(kind, instruction.op_name, times, sent, crosses))
@@ -74,9 +78,9 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
 
 
 def _between_slices(message: Instruction) -> tuple[str, float]:
-    """Which collective a message to the host is part of, and the bytes that this device sends for it."""
+    """Returns the collective that a message to the host belongs to, and the bytes that this device sends for it."""
     kind = re.search(r'transfer_type="(\w+)"', message.attributes).group(1)
-    size = size_of(*message.shapes[0])
+    size = array_bytes(*message.shapes[0])
     target = re.search(r'_megascale_target="\{([\d,]+)\}', message.attributes)
     slices = len(target.group(1).split(",")) if target else 2
     if kind == "ALL_REDUCE":
@@ -87,10 +91,15 @@ def _between_slices(message: Instruction) -> tuple[str, float]:
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """Which devices talk to which, in any of the three ways XLA writes it; empty means all with all."""
+    """Returns the groups of devices that communicate; an empty list means all devices with each other.
+
+    Each branch parses one of the notations of XLA.
+    """
+    # source_target_pairs={{0,1},{1,0}}
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
     if pairs:
         return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", pairs.group(1) + "}")]
+    # replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}: the groups run along the axes in braces.
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:\([^)]*\)\s*)?\{([^}]*)\}", attributes)
     if mesh:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
@@ -98,20 +107,22 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
         sizes = list(axes.values())
         order = [i for i, name in enumerate(axes) if name not in along]
         order += [i for i, name in enumerate(axes) if name in along]
-        return _cut(num_devices, sizes, order, math.prod(axes[name] for name in along))
+        return _split_box(num_devices, sizes, order, math.prod(axes[name] for name in along))
+    # replica_groups=[2,2]<=[2,2]T(1,0): the numbers of a box, its axes transposed, then cut into rows.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         sizes = [int(size) for size in iota.group(3).split(",")]
         order = [int(axis) for axis in iota.group(4).split(",")] if iota.group(4) else list(range(len(sizes)))
-        return _cut(num_devices, sizes, order, int(iota.group(2)))
+        return _split_box(num_devices, sizes, order, int(iota.group(2)))
+    # replica_groups={{0,1},{2,3}}
     listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if listed:
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
     return []
 
 
-def _cut(num_devices: int, sizes: list[int], order: list[int], group_size: int) -> list[list[int]]:
-    """Numbers 0 ... in a box of `sizes`, its axes put in `order`, cut into groups."""
+def _split_box(num_devices: int, sizes: list[int], order: list[int], group_size: int) -> list[list[int]]:
+    """Returns the numbers 0, 1, ... of a box of `sizes`, its axes transposed to `order`, split into groups."""
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     numbers = [0]
     for axis in order:

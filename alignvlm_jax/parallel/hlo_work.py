@@ -1,7 +1,6 @@
-"""What a compiled program does, read off its text: products and traffic, each as often as its loops run.
+"""Counts the matrix products and the memory traffic of a compiled program from its text, loops multiplied out.
 
-XLA's own analysis also knows nothing of what happens inside a Pallas kernel: the products of splash attention are
-added here.
+XLA's own analysis does not see inside Pallas kernels. The products of splash attention are added here.
 """
 
 import collections
@@ -9,19 +8,19 @@ import functools
 import math
 import re
 
-from alignvlm_jax.parallel.hlo import Instruction, Program, parameters, shapes_in
+from alignvlm_jax.parallel.hlo import Instruction, Program, parameters, parse_shapes
 
-# What only names, groups or reinterprets memory.
+# Opcodes that only name, group or reinterpret memory. The bodies of loops and branches are counted separately.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "iota", "copy-start", "copy-done", "async-start", "async-done", "opt-barrier",
 )  # fmt: skip
-# Matrix products of h-wide heads per query, key and head, for each of the kernels of splash attention.
+# Matrix products in each kernel of splash attention. One product takes 2 * h FLOP per query, key and head of width h.
 _SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
 def flops(program: Program) -> dict[str, float]:
-    """Floating-point operations of matrix products by op_name, those inside attention kernels included."""
+    """Floating-point operations of matrix products by op_name, including those inside attention kernels."""
     total = collections.defaultdict(float)
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
@@ -35,20 +34,21 @@ def flops(program: Program) -> dict[str, float]:
 
 
 def kernels(program: Program) -> dict[str, float]:
-    """The Pallas kernels in the program, as "part of the model: kernel", with how often each runs."""
+    """Number of runs of each Pallas kernel, with keys such as "language: splash_mha_fwd_segmented"."""
     found = collections.defaultdict(float)
     for name, times in program.runs.items():
         for instruction in program.computations.get(name, {}).values():
             if '"tpu_custom_call"' in instruction.attributes:
                 kernel = re.sub(r"\.\d+$", "", instruction.name)
-                found[f"{_part(instruction.op_name).split('/')[0]}: {kernel}"] += times
+                found[f"{_module_path(instruction.op_name).split('/')[0]}: {kernel}"] += times
     return dict(found)
 
 
 def bytes_moved(program: Program) -> float:
-    """Bytes between memory and the cores: operands and results of whatever runs by itself.
+    """Bytes between memory and the cores: operands and results of every instruction outside of fusions.
 
-    Of an operand that is only sliced, the slice; of a result that is written in place, what is written.
+    An operand that is only sliced counts with the bytes of the slice, a result that is updated in place with the bytes
+    of the update.
     """
     fused = {
         callee
@@ -60,7 +60,7 @@ def bytes_moved(program: Program) -> float:
     total = 0.0
     for name, times in program.runs.items():
         if name in fused:
-            continue
+            continue  # Inside a fusion, values stay in registers. `_moved` counts its operands and its result.
         body = program.computations.get(name, {})
         for instruction in body.values():
             if instruction.opcode not in _FREE:
@@ -69,7 +69,7 @@ def bytes_moved(program: Program) -> float:
 
 
 def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]]:
-    """The largest results of single instructions: bytes, shape and where they come from, each shape once."""
+    """Returns the largest results of single instructions: bytes, shape and origin, each shape once."""
     best = {}
     for name in program.runs:
         for instruction in program.computations.get(name, {}).values():
@@ -77,12 +77,13 @@ def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]
                 continue
             dtype, shape = instruction.shapes[0]
             label = f"{dtype}[{','.join(map(str, shape))}]"
-            origin = _part(instruction.op_name) or instruction.opcode
+            origin = _module_path(instruction.op_name) or instruction.opcode
             best.setdefault(label, (instruction.size, label, origin))
     return sorted(best.values(), reverse=True)[:count]
 
 
 def _moved(program: Program, body: dict[str, Instruction], instruction: Instruction) -> float:
+    """Bytes that one run of an instruction reads and writes."""
     inner = program.computations.get(instruction.attribute("calls") or "", {})
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * instruction.size
@@ -90,6 +91,7 @@ def _moved(program: Program, body: dict[str, Instruction], instruction: Instruct
         return 2 * body[instruction.operands[1]].size
     if not inner:
         return instruction.size + sum(body[name].size for name in instruction.operands if name in body)
+    # A fusion: its result, or the part of it that is written in place, then each operand.
     moved = instruction.size
     root = program.roots[instruction.attribute("calls")]
     if root.opcode == "dynamic-update-slice":
@@ -98,38 +100,41 @@ def _moved(program: Program, body: dict[str, Instruction], instruction: Instruct
         users = [i for i in inner.values() if parameter.name in i.operands]
         if users and all(i.opcode == "dynamic-slice" and i.operands[0] == parameter.name for i in users):
             moved += sum(user.size for user in users)
+        # The buffer that the root updates in place is not read.
         elif not (root.opcode == "dynamic-update-slice" and users == [root]):
             moved += parameter.size
     return moved
 
 
-def _part(op_name: str) -> str:
-    """The modules an instruction comes from, without what jax wraps around them."""
+def _module_path(op_name: str) -> str:
+    """Returns the path of the modules that an instruction comes from, without the names that JAX adds."""
     words = re.sub(r"jit\([^)]*\)|[()]", "/", op_name).split("/")
-    dull = "while body cond closed_call shard_map jvp transpose checkpoint rematted_computation".split()
-    return "/".join(word for word in words if word and word not in dull and not word.startswith("AlignVLM"))
+    added = "while body cond closed_call shard_map jvp transpose checkpoint rematted_computation".split()
+    return "/".join(word for word in words if word and word not in added and not word.startswith("AlignVLM"))
 
 
 def _product_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """Floating-point operations of a dot or convolution with operands of these shapes."""
     out = instruction.shapes[0][1]
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
         return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    # dim_labels name the axes: b batch, f and o features, i inner, and a digit for each spatial axis.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
-    of_left, of_right, of_out = ({label: size for label, size in zip(*pair, strict=True)} for pair in zip(
+    left_sizes, right_sizes, out_sizes = ({label: size for label, size in zip(*pair, strict=True)} for pair in zip(
         labels, (left, right, out), strict=True
     ))  # fmt: skip
-    products = of_out["b"] * of_out["f"] * of_right["i"]
+    products = out_sizes["b"] * out_sizes["f"] * right_sizes["i"]
     for axis, window in enumerate(_windows(instruction.attributes)):
-        products *= _valid(of_left[str(axis)], of_out[str(axis)], **window)
+        products *= _count_valid_pairs(left_sizes[str(axis)], out_sizes[str(axis)], **window)
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     return 2.0 * products / (int(groups.group(1)) if groups else 1)
 
 
 def _windows(attributes: str) -> list[dict[str, int]]:
-    """The window of a convolution along each spatial axis: "size=1x2 pad=0_0x1_1 rhs_reversal=0x1"."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(field.split("=") for field in found.group(1).split()) if found else {}
+    """Parses the window of a convolution along each spatial axis: "size=1x2 pad=0_0x1_1 rhs_reversal=0x1"."""
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in match.group(1).split()) if match else {}
     if not fields:
         return []
     sizes = fields["size"].split("x")
@@ -151,9 +156,20 @@ def _windows(attributes: str) -> list[dict[str, int]]:
 
 
 @functools.cache
-def _valid(source: int, out: int, size: int, stride: int, low: int, spread: int, dilate: int) -> int:
-    """How many pairs of an output and a place of the window meet a real input: what XLA writes as convolutions are
-    often matrix products, with windows of which one place meets anything."""
+def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, spread: int, dilate: int) -> int:
+    """Number of pairs of an output and a window position that read an input, and not padding or a gap of dilation.
+
+    XLA often writes matrix products as convolutions in which only one window position of each output reads an input.
+
+    Args:
+      source: length of the input.
+      out: length of the output.
+      size: length of the window.
+      stride: step of the window.
+      low: padding before the input.
+      spread: dilation of the input.
+      dilate: dilation of the window.
+    """
     count = 0
     for place in range(size):
         for position in range(out):
@@ -163,17 +179,19 @@ def _valid(source: int, out: int, size: int, stride: int, low: int, spread: int,
 
 
 def _splash_flops(instruction: Instruction) -> float:
-    """Of one run of a kernel of splash attention. Its causal form skips blocks above the diagonal: half of them."""
+    """Floating-point operations of one run of a splash-attention kernel."""
     kind = re.search(r"splash_\w+?_(fwd|dkv|dq)", instruction.name).group(1)
     shape = max((shape for _, shape in instruction.shapes), key=lambda shape: (len(shape), math.prod(shape)))
     *rows, heads, length, width = shape
-    if kind == "dkv":  # its results are as many as key-value heads: the queries' heads are among its operands' shapes
-        of_heads = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
-        heads = max((s[-3] for s in of_heads), default=heads)
+    if kind == "dkv":
+        # Its results only have the key-value heads. The number of query heads is in the shapes of its operands.
+        head_shapes = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
+        heads = max((s[-3] for s in head_shapes), default=heads)
+    # The causal kernel skips the blocks above the diagonal, which are half of all.
     pairs = length * length * (0.5 if "language" in instruction.op_name else 1.0)
     return 2.0 * _SPLASH[kind] * math.prod(rows) * heads * pairs * width
 
 
 def _operand_shapes(instruction: Instruction) -> list[tuple[int, ...]]:
     layouts = instruction.attributes.partition("operand_layout_constraints=")[2].partition("}}")[0]
-    return [shape for _, shape in shapes_in(layouts)]
+    return [shape for _, shape in parse_shapes(layouts)]

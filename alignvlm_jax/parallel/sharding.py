@@ -1,9 +1,9 @@
-"""One table says on which axis of the mesh each named axis of a weight or an activation lies.
+"""One table maps each named axis of a weight or an activation to axes of the mesh.
 
-Axis letters: K microbatches, B bins, D model width, V vocabulary.
+Axis letters: K microbatches, B bins, L sequence, D model width, F MLP width, V vocabulary.
 
 The models name the axes of their weights (`nn.with_logical_partitioning`) and of some activations
-(`nn.with_logical_constraint`) and know nothing of meshes. Here the names become `PartitionSpec`s:
+(`nn.with_logical_constraint`), and know nothing about meshes. This module turns the names into `PartitionSpec`s:
 
     language/embedding             [V, D]           ("vocab", "embed")            -> P("tensor", "fsdp")
     language/layers/mlp/down       [layers, F, D]   ("layers", "mlp", "embed")    -> P(None, "tensor", "fsdp")
@@ -26,7 +26,7 @@ RULES = (
     ("batch", ("data", "fsdp")),
     ("sequence", None),
     ("embed", "fsdp"),
-    ("embed_out", None),  # the other width of a width-to-width matrix: "embed" has taken fsdp already
+    ("embed_out", None),  # The second axis of a [D, D] matrix; "embed" already uses fsdp for the first one.
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -37,74 +37,76 @@ RULES = (
 )
 
 BATCH_SPEC = PartitionSpec(None, ("data", "fsdp"))
-"""Of every field of the packed batch: [K, B, ...], the microbatches one after the other, the bins spread."""
+"""Spec of every field of the packed batch [K, B, ...]: the bins are split, the microbatches are not."""
 
 
 def logical_rules():
-    """The context in which a model must be traced for the names of its activations to mean something."""
+    """Returns the context in which a model must be traced for the axis names of its activations to take effect."""
     return nn.logical_axis_rules(RULES)
 
 
 def parameter_shardings(boxed_params: Any, mesh: Mesh) -> Any:
-    """The sharding of each weight.
+    """Returns the sharding of each weight.
 
     Args:
-      boxed_params: weights as the model's `init` makes them, in their `nn.LogicallyPartitioned` boxes (shapes suffice).
-      mesh: where they will live.
+      boxed_params: weights in the `nn.LogicallyPartitioned` boxes that the model's `init` returns; shapes suffice.
+      mesh: mesh on which the weights are placed.
 
     Returns:
-      `NamedSharding`s, in the tree of the weights without the boxes. An axis that the mesh does not divide, say a
-      vocabulary of odd size, stays whole.
+      `NamedSharding`s, in the tree of the weights without the boxes. An axis that the mesh does not divide evenly, such
+      as a vocabulary of odd size, is not split.
     """
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_params), mesh, RULES)
-    return jax.tree.map(_keep_what_divides, shardings, nn.unbox(boxed_params))
+    return jax.tree.map(_drop_uneven_axes, shardings, nn.unbox(boxed_params))
 
 
 def optimizer_state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer's state: moments lie where their weights lie, counters are everywhere.
+    """Returns the shardings of an optimizer's state: moments are sharded like their weights, counters are replicated.
 
     Args:
-      state: the optimizer's state (shapes suffice). Whatever it nests the moments in, a moment's path ends like the
-        path of its weight: `[1].mu['language']['embedding']`.
-      params: the weights the state is of.
-      shardings: their shardings.
-      mesh: of the shardings.
+      state: the optimizer's state; shapes suffice.
+      params: the weights that the optimizer updates.
+      shardings: shardings of the weights.
+      mesh: mesh of the shardings.
     """
-    of_weight = {}
+    weight_shardings = {}
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
     ):
-        of_weight[path] = (leaf.shape, sharding)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+        weight_shardings[path] = (leaf.shape, sharding)
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def find(path, leaf):
-        endings = (of_weight.get(path[start:]) for start in range(len(path)))
-        shape, sharding = next((found for found in endings if found), (None, everywhere))
-        return sharding if shape == leaf.shape else everywhere
+        # However deep the moments are nested, a moment's path ends with the path of its weight:
+        # `[1].mu['language']['embedding']`.
+        endings = (weight_shardings.get(path[start:]) for start in range(len(path)))
+        shape, sharding = next((ending for ending in endings if ending), (None, replicated))
+        # Some optimizers keep a placeholder of another shape at the path of a weight.
+        return sharding if shape == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(find, state)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
-    """The rows of a microbatch that this process makes: those its devices hold, in order.
+    """Returns the rows of a microbatch that this process builds: those on its devices, in order.
 
-    Rows of a batch are spread over `data` and `fsdp` alone. Processes that differ in `tensor` only hold, and make, the
-    same rows.
+    The rows of a batch are split over `data` and `fsdp` only. Processes that differ only in their position along
+    `tensor` hold, and build, the same rows.
 
     Args:
-      mesh: of all processes' devices.
+      mesh: mesh of the devices of all processes.
       rows: B, the bins of one microbatch.
 
     Raises:
-      UserError: the mesh does not divide the rows.
+      UserError: if the mesh does not divide the rows evenly.
     """
     _check_divides(mesh, rows)
-    held = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).addressable_devices_indices_map((rows,))
-    return tuple(sorted({row for (piece,) in held.values() for row in range(rows)[piece]}))
+    indices = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).addressable_devices_indices_map((rows,))
+    return tuple(sorted({row for (piece,) in indices.values() for row in range(rows)[piece]}))
 
 
 def is_first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
-    """Of the `local_rows`, those that no process of a lower number holds too: where each row is counted once."""
+    """Returns for each of the `local_rows` whether no process with a lower index holds it, to count each row once."""
     _check_divides(mesh, rows)
     holder = np.full(rows, jax.process_count())
     for device, (piece,) in NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).devices_indices_map((rows,)).items():
@@ -113,29 +115,30 @@ def is_first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a packed batch on the mesh.
+    """Places a packed batch on the mesh.
 
     Args:
-      batch: of every field the rows of this process, [K, b, ...], those that `local_rows` names: all B of them where
-        one process holds all devices.
-      mesh: of all processes' devices.
+      batch: fields [K, b, ...] with the rows of this process, in the order of `local_rows`; b is B if one process holds
+        all devices.
+      mesh: mesh of the devices of all processes.
 
     Returns:
-      The global fields [K, B, ...], each device with its rows.
+      The global fields [K, B, ...], split over the devices by rows.
     """
-    where = NamedSharding(mesh, BATCH_SPEC)
+    batch_sharding = NamedSharding(mesh, BATCH_SPEC)
     rows = _global_rows(mesh, len(next(iter(batch.values()))[0]))
     return {
-        name: jax.make_array_from_process_local_data(where, field, (len(field), rows, *field.shape[2:]))
+        name: jax.make_array_from_process_local_data(batch_sharding, field, (len(field), rows, *field.shape[2:]))
         for name, field in batch.items()
     }
 
 
 def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Spreads the rows of fields [B, ...], which every process has whole, over the mesh."""
-    where = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1]))
+    """Splits the rows of fields [B, ...] over the mesh; every process has the complete fields."""
+    row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1]))
     return {
-        name: jax.make_array_from_callback(field.shape, where, field.__getitem__) for name, field in batch.items()
+        name: jax.make_array_from_callback(field.shape, row_sharding, field.__getitem__)
+        for name, field in batch.items()
     }
 
 
@@ -143,17 +146,19 @@ def _check_divides(mesh: Mesh, rows: int) -> None:
     if rows % num_batch_shards(mesh):
         raise UserError(
             f"config.data.packing.bins_per_microbatch: expected a multiple of {num_batch_shards(mesh)} (the bins are "
-            f"spread over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices), got {rows}"
+            f"split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices), got {rows}"
         )
 
 
-def _global_rows(mesh: Mesh, held: int) -> int:
-    """The rows of a microbatch of which this process holds `held`: every piece is of one size."""
+def _global_rows(mesh: Mesh, num_local: int) -> int:
+    """Returns B, the rows of a microbatch of which this process holds `num_local`; all pieces have the same size."""
     shards = num_batch_shards(mesh)
-    return held * shards // len(local_rows(mesh, shards))
+    return num_local * shards // len(local_rows(mesh, shards))
 
 
-def _keep_what_divides(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+def _drop_uneven_axes(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Returns the sharding without the mesh axes that do not divide the axis of the array they are assigned to."""
+
     def keep(axes, size):
         names = (axes,) if isinstance(axes, str) else axes or ()
         return axes if size % math.prod(sharding.mesh.shape[name] for name in names) == 0 else None

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from alignvlm_jax.parallel import hlo_collectives, hlo_work
 from alignvlm_jax.parallel.hlo import Program
 from alignvlm_jax.parallel.hlo_collectives import _groups
-from alignvlm_jax.parallel.hlo_work import _valid
+from alignvlm_jax.parallel.hlo_work import _count_valid_pairs
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -106,7 +106,7 @@ def test_windows_count_what_meets_something():
             rhs_dilation=(dilate,),
             dimension_numbers=dims,
         )
-        assert _valid(source, out, size, stride, low, spread, dilate) == int(result.sum())
+        assert _count_valid_pairs(source, out, size, stride, low, spread, dilate) == int(result.sum())
 
 
 SPLASH = """HloModule test

@@ -60,7 +60,7 @@ def test_slices_lie_along_data():
     assert make_mesh(MeshConfig(data=-1, fsdp=4), chips, slices=2).shape["data"] == 4
     with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices.*8 devices are left in each"):
         make_mesh(MeshConfig(data=1, fsdp=-1), chips)
-    with pytest.raises(UserError, match="mesh.slices: expected 2, as the devices say, got 4"):
+    with pytest.raises(UserError, match="mesh.slices: expected 2, as the devices report, got 4"):
         make_mesh(MeshConfig(slices=4), chips)
 
 

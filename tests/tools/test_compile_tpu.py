@@ -87,9 +87,9 @@ def test_decoding_compiles(tmp_path):
     "arguments, message",
     [
         (("--topology", "v5e"), "expected a generation and a shape"),
-        (("--topology", "v99:2x2"), "libtpu does not know it"),
+        (("--topology", "v99:2x2"), "v99:2x2: unknown to libtpu"),
         (("--topology", "v5e:2x2", "--stage", "9"), "has stages 1 to 3"),
-        (("--topology", "v5e:2x2", "--mesh", "data=3"), "does not divide up 4 device"),
+        (("--topology", "v5e:2x2", "--mesh", "data=3"), "does not fit 4 device"),
     ],
 )
 def test_mistakes_are_said_in_a_line(arguments, message):

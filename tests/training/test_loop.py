@@ -295,5 +295,5 @@ def test_bins_must_spread_over_the_mesh(tmp_path):
 
 
 def test_a_mesh_must_use_the_devices(tmp_path):
-    with pytest.raises(UserError, match="data=3 fsdp=1 tensor=1 does not divide up 8"):
+    with pytest.raises(UserError, match="data=3 fsdp=1 tensor=1 does not fit 8"):
         train(tmp_path, dataclasses.replace(CONFIG, mesh=MeshConfig(data=3)))
