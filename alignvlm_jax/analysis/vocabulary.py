@@ -55,8 +55,7 @@ class VocabularyUse:
     """How ALIGN uses its words, over many patches.
 
     Attributes:
-      mean: P averaged over patches; in the order of the embedding table, 0 where a word was pruned. Sums to 1, or to
-        less by what words of the connector's own have (`models/connectors/extra_words.py`).
+      mean: P averaged over patches; in the order of the embedding table, 0 where a word was pruned. Sums to 1.
       effective_per_patch: exp(entropy of P), averaged over patches: words that one patch is made of.
       patches: how many.
       pages: of how many pages.
@@ -68,30 +67,25 @@ class VocabularyUse:
     pages: int
 
     @property
-    def own_words(self) -> float:
-        """What words of the connector's own have of the mean; they are not among `mean`."""
-        return max(0.0, 1.0 - float(self.mean.sum()))
-
-    @property
     def shares(self) -> Float64[np.ndarray, " V"]:
-        """What the words have of the vocabulary's mass, the most used first; sums to 1."""
-        return np.sort(self.mean)[::-1] / self.mean.sum()
+        """Share of the mass that each word has, the most used first; sums to 1."""
+        return np.sort(self.mean)[::-1]
 
     @property
     def effective_of_mean(self) -> float:
-        """exp(entropy of `shares`): words of the vocabulary that all patches together are made of."""
+        """exp(entropy of `shares`): words that all patches together are made of."""
         used = self.shares[self.shares > 0]
         return float(np.exp(-(used * np.log(used)).sum()))
 
     def words_for(self, mass: float) -> int:
-        """The fewest words that together have the share `mass` of the vocabulary's."""
+        """The fewest words that together have the share `mass`."""
         return int(np.searchsorted(np.cumsum(self.shares), mass - 1e-12) + 1)
 
     def words_above(self, probability: float = THRESHOLD) -> int:
         return int((self.mean > probability).sum())
 
     def kept_mass(self, k: int) -> float:
-        """What the k most used words have together of the vocabulary's mass."""
+        """The share of the mass that the k most used words have together."""
         return float(self.shares[:k].sum())
 
     def top(self, k: int) -> list[tuple[int, float]]:
@@ -100,7 +94,7 @@ class VocabularyUse:
 
 
 def mean_distribution(reader: Reader, records: Sequence[Record], *, pages: int = PAGES) -> Float64[np.ndarray, " V"]:
-    """P averaged over the patches of the first `pages` pages; sums to 1 but for words of the connector's own.
+    """P averaged over the patches of the first `pages` pages; sums to 1.
 
     Costs one pass of encoder and connector over the pages.
     """
@@ -119,8 +113,8 @@ def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PA
         entropy = np.asarray(entropy, np.float64)[real]
         of_words = of_words + np.asarray(usage, np.float64)
         effective, patches = effective + np.exp(entropy).sum(), patches + entropy.size
-    # Without words of the connector's own, what the sum is more or less than the patches is rounding.
-    mean = of_words / (patches if config.num_extra_words else of_words.sum())
+    # The sum differs from the number of patches by rounding alone.
+    mean = of_words / of_words.sum()
     if config.kept_words is not None:
         kept, mean = mean, np.zeros(reader.config.language.vocab_size)
         mean[np.asarray(variables["params"]["connector"]["word_ids"])] = kept
@@ -278,7 +272,6 @@ class VocabularyReport:
             "vocabulary": len(use.mean),
             "effective_words_of_mean": round(use.effective_of_mean, 3),
             "effective_words_per_patch": round(use.effective_per_patch, 4),
-            "mass_of_own_words": round(use.own_words, 6),
             "words_for_mass": {str(mass): use.words_for(mass) for mass in MASSES},
             f"words_above_{THRESHOLD:g}": use.words_above(),
             "top_words": [{"word": word, "probability": round(p, 6)} for word, p in self.top_words],
@@ -404,13 +397,7 @@ def describe(reports: Mapping[str, VocabularyReport], usage_split: str, split: s
             f"of {use.effective_per_patch:.2f} words on average (exp of the entropy of P), all patches together of "
             f"{use.effective_of_mean:.1f} of {len(use.mean):,}. Of the mass of the mean P, {', '.join(counts)}; "
             f"{use.words_above():,} words have more than {THRESHOLD:g}. The most used is {word!r} with "
-            f"{probability:.4f}."
-            + (
-                f" Words of the connector's own have {use.own_words:.4f}, beside those: the shares that words carry "
-                "are of the vocabulary's mass alone."
-                if use.own_words > 1e-9
-                else ""
-            ),
+            f"{probability:.4f}.",
             "",
         ]
         whole = report.whole

@@ -103,7 +103,21 @@ def _build_connector(value: Any, path: str, default: Any) -> Any:
     name = str(value.get("name", connector_name(default) if default else "align"))
     one_of(f"{path}.name", name, list(CONNECTOR_CONFIGS))
     rest = {key: item for key, item in value.items() if key != "name"}
+    if name == "align":
+        _drop_removed_option(rest, path)
     return _build_dataclass(CONNECTOR_CONFIGS[name], rest, path, default)
+
+
+def _drop_removed_option(fields: dict[str, Any], path: str) -> None:
+    """Drops `num_extra_words`, which configs and checkpoints of earlier versions hold, if it is 0."""
+    value = fields.pop("num_extra_words", 0)
+    if isinstance(value, UnparsedText):
+        value = _parse(int, value)
+    if value != 0:
+        raise UserError(
+            f"{path}.num_extra_words: expected 0 or no such key, got {article(value)}: words of ALIGN's own have been "
+            "removed, because they made results worse (docs/rare_names.md)"
+        )
 
 
 def connector_name(connector: Any) -> str:

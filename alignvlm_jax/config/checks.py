@@ -74,10 +74,6 @@ def _check_connector(model: AlignVLMConfig) -> None:
                 "config.model.connector.num_tokens: expected a square number, at most the encoder's "
                 f"{model.vision.num_patches} patches, got {tokens}"
             )
-    if isinstance(connector, AlignConfig) and connector.num_extra_words < 0:
-        raise UserError(
-            f"config.model.connector.num_extra_words: expected 0 (none) or more, got {connector.num_extra_words}"
-        )
     if isinstance(connector, AlignConfig) and connector.kept_words is not None:
         _positive("config.model.connector", connector, "kept_words")
 

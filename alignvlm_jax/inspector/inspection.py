@@ -65,7 +65,6 @@ class Inspection:
 
     left_out: patches that the language model is not shown.
     vocabulary: V, how many words P ranges over.
-    own_words: how many of them are the connector's own, which have no text and are not listed.
     """
 
     name: str
@@ -79,7 +78,6 @@ class Inspection:
     answers: list[Answer]
     tokenizer: ChatTokenizer
     config: InspectConfig
-    own_words: int = 0
 
     def to_json(self) -> dict:
         """The data of the page; `packing.py` says how numbers are written."""
@@ -94,7 +92,6 @@ class Inspection:
                 {"box": _rounded(tile.box), "xs": _rounded(tile.xs), "ys": _rounded(tile.ys)} for tile in self.tiles
             ],
             "layers": [{"name": layer.name, "tiles": list(layer.tiles)} for layer in self.layers],
-            "ownWords": self.own_words,
             "leftOut": packing.encode(self.left_out, "u1") if self.left_out.any() else None,
             "text": packing.pack_words(
                 words.ids.reshape(-1, k),
@@ -174,8 +171,7 @@ def inspect_image(
         layers=geometry.layers(plan),
         left_out=geometry.left_out(plan, words.entropy.shape[1], resampling),
         words=words,
-        vocabulary=variables["params"]["connector"]["w2"].shape[0] + reader.config.connector.num_extra_words,
-        own_words=reader.config.connector.num_extra_words,
+        vocabulary=variables["params"]["connector"]["w2"].shape[0],
         answers=answers,
         tokenizer=reader.tokenizer,
         config=config,

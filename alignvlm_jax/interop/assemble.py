@@ -24,7 +24,6 @@ from alignvlm_jax.models.alignvlm import (
     SEEDED,
     AlignVLMConfig,
     Params,
-    add_extra_words,
     random_parameters,
     seed_connector,
     stored_dtypes,
@@ -90,13 +89,6 @@ def assemble(
     if seeded:
         params["connector"] |= _compile(lambda params: seed_connector(config, params)["connector"], seeded)(params)
     return params
-
-
-def with_extra_words(config: AlignVLMConfig, params: Params, mesh: Mesh) -> Params:
-    """The weights of a model that was trained without words of ALIGN's own, with those that the config asks for."""
-    added = {"extra_words": abstract_parameters(config, mesh=mesh)["connector"]["extra_words"]}
-    added = _compile(lambda params: add_extra_words(config, params)["connector"], added)(params)
-    return {**params, "connector": {**params["connector"], **added}}
 
 
 def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dtype: str = "float32") -> Params:

@@ -133,7 +133,6 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
     return _LLAMA if tie_word_embeddings else (*_LLAMA, Row("lm_head", "lm_head.weight"))
 
 
-_EXTRA_WORDS = ("keys", "scale", "bias", "values")
 _GATED_MLP = ("gate", "up", "down")
 _PRUNED = (
     Row("word_ids", "word_ids"),
@@ -191,7 +190,6 @@ def connector(config: ConnectorConfig, source: int) -> tuple[Row, ...]:
                 Row("w2", "w2.weight"),
                 Row("vocab_norm_scale", "vocab_norm.weight"),
                 Row("vocab_norm_bias", "vocab_norm.bias"),
-                *(Row(f"extra_words/{name}", f"extra_words.{name}") for name in _EXTRA_WORDS if config.num_extra_words),
                 *(_PRUNED if config.kept_words is not None else ()),
             )
         case MLPConfig():

@@ -31,7 +31,6 @@ from alignvlm_jax.models.connectors import (
     ConnectorConfig,
     HReducerConfig,
     PerceiverConfig,
-    extra_words,
     make_connector,
 )
 from alignvlm_jax.models.connectors.align import EXACT
@@ -291,35 +290,15 @@ def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
 
 
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
-    """Copies the LM head (tied or not) into ALIGN's W2, and gives it its own words, if it is to have any; other
-    connectors are left alone. Call it before stage 1."""
+    """Copies the LM head (tied or not) into ALIGN's W2; other connectors are left alone. Call it before stage 1."""
     if not isinstance(config.connector, AlignConfig):
         return params
     language = params["language"]
     head = language["embedding" if config.language.tie_word_embeddings else "lm_head"]
     rows = config.connector.kept_words or config.connector.vocab_size or config.language.vocab_size
     w2 = jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)
-    return add_extra_words(config, {**params, "connector": {**params["connector"], "w2": w2}})
+    return {**params, "connector": {**params["connector"], "w2": w2}}
 
 
-def add_extra_words(config: AlignVLMConfig, params: Params) -> Params:
-    """Gives ALIGN the words of its own that the config asks for, twins of words as its W2 has them now: it may be a
-    fresh connector or one that was trained without them."""
-    number, connector = config.connector.num_extra_words, params["connector"]
-    if not number:
-        return params
-    keys, scale, bias = nn.unbox([connector[name] for name in ("w2", "vocab_norm_scale", "vocab_norm_bias")])
-    embedding = nn.unbox(params["language"]["embedding"])[: len(keys)]
-    extra = extra_words.seed(number, keys, scale, bias, embedding)
-    # Unlike W2 they are no table of words, and lie otherwise on a mesh: the boxes that they were drawn in stay.
-    drawn = connector.get("extra_words", extra)
-    extra = {name: _in_box_of(drawn[name], value) for name, value in extra.items()}
-    return {**params, "connector": {**connector, "extra_words": extra}}
-
-
-def _in_box_of(drawn: Any, value: Array) -> Any:
-    return drawn.replace_boxed(value) if isinstance(drawn, nn.meta.AxisMetadata) else value
-
-
-SEEDED = ("w2", "extra_words")
+SEEDED = ("w2",)
 """The connector's parameters that follow from the language model's: what `seed_connector` makes."""

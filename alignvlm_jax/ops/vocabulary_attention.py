@@ -20,10 +20,7 @@ The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocab
 
 - with the covariance C at hand, their terms come after it, as products with D x D matrices;
 - without (few queries), a2 is known before it: the forward pass also sums  h_t = sum_v p_tv scale_v z_tv e_v, of which
-  a2_t = dL/do_t·h_t - (dL/do_t·o_t - dL/dn_t) sum_v p_tv scale_v z_tv.
-
-Where they are asked for, n_t = log sum_v exp(s_tv) adds p_tv dL/dn_t to dL/ds_tv, mu_t takes dL/dmu_t from r_t a1_t,
-and r_t adds r_t dL/dr_t to a2_t.
+  a2_t = dL/do_t·h_t - (dL/do_t·o_t) sum_v p_tv scale_v z_tv.
 """
 
 import dataclasses
@@ -47,32 +44,15 @@ from alignvlm_jax.ops.vocabulary_statistics import (
 
 
 @flax.struct.dataclass
-class Normalizers:
-    """What the scores of further words need, to be as those of the vocabulary and to join its softmax; float32.
-
-    Attributes:
-      log_sum: log of sum_v exp(s_v) of each query.
-      mean: mu.
-      rate: r = 1 / sqrt(variance + eps).
-    """
-
-    log_sum: Float[Array, "..."]
-    mean: Float[Array, "..."]
-    rate: Float[Array, "..."]
-
-
-@flax.struct.dataclass
 class VocabularySummary:
-    """What was asked of P beside the result; a gradient flows through the normalizers alone.
+    """What was asked of P besides the result; no gradient flows through it.
 
     Attributes:
-      normalizers: of the LayerNorm and of the softmax; None if not asked for.
       entropy: of each query's P, in nats; None if not asked for.
       top_probabilities: the k largest probabilities of each query, largest first; None if not asked for.
       top_ids: their words.
     """
 
-    normalizers: Normalizers | None = None
     entropy: Float[Array, "..."] | None = None
     top_probabilities: Float[Array, "... k"] | None = None
     top_ids: Int[Array, "... k"] | None = None
@@ -87,7 +67,6 @@ def vocabulary_attention(
     *,
     eps: float = 1e-5,
     statistics: VocabularyStatistics | None = None,
-    normalizers: bool = False,
     entropy: bool = False,
     top_k: int = 0,
     block_size: int | None = None,
@@ -104,7 +83,6 @@ def vocabulary_attention(
       eps: of the LayerNorm.
       statistics: of frozen keys (`vocabulary_statistics`): saves their computation. They are constants: the gradient of
         the keys does not flow through them. They may be those of another table, of which `keys` are some rows.
-      normalizers: whether to return what joins P with a softmax over further words.
       entropy: whether to return the entropy of P.
       top_k: how many of the largest probabilities to return.
       block_size: K; None means `default_block_size`.
@@ -116,7 +94,6 @@ def vocabulary_attention(
     num_queries = q.shape[0] if q.ndim > 1 else 1
     options = _Options(
         eps=eps,
-        normalizers=normalizers,
         entropy=entropy,
         top_k=min(top_k, keys.shape[0]),
         block_size=block_size,
@@ -128,7 +105,7 @@ def vocabulary_attention(
     mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
     if q.ndim == 1:
         mixed, summary = mixed[0], jax.tree.map(lambda leaf: leaf[0], summary)
-    return (mixed, summary) if normalizers or entropy or top_k else mixed
+    return (mixed, summary) if entropy or top_k else mixed
 
 
 def vocabulary_usage(
@@ -178,7 +155,6 @@ class _Options:
     """What is static."""
 
     eps: float
-    normalizers: bool
     entropy: bool
     top_k: int
     block_size: int | None
@@ -230,8 +206,8 @@ def _attend_forward(options, q, keys, scale, bias, values, statistics):
 
 
 def _attend_backward(options, inputs, cotangents):
-    mixed, summary = cotangents
-    return (*_backward(options, *inputs, mixed, summary.normalizers), None)
+    mixed, _ = cotangents
+    return (*_backward(options, *inputs, mixed), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -257,7 +233,6 @@ def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
         moments = _Moments(jax.P(), of_query, of_query, of_query if with_spread else None)
         saved_spec = _Saved(moments, of_query, of_query, None if with_spread else (of_query, of_query))
     summary_spec = VocabularySummary(
-        Normalizers(of_query, of_query, of_query) if options.normalizers else None,
         of_query if options.entropy else None,
         *((of_query, of_query) if options.top_k else ()),
     )
@@ -326,9 +301,6 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         means["mixed"] = merged["mixed"] / merged["share"]
 
     summary = VocabularySummary()
-    if options.normalizers:
-        log_sum = running.maximum + jnp.log(running.total)
-        summary = summary.replace(normalizers=Normalizers(log_sum, moments.mean, moments.rate))
     if options.entropy:
         summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
     if options.top_k:
@@ -340,28 +312,26 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     return means["mixed"].astype(q.dtype), summary, saved
 
 
-def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent, of_normalizers):
-    """The five gradients, from all devices; `of_normalizers` are their cotangents, None where none were returned."""
+def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent):
+    """The five gradients, from all devices."""
     axes = options.axes
     of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
 
-    def local(q, keys, scale, bias, values, saved, cotangent, of_normalizers):
+    def local(q, keys, scale, bias, values, saved, cotangent):
         flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        of_normalizers = jax.tree.map(lambda leaf: leaf.reshape(-1), of_normalizers)
         keys, values = streaming.Table(keys, axes), streaming.Table(values, axes)
         frozen = statistics is not None
-        cotangents = cotangent, of_normalizers
-        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, *cotangents)
+        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
         return of_q.reshape(q.shape), *rest
 
     saved_spec = jax.tree.map(lambda _: of_query, saved)
     saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
-    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query, of_query)
+    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query)
     sharded = streaming.shard(local, axes, in_specs, (of_query, of_table, of_row, of_row, of_table))
-    return sharded(q, keys, scale, bias, values, saved, cotangent, of_normalizers)
+    return sharded(q, keys, scale, bias, values, saved, cotangent)
 
 
-def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent, of_normalizers):
+def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent):
     """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
     axes, moments = options.axes, saved.moments
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
@@ -373,10 +343,6 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     if saved.tilted is not None:
         tilted, tilt = saved.tilted
         second = jnp.sum(cotangent.astype(jnp.float32) * tilted, axis=-1) - expected * tilt
-        if of_normalizers is not None:
-            second += of_normalizers.log_sum * (tilt + saved.softmax.maximum) + moments.rate * of_normalizers.rate
-    if of_normalizers is not None:
-        expected -= of_normalizers.log_sum
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry
@@ -416,10 +382,6 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     # The two short ones share an all-reduce.
     norm = streaming.add_up_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
 
-    if of_normalizers is not None:
-        sums["first"] -= of_normalizers.mean[:, None]
-        if second is None:
-            sums["second"] += (moments.rate * of_normalizers.rate)[:, None]
     of_q, first = sums["of_q"], sums["first"]
     of_q -= first * moments.mean_row
     if second is None:

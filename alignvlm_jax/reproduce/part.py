@@ -47,6 +47,7 @@ class Part:
     run: does a job in its own process; what it returns becomes `found` in the result.
     section: Markdown of the results, which may be few; plots go into the folder given. None says nothing.
     claims: lines on the paper's claims, generated from the figures; None has none.
+    closed_jobs: jobs of closed experiments: never run, and reported only where they have results.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Part:
     run: Callable[[Work], dict[str, Any]]
     section: Callable[[Results, Path], str] | None = None
     claims: Callable[[Results], list[str]] | None = None
+    closed_jobs: Callable[[Options], list[Job]] | None = None

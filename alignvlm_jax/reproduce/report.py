@@ -32,6 +32,8 @@ _TITLE = "Connectors under one recipe"
 def _head(options: Options, out: Path) -> str:
     jobs = parts.all_jobs(options)
     done = [result for result in (read_result(out, job) for job in jobs) if result is not None]
+    closed = [result for result in (read_result(out, job) for job in parts.closed_jobs(options)) if result is not None]
+    num_runs, done = len(jobs) + len(closed), done + closed
     seconds = sum(result.get("train_seconds", 0.0) for result in done)
     revisions = sorted({result["versions"].get("git", "unknown") for result in done})
     config = load_config(options.config, options.overrides)
@@ -39,7 +41,7 @@ def _head(options: Options, out: Path) -> str:
         f"{stage.steps} steps of {stage.bins_per_step} pages ({stage.mixture[0].task})" for stage in config.stages
     )
     return (
-        f"Written by `alignvlm reproduce` from {len(done)} of {len(jobs)} runs ({seconds / 3600:.1f} hours of "
+        f"Written by `alignvlm reproduce` from {len(done)} of {num_runs} runs ({seconds / 3600:.1f} hours of "
         f"training, code {', '.join(revisions) or 'not run yet'}). A run: {stages}. Every figure below is "
         "made from the runs' `result.json`; nothing is left out but what is said to be."
     )

@@ -11,8 +11,7 @@ appendix B.
 Forward, per layer where there are layers:
 
     encoder     a tile      N (2·3p²·d + layers · 2 (4d² + 2df))  +  layers · 4 N² d
-    ALIGN       a tile      N (2dD + 2DV + 2VD + 4Dk)              W1, logits, expected embedding: the dense form;
-                                                                   k words of the connector's own
+    ALIGN       a tile      N (2dD + 2DV + 2VD)                    W1, logits, expected embedding: the dense form
     MLP         a tile      N (2dD + 2D²)
     Ovis        a tile      N (2dK + 2KD)
     H-Reducer   a tile      N' (2wd² + 2dD)                        windows of w features; N' as `tokens_per_tile`
@@ -134,8 +133,7 @@ def _connector(config: AlignVLMConfig, flow: _Flow) -> float:
         case AlignConfig():
             words = connector.vocab_size or config.language.vocab_size
             mix = _product(2 * words * width)(weights=flow.language, inputs=flow.visual)  # the decoder's embeddings
-            own = later(4 * connector.num_extra_words * width)
-            return patches * (first(2 * source * width) + later(2 * width * words) + mix + own)
+            return patches * (first(2 * source * width) + later(2 * width * words) + mix)
         case MLPConfig():
             return patches * (first(2 * source * width) + later(2 * width**2))
         case OvisConfig():

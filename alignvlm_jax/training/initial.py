@@ -1,7 +1,6 @@
 """What stage 1 starts from: pre-trained backbones, a fresh connector, and ALIGN's W2 a copy of the LM head; or all the
 weights of a checkpoint (`config.init_from`)."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -82,12 +81,7 @@ def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
             f"config.model.newline is {config.model.newline}, but {config.init_from} has been trained "
             f"{'with' if source.newline else 'without'} one: take its tiling rule"
         )
-    model, number = config.model, getattr(config.model.connector, "num_extra_words", 0)
-    added = number and not getattr(source.connector, "num_extra_words", 0)
-    if added:  # They can be given to an ALIGN that was trained without them.
-        model = dataclasses.replace(model, connector=dataclasses.replace(model.connector, num_extra_words=0))
     for part in PARTS:
         path = f"config.model.{part}"
-        assemble.check_same_model(path, getattr(model, part), getattr(source, part), config.init_from)
-    params = weights.restore_params(config.init_from, mesh)
-    return assemble.with_extra_words(config.model, params, mesh) if added else params
+        assemble.check_same_model(path, getattr(config.model, part), getattr(source, part), config.init_from)
+    return weights.restore_params(config.init_from, mesh)

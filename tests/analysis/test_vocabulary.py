@@ -27,8 +27,7 @@ from alignvlm_jax.inference.reader import load
 from alignvlm_jax.interop.export import export_alignvlm
 from alignvlm_jax.interop.import_pytorch import import_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM
-from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
-from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
+from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.training import initial
 from tests.analysis.subjects import random_reader, records
 from tests.interop.exported import assert_same_weights, make_checkpoint, read_weights
@@ -70,35 +69,6 @@ def test_use_is_p_averaged_over_real_patches(reader, use):
     np.testing.assert_array_equal(mean_distribution(reader, records(), pages=PAGES), use.mean)
 
 
-def test_mass_on_words_of_the_connectors_own_is_missing_from_the_shares():
-    reader = random_reader(AlignConfig(vocab_scale_init=2.0, num_extra_words=6))
-    model, variables = AlignVLM(reader.config), reader.generator.variables
-    variables["params"]["connector"]["extra_words"]["bias"] += 8.0
-    use = vocabulary_use(reader, records(), pages=PAGES)
-
-    @jax.jit
-    def own_shares(features):
-        def find(model):
-            connector = model.connector
-            query, *keys, extra = connector.query_and_keys(features, model.language.embedding)
-            options = {"eps": connector.config.layer_norm_eps, "statistics": connector.statistics()}
-            values = connector.values(model.language.embedding)
-            _, summary = vocabulary_attention(query, *keys, values, normalizers=True, **options)
-            return extra.share(query, summary)
-
-        return model.apply(variables, method=find)
-
-    found = []
-    for tiles, valid_hw in tile_batches(reader, records(), PAGES, title="tiles"):
-        found.append(np.asarray(own_shares(encode(model, variables, tiles, valid_hw)))[valid_hw[0, :, 0] > 0])
-    own = np.concatenate(found).mean(dtype=np.float64)
-    assert 0.01 < own < 0.99 and use.own_words == pytest.approx(own, rel=1e-3)
-    assert use.mean.sum() == pytest.approx(1 - own, abs=1e-5)
-    report = vocabulary.VocabularyReport(use, [("a", 0.1)], [], [])
-    text = vocabulary.describe({"ALIGN": report}, "train", "heldout")
-    assert f"Words of the connector's own have {use.own_words:.4f}" in text
-
-
 def test_figures_of_a_distribution():
     use = VocabularyUse(np.array([0.05, 0.5, 0.0, 0.25, 0.2]), 1.5, 10, 1)
     assert [use.words_for(mass) for mass in (0.5, 0.51, 0.75, 0.95, 0.951, 1.0)] == [1, 2, 2, 3, 4, 4]
@@ -107,11 +77,6 @@ def test_figures_of_a_distribution():
     assert use.kept_mass(3) == pytest.approx(0.95)
     uniform = VocabularyUse(np.full(8, 1 / 8), 8.0, 10, 1)
     assert uniform.effective_of_mean == pytest.approx(8)
-    with_own = VocabularyUse(use.mean * 0.8, 1.5, 10, 1)
-    assert with_own.own_words == pytest.approx(0.2) and use.own_words == pytest.approx(0)
-    assert with_own.words_for(0.951) == 4 and with_own.kept_mass(3) == pytest.approx(0.95)
-    assert with_own.effective_of_mean == pytest.approx(use.effective_of_mean)
-    assert with_own.top(1) == [(1, pytest.approx(0.4))]
     assert vocabulary.default_sizes(uniform) == [1, 2, 4, 8]
     assert vocabulary.default_sizes(use) == [1, 3, 4, 5] and use.words_for(0.9) == 3
 

@@ -91,6 +91,19 @@ def test_another_connector_takes_its_own_fields():
     assert load_config(NANO, ["model.connector.vocab_scale_init=1.5"]).model.connector.vocab_scale_init == 1.5
 
 
+def test_a_removed_option_is_dropped_if_it_was_off():
+    """Configs and checkpoints of earlier versions hold the key; that another value is refused is tested below."""
+    config = load_config(NANO)
+    raw = config_to_dict(config)
+    raw["model"]["connector"]["num_extra_words"] = 0
+    assert config_from_dict(raw) == config == load_config(NANO, ["model.connector.num_extra_words=0"])
+    raw["model"]["connector"]["num_extra_words"] = 3
+    match = r"^config\.model\.connector\.num_extra_words: .*number 3: .*removed.*$"
+    with pytest.raises(UserError, match=match) as refusal:
+        config_from_dict(raw)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [
@@ -102,7 +115,7 @@ def test_another_connector_takes_its_own_fields():
         ("stages.first.steps=1", ["config.stages.first", "3 entries: 0 to 2"]),
         ("model.connector.vocab_scale=1", ["config.model.connector.vocab_scale:", "'vocab_scale_init'"]),
         ("seed.x=1", ["config.seed.x", "single value"]),
-        ("model.connector.num_extra_words=-1", ["config.model.connector.num_extra_words", "0 (none) or more"]),
+        ("model.connector.num_extra_words=128", ["config.model.connector.num_extra_words", "removed", "number 128"]),
         # A wrong type: what was expected.
         ("seed=one", ["config.seed", "a whole number", "the string 'one'"]),
         ("stages.0.steps=2.5", ["config.stages.0.steps", "a whole number", "2.5"]),

@@ -18,7 +18,7 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_paramete
 from alignvlm_jax.parallel import sharding
 
 CONNECTORS = {
-    "align": {"vocab_size": 480, "num_extra_words": 3},
+    "align": {"vocab_size": 480},
     "mlp": {},
     "ovis": {"num_words": 24},
     "h_reducer": {"window": 3},

@@ -78,6 +78,22 @@ def test_there_and_back_is_bit_exact_both_ways(connector, dtype, tmp_path):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_removed_option_is_dropped_if_it_was_off(number, edited, checkpoint, tmp_path):
+    """Folders of earlier versions hold the key, both in config.json and in the exported run's config."""
+    file = edited / "config.json"
+    _edit_json(file, connector_config={**json.loads(file.read_text())["connector_config"], "num_extra_words": number})
+    if number:
+        _refused(r"config\.json.* config\.model\.connector\.num_extra_words: .*number 3", edited, tmp_path)
+        with pytest.raises(ValueError, match="num_extra_words was removed, expected 0, got 3"):
+            transformers.AutoConfig.from_pretrained(edited, trust_remote_code=True)
+        return
+    import_alignvlm(edited, tmp_path / "back")
+    assert ParameterReader(tmp_path / "back").config == ParameterReader(checkpoint).config
+    config = transformers.AutoConfig.from_pretrained(edited, trust_remote_code=True)
+    assert "num_extra_words" not in config.connector_config
+
+
 def test_the_tokenizer_comes_back(checkpoint, folder, tmp_path):
     import_alignvlm(folder, tmp_path / "back")
     before, after = nano_tokenizer(), ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")

@@ -26,7 +26,6 @@ from alignvlm_jax.models.vision import VisionConfig
 CONNECTORS = {
     "align": AlignConfig(),
     "align_plain": AlignConfig(use_bias=False, vocab_size=40),
-    "align_extra": AlignConfig(num_extra_words=3),
     "mlp": MLPConfig(),
     "ovis": OvisConfig(num_words=20),
     "h_reducer": HReducerConfig(window=3),

@@ -16,13 +16,6 @@ def scores(q, keys, scale, bias, eps=1e-5):
     return normed * scale + bias
 
 
-def normalizers(q, keys, scale, bias, eps=1e-5):
-    """log of the softmax's denominator, and the LayerNorm's mean and inverse deviation."""
-    logits = q @ keys.T
-    rate = 1 / jnp.sqrt(jnp.var(logits, axis=-1) + eps)
-    return jax.nn.logsumexp(scores(q, keys, scale, bias, eps), axis=-1), jnp.mean(logits, axis=-1), rate
-
-
 def vocabulary_attention(q, keys, scale, bias, values, eps=1e-5):
     return jax.nn.softmax(scores(q, keys, scale, bias, eps), axis=-1) @ values
 

@@ -184,34 +184,6 @@ def test_what_is_said_of_p_leaves_the_gradient_alone():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(arguments[0]), plain, rtol=1e-5, atol=1e-6)
 
 
-# 3 queries: statistics from another pass; 60: from the covariance; or they are given, and the keys frozen.
-@pytest.mark.parametrize(("shape", "frozen"), [((3,), False), ((3, 20), False), ((3, 20), True)])
-def test_normalizers_and_every_gradient_through_them(shape, frozen):
-    """Beside the result, as the connector with words of its own uses them."""
-    arguments = inputs(shape)
-    rows = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 12)), jnp.float32)
-    wanted_of = (0, 2, 3, 4) if frozen else range(5)
-
-    def loss_of(value, found):
-        others = sum(jnp.sum(jnp.sin(leaf) * rows[..., i]) for i, leaf in enumerate(found))
-        return jnp.sum(value * rows) + others, found
-
-    def ours(*arguments):
-        statistics = vocabulary_statistics(arguments[1]) if frozen else None
-        options = dict(normalizers=True, block_size=32, statistics=statistics)
-        value, summary = vocabulary_attention(*arguments, **options)
-        found = summary.normalizers
-        return loss_of(value, (found.log_sum, found.mean, found.rate))
-
-    def theirs(*arguments):
-        return loss_of(dense.vocabulary_attention(*arguments), dense.normalizers(*arguments[:4]))
-
-    got, found = jax.jit(jax.grad(ours, wanted_of, has_aux=True))(*arguments)
-    wanted, wanted_found = dense.in_float64(jax.grad(theirs, wanted_of, has_aux=True), *arguments)
-    for leaf, want in zip((*found, *got), (*wanted_found, *wanted), strict=True):
-        assert dense.distance(leaf, want) <= TOLERANCE
-
-
 @pytest.mark.parametrize("block_size", [32, None])
 def test_usage_is_the_weighted_sum_of_p(block_size):
     q, keys, scale, bias, _ = inputs((3, 5))

@@ -94,36 +94,6 @@ def test_attention_is_that_of_one_device(mesh, rows, length, words):
         assert dense.distance(got, want) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("length", "words"), [(16, 96), (2, 96)])
-def test_gradients_through_the_normalizers_are_those_of_one_device(mesh, length, words):
-    arrays = attention_inputs(8, length, words)
-    placed = place(mesh, arrays, words)
-
-    def joined(attention):
-        def run(*arrays):
-            def loss(*inputs):
-                value, normalizers = attention(*inputs)
-                others = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(normalizers))
-                return jnp.sum(value * arrays[5]) + others
-
-            return jax.value_and_grad(loss, range(5))(*arrays[:5])
-
-        return run
-
-    def streamed(*inputs):
-        value, summary = streamed_attention(*inputs, normalizers=True)
-        return value, summary.normalizers
-
-    def plain(*inputs):
-        return dense.vocabulary_attention(*inputs), dense.normalizers(*inputs[:4])
-
-    value, gradients = compile_on(mesh, joined(streamed), placed, 5)(*placed)
-    wanted, wanted_gradients = dense.in_float64(joined(plain), *arrays)
-    np.testing.assert_allclose(value, wanted, rtol=TOLERANCE)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert dense.distance(got, want) <= TOLERANCE
-
-
 def test_summary_and_statistics_are_those_of_one_device(mesh):
     *arrays, _ = attention_inputs(8, 4, 96)
     p = dense.in_float64(lambda *a: jax.nn.softmax(dense.scores(*a)), *arrays[:4])

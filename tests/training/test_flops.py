@@ -16,7 +16,7 @@ import pytest
 
 from alignvlm_jax.models import connectors, language, vision
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
-from alignvlm_jax.ops.vocabulary_attention import Normalizers, VocabularySummary
+from alignvlm_jax.ops.vocabulary_attention import VocabularySummary
 from alignvlm_jax.training import train_step
 from alignvlm_jax.training.flops import train_flops
 from tests.ops import dense
@@ -32,7 +32,6 @@ LANGUAGE = language.LanguageConfig(
 )
 CONNECTORS = {
     "align": connectors.AlignConfig(vocab_size=4000),
-    "align_extra": connectors.AlignConfig(vocab_size=1000, num_extra_words=1000),
     "mlp": connectors.MLPConfig(),
     "perceiver": connectors.PerceiverConfig(depth=2),
     "ovis": connectors.OvisConfig(num_words=3000),
@@ -89,7 +88,7 @@ def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="
 
 def dense_vocabulary_attention(q, keys, scale, bias, values, **options):
     mixed = dense.vocabulary_attention(q, keys, scale, bias, values)
-    return mixed, VocabularySummary(Normalizers(*[jnp.zeros(q.shape[:-1])] * 3), entropy=jnp.zeros(q.shape[:-1]))
+    return mixed, VocabularySummary(entropy=jnp.zeros(q.shape[:-1]))
 
 
 def dense_loss(hidden, head, targets, weights, **options):

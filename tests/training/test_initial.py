@@ -128,29 +128,6 @@ def test_every_connector_goes_on_from_a_checkpoint(tmp_path, connector):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_a_trained_align_can_be_given_words_of_its_own(tmp_path):
-    config = exported.tiny_config("align")
-
-    def with_words(number, **fields):
-        connector = dataclasses.replace(config.model.connector, num_extra_words=number)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector), **fields)
-
-    params = exported.random_params(with_words(0).model)
-    write_checkpoint(tmp_path / "before", with_words(0), params, exported.nano_tokenizer(), history=[])
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    grown = initial_parameters(with_words(3, init_from=str(tmp_path / "before")), mesh)
-    extra = grown["connector"].pop("extra_words")
-    jax.tree.map(np.testing.assert_array_equal, grown, params)
-    np.testing.assert_allclose(extra["values"], params["language"]["embedding"][:3], rtol=1e-6)
-    assert extra["keys"].sharding.spec == jax.P(None, "fsdp")
-    # Who has words of its own cannot be given others, nor lose them.
-    grown["connector"]["extra_words"] = extra
-    write_checkpoint(tmp_path / "after", with_words(3), grown, exported.nano_tokenizer(), history=[])
-    for number in (0, 4):
-        with pytest.raises(UserError, match="num_extra_words"):
-            initial_parameters(with_words(number, init_from=str(tmp_path / "after")), mesh)
-
-
 def test_a_missing_backbone_is_named(backbones, tmp_path):
     shutil.copytree(backbones[0] / "vision", tmp_path / "vision")
     with pytest.raises(UserError, match=f"{tmp_path}/language is not a language backbone"):

@@ -11,7 +11,6 @@ function showFacts() {
   $("layers").hidden = data.layers.length < 2;
 
   const attributed = data.questions.filter((question) => question.maps);
-  $("own-words").hidden = !data.ownWords;
   $("attributed").hidden = !attributed.length;
   const facts = {
     vocabulary: text.vocabulary.toLocaleString("en"),
@@ -19,7 +18,6 @@ function showFacts() {
     floor: `${(text.floor * 100).toPrecision(1)}\u00a0%`,
     known: percent(entryShare.reduce((sum, share) => sum + share, 0) / TOTAL),
     unheld: percent(unheld()),
-    ownWords: data.ownWords,
     steps: attributed[0]?.steps,
     missing: percent(Math.max(0, ...attributed.map((question) => question.missing))),
   };

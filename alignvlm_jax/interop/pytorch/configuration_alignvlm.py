@@ -16,7 +16,7 @@
       "vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, ...},
       "text_config": {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {...}, ...},
       "connector_config": {"name": "align", "vocab_scale_init": 2.0, "use_bias": true, "layer_norm_eps": 1e-05,
-                           "vocab_size": null, "num_extra_words": 0, "kept_words": null},
+                           "vocab_size": null, "kept_words": null},
       "newline": false,
       "image_token_id": 128011,
       "tie_word_embeddings": true,
@@ -68,6 +68,9 @@ class AlignVLMConfig(PretrainedConfig):
         self.vision_config = vision_config
         self.text_config = text_config
         self.connector_config = dict(connector_config or {"name": "align"})
+        # Folders exported by earlier versions hold the key of an option that has since been removed.
+        if removed := self.connector_config.pop("num_extra_words", 0):
+            raise ValueError(f"connector_config: num_extra_words was removed, expected 0, got {removed}")
         self.newline = newline
         self.image_token_id = image_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

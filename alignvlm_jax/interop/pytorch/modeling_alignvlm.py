@@ -6,7 +6,7 @@ ALIGN turns every visual feature f into a distribution over the LLM's own words,
     F' = P · E_text                            a point in the convex hull of the text embeddings
 
 It is attention over the vocabulary (queries LN_D(W1 f), keys W2, values E_text) and is computed like it: in blocks, the
-whole T x V array never existing, neither at inference (`_stream_words`) nor in training (`_checkpoint_tokens`).
+whole T x V array never existing, neither at inference (`_stream_words`) nor in training (`_checkpoint_queries`).
 Source: arXiv 2502.01341, section 3.
 
 Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T = M * N visual features, d encoder width,
@@ -85,72 +85,52 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
 
     The factors of both products have the dtype of `query`, or that of autocast where it is on; so has the result.
     """
-    return attend_words(query, words)[0]
-
-
-def attend_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`expected_embedding`; and of each query, float32 [T], the log of the softmax's denominator and LN_V's mean and
-    inverse deviation: what further words need to join the softmax."""
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query = query.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             return _checkpoint_queries(query, words)
-        parts = [_stream_words(part, words) for part in query.split(_MAX_QUERIES)]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return torch.cat([_stream_words(part, words) for part in query.split(_MAX_QUERIES)])
 
 
-def word_distribution(query: torch.Tensor, words: Words, extra: "ExtraWords | None" = None) -> torch.Tensor:
-    """P itself, float32 [T, V]: for analyses of a few tiles. Words beside these have what is missing to 1."""
+def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
+    """P itself, float32 [T, V]: for analyses of a few tiles."""
     everything = slice(0, words.size)
-    logits = matmul_float32(query, words.keys(everything).to(query).T)
-    moments = _moments(query, logits, words)
-    scores = _norm_of_logits(logits, moments, *words.norm(everything), words)
-    if extra is not None:
-        scores = torch.cat([scores, extra.scores(query, *moments)], dim=-1)
-    return F.softmax(scores, dim=-1)[:, : words.size]
+    scores = _scores(query, words.keys(everything).to(query), *words.norm(everything), words)
+    return F.softmax(scores, dim=-1)
 
 
-def _checkpoint_queries(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]:
+def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
     """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
     everything = slice(0, words.size)
     keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
 
     def attend(query, keys, scale, bias, values):
-        logits = matmul_float32(query, keys.T)
-        moments = _moments(query, logits, words)
-        scores = _norm_of_logits(logits, moments, scale, bias, words)
-        expected = matmul_float32(F.softmax(scores, dim=-1).to(values.dtype), values).to(query.dtype)
-        return expected, torch.logsumexp(scores, dim=-1), *moments
+        p = F.softmax(_scores(query, keys, scale, bias, words), dim=-1)
+        return matmul_float32(p.to(values.dtype), values).to(query.dtype)
 
     blocks = query.split(max(1, _MAX_LOGITS // words.size))
-    parts = [
-        checkpoint(attend, block, keys, scale, bias, values, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks
-    ]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(
+        [
+            checkpoint(attend, block, keys, scale, bias, values, use_reentrant=False, preserve_rng_state=False)
+            for block in blocks
+        ]
+    )
 
 
-def _norm_of_logits(logits, moments, scale, bias, words) -> torch.Tensor:
+def _scores(query, keys, scale, bias, words) -> torch.Tensor:
+    """LN_V of the logits of queries [T, D] for all words, [T, V]."""
+    logits = matmul_float32(query, keys.T)
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
     if words.moments is None:
         return F.layer_norm(logits, logits.shape[-1:], scale, bias, words.eps)
-    mean, inverse_deviation = (moment[:, None] for moment in moments)
-    return (logits - mean) * inverse_deviation * scale + bias
+    mean, variance = words.moments(query)
+    return (logits - mean) * torch.rsqrt(variance + words.eps) * scale + bias
 
 
-def _moments(query, logits, words) -> tuple[torch.Tensor, torch.Tensor]:
-    """LN_V's mean and inverse deviation, [T]."""
-    if words.moments is None:
-        variance, mean = torch.var_mean(logits, dim=-1, correction=0)
-    else:
-        mean, variance = (moment[:, 0] for moment in words.moments(query))
-    return mean, torch.rsqrt(variance + words.eps)
-
-
-def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]:
+def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
     """A block of V at a time: a first pass for LN_V's statistics, a second for softmax and expectation.
 
     The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
@@ -189,8 +169,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> tuple[torch.Tensor, ...]
         total = total * correction + weights.sum(dim=-1, keepdim=True)
         expected = expected * correction + matmul_float32(weights.to(dtype), words.values(block).to(query))
         maximum = new_maximum
-    normalizers = maximum + total.log(), mean, inverse_deviation
-    return (expected / total).to(dtype), *(normalizer.squeeze(-1) for normalizer in normalizers)
+    return (expected / total).to(dtype)
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -249,34 +228,6 @@ class WordNorm(nn.Module):
         return self.weight[block], self.bias[block]
 
 
-class ExtraWords(nn.Module):
-    """A few words of the connector's own, which join the softmax over the vocabulary under LN_V's mean and deviation:
-    their keys, scales, biases and values."""
-
-    def __init__(self, num_words: int, width: int, initial_scale: float):
-        super().__init__()
-        self.keys = nn.Parameter(torch.empty(num_words, width))
-        self.scale = nn.Parameter(torch.empty(num_words))
-        self.bias = nn.Parameter(torch.empty(num_words))
-        self.values = nn.Parameter(torch.empty(num_words, width))
-        self.initial_scale = initial_scale
-
-    def scores(self, query: torch.Tensor, mean: torch.Tensor, inverse_deviation: torch.Tensor) -> torch.Tensor:
-        """[T, k], float32."""
-        logits = matmul_float32(query, self.keys.to(query).T)
-        normed = (logits - mean[:, None]) * inverse_deviation[:, None]
-        return normed * self.scale.to(normed) + self.bias.to(normed)
-
-    def forward(self, query: torch.Tensor, expected: torch.Tensor, log_sum, mean, inverse_deviation) -> torch.Tensor:
-        """Mixes the expected embedding over the vocabulary with that over these words."""
-        query = query.to(expected.dtype)
-        with torch.autocast(query.device.type, enabled=False):
-            scores = self.scores(query, mean, inverse_deviation)
-            share = torch.sigmoid(torch.logsumexp(scores, dim=-1) - log_sum)[:, None]
-            own = matmul_float32(F.softmax(scores, dim=-1).to(query), self.values.to(query))
-            return ((1 - share) * expected.to(own) + share * own).to(expected.dtype)
-
-
 class KeyStatistics(nn.Module):
     """Mean and covariance of the rows that LN_V normalises over in a pruned model; float32 in a model of any dtype."""
 
@@ -309,26 +260,17 @@ class AlignConnector(nn.Module):
         self.hidden_norm = nn.LayerNorm(width, eps=self.eps)
         self.w2 = WordTable(self.num_words, width)
         self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
-        num_extra_words = fields.get("num_extra_words", 0)
-        self.extra_words = None
-        if num_extra_words:
-            self.extra_words = ExtraWords(num_extra_words, width, fields["vocab_scale_init"])
         self.register_buffer("word_ids", None if kept is None else torch.arange(kept, dtype=torch.int32))
         self.key_statistics = None if kept is None else KeyStatistics(width)
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         query, words = self.query(features), self.words(embed_words)
-        flat = query.flatten(0, 1)
-        expected, *normalizers = attend_words(flat, words)
-        if self.extra_words is not None:
-            expected = self.extra_words(flat, expected, *normalizers)
-        return expected.view(query.shape)
+        return expected_embedding(query.flatten(0, 1), words).view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
         """P for every feature, float32 [M, N, V] (of a pruned model's own words): for analyses of a few tiles."""
         query = self.query(features)
-        p = word_distribution(query.flatten(0, 1), self.words(), self.extra_words)
-        return p.view(*query.shape[:2], -1)
+        return word_distribution(query.flatten(0, 1), self.words()).view(*query.shape[:2], -1)
 
     def query(self, features: torch.Tensor) -> torch.Tensor:
         return self.hidden_norm(self.w1(features))
@@ -575,11 +517,6 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, WordTable):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, ExtraWords):
-            init.normal_(module.keys, std=0.02)
-            init.constant_(module.scale, module.initial_scale)
-            init.zeros_(module.bias)
-            init.normal_(module.values, std=0.02)
         elif isinstance(module, AlignConnector) and module.word_ids is not None:
             init.copy_(module.word_ids, torch.arange(module.num_words))
         elif isinstance(module, KeyStatistics):

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from alignvlm_jax.models import layers
-from alignvlm_jax.models.connectors.extra_words import ExtraWords
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary, vocabulary_attention, vocabulary_usage
 from alignvlm_jax.ops.vocabulary_statistics import VocabularyStatistics
@@ -48,7 +47,6 @@ class AlignConfig:
       layer_norm_eps: epsilon of both LayerNorms.
       vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original
         vocabulary when special tokens were added behind it.
-      num_extra_words: learned words of the connector's own beside the vocabulary (`extra_words.py`); not in the paper.
       kept_words: k, where the model is pruned to so many of those words; None is all of them.
     """
 
@@ -56,7 +54,6 @@ class AlignConfig:
     use_bias: bool = True
     layer_norm_eps: float = 1e-5
     vocab_size: int | None = None
-    num_extra_words: int = 0
     kept_words: int | None = None
 
 
@@ -78,11 +75,8 @@ class AlignConnector(nn.Module):
     def describe(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
     ) -> tuple[Float[Array, "B N D"], VocabularySummary]:
-        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table.
-
-        With words of the connector's own, the entropy is that over both kinds; they are never among the likeliest.
-        """
-        query, keys, scale, bias, extra = self.query_and_keys(features, text_embedding)
+        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table."""
+        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         tokens, summary = vocabulary_attention(
             query,
             keys,
@@ -91,22 +85,19 @@ class AlignConnector(nn.Module):
             self.values(text_embedding),
             eps=self.config.layer_norm_eps,
             statistics=self.statistics(),
-            normalizers=extra is not None,
             entropy=True,
             top_k=top_k,
             mesh_axes=layers.vocabulary_mesh(),
         )
         if top_k and self.config.kept_words is not None:
             summary = summary.replace(top_ids=self._parameter("word_ids")[summary.top_ids])
-        if extra is not None:
-            tokens, summary = extra.join(query, tokens, summary)
         return tokens, summary
 
     @nn.compact
     def query_and_keys(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "V D"], Float[Array, " V"], Float[Array, " V"], ExtraWords | None]:
-        """LN_D(W1 f) [B, N, D], W2 [V, D], LN_V's scale and bias [V], and the connector's own words or None."""
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "V D"], Float[Array, " V"], Float[Array, " V"]]:
+        """LN_D(W1 f) [B, N, D], W2 [V, D], and LN_V's scale and bias [V]."""
         config, width = self.config, self.output_size
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
@@ -120,10 +111,7 @@ class AlignConnector(nn.Module):
             self.param("word_ids", nn.with_logical_partitioning(_first_words, (None,)), vocab_size)
             layers.param(self, "key_mean", nn.initializers.zeros, (None,), (width,))
             layers.param(self, "key_covariance", nn.initializers.zeros, (None, None), (width, width))
-        extra = None
-        if config.num_extra_words:
-            extra = ExtraWords.declare(config.num_extra_words, width, config.vocab_scale_init)
-        return query, keys, scale, bias, extra
+        return query, keys, scale, bias
 
     def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
         """The embeddings of the words that P ranges over; once `query_and_keys` has been called."""
@@ -143,8 +131,8 @@ class AlignConnector(nn.Module):
     def log_distribution(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
     ) -> Float[Array, "B N V"]:
-        """log P for every feature and word, float32; the connector's own words have what is missing to 1."""
-        query, keys, scale, bias, extra = self.query_and_keys(features, text_embedding)
+        """log P for every feature and word, float32."""
+        query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.statistics()
         if statistics is None:
@@ -153,21 +141,16 @@ class AlignConnector(nn.Module):
             mean, variance, _ = statistics.moments(query)
         rate = jax.lax.rsqrt(variance + eps)
         scores = (logits - mean[..., None]) * rate[..., None] * scale + bias
-        if extra is not None:
-            scores = jnp.concatenate([scores, extra.scores(query, mean, rate)], axis=-1)
-        return jax.nn.log_softmax(scores, axis=-1)[..., : len(keys)]
+        return jax.nn.log_softmax(scores, axis=-1)
 
     def usage(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], weights: Float[Array, "B N"]
     ) -> Float[Array, " V"]:
-        """Sum over features of weight * P; of the words of the vocabulary alone."""
-        *query_and_keys, extra = self.query_and_keys(features, text_embedding)
-        options = dict(eps=self.config.layer_norm_eps, statistics=self.statistics())
-        if extra is not None:
-            values = self.values(text_embedding)
-            _, summary = vocabulary_attention(*query_and_keys, values, normalizers=True, **options)
-            weights = weights * (1 - extra.share(query_and_keys[0], summary))
-        return vocabulary_usage(*query_and_keys, weights=weights, **options)
+        """Sum over features of weight * P."""
+        query_and_keys = self.query_and_keys(features, text_embedding)
+        return vocabulary_usage(
+            *query_and_keys, weights=weights, eps=self.config.layer_norm_eps, statistics=self.statistics()
+        )
 
 
 def _first_words(rng: PRNGKeyArray, number: int) -> Int[Array, " k"]:

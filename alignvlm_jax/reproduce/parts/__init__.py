@@ -28,6 +28,11 @@ def named(name: str) -> Part:
     raise UserError(f"--only: no part {name!r}: one of {', '.join(part.name for part in PARTS)}")
 
 
+def closed_jobs(options: Options) -> list[Job]:
+    """Jobs of closed experiments: never run, and reported only where they have results."""
+    return [job for part in PARTS if part.closed_jobs is not None for job in part.closed_jobs(options)]
+
+
 def all_jobs(options: Options, only: Sequence[str] = ()) -> list[Job]:
     """Every job there is, or those of some parts with what they need, in the order in which they are done.
 

@@ -2,8 +2,8 @@
 
 Every run is one of the recipe's, from the backbones on, but on pages of names and ordinary documents mixed; every page
 of names comes once. Which name is common is drawn by lot anew for each seed, so the seeds' names are different names.
-Two options are compared: words of ALIGN's own, which are trained, and several looks at each page, which the trained
-models are asked with once more.
+One option is compared: several looks at each page, which the trained models are asked with once more. Another, words
+of ALIGN's own, has been removed: its results, where there are some, are still reported, and no new ones are made.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ from alignvlm_jax.reproduce.parts import tuning
 from alignvlm_jax.reproduce.statistics import Estimate, estimate, verdict
 from alignvlm_jax.reproduce.work import Work, digits
 
-EXTRA_WORDS = 128
 VIEWS = 4
 GROUPS = 12
 _LARGEST_SHARE = 0.6  # of the pages; with the recipe's 2,400 all of the names' fit
@@ -36,7 +35,7 @@ class Variant(NamedTuple):
     """Who is asked.
 
     connector: which.
-    words: of its own, beside the vocabulary.
+    words: of its own, beside the vocabulary; an experiment that is closed (docs/rare_names.md).
     views: how often each page is looked at; beyond once, the model is that of the variant that looks once.
     """
 
@@ -53,7 +52,7 @@ class Variant(NamedTuple):
 
 
 # In the order of the table, each after the one whose model it asks.
-_ALIGN, _WORDS, _LOOKS = Variant("align"), Variant("align", words=EXTRA_WORDS), Variant("align", views=VIEWS)
+_ALIGN, _WORDS, _LOOKS = Variant("align"), Variant("align", words=128), Variant("align", views=VIEWS)
 _MLP, _MLP_LOOKS = Variant("mlp"), Variant("mlp", views=VIEWS)
 _VARIANTS = (_ALIGN, _WORDS, _LOOKS, _MLP, _MLP_LOOKS)
 _COMPARED = ((_WORDS, _ALIGN), (_LOOKS, _ALIGN), (_MLP, _ALIGN), (_MLP_LOOKS, _MLP))
@@ -90,6 +89,15 @@ def job(variant: Variant, encoder: str, seed: int) -> Job:
 
 def jobs(options: Options) -> list[Job]:
     """On the first encoder alone: the fair one, if it is asked for."""
+    return [job for job in _all_jobs(options) if not job["asked"].words]
+
+
+def closed_jobs(options: Options) -> list[Job]:
+    """The jobs with words of ALIGN's own, an option that has been removed."""
+    return [job for job in _all_jobs(options) if job["asked"].words]
+
+
+def _all_jobs(options: Options) -> list[Job]:
     chosen = [variant for variant in _VARIANTS if variant.connector in recipe.connectors(options)]
     return [job(variant, options.encoders[0], seed) for seed in range(options.seeds) for variant in chosen]
 
@@ -104,7 +112,7 @@ def run(work: Work) -> dict[str, Any]:
             "documents": work.score(reader, work.records("heldout"), limit),
         }
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
-    work.train(mixed(work.experiment(factor=factor), work.job.seed, variant.words))
+    work.train(mixed(work.experiment(factor=factor), work.job.seed))
     reader = work.reader()
     answers = name_answers.ask_names(reader, folder, limit=limit)
     answers = name_answers.read_letters(reader, folder, answers)
@@ -117,8 +125,8 @@ def run(work: Work) -> dict[str, Any]:
     }
 
 
-def mixed(config: ExperimentConfig, seed: int, words: int) -> ExperimentConfig:
-    """The recipe with names mixed in, each page of them once, and with ALIGN's words of its own if there are any."""
+def mixed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
+    """The recipe with names mixed in, each page of them once."""
     pages, names = recipe.pages_seen(config.stages), num_documents("train", GROUPS)
     share, start, stages = min(names / pages, _LARGEST_SHARE), 0, []
     for stage in config.stages:
@@ -128,10 +136,7 @@ def mixed(config: ExperimentConfig, seed: int, words: int) -> ExperimentConfig:
         some = MixturePart(dataset(seed), f"train[{start}:{stop}]", ordinary.task, share)
         stages.append(dataclasses.replace(stage, mixture=(dataclasses.replace(ordinary, weight=1 - share), some)))
         start = stop
-    model = config.model
-    if words:
-        model = dataclasses.replace(model, connector=dataclasses.replace(model.connector, num_extra_words=words))
-    return dataclasses.replace(config, stages=tuple(stages), model=model)
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def pack(answers: Sequence[NameAnswer]) -> list[str]:
@@ -187,7 +192,9 @@ def section(results: Results, folder: Path) -> str:
             rows = summary[which]["by_count"]
             values = [_estimate(row["error"], len(runs), row["questions"]) for row in rows]
             curves[panel][variant.title] = [_place(count) for count in COUNTS], values
-    parts = [_WHAT.format(encoder=ENCODER_TITLES[options.encoders[0]], views=VIEWS), "", *_HEADER, *lines, ""]
+    closed = " (with words of its own: as for ALIGN)" if _runs(results, _WORDS) else ""
+    what = _WHAT.format(encoder=ENCODER_TITLES[options.encoders[0]], views=VIEWS, closed=closed)
+    parts = [what, "", *_HEADER, *lines, ""]
     if lines:
         plots.curves(
             folder / "names.svg",
@@ -205,7 +212,7 @@ _WHAT = (
     "The paper's stated failure: rare names are pulled to commoner ones. Names of six letters or fewer, each printed "
     "on 0, 1, 4, 16, 64 or 256 training pages by lot, half of them with look-alikes one letter apart; held-out pages "
     "ask for all equally often. From the backbones on, on the {encoder}, the recipe's steps on names and documents "
-    "mixed, the rate as tuned for the connector in the main table (with words of its own: as for ALIGN). *{views} "
+    "mixed, the rate as tuned for the connector in the main table{closed}. *{views} "
     "views*: the same models, each page looked at {views} times, moved by parts of a patch, in {views} times the work. "
     "*Rare*: at most once, *common*: 64 times and more. *Taken for*: a name taken for a commoner look-alike : for a "
     "rarer one. *Ends like*: an answer that is no name, but ends as a commoner name does : as a rarer one; and the "
@@ -300,4 +307,4 @@ def _number(found: dict[str, Any], sign: str = "") -> str:
     return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
-PART = Part("names", "Rare names", jobs, run, section, claims)
+PART = Part("names", "Rare names", jobs, run, section, claims, closed_jobs)

@@ -37,7 +37,6 @@ from tests.data.nano_tokenizer import write_chat_folder
 TILING = TilingConfig(tile_size=20, max_tiles=4)
 CONNECTORS = {
     "align": AlignConfig(vocab_size=330),  # fewer words than the table has rows
-    "align_extra": AlignConfig(num_extra_words=5),
     "mlp": MLPConfig(),
     "perceiver": PerceiverConfig(num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20),
     "ovis": OvisConfig(num_words=50),
