@@ -25,7 +25,7 @@ def test_the_list():
         "low_resource": 3 * 2 * 3,
         "vocabulary": 2 * 3,
         "restoration": 6 * 3,
-        "names": 5 * 3,
+        "names": 4 * 3,
         "cost": 6,
     }
 
