@@ -51,6 +51,10 @@ class Progress:
     step_in_stage: int = 0
     train_seconds: float = 0.0
 
+    def next_stage(self) -> "Progress":
+        """Returns the progress at the start of the next stage."""
+        return dataclasses.replace(self, stage=self.stage + 1, step_in_stage=0)
+
 
 def read_meta(step: Path) -> dict[str, Any]:
     """What was saved of a step besides weights: progress, where the data were, metrics, config, versions."""

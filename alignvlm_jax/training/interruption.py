@@ -35,12 +35,12 @@ class Interruption:
     A second SIGTERM does not: where it goes to a whole job, some processes are sent it twice.
 
     Attributes:
-      came: the run is to end.
+      interrupted: the run is to end.
       preempted: because the machine is wanted elsewhere.
     """
 
     def __init__(self):
-        self.came = self.preempted = False
+        self.interrupted = self.preempted = False
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
 
@@ -57,14 +57,14 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.came and number == signal.SIGINT:
+        if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._come(preempted=number == signal.SIGTERM)
 
     def _come(self, preempted: bool) -> None:
-        if self.came:
+        if self.interrupted:
             return
-        self.came, self.preempted = True, preempted
+        self.interrupted, self.preempted = True, preempted
         more = "" if preempted else " (once more to stop at once)"
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
             tqdm.write(f"interrupted: finishing this step and saving{more}")

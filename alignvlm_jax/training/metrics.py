@@ -184,7 +184,7 @@ def speeds(
     return summary | {"steps_per_second": len(steps) * per_second}
 
 
-def line(step: int, stage: str, summary: dict[str, float]) -> str:
+def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
     """The summary in one line of the terminal (here in two; without a known peak there is no MFU):
 
     step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip, MFU

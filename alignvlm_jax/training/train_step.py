@@ -56,6 +56,9 @@ class TrainState(flax.struct.PyTreeNode):
     learning_rates: dict[str, Float[Array, ""]]
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def create_state(stage: stages.StageConfig, params: Params) -> TrainState:
     """The state a stage starts from. Pure: evaluate its shapes, or jit it into shardings."""
     opt_state = stages.stage_optimizer(stage).init(stages.trainable_params(stage, params))
@@ -99,9 +102,7 @@ def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: M
     return TrainState(step, params, opt_state, peak_learning_rates(stage, where.step))
 
 
-def make_train_step(
-    model_config: AlignVLMConfig, stage: stages.StageConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> TrainStep:
     """Makes `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     A step whose loss or gradients are not finite counts as done, but leaves weights and optimizer as they are; its
@@ -178,9 +179,7 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(
-    model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def jit_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainStep:
     """The step compiled for a mesh: the state stays where it lies (and is donated), the bins are spread."""
     where = state_shardings(model_config, stage, mesh)
     return jax.jit(

@@ -152,14 +152,14 @@ def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path
     with pytest.raises(UserError, match="2 updates in a row were skipped by step 4.*anomalies.jsonl"):
         run(tmp_path / "stop", bad=[3, 4], anomalies=AnomalyConfig(max_skipped=2, then="stop"))
     assert find_checkpoint(tmp_path / "stop")[1] == 2
-    with pytest.raises(UserError, match="after going back to step 2 1 times"):
+    with pytest.raises(UserError, match="after 1 rollbacks to step 2"):
         run(tmp_path / "back", bad=range(3, 99), anomalies=AnomalyConfig(max_skipped=2, max_rollbacks=1))
 
 
 def test_going_back_goes_to_before_the_first_failure_however_often_the_run_is_saved(tmp_path):
     """A checkpoint comes due between two failures: to go back to it would be no way out, and would never end."""
     config = AnomalyConfig(max_skipped=3, max_rollbacks=2)
-    with pytest.raises(UserError, match="after going back to step 2 2 times"):
+    with pytest.raises(UserError, match="after 2 rollbacks to step 2"):
         run(tmp_path / "run", bad=range(3, 99), anomalies=config)
 
 
@@ -176,7 +176,7 @@ def test_a_stage_that_failed_and_whose_start_was_not_saved_is_not_trained_as_ano
 
     with monkeypatch.context() as patch:
         patch.setattr(arrays.StepStore, "save", fails_at_the_end_of_stage_one)
-        with pytest.raises(UserError, match=r"the newest checkpoint is one of the stage before \(step 2\)"):
+        with pytest.raises(UserError, match=r"the newest checkpoint belongs to the stage before \(step 2\)"):
             run(tmp_path / "run", bad=range(1, 99), bad_stage=1, stages=stages, anomalies=config)
     result, _ = run(tmp_path / "run", stages=stages, anomalies=config)
     assert result.progress.step == 6
@@ -195,7 +195,7 @@ def test_a_loss_that_jumps_is_reported_with_its_examples(tmp_path):
         loss = 9.0 if step == 50 else 2.0 + 0.1 * rng.normal()
         measured = {"loss": jnp.float32(loss), "skipped": jnp.float32(0)}
         watch.add(step, measured, lambda step=step: [f"page-{step}"])
-        assert not watch.look(before=step)
+        assert not watch.check(before=step)
     assert [entry["step"] for entry in reports(tmp_path)] == [50]
     assert reports(tmp_path)[0] == {"step": 50, "what": "spike", "loss": 9.0, "examples": ["page-50"]}
     assert "step 50: the loss jumped (loss 9, usually 2" in said[0] and "page-50" in said[0]
@@ -203,9 +203,10 @@ def test_a_loss_that_jumps_is_reported_with_its_examples(tmp_path):
 
 def test_what_is_left_out_is_counted_in_batches():
     watch = AnomalyWatch(AnomalyConfig(), None, print)
-    watch.leave_out(0, 100, 107)
-    watch.leave_out(0, 100, 115)  # again: steps 101 to 108 took batches 108 to 115
-    assert watch.num_left_out(0) == 15 and watch.num_left_out(1) == 0 and watch.returns_to(0, 100) == 2
+    watch.skip_batches(0, 100, 107)
+    watch.skip_batches(0, 100, 115)  # again: steps 101 to 108 took batches 108 to 115
+    assert watch.num_skipped_batches(0) == 15 and watch.num_skipped_batches(1) == 0
+    assert watch.num_rollbacks_to(0, 100) == 2
     other = AnomalyWatch(AnomalyConfig(), None, print)
-    other.go_on_from(watch.state())
+    other.load_state(watch.state())
     assert other.state() == watch.state()

@@ -25,6 +25,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import config_changes, loop
+from alignvlm_jax.training.resumption import Resumption
 from alignvlm_jax.training.train_step import abstract_state
 from tests.training.batches import MODEL, random_batch, stage
 
@@ -253,8 +254,10 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
     with Checkpointer(workdir, CONFIG) as checkpointer:
         for mesh in (MeshConfig(2, 2, 2), MeshConfig(4, 1, 2), MeshConfig(8, 1, 1)):
             abstract = abstract_state(MODEL, CONFIG.stages[0], make_mesh(mesh))
-            states.append(checkpointer.restore(progress, abstract.params, abstract.opt_state))
-            wanted_leaves = jax.tree.leaves((abstract.params, abstract.opt_state))
+            resumption = Resumption(CONFIG, CONFIG.stages, make_mesh(mesh), checkpointer, make_params)
+            state = resumption.make_state(progress, params=None)
+            states.append((state.step, state.params, state.opt_state))
+            wanted_leaves = jax.tree.leaves((abstract.step, abstract.params, abstract.opt_state))
             for leaf, wanted in zip(jax.tree.leaves(states[-1]), wanted_leaves, strict=True):
                 assert leaf.sharding == wanted.sharding and leaf.shape == wanted.shape
     first, *others = map(jax.device_get, states)

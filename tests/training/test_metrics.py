@@ -96,15 +96,16 @@ def test_the_line_leaves_out_what_there_is_not():
         "token_fraction": 0.5,
         "learning_rate/vision": 1e-3,
     }
-    line = metrics.line(7, "captions", summary)
+    line = metrics.format_line(7, "captions", summary)
     assert line.startswith("step 7 captions | loss 2.5000") and "400 tokens/s" in line and "words per patch 8.0" in line
     assert "1 tiles/s a chip | 100 TFLOP/s a chip, MFU 50.8 % |" in line
     assert "3 examples refused" in line and "lr 1.0e-03" in line
-    quiet = metrics.line(7, "captions", {**summary, "effective_tokens": math.nan, "refused": 0.0})
+    quiet = metrics.format_line(7, "captions", {**summary, "effective_tokens": math.nan, "refused": 0.0})
     assert "words per patch" not in quiet and "refused" not in quiet
-    assert "waiting" not in line and "12 % of the time waiting" in metrics.line(7, "a", {**summary, "data_wait": 0.12})
+    waiting = metrics.format_line(7, "a", {**summary, "data_wait": 0.12})
+    assert "waiting" not in line and "12 % of the time waiting" in waiting
     del summary["mfu"]
-    assert "100 TFLOP/s a chip | bins" in metrics.line(7, "captions", summary)
+    assert "100 TFLOP/s a chip | bins" in metrics.format_line(7, "captions", summary)
 
 
 def test_waiting_for_data_is_a_share_of_the_time():

@@ -183,7 +183,7 @@ def test_a_second_sigterm_does_not_end_a_save_and_a_second_ctrl_c_does():
     with interruption.Interruption() as flag:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert flag.came and flag.preempted
+        assert flag.interrupted and flag.preempted
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

@@ -1,0 +1,66 @@
+"""Prepares the folder of a run: makes a new one, or checks that the run in it has the same config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignvlm_jax.checkpoints.weights import history_of_run, write_history
+from alignvlm_jax.checkpoints.workdir import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    complete_steps,
+    read_meta,
+)
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.serialization import config_to_json, read_config_json
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.training import config_changes
+from alignvlm_jax.training.experiment_data import TrainingData
+
+
+def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]) -> None:
+    """Writes config, tokenizer and history of a new run, or checks the config of the run that is resumed.
+
+    All processes must call it.
+
+    Args:
+      workdir: folder of the run.
+      config: the experiment.
+      data: its data, which hold the tokenizer.
+      allowed: keys of the config that may differ from those of the run in `workdir`.
+
+    Raises:
+      UserError: if another key differs, if the folder cannot be written, or if the hosts do not share it.
+    """
+    path, steps = workdir / CONFIG_FILE, complete_steps(workdir / CHECKPOINTS_FOLDER)
+    is_resumed = bool(steps)
+    is_up_to_date = False
+    text = config_to_json(config)
+    if is_resumed:
+        has_config = path.is_file()
+        if has_config:
+            old = read_config_json(path)
+        else:
+            old = read_meta(workdir / CHECKPOINTS_FOLDER / str(steps[-1]))["config"]
+        changes = config_changes.compare(old, config)
+        distributed.log(config_changes.describe(changes))
+        config_changes.check(changes, allowed, workdir)
+        is_up_to_date = has_config and path.read_text(encoding="utf-8") == text
+    # Every process has read the folder before process 0 writes to it.
+    distributed.gather_json("read")
+    try:
+        # A run that resumes with the same config writes nothing here, so a kill at this point cannot damage it.
+        if distributed.is_primary() and not is_up_to_date:
+            workdir.mkdir(parents=True, exist_ok=True)
+            data.save_tokenizer(workdir / TOKENIZER_FOLDER)
+            if config.init_from is not None and not is_resumed:
+                write_history(workdir, history_of_run(config.init_from))
+            # Renamed when complete: a kill must not leave half a config.
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    distributed.gather_json("written")
+    distributed.require_equal({f"{workdir} is on storage that the host shares with process 0": path.is_file()})

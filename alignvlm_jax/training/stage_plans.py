@@ -1,0 +1,44 @@
+"""Plans the stages of a run: their numbers of steps, and how many microbatches make up a step."""
+
+import dataclasses
+
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.data.planning import StagePlan
+from alignvlm_jax.parallel import distributed
+from alignvlm_jax.training import config_changes
+from alignvlm_jax.training.experiment_data import TrainingData
+
+
+def plan_stages(config: ExperimentConfig, data: TrainingData, checkpointer: Checkpointer) -> list[StagePlan]:
+    """Returns the plans of the newest checkpoint, or new ones if there is none or if stages or data have changed."""
+    progress = checkpointer.latest()
+    stored = checkpointer.data_state(progress) if progress else None
+    if stored is not None:
+        # Compared with the checkpoint's config, not with config.json: that file already holds an allowed change,
+        # even if the run was killed before a checkpoint with new plans was saved.
+        changes = config_changes.compare(checkpointer.config(progress), config)
+        if not any(change.matters and change.key.startswith(("stages", "data")) for change in changes):
+            return [StagePlan(**plan) for plan in stored["plans"]]
+    plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
+    # Every process measures the same examples if every process sees the same data sets.
+    distributed.require_equal({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
+    return plans
+
+
+def planned_stage(config: ExperimentConfig, stage: StageConfig, plan: StagePlan) -> StageConfig:
+    """Returns the stage with its number of steps and of bins per step filled in."""
+    return dataclasses.replace(stage, steps=plan.steps, epochs=None, bins_per_step=_bins_per_step(config, plan))
+
+
+def describe_plan(config: ExperimentConfig, plan: StagePlan) -> str:
+    """Returns a line about the size of a step, printed at the start of a stage."""
+    return (
+        f"a step: {plan.microbatches} x {config.data.packing.bins_per_microbatch} bins, about "
+        f"{plan.examples_per_bin * _bins_per_step(config, plan):.0f} examples ({plan.examples_per_bin:.2f} a bin)"
+    )
+
+
+def _bins_per_step(config: ExperimentConfig, plan: StagePlan) -> int:
+    return plan.microbatches * config.data.packing.bins_per_microbatch

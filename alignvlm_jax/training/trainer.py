@@ -1,0 +1,353 @@
+"""Trains one stage of a run: a step at a time, with checks, logs, scores and checkpoints in between.
+
+The host stays at most one step ahead of the devices. It never waits for the step it has just started: metrics are read
+when they are logged, and anomalies are noticed one step late.
+
+With several processes, all run the same loop and make the same calls in the same order, because many of the calls wait
+for every process.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool
+from tqdm import tqdm
+
+from alignvlm_jax.checkpoints.checkpointer import Checkpointer
+from alignvlm_jax.checkpoints.workdir import Progress
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.data.feeding import BatchIterator
+from alignvlm_jax.data.packing import Batch
+from alignvlm_jax.data.planning import StagePlan
+from alignvlm_jax.data.refusals import RefusalLog
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.alignvlm import Params
+from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.training import debug, metrics
+from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
+from alignvlm_jax.training.interruption import Interruption
+from alignvlm_jax.training.profile import Profiler
+from alignvlm_jax.training.resumption import Resumption
+from alignvlm_jax.training.train_step import (
+    FIELDS,
+    RESAMPLING_FIELDS,
+    Metrics,
+    TrainState,
+    TrainStep,
+    jit_train_step,
+)
+
+
+class _Signals(NamedTuple):
+    """Number of processes that were told to stop before the step: at all, and because of a preemption.
+
+    With several processes these are arrays that are still being computed.
+    """
+
+    interrupted: Any
+    preempted: Any
+
+
+@dataclasses.dataclass
+class _StageRun:
+    """Mutable state of the loop over the steps of one stage.
+
+    Attributes:
+      stage: the stage, with its number of steps known.
+      train_step: its compiled step.
+      batches: its batches.
+      state: weights and optimizer; None only while they are replaced by those of a checkpoint.
+      progress: steps done.
+      last_batch: number of the batch taken last, counted from 1 over the whole stage, skipped batches included.
+      start_time: moment from which training time counts, by `time.monotonic`. It lies in the past by the time of
+        earlier sessions, and is moved forward by the time spent on scoring.
+      measured: metrics of the newest step, on the devices; None before the first step and after a rollback.
+      is_compiled: True once the first step is done.
+    """
+
+    stage: StageConfig
+    train_step: TrainStep
+    batches: BatchIterator
+    state: TrainState | None
+    progress: Progress
+    last_batch: int
+    start_time: float
+    measured: Metrics | None = None
+    is_compiled: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        """True once all steps of the stage are done."""
+        return self.progress.step_in_stage >= self.stage.steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Trains the stages of a run, one call of `train_stage` per stage.
+
+    Attributes:
+      config: the experiment.
+      stages: its stages, with their numbers of steps known.
+      plans: the plans of the stages, saved with every checkpoint.
+      mesh: devices of all processes.
+      resumption: gives the state to continue with after a rollback.
+      checkpointer: saves the run.
+      interruption: tells whether this process was told to stop.
+      profiler: traces some of the steps.
+      refusals: log of the examples that cannot be used.
+      anomalies: watches the loss and the skipped updates.
+      log: log of the metrics.
+      bar: progress bar over all stages.
+      on_step: called after each step with the number of steps done, over all stages.
+      score: scores the weights on the mesh.
+    """
+
+    config: ExperimentConfig
+    stages: list[StageConfig]
+    plans: list[StagePlan]
+    mesh: Mesh
+    resumption: Resumption
+    checkpointer: Checkpointer
+    interruption: Interruption
+    profiler: Profiler
+    refusals: RefusalLog
+    anomalies: AnomalyWatch
+    log: metrics.MetricsLog
+    bar: tqdm
+    on_step: Callable[[int], Any] | None = None
+    score: Callable[[Params, Mesh], Mapping[str, float]] | None = None
+
+    def train_stage(self, state: TrainState, progress: Progress, batches: BatchIterator) -> tuple[TrainState, Progress]:
+        """Trains from `progress` to the end of its stage, and saves.
+
+        Args:
+          state: weights and optimizer at `progress`. They are donated to the first step.
+          progress: steps done.
+          batches: batches of the stage that follow.
+
+        Returns:
+          The state and the progress at the end of the stage.
+
+        Raises:
+          distributed.Interrupted: if a signal came to any process; the run is saved first.
+          UserError: if updates are skipped again and again, or if the run cannot be saved.
+        """
+        run = self._start_stage(state, progress, batches)
+        while not run.is_finished:
+            batch, data_seconds = self._next_batch(run)
+            # Before the step is started, so that computing the sums does not wait for it.
+            counts, signals = self._exchange_signals(batch)
+            # Copied to the devices while they still compute the previous step.
+            device_batch = sharding.shard_batch({name: batch[name] for name in self._fields}, self.mesh)
+            self._run_step(run, device_batch)
+            has_failed = self._check_anomalies(run, batch, device_batch)
+            self._log_step(run, counts, data_seconds)
+            if self.on_step:
+                self.on_step(run.progress.step)
+            stop = self._should_stop(signals)
+            if not stop and self._maybe_score(run):
+                stop = self._should_stop(signals)  # a signal may have come in the meantime
+            has_failed = has_failed or self._maybe_save(run, must_save=run.is_finished or stop is not None)
+            if has_failed:
+                self._roll_back(run)
+            elif stop:
+                self._finish_saving(run)
+                raise stop
+        return run.state, run.progress
+
+    def _start_stage(self, state: TrainState, progress: Progress, batches: BatchIterator) -> _StageRun:
+        stage = self.stages[progress.stage]
+        self.bar.set_description(stage.name)
+        run = _StageRun(
+            stage,
+            jit_train_step(self.config.model, stage, self.mesh),
+            batches,
+            state,
+            progress,
+            last_batch=progress.step_in_stage + self.anomalies.num_skipped_batches(progress.stage),
+            start_time=time.monotonic() - progress.train_seconds,
+        )
+        self.log.begin_stage(metrics.step_flops(self.config.model, stage))
+        return run
+
+    def _next_batch(self, run: _StageRun) -> tuple[Batch, float]:
+        """Returns the next batch on the host, and the seconds that the loop waited for it."""
+        start_time = time.monotonic()
+        batch = next(run.batches)
+        run.last_batch += 1
+        return batch, time.monotonic() - start_time
+
+    def _exchange_signals(self, batch: Batch) -> tuple[dict[str, Any], _Signals]:
+        """Adds up over all processes what each counted in its rows of the batch, and the signals that came to it.
+
+        With several processes the sums are arrays that are still being computed: nothing waits here.
+        """
+        sums = distributed.sum_over_processes(
+            {
+                **_batch_counts(batch, self._counted_rows),
+                "interrupted": float(self.interruption.interrupted),
+                "preempted": float(self.interruption.preempted),
+            }
+        )
+        signals = _Signals(sums.pop("interrupted"), sums.pop("preempted"))
+        return sums, signals
+
+    def _run_step(self, run: _StageRun, device_batch: Mapping[str, jax.Array]) -> None:
+        """Waits for the previous step and starts the next one."""
+        jax.block_until_ready(run.measured)
+        with self.profiler.step(run.progress.step + 1):
+            run.state, run.measured = run.train_step(run.state, device_batch)
+        run.progress = Progress(
+            step=run.progress.step + 1,
+            stage=run.progress.stage,
+            step_in_stage=run.progress.step_in_stage + 1,
+            train_seconds=time.monotonic() - run.start_time,
+        )
+        self.profiler.after(run.progress.step, run.measured)
+
+    def _check_anomalies(self, run: _StageRun, batch: Batch, device_batch: Mapping[str, jax.Array]) -> bool:
+        """Checks the step before the newest one; returns True if too many updates in a row were skipped."""
+        # Names are looked up only if the step turns out to be an anomaly.
+        names = functools.partial(_example_names, batch, run.batches)
+        self.anomalies.add(run.progress.step, run.measured, names)
+        has_failed = self.anomalies.check(before=run.progress.step)
+        if self.config.debug.nans and float(run.measured["skipped"]):
+            debug.explain_skipped(self.config.model, run.stage, self.mesh, run.state, device_batch, run.progress.step)
+        return has_failed
+
+    def _log_step(self, run: _StageRun, counts: Mapping[str, Any], data_seconds: float) -> None:
+        """Collects what the step measured and, every `log_every_steps` steps, writes a summary."""
+        self.log.add({**run.measured, **counts, "data_seconds": data_seconds})
+        self.refusals.add(run.batches.refused())
+        self.bar.update()
+        step = run.progress.step
+        if run.is_finished or step % self.config.log_every_steps == 0:
+            summary = self.log.write(step, run.progress.stage)
+            distributed.log(metrics.format_line(step, run.stage.name, summary))
+            self.bar.set_postfix_str(f"loss {summary['loss']:.3f}")
+        if not run.is_compiled:
+            # The first step includes compilation: speeds are measured from the second step on.
+            jax.block_until_ready(run.measured)
+            self.log.restart_clock()
+            run.is_compiled = True
+
+    def _should_stop(self, signals: _Signals) -> type[distributed.Interrupted] | None:
+        """Returns the exception that ends the run after this step, or None."""
+        interrupted, preempted = signals
+        if jax.process_count() == 1:  # nobody to agree with: signals that came during the step count, too
+            interrupted, preempted = self.interruption.interrupted, self.interruption.preempted
+        if not interrupted:
+            return None
+        return distributed.Preempted if preempted else distributed.Interrupted
+
+    def _maybe_score(self, run: _StageRun) -> bool:
+        """Scores the weights and logs the scores, if they are due; returns whether it did."""
+        step = run.progress.step
+        if not self.score or step % self.config.evaluation.every_steps:
+            return False
+        jax.block_until_ready(run.state.params)
+        start_time = time.monotonic()
+        scores = self.score(run.state.params, self.mesh)
+        split = self.config.evaluation.split
+        self.log.write_scalars(step, {f"{split}/{name}": value for name, value in scores.items()})
+        seconds = time.monotonic() - start_time
+        text = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+        distributed.log(f"step {step} {split} | {text} | scored in {seconds:.0f} s")
+        # Training stood still: neither its time nor its speed includes the pause.
+        self.log.restart_clock()
+        run.start_time += seconds
+        return True
+
+    def _maybe_save(self, run: _StageRun, must_save: bool) -> bool:
+        """Saves if `must_save` or if a checkpoint is due; returns True if too many updates in a row were skipped."""
+        if not must_save and run.progress.step % self.config.checkpoint.every_steps:
+            return False
+        # A checkpoint must not hide a failure, so the newest step is checked now and not one step late.
+        jax.block_until_ready(run.state)
+        if self.anomalies.check(before=run.progress.step + 1):
+            # Skips the batch that the next step would have used, as a failure that is noticed one step late does.
+            self._next_batch(run)
+            return True
+        # A rollback must return to before the first of several failures, not to a checkpoint between them.
+        if must_save or not self.anomalies.num_skipped_in_a_row:
+            run.progress = dataclasses.replace(run.progress, train_seconds=time.monotonic() - run.start_time)
+            params, opt_state = run.state.params, run.state.opt_state
+            self.checkpointer.save(run.progress, params, opt_state, self._data_state(run.batches), self.log.last)
+        return False
+
+    def _data_state(self, batches: BatchIterator) -> dict[str, Any]:
+        """Returns what a checkpoint stores about the data: plans, the state of all rows, and the skipped batches."""
+        rows = {}
+        for process_rows in distributed.gather_json(batches.state()):
+            rows |= process_rows
+        plans = [dataclasses.asdict(plan) for plan in self.plans]
+        return {"plans": plans, "rows": rows, **self.anomalies.state()}
+
+    def _roll_back(self, run: _StageRun) -> None:
+        """Returns to the last checkpoint, and skips the batches between it and the newest step.
+
+        Raises:
+          UserError: if the config says to stop instead, if earlier rollbacks did not help, or if the last checkpoint
+            belongs to the stage before.
+        """
+        config, failed = self.config.anomalies, run.progress
+        reason = (
+            f"{config.max_skipped} updates in a row were skipped by step {failed.step}: no finite loss or gradients"
+        )
+        run.state, run.measured = None, None  # frees the memory that the checkpoint is about to need
+        if config.then == "stop":
+            raise UserError(
+                f"{reason}; {ANOMALIES_FILE} lists the examples (config.anomalies.then=rollback skips them)"
+            )
+        params, progress = self.resumption.find_start()
+        if progress.stage != failed.stage:
+            raise UserError(
+                f"{reason}, and the newest checkpoint belongs to the stage before (step {progress.step}), because the "
+                "end of that stage was not saved. Run the same command again to resume from it"
+            )
+        if self.anomalies.num_rollbacks_to(progress.stage, progress.step_in_stage) >= config.max_rollbacks:
+            raise UserError(
+                f"{reason}, after {config.max_rollbacks} rollbacks to step {progress.step}. Try "
+                "--config.debug.nans=true, a lower learning rate, or an earlier checkpoint"
+            )
+        self.anomalies.skip_batches(progress.stage, progress.step_in_stage, run.last_batch)
+        distributed.log(
+            f"warning: {reason}; back to step {progress.step}, continuing after batch number {run.last_batch}"
+        )
+        run.state, run.progress = self.resumption.make_state(progress, params), progress
+        self.bar.n = progress.step
+
+    def _finish_saving(self, run: _StageRun) -> None:
+        """Waits until the run is saved and tells the user how to resume it."""
+        self.checkpointer.wait()
+        distributed.log(f"interrupted: saved after step {run.progress.step}; run the same command again to resume")
+
+    @functools.cached_property
+    def _fields(self) -> tuple[str, ...]:
+        """Fields of a batch that the step reads."""
+        return FIELDS + (RESAMPLING_FIELDS if self.config.model.newline else ())
+
+    @functools.cached_property
+    def _counted_rows(self) -> Bool[np.ndarray, " b"]:
+        """Rows of this process that no other process counts."""
+        return sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
+
+
+def _batch_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
+    """Numbers of examples that the data pipeline packed, truncated and refused in these rows."""
+    names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
+    return {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
+
+
+def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:
+    """Returns the names of the examples in a batch, in the rows of all processes; all processes must call it."""
+    numbers = np.unique(batch["example_ids"])
+    names = distributed.gather_json([batches.name(int(number)) for number in numbers if number >= 0])
+    return sorted({name for process_names in names for name in process_names})
