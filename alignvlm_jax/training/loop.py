@@ -84,7 +84,7 @@ def train(
     Raises:
       distributed.Interrupted: if SIGINT came, or SIGTERM (`Preempted`); the run is saved first.
       UserError: if the config does not fit the data, the devices, their memory, or the run in `workdir`.
-      distributed.Disagreement: if the processes are not set up alike.
+      distributed.MismatchError: if the processes are not set up alike.
     """
     workdir = Path(workdir)
     distributed.require_equal({"config": config_to_dict(config)})

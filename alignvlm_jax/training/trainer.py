@@ -337,7 +337,7 @@ class Trainer:
     @functools.cached_property
     def _counted_rows(self) -> Bool[np.ndarray, " b"]:
         """Rows of this process that no other process counts."""
-        return sharding.first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
+        return sharding.is_first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
 
 
 def _batch_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
