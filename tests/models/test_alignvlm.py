@@ -1,6 +1,7 @@
 """The composed model: packed rows leak nothing, cached decoding is the full forward, parts have their real sizes."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -30,9 +31,14 @@ CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE)
 N = 9  # visual tokens a tile
 
 
+def _random_parameters(config):
+    # Compiled as one program: operation by operation it takes ten times as long.
+    return jax.jit(lambda: nn.unbox(random_parameters(config, jax.random.key(0))))()
+
+
 @pytest.fixture(scope="module")
 def params():
-    scattered = nn.unbox(random_parameters(CONFIG, jax.random.key(0)))
+    scattered = _random_parameters(CONFIG)
     leaves, treedef = jax.tree.flatten(scattered)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     # Twice their usual spread: attention then matters enough for a leak to show.
@@ -80,15 +86,21 @@ def _bin(examples, length, num_tiles):
     return jax.tree.map(lambda array: jnp.asarray(array)[None], row)
 
 
+@jax.jit
 def _loss(params, batch):
     output = AlignVLM(CONFIG).apply({"params": params}, batch, method="loss")
     return output.loss, output.weight
 
 
+def _apply(method):
+    """Returns a compiled method of the model, called with its variables first."""
+    return jax.jit(functools.partial(AlignVLM(CONFIG).apply, method=method))
+
+
 def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):
     rng = np.random.default_rng(0)
     examples = [_example(rng, 2, 7), _example(rng, 1, 4), _example(rng, 0, 9)]
-    value_and_grad = jax.value_and_grad(lambda p, b: _loss(p, b)[0])
+    value_and_grad = jax.jit(jax.value_and_grad(lambda p, b: _loss(p, b)[0]))
     alone = [value_and_grad(params, _bin([example], 64, 4)) for example in examples]
     packed, packed_gradient = value_and_grad(params, _bin(examples, 64, 4))
     np.testing.assert_allclose(packed, sum(loss for loss, _ in alone), rtol=1e-5)
@@ -113,23 +125,22 @@ def test_prefill_and_decode_are_the_full_forward(params):
     rng = np.random.default_rng(0)
     examples = [_example(rng, 2, 7), _example(rng, 1, 3)]  # prompts of different lengths
     continuation = rng.integers(0, 30, (2, 4))
-    model, variables = AlignVLM(CONFIG), {"params": params}
+    variables = {"params": params}
+    prefill, decode_step, score = (_apply(method) for method in ("prefill", "decode_step", "__call__"))
     prompts = [_bin([example], 40, 2) for example in examples]
     prompts = jax.tree.map(lambda *rows: jnp.concatenate(rows), *prompts)
-    logits, cache = model.apply(variables, prompts, empty_cache(LANGUAGE, 2, 46), method="prefill")
+    logits, cache = prefill(variables, prompts, empty_cache(LANGUAGE, 2, 46))
     lengths = np.array([len(example["tokens"]) for example in examples])
     stepwise = [logits]
     for step in range(4):
-        logits, cache = model.apply(
-            variables, continuation[:, step], jnp.asarray(lengths + step), cache, method="decode_step"
-        )
+        logits, cache = decode_step(variables, continuation[:, step], jnp.asarray(lengths + step), cache)
         stepwise.append(logits)
     for row, example in enumerate(examples):
         longer = dict(example)
         for name, more in (("tokens", continuation[row]), ("targets", [0] * 4), ("loss_weights", [0.0] * 4)):
             longer[name] = np.concatenate([example[name], more])
         longer["visual_index"] = np.concatenate([example["visual_index"], [-1] * 4])
-        full = model.apply(variables, _bin([longer], 46, 2)).logits[0]
+        full = score(variables, _bin([longer], 46, 2)).logits[0]
         for step in range(5):
             np.testing.assert_allclose(stepwise[step][row], full[lengths[row] - 1 + step], rtol=1e-4, atol=1e-4)
 
@@ -137,14 +148,14 @@ def test_prefill_and_decode_are_the_full_forward(params):
 def test_w2_starts_as_the_lm_head_and_is_a_parameter_of_its_own():
     for tied in (True, False):
         config = dataclasses.replace(CONFIG, language=dataclasses.replace(LANGUAGE, tie_word_embeddings=tied))
-        params = nn.unbox(random_parameters(config, jax.random.key(0)))
+        params = _random_parameters(config)
         head = params["language"]["embedding" if tied else "lm_head"]
         np.testing.assert_array_equal(params["connector"]["w2"], head)
     fewer = dataclasses.replace(CONFIG, connector=connectors.AlignConfig(vocab_size=28))
-    params = nn.unbox(random_parameters(fewer, jax.random.key(0)))
+    params = _random_parameters(fewer)
     np.testing.assert_array_equal(params["connector"]["w2"], params["language"]["embedding"][:28])
     mlp = dataclasses.replace(CONFIG, connector=connectors.MLPConfig())
-    params = nn.unbox(random_parameters(mlp, jax.random.key(0)))
+    params = _random_parameters(mlp)
     assert seed_connector(mlp, params) is params
 
 
@@ -162,7 +173,7 @@ def test_rematerialisation_changes_nothing_but_memory(params, remat):
     batch = _bin([_example(np.random.default_rng(0), 1, 4)], 20, 1)
 
     def gradient(config):
-        return jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2)))(params)
 
     for got, want in zip(jax.tree.leaves(gradient(again)), jax.tree.leaves(gradient(CONFIG)), strict=True):
         assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)

@@ -18,7 +18,7 @@ D_IN, D_OUT, VOCAB = 12, 16, 40
 
 def _scattered(module, *inputs):
     """Random parameters everywhere, norms and biases included: at their initial values they hide mistakes."""
-    params = nn.unbox(module.init(jax.random.key(0), *inputs))["params"]
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *inputs))["params"]
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return treedef.unflatten([jax.random.normal(key, leaf.shape) * 0.5 for key, leaf in zip(keys, leaves, strict=True)])
@@ -35,7 +35,7 @@ def _run(config, *inputs):
     module = connectors.make_connector(config, output_size=D_OUT, dtype="float32")
     params = _scattered(module, *inputs)
     wide = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64), params)
-    return module, params, wide, module.apply({"params": params}, *inputs)
+    return module, params, wide, jax.jit(module.apply)({"params": params}, *inputs)
 
 
 def _wide(*arrays):
@@ -71,7 +71,7 @@ def test_align_is_the_papers_formula_in_value_and_gradient():
     def loss(params, embedding):
         return jnp.sum(module.apply({"params": params}, features, embedding).tokens * cotangent)
 
-    ours, of_embedding = jax.grad(loss, (0, 1))(params, embedding)
+    ours, of_embedding = jax.jit(jax.grad(loss, (0, 1)))(params, embedding)
     theirs = jax.tree.map(lambda leaf: leaf.grad.numpy(), wide)
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
@@ -83,7 +83,7 @@ def test_align_over_fewer_words_than_the_table_has():
     features, embedding = _inputs()
     _, params, _, output = _run(connectors.AlignConfig(vocab_size=VOCAB - 3), features, embedding)
     assert params["w2"].shape == (VOCAB - 3, D_OUT)
-    again = connectors.make_connector(connectors.AlignConfig(), output_size=D_OUT, dtype="float32").apply(
+    again = jax.jit(connectors.make_connector(connectors.AlignConfig(), output_size=D_OUT, dtype="float32").apply)(
         {"params": params}, features, embedding[:-3]
     )
     np.testing.assert_array_equal(output.tokens, again.tokens)
@@ -92,7 +92,7 @@ def test_align_over_fewer_words_than_the_table_has():
 def test_align_starts_at_the_scale_of_the_config():
     features, embedding = _inputs()
     module = connectors.make_connector(connectors.AlignConfig(vocab_scale_init=3.0), output_size=D_OUT, dtype="float32")
-    params = nn.unbox(module.init(jax.random.key(0), features, embedding))["params"]
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), features, embedding))["params"]
     assert np.all(params["vocab_norm_scale"] == 3.0)
 
 
@@ -217,5 +217,9 @@ def test_c_abstractor_is_that_of_honeybee_in_value_and_gradient(grid, side):
 
     cotangent = np.random.default_rng(2).normal(size=output.tokens.shape)
     (theirs,) = torch.autograd.grad(expected, x, torch.tensor(cotangent))
-    ours = jax.grad(lambda x: jnp.sum(module.apply({"params": params}, x, embedding).tokens * cotangent))(features)
+
+    def loss(x):
+        return jnp.sum(module.apply({"params": params}, x, embedding).tokens * cotangent)
+
+    ours = jax.jit(jax.grad(loss))(features)
     assert np.linalg.norm(ours - theirs.numpy()) <= 1e-4 * np.linalg.norm(theirs)

@@ -1,6 +1,7 @@
 """Visual tokens of anyres_max_9 in the model: values and gradients of LLaVA-OneVision's packing, in transformers."""
 
 import dataclasses
+import functools
 import types
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ N = 16
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.unbox(random_parameters(CONFIG, jax.random.key(0)))
+    return jax.jit(lambda: nn.unbox(random_parameters(CONFIG, jax.random.key(0))))()
 
 
 def _row():
@@ -79,8 +80,11 @@ def test_inputs_and_gradients_match_transformers(params):
     plans, lengths, row = _row()
     used = sum(plan.num_tiles for plan in plans) * N
     is_visual = row["visual_index"][0] >= 0
-    visual, _ = AlignVLM(CONFIG).apply({"params": params}, row["tiles"], row["tile_valid_hw"], method="encode_images")
-    inputs = AlignVLM(CONFIG).apply({"params": params}, row, visual, method="merge")
+    encode, merge = (
+        jax.jit(functools.partial(AlignVLM(CONFIG).apply, method=method)) for method in ("encode_images", "merge")
+    )
+    visual, _ = encode({"params": params}, row["tiles"], row["tile_valid_hw"])
+    inputs = merge({"params": params}, row, visual)
 
     theirs_visual = torch.tensor(np.asarray(visual[0, :used]), dtype=torch.float64, requires_grad=True)
     theirs_newline = torch.tensor(np.asarray(params["connector"]["newline"]), dtype=torch.float64, requires_grad=True)
@@ -116,7 +120,8 @@ def test_the_loss_reaches_encoder_and_newline(params):
 
 
 def test_without_newlines_the_weights_are_as_they_were(params):
-    plain = random_parameters(dataclasses.replace(CONFIG, newline=False), jax.random.key(0))
+    config = dataclasses.replace(CONFIG, newline=False)
+    plain = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     assert set(params["connector"]) - set(plain["connector"]) == {"newline"}
     assert set(params) == set(plain)
 
