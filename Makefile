@@ -1,24 +1,31 @@
-# make install   build .venv with everything the tests need (the other targets call it when needed)
-# make test      run the tests, two files at a time
-# make test-large  run those at real sizes: half an hour, 20 GB of memory, 60 GB of disk; and an hour of tools/soak.py
-# make test-tpu  compile all rows of docs/tpu.md that are not there yet: minutes each, 6 GB of memory
-# make demo      draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
-# make backbones make the shipped nano backbones again, from nothing (an hour or two)
-# make lint      ruff
+# make install     build .venv with everything the tests need; the other targets do it when necessary
+# make test        run the tests, two files at a time
+# make test-large  run the tests at real sizes, then tools/soak.py: 1.5 hours, 20 GB of memory, 60 GB of disk
+# make test-tpu    compile the rows that docs/tpu.md lacks: minutes each, 6 GB of memory
+# make demo        draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
+# make backbones   rebuild the shipped nano backbones from scratch: one to two hours
+# make docs        build the documentation site into build/site
+# make lint        run ruff
 PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: install test test-large test-tpu demo backbones lint clean
+.PHONY: install test test-large test-tpu demo backbones docs lint clean
 
 install: $(STAMP)
 
-# The stamp is younger than setup.py exactly when .venv holds what setup.py asks for.
+# A stamp is newer than setup.py only if .venv holds what setup.py asks for.
 $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
+
+$(DOCS_STAMP): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $(DOCS_STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -35,6 +42,10 @@ demo: $(STAMP)
 
 backbones: $(STAMP)
 	$(BIN)/python tools/make_backbones.py
+
+# The variable turns off the notice of mkdocs-material about MkDocs 2.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Packaging. Each dependency is bounded: below by what is known to be needed, above by what may break it."""
+"""Packaging. Each dependency has a lower bound, which the code needs, and an upper bound, which may break it."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "alignvlm_jax" / "__init__.py").read_text()).group(1)
 
-# jax 0.11 needs Python 3.12, so Python 3.11 gets 0.10 by itself.
+# jax 0.11 needs Python 3.12, so pip installs 0.10 on Python 3.11.
 JAX = ">=0.10.2,<0.12"
 
 REQUIRES = [
@@ -16,7 +16,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
-    "tensorstore>=0.1.84,<0.2",  # reads slices of what Orbax wrote
+    "tensorstore>=0.1.84,<0.2",  # reads slices of the arrays that Orbax wrote
     "grain>=0.2.18,<0.3",
     "array-record>=0.8.3,<0.9",
     "tensorflow-datasets>=4.9.10,<4.10",
@@ -36,28 +36,42 @@ REQUIRES = [
 ]
 
 TORCH = ["torch>=2.9,<3", "transformers>=5.0,<6"]
-EVAL = ["spacy>=3.8,<3.9"]  # VCR is scored over its tokens
+EVAL = ["spacy>=3.8,<3.9"]  # its tokenizer splits the texts that VCR scores
 
 DATA = ["pyarrow>=25,<28", "pyyaml>=6.0.2,<7"]
+
+# Execute the notebooks of docs/tutorials/, in a test and while the site is built.
+NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": TORCH,
-    # What tools/prepare_data.py reads YAML and Parquet with, and benchmarks Parquet; other dependencies bring both too.
+    # tools/prepare_data.py reads YAML and Parquet, the benchmarks read Parquet.
     "data": DATA,
     "beam": [*DATA, "apache-beam>=2.77,<3"],
     "eval": EVAL,
-    # torch is the oracle of a few tests. Pinned exactly: pip then finds the small CPU wheel where one is offered.
+    # The site, for `make docs`. ruff formats the signatures of the API reference.
+    "docs": [
+        *NOTEBOOKS,
+        "mkdocs>=1.6.1,<1.7",
+        "mkdocs-material>=9.7,<10",
+        "mkdocstrings[python]>=1.0,<2",
+        "ruff>=0.14,<0.18",
+    ],
+    # A few tests compare with torch. With an exact version, pip finds the small CPU wheel where there is one.
     "dev": [
         *EVAL,
         *DATA,
-        # The TPU compiler, for programs that are only compiled; without a TPU jax goes on using the CPU.
+        *NOTEBOOKS,
+        # Checks the workflows and CITATION.cff against the schemas that it contains.
+        "check-jsonschema>=0.33,<0.40",
+        # The TPU compiler, for programs that are only compiled. Without a TPU, jax keeps using the CPU.
         f"jax[tpu]{JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "jsonschema>=4.23,<5",
         "packaging>=25,<28",
-        # Drives a chromium that is on the machine, for the tests of the inspector's page.
+        # Drives the chromium of the machine, for the tests of the inspector's page.
         "playwright>=1.60,<2",
         "psutil>=6,<8",
         "pytest>=8.4,<10",
@@ -72,7 +86,7 @@ EXTRAS = {
 
 
 def packages() -> list[str]:
-    """The folders of alignvlm_jax/ that have an __init__.py, and configs/, installed as alignvlm_jax.configs."""
+    """Returns the packages of alignvlm_jax/, and configs/, which is installed as alignvlm_jax.configs."""
     inits = (HERE / "alignvlm_jax").rglob("__init__.py")
     found = [".".join(path.parent.relative_to(HERE).parts) for path in inits]
     return sorted(found) + ["alignvlm_jax.configs"]
@@ -89,7 +103,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
-    # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page travel with the package.
+    # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page are part of the package.
     package_data={
         "alignvlm_jax.backbones": ["*.jinja", "*.json", "*.md", "nano/*", "nano/*/*"],
         "alignvlm_jax.inspector": ["web/*"],

@@ -25,7 +25,7 @@ def blocks() -> list[tuple[str, str]]:
     for large, small in SMALLER.items():
         assert large in text
         text = text.replace(large, small)
-    found = re.findall(r"^```(?:python (\S+)|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r'^```(?:python title="(\S+)"|bash)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
     assert len(found) == 10 and text.count("```") == 2 * (len(found) + 2)  # and two that need a real machine
     return found
 

@@ -1,0 +1,42 @@
+"""The notebooks of docs/tutorials/ run from top to bottom."""
+
+import os
+import pathlib
+import subprocess
+
+TUTORIALS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "tutorials"
+
+
+def execute(source: pathlib.Path, folder: pathlib.Path):
+    """Returns the notebook with its outputs, executed with `folder` as its working directory."""
+    import jupytext
+    import nbclient
+
+    notebook = jupytext.read(source)
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute(env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
+    return notebook
+
+
+def texts(notebook) -> list[str]:
+    """Returns the outputs of all cells in their most readable form."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            found.append(output.get("text") or data.get("text/html") or data["text/plain"])
+    return found
+
+
+def test_first_steps(tmp_path):
+    """From `load` to `ask` to the inspector, shown inline."""
+    image, answer, table, inspector = texts(execute(TUTORIALS / "first_steps.py", tmp_path))
+    assert "PIL.Image" in image
+    assert answer == "'26.59'"
+    lines = table.splitlines()
+    assert len(lines) == 4 and lines[1].split() == ["How", "much", "is", "the", "total?", "26.59", "right"]
+    assert inspector.startswith("<div><iframe srcdoc=")
+    assert "26.59" in inspector
+    assert not list(tmp_path.iterdir())

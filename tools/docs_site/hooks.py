@@ -1,0 +1,81 @@
+"""MkDocs hooks: tutorials written as notebooks, and links that lead out of docs/.
+
+A tutorial is a notebook in jupytext's percent format, docs/tutorials/NAME.py. It is executed while the site is built
+and becomes the page tutorials/NAME.md, with what its cells print and show. `mkdocs serve` skips the outputs, so that
+pages reload quickly.
+"""
+
+import base64
+import html
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+
+import jupytext
+import nbclient
+from mkdocs.structure.files import File
+
+# The outputs of all cells as HTML, by the number in their placeholder. They are inserted after Markdown has run,
+# because Markdown would break an HTML output that contains empty lines.
+_outputs: dict[int, str] = {}
+_numbers = itertools.count()
+_is_executing = True
+
+
+def on_startup(command, dirty):
+    """Leaves out the outputs of notebooks while pages are edited."""
+    global _is_executing
+    _is_executing = command != "serve"
+
+
+def on_files(files, config):
+    """Adds a page for each notebook."""
+    docs = pathlib.Path(config.docs_dir)
+    for source in sorted(docs.glob("tutorials/*.py")):
+        uri = source.relative_to(docs).with_suffix(".md").as_posix()
+        files.append(File.generated(config, uri, content=_notebook_page(source)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turns links to source files, which are not part of the site, into plain text."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./(?:alignvlm_jax|configs|tests|tools)[^)]*\)", r"\1", markdown)
+
+
+def on_page_content(content, page, config, files):
+    """Inserts the outputs of a notebook."""
+    return re.sub(r'<div data-output="(\d+)"></div>', lambda match: _outputs[int(match[1])], content)
+
+
+def _notebook_page(source: pathlib.Path) -> str:
+    notebook = jupytext.read(source)
+    if _is_executing:
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
+        client.execute(env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
+    parts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        for output in cell.outputs:
+            number = next(_numbers)
+            _outputs[number] = f'<div class="notebook-output">{_to_html(output)}</div>'
+            parts.append(f'<div data-output="{number}"></div>')
+    return "\n\n".join(parts) + "\n"
+
+
+def _to_html(output) -> str:
+    """Returns the richest form of an output."""
+    if output.output_type == "stream":
+        return f"<pre>{html.escape(output.text)}</pre>"
+    data = output.data
+    if "text/html" in data:
+        return data["text/html"]
+    for kind in ("image/png", "image/jpeg"):
+        if kind in data:
+            encoded = base64.b64encode(base64.b64decode(data[kind])).decode()
+            return f'<img alt="output" src="data:{kind};base64,{encoded}">'
+    return f"<pre>{html.escape(data['text/plain'])}</pre>"
