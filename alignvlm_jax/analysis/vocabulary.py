@@ -23,8 +23,8 @@ from jaxtyping import Float64
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
-from alignvlm_jax.analysis import output, subjects
-from alignvlm_jax.analysis.subjects import Record, encode, page_places, tile_batches
+from alignvlm_jax.analysis import inputs, output
+from alignvlm_jax.analysis.inputs import Record, encode, page_indices, tile_batches
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
 from alignvlm_jax.checkpoints.new_folder import refuse_taken
@@ -118,7 +118,7 @@ def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PA
     if config.kept_words is not None:
         kept, mean = mean, np.zeros(reader.config.language.vocab_size)
         mean[np.asarray(variables["params"]["connector"]["word_ids"])] = kept
-    return VocabularyUse(mean, float(effective / patches), patches, len(page_places(records, pages)))
+    return VocabularyUse(mean, float(effective / patches), patches, len(page_indices(records, pages)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -133,7 +133,7 @@ def _use(model, variables, features, weights):
 
 def _align(config: AlignVLMConfig, checkpoint: str | os.PathLike = "the checkpoint") -> AlignConfig:
     if not isinstance(config.connector, AlignConfig):
-        name = subjects.CONNECTOR_NAMES[type(config.connector)]
+        name = inputs.CONNECTOR_NAMES[type(config.connector)]
         raise UserError(f"{checkpoint}'s connector is {name}: only ALIGN speaks in words of the language model")
     return config.connector
 
@@ -148,9 +148,7 @@ def pruned_reader(
     params = reader.generator.variables["params"]
     config, params = prune_vocabulary(reader.config, params, usage, k, statistics=statistics)
     generator = reader.generator
-    return Reader(
-        config, params, reader.tokenizer, reader.tiling, batch_size=generator.batch_size, mesh=generator.mesh
-    )
+    return Reader(config, params, reader.tokenizer, reader.tiling, batch_size=generator.batch_size, mesh=generator.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,9 +308,9 @@ def run(
     if save is not None:
         refuse_taken(save)
     output.check_folder(out)
-    seen, records = subjects.open_records(data, usage_split), subjects.open_records(data, split)
+    seen, records = inputs.open_records(data, usage_split), inputs.open_records(data, split)
     reports = {}
-    for name, reader in subjects.load_readers(checkpoints, batch_size=batch_size):
+    for name, reader in inputs.load_readers(checkpoints, batch_size=batch_size):
         use = vocabulary_use(reader, seen, pages=pages)
         if save is not None:
             save_pruned(checkpoints[0], use.mean, prune, save, statistics=statistics)
@@ -333,12 +331,12 @@ def run(
         "vocabulary": {name: report.to_json() for name, report in reports.items()},
     }
     pictures = {"vocabulary": draw(reports)}
-    output.write(out, "vocabulary", figures=figures, pictures=pictures, text=describe(reports, usage_split, split))
+    output.write(out, "vocabulary", results=figures, plots=pictures, text=describe(reports, usage_split, split))
 
 
 def _check_sizes(checkpoint: str, sizes: Sequence[int] | None, prune: int | None) -> None:
     """Refuses before any work what a checkpoint cannot be pruned to."""
-    config = subjects.model_config(checkpoint)
+    config = inputs.model_config(checkpoint)
     connector = _align(config, checkpoint)
     words = connector.kept_words or connector.vocab_size or config.language.vocab_size
     for option, size in (*(("--sizes", size) for size in sizes or ()), *([("--prune", prune)] if prune else [])):
@@ -353,7 +351,7 @@ def _check_sizes(checkpoint: str, sizes: Sequence[int] | None, prune: int | None
 
 def draw(reports: Mapping[str, VocabularyReport]):
     """How fast mass is covered, the score of pruned models, and the first checkpoint's top words."""
-    figure, (mass, scores, words) = output.picture(3, title="The words that ALIGN uses")
+    figure, (mass, scores, words) = output.new_plot(3, title="The words that ALIGN uses")
     for number, (name, report) in enumerate(reports.items()):
         style = output.line_style(number)
         left_out = 1 - np.cumsum(report.use.shares)

@@ -144,16 +144,18 @@ def add(commands: Commands) -> None:
 
 
 def _analyze_noise(args: argparse.Namespace) -> None:
-    from alignvlm_jax.analysis import noise
+    from alignvlm_jax.analysis.noise.corruptions import parse_corruptions
+    from alignvlm_jax.analysis.noise.measure import SIGMAS
+    from alignvlm_jax.analysis.noise.run import run
 
-    noise.run(
+    run(
         args.checkpoint,
         args.data,
         args.out,
         split=args.split,
         limit=args.limit,
-        sigmas=args.sigmas or noise.SIGMAS,
-        corruptions=noise.parse_corruptions(args.corruptions),
+        sigmas=args.sigmas or SIGMAS,
+        corruptions=parse_corruptions(args.corruptions),
         seed=args.seed,
         batch_size=args.batch_size,
     )
@@ -179,9 +181,9 @@ def _analyze_vocabulary(args: argparse.Namespace) -> None:
 
 
 def _analyze_geometry(args: argparse.Namespace) -> None:
-    from alignvlm_jax.analysis import geometry
+    from alignvlm_jax.analysis.geometry.run import run
 
-    geometry.run(
+    run(
         args.checkpoint,
         args.data,
         args.out,
@@ -194,9 +196,9 @@ def _analyze_geometry(args: argparse.Namespace) -> None:
 
 
 def _analyze_names(args: argparse.Namespace) -> None:
-    from alignvlm_jax.analysis import rare_names
+    from alignvlm_jax.analysis.rare_names.run import run
 
-    rare_names.run(
+    run(
         args.checkpoint,
         args.data,
         args.out,

@@ -1,4 +1,4 @@
-"""Distances against non-negative least squares, and bounds that hold; tokens of ALIGN in the hull, of an MLP not."""
+"""Tests of the geometry analysis: distances against non-negative least squares, bounds, and the files written."""
 
 import json
 
@@ -7,26 +7,28 @@ import PIL.Image
 import pytest
 import scipy.optimize
 
-from alignvlm_jax.analysis import geometry
-from alignvlm_jax.analysis.geometry import hull_distances, nearest_words, principal_plane
+from alignvlm_jax.analysis.geometry import hull, run, words
+from alignvlm_jax.analysis.geometry.hull import hull_distances
+from alignvlm_jax.analysis.geometry.measure import measure_geometry, principal_plane
+from alignvlm_jax.analysis.geometry.words import nearest_words
 from alignvlm_jax.models.connectors import MLPConfig
-from tests.analysis.subjects import random_reader, records
+from tests.analysis.tiny import random_reader, records
 
 RNG = np.random.default_rng(0)
 
 
 def distance_by_nnls(point, vertices):
-    """Mixtures as non-negative least squares, their sum held at 1 by a row of large weight."""
+    """Finds the best mixture by non-negative least squares; a row of large weight keeps the sum of weights at 1."""
     heavy = 1e5
     weights, _ = scipy.optimize.nnls(np.vstack([vertices.T, np.full(len(vertices), heavy)]), np.append(point, heavy))
     return np.linalg.norm(weights @ vertices / weights.sum() - point)
 
 
-@pytest.mark.parametrize(("words", "width"), [(30, 3), (40, 12), (6, 20)])
-def test_distances_to_the_hull(words, width):
-    """Points far outside, on a face, at a vertex and inside."""
-    text = RNG.normal(size=(words, width)) + 2
-    mixtures = RNG.dirichlet(np.full(words, 0.2), 6) @ text
+@pytest.mark.parametrize(("num_words", "width"), [(30, 3), (40, 12), (6, 20)])
+def test_distances_to_the_hull(num_words, width):
+    """Covers points far outside, on a face, at a vertex and inside."""
+    text = RNG.normal(size=(num_words, width)) + 2
+    mixtures = RNG.dirichlet(np.full(num_words, 0.2), 6) @ text
     points = np.concatenate([RNG.normal(size=(8, width)) * 3, text[:2], mixtures, text.mean(0, keepdims=True)])
     found = hull_distances(points, text)
     expected = np.array([distance_by_nnls(point, text) for point in points])
@@ -43,10 +45,10 @@ def test_bounds_hold_when_the_steps_run_out():
     for steps in (1, 3, 6):
         found = hull_distances(points, text, max_steps=steps)
         assert (found.lower <= exact + 1e-9).all() and (exact <= found.upper + 1e-9).all()
-    assert (found.upper - found.lower).max() > 1e-3, "three steps more would have been needed somewhere"
+    assert (found.upper - found.lower).max() > 1e-3, "six steps should not be enough for every point"
 
 
-def test_words_twice_in_the_table_and_words_on_a_line():
+def test_duplicate_and_collinear_words():
     text = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     found = hull_distances(np.array([[1.2, 0.0], [1.5, 2.0], [3.0, 0.0]]), text)
     np.testing.assert_allclose(found.upper, [0, 2, 1], atol=1e-9)
@@ -56,20 +58,20 @@ def test_words_twice_in_the_table_and_words_on_a_line():
 def test_inverse_products_of_edges_are_kept_up_to_date():
     edges, inverse = RNG.normal(size=(7, 12)), np.zeros((0, 0))
     for number, edge in enumerate(edges):
-        inverse = geometry._with_edge(inverse, edges[:number], edge)
+        inverse = hull._with_edge(inverse, edges[:number], edge)
         np.testing.assert_allclose(
             inverse @ (edges[: number + 1] @ edges[: number + 1].T), np.eye(number + 1), atol=1e-9
         )
-    assert geometry._with_edge(inverse, edges, edges[2] - edges[5]) is None
-    stays = np.array([True, False, True, True, False, True, False])
-    found = geometry._without_edges(inverse, stays)
-    np.testing.assert_allclose(found @ (edges[stays] @ edges[stays].T), np.eye(4), atol=1e-9)
+    assert hull._with_edge(inverse, edges, edges[2] - edges[5]) is None
+    is_kept = np.array([True, False, True, True, False, True, False])
+    found = hull._without_edges(inverse, is_kept)
+    np.testing.assert_allclose(found @ (edges[is_kept] @ edges[is_kept].T), np.eye(4), atol=1e-9)
 
 
-def test_least_squares_are_for_nearly_dependent_words_alone(monkeypatch):
-    """They take BLAS's threads, which for problems as small as these cost several times what they bring."""
+def test_least_squares_is_used_for_nearly_dependent_words_only(monkeypatch):
+    """Least squares uses the threads of BLAS, which slow down problems as small as these several times."""
     flat, least_squares, calls = np.logspace(0, -8, 30), np.linalg.lstsq, []
-    monkeypatch.setattr(geometry.np.linalg, "lstsq", lambda *args, **kw: calls.append(1) or least_squares(*args, **kw))
+    monkeypatch.setattr(hull.np.linalg, "lstsq", lambda *args, **kw: calls.append(1) or least_squares(*args, **kw))
     for scales, expected in ((np.ones(30), False), (flat, True)):
         text = RNG.normal(size=(200, 30)) * scales
         points = np.concatenate([RNG.dirichlet(np.full(200, 0.1), 8) @ text, RNG.normal(size=(8, 30)) + 1])
@@ -80,20 +82,20 @@ def test_least_squares_are_for_nearly_dependent_words_alone(monkeypatch):
 
 
 def test_nearest_words(monkeypatch):
-    monkeypatch.setattr(geometry, "_WORDS_AT_ONCE", 7)
+    monkeypatch.setattr(words, "_WORDS_PER_BLOCK", 7)
     text, points = RNG.normal(size=(30, 5)) + 10, RNG.normal(size=(12, 5)) + 10
     dense = np.linalg.norm(points[:, None] - text, axis=-1)
-    found, which = nearest_words(points, text)
+    found, indices = nearest_words(points, text)
     np.testing.assert_allclose(found, dense.min(1))
-    np.testing.assert_array_equal(which, dense.argmin(1))
+    np.testing.assert_array_equal(indices, dense.argmin(1))
     text[4] = text[9]
-    among = np.linalg.norm(text[:, None] - text, axis=-1)
-    among[among < 1e-9] = np.inf
-    np.testing.assert_allclose(nearest_words(text, text, other=True)[0], among.min(1))
+    between = np.linalg.norm(text[:, None] - text, axis=-1)
+    between[between < 1e-9] = np.inf
+    np.testing.assert_allclose(nearest_words(text, text, other=True)[0], between.min(1))
 
 
 def test_the_plane_is_pca_of_both_groups_with_equal_weight(monkeypatch):
-    monkeypatch.setattr(geometry, "_WORDS_AT_ONCE", 11)
+    monkeypatch.setattr(words, "_WORDS_PER_BLOCK", 11)
     text = RNG.normal(size=(40, 6)) * [5, 1, 1, 1, 1, 1] + 3
     visual = RNG.normal(size=(7, 6)) * [1, 1, 4, 1, 1, 1]
     plane = principal_plane(text, visual)
@@ -112,9 +114,9 @@ def readers():
     return {"ALIGN": random_reader(), "MLP": random_reader(MLPConfig())}
 
 
-def test_tokens_of_align_are_in_the_hull_and_of_a_random_mlp_not(readers):
+def test_tokens_of_align_are_in_the_hull_and_those_of_a_random_mlp_are_not(readers):
     found = {
-        name: geometry.geometry(reader, records(), pages=2, tokens=40, hull_tokens=12)
+        name: measure_geometry(reader, records(), pages=2, tokens=40, hull_tokens=12)
         for name, reader in readers.items()
     }
     assert found["ALIGN"].inside == 1 and found["ALIGN"].outside == 0
@@ -122,10 +124,10 @@ def test_tokens_of_align_are_in_the_hull_and_of_a_random_mlp_not(readers):
     assert (found["MLP"].hull.upper < found["MLP"].nearest.max() + 1e-9).all()
 
 
-def test_what_is_written(readers, tmp_path, monkeypatch):
-    monkeypatch.setattr(geometry.subjects, "load_readers", lambda checkpoints: iter(readers.items()))
-    monkeypatch.setattr(geometry.subjects, "open_records", lambda data, split: records())
-    geometry.run(["a", "b"], "data", tmp_path, pages=2, tokens=30, hull_tokens=5)
+def test_files_are_written(readers, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.inputs, "load_readers", lambda checkpoints: iter(readers.items()))
+    monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
+    run.run(["a", "b"], "data", tmp_path, pages=2, tokens=30, hull_tokens=5)
     figures = json.loads((tmp_path / "geometry.json").read_text())["geometry"]
     assert figures["ALIGN"]["inside_hull"] == 1 and figures["MLP"]["outside_hull"] == 1
     assert PIL.Image.open(tmp_path / "geometry.png").width > 1000

@@ -1,4 +1,4 @@
-"""Noise is what it says, reaches the connector and nothing else, and does not depend on who is asked together."""
+"""Tests of the noise analysis: the noise is Gaussian, reaches the connector only, and does not depend on the batch."""
 
 import functools
 import itertools
@@ -9,14 +9,22 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from alignvlm_jax.analysis import noise
-from alignvlm_jax.analysis.noise import CorruptedRecords, Corruption, feature_distances, feature_noise, image_noise
-from alignvlm_jax.analysis.subjects import tile_batches
+from alignvlm_jax.analysis.inputs import tile_batches
+from alignvlm_jax.analysis.noise import measure, report, run
+from alignvlm_jax.analysis.noise.corruptions import (
+    CORRUPTIONS,
+    DEFAULT_CORRUPTIONS,
+    CorruptedRecords,
+    Corruption,
+    parse_corruptions,
+)
+from alignvlm_jax.analysis.noise.measure import NoisePoint, feature_distances, feature_noise, image_noise
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.report import Answer, Report, Tally
+from alignvlm_jax.evaluation.report import Tally
+from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import MLPConfig, PerceiverConfig
-from tests.analysis.subjects import features_of, random_reader, records
+from tests.analysis.tiny import features_of, random_reader, records, report_of_ten
 
 QUESTION = "What is the total?"
 
@@ -43,7 +51,7 @@ def test_the_noise_is_gaussian_and_scales(reader, tiles):
     assert len(correlations) > 8 and np.abs(correlations - np.eye(len(correlations))).max() < 0.4
 
 
-def test_noise_of_a_tile_is_that_of_its_pixels_and_of_the_seed(reader, tiles):
+def test_noise_of_a_tile_depends_on_its_pixels_and_the_seed_only(reader, tiles):
     def drawn(seed, order):
         noisy = features_of(reader.with_feature_noise(1.0, seed), tiles[0][:, order], tiles[1][:, order])
         return noisy - features_of(reader, tiles[0][:, order], tiles[1][:, order])
@@ -70,14 +78,14 @@ def encode(model, variables, tiles, valid_hw):
 
 
 def distances_by_hand(reader, sigma, pages):
-    """Float64, page by page."""
+    """Computes distances, feature deviation and number of tokens in float64, batch by batch."""
     clean, noisy, features = [], [], []
     for tiles, valid_hw in tile_batches(reader, records(), pages, title="tiles"):
-        real = valid_hw[0, :, 0] > 0
-        features += [features_of(reader, tiles, valid_hw)[real].astype(np.float64)]
-        for found, which in ((clean, reader), (noisy, reader.with_feature_noise(sigma))):
-            tokens = encode(noise.AlignVLM(reader.config), which.generator.variables, tiles, valid_hw)
-            found += [np.asarray(tokens, np.float64).reshape(len(real), -1, tokens.shape[-1])[real]]
+        is_real = valid_hw[0, :, 0] > 0
+        features += [features_of(reader, tiles, valid_hw)[is_real].astype(np.float64)]
+        for found, asked in ((clean, reader), (noisy, reader.with_feature_noise(sigma))):
+            tokens = encode(AlignVLM(reader.config), asked.generator.variables, tiles, valid_hw)
+            found += [np.asarray(tokens, np.float64).reshape(len(is_real), -1, tokens.shape[-1])[is_real]]
     clean, noisy = (np.concatenate(found).reshape(-1, clean[0].shape[-1]) for found in (clean, noisy))
     embedding = np.asarray(reader.generator.variables["params"]["language"]["embedding"], np.float64)
     distances = []
@@ -101,32 +109,26 @@ def test_distances(reader, connector):
     assert found.num_tokens == num_tokens
 
 
-def test_points_are_scores_of_the_reader_under_each_noise(reader, monkeypatch):
+def test_points_are_scores_of_the_reader_under_each_sigma(reader, monkeypatch):
     asked = []
 
     def evaluate(reader, records, *, limit, title):
         asked.append((reader, limit))
-        return noise_report(len(asked))
+        return report_of_ten(len(asked))
 
-    monkeypatch.setattr(noise, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
     points = feature_noise(reader, records(), [0.0, 2.0], limit=7, seed=3, pages=2)
     assert [point.tally.right for point in points] == [1, 2] and [point.questions for point in points] == [10, 10]
     assert asked[0] == (reader, 7) and points[0].score == 0.1
-    of_noise = asked[1][0].generator.variables["perturbation"]["features"]
-    assert (float(of_noise.sigma), int(of_noise.seed)) == (2.0, 3)
+    noise = asked[1][0].generator.variables["perturbation"]["features"]
+    assert (float(noise.sigma), int(noise.seed)) == (2.0, 3)
     deviation = feature_distances(reader, records(), [0.0], pages=2).feature_deviation
     assert points[1].relative_sigma == pytest.approx(2 / deviation)
 
 
-def noise_report(right):
-    """`right` of ten."""
-    answers = [Answer("page", "form", "font", "q", "1", "1" if number < right else "2") for number in range(10)]
-    return Report(answers, (), "none", 0.0)
-
-
 def test_pages_are_corrupted_each_in_its_own_way_and_always_the_same():
     page = images.open_image(records()[0]["image"])
-    for corruption in noise.DEFAULT_CORRUPTIONS:
+    for corruption in DEFAULT_CORRUPTIONS:
         corrupted = CorruptedRecords(records(), corruption, seed=0)
         once, twice = (images.open_image(corrupted[0]["image"]) for _ in range(2))
         assert once.size == page.size and once.tobytes() == twice.tobytes() != page.tobytes()
@@ -136,9 +138,9 @@ def test_pages_are_corrupted_each_in_its_own_way_and_always_the_same():
     assert len(corrupted) == len(records())
 
 
-@pytest.mark.parametrize("kind", noise.CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_a_corruption_of_a_higher_level_is_worse(kind):
-    """Its levels are listed from mild to strong; the clean level changes next to nothing."""
+    """Levels are listed from mild to strong; the clean level changes almost nothing."""
     page = images.open_image(records()[0]["image"])
     original = np.asarray(page, float)
 
@@ -146,12 +148,12 @@ def test_a_corruption_of_a_higher_level_is_worse(kind):
         found = Corruption(kind, level).apply(page, np.random.default_rng(0))
         return np.abs(np.asarray(found, float) - original).mean()
 
-    entry = noise.CORRUPTIONS[kind]
+    entry = CORRUPTIONS[kind]
     errors = [error(level) for level in entry.levels]
     assert errors == sorted(errors) and error(entry.clean) < 0.5 * errors[0]
 
 
-def test_a_page_is_turned_with_paper_behind_it():
+def test_corners_of_a_rotated_page_are_white():
     white = PIL.Image.new("RGB", (60, 40), "white")
     turned = Corruption("rotation", 4.0).apply(white, np.random.default_rng(0))
     assert np.asarray(turned).min() == 255
@@ -162,19 +164,19 @@ def test_image_noise_scores_the_corrupted_pages(reader, monkeypatch):
 
     def evaluate(reader, records, *, limit, title):
         seen.append(images.open_image(records[0]["image"]).tobytes())
-        return noise_report(len(seen))
+        return report_of_ten(len(seen))
 
-    monkeypatch.setattr(noise, "evaluate", evaluate)
-    corruptions = noise.parse_corruptions(["blur=2", "none", "resolution=0.5"])
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    corruptions = parse_corruptions(["blur=2", "none", "resolution=0.5"])
     points = image_noise(reader, records(), corruptions, limit=3)
     assert [(point.corruption.kind, point.tally.right) for point in points] == [("blur", 1), ("resolution", 2)]
     assert len({*seen, images.open_image(records()[0]["image"]).tobytes()}) == 3
 
 
 @pytest.mark.parametrize(("text", "match"), [("fog", "blur, jpeg, rotation, resolution"), ("blur=much", "numbers")])
-def test_corruptions_that_do_not_exist(text, match):
+def test_unknown_corruptions_are_refused(text, match):
     with pytest.raises(UserError, match=match):
-        noise.parse_corruptions([text])
+        parse_corruptions([text])
 
 
 @pytest.mark.parametrize(
@@ -189,25 +191,25 @@ def test_corruptions_that_do_not_exist(text, match):
         ("rotation=nan", "from 0 to 180, rotation"),
     ],
 )
-def test_levels_that_do_not_exist(text, valid):
+def test_levels_out_of_range_are_refused(text, valid):
     with pytest.raises(UserError, match=f"--corruptions {text}: expected numbers {valid}"):
-        noise.parse_corruptions([text])
+        parse_corruptions([text])
 
 
-def test_default_and_clean_levels_exist():
-    for kind, entry in noise.CORRUPTIONS.items():
+def test_default_and_clean_levels_are_valid():
+    for kind, entry in CORRUPTIONS.items():
         levels = [*entry.levels, entry.clean, *entry.valid]
-        found = noise.parse_corruptions([f"{kind}={','.join(map(str, levels))}"])
+        found = parse_corruptions([f"{kind}={','.join(map(str, levels))}"])
         assert [corruption.level for corruption in found] == levels
 
 
-def test_what_is_written(reader, tmp_path, monkeypatch):
+def test_files_are_written(reader, tmp_path, monkeypatch):
     readers = [("ALIGN", reader), ("MLP", random_reader(MLPConfig()))]
     rights = itertools.cycle((9, 7, 8, 8, 2, 5))
-    monkeypatch.setattr(noise, "evaluate", lambda reader, records, *, limit, title: noise_report(next(rights)))
-    monkeypatch.setattr(noise.subjects, "load_readers", lambda checkpoints, batch_size: iter(readers))
-    monkeypatch.setattr(noise.subjects, "open_records", lambda data, split: records())
-    noise.run(["a", "b"], "data", tmp_path, limit=2, sigmas=[2.0], corruptions=(Corruption("blur", 1.0),))
+    monkeypatch.setattr(measure, "evaluate", lambda reader, records, *, limit, title: report_of_ten(next(rights)))
+    monkeypatch.setattr(run.inputs, "load_readers", lambda checkpoints, batch_size: iter(readers))
+    monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
+    run.run(["a", "b"], "data", tmp_path, limit=2, sigmas=[2.0], corruptions=(Corruption("blur", 1.0),))
     figures = json.loads((tmp_path / "noise.json").read_text())
     assert [point["sigma"] for point in figures["features"]["MLP"]] == [0.0, 2.0]
     assert figures["images"]["ALIGN"][0]["level"] == 1.0
@@ -222,15 +224,16 @@ def test_what_is_written(reader, tmp_path, monkeypatch):
     assert names == {"noise.json", "noise.md", "noise.png", "noise_images.png"}
 
 
-def test_who_loses_least_is_said_where_there_is_something_left_to_lose():
-    def report(*right):
+def test_checkpoints_with_a_score_to_lose_are_ranked():
+    def noise_report(*right):
         points = [
-            noise.NoisePoint(sigma, sigma / 1.1, Tally(count, 100), 0.0, 0.0, 0.0)
+            NoisePoint(sigma, sigma / 1.1, Tally(count, 100), 0.0, 0.0, 0.0)
             for sigma, count in zip((0.0, 0.5, 1.0, 3.0), right, strict=True)
         ]
-        return noise.NoiseReport(points, [])
+        return report.NoiseReport(points, [])
 
-    text = noise.describe({"ALIGN": report(80, 76, 63, 3), "MLP": report(73, 65, 47, 0)}, "heldout")
+    text = report.describe({"ALIGN": noise_report(80, 76, 63, 3), "MLP": noise_report(73, 65, 47, 0)}, "heldout")
     assert "at sigma 1, from the least loss to the largest: ALIGN -17.0 points, MLP -26.0 points." in text
     assert "at sigma 3, from the least loss to the largest: MLP -73.0 points, ALIGN -77.0 points." in text
-    assert "Side by side" not in noise.describe({"ALIGN": report(80, 76, 63, 3), "MLP": report(0, 0, 0, 0)}, "heldout")
+    text = report.describe({"ALIGN": noise_report(80, 76, 63, 3), "MLP": noise_report(0, 0, 0, 0)}, "heldout")
+    assert "Side by side" not in text

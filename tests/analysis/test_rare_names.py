@@ -1,4 +1,4 @@
-"""What is said of rarity, on answers whose truth is known; and the three ways of asking, of the shipped model."""
+"""Tests of the rare names analysis on answers with a known effect of rarity, and of the shipped model."""
 
 import json
 
@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 import alignvlm_jax
-from alignvlm_jax.analysis import name_answers, rare_names
-from alignvlm_jax.analysis.name_answers import NameAnswer, judge, telling_letters
+from alignvlm_jax.analysis.rare_names import report
+from alignvlm_jax.analysis.rare_names.answers import ask_decoder
+from alignvlm_jax.analysis.rare_names.kinds import NameAnswer, classify, count_endings, distinguishing_letters
+from alignvlm_jax.analysis.rare_names.measure import compare, letter_agreement, summarize
+from alignvlm_jax.analysis.rare_names.run import run
 from alignvlm_jax.data.synthetic.names import COUNTS, build_names_corpus, draw_lexicon
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Answer
 
 LEXICON = draw_lexicon(0, 12)
-OF_GROUP = {(name.group, name.seen): name for name in LEXICON}
+NAMES = {(name.group, name.seen): name for name in LEXICON}
 
 
 def answer(name, predicted, page="p"):
@@ -21,19 +24,19 @@ def answer(name, predicted, page="p"):
 
 
 def simulate(error_of, per_name=20, toward=None, seed=0):
-    """Answers that are wrong as often as `error_of(seen)` says; `toward(group, rng)` names what is answered then."""
+    """Returns answers that are wrong at the rate `error_of(seen)`; `toward(name, rng)` gives the wrong answer."""
     rng = np.random.default_rng(seed)
     answers = []
     for number, name in enumerate(LEXICON * per_name):
         wrong = rng.random() < error_of(name.seen)
         predicted = (toward(name, rng) if toward and name.has_look_alikes else "XX") if wrong else name.text
         answers.append(answer(name, predicted, page=str(number)))
-    return judge(answers, LEXICON)
+    return classify(answers, LEXICON)
 
 
-def test_every_kind_of_answer_is_told_apart():
-    rare, common, middle = OF_GROUP[0, 1], OF_GROUP[0, 256], OF_GROUP[0, 16]
-    other, loner = OF_GROUP[1, 64], OF_GROUP[11, 4]
+def test_every_kind_of_answer_is_recognized():
+    rare, common, middle = NAMES[0, 1], NAMES[0, 256], NAMES[0, 16]
+    other, loner = NAMES[1, 64], NAMES[11, 4]
     answers = [
         answer(middle, middle.text + " "),
         answer(middle, common.text),
@@ -44,46 +47,46 @@ def test_every_kind_of_answer_is_told_apart():
         answer(loner, "Total"),
         Answer("p", "names", "cmtt10", "What is the fee?", "3.20", "3.20"),
     ]
-    kinds = [judged.kind for judged in judge(answers, LEXICON)]
+    kinds = [answer.kind for answer in classify(answers, LEXICON)]
     kept = ["right", "commoner look-alike", "rarer look-alike", "another name", "elsewhere on the page"]
-    assert kinds == [*kept, "garble", "garble"]  # the loner is printed on that page, the fee is no name
+    assert kinds == [*kept, "garble", "garble"]  # the loner is printed on that page, the fee is not a name
 
 
 def test_answers_with_another_names_ending():
-    rare, common = OF_GROUP[7, 1], OF_GROUP[8, 256]  # like no other name
+    rare, common = NAMES[7, 1], NAMES[8, 256]  # without look-alikes
     stump = "QQ"
-    found = judge(
+    found = classify(
         [
             answer(rare, stump + common.text[-3:]),
             answer(common, stump + rare.text[-3:]),
-            answer(rare, stump + rare.text[-3:]),  # its own
-            answer(rare, stump + common.text[-2:]),  # two letters are no ending
-            answer(rare, stump + OF_GROUP[9, 1].text[-3:]),  # neither commoner nor rarer
+            answer(rare, stump + rare.text[-3:]),  # the ending of the name itself
+            answer(rare, stump + common.text[-2:]),  # two letters do not count as an ending
+            answer(rare, stump + NAMES[9, 1].text[-3:]),  # neither more common nor rarer
         ],
         LEXICON,
     )
-    assert [judged.kind for judged in found] == ["commoner ending", "rarer ending", "garble", "garble", "garble"]
-    pull = rare_names.summarize(found)["all"]["pull_of_endings"]
+    assert [answer.kind for answer in found] == ["commoner ending", "rarer ending", "garble", "garble", "garble"]
+    pull = summarize(found)["all"]["pull_of_endings"]
     assert (pull["commoner"], pull["rarer"], pull["value"]) == (1, 1, 0.5)
 
-    # Look-alikes that share their last letters end in what all of them make up together.
-    endings = name_answers.count_endings(LEXICON)
-    texts = {group: OF_GROUP[group, 4].text for group in telling_letters(LEXICON)}
-    alike = [texts[group] for group, (place, _) in telling_letters(LEXICON).items() if place < len(texts[group]) - 3]
+    # Look-alikes that share their last letters also share the count of that ending.
+    endings, letters = count_endings(LEXICON), distinguishing_letters(LEXICON)
+    texts = {group: NAMES[group, 4].text for group in letters}
+    alike = [texts[group] for group, (position, _) in letters.items() if position < len(texts[group]) - 3]
     assert alike and {endings[text[-3:]] for text in alike} == {sum(COUNTS)}
 
 
-def test_endings_by_lot_are_not_taken_for_a_pull():
+def test_random_endings_are_not_taken_for_a_pull():
     def ending(name, rng):
         return "QQ" + LEXICON[rng.integers(len(LEXICON))].text[-3:]
 
     answers = simulate(lambda seen: 0.5, toward=ending)
-    pull = rare_names.summarize(answers)["all"]["pull_of_endings"]
+    pull = summarize(answers)["all"]["pull_of_endings"]
     assert pull["commoner"] + pull["rarer"] > 100 and pull["low"] < 0.5 < pull["high"]
 
 
 def test_error_by_count_is_the_share_of_wrong_answers():
-    figures = rare_names.summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
+    figures = summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
     rows = figures["all"]["by_count"]
     assert [row["seen"] for row in rows] == list(COUNTS) and {row["questions"] for row in rows} == {240}
     assert [row["error"]["value"] for row in rows] == [1, 1, 1, 1, 0, 0]
@@ -94,101 +97,101 @@ def test_error_by_count_is_the_share_of_wrong_answers():
 
 
 def test_no_effect_of_rarity_is_not_taken_for_one():
-    """The interval of the gap holds 0 in about 95 of 100 worlds without one."""
+    """The interval of the gap contains 0 in about 95 of 100 simulations without one."""
     inside = 0
     for seed in range(40):
-        gap = rare_names.summarize(simulate(lambda seen: 0.3, per_name=2, seed=seed))["all"]["rarity_gap"]
+        gap = summarize(simulate(lambda seen: 0.3, per_name=2, seed=seed))["all"]["rarity_gap"]
         inside += gap["low"] <= 0 <= gap["high"]
     assert inside >= 34
 
 
-def test_pull_is_a_half_by_lot_and_one_where_common_names_attract():
+def test_pull_is_a_half_by_chance_and_one_where_common_names_attract():
     def anyone(name, rng):
-        return OF_GROUP[name.group, rng.choice([seen for seen in COUNTS if seen != name.seen])].text
+        return NAMES[name.group, rng.choice([seen for seen in COUNTS if seen != name.seen])].text
 
     def the_commonest(name, rng):
-        return OF_GROUP[name.group, 256 if name.seen != 256 else 64].text
+        return NAMES[name.group, 256 if name.seen != 256 else 64].text
 
-    fair = rare_names.summarize(simulate(lambda seen: 0.5, toward=anyone))["look-alikes"]["pull"]
+    fair = summarize(simulate(lambda seen: 0.5, toward=anyone))["look-alikes"]["pull"]
     assert fair["low"] < 0.5 < fair["high"] and fair["high"] - fair["low"] < 0.2
     pulled = simulate(lambda seen: 0.5 if seen < 256 else 0.0, toward=the_commonest)
-    summary = rare_names.summarize(pulled)
+    summary = summarize(pulled)
     assert summary["look-alikes"]["pull"]["value"] == 1 and summary["look-alikes"]["pull"]["rarer"] == 0
     assert summary["loners"]["pull"]["value"] is None
-    assert "rarity costs" in rare_names.describe({"model": summary})
+    assert "rarity costs" in report.describe({"model": summary})
 
 
 def test_two_models_are_compared_group_by_group():
     worse, better = simulate(lambda seen: 0.5 if seen <= 1 else 0.1), simulate(lambda seen: 0.1, seed=1)
-    difference = rare_names.compare(worse, better)
+    difference = compare(worse, better)
     assert difference["error_on_rare"]["high"] < -0.3 and difference["rarity_gap"]["high"] < -0.2
     assert difference["error_on_common"]["low"] < 0 < difference["error_on_common"]["high"]
-    assert "wider by -36.5" in rare_names.describe_comparison("A", {"B": difference})
+    assert "wider by -36.5" in report.describe_comparison("A", {"B": difference})
     with pytest.raises(UserError, match="different names"):
-        rare_names.compare(worse, [answer for answer in better if answer.name.group < 3])
+        compare(worse, [answer for answer in better if answer.name.group < 3])
 
 
-def test_the_letters_that_tell_look_alikes_apart():
-    letters = telling_letters(LEXICON)
+def test_letters_that_distinguish_look_alikes():
+    letters = distinguishing_letters(LEXICON)
     assert sorted(letters) == list(range(6))
-    for group, (place, choices) in letters.items():
+    for group, (position, choices) in letters.items():
         members = [name.text for name in LEXICON if name.group == group]
-        assert [text[place] for text in members] == list(choices) and len(set(choices)) == 6
-        assert len({text[:place] + text[place + 1 :] for text in members}) == 1
+        assert [text[position] for text in members] == list(choices) and len(set(choices)) == 6
+        assert len({text[:position] + text[position + 1 :] for text in members}) == 1
 
 
-def test_blame_counts_what_the_tokens_said():
-    rare, common = OF_GROUP[0, 1], OF_GROUP[0, 256]
-    place, _ = telling_letters(LEXICON)[0]
-    answers = [NameAnswer("p", rare, rare.text, "right", rare.text[place])]
+def test_letter_agreement_counts_the_letters_of_the_tokens():
+    rare, common = NAMES[0, 1], NAMES[0, 256]
+    position, _ = distinguishing_letters(LEXICON)[0]
+    answers = [NameAnswer("p", rare, rare.text, "right", rare.text[position])]
     answers += [
-        NameAnswer("p", rare, common.text, "commoner look-alike", text[place])
+        NameAnswer("p", rare, common.text, "commoner look-alike", text[position])
         for text in (rare.text, common.text, common.text)
     ]
-    says = rare_names.blame(answers, LEXICON)
-    assert says["right"]["share"] == 1
-    assert says["pulled"]["share"] == pytest.approx(1 / 3, abs=1e-4)
-    assert says["pulled, to the letter answered"]["share"] == pytest.approx(2 / 3, abs=1e-4)
-    assert says["by_count"]["1"]["answers"] == 4 and says["by_count"]["4"]["share"] is None
+    agreement = letter_agreement(answers, LEXICON)
+    assert agreement["right"]["share"] == 1
+    assert agreement["pulled"]["share"] == pytest.approx(1 / 3, abs=1e-4)
+    assert agreement["pulled, to the letter answered"]["share"] == pytest.approx(2 / 3, abs=1e-4)
+    assert agreement["by_count"]["1"]["answers"] == 4 and agreement["by_count"]["4"]["share"] is None
 
 
-def test_nothing_is_said_of_answers_that_there_are_none_of():
-    rare, common = OF_GROUP[0, 1], OF_GROUP[0, 256]
-    place, _ = telling_letters(LEXICON)[0]
-    right = NameAnswer("p", rare, rare.text, "right", rare.text[place])
-    pulled = NameAnswer("p", rare, common.text, "commoner look-alike", rare.text[place])
-    summary = rare_names.summarize(simulate(lambda seen: 0.1))
+def test_kinds_of_answers_that_do_not_occur_are_not_described():
+    rare, common = NAMES[0, 1], NAMES[0, 256]
+    position, _ = distinguishing_letters(LEXICON)[0]
+    right = NameAnswer("p", rare, rare.text, "right", rare.text[position])
+    pulled = NameAnswer("p", rare, common.text, "commoner look-alike", rare.text[position])
+    summary = summarize(simulate(lambda seen: 0.1))
 
-    def told(*answers):
-        says = rare_names.blame(answers, LEXICON)
-        text = rare_names.describe({"model": summary, "decoder alone": summary, "tokens say the true letter": says})
+    def described(*answers):
+        agreement = letter_agreement(answers, LEXICON)
+        text = report.describe({"model": summary, "decoder alone": summary, "tokens say the true letter": agreement})
         return text.partition(" rarer).")[2].partition("the visual tokens are ")[2]
 
-    in_right, in_pulled = "in 100 % (of 1) of right answers", "in 100 % (of 1) of answers pulled to a commoner name"
-    overruled = ": in the latter share the decoder overruled what it was told."
-    assert told(right, pulled) == f"nearest to the true one {in_right} and {in_pulled}{overruled}"
-    assert told(right) == f"nearest to the true one {in_right}."
-    assert told() == ""
+    in_right, in_pulled = "in 100 % (of 1) of right answers", "in 100 % (of 1) of answers pulled to a more common name"
+    overruled = ": in the latter, the decoder overruled the visual tokens."
+    assert described(right, pulled) == f"nearest to the true one {in_right} and {in_pulled}{overruled}"
+    assert described(right) == f"nearest to the true one {in_right}."
+    assert described() == ""
 
 
 def test_the_shipped_model_is_analyzed(tmp_path):
     folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
-    rare_names.run(["nano"], folder, tmp_path / "out", limit=40, views=2)
+    run(["nano"], folder, tmp_path / "out", limit=40, views=2)
     written = json.loads((tmp_path / "out" / "names.json").read_text())
     figures = written["models"]["ALIGN"]
-    assert rare_names.describe(figures) in (tmp_path / "out" / "names.md").read_text()
+    assert report.describe(figures) in (tmp_path / "out" / "names.md").read_text()
     assert (tmp_path / "out" / "names.png").stat().st_size > 5_000
-    # It reads: that is what the figures are worth anything for.
+    # The model reads; otherwise the measures would mean nothing.
     assert figures["model"]["all"]["error"]["value"] < 0.7
     assert figures["decoder alone"]["all"]["error"]["value"] < figures["model"]["all"]["error"]["value"] + 0.1
     assert figures["tokens say the true letter"]["right"]["share"] > 0.9
     again = [NameAnswer.from_json(fields) for fields in figures["answers"]]
-    assert rare_names.summarize(again) == figures["model"]
-    looks = written["models"]["ALIGN, 2 views"]
-    assert len(looks["answers"]) == len(figures["answers"]) and looks["answers"] != figures["answers"]
-    assert "decoder alone" not in looks
+    assert summarize(again) == figures["model"]
+    two_views = written["models"]["ALIGN, 2 views"]
+    assert len(two_views["answers"]) == len(figures["answers"]) and two_views["answers"] != figures["answers"]
+    assert "decoder alone" not in two_views
     compared = written["compared with ALIGN"]["ALIGN, 2 views"]
-    difference = looks["model"]["all"]["error"]["value"] - figures["model"]["all"]["error"]["value"]
+    difference = two_views["model"]["all"]["error"]["value"] - figures["model"]["all"]["error"]["value"]
     assert compared["error"]["value"] == pytest.approx(difference, abs=1e-3)
 
 
@@ -197,4 +200,4 @@ def test_a_model_without_a_token_for_each_patch_is_refused():
     reader.config = type("Config", (), {**vars(reader.config)})()
     reader.config.newline = True
     with pytest.raises(UserError, match="one visual token for each patch"):
-        name_answers.ask_decoder(reader, "anywhere")
+        ask_decoder(reader, "anywhere")

@@ -10,7 +10,7 @@ import pytest
 
 from alignvlm_jax import cli
 from alignvlm_jax.analysis import vocabulary
-from alignvlm_jax.analysis.subjects import encode, tile_batches
+from alignvlm_jax.analysis.inputs import encode, tile_batches
 from alignvlm_jax.analysis.vocabulary import (
     VocabularyUse,
     mean_distribution,
@@ -29,7 +29,7 @@ from alignvlm_jax.interop.import_pytorch import import_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.training import initial
-from tests.analysis.subjects import random_reader, records
+from tests.analysis.tiny import random_reader, records
 from tests.interop.exported import assert_same_weights, make_checkpoint, read_weights
 
 PAGES = 3
@@ -183,9 +183,9 @@ def test_a_pruned_model_is_not_trained_nor_pruned_again(tmp_path):
 def test_what_is_written(reader, tmp_path, monkeypatch, capsys):
     rights = iter((2, 6, 9, 9, 1, 5, 9))
     monkeypatch.setattr(vocabulary, "evaluate", lambda reader, records, *, limit, title: tenth(next(rights)))
-    monkeypatch.setattr(vocabulary.subjects, "load_readers", lambda checkpoints, batch_size: iter([("ALIGN", reader)]))
-    monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
-    monkeypatch.setattr(vocabulary.subjects, "model_config", lambda checkpoint: reader.config)
+    monkeypatch.setattr(vocabulary.inputs, "load_readers", lambda checkpoints, batch_size: iter([("ALIGN", reader)]))
+    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
+    monkeypatch.setattr(vocabulary.inputs, "model_config", lambda checkpoint: reader.config)
     num_words = reader.config.language.vocab_size
     vocabulary.run(["a"], "data", tmp_path, pages=2, sizes=[num_words, 20, 5, 40])
     figures = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]["ALIGN"]
@@ -225,8 +225,8 @@ def test_what_cannot_be_analysed(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_done_is_said_before_any_work(checkpoints, options, match, folders, monkeypatch):
-    monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
-    monkeypatch.setattr(vocabulary.subjects, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
+    monkeypatch.setattr(vocabulary.inputs, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     paths = {key: str(folders / value) for key, value in options.items() if isinstance(value, str)}
     with pytest.raises(UserError, match=match):
         checkpoints = [str(folders / name) for name in checkpoints]
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_is_said_before_any_work(checkpoints, options, match
 def test_a_pruned_model_is_scored_as_it_is(folders, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(vocabulary, "evaluate", lambda reader, *_, **__: asked.append(reader) or tenth(4))
-    monkeypatch.setattr(vocabulary.subjects, "open_records", lambda data, split: records())
+    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
     vocabulary.run([str(folders / "pruned")] * 3, "data", tmp_path, pages=1)
     assert [reader.config.connector.kept_words for reader in asked] == [KEPT] * 3
     found = json.loads((tmp_path / "vocabulary.json").read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignvlm_jax.analysis.name_answers import NameAnswer
+from alignvlm_jax.analysis.rare_names.kinds import NameAnswer
 from alignvlm_jax.data.synthetic.names import draw_lexicon
 from alignvlm_jax.reproduce import parts
 from alignvlm_jax.reproduce.jobs import COMPLETE, RESULT_FILE, Job

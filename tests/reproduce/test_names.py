@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from alignvlm_jax.analysis.name_answers import NameAnswer
+from alignvlm_jax.analysis.rare_names.kinds import NameAnswer
 from alignvlm_jax.data.synthetic.names import draw_lexicon, num_documents
 from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.options import Options
@@ -62,7 +62,7 @@ def test_a_job_that_looks_several_times_asks_the_trained_model(monkeypatch, tmp_
         asked.append((reader.num_views, folder.name))
         return []
 
-    monkeypatch.setattr(names.name_answers, "ask_names", ask_names)
+    monkeypatch.setattr(names, "ask_names", ask_names)
     found = names.run(FakeWork())
     assert asked == ["names/transcription/align/seed1", (4, "names-1")]
     assert found == {"answers": [], "documents": {"views": 4, "records": "heldout"}}

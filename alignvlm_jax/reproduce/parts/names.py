@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignvlm_jax.analysis import name_answers, rare_names
-from alignvlm_jax.analysis.name_answers import NameAnswer
+from alignvlm_jax.analysis.rare_names.answers import ask_decoder, ask_names, read_letters
+from alignvlm_jax.analysis.rare_names.kinds import (
+    NameAnswer,
+    classify_ending,
+    count_endings,
+    distinguishing_letters,
+)
+from alignvlm_jax.analysis.rare_names.measure import COMMON, RARE, compare, summarize
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import MixturePart
 from alignvlm_jax.data.synthetic.names import COUNTS, FAMILY, build_names_corpus, draw_lexicon, num_documents
@@ -108,15 +114,15 @@ def run(work: Work) -> dict[str, Any]:
         once = job(variant._replace(views=1), work.job.encoder, work.job.seed)
         reader = work.reader(once).with_views(variant.views)
         return {
-            "answers": pack(name_answers.ask_names(reader, folder, limit=limit)),
+            "answers": pack(ask_names(reader, folder, limit=limit)),
             "documents": work.score(reader, work.records("heldout"), limit),
         }
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
     work.train(mixed(work.experiment(factor=factor), work.job.seed))
     reader = work.reader()
-    answers = name_answers.ask_names(reader, folder, limit=limit)
-    answers = name_answers.read_letters(reader, folder, answers)
-    spelled = name_answers.ask_decoder(reader, folder, limit=limit)
+    answers = ask_names(reader, folder, limit=limit)
+    answers = read_letters(reader, folder, answers)
+    spelled = ask_decoder(reader, folder, limit=limit)
     return {
         "factor": factor,
         "answers": pack(answers),
@@ -147,11 +153,11 @@ def pack(answers: Sequence[NameAnswer]) -> list[str]:
 def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
     """The answers; groups get numbers of their seed's, since another seed's are other names."""
     lexicon, answers = draw_lexicon(seed, GROUPS), []
-    names, endings = {name.text: name for name in lexicon}, name_answers.count_endings(lexicon)
+    names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
     for line in lines:
         text, predicted, kind, letter = line.split("\t")
         if kind == "garble":  # runs from before endings were told apart
-            kind = name_answers.kind_of_garble(names[text], predicted, endings)
+            kind = classify_ending(names[text], predicted, endings)
         name = dataclasses.replace(names[text], group=names[text].group + seed * GROUPS)
         answers.append(NameAnswer("", name, predicted, kind, letter or None))
     return answers
@@ -173,10 +179,10 @@ def section(results: Results, folder: Path) -> str:
         runs = _runs(results, variant)
         if not runs:
             continue
-        summary = rare_names.summarize(_answers(runs))
-        rare, common = (_errors_on(_answers(runs), counts) for counts in (rare_names.RARE, rare_names.COMMON))
+        summary = summarize(_answers(runs))
+        rare, common = (_errors_on(_answers(runs), counts) for counts in (RARE, COMMON))
         trained = variant.views == 1
-        alone = _number(rare_names.summarize(_answers(runs, "spelled"))["all"]["error"]) if trained else "as with one"
+        alone = _number(summarize(_answers(runs, "spelled"))["all"]["error"]) if trained else "as with one"
         right = estimate(
             np.array([digits(found["documents"]) for found in runs.values()]),
             next(iter(runs.values()))["documents"]["questions"],
@@ -235,7 +241,7 @@ def _differences(results: Results) -> list[str]:
         seeds, first, other = _paired(results, reference, variant)
         if not seeds:
             continue
-        found = rare_names.compare(*(_answers(runs) for runs in (first, other)))
+        found = compare(*(_answers(runs) for runs in (first, other)))
         right = np.array([[digits(runs[seed]["documents"]) for seed in seeds] for runs in (other, first)])
         documents = estimate(right[0] - right[1], first[seeds[0]]["documents"]["questions"])
         lines.append(
@@ -249,7 +255,7 @@ def _differences(results: Results) -> list[str]:
 def claims(results: Results) -> list[str]:
     lines, align = [], _runs(results, _ALIGN)
     if align:
-        whole = rare_names.summarize(_answers(align))["all"]
+        whole = summarize(_answers(align))["all"]
         gap = _estimate(whole["rarity_gap"], len(align), whole["questions"])
         lines.append(f"{verdict(gap)}: ALIGN errs more on rare names than on common ones: {gap.signed()} of them.")
     options = {
@@ -260,7 +266,7 @@ def claims(results: Results) -> list[str]:
         seeds, once, other = _paired(results, _ALIGN, variant)
         if seeds:
             answers = _answers(other), _answers(once)
-            fewer = _estimate(rare_names.compare(*answers)["error_on_rare"], len(seeds), len(answers[0]))
+            fewer = _estimate(compare(*answers)["error_on_rare"], len(seeds), len(answers[0]))
             lines.append(f"{verdict(fewer)}: {what}: by {fewer.signed()} of them.")
     return lines
 
@@ -275,14 +281,14 @@ def _paired(
 
 
 def _errors_on(answers: Sequence[NameAnswer], counts: Sequence[int]) -> str:
-    return _number(rare_names.summarize([answer for answer in answers if answer.name.seen in counts])["all"]["error"])
+    return _number(summarize([answer for answer in answers if answer.name.seen in counts])["all"]["error"])
 
 
 def _letters(runs: dict[int, Result]) -> str:
     """The share of answers, and of pulled ones, at which the visual tokens said the true letter."""
     said = []
     for seed, found in runs.items():
-        letters = name_answers.telling_letters(draw_lexicon(seed, GROUPS))
+        letters = distinguishing_letters(draw_lexicon(seed, GROUPS))
         for answer in unpack(found["answers"], seed):
             if answer.letter is not None:
                 place, _ = letters[answer.name.group - seed * GROUPS]

@@ -36,7 +36,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    from alignvlm_jax.analysis.noise import feature_distances
+    from alignvlm_jax.analysis.noise.measure import feature_distances
 
     reader = work.reader(accuracy.job(work.job.connector, work.job.encoder, work.job.seed))
     records = work.records("heldout")

@@ -1,4 +1,4 @@
-"""What an analysis looks at: checkpoints under names of their own, pages as tiles, and what the parts make of them.
+"""Inputs of the analyses: checkpoints with unique names, pages cut into tiles, and the stages of the model.
 
 Axes: M tiles in a batch, S tile side, N features per tile, N' visual tokens per tile, d encoder width, D decoder width.
 """
@@ -34,7 +34,7 @@ from alignvlm_jax.models.connectors import (
 )
 
 Record = Mapping[str, Any]
-"""A page as `data/store.py` gives it; `evaluation/runner.py` says what it holds."""
+"""A record of `data/store.py`; `evaluation/runner.py` describes its fields."""
 
 CONNECTOR_NAMES = {
     AlignConfig: "ALIGN",
@@ -44,18 +44,21 @@ CONNECTOR_NAMES = {
     HReducerConfig: "H-Reducer",
     CAbstractorConfig: "C-Abstractor",
 }
-_TILES_AT_ONCE = 16
+_TILES_PER_BATCH = 16
 
 
 def model_config(checkpoint: str | os.PathLike) -> AlignVLMConfig:
-    """What a checkpoint's model is, without its weights: to be asked before long work."""
+    """Returns the config of a checkpoint's model without loading weights, for checks before any long work."""
     folder = trained_model(checkpoint)
     return (read_alignvlm_config(folder) if is_alignvlm_folder(folder) else read_run_config(folder)).model
 
 
 def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 32) -> Iterator[tuple[str, Reader]]:
-    """The readers one after the other, each with a name of its own: its connector's, with its folder's where that is
-    taken, with a number where that is taken too. All checkpoints are there before the first is loaded."""
+    """Yields each reader with a unique name.
+
+    The name is that of the connector; if it is taken, the checkpoint's folder is added, and then a number. The configs
+    of all checkpoints are read before the first model is loaded, so a missing one is reported at once.
+    """
     taken: set[str] = set()
     for checkpoint, config in [(checkpoint, model_config(checkpoint)) for checkpoint in checkpoints]:
         connector = CONNECTOR_NAMES[type(config.connector)]
@@ -67,64 +70,66 @@ def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 
 
 
 def open_records(data: str | os.PathLike, split: str) -> Sequence[Record]:
-    """The pages of a data set's split."""
+    """Returns the records of a split of a data set."""
     return store.open_dataset(Path(data), split)
 
 
 def page_images(record: Record) -> list[bytes]:
-    """The pages of a record, encoded: a document's image, or the images of a conversation, which may have none."""
+    """Returns the encoded pages of a record: the image of a document, or the images of a conversation (maybe none)."""
     return list(record["images"]) if "images" in record else [record["image"]] if "image" in record else []
 
 
-def page_places(records: Sequence[Record], pages: int) -> list[tuple[int, int]]:
-    """Where the first `pages` pages are: in which record, and which of its images.
+def page_indices(records: Sequence[Record], pages: int) -> list[tuple[int, int]]:
+    """Returns the first `pages` pages as pairs: index of the record, index of the image in that record.
 
     Raises:
-      UserError: no record has an image.
+      UserError: if no record has an image.
     """
-    images_of = (((index, i) for i in range(len(page_images(records[index])))) for index in range(len(records)))
-    places = list(itertools.islice(itertools.chain.from_iterable(images_of), pages))
-    if not places:
-        raise UserError(f"none of the {len(records):,} records has an image: an analysis looks at pages")
-    return places
+    all_indices = (
+        (record, image) for record in range(len(records)) for image in range(len(page_images(records[record])))
+    )
+    indices = list(itertools.islice(all_indices, pages))
+    if not indices:
+        raise UserError(f"none of the {len(records):,} records has an image, and an analysis needs pages")
+    return indices
 
 
 def tile_batches(
     reader: Reader, records: Sequence[Record], pages: int, *, title: str
 ) -> Iterator[tuple[UInt8[np.ndarray, "1 M S S 3"], Int[np.ndarray, "1 M 2"]]]:
-    """The tiles of the first `pages` pages, cut as the reader cuts them, and which part of each is picture.
+    """Yields the tiles of the first `pages` pages, cut as the reader cuts them, and the valid size of each tile.
 
-    All batches have one shape; the last is filled up with tiles of which no part is picture.
+    All batches have the same shape. The last one is padded with tiles of valid size 0 x 0.
     """
     side = reader.tiling.tile_size
     tiles, valid_hw = np.zeros((0, side, side, 3), np.uint8), np.zeros((0, 2), np.int32)
 
-    def batch():
-        short = max(0, _TILES_AT_ONCE - len(tiles))
-        chosen = np.pad(tiles[:_TILES_AT_ONCE], ((0, short), (0, 0), (0, 0), (0, 0)))
-        return chosen[None], np.pad(valid_hw[:_TILES_AT_ONCE], ((0, short), (0, 0)))[None]
+    def next_batch():
+        missing = max(0, _TILES_PER_BATCH - len(tiles))
+        padded = np.pad(tiles[:_TILES_PER_BATCH], ((0, missing), (0, 0), (0, 0), (0, 0)))
+        return padded[None], np.pad(valid_hw[:_TILES_PER_BATCH], ((0, missing), (0, 0)))[None]
 
-    places = page_places(records, pages)
-    for index, number in tqdm(places, desc=title, unit="page", dynamic_ncols=True, leave=None):
-        record = records[index]
-        cut = reader.cut(images.open_image(page_images(record)[number], name=record["id"]))
+    indices = page_indices(records, pages)
+    for record_index, image_index in tqdm(indices, desc=title, unit="page", dynamic_ncols=True, leave=None):
+        record = records[record_index]
+        cut = reader.cut(images.open_image(page_images(record)[image_index], name=record["id"]))
         tiles, valid_hw = np.concatenate([tiles, cut.tiles]), np.concatenate([valid_hw, cut.valid_hw])
-        while len(tiles) >= _TILES_AT_ONCE:
-            yield batch()
-            tiles, valid_hw = tiles[_TILES_AT_ONCE:], valid_hw[_TILES_AT_ONCE:]
+        while len(tiles) >= _TILES_PER_BATCH:
+            yield next_batch()
+            tiles, valid_hw = tiles[_TILES_PER_BATCH:], valid_hw[_TILES_PER_BATCH:]
     if len(tiles):
-        yield batch()
+        yield next_batch()
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode(
     model: AlignVLM, variables: Variables, tiles: UInt8[Array, "1 M S S 3"], valid_hw: Int[Array, "1 M 2"]
 ) -> Float[Array, "M N d"]:
-    """What the connector reads of tiles."""
+    """Returns the vision features of the tiles: the connector's input."""
     return model.apply(variables, tiles, valid_hw, method="encode_features")
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def connect(model: AlignVLM, variables: Variables, features: Float[Array, "M N d"]) -> Float[Array, "M N' D"]:
-    """What the connector makes of features: visual tokens."""
+    """Returns the visual tokens of the features: the connector's output."""
     return model.apply(variables, method=lambda model: model.connector(features, model.language.embedding).tokens)

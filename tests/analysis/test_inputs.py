@@ -1,27 +1,28 @@
-"""Pages are found in documents and in conversations; readers have names that differ."""
+"""Tests that pages are found in documents and in conversations alike."""
 
 import json
 
 import numpy as np
 import pytest
 
-from alignvlm_jax.analysis import noise, subjects
-from alignvlm_jax.analysis.geometry import visual_tokens
-from alignvlm_jax.analysis.noise import CorruptedRecords, Corruption
+from alignvlm_jax.analysis.geometry.measure import visual_tokens
+from alignvlm_jax.analysis.inputs import page_indices
+from alignvlm_jax.analysis.noise.corruptions import CorruptedRecords, Corruption
+from alignvlm_jax.analysis.noise.measure import feature_noise
 from alignvlm_jax.analysis.vocabulary import vocabulary_use
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
-from tests.analysis.subjects import random_reader, records
+from tests.analysis.tiny import random_reader, records
 
 
 def conversations():
-    """Four pages of `records` as `tools/prepare_data.py` writes them: none, one, none and three in a conversation."""
+    """Returns four pages of `records` as `tools/prepare_data.py` writes them: 0, 1, 0 and 3 in a conversation."""
     pages = [record["image"] for record in records()[:4]]
     found = []
     for number, shown in enumerate(([], pages[:1], [], pages[1:])):
         question = [*({"type": "image"} for _ in shown), {"type": "text", "text": "What is the total?"}]
-        said = [{"role": "user", "content": question}, {"role": "assistant", "content": "12"}]
-        found.append({"id": str(number), "source": "said", "conversation": json.dumps(said), "images": shown})
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "12"}]
+        found.append({"id": str(number), "source": "said", "conversation": json.dumps(messages), "images": shown})
     return found
 
 
@@ -30,7 +31,7 @@ def test_conversations_have_the_pages_of_documents():
     tokens, use = visual_tokens(reader, conversations(), 3), vocabulary_use(reader, conversations(), pages=3)
     np.testing.assert_array_equal(tokens, visual_tokens(reader, records(), 3))
     np.testing.assert_array_equal(use.mean, vocabulary_use(reader, records(), pages=3).mean)
-    assert use.pages == 3 and len(subjects.page_places(conversations(), 50)) == 4
+    assert use.pages == 3 and len(page_indices(conversations(), 50)) == 4
 
 
 def test_noise_of_conversations():
@@ -40,10 +41,10 @@ def test_noise_of_conversations():
         for page, blurred in zip(record["images"], found["images"], strict=True):
             expected = Corruption("blur", 2.0).apply(images.open_image(page), np.random.default_rng(0))
             assert images.open_image(blurred).tobytes() == expected.tobytes()
-    points = noise.feature_noise(random_reader(), conversations(), [0.0, 2.0], pages=2)
+    points = feature_noise(random_reader(), conversations(), [0.0, 2.0], pages=2)
     assert [point.questions for point in points] == [4, 4]
 
 
-def test_without_pages_there_is_nothing_to_look_at():
+def test_records_without_pages_are_refused():
     with pytest.raises(UserError, match="none of the 2 records has an image"):
         vocabulary_use(random_reader(), conversations()[::2], pages=3)

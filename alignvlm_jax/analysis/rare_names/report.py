@@ -1,0 +1,112 @@
+"""Plot and text of the rare names analysis."""
+
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from alignvlm_jax.analysis import output
+from alignvlm_jax.analysis.rare_names.measure import COMMON
+from alignvlm_jax.data.synthetic.names import COUNTS
+
+
+def plot(models: dict[str, dict[str, Any]]) -> matplotlib.figure.Figure:
+    """Plots error against rarity, one line per model; names with look-alikes on the left, loners on the right.
+
+    Args:
+      models: the result of `measure.summarize` for each model, by name.
+    """
+    figure, axes = output.new_plot(2, title="Names answered wrong, by how many training pages print them")
+    for axis, subset in zip(axes, ("look-alikes", "loners"), strict=True):
+        for number, (name, summary) in enumerate(models.items()):
+            rows = [row for row in summary[subset]["by_count"] if row["questions"]]
+            # The lines are shifted a little against each other, so that their intervals do not overlap.
+            x = [COUNTS.index(row["seen"]) + 0.08 * (number - (len(models) - 1) / 2) for row in rows]
+            y, low, high = (np.array([100 * row["error"][key] for row in rows]) for key in ("value", "low", "high"))
+            bars = np.maximum([y - low, high - y], 0)
+            axis.errorbar(x, y, yerr=bars, label=name, capsize=2.5, elinewidth=0.8, **output.line_style(number))
+        axis.set_title("with look-alikes" if subset == "look-alikes" else "without look-alikes", fontsize=10)
+        axis.set_xticks(range(len(COUNTS)), COUNTS)
+        axis.set_xlabel("training pages that print the name")
+        axis.set_ylabel("wrong answers (%), 95 % interval")
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def describe_comparison(first: str, comparisons: dict[str, dict[str, Any]]) -> str:
+    """Returns the results of `measure.compare` as text."""
+    return " ".join(
+        f"The error of {name} differs from that of {first} by {_points(difference['error'])}: by "
+        f"{_points(difference['error_on_rare'])} on names seen at most once, and by "
+        f"{_points(difference['error_on_common'])} on names seen {COMMON[0]} times and more; its rarity gap is wider "
+        f"by {_points(difference['rarity_gap'])}."
+        for name, difference in comparisons.items()
+    )
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Returns the results of one model (`run.analyze`) as text."""
+    overall, look_alikes = results["model"]["all"], results["model"]["look-alikes"]
+    rarest, commonest = overall["by_count"][0], overall["by_count"][-1]
+    pull, endings = look_alikes["pull"], overall["pull_of_endings"]
+    text = [
+        f"Of {overall['questions']} questions for names, {_percent(overall['error'])} are answered wrong. For names "
+        f"never seen in training it is {_percent(rarest['error'])}, and for names seen {commonest['seen']} times "
+        f"{_percent(commonest['error'])}. The rarity gap, the error on names seen at most once minus that on names "
+        f"seen {COMMON[0]} times and more, is {_points(overall['rarity_gap'])} "
+        f"({_points(look_alikes['rarity_gap'])} among look-alikes); {_verdict(overall['rarity_gap'], 0)}.",
+        f"Names that were taken for a look-alike were taken for a more common one {pull['commoner']} times and for a "
+        f"rarer one {pull['rarer']} times"
+        + (f" ({_percent(pull)} more common; 50 % if rarity did not matter)" if pull["value"] is not None else "")
+        + f": {_verdict(pull, 0.5)}.",
+        f"Of the answers that are not names, {endings['commoner']} end as a more common name does and "
+        f"{endings['rarer']} as a rarer one: {_verdict(endings, 0.5)}.",
+    ]
+    if "decoder alone" in results:
+        alone = results["decoder alone"]["look-alikes"]
+        text.append(
+            f"The decoder alone, given the letters themselves, errs on {_percent(alone['error'])} of the look-alikes "
+            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} commoner, "
+            f"{alone['pull']['rarer']} rarer)."
+        )
+        text += _describe_letters(results["tokens say the true letter"])
+    return " ".join(text)
+
+
+def _describe_letters(agreement: dict[str, Any]) -> list[str]:
+    """Returns the letter agreement of right answers and of pulled ones as text, for those that exist."""
+    kinds = {"right": "right answers", "pulled": "answers pulled to a more common name"}
+    shares = [
+        f"in {100 * agreement[kind]['share']:.0f} % (of {agreement[kind]['answers']}) of {title}"
+        for kind, title in kinds.items()
+        if agreement[kind]["answers"]
+    ]
+    if not shares:
+        return []
+    overruled = ": in the latter, the decoder overruled the visual tokens" if agreement["pulled"]["answers"] else ""
+    return [
+        "At the one letter that distinguishes look-alikes the visual tokens are nearest to the true one "
+        f"{' and '.join(shares)}{overruled}."
+    ]
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "none"
+    return f"{100 * estimate['value']:.1f} % [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def _points(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "an unknown number of points"
+    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}] points"
+
+
+def _verdict(estimate: dict[str, Any], null: float) -> str:
+    """Returns a conclusion: whether the interval contains `null`, the value expected if rarity does not matter."""
+    if estimate["value"] is None:
+        return "too few answers to tell"
+    if estimate["low"] > null:
+        return "rarity costs"
+    return "commonness costs" if estimate["high"] < null else "no effect of rarity is distinguishable from chance"
