@@ -162,9 +162,9 @@ def _analyze_noise(args: argparse.Namespace) -> None:
 
 
 def _analyze_vocabulary(args: argparse.Namespace) -> None:
-    from alignvlm_jax.analysis import vocabulary
+    from alignvlm_jax.analysis.vocabulary.run import run
 
-    vocabulary.run(
+    run(
         args.checkpoint,
         args.data,
         args.out,

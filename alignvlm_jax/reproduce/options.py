@@ -1,4 +1,4 @@
-"""What `alignvlm reproduce` is asked for."""
+"""Options of `alignvlm reproduce`."""
 
 import dataclasses
 import json
@@ -11,8 +11,11 @@ OPTIONS_FILE = "options.json"
 
 FAIR, SHIPPED = "transcription", "patches"
 ENCODERS = (FAIR, SHIPPED)
-"""What the vision encoder learned from. "transcription": the text of pages; nobody said where which letter is.
-"patches": the letter under each patch, which is close to what ALIGN's own output says."""
+"""Training targets of the vision encoder.
+
+"transcription": the text of pages, without the positions of the letters. "patches": the letter under each patch, which
+is close to what ALIGN itself expresses.
+"""
 
 TITLES = {
     "align": "ALIGN",
@@ -28,20 +31,21 @@ ENCODER_TITLES = {FAIR: "encoder without labels per patch", SHIPPED: "shipped en
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options that decide which jobs there are and what they do; how many run at once is not among them.
+    """Options that determine the jobs and their results. The number of jobs at once is not one of them.
 
     Attributes:
-      seeds: runs of each kind, with the seeds 0 to seeds - 1.
-      minutes: of training that a run may take with the machine to itself; one that takes longer is stopped and marked.
+      seeds: number of runs of each kind; they have the seeds 0 to seeds - 1.
+      minutes: time limit for the training of a run that has the machine to itself. A run that takes longer is stopped
+        and marked.
       config: the recipe.
-      overrides: of its fields, as "a.b=value".
-      data: the folder of the data sets; None draws them in the output folder.
-      encoders: which of `ENCODERS`.
-      connectors: which of `CONNECTORS`.
-      vision: a vision folder in the place of the shipped one, by encoder.
-      questions: held-out questions that a trained model is asked; None asks all.
-      analysed: held-out questions for each point of a curve (noise, vocabulary).
-      sizes: pages drawn for each split.
+      overrides: overrides of its fields, as "a.b=value".
+      data: folder of existing data sets; None draws them in the output folder.
+      encoders: a selection of `ENCODERS`.
+      connectors: a selection of `CONNECTORS`.
+      vision: vision folders that replace the shipped ones, by encoder.
+      questions: number of held-out questions for a trained model; None asks all.
+      analysed: number of held-out questions for each point of a curve (noise, vocabulary).
+      sizes: number of pages drawn for each split.
     """
 
     seeds: int = 3
@@ -57,28 +61,28 @@ class Options:
     sizes: tuple[tuple[str, int], ...] = (("train", 24_000), ("validation", 300), ("heldout", 300))
 
     def save(self, out: Path) -> None:
-        """Writes `OPTIONS_FILE` for the processes that do the jobs.
+        """Writes `OPTIONS_FILE` for the processes that run the jobs.
 
         Raises:
-          UserError: the folder holds runs that were made otherwise.
+          UserError: if the folder holds runs with options that cannot be mixed with these.
         """
-        before = Options.load(out) if (out / OPTIONS_FILE).is_file() else self
+        previous = Options.load(out) if (out / OPTIONS_FILE).is_file() else self
         for name in _FIXED:
-            if getattr(before, name) != getattr(self, name):
+            if getattr(previous, name) != getattr(self, name):
                 raise UserError(
-                    f"{out} holds runs made with {name} {getattr(before, name)!r}, not {getattr(self, name)!r}: "
-                    "figures of both do not belong into one report; choose another --out"
+                    f"{out} holds runs made with {name} {getattr(previous, name)!r}, not {getattr(self, name)!r}: "
+                    "one report cannot mix the two; choose another --out"
                 )
         write_json(dataclasses.asdict(self), out / OPTIONS_FILE)
 
     @classmethod
     def load(cls, out: Path) -> "Options":
-        """What `save` wrote."""
+        """Returns the options that `save` wrote."""
         raw = json.loads((out / OPTIONS_FILE).read_text(encoding="utf-8"))
         return cls(**{name: _tuples(value) for name, value in raw.items()})
 
 
-# What every figure depends on. More seeds, connectors or minutes only add to what is there.
+# Every result depends on these. More seeds, connectors or minutes only add to the existing results.
 _FIXED = ("config", "overrides", "vision", "questions", "analysed", "sizes")
 
 
@@ -86,9 +90,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def write_json(figures: Any, file: Path) -> None:
-    """Figures as JSON: whole or not at all."""
+def write_json(value: Any, file: Path) -> None:
+    """Writes a value as JSON atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(file)
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)

@@ -1,4 +1,4 @@
-"""A part of the report: which jobs it takes, how one of them is done, and what is said of what they came to."""
+"""A part of the report: its jobs, how one of them is run, and its section of the report."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,43 +11,50 @@ from alignvlm_jax.reproduce.work import Work
 
 
 class Results:
-    """What the jobs came to so far.
+    """Results of the jobs so far.
 
     Attributes:
-      options: of the whole.
-      out: its output folder.
+      options: options of the command.
+      out: output folder of the command.
     """
 
     def __init__(self, options: Options, out: Path):
         self.options, self.out = options, out
 
     def complete(self, jobs: Sequence[Job]) -> dict[Job, Result]:
-        """The jobs that are complete, with their results; what is missing or ran out of time is left out."""
-        found = {job: read_result(self.out, job) for job in jobs}
-        return {job: result for job, result in found.items() if result is not None and result["status"] == COMPLETE}
+        """Returns the results of the complete jobs; jobs that are missing or ran out of time are skipped."""
+        results = {job: read_result(self.out, job) for job in jobs}
+        return {job: result for job, result in results.items() if result is not None and result["status"] == COMPLETE}
+
+    def by_seed(self, make_job: Callable[[int], Job]) -> dict[int, Result]:
+        """Returns the results of the complete jobs `make_job(seed)`, by seed."""
+        seeds = {make_job(seed): seed for seed in range(self.options.seeds)}
+        return {seeds[job]: result for job, result in self.complete(list(seeds)).items()}
 
     def missing(self, jobs: Sequence[Job]) -> str:
-        """A line on what is not complete, empty if all is."""
-        found = {job: read_result(self.out, job) for job in jobs}
-        stopped = [job for job, result in found.items() if result is not None and result["status"] != COMPLETE]
-        absent = [job for job, result in found.items() if result is None]
-        says = [f"**{len(absent)} of {len(jobs)} runs are still missing.**"] if absent else []
+        """Returns a line about the jobs that are not complete, or an empty string."""
+        results = {job: read_result(self.out, job) for job in jobs}
+        stopped = [job for job, result in results.items() if result is not None and result["status"] != COMPLETE]
+        absent = [job for job, result in results.items() if result is None]
+        notes = [f"**{len(absent)} of {len(jobs)} runs are still missing.**"] if absent else []
         if stopped:
-            names = ", ".join(f"{job.name} (step {found[job]['steps']})" for job in stopped)
-            says.append(f"**Stopped at the time limit and left out: {names}.**")
-        return " ".join(says)
+            names = ", ".join(f"{job.name} (step {results[job]['steps']})" for job in stopped)
+            notes.append(f"**Stopped at the time limit and excluded: {names}.**")
+        return " ".join(notes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Attributes:
-    name: for `--only`, and the first folder of its jobs.
-    title: of its section.
-    jobs: the jobs that the options ask for.
-    run: does a job in its own process; what it returns becomes `found` in the result.
-    section: Markdown of the results, which may be few; plots go into the folder given. None says nothing.
-    claims: lines on the paper's claims, generated from the figures; None has none.
-    closed_jobs: jobs of closed experiments: never run, and reported only where they have results.
+    """One part of the report.
+
+    Attributes:
+      name: name for `--only`, and first folder of its jobs.
+      title: title of its section.
+      jobs: returns the jobs that the options ask for.
+      run: runs a job in its own process; the return value becomes `found` in the result.
+      section: returns its section of the report as Markdown, from however few results there are, and writes its plots
+        into the folder. None adds no section.
+      claims: returns lines about the paper's claims, generated from the results. None adds no lines.
     """
 
     name: str
@@ -56,4 +63,3 @@ class Part:
     run: Callable[[Work], dict[str, Any]]
     section: Callable[[Results, Path], str] | None = None
     claims: Callable[[Results], list[str]] | None = None
-    closed_jobs: Callable[[Options], list[Job]] | None = None

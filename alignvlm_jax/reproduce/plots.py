@@ -1,4 +1,4 @@
-"""The report's plots: told apart by markers, dashes and hatches, so that they can be read in grey; intervals drawn."""
+"""Plots of the report, with intervals. Markers, dashes and hatches keep them readable in grayscale."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from matplotlib.ticker import StrMethodFormatter
 from alignvlm_jax.reproduce.options import TITLES
 from alignvlm_jax.reproduce.statistics import Estimate
 
-# By connector, in the order of the tables: a marker, a line and a grey each.
+# Marker, line and color of each connector, in the order of the tables.
 _STYLES = {
-    title: dict(marker=marker, linestyle=line, color=colour)
-    for title, marker, line, colour in zip(
+    title: dict(marker=marker, linestyle=line, color=color)
+    for title, marker, line, color in zip(
         TITLES.values(),
         "osD^vP",
         ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))),
@@ -25,22 +25,23 @@ _STYLES = {
     )
 }
 _HATCHES = ("", "///", "...", "xx")
-_SIZE = (5.2, 3.4)  # inches, of one panel
+_PANEL_SIZE = (5.2, 3.4)  # inches
 
 
 def bars(file: Path, groups: Mapping[str, Mapping[str, Estimate]], label: str) -> None:
-    """For each name, a bar in each group, with its interval."""
+    """Plots one bar per name and group, with its interval."""
     groups = {title: values for title, values in groups.items() if values}
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     figure, axes = plt.subplots(figsize=(1.1 * max(len(names), 4) + 1, 3.6), layout="constrained")
     width = 0.8 / len(groups)
     for index, (title, values) in enumerate(groups.items()):
-        places = [names.index(name) + (index - (len(groups) - 1) / 2) * width for name in values]
+        # The bars of a name stand next to each other, centered on its tick.
+        positions = [names.index(name) + (index - (len(groups) - 1) / 2) * width for name in values]
         means = [value.mean for value in values.values()]
         low = [value.mean - value.low for value in values.values()]
         high = [value.high - value.mean for value in values.values()]
         axes.bar(
-            places,
+            positions,
             means,
             width * 0.92,
             yerr=(low, high),
@@ -65,9 +66,9 @@ def curves(
     *,
     logarithmic: tuple[bool, bool] = (False, False),
 ) -> None:
-    """A panel for each title, a curve for each name: x and y, where y may have intervals."""
+    """Plots one panel per title and one curve per name, given as x and y; y may have intervals."""
     figure, row = plt.subplots(
-        1, len(panels), figsize=(_SIZE[0] * len(panels), _SIZE[1]), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=(_PANEL_SIZE[0] * len(panels), _PANEL_SIZE[1]), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, (title, by_name) in zip(row[0], panels.items(), strict=True):
         for name, (x, y) in by_name.items():
@@ -80,8 +81,8 @@ def curves(
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if logarithmic[1]:
             axes.set_yscale("log")
-            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatted(StrMethodFormatter("{x:g}"))
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(StrMethodFormatter("{x:g}"))
     row[0][0].set_ylabel(y_label)
     row[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, file)
@@ -97,10 +98,11 @@ def _curve(axes: Axes, name: str, x: Sequence[float], y: Sequence[float | Estima
 
 
 def _save(figure: plt.Figure, file: Path) -> None:
-    """Whole or not at all; the same figures give the same file."""
+    """Writes the file atomically; the same plot gives the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}")
+    temporary = file.with_name(f".{file.name}")
+    # A fixed salt and no date make SVG files reproducible.
     with plt.rc_context({"svg.hashsalt": "reproduce"}):
-        figure.savefig(new, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(temporary, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
-    new.replace(file)
+    temporary.replace(file)

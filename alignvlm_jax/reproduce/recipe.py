@@ -1,8 +1,8 @@
-"""What a job trains: `configs/reproduce.py`, and on it only what the job is about.
+"""The training config of a job: `configs/reproduce.py` with the changes of the job and no others.
 
 Everything else is the same for all connectors: the backbones, the pages of every step, the number of steps, the
-schedule, the rates of encoder and decoder. The pages: a bin holds one, so neither the number of visual tokens nor the
-length of a text decides which pages share a step.
+schedule, and the learning rates of encoder and decoder. A bin holds one page, so neither the number of visual tokens
+nor the length of a text changes which pages share a step.
 """
 
 import dataclasses
@@ -13,38 +13,46 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import tokens_per_tile
 from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.reproduce.options import FAIR, Options
 
-# Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. Where a connector reduces, it keeps at
-# least the share of tokens that it keeps in the paper: a nano page has a letter in every patch, and less to leave out.
+# Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. A connector that reduces the number of
+# tokens keeps at least the share that it keeps in the paper: a nano page has a letter in every patch and little to drop.
 NANO_SIZES = {
     "align": dict(vocab_scale_init=2.0),
     "mlp": {},
-    # 64 latents as in Idefics2, here of 100 features (there of 729); heads as wide as the decoder's.
+    # 64 latents as in Idefics2, here for 100 features (there for 729); heads as wide as those of the decoder.
     "perceiver": dict(num_latents=64, depth=3, num_heads=4, num_kv_heads=2, head_dim=32),
     # As many visual words as ALIGN has words.
     "ovis": dict(num_words=512),
     "h_reducer": dict(window=4),
-    # 8 x 8 of 10 x 10 (the paper's: 12 x 12 of 27 x 27).
+    # 8 x 8 tokens from 10 x 10 features (in the paper 12 x 12 from 27 x 27).
     "c_abstractor": dict(num_tokens=64, hidden_size=128),
 }
 
 RATE_FACTORS = (1.0, 4.0, 16.0, 64.0)
-"""The grid of tuning: multiples of the connector's learning rates in the recipe. Those are the demo's, whose encoder
-speaks in letters already; connectors that have to find them, in as few steps, want more."""
+"""Tuning grid: factors of the connector's learning rates in the recipe.
+
+The recipe has the rates of the demo, whose encoder already separates the letters. Connectors that have to find the
+letters in as few steps need higher rates.
+"""
 
 TUNING_SHARE = 1 / 3
-"""Steps of a tuning run, as a share of those of a run; its schedule ends with it."""
+"""Length of a tuning run as a share of a full run. The schedule is shortened with it."""
 
 
 def connectors(options: Options) -> tuple[str, ...]:
-    """The connectors to be compared, in the order of the tables."""
+    """Returns the connectors to compare, in the order of the tables.
+
+    Raises:
+      UserError: if a connector does not exist.
+    """
     for name in options.connectors:
         if name not in CONNECTOR_CONFIGS or name not in NANO_SIZES:
-            raise UserError(f"--connectors: no connector {name!r}: one of {', '.join(NANO_SIZES)}")
+            raise UserError(f"--connectors: no connector {name!r}: expected one of {', '.join(NANO_SIZES)}")
     return options.connectors
 
 
@@ -58,13 +66,15 @@ def experiment(
     factor: float = 1.0,
     steps: float = 1.0,
 ) -> ExperimentConfig:
-    """The config of a run.
+    """Returns the config of a run.
 
     Args:
-      options: for the recipe.
-      data: the folder of the data sets.
-      connector, encoder, seed: of the job.
-      factor: of the connector's learning rates, in all stages.
+      options: names the recipe.
+      data: folder of the data sets.
+      connector: connector of the job.
+      encoder: encoder of the job.
+      seed: seed of the job.
+      factor: factor of the connector's learning rates, in all stages.
       steps: share of the recipe's steps.
     """
     base = load_config(options.config, options.overrides)
@@ -78,11 +88,11 @@ def experiment(
         stage["warmup_steps"] = min(stage["warmup_steps"], stage["steps"] - 1)
         stage["learning_rates"]["connector"] *= factor
     config = config_from_dict(raw)
-    return dataclasses.replace(config, data=fitted(config))
+    return dataclasses.replace(config, data=one_page_per_bin(config))
 
 
 def on_split(config: ExperimentConfig, split: str) -> ExperimentConfig:
-    """The config with all stages on this split, or part of one."""
+    """Returns the config with all stages on this split, or on part of one such as "train[:100]"."""
     stages = [
         dataclasses.replace(stage, mixture=tuple(dataclasses.replace(part, split=split) for part in stage.mixture))
         for stage in config.stages
@@ -90,8 +100,8 @@ def on_split(config: ExperimentConfig, split: str) -> ExperimentConfig:
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def fitted(config: ExperimentConfig):
-    """The data config with bins of exactly one page: its visual tokens and the most text that the recipe allows."""
+def one_page_per_bin(config: ExperimentConfig) -> DataConfig:
+    """Returns the data config with bins for one page: its visual tokens and the longest text of the recipe."""
     packing = config.data.packing
     text = max(stage.max_text_tokens for stage in config.stages)
     visual = packing.tiles_per_bin * tokens_per_tile(config.model)
@@ -100,18 +110,22 @@ def fitted(config: ExperimentConfig):
 
 
 def vision_folder(options: Options, encoder: str, config: ExperimentConfig) -> str:
-    """The backbone that `encoder` names."""
+    """Returns the vision folder of an encoder.
+
+    Raises:
+      UserError: if the folder does not exist.
+    """
     given = dict(options.vision).get(encoder)
     if given is not None:
         return given
     if encoder == FAIR:
         folder = NANO_MODEL.parent / "vision_transcription"
         if not folder.exists():
-            raise UserError(f"{folder} is not there: make it by tools/make_backbones.py, or --encoders patches")
+            raise UserError(f"{folder} does not exist: create it with tools/make_backbones.py, or use --encoders patches")
         return str(folder)
     return config.backbones.vision
 
 
 def pages_seen(stages: tuple[StageConfig, ...]) -> int:
-    """Pages that a run of these stages sees, each counted as often as it comes."""
+    """Returns the number of pages that a run of these stages sees; repeated pages count repeatedly."""
     return sum(stage.steps * stage.bins_per_step for stage in stages)

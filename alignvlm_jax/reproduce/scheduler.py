@@ -118,7 +118,7 @@ def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Res
 
     What a training again had saved when it was stopped are not those weights either.
     """
-    needed = {name for job in undone if job.takes_weights for name in job.needs}
+    needed = {name for job in undone if job.needs_weights for name in job.needs}
     done = {job: result for job, result in results.items() if job.name in needed and job not in undone}
     return {
         job.name
@@ -129,12 +129,12 @@ def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Res
 
 def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -> Job | None:
     """The first job that may start now."""
-    if any(process.job.alone for process in running.values()):
+    if any(process.job.runs_alone for process in running.values()):
         return None
     for job in waiting:
         if finished.issuperset(job.needs):
             # A job that wants to be alone is not overtaken for ever: it starts when the others have ended.
-            return None if job.alone and running else job
+            return None if job.runs_alone and running else job
     return None
 
 
@@ -154,7 +154,7 @@ class _Process:
         folder = job.folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG_FILE
-        share = 1 if job.alone else at_once
+        share = 1 if job.runs_alone else at_once
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         mine = set(cores[place::share]) if share <= len(cores) else set(cores)
         with open(self._log, "a", encoding="utf-8") as log:

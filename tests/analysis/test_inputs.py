@@ -9,7 +9,7 @@ from alignvlm_jax.analysis.geometry.measure import visual_tokens
 from alignvlm_jax.analysis.inputs import page_indices
 from alignvlm_jax.analysis.noise.corruptions import CorruptedRecords, Corruption
 from alignvlm_jax.analysis.noise.measure import feature_noise
-from alignvlm_jax.analysis.vocabulary import vocabulary_use
+from alignvlm_jax.analysis.vocabulary.measure import vocabulary_use
 from alignvlm_jax.data import images
 from alignvlm_jax.errors import UserError
 from tests.analysis.tiny import random_reader, records

@@ -1,4 +1,4 @@
-"""Which words are used, against P held whole; pruned models that are saved, loaded, exported and not trained."""
+"""Tests of the vocabulary analysis: use against the full P; pruned models are saved, loaded, exported, not trained."""
 
 import dataclasses
 import json
@@ -9,27 +9,27 @@ import PIL.Image
 import pytest
 
 from alignvlm_jax import cli
-from alignvlm_jax.analysis import vocabulary
 from alignvlm_jax.analysis.inputs import encode, tile_batches
-from alignvlm_jax.analysis.vocabulary import (
+from alignvlm_jax.analysis.vocabulary import measure, run
+from alignvlm_jax.analysis.vocabulary.measure import (
     VocabularyUse,
+    default_sizes,
     mean_distribution,
     pruned_reader,
-    save_pruned,
     vocabulary_curve,
     vocabulary_use,
 )
+from alignvlm_jax.analysis.vocabulary.saving import save_pruned
 from alignvlm_jax.checkpoints.weights import ParameterReader
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.report import Answer, Report
 from alignvlm_jax.inference.reader import load
 from alignvlm_jax.interop.export import export_alignvlm
 from alignvlm_jax.interop.import_pytorch import import_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.training import initial
-from tests.analysis.tiny import random_reader, records
+from tests.analysis.tiny import random_reader, records, report_of_ten
 from tests.interop.exported import assert_same_weights, make_checkpoint, read_weights
 
 PAGES = 3
@@ -46,7 +46,7 @@ def use(reader):
     return vocabulary_use(reader, records(), pages=PAGES)
 
 
-def test_use_is_p_averaged_over_real_patches(reader, use):
+def test_use_is_p_averaged_over_patches_without_padding(reader, use):
     model, variables = AlignVLM(reader.config), reader.generator.variables
 
     @jax.jit
@@ -69,7 +69,7 @@ def test_use_is_p_averaged_over_real_patches(reader, use):
     np.testing.assert_array_equal(mean_distribution(reader, records(), pages=PAGES), use.mean)
 
 
-def test_figures_of_a_distribution():
+def test_measures_of_a_distribution():
     use = VocabularyUse(np.array([0.05, 0.5, 0.0, 0.25, 0.2]), 1.5, 10, 1)
     assert [use.words_for(mass) for mass in (0.5, 0.51, 0.75, 0.95, 0.951, 1.0)] == [1, 2, 2, 3, 4, 4]
     assert use.words_above(0.1) == 3 and use.words_above() == 4
@@ -77,11 +77,11 @@ def test_figures_of_a_distribution():
     assert use.kept_mass(3) == pytest.approx(0.95)
     uniform = VocabularyUse(np.full(8, 1 / 8), 8.0, 10, 1)
     assert uniform.effective_of_mean == pytest.approx(8)
-    assert vocabulary.default_sizes(uniform) == [1, 2, 4, 8]
-    assert vocabulary.default_sizes(use) == [1, 3, 4, 5] and use.words_for(0.9) == 3
+    assert default_sizes(uniform) == [1, 2, 4, 8]
+    assert default_sizes(use) == [1, 3, 4, 5] and use.words_for(0.9) == 3
 
 
-def test_a_pruned_reader_and_its_use(reader, use):
+def test_use_of_a_pruned_reader(reader, use):
     pruned = pruned_reader(reader, use.mean, KEPT)
     kept = np.argsort(-use.mean, kind="stable")[:KEPT]
     found = mean_distribution(pruned, records(), pages=PAGES)
@@ -90,14 +90,14 @@ def test_a_pruned_reader_and_its_use(reader, use):
     assert pruned.config.connector.kept_words == KEPT and reader.config.connector.kept_words is None
 
 
-def test_the_curve(reader, use, monkeypatch):
+def test_curve(reader, use, monkeypatch):
     asked = []
 
     def evaluate(reader, records, *, limit, title):
         asked.append((reader, limit))
-        return tenth(len(asked))
+        return report_of_ten(len(asked))
 
-    monkeypatch.setattr(vocabulary, "evaluate", evaluate)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
     sizes = [5, KEPT, len(use.mean)]
     points = vocabulary_curve(reader, records(), sizes, usage=use.mean, limit=4, statistics="kept")
     assert [(point.words, point.statistics, point.score) for point in points] == [
@@ -110,14 +110,8 @@ def test_the_curve(reader, use, monkeypatch):
     assert points[1].kept_mass == pytest.approx(use.kept_mass(KEPT)) and points[2].kept_mass == pytest.approx(1)
 
 
-def tenth(right):
-    """`right` of ten."""
-    answers = [Answer("page", "form", "font", "q", "1", "1" if number < right else "2") for number in range(10)]
-    return Report(answers, (), "none", 0.0)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_pruned_checkpoint_comes_back_exactly(dtype, tmp_path):
+def test_a_pruned_checkpoint_is_restored_exactly(dtype, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "full", dtype=dtype)
     usage = np.random.default_rng(0).random(480)
     save_pruned(checkpoint, usage, KEPT, tmp_path / "pruned")
@@ -127,9 +121,9 @@ def test_a_pruned_checkpoint_comes_back_exactly(dtype, tmp_path):
 
     words = np.sort(np.argsort(-usage, kind="stable")[:KEPT])
     full, pruned = read_weights(checkpoint), read_weights(tmp_path / "pruned")
-    of_words = ("connector/w2", "connector/vocab_norm_scale", "connector/vocab_norm_bias")
+    rows_of_words = ("connector/w2", "connector/vocab_norm_scale", "connector/vocab_norm_bias")
     new = ("connector/word_ids", "connector/key_mean", "connector/key_covariance")
-    expected = {name: array[words] if name in of_words else array for name, array in full.items()}
+    expected = {name: array[words] if name in rows_of_words else array for name, array in full.items()}
     assert_same_weights(expected, {name: array for name, array in pruned.items() if name not in new})
     np.testing.assert_array_equal(pruned["connector/word_ids"], words)
     assert [pruned[name].dtype for name in new] == ["int32", "float32", "float32"]
@@ -158,7 +152,7 @@ def test_a_pruned_checkpoint_comes_back_exactly(dtype, tmp_path):
             np.testing.assert_array_equal(narrow[name], pruned[name])
 
 
-def test_an_exported_folder_can_be_pruned_and_says_what_it_went_through(tmp_path):
+def test_an_exported_folder_can_be_pruned_and_keeps_its_history(tmp_path):
     export_alignvlm(make_checkpoint(tmp_path / "full"), tmp_path / "folder")
     save_pruned(tmp_path / "folder", np.arange(480.0), KEPT, tmp_path / "pruned", statistics="kept")
     found = ParameterReader(tmp_path / "pruned")
@@ -168,7 +162,7 @@ def test_an_exported_folder_can_be_pruned_and_says_what_it_went_through(tmp_path
     np.testing.assert_allclose(found.read("connector/key_mean"), rows.mean(0), atol=1e-6)
 
 
-def test_a_pruned_model_is_not_trained_nor_pruned_again(tmp_path):
+def test_a_pruned_model_is_neither_trained_nor_pruned_again(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "full")
     save_pruned(checkpoint, np.arange(480.0), KEPT, tmp_path / "pruned")
     with pytest.raises(UserError, match="already"):
@@ -180,14 +174,14 @@ def test_a_pruned_model_is_not_trained_nor_pruned_again(tmp_path):
         initial.initial_parameters(config)
 
 
-def test_what_is_written(reader, tmp_path, monkeypatch, capsys):
+def test_files_are_written(reader, tmp_path, monkeypatch, capsys):
     rights = iter((2, 6, 9, 9, 1, 5, 9))
-    monkeypatch.setattr(vocabulary, "evaluate", lambda reader, records, *, limit, title: tenth(next(rights)))
-    monkeypatch.setattr(vocabulary.inputs, "load_readers", lambda checkpoints, batch_size: iter([("ALIGN", reader)]))
-    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
-    monkeypatch.setattr(vocabulary.inputs, "model_config", lambda checkpoint: reader.config)
+    monkeypatch.setattr(measure, "evaluate", lambda reader, records, *, limit, title: report_of_ten(next(rights)))
+    monkeypatch.setattr(run.inputs, "load_readers", lambda checkpoints, batch_size: iter([("ALIGN", reader)]))
+    monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
+    monkeypatch.setattr(run.inputs, "model_config", lambda checkpoint: reader.config)
     num_words = reader.config.language.vocab_size
-    vocabulary.run(["a"], "data", tmp_path, pages=2, sizes=[num_words, 20, 5, 40])
+    run.run(["a"], "data", tmp_path, pages=2, sizes=[num_words, 20, 5, 40])
     figures = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]["ALIGN"]
     assert [(point["words"], point["statistics"]) for point in figures["curve"]] == [
         *((size, "full") for size in (5, 20, 40, num_words)),
@@ -197,12 +191,12 @@ def test_what_is_written(reader, tmp_path, monkeypatch, capsys):
     assert PIL.Image.open(tmp_path / "vocabulary.png").width > 800
     text = (tmp_path / "vocabulary.md").read_text()
     assert f"{figures['effective_words_per_patch']:.2f} words on average" in text
-    # Of ten questions 6 may still be 0.8, but not the 0.9 of all words; 9 are.
+    # The interval of 6 right of 10 reaches 0.8, but not the 0.9 of all words; that of 9 does.
     assert "still reaches that has 40 words" in text
     assert text in capsys.readouterr().out
 
 
-def test_what_cannot_be_analysed(tmp_path, capsys):
+def test_other_connectors_and_incomplete_arguments_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="MLP: only ALIGN"):
         mean_distribution(random_reader(MLPConfig()), records(), pages=1)
     argv = ["analyze", "vocabulary", "--checkpoint", "x", "--data", "d", "--out", str(tmp_path), "--prune", "5"]
@@ -224,21 +218,21 @@ def test_what_cannot_be_analysed(tmp_path, capsys):
         (["full", "nowhere"], {}, "nowhere"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_any_work(checkpoints, options, match, folders, monkeypatch):
-    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
-    monkeypatch.setattr(vocabulary.inputs, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_impossible_requests_are_refused_before_any_work(checkpoints, options, match, folders, monkeypatch):
+    monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
+    monkeypatch.setattr(run.inputs, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     paths = {key: str(folders / value) for key, value in options.items() if isinstance(value, str)}
     with pytest.raises(UserError, match=match):
         checkpoints = [str(folders / name) for name in checkpoints]
-        vocabulary.run(checkpoints, "data", **{"out": str(folders / "out"), **options, **paths})
+        run.run(checkpoints, "data", **{"out": str(folders / "out"), **options, **paths})
     assert not (folders / "out").exists() and not (folders / "new").exists()
 
 
 def test_a_pruned_model_is_scored_as_it_is(folders, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(vocabulary, "evaluate", lambda reader, *_, **__: asked.append(reader) or tenth(4))
-    monkeypatch.setattr(vocabulary.inputs, "open_records", lambda data, split: records())
-    vocabulary.run([str(folders / "pruned")] * 3, "data", tmp_path, pages=1)
+    monkeypatch.setattr(measure, "evaluate", lambda reader, *_, **__: asked.append(reader) or report_of_ten(4))
+    monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
+    run.run([str(folders / "pruned")] * 3, "data", tmp_path, pages=1)
     assert [reader.config.connector.kept_words for reader in asked] == [KEPT] * 3
     found = json.loads((tmp_path / "vocabulary.json").read_text())
     names = ["ALIGN", f"ALIGN ({folders / 'pruned'})", f"ALIGN ({folders / 'pruned'}, 2)"]
@@ -248,7 +242,7 @@ def test_a_pruned_model_is_scored_as_it_is(folders, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A full checkpoint, the same exported and pruned, an MLP's, and a file."""
+    """Folder with a full checkpoint, its exported and pruned forms, a checkpoint of an MLP, and a file."""
     folder = tmp_path_factory.mktemp("folders")
     make_checkpoint(folder / "full")
     make_checkpoint(folder / "mlp", "mlp")

@@ -30,7 +30,7 @@ def test_jobs_are_align_and_mlp_with_and_without_the_options():
     assert len(jobs) == 8 and looks["asked"].views == names.VIEWS
     # The rates are those of the same trials, and who looks several times is the model that looks once.
     assert align.needs != mlp.needs
-    assert looks.needs == (align.name,) and mlp_looks.needs == (mlp.name,) and looks.takes_weights
+    assert looks.needs == (align.name,) and mlp_looks.needs == (mlp.name,) and looks.needs_weights
     alone = names.jobs(dataclasses.replace(OPTIONS, connectors=("mlp",)))
     assert [job.name for job in alone] == [job.name for job in jobs if job.connector == "mlp"]
 

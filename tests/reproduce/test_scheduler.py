@@ -90,7 +90,7 @@ def test_a_failure_is_named_and_costs_only_what_needs_it(tmp_path):
 def test_what_is_done_is_trained_again_only_for_weights_that_are_gone_and_needed(tmp_path):
     """A clone has the results of earlier runs, not their weights."""
     trained, tuned = Job("p", "e", "trained"), Job("p", "e", "tuned")
-    jobs = [tuned, trained, Job("p", "e", "noisy", needs=(trained.name,), takes_weights=True)]
+    jobs = [tuned, trained, Job("p", "e", "noisy", needs=(trained.name,), needs_weights=True)]
     jobs.append(Job("p", "e", "after", needs=(tuned.name,)))
     log = tmp_path / "log"
     assert scheduler.do_all(OPTIONS, tmp_path, jobs[:2], command=command(log)) == []
@@ -123,7 +123,7 @@ def test_a_job_that_ran_out_of_time_is_repeated_under_a_higher_limit_only(tmp_pa
 
 
 def test_a_job_that_measures_time_has_the_machine_to_itself(tmp_path):
-    jobs = [Job("p", "e", "one"), Job("p", "e", "alone", alone=True), Job("p", "e", "two"), Job("p", "e", "three")]
+    jobs = [Job("p", "e", "one"), Job("p", "e", "alone", runs_alone=True), Job("p", "e", "two"), Job("p", "e", "three")]
     log = tmp_path / "log"
     assert scheduler.do_all(OPTIONS, tmp_path, jobs, at_once=3, command=command(log, 0.1)) == []
     done = notes(log)

@@ -31,7 +31,7 @@ _NEW_TOKENS = 16  # decoded by every row: an untrained model's answers do not en
 def jobs(options: Options) -> list[Job]:
     """Once: the encoder's weights and the seed do not matter to it."""
     encoder = options.encoders[-1]
-    return [Job("cost", encoder, name, weight=0.2, alone=True) for name in recipe.connectors(options)]
+    return [Job("cost", encoder, name, weight=0.2, runs_alone=True) for name in recipe.connectors(options)]
 
 
 def run(work: Work) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def job(variant: Variant, encoder: str, seed: int) -> Job:
     if views == 1:
         return base
     needs = (job(variant._replace(views=1), encoder, seed).name,)
-    return dataclasses.replace(base, variant=f"views{views}", needs=needs, takes_weights=True, weight=1.0)
+    return dataclasses.replace(base, variant=f"views{views}", needs=needs, needs_weights=True, weight=1.0)
 
 
 def jobs(options: Options) -> list[Job]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from alignvlm_jax.analysis.noise.measure import feature_distances
 from alignvlm_jax.reproduce import plots, recipe
 from alignvlm_jax.reproduce.jobs import Job, Result
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
@@ -23,7 +24,7 @@ _PAGES = 32
 
 def job(connector: str, encoder: str, seed: int) -> Job:
     needs = (accuracy.job(connector, encoder, seed).name,)
-    return Job("noise", encoder, connector, seed, needs=needs, takes_weights=True, wave=seed, weight=0.4)
+    return Job("noise", encoder, connector, seed, needs=needs, needs_weights=True, wave=seed, weight=0.4)
 
 
 def jobs(options: Options) -> list[Job]:
@@ -36,8 +37,6 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    from alignvlm_jax.analysis.noise.measure import feature_distances
-
     reader = work.reader(accuracy.job(work.job.connector, work.job.encoder, work.job.seed))
     records = work.records("heldout")
     deviation = feature_distances(reader, records, (), pages=_PAGES).feature_deviation

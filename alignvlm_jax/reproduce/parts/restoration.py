@@ -40,7 +40,7 @@ def build(folder: Path, sizes: dict[str, int]) -> None:
 
 def job(connector: str, encoder: str, seed: int) -> Job:
     needs = (accuracy.job(connector, encoder, seed).name,)
-    return Job("restoration", encoder, connector, seed, needs=needs, takes_weights=True, wave=seed, weight=0.5)
+    return Job("restoration", encoder, connector, seed, needs=needs, needs_weights=True, wave=seed, weight=0.5)
 
 
 def jobs(options: Options) -> list[Job]:

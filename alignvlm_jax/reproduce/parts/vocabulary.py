@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from alignvlm_jax.analysis.vocabulary.measure import mean_distribution, pruned_reader
 from alignvlm_jax.reproduce import plots
 from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, Options
@@ -27,7 +28,7 @@ def jobs(options: Options) -> list[Job]:
             "align",
             seed,
             needs=(accuracy.job("align", encoder, seed).name,),
-            takes_weights=True,
+            needs_weights=True,
             wave=seed,
             weight=0.4,
         )
@@ -38,8 +39,6 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    from alignvlm_jax.analysis.vocabulary import mean_distribution, pruned_reader
-
     reader = work.reader(accuracy.job("align", work.job.encoder, work.job.seed))
     # What is used is counted on validation pages, what it is worth is measured on held-out ones.
     usage = mean_distribution(reader, work.records("validation"), pages=_PAGES)
