@@ -68,7 +68,12 @@ def curves(
 ) -> None:
     """Plots one panel per title and one curve per name, given as x and y; y may have intervals."""
     figure, row = plt.subplots(
-        1, len(panels), figsize=(_PANEL_SIZE[0] * len(panels), _PANEL_SIZE[1]), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(panels),
+        figsize=(_PANEL_SIZE[0] * len(panels), _PANEL_SIZE[1]),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, (title, by_name) in zip(row[0], panels.items(), strict=True):
         for name, (x, y) in by_name.items():

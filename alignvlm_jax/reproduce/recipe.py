@@ -20,7 +20,7 @@ from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
 from alignvlm_jax.reproduce.options import FAIR, Options
 
 # Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. A connector that reduces the number of
-# tokens keeps at least the share that it keeps in the paper: a nano page has a letter in every patch and little to drop.
+# tokens keeps at least the share that it keeps in the paper: a nano page has a letter in nearly every patch.
 NANO_SIZES = {
     "align": dict(vocab_scale_init=2.0),
     "mlp": {},
@@ -121,7 +121,7 @@ def vision_folder(options: Options, encoder: str, config: ExperimentConfig) -> s
     if encoder == FAIR:
         folder = NANO_MODEL.parent / "vision_transcription"
         if not folder.exists():
-            raise UserError(f"{folder} does not exist: create it with tools/make_backbones.py, or use --encoders patches")
+            raise UserError(f"{folder} does not exist: run tools/make_backbones.py, or use --encoders patches")
         return str(folder)
     return config.backbones.vision
 

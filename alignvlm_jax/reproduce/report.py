@@ -55,8 +55,7 @@ def claims(results: Results) -> str:
     return (
         '"Shows" and "The opposite shows": the 95 % interval of the difference leaves 0 out (each comparison by '
         'itself, not corrected for their number). "Undecided": it does not. The interval of one seed alone counts what '
-        "other pages would change, not what another seed would.\n\n"
-        + "\n".join(f"- {line}" for line in lines)
+        "other pages would change, not what another seed would.\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
 
