@@ -55,6 +55,7 @@ class Part:
       section: returns its section of the report as Markdown, from however few results there are, and writes its plots
         into the folder. None adds no section.
       claims: returns lines about the paper's claims, generated from the results. None adds no lines.
+      closed_jobs: returns the jobs of closed experiments, which are never run and reported only if they have results.
     """
 
     name: str
@@ -63,3 +64,4 @@ class Part:
     run: Callable[[Work], dict[str, Any]]
     section: Callable[[Results, Path], str] | None = None
     claims: Callable[[Results], list[str]] | None = None
+    closed_jobs: Callable[[Options], list[Job]] | None = None
