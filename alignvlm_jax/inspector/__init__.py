@@ -1,13 +1,13 @@
-"""What a page becomes before the language model reads it, as one HTML file to look at: `alignvlm inspect`.
+"""The inspector: one HTML file that shows a page in the words that the language model reads (`alignvlm inspect`).
 
-    geometry.py      where on the page each patch looks
-    words.py         each patch's likeliest words, and how undecided it is
-    attribution.py   which patches an answer leaned on
-    packing.py       all of that in few bytes
-    page.py          the bytes, the picture, and the HTML, style and scripts of web/ in one file
-    inspection.py    the order of it all: from a reader and a picture to an `Inspection`
+    geometry.py      the rectangle of the page that each patch covers
+    words.py         the likeliest words of each patch, and the entropy of its distribution
+    attribution.py   the contribution of each patch to an answer
+    packing.py       compact encoding of all of that
+    page.py          the HTML file: data, image, and the style and scripts of web/
+    inspection.py    the entry point: from a reader and an image to an `Inspection`
 
-docs/inspector.md says how to read the page and what its numbers are.
+docs/inspector.md explains how to read the page and what its numbers mean.
 """
 
 from alignvlm_jax.inspector.inspection import InspectConfig, Inspection, inspect_image, inspect_to_file

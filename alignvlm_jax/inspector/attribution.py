@@ -1,22 +1,27 @@
-"""Which patches an answer leaned on: integrated gradients from a blank page to this one.
+"""Integrated gradients of an answer: how much each patch of the page contributed to it.
 
-Axes: T visual tokens' features (all tiles' patches), D decoder width, A answer tokens, G rows of a map: the answer's
-tokens, or one for all of it. v_t: what ALIGN gives the decoder for patch t of this page; b_t: for patch t of a white
-page of the same size; f_a(v) = log p(answer token a | page v, question, the tokens before).
+Axes: T visual tokens' features (the patches of all tiles), D model width, A answer tokens, G rows of the result (one
+per answer token, or a single row for the whole answer).
 
-    c_at = (v_t - b_t) · integral over u from 0 to 1 of df_a/dv_t (b + u (v - b))        nats, + or -
+v_t is what ALIGN gives the decoder for patch t of the page, and b_t the same for a white page of the same size. With
+f_a(v) = log p(answer token a | page v, question, previous tokens), the share of patch t in token a is
 
-So c_at says how much of the answer's rise in log-probability, over what it would be on a blank page, is patch t's. The
-shares add up (Sundararajan et al., "Axiomatic attribution for deep networks", arXiv 1703.01365):
+    c_at = (v_t - b_t) · integral over u from 0 to 1 of df_a/dv_t (b + u (v - b))        nats, positive or negative
+
+The share c_at is the part of the answer's rise in log-probability, relative to a blank page, that is due to patch t.
+The shares add up to that rise (Sundararajan et al., "Axiomatic Attribution for Deep Networks", arXiv 1703.01365):
 
     sum_t c_at = f_a(v) - f_a(b)
 
-up to the error of the sum that stands for the integral (midpoints of `steps` equal intervals): `Attribution.missing`.
-All points between b and v are mixtures of the words that the patches of both pages name, which ALIGN's outputs always
-are: so the usual objection, that a straight path leads through inputs the decoder has never met, is weak here.
+up to the error of the numerical integration (midpoint rule with `steps` equal intervals), which `Attribution.missing`
+reports.
 
-What it is not: an explanation of the vision encoder. A patch's words already depend, by the encoder's attention, on the
-rest of its tile. And a patch that merely repeats what another one says shares the credit with it.
+Integrated gradients are often criticized because a straight path leads through inputs that the model has never seen.
+The objection is weak here. Every point between b and v is a mixture of the words that the patches of the two pages
+name, and mixtures of words are all that the decoder ever receives from ALIGN.
+
+The shares do not explain the vision encoder: through its attention, a patch's words already depend on the rest of the
+tile. A patch that repeats what another one says shares the credit with it.
 """
 
 import dataclasses
@@ -37,11 +42,12 @@ _LENGTH_STEP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """What each patch gave to an answer.
+    """Contribution of each patch to an answer.
 
-    log_probs: of each answer token, on this page.
-    blank_log_probs: of the same tokens after the same ones, on a blank page.
-    shares: of each patch in each answer token, or (G = 1) in the whole answer; nats.
+    Attributes:
+      log_probs: log-probability of each answer token, given this page.
+      blank_log_probs: the same for a blank page, with the same previous tokens.
+      shares: contribution of each patch to each answer token, or (G = 1) to the whole answer, in nats.
     """
 
     log_probs: Float[np.ndarray, " A"]
@@ -50,7 +56,7 @@ class Attribution:
 
     @property
     def missing(self) -> float:
-        """What the shares do not account for, as part of what they should: the error of the integral."""
+        """Part of the rise in log-probability that the shares do not account for: the relative integration error."""
         rise = float(np.sum(self.log_probs - self.blank_log_probs))
         return abs(float(np.sum(self.shares)) - rise) / max(abs(rise), 1e-9)
 
@@ -67,42 +73,47 @@ def attribute(
     per_token: bool = True,
     progress: bool = True,
 ) -> Attribution:
-    """Integrated gradients of the answer's log-probability; the module's docstring has the formula.
+    """Computes integrated gradients of the answer's log-probability (formula in the module docstring).
 
     Args:
-      config: of the model.
-      variables: of the model, as `inference.vocabulary` makes them.
+      config: model config.
+      variables: model variables, as returned by `inference.vocabulary`.
       prompt: page and question.
       answer: ids of at least one token.
-      visual: what the connector gives for each patch of the page.
-      blank: the same of a blank page.
-      steps: gradients taken, each one pass through the decoder forward and one back.
-      per_token: a map for each answer token: as many passes back as there are tokens.
-      progress: show a bar.
+      visual: output of the connector for each patch of the page.
+      blank: the same for a blank page.
+      steps: number of points on the path; each costs one forward and one backward pass through the decoder.
+      per_token: compute one map per answer token, which takes one backward pass per token and step.
+      progress: show a progress bar.
+
+    Returns:
+      The shares and the log-probabilities that they add up to.
     """
-    # Activations are computed again on the way back: a nine-tile page is thousands of positions.
+    # A nine-tile page is thousands of positions, so activations are recomputed in the backward pass.
     language = dataclasses.replace(config.language, remat="full")
     model = AlignVLM(dataclasses.replace(config, language=language))
-    batch = _with_answer(config, prompt, answer)
-    # Padded, so that answers of like length share a compiled program.
+    batch = _append_answer(config, prompt, answer)
+    # Answers are padded to a multiple of 16 tokens: those of similar length share a compiled program.
     padded = np.zeros(-(-len(answer) // _LENGTH_STEP) * _LENGTH_STEP, np.int32)
     padded[: len(answer)] = answer
-    weights = np.eye(len(answer), len(padded), dtype=np.float32)
+    # Each row selects the tokens whose log-probabilities are summed for one map.
+    token_weights = np.eye(len(answer), len(padded), dtype=np.float32)
     if not per_token:
-        weights = weights.sum(axis=0, keepdims=True)
+        token_weights = token_weights.sum(axis=0, keepdims=True)
     fixed = (model, variables, batch, len(prompt.tokens), padded)
-    shares = np.zeros((len(weights), len(visual)))
-    with tqdm(total=steps * len(weights), desc="attributing the answer", disable=not progress) as bar:
+    shares = np.zeros((len(token_weights), len(visual)))
+    with tqdm(total=steps * len(token_weights), desc="attributing the answer", disable=not progress) as bar:
         for step in range(steps):
-            for row, of_tokens in enumerate(weights):
-                shares[row] += _shares(*fixed, of_tokens, visual, blank, (step + 0.5) / steps)
+            for row, weights in enumerate(token_weights):
+                # Midpoint rule.
+                shares[row] += _shares(*fixed, weights, visual, blank, (step + 0.5) / steps)
                 bar.update()
-    log_probs, blank_log_probs = (np.asarray(_log_probs(*fixed, seen))[: len(answer)] for seen in (visual, blank))
+    log_probs, blank_log_probs = (np.asarray(_log_probs(*fixed, tokens))[: len(answer)] for tokens in (visual, blank))
     return Attribution(log_probs, blank_log_probs, shares / steps)
 
 
-def _with_answer(config: AlignVLMConfig, prompt: Prompt, answer: Int[np.ndarray, " A"]) -> Batch:
-    """The prompt with the answer behind it, as a batch of one row without tiles."""
+def _append_answer(config: AlignVLMConfig, prompt: Prompt, answer: Int[np.ndarray, " A"]) -> Batch:
+    """Returns the prompt followed by the answer, as a batch of one row without tiles."""
     chat = dataclasses.replace(
         prompt,
         tokens=np.concatenate([prompt.tokens, answer]),
@@ -123,11 +134,15 @@ def _log_probs(
     answer: Int[Array, " A"],
     visual: Float[Array, "T D"],
 ) -> Float[Array, " A"]:
-    """log p of each answer token, the first of which is at position `first`; nonsense for those that pad the answer."""
+    """Returns log p of each answer token; the first one is at position `first`.
+
+    Values for padding tokens are meaningless.
+    """
 
     def score(model: AlignVLM):
         inputs = model.merge(batch, visual[None])
         hidden, _ = model.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
+        # The logits of a token come from the position before it. Padding may reach past the end of the sequence.
         before = jnp.minimum(first - 1 + jnp.arange(answer.shape[0]), hidden.shape[1] - 1)
         return jax.nn.log_softmax(model.language.logits(hidden[0, before]))
 
@@ -136,9 +151,9 @@ def _log_probs(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _shares(model, variables, batch, first, answer, weights, visual, blank, share) -> Float[Array, " T"]:
-    """(v - b) · gradient of the weighted sum of the tokens' log-probabilities, at one point of the path."""
+def _shares(model, variables, batch, first, answer, weights, visual, blank, fraction) -> Float[Array, " T"]:
+    """Returns (v - b) · gradient of the weighted sum of the tokens' log-probabilities, at one point of the path."""
     difference = (visual - blank).astype(jnp.float32)
-    at = (blank + share * difference).astype(visual.dtype)
-    gradient = jax.grad(lambda seen: _log_probs(model, variables, batch, first, answer, seen) @ weights)(at)
+    point = (blank + fraction * difference).astype(visual.dtype)
+    gradient = jax.grad(lambda tokens: _log_probs(model, variables, batch, first, answer, tokens) @ weights)(point)
     return jnp.sum(gradient.astype(jnp.float32) * difference, axis=-1)

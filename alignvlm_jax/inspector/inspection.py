@@ -1,6 +1,6 @@
-"""From a reader and a picture to everything the page shows.
+"""Inspects an image with a reader and collects everything that the page shows.
 
-Axes: M tiles, N patches of a tile, A answer tokens.
+Axes: M tiles, N patches per tile, A answer tokens.
 """
 
 import dataclasses
@@ -23,20 +23,21 @@ from alignvlm_jax.inspector.attribution import Attribution, attribute
 from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_words
 from alignvlm_jax.models.alignvlm import token_grid
 
-_MOST_WORDS = 1000
-_MOST_SHARES = 64 * 7290
-"""Tokens of an answer times patches: beyond this (64 tokens on a nine-tile page) it gets one map as a whole."""
+_MAX_WORDS = 1000
+# Answer tokens times patches (64 tokens on a nine-tile page). A larger product gets a single map for the whole answer.
+_MAX_SHARES = 64 * 7290
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectConfig:
-    """What goes into a page.
+    """Settings of an inspection.
 
-    words_per_patch: likeliest words kept of each patch; they are what can be searched for.
-    attribution: "tokens": which patches each token of the answer leaned on; "answer": the answer as a whole, for which
-      one pass back through the decoder a step is enough; "none".
-    steps: gradients that stand for the integral.
-    max_new_tokens: where an answer that does not end is cut off.
+    Attributes:
+      words_per_patch: number of likeliest words kept of each patch. Only these can be searched for.
+      attribution: "tokens" attributes each token of the answer to the patches; "answer" attributes the answer as a
+        whole, which takes one backward pass through the decoder per step; "none" skips the attribution.
+      steps: number of gradients that approximate the integral.
+      max_new_tokens: maximum length of an answer.
     """
 
     words_per_patch: int = 32
@@ -45,13 +46,13 @@ class InspectConfig:
     max_new_tokens: int = 128
 
     def __post_init__(self):
-        if not 0 < self.words_per_patch <= _MOST_WORDS:
-            raise UserError(f"words per patch: expected 1 to {_MOST_WORDS}, got {self.words_per_patch}")
+        if not 0 < self.words_per_patch <= _MAX_WORDS:
+            raise UserError(f"words per patch: expected 1 to {_MAX_WORDS}, got {self.words_per_patch}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question and what came of it; `attribution` is None where it was not asked for or the answer is empty."""
+    """A question and its answer; `attribution` is None if it was not requested or the answer is empty."""
 
     question: str
     text: str
@@ -61,10 +62,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """All that a page shows, before it is packed.
+    """Everything that a page shows, before it is packed.
 
-    left_out: patches that the language model is not shown.
-    vocabulary: V, how many words P ranges over.
+    Attributes:
+      unused_patches: True for patches that the language model does not receive.
+      vocabulary: V, the number of words that P ranges over.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Inspection:
     image: PIL.Image.Image
     tiles: list[geometry.TilePatches]
     layers: list[geometry.Layer]
-    left_out: np.ndarray
+    unused_patches: np.ndarray
     words: PatchWords
     vocabulary: int
     answers: list[Answer]
@@ -80,19 +82,19 @@ class Inspection:
     config: InspectConfig
 
     def to_json(self) -> dict:
-        """The data of the page; `packing.py` says how numbers are written."""
+        """Returns the data of the page; see `packing.py` for the encoding of numbers."""
         words, k = self.words, self.words.ids.shape[-1]
         return {
             "name": self.name,
             "checkpoint": self.checkpoint,
-            "image": {"width": self.image.width, "height": self.image.height, "url": page.picture_url(self.image)},
+            "image": {"width": self.image.width, "height": self.image.height, "url": page.image_url(self.image)},
             "rows": len(self.tiles[0].ys) - 1,
             "columns": len(self.tiles[0].xs) - 1,
             "tiles": [
                 {"box": _rounded(tile.box), "xs": _rounded(tile.xs), "ys": _rounded(tile.ys)} for tile in self.tiles
             ],
             "layers": [{"name": layer.name, "tiles": list(layer.tiles)} for layer in self.layers],
-            "leftOut": packing.encode(self.left_out, "u1") if self.left_out.any() else None,
+            "leftOut": packing.encode(self.unused_patches, "u1") if self.unused_patches.any() else None,
             "text": packing.pack_words(
                 words.ids.reshape(-1, k),
                 words.probabilities.reshape(-1, k),
@@ -104,18 +106,20 @@ class Inspection:
         }
 
     def _question(self, answer: Answer) -> dict:
-        found = answer.attribution
+        """Returns a question, its answer and the attribution of the answer as JSON."""
+        attribution = answer.attribution
         tokens = [{"text": self.tokenizer.token_text(int(token))} for token in answer.ids]
         packed = {"question": answer.question, "answer": answer.text, "tokens": tokens, "maps": None}
-        if found is None:
+        if attribution is None:
             return packed
-        for token, log_prob, blank in zip(tokens, found.log_probs, found.blank_log_probs, strict=True):
+        for token, log_prob, blank in zip(tokens, attribution.log_probs, attribution.blank_log_probs, strict=True):
             token |= {"logProb": float(log_prob), "blankLogProb": float(blank)}
-        whole = found.shares.sum(axis=0, keepdims=True)
-        maps = whole if len(found.shares) == 1 else np.concatenate([whole, found.shares])
+        # Map 0 is the complete answer; maps 1, 2, ... are its tokens.
+        total = attribution.shares.sum(axis=0, keepdims=True)
+        maps = total if len(attribution.shares) == 1 else np.concatenate([total, attribution.shares])
         return packed | {
             "maps": packing.pack_maps(maps),
-            "missing": found.missing,
+            "missing": attribution.missing,
             "steps": self.config.steps,
         }
 
@@ -130,16 +134,19 @@ def inspect_image(
     config: InspectConfig = InspectConfig(),
     progress: bool = True,
 ) -> Inspection:
-    """Reads a page, answers questions about it, and finds which patches the answers leaned on.
+    """Reads a page, answers questions about it, and attributes the answers to the patches.
 
     Args:
-      reader: with a checkpoint whose connector is ALIGN.
-      image: a path or a picture.
-      questions: any number.
-      name: what to call the picture; by default its file's name.
-      checkpoint: what to call the model.
-      config: what to find out.
-      progress: show bars.
+      reader: reader of a checkpoint whose connector is ALIGN.
+      image: path of an image, or the image.
+      questions: any number of questions.
+      name: name of the image on the page (default: its file name).
+      checkpoint: name of the model on the page.
+      config: settings.
+      progress: show progress bars.
+
+    Raises:
+      UserError: if the connector is not ALIGN, the image cannot be read, or a question is empty.
     """
     check_connector(reader.config)
     if not isinstance(image, PIL.Image.Image):
@@ -155,6 +162,7 @@ def inspect_image(
     prompts = reader.prompts(image, questions)
     answers = []
     if prompts:
+        # The baseline of the attribution: a white page of the same size, cut into the same tiles.
         blank = None
         if config.attribution != "none":
             white = PIL.Image.new("RGB", image.size, "white")
@@ -169,7 +177,7 @@ def inspect_image(
         image=image,
         tiles=geometry.tile_patches(plan, reader.config.vision.patch_size, reader.tiling.tile_size),
         layers=geometry.layers(plan),
-        left_out=geometry.left_out(plan, words.entropy.shape[1], resampling),
+        unused_patches=geometry.unused_patches(plan, words.entropy.shape[1], resampling),
         words=words,
         vocabulary=variables["params"]["connector"]["w2"].shape[0],
         answers=answers,
@@ -187,12 +195,13 @@ def _answer(
     config: InspectConfig,
     progress: bool,
 ) -> Answer:
+    """Generates the answer to a question and attributes it to the patches, unless `blank` is None."""
     (ids,) = reader.generator.generate([prompt], config.max_new_tokens)
     text = reader.tokenizer.decode(ids).strip()
-    found = None
+    attribution = None
     if blank is not None and len(ids):
         width = words.visual.shape[-1]
-        found = attribute(
+        attribution = attribute(
             reader.config,
             reader.generator.variables,
             prompt,
@@ -200,10 +209,10 @@ def _answer(
             words.visual.reshape(-1, width),
             blank.visual.reshape(-1, width),
             steps=config.steps,
-            per_token=config.attribution == "tokens" and len(ids) * words.entropy.size <= _MOST_SHARES,
+            per_token=config.attribution == "tokens" and len(ids) * words.entropy.size <= _MAX_SHARES,
             progress=progress,
         )
-    return Answer(question, text, ids, found)
+    return Answer(question, text, ids, attribution)
 
 
 def _rounded(numbers) -> list[float]:
@@ -219,12 +228,24 @@ def inspect_to_file(
     name: str | None = None,
     config: InspectConfig = InspectConfig(),
 ) -> None:
-    """`inspect_image` by a checkpoint, and the page written to a file; says how large it is."""
+    """Loads a checkpoint, inspects an image, writes the page to a file, and prints the answers and the file's size.
+
+    Args:
+      checkpoint: name or path of a checkpoint, as for `alignvlm_jax.load`.
+      image: path of an image, or the image.
+      questions: any number of questions.
+      out: path of the HTML file.
+      name: name of the image on the page (default: its file name).
+      config: settings.
+
+    Raises:
+      UserError: as `inspect_image`, and if the file cannot be written.
+    """
     checkpoint = os.fspath(checkpoint)
-    found = inspect_image(load(checkpoint), image, questions, name=name, checkpoint=checkpoint, config=config)
-    text = page.render(found.to_json(), title=f"{found.name}, in words")
+    inspection = inspect_image(load(checkpoint), image, questions, name=name, checkpoint=checkpoint, config=config)
+    text = page.render(inspection.to_json(), title=f"{inspection.name}, in words")
     page.write(text, out)
-    for answer in found.answers:
+    for answer in inspection.answers:
         print(f"{answer.question}  ->  {answer.text}")
-    size, patches = len(text.encode()) / 1e6, found.words.entropy.size
-    print(f"{out}: {size:.2f} MB, {len(found.tiles)} tiles, {patches:,} patches; open it in a browser")
+    size, patches = len(text.encode()) / 1e6, inspection.words.entropy.size
+    print(f"{out}: {size:.2f} MB, {len(inspection.tiles)} tiles, {patches:,} patches; open it in a browser")

@@ -1,15 +1,15 @@
-"""A page's words in few bytes, as JSON that web/data.js reads.
+"""Compact JSON encoding of a page's words, read by web/data.js.
 
-Axes: T patches, k words of each at most, E entries: the words kept of all patches, one patch after the other; U
-different words among them.
+Axes: T patches, k words per patch at most, E entries (the words kept of all patches, patch after patch), U distinct
+words among the entries, G attribution maps.
 
-Numbers become base64 of little-endian typed arrays:
+Arrays are written as base64 of little-endian numbers:
 
-    counts          uint16 [T]   words kept of each patch: those above the floor, and the likeliest always
-    entries         uint16 [E]   which of the page's U words; uint32 where U > 65536
-    probabilities   uint16 [E]   ln p from `_LOWEST` to 0, evenly: off by at most 0.013 % of p
-    entropy         uint16 [T]   from 0 to ln V, evenly
-    ids             uint32 [U]   the words' token ids, rising; `words` has their texts
+    counts          uint16 [T]   number of words kept of each patch: those above the floor, and always the likeliest
+    entries         uint16 [E]   index into the page's U words; uint32 if U > 65536
+    probabilities   uint16 [E]   ln p on a uniform grid from `_LOWEST` to 0; the error is at most 0.013 % of p
+    entropy         uint16 [T]   on a uniform grid from 0 to ln V
+    ids             uint32 [U]   token ids of the words, increasing; `words` has their texts
 """
 
 import base64
@@ -20,12 +20,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 FLOOR = 1e-5
-"""Words less likely than this are left out, except a patch's likeliest."""
+"""Words less likely than this are dropped, except the likeliest word of each patch."""
 
-MOST_ENTRIES = 400_000
-"""Words kept of all patches together, whatever their number: the floor is raised until no more are left."""
+MAX_ENTRIES = 400_000
+"""Maximum number of words kept of all patches together; the floor is raised until the words fit."""
 
 _LOWEST = -16.0
+# Largest uint16: the number of steps of the uniform grids.
 _STEPS = 65535
 
 
@@ -37,19 +38,21 @@ def pack_words(
     vocabulary: int,
     text_of: Callable[[int], str],
 ) -> dict:
-    """The patches' words as JSON.
+    """Returns the patches' words as JSON.
 
     Args:
       ids: token ids, likeliest first.
-      probabilities: theirs.
-      entropy: of each patch's whole distribution, in nats.
-      vocabulary: V, how many words there were to choose from.
-      text_of: a token's text.
+      probabilities: their probabilities.
+      entropy: entropy of each patch's complete distribution, in nats.
+      vocabulary: V, the number of words that the distribution ranges over.
+      text_of: returns the text of a token.
     """
     floor = FLOOR
-    if probabilities.size > MOST_ENTRIES:
-        floor = max(floor, float(np.partition(probabilities, -MOST_ENTRIES, axis=None)[-MOST_ENTRIES]))
+    if probabilities.size > MAX_ENTRIES:
+        # The probability of the last word that still fits.
+        floor = max(floor, float(np.partition(probabilities, -MAX_ENTRIES, axis=None)[-MAX_ENTRIES]))
     kept = probabilities >= floor
+    # Words are sorted by probability: the first one is the likeliest.
     kept[:, 0] = True
     words, entries = np.unique(ids[kept], return_inverse=True)
     logs = np.log(np.clip(probabilities[kept], math.exp(_LOWEST), 1.0))
@@ -69,19 +72,18 @@ def pack_words(
 
 
 def pack_maps(maps: Float[np.ndarray, "G T"]) -> dict:
-    """Signed maps as int16 [G, T], each in 32767 steps either way of its own largest magnitude (`scales`).
-
-    Thousands of small shares are to add up to what they were: 127 steps lose a tenth of the sum on a nine-tile page.
-    """
+    """Returns signed maps as int16 [G, T]; +-32767 stands for the largest magnitude of each map (`scales`)."""
+    # int16, because thousands of small shares must still add up to the same sum: with the 127 steps of int8, a tenth of
+    # the sum is lost on a nine-tile page.
     scales = np.max(np.abs(maps), axis=1, initial=1e-12)
     return {"scales": scales.tolist(), "values": encode(np.round(maps / scales[:, None] * 32767), "<i2")}
 
 
 def encode(numbers: np.ndarray, dtype: str) -> str:
-    """Base64 of the numbers in a little-endian dtype."""
+    """Returns base64 of the numbers in a little-endian dtype."""
     return base64.b64encode(np.ascontiguousarray(numbers, np.dtype(dtype)).tobytes()).decode()
 
 
 def decode(text: str, dtype: str) -> np.ndarray:
-    """Undoes `encode`."""
+    """Returns the numbers that `encode` was given."""
     return np.frombuffer(base64.b64decode(text), np.dtype(dtype))

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: web/page.html with the style, the scripts, the picture and the data put in."""
+"""Builds the self-contained HTML file: web/page.html with the style, the scripts, the image and the data inlined."""
 
 import base64
 import html
@@ -13,27 +13,28 @@ import PIL.Image
 from alignvlm_jax.errors import UserError
 
 _WEB = pathlib.Path(__file__).parent / "web"
-# They run as one script, in this order.
+# The files are concatenated into one script, in this order: a file uses the top-level names of those before it.
 _SCRIPTS = ("data", "places", "state", "drawing", "patch", "search", "answer", "controls", "facts")
 _LONGEST_SIDE = 2048
 _LARGEST_PNG = 600_000
 
 
 def render(data: dict, *, title: str) -> str:
-    """The page's HTML.
+    """Returns the HTML of the page.
 
     Args:
-      data: as `inspection.Inspection.to_json` makes it.
-      title: of the page.
+      data: result of `inspection.Inspection.to_json`.
+      title: title of the page.
     """
     parts = {
         "title": html.escape(title),
         "style": _read("page.css"),
-        # In a script element only "</script" and "<!--" mean anything; without "<" there are none.
+        # Only "</script" and "<!--" are special inside a script element; neither occurs if "<" is escaped.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "script": "\n".join(_read(f"{name}.js") for name in _SCRIPTS),
     }
     pieces = [_read("page.html")]
+    # Each step splits only the remaining template, so a placeholder inside inserted text is left alone.
     for name, text in parts.items():
         before, after = pieces.pop().split("{{" + name + "}}")
         pieces += [before, text, after]
@@ -41,7 +42,11 @@ def render(data: dict, *, title: str) -> str:
 
 
 def write(text: str, file: str | os.PathLike) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file atomically.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
     file = pathlib.Path(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +54,7 @@ def write(text: str, file: str | os.PathLike) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
+            # mkstemp creates files that only their owner may read.
             os.chmod(scratch, 0o644)
             os.replace(scratch, file)
         except BaseException:
@@ -58,8 +64,11 @@ def write(text: str, file: str | os.PathLike) -> None:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
 
-def picture_url(image: PIL.Image.Image) -> str:
-    """The picture as a data URL: at most 2048 pixels a side, lossless where that is small."""
+def image_url(image: PIL.Image.Image) -> str:
+    """Returns the image as a data URL.
+
+    The longer side is reduced to 2048 pixels. The image is a PNG if that takes at most 0.6 MB, and else a JPEG.
+    """
     image = image.convert("RGB")
     if max(image.size) > _LONGEST_SIDE:
         image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), PIL.Image.Resampling.LANCZOS)

@@ -1,9 +1,9 @@
-"""Each patch in words: what ALIGN gives the language model for it.
+"""The words of each patch: the distribution that ALIGN computes over the vocabulary.
 
-Axes: M tiles, N patches of a tile, k words kept of each, D decoder width, S tile side.
+Axes: M tiles, N patches per tile, k words kept per patch, D model width, S tile side.
 
-P is never held: ALIGN passes over the vocabulary in blocks (`ops/vocabulary_attention.py`), a tile at a time here, and
-keeps the k largest probabilities and the entropy of each patch.
+P itself is never stored. ALIGN processes one tile at a time, in blocks of the vocabulary
+(`ops/vocabulary_attention.py`), and keeps the k largest probabilities and the entropy of each patch.
 """
 
 import dataclasses
@@ -22,12 +22,13 @@ from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
 
 @dataclasses.dataclass(frozen=True)
 class PatchWords:
-    """Of every patch of a page.
+    """The words of every patch of a page.
 
-    visual: what the language model reads for it.
-    entropy: of its distribution over words, in nats.
-    ids: its k likeliest words, likeliest first.
-    probabilities: theirs.
+    Attributes:
+      visual: embedding that the language model reads for each patch.
+      entropy: entropy of each patch's distribution over words, in nats.
+      ids: the k likeliest words, likeliest first.
+      probabilities: probabilities of these words.
     """
 
     visual: Float[np.ndarray, "M N D"]
@@ -37,13 +38,17 @@ class PatchWords:
 
 
 def check_connector(config: AlignVLMConfig) -> None:
-    """Raises a `UserError` unless the model says in words what it sees."""
+    """Checks that the model describes a patch in words.
+
+    Raises:
+      UserError: if the connector is not ALIGN.
+    """
     if isinstance(config.connector, AlignConfig):
         return
     name = next(name for name, kind in CONNECTOR_CONFIGS.items() if isinstance(config.connector, kind))
     raise UserError(
-        f"the checkpoint's connector is {name}: it puts a patch anywhere, not among words, so there are no words to "
-        "show. Only ALIGN has a distribution over words; take a checkpoint with config.model.connector=align"
+        f"the checkpoint's connector is {name}, which maps a patch to an arbitrary vector: there are no words to show. "
+        "Only ALIGN has a distribution over words; use a checkpoint trained with config.model.connector=align"
     )
 
 
@@ -56,27 +61,33 @@ def patch_words(
     k: int,
     progress: bool = True,
 ) -> PatchWords:
-    """What each patch of a page's tiles says.
+    """Returns the words of each patch of a page's tiles.
 
     Args:
-      config: of the model, whose connector is ALIGN.
-      variables: of the model, as `inference.vocabulary` makes them.
+      config: config of a model whose connector is ALIGN.
+      variables: model variables, as returned by `inference.vocabulary`.
       tiles: pixels.
-      tile_valid_hw: the part of each tile that is picture.
-      k: how many words of each patch to keep.
-      progress: show a bar.
+      tile_valid_hw: size of the part of each tile that is image and not padding.
+      k: number of words to keep per patch.
+      progress: show a progress bar.
+
+    Raises:
+      UserError: if the connector is not ALIGN.
     """
     check_connector(config)
-    found = []
+    descriptions = []
     for i in tqdm(range(len(tiles)), "reading tiles", unit="tile", disable=not progress):
-        of_tile = _describe(AlignVLM(config), variables, tiles[i], tile_valid_hw[i], k=k)
-        found.append(jax.tree.map(np.asarray, of_tile))
-    visual, entropy, probabilities, ids = (np.stack(of_tiles) for of_tiles in zip(*found, strict=True))
+        description = _describe(AlignVLM(config), variables, tiles[i], tile_valid_hw[i], k=k)
+        # One tile's results leave the device before the next tile is processed.
+        descriptions.append(jax.tree.map(np.asarray, description))
+    visual, entropy, probabilities, ids = (np.stack(arrays) for arrays in zip(*descriptions, strict=True))
     return PatchWords(visual, entropy, ids, probabilities)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _describe(model: AlignVLM, variables: Variables, tile, valid_hw, *, k: int):
+    """Returns visual tokens, entropy, top probabilities and top ids of one tile's patches."""
+
     def describe(model: AlignVLM):
         features = model.encode_features(tile[None, None], valid_hw[None, None])
         return model.connector.describe(features, model.language.embedding, top_k=k)

@@ -1,4 +1,4 @@
-"""A small reader, and a page as large as they come whose numbers are drawn, not computed."""
+"""Test fixtures: a small reader, and a page of maximum size with random numbers."""
 
 import pathlib
 
@@ -24,7 +24,10 @@ QUESTION = "What is the total?"
 
 
 def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
-    """Random weights large enough that patches differ; tiles of 2 x 2 patches (anyres: 4 x 4), four at most."""
+    """Returns a reader with random weights and at most four tiles of 2 x 2 patches (anyres_max_9: 4 x 4).
+
+    The weights are large enough for patches to differ.
+    """
     side = 32 if rule == "anyres_max_9" else 16
     tokenizer = ChatTokenizer.from_folder(write_chat_folder(folder))
     config = AlignVLMConfig(
@@ -46,7 +49,7 @@ def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
 
     def draw(rng):
         params = random_parameters(config, rng)
-        # A decoder of large random weights bends so sharply that no sum of gradients along a path adds up.
+        # With larger weights the decoder is too nonlinear for integrated gradients to converge.
         sizes = {"vision": 4, "connector": 4, "language": 1.4}
         return {part: jax.tree.map(lambda leaf, by=sizes[part]: leaf * by, params[part]) for part in params}
 
@@ -56,12 +59,13 @@ def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
 
 
 def noise_page(seed: int, width: int = 16, height: int = 30) -> PIL.Image.Image:
+    """Returns an image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return PIL.Image.fromarray(pixels)
 
 
-class DrawnWords:
-    """Stands in for a tokenizer of 128256 words: with and without a blank before them, with and without a capital."""
+class FakeTokenizer:
+    """Tokenizer of 128256 invented words, each with and without a leading blank and a capital."""
 
     size = 128256
     syllables = [first + second for first in "bdfgklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er", "or")]
@@ -75,27 +79,27 @@ class DrawnWords:
 
 
 def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
-    """Nine tiles and a thumbnail of 729 patches, V = 128256, k words of every patch kept: no page can hold more.
+    """Returns the largest possible page: nine tiles and a thumbnail of 729 patches, V = 128256, k words kept of each.
 
-    Words 4004 to 4007 are one word in four spellings, and two of them are on one patch alone.
+    Words 4004 to 4007 are the same word in four spellings; two of them occur, on a single patch.
     """
     rng = np.random.default_rng(seed)
     side = 1152
     image = PIL.Image.new("RGB", (side, side), "white")
     draw = PIL.ImageDraw.Draw(image)
     for line in range(60):
-        words = " ".join(DrawnWords().token_text(int(word)).strip() for word in rng.integers(0, 128256, 12))
+        words = " ".join(FakeTokenizer().token_text(int(word)).strip() for word in rng.integers(0, 128256, 12))
         draw.text((40, 30 + line * 18), words, fill="black")
     tiling = TilingConfig("ovis", 384)
     plan = plan_tiles(side, side, tiling)
     assert (plan.num_tiles, plan.thumbnail) == (10, 0)
     patches = geometry.tile_patches(plan, 14, 384)
     total = 10 * 729
-    # Of every patch k words with shares that fall by a factor drawn for it; none below the floor of what is kept.
+    # Geometric series of k probabilities per patch with a random ratio. All are above the floor of the packing.
     fall = rng.uniform(0.75, 0.85, (total, 1))
     probabilities = fall ** np.arange(k)
     probabilities *= rng.uniform(0.6, 0.99, (total, 1)) / probabilities.sum(axis=1, keepdims=True)
-    ids = rng.integers(8000, DrawnWords.size, (total, k))
+    ids = rng.integers(8000, FakeTokenizer.size, (total, k))
     ids += np.arange(k) - ids % k  # no word twice in a patch
     ids[2000, :2] = 4005, 4006
     probabilities[2000] = [0.9, *(0.018 * 0.8 ** np.arange(k - 1))]
@@ -105,7 +109,7 @@ def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
     rise = maps.sum(axis=1)
     answer = Answer(
         QUESTION,
-        "".join(DrawnWords().token_text(8001 + 4 * token) for token in range(tokens)).strip(),
+        "".join(FakeTokenizer().token_text(8001 + 4 * token) for token in range(tokens)).strip(),
         8001 + 4 * np.arange(tokens),
         Attribution(np.full(tokens, -0.01), -0.01 - rise, maps),
     )
@@ -115,12 +119,12 @@ def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
         image=image,
         tiles=patches,
         layers=geometry.layers(plan),
-        left_out=np.zeros((10, 729), bool),
+        unused_patches=np.zeros((10, 729), bool),
         words=PatchWords(
             np.zeros((10, 729, 0)), entropy.reshape(10, 729), ids.reshape(10, 729, k), probabilities.reshape(10, 729, k)
         ),
-        vocabulary=DrawnWords.size,
+        vocabulary=FakeTokenizer.size,
         answers=[answer],
-        tokenizer=DrawnWords(),
+        tokenizer=FakeTokenizer(),
         config=InspectConfig(words_per_patch=k),
     )

@@ -1,9 +1,9 @@
-"""The page in a real browser: Debian's chromium, driven by playwright (`pip install -e ".[dev]"`).
+"""Tests of the page in a real browser: Debian's chromium, driven by playwright (`pip install -e ".[dev]"`).
 
     apt-get install chromium
 
-Skipped where either is missing. Numbers on the screen are compared with those that went in, by way of the page's own
-controls: pointer, finger, keys, search. `-s` prints the times measured.
+Skipped if either is missing. The tests operate the page's own controls (pointer, touch, keyboard, search) and compare
+the numbers on the screen with the input data. `-s` prints the measured times.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import pytest
 
 from alignvlm_jax.inspector import page
 from alignvlm_jax.inspector.inspection import Answer
-from tests.inspector.samples import DrawnWords, nine_tiles
+from tests.inspector.samples import FakeTokenizer, nine_tiles
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,7 +30,7 @@ FLAGS = """--disable-gpu --disable-quic --no-first-run --disable-background-netw
 --disable-sync""".split()
 DESK = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
-FASTEST_REACTION = 0.1  # seconds, from a pointer that moved to the next frame
+MAX_REACTION_TIME = 0.1  # seconds from a pointer move to the next frame
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,16 @@ def url(found, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    # As root, which containers run as, chromium refuses its sandbox.
+    # Chromium refuses to use its sandbox as root, the usual user in containers.
     flags = [*FLAGS, "--no-sandbox"] if os.getuid() == 0 else FLAGS
     with playwright.sync_playwright() as driver:
         with contextlib.closing(driver.chromium.launch(executable_path=CHROMIUM, args=flags)) as browser:
             yield browser
 
 
-def until(tab, expression: str) -> None:
-    """Waits for something to become true. (playwright's own way is refused by the page's security policy.)"""
+def wait_until(tab, expression: str) -> None:
+    """Waits wait_until a JavaScript expression is true."""
+    # playwright's own wait_for_function is blocked by the page's content security policy.
     end = time.monotonic() + 10
     while not tab.evaluate(expression):
         assert time.monotonic() < end, expression
@@ -63,28 +64,28 @@ def until(tab, expression: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(browser, url, **options):
-    """The page; at the end there must have been nothing on the console, no error and nothing fetched."""
+def open_page(browser, url, **options):
+    """Opens the page, and checks at the end that it logged nothing, raised no error and fetched nothing."""
     with contextlib.closing(browser.new_context(**options)) as context:
-        tab, said, fetched = context.new_page(), [], []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab, messages, fetched = context.new_page(), [], []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
         tab.on("request", lambda request: fetched.append(request.url))
         tab.goto(url)
-        until(tab, "window.inspector !== undefined")
+        wait_until(tab, "window.inspector !== undefined")
         yield tab
-        assert said == []
+        assert messages == []
         assert [address for address in fetched if not address.startswith("data:")] == [url]
 
 
 @pytest.fixture
 def desk(browser, url):
-    with opened(browser, url, **DESK) as tab:
+    with open_page(browser, url, **DESK) as tab:
         yield tab
 
 
 def place(tab, patch: int) -> tuple[float, float]:
-    """Where on the screen the middle of a patch is."""
+    """Returns the screen coordinates of the center of a patch."""
     return tuple(
         tab.evaluate(
             """(t) => {
@@ -99,14 +100,15 @@ def place(tab, patch: int) -> tuple[float, float]:
 
 
 def shown(tab) -> list[tuple[str, str]]:
-    """The words in the list, with what stands beside them."""
+    """Returns the words in the list and their probabilities, as displayed."""
     rows = tab.query_selector_all("#words li:not([hidden])")
     return [(row.query_selector(".word").text_content(), row.query_selector(".share").text_content()) for row in rows]
 
 
 def expected(found, patch: int) -> list[tuple[str, str]]:
+    """Returns what `shown` should return for a patch."""
     ids, shares = found.words.ids.reshape(-1, 32)[patch], found.words.probabilities.reshape(-1, 32)[patch]
-    words = [DrawnWords().token_text(int(word)).replace(" ", "␣") for word in ids[:8]]
+    words = [FakeTokenizer().token_text(int(word)).replace(" ", "␣") for word in ids[:8]]
 
     def percent(share):
         return f"{share * 100:.0f}" if share >= 0.0995 else f"{share * 100:.1f}" if share >= 0.01 else None
@@ -117,7 +119,7 @@ def expected(found, patch: int) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("patch", [729, 729 + 5 * 27 + 20, 5 * 729 + 365, 7290 - 1])
 def test_pointing_at_a_patch_lists_its_words(desk, found, patch):
     desk.mouse.move(*place(desk, patch))
-    until(desk, f"inspector.state.patch === {patch}")
+    wait_until(desk, f"inspector.state.patch === {patch}")
     assert shown(desk) == expected(found, patch)
     words = float(np.exp(found.words.entropy.reshape(-1)[patch]))
     number = desk.text_content("#patch-doubt").split()[0]
@@ -128,7 +130,7 @@ def test_pointing_at_a_patch_lists_its_words(desk, found, patch):
     )
 
 
-def test_a_click_holds_a_patch_and_escape_lets_it_go(desk):
+def test_a_click_holds_a_patch_and_escape_releases_it(desk):
     desk.mouse.click(*place(desk, 2000))
     desk.mouse.move(*place(desk, 4000))
     assert "held" in desk.text_content("#patch-place") and desk.evaluate("inspector.state.patch") == 2000
@@ -137,7 +139,7 @@ def test_a_click_holds_a_patch_and_escape_lets_it_go(desk):
     assert desk.evaluate("inspector.state.patch") == 4001
 
 
-def test_keys_go_over_the_borders_of_tiles(desk):
+def test_arrow_keys_cross_tile_borders(desk):
     desk.focus("#viewport")
     desk.mouse.click(*place(desk, 729 + 26))  # the top right corner of the first tile
     desk.keyboard.press("ArrowRight")
@@ -146,33 +148,35 @@ def test_keys_go_over_the_borders_of_tiles(desk):
     for _ in range(27):
         desk.keyboard.press("ArrowDown")
     assert desk.evaluate("inspector.state.patch") == 4 * 729 + 26
-    until(desk, "document.getElementById('spoken').textContent.startsWith('tile 4 of 9 · row 1, column 27: ')")
+    wait_until(
+        desk, "document.getElementById('announcement').textContent.startsWith('tile 4 of 9 · row 1, column 27: ')"
+    )
     desk.keyboard.press("ArrowUp")
     assert desk.evaluate("inspector.state.patch") == 729 + 26 * 27 + 26
 
 
 def test_a_word_is_where_it_is_likely(desk, found):
-    """All four spellings count, unless they are put aside; the map is P."""
-    word = DrawnWords().token_text(4004)
+    """All four spellings count, unless they are excluded; the map is P."""
+    word = FakeTokenizer().token_text(4004)
     desk.keyboard.press("/")
     desk.keyboard.type(word)
     assert desk.is_checked("#views [value=find]") and desk.evaluate("inspector.state.query") == word
     ids, shares = found.words.ids.reshape(-1, 32), found.words.probabilities.reshape(-1, 32)
-    values = np.array(desk.evaluate("Array.from(inspector.state.found.values)"))
-    spelled_so = np.isin(ids, [4004, 4005, 4006, 4007])
-    np.testing.assert_allclose(values, np.where(spelled_so, shares, 0).sum(axis=1), rtol=2e-4, atol=1e-6)
+    values = np.array(desk.evaluate("Array.from(inspector.state.result.values)"))
+    matches = np.isin(ids, [4004, 4005, 4006, 4007])
+    np.testing.assert_allclose(values, np.where(matches, shares, 0).sum(axis=1), rtol=2e-4, atol=1e-6)
     assert values[2000] == pytest.approx(0.918, rel=1e-3) and np.count_nonzero(values) == 1
     assert "92\u00a0%" in desk.text_content("#legend-title")
     desk.fill("#search", "")
     assert not desk.is_checked("#views [value=find]")
 
 
-def test_spellings_can_be_put_aside(desk):
-    desk.fill("#search", DrawnWords().token_text(4004))
-    value = "inspector.state.found.values[2000]"
+def test_spellings_can_be_excluded(desk):
+    desk.fill("#search", FakeTokenizer().token_text(4004))
+    value = "inspector.state.result.values[2000]"
     assert desk.evaluate(value) == pytest.approx(0.918, rel=1e-3)
     chips = desk.locator("#variants button")
-    assert chips.all_text_contents() == [DrawnWords().token_text(word).replace(" ", "␣") for word in (4005, 4006)]
+    assert chips.all_text_contents() == [FakeTokenizer().token_text(word).replace(" ", "␣") for word in (4005, 4006)]
     chips.first.click()
     assert desk.evaluate(value) == pytest.approx(0.018, rel=1e-3)
     assert chips.first.get_attribute("aria-pressed") == "false"
@@ -182,23 +186,23 @@ def test_spellings_can_be_put_aside(desk):
 
 def test_a_word_in_pieces_is_found_as_neighbours_that_spell_it(desk, found):
     ids = found.words.ids.reshape(-1, 32)[:, 0]
-    patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # over the border of two tiles
-    word = "".join(DrawnWords().token_text(int(ids[patch])).strip() for patch in patches)
+    patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # across the border of two tiles
+    word = "".join(FakeTokenizer().token_text(int(ids[patch])).strip() for patch in patches)
     shares = found.words.probabilities.reshape(-1, 32)[patches, 0]
     desk.fill("#search", word)
-    chains = desk.evaluate("inspector.spelled(inspector.state.query.toLowerCase())")
+    chains = desk.evaluate("inspector.findChains(inspector.state.query.toLowerCase())")
     (chain,) = [chain for chain in chains if chain["patches"] == patches]
     assert chain["score"] == pytest.approx(float(np.exp(np.mean(np.log(shares)))), rel=1e-3)
     assert "spelled by neighbours" in desk.text_content("#legend-title")
 
 
-def test_a_word_that_is_not_there(desk):
+def test_a_word_that_is_not_on_the_page(desk):
     desk.fill("#search", "xylophone")
     assert "not among the 32 likeliest" in desk.text_content("#legend-title")
-    assert max(desk.evaluate("Array.from(inspector.state.found.values)")) == 0
+    assert max(desk.evaluate("Array.from(inspector.state.result.values)")) == 0
 
 
-def test_suggestions_are_chosen_by_key(desk):
+def test_suggestions_are_selected_with_the_keyboard(desk):
     desk.focus("#search")
     desk.keyboard.type("tago")
     assert desk.is_visible("#suggestions") and desk.get_attribute("#search", "aria-expanded") == "true"
@@ -221,7 +225,7 @@ def test_the_answer_and_each_of_its_tokens(desk, found):
     desk.click("#answer button >> nth=3")
     np.testing.assert_allclose(desk.evaluate(maps), shares[3], atol=np.abs(shares[3]).max() / 60000)
     assert desk.get_attribute("#answer button >> nth=3", "aria-pressed") == "true"
-    assert "This token" in desk.text_content("#answer-note")
+    assert "Probability of this token" in desk.text_content("#answer-note")
     desk.mouse.move(*place(desk, 2000))
     assert f"+{shares[3, 2000]:.1f}" in desk.text_content("#patch-share")
 
@@ -229,19 +233,21 @@ def test_the_answer_and_each_of_its_tokens(desk, found):
 def test_the_thumbnail_has_patches_of_its_own(desk, found):
     desk.mouse.move(*place(desk, 5 * 729 + 365))
     desk.click("#layers label >> nth=1")
-    # The middle of the page is the middle of the thumbnail.
+    # The center of the page is the center of the thumbnail.
     assert desk.evaluate("inspector.state.patch") == 13 * 27 + 13
     assert shown(desk) == expected(found, 13 * 27 + 13)
 
 
 @pytest.mark.parametrize("answers", [[], [Answer("Total?", "", np.zeros(0, int), None)]], ids=["none", "empty"])
 def test_without_an_answer(browser, found, tmp_path, answers):
-    """Nothing asked, or nothing answered: the page begins with the words."""
+    """Without a question or with an empty answer, the page starts with the view of the words."""
     file = tmp_path / "page.html"
     page.write(page.render(dataclasses.replace(found, answers=answers).to_json(), title="no answer"), file)
-    with opened(browser, file.as_uri(), **DESK) as tab:
+    with open_page(browser, file.as_uri(), **DESK) as tab:
         assert tab.is_checked("#views [value=words]") and tab.is_disabled("#views [value=answer]")
-        assert tab.is_visible("#asked") == bool(answers) and (not answers or tab.text_content("#answer") == "no answer")
+        assert tab.is_visible("#question-card") == bool(answers) and (
+            not answers or tab.text_content("#answer") == "no answer"
+        )
         tab.mouse.move(*place(tab, 4000))
         assert shown(tab) == expected(found, 4000) and tab.text_content("#patch-share") == ""
 
@@ -252,7 +258,7 @@ def test_zooming_keeps_the_patch_under_the_pointer(desk):
     desk.keyboard.down("Control")
     desk.mouse.wheel(0, -300)
     desk.keyboard.up("Control")
-    until(desk, "inspector.state.zoom > 3")
+    wait_until(desk, "inspector.state.zoom > 3")
     assert desk.evaluate("inspector.frame.scale") > 2
     after = place(desk, 4321)
     assert abs(after[0] - x) < 25 and abs(after[1] - y) < 25
@@ -263,21 +269,21 @@ def test_zooming_keeps_the_patch_under_the_pointer(desk):
 
 
 def test_a_finger_taps_a_patch(browser, url, found):
-    with opened(browser, url, **PHONE) as tab:
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "nothing hangs over the edge"
+    with open_page(browser, url, **PHONE) as tab:
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, "the page is wider than the screen"
         tab.evaluate("document.getElementById('viewport').scrollIntoView()")
         tab.touchscreen.tap(*place(tab, 5 * 729 + 365))
-        until(tab, f"inspector.state.patch === {5 * 729 + 365}")
+        wait_until(tab, f"inspector.state.patch === {5 * 729 + 365}")
         assert shown(tab) == expected(found, 5 * 729 + 365)
         heights = tab.evaluate("""[...document.querySelectorAll('.choice span, .choice button, #words button, #search')]
             .filter((e) => e.offsetParent).map((e) => e.getBoundingClientRect().height)""")
-        assert min(heights) >= 38, "a finger's width"
+        assert min(heights) >= 38, "a control is too small for a finger"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(browser, url, scheme):
-    """Text against its background by WCAG 2.1: 4.5 at least, in both themes."""
-    with opened(browser, url, **DESK, color_scheme=scheme) as tab:
+    """The WCAG 2.1 contrast of text and background is at least 4.5 in both themes."""
+    with open_page(browser, url, **DESK, color_scheme=scheme) as tab:
         assert tab.evaluate("document.documentElement.dataset.theme") == scheme
         pairs = tab.evaluate(
             """() => {
@@ -318,12 +324,12 @@ def test_controls_have_names(desk):
     facts = "[...document.querySelectorAll('[data-fact]')].filter((e) => !e.closest('p[hidden]'))"
     assert desk.evaluate(facts + ".map((e) => e.textContent)")[:3] == ["128,256", "32", "0.001\u00a0%"]
     assert desk.evaluate(facts + ".filter((e) => !e.textContent || e.textContent.includes('undefined')).length") == 0
-    assert desk.evaluate("document.querySelectorAll('*').length") < 400, "no element for each of 7,290 patches"
+    assert desk.evaluate("document.querySelectorAll('*').length") < 400, "there must not be an element per patch"
 
 
 def test_it_is_quick(browser, url):
-    """First paint, and from a moved pointer to the frame that shows its patch: the median of 60 on a nine-tile page."""
-    with opened(browser, url, **DESK) as tab:
+    """Measures the first paint, and the time from a pointer move to the frame that shows the patch (median of 60)."""
+    with open_page(browser, url, **DESK) as tab:
         paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
         ready = tab.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") / 1000
         hover = tab.evaluate(
@@ -369,4 +375,4 @@ def test_it_is_quick(browser, url):
             "draw_ms": draw,
         }
         print("\nnine tiles:", json.dumps(figures))
-        assert np.median(hover) < 1000 * FASTEST_REACTION
+        assert np.median(hover) < 1000 * MAX_REACTION_TIME

@@ -1,4 +1,4 @@
-"""Every patch looks at the pixels that its rectangle says: checked on pages whose pixels say where they are."""
+"""Checks the rectangle of each patch on pages whose pixel values encode their position."""
 
 import numpy as np
 import PIL.Image
@@ -17,7 +17,10 @@ CONFIGS = {
 
 
 def ramps(width: int, height: int) -> PIL.Image.Image:
-    """Red rises from left to right, green from top to bottom, blue is full: black borders have none."""
+    """Returns an image whose red rises from left to right and green from top to bottom.
+
+    Blue is 255 everywhere, so that pixels of the page differ from black borders.
+    """
     pixels = np.full((height, width, 3), 255.0)
     pixels[..., 0] = (np.arange(width) + 0.5) / width * 255
     pixels[..., 1] = ((np.arange(height) + 0.5) / height * 255)[:, None]
@@ -26,7 +29,7 @@ def ramps(width: int, height: int) -> PIL.Image.Image:
 
 @pytest.mark.parametrize("rule", CONFIGS)
 @pytest.mark.parametrize("size", [(64, 64), (150, 100), (100, 230), (333, 61)])
-def test_a_patch_sees_what_its_rectangle_says(rule, size):
+def test_rectangles_match_the_pixels_of_the_patches(rule, size):
     config, (width, height) = CONFIGS[rule], size
     plan = plan_tiles(width, height, config)
     tiles, valid_hw = cut_tiles(ramps(width, height), plan, SIDE)
@@ -42,11 +45,11 @@ def test_a_patch_sees_what_its_rectangle_says(rule, size):
                 continue
             assert tile.on_page[row, column]
             centre = (tile.xs[column] + tile.xs[column + 1]) / 2, (tile.ys[row] + tile.ys[row + 1]) / 2
-            # The mean of the ramps over the patch, in pixels of the page; half a tile's pixel is resampling's.
-            found = seen[:, 0].mean() / 255 * width, seen[:, 1].mean() / 255 * height
+            # The mean of the ramps over the patch, in pixels of the page. Resampling may shift it by half a tile pixel.
+            measured = seen[:, 0].mean() / 255 * width, seen[:, 1].mean() / 255 * height
             pixel = max((tile.box[2] - tile.box[0]) / wide, (tile.box[3] - tile.box[1]) / tall)
             slack = 0.75 * pixel + 0.01 * max(size)
-            np.testing.assert_allclose(found, centre, atol=slack)
+            np.testing.assert_allclose(measured, centre, atol=slack)
 
 
 @pytest.mark.parametrize("rule", CONFIGS)
@@ -61,20 +64,21 @@ def test_a_layer_covers_the_page_once(rule):
         np.testing.assert_allclose(area, 150 * 100)
 
 
-def test_what_is_left_of_a_tile_no_patch_sees():
+def test_pixels_beyond_the_last_whole_patch_are_not_covered():
     plan = plan_tiles(38, 38, TilingConfig("ovis", 38))
     (tile,) = geometry.tile_patches(plan, 9, 38)
     np.testing.assert_allclose(tile.xs, [0, 9, 18, 27, 36])
 
 
-def test_the_border_that_anyres_cuts_away_is_left_out():
+def test_patches_of_the_border_that_anyres_removes_are_unused():
     config = CONFIGS["anyres"]
-    plan = plan_tiles(180, 20, config)  # three cells in a row, most of each black
+    plan = plan_tiles(180, 20, config)  # three cells in a row, mostly black
     resampling = resample(plan, config, (SIDE // PATCH, SIDE // PATCH))
-    left_out = geometry.left_out(plan, (SIDE // PATCH) ** 2, resampling)
+    unused = geometry.unused_patches(plan, (SIDE // PATCH) ** 2, resampling)
     on_page = np.stack([tile.on_page.reshape(-1) for tile in geometry.tile_patches(plan, PATCH, SIDE)])
     cells = [tile for tile in range(plan.num_tiles) if tile != plan.thumbnail]
-    assert not left_out[plan.thumbnail].any() and left_out[cells].any()
-    # A row that shows a sliver of the page may be cut away (the rule rounds); none beyond the page's is kept but one.
-    assert left_out[cells][~on_page[cells]].mean() > 0.6 and not left_out[cells][on_page[cells]].all()
-    assert not geometry.left_out(plan, 64, None).any()
+    assert not unused[plan.thumbnail].any() and unused[cells].any()
+    # The rule rounds: a row that shows a sliver of the page may be removed, and at most one row beyond the page is
+    # kept.
+    assert unused[cells][~on_page[cells]].mean() > 0.6 and not unused[cells][on_page[cells]].all()
+    assert not geometry.unused_patches(plan, 64, None).any()

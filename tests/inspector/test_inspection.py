@@ -1,4 +1,4 @@
-"""The page of a small model says what the model computes: P, the answer, and where the answer comes from."""
+"""The page of a small model shows what the model computes: P, the answer, and the attribution of the answer."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def found(reader):
 
 
 def dense_p(reader, tiles, valid_hw) -> np.ndarray:
-    """P of every patch, all of it."""
+    """Returns the complete distribution P of every patch."""
 
     def distribution(model):
         features = model.encode_features(tiles[None], valid_hw[None])
@@ -70,7 +70,7 @@ def test_the_answer_is_the_readers(reader, found):
     assert [token["text"] for token in question["tokens"]] == texts and len(texts) == 3
 
 
-def test_shares_add_up_to_what_the_page_did(found):
+def test_shares_add_up_to_the_rise_in_log_probability(found):
     (answer,) = found.answers
     rise = answer.attribution.log_probs - answer.attribution.blank_log_probs
     assert np.max(np.abs(rise)) > 0.1
@@ -84,8 +84,8 @@ def test_shares_add_up_to_what_the_page_did(found):
         np.testing.assert_allclose(packed, exact, atol=np.max(np.abs(exact)) / 60000)
 
 
-def test_log_probabilities_are_those_of_the_whole_model(reader, found):
-    """Of the packed forward pass, with the tiles in the batch."""
+def test_log_probabilities_match_the_complete_model(reader, found):
+    """The reference is the packed forward pass with the tiles in the batch."""
     (answer,) = found.answers
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
     tokens = np.concatenate([prompt.tokens, answer.ids])[None]
@@ -103,17 +103,18 @@ def test_log_probabilities_are_those_of_the_whole_model(reader, found):
 
 
 def test_a_page_whose_tiles_are_joined(tmp_path):
-    """anyres_max_9: shares go through the joining to the patches, and what the border hides has none."""
+    """Under anyres_max_9, shares reach the patches through the resampling, and border patches have none."""
     reader = tiny_reader(tmp_path, "anyres_max_9")
     picture = noise_page(0, 64, 12)  # 1 x 2 cells with a border above and below
     found = inspect_image(reader, picture, [QUESTION], config=CONFIG, progress=False)
     shares = found.answers[0].attribution.shares.reshape(3, len(found.tiles), -1)
-    assert found.left_out.any() and not found.left_out[0].any()
-    assert np.all(shares[:, found.left_out] == 0) and np.all(np.any(shares[:, ~found.left_out] != 0, axis=0))
+    unused = found.unused_patches
+    assert unused.any() and not unused[0].any()
+    assert np.all(shares[:, unused] == 0) and np.all(np.any(shares[:, ~unused] != 0, axis=0))
     assert found.answers[0].attribution.missing < 0.05
     data = found.to_json()
     assert [layer["name"] for layer in data["layers"]] == ["tiles", "thumbnail"]
-    np.testing.assert_array_equal(packing.decode(data["leftOut"], "u1"), found.left_out.reshape(-1))
+    np.testing.assert_array_equal(packing.decode(data["leftOut"], "u1"), unused.reshape(-1))
 
 
 def test_an_answer_as_a_whole(reader, found):
@@ -136,7 +137,7 @@ def test_an_answer_as_a_whole(reader, found):
 
 
 def test_a_pruned_vocabulary_keeps_its_words(reader):
-    """Ids are those of the whole vocabulary."""
+    """Token ids stay those of the full vocabulary."""
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
     full = dense_p(reader, prompt.tiles, prompt.tile_valid_hw)
     usage = full.sum(axis=(0, 1))
@@ -146,7 +147,7 @@ def test_a_pruned_vocabulary_keeps_its_words(reader):
     np.testing.assert_array_equal(pruned.ids[..., 0], np.argmax(kept, axis=-1))
 
 
-def test_what_it_refuses(reader, tmp_path):
+def test_invalid_requests_are_refused(reader, tmp_path):
     with pytest.raises(UserError, match="mlp.*no words"):
         mlp = dataclasses.replace(reader.config, connector=MLPConfig())
         patch_words(mlp, {}, np.zeros((1, 16, 16, 3), np.uint8), np.full((1, 2), 16), k=1)

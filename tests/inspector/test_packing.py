@@ -1,4 +1,4 @@
-"""What is packed comes out again, within what packing.py promises; the file stays in bounds."""
+"""Packing is lossless within the errors that packing.py states, and the file stays small."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from tests.inspector.samples import nine_tiles
 
 
 def unpack(text: dict) -> list[list[tuple[str, float]]]:
-    """Each patch's (word, probability) pairs, as web/data.js reads them."""
+    """Returns the (word, probability) pairs of each patch, read the way web/data.js does."""
     entries = packing.decode(text["entries"], "<u2" if len(text["words"]) <= 65536 else "<u4")
     probabilities = np.exp(packing.decode(text["probabilities"], "<u2") / 65535 * text["lowest"])
     counts = packing.decode(text["counts"], "<u2").astype(int)
@@ -19,7 +19,7 @@ def unpack(text: dict) -> list[list[tuple[str, float]]]:
     return [pairs[end - count : end] for end, count in zip(np.cumsum(counts), counts, strict=True)]
 
 
-def test_words_come_out_again():
+def test_words_survive_packing():
     rng = np.random.default_rng(0)
     probabilities = np.sort(rng.dirichlet(np.full(40, 0.05), 50))[:, ::-1][:, :12]
     ids = np.stack([rng.permutation(500)[:12] for _ in range(50)])
@@ -30,14 +30,14 @@ def test_words_come_out_again():
         kept = shares >= packing.FLOOR
         assert 1 <= kept.sum() and [word for word, _ in found] == [str(word) for word in words[kept]]
         np.testing.assert_allclose([share for _, share in found], shares[kept], rtol=1.3e-4)
-    assert sum(map(len, unpack(text))) < ids.size, "some lie below the floor"
+    assert sum(map(len, unpack(text))) < ids.size, "no word is below the floor"
     np.testing.assert_allclose(
         packing.decode(text["entropy"], "<u2") / 65535 * math.log(500), entropy, atol=math.log(500) / 65535
     )
     assert text["words"] == [str(word) for word in packing.decode(text["ids"], "<u4")]
 
 
-def test_a_patch_keeps_its_likeliest_word_however_unlikely():
+def test_the_likeliest_word_of_a_patch_is_kept_below_the_floor():
     text = packing.pack_words(
         np.array([[3, 5]]), np.array([[8e-6, 7e-6]]), np.array([11.7]), vocabulary=128256, text_of=str
     )
@@ -46,11 +46,9 @@ def test_a_patch_keeps_its_likeliest_word_however_unlikely():
 
 
 def test_more_patches_raise_the_floor(monkeypatch):
-    monkeypatch.setattr(packing, "MOST_ENTRIES", 200)
+    monkeypatch.setattr(packing, "MAX_ENTRIES", 200)
     probabilities = np.sort(np.random.default_rng(0).dirichlet(np.full(30, 0.3), 50))[:, ::-1]
-    text = packing.pack_words(
-        np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, text_of=str
-    )
+    text = packing.pack_words(np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, text_of=str)
     assert text["floor"] > packing.FLOOR and 200 <= sum(map(len, unpack(text))) <= 250
     for pairs, dense in zip(unpack(text), probabilities, strict=True):
         assert len(pairs) == max(1, np.sum(dense >= text["floor"]))
@@ -65,7 +63,7 @@ def test_maps_keep_their_sign_and_scale():
 
 
 def test_the_largest_page_is_below_four_megabytes():
-    """Nine tiles and a thumbnail, all 32 words of each patch kept, nearly all of the vocabulary among them."""
+    """Nine tiles and a thumbnail with all 32 words of each patch kept, which covers nearly the complete vocabulary."""
     found = nine_tiles().to_json()
     assert len(found["text"]["words"]) > 65536 and packing.decode(found["text"]["counts"], "<u2").sum() == 7290 * 32
     text = page.render(found, title="nine tiles")

@@ -1,4 +1,4 @@
-"""The file: nothing in it comes from elsewhere, and nothing that a page or a user says can break out of its place."""
+"""The HTML file loads nothing from elsewhere, and text from pages or users cannot break out of its element."""
 
 import json
 import os
@@ -15,11 +15,11 @@ EVIL = '</script><script>alert("1")</script><!-- {{data}} {{script}} & \u2028'
 
 
 def embedded(text: str) -> dict:
-    """The data in a page."""
+    """Returns the data embedded in a page."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL).group(1))
 
 
-def test_data_comes_out_as_it_went_in():
+def test_embedded_data_is_unchanged():
     data = {"name": EVIL, "text": {"words": ["<b>", "é", "\u2581日本", '"']}}
     text = page.render(data, title=EVIL)
     assert embedded(text) == data
@@ -34,13 +34,13 @@ def test_nothing_is_fetched():
 
 
 @pytest.mark.parametrize("size, kind", [((80, 127), "png"), ((1200, 900), "jpeg"), ((4000, 500), "jpeg")])
-def test_pictures_are_small(size, kind):
+def test_images_are_small(size, kind):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    url = page.picture_url(PIL.Image.fromarray(pixels))
+    url = page.image_url(PIL.Image.fromarray(pixels))
     assert url.startswith(f"data:image/{kind};base64,") and len(url) < 2e6
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_files_are_written_atomically(tmp_path):
     page.write("new", tmp_path / "deep" / "page.html")
     assert (tmp_path / "deep" / "page.html").read_text() == "new"
     assert os.listdir(tmp_path / "deep") == ["page.html"]

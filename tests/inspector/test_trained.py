@@ -1,4 +1,4 @@
-"""On the shipped nano model, which truly reads: what the inspector says an answer leaned on is what it leaned on."""
+"""Compares attributions of the trained nano model with the effect of blanking patches."""
 
 import numpy as np
 import pytest
@@ -19,18 +19,19 @@ def reader():
 
 
 def log_probability(reader, prompt, answer, visual) -> float:
-    """Of the whole answer, with these visual tokens in place of the page's."""
-    batch = attribution._with_answer(reader.config, prompt, answer)
+    """Returns the log-probability of the whole answer, given these visual tokens instead of the page's."""
+    batch = attribution._append_answer(reader.config, prompt, answer)
     fixed = (attribution.AlignVLM(reader.config), reader.generator.variables, batch, len(prompt.tokens), answer)
     return float(attribution._log_probs(*fixed, visual).sum())
 
 
-def test_blanking_what_an_answer_leaned_on_takes_it_away(reader):
-    """The patches with the largest shares, made those of a white page, cost the answer what random ones do not; and
-    over all patches one by one, the share tells the cost.
+def test_shares_predict_the_cost_of_blanking_patches(reader):
+    """Blanking the patches with the largest shares costs the answer far more than blanking random ones.
+
+    Over single patches, share and cost are correlated.
     """
     rng = np.random.default_rng(0)
-    of_leaned, of_random, correlations, missing = [], [], [], []
+    top_costs, random_costs, correlations, missing = [], [], [], []
     for index in range(PAGES):
         document = draw_document(0, "heldout", index)
         question = document.questions[0]
@@ -46,19 +47,23 @@ def test_blanking_what_an_answer_leaned_on_takes_it_away(reader):
         full = log_probability(reader, prompt, answer.ids, visual)
         assert full == pytest.approx(float(answer.attribution.log_probs.sum()), abs=1e-2)
 
+        # Decrease of the log-probability if these patches get the visual tokens of a white page.
         def cost(patches, visual=visual, blank=blank, prompt=prompt, answer=answer, full=full):
             without = visual.copy()
             without[patches] = blank[patches]
             return full - log_probability(reader, prompt, answer.ids, without)
 
         shares = answer.attribution.shares.sum(axis=0)
-        of_leaned.append(cost(np.argsort(-shares)[:BLANKED]))
-        of_random.append(np.mean([cost(rng.permutation(len(shares))[:BLANKED]) for _ in range(5)]))
+        top_costs.append(cost(np.argsort(-shares)[:BLANKED]))
+        random_costs.append(np.mean([cost(rng.permutation(len(shares))[:BLANKED]) for _ in range(5)]))
         costs = [cost([patch]) for patch in range(len(shares))]
         correlations.append(np.corrcoef(shares, costs)[0, 1])
         missing.append(answer.attribution.missing)
-    print(f"\n{BLANKED} of 200 patches blanked: {np.mean(of_leaned):.1f} nats by share, {np.mean(of_random):.2f} else")
-    print(f"share against cost of a patch: correlation {np.mean(correlations):.2f}, {min(correlations):.2f} the least")
+    print(
+        f"\n{BLANKED} of 200 patches blanked: {np.mean(top_costs):.1f} nats by share, "
+        f"{np.mean(random_costs):.2f} at random"
+    )
+    print(f"share against cost of a patch: correlation {np.mean(correlations):.2f}, {min(correlations):.2f} at least")
     print(f"shares miss {np.median(missing):.2%} of the rise (median), {max(missing):.2%} at most")
-    assert np.mean(of_leaned) > 5 and np.mean(of_leaned) > 10 * np.mean(of_random)
+    assert np.mean(top_costs) > 5 and np.mean(top_costs) > 10 * np.mean(random_costs)
     assert np.mean(correlations) > 0.5 and np.median(missing) < 0.02

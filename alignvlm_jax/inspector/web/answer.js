@@ -1,34 +1,35 @@
-// The answer, and what each of its tokens owes to each patch.
+// The answer, and the contribution of each patch to its tokens.
 
-const asked = () => data.questions[state.question];
+const currentQuestion = () => data.questions[state.question];
 const maps = data.questions.map(({ maps }) => maps && {
   scales: maps.scales,
   values: numbers(maps.values, Int16Array),
 });
 
-/** The patches' shares in what is chosen of the answer, or null. */
-let shares = { of: "", map: null };
+// The map in use, unpacked once: redrawing asks for it again with every frame.
+let unpacked = { key: "", map: null };
+/** Returns the patches' shares in the selected token or in the whole answer, or null without an attribution. */
 function answerMap() {
-  const found = maps[state.question];
-  if (!found) return null;
-  const of = `${state.question}/${state.map}`;
-  if (shares.of !== of) {
-    const part = found.values.subarray(state.map * TOTAL, (state.map + 1) * TOTAL);
-    shares = { of, map: Float32Array.from(part, (value) => (value / 32767) * found.scales[state.map]) };
+  const packed = maps[state.question];
+  if (!packed) return null;
+  const key = `${state.question}/${state.map}`;
+  if (unpacked.key !== key) {
+    const codes = packed.values.subarray(state.map * TOTAL, (state.map + 1) * TOTAL);
+    unpacked = { key, map: Float32Array.from(codes, (code) => (code / 32767) * packed.scales[state.map]) };
   }
-  return shares.map;
+  return unpacked.map;
 }
 
 function showAnswer() {
-  $("asked").hidden = !data.questions.length;
+  $("question-card").hidden = !data.questions.length;
   document.querySelector("#views [value=answer]").disabled = !maps[state.question];
   if (!data.questions.length) return;
-  const { question, answer, tokens } = asked();
+  const { question, answer, tokens } = currentQuestion();
   $("question").textContent = question;
-  const found = maps[state.question];
-  const eachToken = found && found.scales.length > 1;
+  const packed = maps[state.question];
+  const hasTokenMaps = packed && packed.scales.length > 1;
   $("answer").classList.toggle("empty", !tokens.length);
-  if (eachToken) {
+  if (hasTokenMaps) {
     const parts = tokens.flatMap((token, i) => [blankBefore(token, i), tokenButton(token, i + 1)]);
     $("answer").replaceChildren(...parts);
   } else $("answer").textContent = tokens.length ? answer : "no answer";
@@ -50,6 +51,7 @@ function showAnswer() {
   }));
 }
 
+/** Returns the white space before a token, which stays outside its button; the first token has none. */
 const blankBefore = ({ text }, i) => (i && !isBlank(text) ? text.slice(0, text.length - text.trimStart().length) : "");
 
 function tokenButton(token, map) {
@@ -70,18 +72,19 @@ function tokenButton(token, map) {
 }
 
 function showAnswerNote() {
-  const { tokens } = asked();
-  const found = maps[state.question];
-  const chance = (log) => percent(Math.exp(log));
-  if (!found) {
+  const { tokens } = currentQuestion();
+  const packed = maps[state.question];
+  const probability = (log) => percent(Math.exp(log));
+  if (!packed) {
     $("answer-note").textContent = "";
   } else if (state.map) {
     const { logProb, blankLogProb } = tokens[state.map - 1];
-    $("answer-note").textContent = `This token: ${chance(logProb)}; on a blank page: ${chance(blankLogProb)}.`;
+    $("answer-note").textContent =
+      `Probability of this token: ${probability(logProb)}; on a blank page: ${probability(blankLogProb)}.`;
   } else {
     const sum = (name) => tokens.reduce((total, token) => total + token[name], 0);
-    const each = found.scales.length > 1 ? " Choose a part of it to see where that came from." : "";
-    const [here, blank] = [sum("logProb"), sum("blankLogProb")].map(chance);
-    $("answer-note").textContent = `The model gave it ${here}; on a blank page: ${blank}.${each}`;
+    const hint = packed.scales.length > 1 ? " Select a part of the answer to see where it came from." : "";
+    const [here, blank] = [sum("logProb"), sum("blankLogProb")].map(probability);
+    $("answer-note").textContent = `Probability of this answer: ${here}; on a blank page: ${blank}.${hint}`;
   }
 }

@@ -1,4 +1,4 @@
-// Pointer, finger, keys and buttons.
+// Input: pointer, touch, keyboard and buttons.
 
 function setView(view) {
   state.view = view;
@@ -7,31 +7,34 @@ function setView(view) {
 }
 
 function setLayer(layer) {
+  // Keep showing the same place of the page: the patch of the new layer at the center of the current one.
   const [left, top, right, bottom] = state.patch < 0 ? [0, 0, 0, 0] : rectangle(state.patch);
   state.layer = layer;
-  if (state.query.trim()) state.found = locate(state.query);
+  if (state.query.trim()) state.result = locate(state.query);
   show(patchAt((left + right) / 2, (top + bottom) / 2));
   describe();
   draw();
 }
 
-/** Zooms by a factor, with a point of the viewport staying where it is. */
+/** Zooms by a factor (0: fits the page) and keeps the point (x, y) of the viewport in place. */
 function zoom(factor, x = frame.width / 2, y = frame.height / 2) {
-  let finest = 1e9;
+  // Zoom in until the narrowest patch is 88 pixels wide, and not further.
+  let narrowest = 1e9;
   for (const t of patchesOf(state.layer)) {
     const [left, , right] = rectangle(t);
-    if (right > left) finest = Math.min(finest, right - left);
+    if (right > left) narrowest = Math.min(narrowest, right - left);
   }
-  const most = Math.max(1, 88 / (finest * (frame.scale / state.zoom)));
+  const maxZoom = Math.max(1, 88 / (narrowest * (frame.scale / state.zoom)));
   const before = frame.scale;
   const point = [(x - frame.left) / before, (y - frame.top) / before];
-  state.zoom = factor ? Math.min(most, Math.max(1, state.zoom * factor)) : 1;
+  state.zoom = factor ? Math.min(maxZoom, Math.max(1, state.zoom * factor)) : 1;
   layOut();
   viewport.scrollLeft = point[0] * frame.scale - x;
   viewport.scrollTop = point[1] * frame.scale - y;
   place();
 }
 
+/** Returns the point of the page, in its pixels, that a pointer event refers to. */
 function pointOf(event) {
   const box = viewport.getBoundingClientRect();
   return [
@@ -40,7 +43,7 @@ function pointOf(event) {
   ];
 }
 
-/** Brings a patch into sight where the page is larger than the viewport. */
+/** Scrolls a patch into view if the page is larger than the viewport. */
 function reveal(t) {
   const [x, y, width, height] = onScreen(rectangle(t));
   const margin = 24;
@@ -58,7 +61,7 @@ viewport.addEventListener("click", (event) => {
   const t = patchAt(...pointOf(event));
   if (t < 0) return;
   show(t, { held: !(state.held && t === state.patch) });
-  // On a phone the words lie below the page: they come into sight, and the page stays.
+  // On a phone the words are below the page. Scroll them into view; the page is sticky and stays visible.
   if (isNarrow() && $("patch").getBoundingClientRect().top > innerHeight - 200) {
     const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches;
     $("stage").scrollIntoView({ block: "start", behavior: smooth ? "smooth" : "auto" });
@@ -83,10 +86,10 @@ viewport.addEventListener("keydown", (event) => {
       show(t);
       reveal(t);
     }
-    speak();
+    announce();
   } else if (event.key === "Enter" || event.key === " ") {
     show(state.patch, { held: !state.held });
-    speak();
+    announce();
   } else if (event.key === "+" || event.key === "=") zoom(1.5);
   else if (event.key === "-") zoom(1 / 1.5);
   else if (event.key === "0") zoom(0);
@@ -109,17 +112,21 @@ $("search").addEventListener("input", () => {
 });
 $("search").addEventListener("keydown", (event) => {
   if (event.key === "Enter") {
-    if (chosen >= 0) choose(chosen);
+    if (activeSuggestion >= 0) acceptSuggestion(activeSuggestion);
     openSuggestions(false);
   } else if (event.key === "Escape") {
     openSuggestions(false);
-  } else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && suggested.length) {
+  } else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && suggestions.length) {
     event.preventDefault();
     openSuggestions(true);
     const step = event.key === "ArrowDown" ? 1 : -1;
-    chosen = (chosen + step + suggested.length + (chosen < 0 && step < 0 ? 1 : 0)) % suggested.length;
-    [...$("suggestions").children].forEach((item, i) => item.setAttribute("aria-selected", String(i === chosen)));
-    $("search").setAttribute("aria-activedescendant", `suggestion-${chosen}`);
+    // Without an active suggestion (-1), up selects the last one and down the first.
+    const start = activeSuggestion < 0 && step < 0 ? 0 : activeSuggestion;
+    activeSuggestion = (start + step + suggestions.length) % suggestions.length;
+    [...$("suggestions").children].forEach((item, i) => {
+      item.setAttribute("aria-selected", String(i === activeSuggestion));
+    });
+    $("search").setAttribute("aria-activedescendant", `suggestion-${activeSuggestion}`);
   }
 });
 $("search").addEventListener("blur", () => openSuggestions(false));
@@ -130,7 +137,7 @@ $("zoom-in").addEventListener("click", () => zoom(1.5));
 $("zoom-out").addEventListener("click", () => zoom(1 / 1.5));
 $("zoom-fit").addEventListener("click", () => zoom(0));
 
-const darkness = matchMedia("(prefers-color-scheme: dark)");
+const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(dark) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   readColours();
@@ -138,7 +145,7 @@ function setTheme(dark) {
   describe();
 }
 $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
-darkness.addEventListener("change", () => setTheme(darkness.matches));
+darkScheme.addEventListener("change", () => setTheme(darkScheme.matches));
 
 new ResizeObserver(layOut).observe(viewport.parentElement);
 addEventListener("resize", layOut);

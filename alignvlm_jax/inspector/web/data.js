@@ -1,5 +1,6 @@
 "use strict";
-// The data unpacked, and how numbers and words are written. A patch is its number t: tile after tile, row by row.
+// Unpacks the data and formats numbers and words. Patches are numbered tile by tile, and row by row within a tile; `t`
+// is such a number.
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
@@ -7,7 +8,7 @@ const make = (tag, properties) => Object.assign(document.createElement(tag), pro
 const data = JSON.parse($("data").textContent);
 const text = data.text;
 const COLUMNS = data.columns;
-const PATCHES = data.rows * data.columns; // of a tile
+const PATCHES = data.rows * data.columns; // patches per tile
 const TOTAL = data.tiles.length * PATCHES;
 const NUM_WORDS = text.words.length;
 
@@ -15,7 +16,7 @@ function numbers(base64, Type) {
   const binary = atob(base64);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-  return new Type(bytes.buffer); // little-endian, as every machine with a browser is
+  return new Type(bytes.buffer); // The data is little-endian, and so is every platform that browsers run on.
 }
 
 const entryWord = numbers(text.entries, NUM_WORDS <= 65536 ? Uint16Array : Uint32Array);
@@ -25,20 +26,20 @@ const entryShare = Float32Array.from(numbers(text.probabilities, Uint16Array), (
 const effective = Float32Array.from(numbers(text.entropy, Uint16Array), (code) => text.vocabulary ** (code / 65535));
 const leftOut = data.leftOut ? numbers(data.leftOut, Uint8Array) : null;
 
-// The words of patch t are entries firstEntry[t] to firstEntry[t + 1], likeliest first.
+// The words of patch t are the entries from firstEntry[t] up to firstEntry[t + 1], likeliest first.
 const firstEntry = new Uint32Array(TOTAL + 1);
 numbers(text.counts, Uint16Array).forEach((count, t) => { firstEntry[t + 1] = firstEntry[t] + count; });
 
-// The inverted index: the places of word w are byWord[firstPlace[w]] to byWord[firstPlace[w + 1]], each an entry.
+// Inverted index: the entries of word w are byWord[firstPlace[w]] up to byWord[firstPlace[w + 1]].
 const firstPlace = new Uint32Array(NUM_WORDS + 1);
 const byWord = new Uint32Array(entryWord.length);
 const patchOfEntry = new Uint32Array(entryWord.length);
-const mass = new Float64Array(NUM_WORDS); // of a word: P summed over the patches
-const peak = new Float32Array(NUM_WORDS); // of a word: its largest P
+const mass = new Float64Array(NUM_WORDS); // sum of a word's P over the patches
+const peak = new Float32Array(NUM_WORDS); // largest P of a word
 for (const word of entryWord) firstPlace[word + 1]++;
 for (let word = 0; word < NUM_WORDS; word++) firstPlace[word + 1] += firstPlace[word];
 {
-  const next = firstPlace.slice();
+  const next = firstPlace.slice(); // next free place of each word
   for (let t = 0; t < TOTAL; t++) {
     for (let entry = firstEntry[t]; entry < firstEntry[t + 1]; entry++) {
       const word = entryWord[entry];
@@ -53,18 +54,18 @@ for (let word = 0; word < NUM_WORDS; word++) firstPlace[word + 1] += firstPlace[
 const BLANKS = { " ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥" };
 const marked = (word) => word.replace(/[ \n\r\t]/g, (blank) => BLANKS[blank]);
 const isBlank = (word) => word.trim() === "";
-/** What a word is looked up by: no blanks around it, no capitals. */
+/** Returns the key that a word is looked up by: trimmed, in lower case. */
 const keyOf = (word) => (isBlank(word) ? marked(word) : word.trim().toLowerCase().normalize("NFC"));
 const keys = text.words.map(keyOf);
 const wordsOfKey = new Map();
 keys.forEach((key, word) => {
-  const found = wordsOfKey.get(key);
-  if (found) found.push(word);
+  const words = wordsOfKey.get(key);
+  if (words) words.push(word);
   else wordsOfKey.set(key, [word]);
 });
 
 function percent(share) {
-  // With spaces that do not break.
+  // \u00a0 is a no-break space.
   if (share >= 0.9995) return "100\u00a0%";
   if (share >= 0.0995) return `${Math.round(share * 100)}\u00a0%`;
   if (share >= 0.001) return `${(share * 100).toPrecision(2)}\u00a0%`;

@@ -1,15 +1,17 @@
-// The page, its colours and its words, on one canvas, and the cursor on another above it: no element for each patch.
+// Draws the page with its colours and words on one canvas, and the cursor on a second canvas above it. There is no DOM
+// element per patch: a page may have thousands.
 
 const viewport = $("viewport");
 const base = $("base").getContext("2d");
 const cursor = $("cursor").getContext("2d");
-const frame = { width: 0, height: 0, scale: 1, left: 0, top: 0 }; // of what is seen; where the page lies in it
-const MOST_INK = 0.7;
-const PALE = 0.2; // a word whose largest P is below this gets less than the full colour
+// Size of the viewport, and scale and offset of the page in it.
+const frame = { width: 0, height: 0, scale: 1, left: 0, top: 0 };
+const MAX_ALPHA = 0.7;
+const FULL_COLOUR_AT = 0.2; // A word whose largest P is below this gets less than the full colour.
 
 const isNarrow = () => matchMedia("(max-width: 860px)").matches;
 
-/** Sizes the viewport and its canvases after the window's and the zoom. */
+/** Sizes the viewport and its canvases for the window size and the zoom. */
 function layOut() {
   const { width, height } = data.image;
   const narrow = isNarrow();
@@ -23,7 +25,7 @@ function layOut() {
   const whole = { x: Math.floor(width * frame.scale), y: Math.floor(height * frame.scale) };
   $("spacer").style.width = `${Math.max(frame.width, whole.x)}px`;
   $("spacer").style.height = `${Math.max(frame.height, whole.y)}px`;
-  // Scroll bars take room.
+  // Measure again: the spacer may have brought scroll bars, which take space.
   frame.width = viewport.clientWidth;
   frame.height = viewport.clientHeight;
   viewport.classList.toggle("fits", state.zoom === 1);
@@ -45,20 +47,21 @@ function place() {
   frame.top = Math.max(0, (frame.height - data.image.height * frame.scale) / 2) - viewport.scrollTop;
 }
 
-/** A rectangle of the page on the screen, on whole pixels so that neighbours neither overlap nor leave gaps. */
+/** Returns [x, y, width, height] on the screen of a rectangle of the page. */
 function onScreen([left, top, right, bottom]) {
+  // Edges, not sizes, are rounded to whole pixels: neighbours neither overlap nor leave gaps.
   const x = Math.round(frame.left + left * frame.scale);
   const y = Math.round(frame.top + top * frame.scale);
   return [x, y, Math.round(frame.left + right * frame.scale) - x, Math.round(frame.top + bottom * frame.scale) - y];
 }
 
-const isSeen = ([x, y, width, height]) =>
+const isVisible = ([x, y, width, height]) =>
   width > 0 && height > 0 && x < frame.width && y < frame.height && x + width > 0 && y + height > 0;
 
-let drawing = 0;
-/** Draws with the next frame, once. */
+let pendingFrame = 0;
+/** Redraws with the next frame; several calls before it redraw once. */
 function draw() {
-  if (!drawing) drawing = requestAnimationFrame(() => { drawing = 0; drawPage(); drawCursor(); });
+  if (!pendingFrame) pendingFrame = requestAnimationFrame(() => { pendingFrame = 0; drawPage(); drawCursor(); });
 }
 
 function drawPage() {
@@ -75,7 +78,7 @@ function drawPage() {
   if (picture.complete) base.drawImage(picture, x, y, across, down);
   base.globalAlpha = 1;
   if (state.view !== "words" && document.documentElement.dataset.theme === "dark") {
-    base.fillStyle = "rgba(0, 0, 0, 0.14)"; // paper in a dark room
+    base.fillStyle = "rgba(0, 0, 0, 0.14)"; // White paper is too bright in the dark theme.
     base.fillRect(x, y, across, down);
   }
   if (state.view === "words") drawWords();
@@ -84,71 +87,73 @@ function drawPage() {
   base.globalAlpha = 1;
 }
 
-/** What colours the patches: a number from -1 to 1 for each, and what the legend says of it. */
+/** Returns the colouring of the current view: a value from -1 to 1 for each patch, the colours, and the legend. */
 function heat() {
   if (state.view === "doubt") {
-    let most = 2;
-    for (const t of patchesOf(state.layer)) if (onPage(t)) most = Math.max(most, effective[t]);
-    const value = (t) => Math.log(Math.max(effective[t], 1)) / Math.log(most);
-    const ticks = ["1", short(Math.sqrt(most)), short(most)];
-    return { value, colour: colours.doubt, title: "Among how many words a patch is undecided", ticks };
+    // Logarithmic scale from 1 to the largest number of effective words.
+    let max = 2;
+    for (const t of patchesOf(state.layer)) if (onPage(t)) max = Math.max(max, effective[t]);
+    const value = (t) => Math.log(Math.max(effective[t], 1)) / Math.log(max);
+    const ticks = ["1", short(Math.sqrt(max)), short(max)];
+    return { value, colour: colours.doubt, title: "Effective number of words per patch", ticks };
   }
   if (state.view === "answer") {
     const map = answerMap();
-    let most = 1e-9;
-    for (const t of patchesOf(state.layer)) most = Math.max(most, Math.abs(map[t]));
-    const token = state.map ? `“${marked(asked().tokens[state.map - 1].text)}”` : "the answer";
-    const title = `What each patch gave to ${token}, in nats${parts(map)}`;
-    const ticks = [signed(-most), "0", signed(most)];
-    return { value: (t) => map[t] / most, colour: colours.for, against: colours.against, title, ticks };
+    let max = 1e-9;
+    for (const t of patchesOf(state.layer)) max = Math.max(max, Math.abs(map[t]));
+    const target = state.map ? `“${marked(currentQuestion().tokens[state.map - 1].text)}”` : "the answer";
+    const title = `Contribution of each patch to ${target}, in nats${layerSums(map)}`;
+    const ticks = [signed(-max), "0", signed(max)];
+    return { value: (t) => map[t] / max, colour: colours.for, against: colours.against, title, ticks };
   }
-  const values = state.found.values;
-  // What is nowhere likely stays pale.
-  let most = PALE;
-  for (const t of patchesOf(state.layer)) most = Math.max(most, values[t]);
-  const ticks = ["0", percent(most / 4), percent(most)];
-  return { value: (t) => Math.sqrt(values[t] / most), colour: colours.find, title: state.found.title, ticks };
+  const values = state.result.values;
+  // A word that is likely nowhere stays pale.
+  let max = FULL_COLOUR_AT;
+  for (const t of patchesOf(state.layer)) max = Math.max(max, values[t]);
+  const ticks = ["0", percent(max / 4), percent(max)];
+  return { value: (t) => Math.sqrt(values[t] / max), colour: colours.find, title: state.result.title, ticks };
 }
 
-/** What of a map lies in each layer, and on patches that see none of the page: where there is more than one place. */
-function parts(map) {
-  const said = data.layers.map(({ name }, layer) => [name, 0, layer]);
+/** Returns the sums of a map over each layer and over the padding as text, or "" if there is only one sum. */
+function layerSums(map) {
+  const sums = data.layers.map(({ name }) => [name, 0]);
   let padding = 0;
-  for (const sum of said) {
-    for (const t of patchesOf(sum[2])) {
+  sums.forEach((sum, layer) => {
+    for (const t of patchesOf(layer)) {
       if (onPage(t)) sum[1] += map[t];
       else padding += map[t];
     }
-  }
-  if (Math.abs(padding) >= 0.05) said.push(["padding", padding]);
-  return said.length < 2 ? "" : `: ${said.map(([name, sum]) => `${name} ${signed(sum)}`).join(", ")}`;
+  });
+  if (Math.abs(padding) >= 0.05) sums.push(["padding", padding]);
+  return sums.length < 2 ? "" : `: ${sums.map(([name, sum]) => `${name} ${signed(sum)}`).join(", ")}`;
 }
 
 function drawHeat({ value, colour, against, title, ticks }) {
   base.fillStyle = `rgb(${colour})`;
-  let below = false;
+  let isNegative = false;
   for (const t of patchesOf(state.layer)) {
     const amount = value(t);
     if (Math.abs(amount) < 0.012) continue;
     const box = onScreen(rectangle(t));
-    if (!isSeen(box)) continue;
-    if (amount < 0 !== below) {
-      below = amount < 0;
-      base.fillStyle = `rgb(${below ? against : colour})`;
+    if (!isVisible(box)) continue;
+    // Setting fillStyle is slow, so it is set only when the sign changes.
+    if (amount < 0 !== isNegative) {
+      isNegative = amount < 0;
+      base.fillStyle = `rgb(${isNegative ? against : colour})`;
     }
-    base.globalAlpha = Math.min(1, Math.abs(amount)) * MOST_INK;
+    base.globalAlpha = Math.min(1, Math.abs(amount)) * MAX_ALPHA;
     base.fillRect(...box);
   }
   base.globalAlpha = 1;
-  const left = against ? `rgba(${against}, ${MOST_INK}), rgba(${against}, 0) 50%, ` : "";
-  const right = `rgba(${colour}, 0)${against ? " 50%" : ""}, rgba(${colour}, ${MOST_INK})`;
+  const left = against ? `rgba(${against}, ${MAX_ALPHA}), rgba(${against}, 0) 50%, ` : "";
+  const right = `rgba(${colour}, 0)${against ? " 50%" : ""}, rgba(${colour}, ${MAX_ALPHA})`;
   legend(title, `linear-gradient(to right, ${left}${right})`, ticks);
 }
 
-let told = "";
+let lastLegend = "";
 function legend(title, gradient, ticks) {
-  // A screen reader hears what is written here: only when it is new.
-  if (told === (told = [title, gradient, ticks].join("|"))) return;
+  // Screen readers announce every write to this live region, so it is written only when the text changes.
+  if (lastLegend === (lastLegend = [title, gradient, ticks].join("|"))) return;
   $("legend-title").textContent = title;
   $("scale").hidden = !gradient;
   if (!gradient) return;
@@ -156,7 +161,7 @@ function legend(title, gradient, ticks) {
   $("ticks").replaceChildren(...ticks.map((tick) => make("span", { textContent: tick })));
 }
 
-const MONO_WIDTH = 0.602; // of a monospaced letter, in units of its size
+const MONO_WIDTH = 0.602; // width of a monospaced letter, relative to the font size
 
 function drawWords() {
   base.fillStyle = colours.ink;
@@ -166,33 +171,34 @@ function drawWords() {
   let size = 0;
   for (const t of patchesOf(state.layer)) {
     const [x, y, width, height] = onScreen(rectangle(t));
-    if (!isSeen([x, y, width, height])) continue;
+    if (!isVisible([x, y, width, height])) continue;
     const entry = firstEntry[t];
     let word = text.words[entryWord[entry]].trim();
-    // Sure words are black, unsure ones fade.
+    // Likely words are black, unlikely ones faint.
     base.globalAlpha = 0.16 + 0.84 * entryShare[entry];
-    if (!word) {
+    if (!word) { // White space is drawn as a dot.
       base.fillRect(x + width / 2 - 0.75, y + height / 2 - 0.75, 1.5, 1.5);
       continue;
     }
+    // The largest font size that fits the patch; long words may instead be cut to stay readable.
     const fitting = Math.min(height * 0.74, (width * 0.96) / (MONO_WIDTH * word.length));
     const wanted = Math.max(fitting, Math.min(height * 0.32, 8));
-    if (wanted < 4) {
-      const length = Math.min(0.84, 0.14 * word.length) * width; // too small to read: a dash as long as the word
+    if (wanted < 4) { // Too small to read: a bar whose length is proportional to the word's.
+      const length = Math.min(0.84, 0.14 * word.length) * width;
       base.fillRect(x + (width - length) / 2, y + height * 0.36, length, Math.max(1, height * 0.28));
       continue;
     }
     const rounded = Math.round(wanted * 2) / 2;
     if (rounded !== size) base.font = `${(size = rounded)}px ${family}`;
-    const most = Math.max(1, Math.floor((width * 0.98) / (MONO_WIDTH * size)));
-    if (word.length > most) word = most > 2 ? `${word.slice(0, most - 1)}…` : word.slice(0, most);
+    const room = Math.max(1, Math.floor((width * 0.98) / (MONO_WIDTH * size)));
+    if (word.length > room) word = room > 2 ? `${word.slice(0, room - 1)}…` : word.slice(0, room);
     base.fillText(word, x + width / 2, y + height / 2);
   }
-  legend("The likeliest word of each patch; faint where it is unsure. Zoom in to read small ones.", null);
+  legend("The likeliest word of each patch; faint where the model is unsure. Zoom in to read small words.", null);
 }
 
 function drawTiles() {
-  if (state.view === "page") legend("Point at a patch, or tap it: its words are listed beside the page.", null);
+  if (state.view === "page") legend("Point at a patch or tap it to list its words.", null);
   const tiles = data.layers[state.layer].tiles;
   if (tiles.length < 2) return;
   base.globalAlpha = 0.4;
@@ -209,7 +215,7 @@ function drawCursor() {
   if (state.patch < 0) return;
   const [x, y, width, height] = onScreen(rectangle(state.patch));
   if (!width || !height) return;
-  // A light line within a dark one is seen on anything.
+  // A dark line on a wider light one is visible on any background.
   cursor.strokeStyle = "rgba(255, 255, 255, 0.9)";
   cursor.lineWidth = state.held ? 6 : 4;
   cursor.strokeRect(x, y, width, height);

@@ -1,10 +1,10 @@
-// What is said of the page and of its numbers; and the start.
+// Facts about the page and its numbers, and the start of the script.
 
 function showFacts() {
   const cells = data.layers[0].tiles.length;
   const whole = data.layers.length > 1 ? " and a thumbnail" : "";
   const parts = [`${cells} ${cells === 1 ? "tile" : "tiles"}${whole} of ${data.rows} × ${data.columns} patches`];
-  parts.push(`${text.vocabulary.toLocaleString("en")} words to choose from`);
+  parts.push(`vocabulary of ${text.vocabulary.toLocaleString("en")} words`);
   if (data.checkpoint) parts.push(`model: ${data.checkpoint}`);
   $("name").textContent = data.name;
   $("facts").textContent = parts.join(" · ");
@@ -17,25 +17,26 @@ function showFacts() {
     kept: text.kept,
     floor: `${(text.floor * 100).toPrecision(1)}\u00a0%`,
     known: percent(entryShare.reduce((sum, share) => sum + share, 0) / TOTAL),
-    unheld: percent(unheld()),
+    missingBound: percent(missingBound()),
     steps: attributed[0]?.steps,
     missing: percent(Math.max(0, ...attributed.map((question) => question.missing))),
   };
   for (const place of document.querySelectorAll("[data-fact]")) place.textContent = facts[place.dataset.fact];
 }
 
-/** The patch to begin with: what the answer leaned on most, or the surest word of the page. */
+/** Returns the patch selected at first: the largest contribution to the answer, or else the likeliest word. */
 function firstPatch() {
   const map = answerMap();
-  let found = -1;
+  let patch = -1;
   let best = -Infinity;
   for (const t of patchesOf(0)) {
     if (!onPage(t)) continue;
     const entry = firstEntry[t];
-    const merit = map ? map[t] : entryShare[entry] - (isBlank(text.words[entryWord[entry]]) ? 2 : 0);
-    if (merit > best) [found, best] = [t, merit];
+    // The penalty of 2 puts white space behind every other word.
+    const score = map ? map[t] : entryShare[entry] - (isBlank(text.words[entryWord[entry]]) ? 2 : 0);
+    if (score > best) [patch, best] = [t, score];
   }
-  return found;
+  return patch;
 }
 
 picture.addEventListener("load", () => { draw(); describe(); });
@@ -43,11 +44,11 @@ picture.src = data.image.url;
 document.querySelector("#views [value=find]").disabled = true;
 showFacts();
 showAnswer();
-showOften();
+showFrequentWords();
 state.patch = firstPatch();
-setTheme(darkness.matches);
+setTheme(darkScheme.matches);
 setView(maps[0] ? "answer" : "words");
 layOut();
 
-// For tests, and for whoever opens the console.
-window.inspector = { data, state, frame, rectangle, patchAt, neighbour, locate, spelled, answerMap, drawPage };
+// For tests and for the browser's console.
+window.inspector = { data, state, frame, rectangle, patchAt, neighbour, locate, findChains, answerMap, drawPage };

@@ -1,4 +1,4 @@
-// The words of one patch.
+// The panel that lists the words of one patch.
 
 const SHOWN_WORDS = 8;
 const rows = Array.from({ length: SHOWN_WORDS }, () => {
@@ -20,15 +20,15 @@ const rows = Array.from({ length: SHOWN_WORDS }, () => {
 });
 const crop = $("crop").getContext("2d");
 
-/** A word with its blanks made visible, faintly. */
-function spell(element, word) {
+/** Writes a word into an element, with faint marks for white space. */
+function showWord(element, word) {
   const inner = isBlank(word) ? "" : word.trim();
   const [before, after] = inner ? word.split(inner).map(marked) : [marked(word), ""];
   const mark = (blank) => make("span", { className: "mark", textContent: blank });
   element.replaceChildren(...(before ? [mark(before)] : []), inner, ...(after ? [mark(after)] : []));
 }
 
-/** Makes a patch the one that is shown. */
+/** Selects a patch. A held patch stays selected when the pointer moves. */
 function show(t, { held = state.held } = {}) {
   if (t === state.patch && held === state.held) return;
   state.patch = t;
@@ -48,10 +48,10 @@ function describe() {
   const words = effective[t];
   $("patch-doubt").textContent = `${words < 1.05 ? "1.0" : short(words)} effective words`;
   const map = answerMap();
-  $("patch-share").textContent = map ? gift(map[t]) : "";
-  let known = 0;
+  $("patch-share").textContent = map ? contribution(map[t]) : "";
+  let known = 0; // sum of P over all words kept of the patch
   for (let entry = start; entry < start + count; entry++) known += entryShare[entry];
-  let listed = 0;
+  let listed = 0; // sum of P over the words shown in the list
   rows.forEach((row, i) => {
     row.item.hidden = i >= count;
     if (i >= count) return;
@@ -59,7 +59,7 @@ function describe() {
     listed += share;
     row.index = entryWord[start + i];
     const word = text.words[row.index];
-    spell(row.word, word);
+    showWord(row.word, word);
     row.share.textContent = percent(share);
     row.fill.style.transform = `scaleX(${share < 0.004 ? 0 : share})`;
     row.button.title = "Find it on the page";
@@ -72,9 +72,9 @@ function describe() {
   drawCrop(t);
 }
 
-function gift(share) {
-  const to = state.map ? "this token" : "the answer";
-  return Math.abs(share) < 0.005 ? `Gave nothing to ${to}` : `Gave ${signed(share)} nats to ${to}`;
+function contribution(share) {
+  const target = state.map ? "this token" : "the answer";
+  return Math.abs(share) < 0.005 ? `No contribution to ${target}` : `Contribution to ${target}: ${signed(share)} nats`;
 }
 
 function placeOf(t) {
@@ -89,7 +89,7 @@ function placeOf(t) {
 function drawCrop(t) {
   const [left, top, right, bottom] = rectangle(t);
   const side = crop.canvas.width;
-  // Three patches across.
+  // The crop is three patches wide, with the selected one in the center.
   const scale = side / (3 * Math.max(right - left, bottom - top));
   const x = side / 2 - ((left + right) / 2) * scale;
   const y = side / 2 - ((top + bottom) / 2) * scale;
@@ -105,16 +105,17 @@ function drawCrop(t) {
   crop.strokeRect(...box);
 }
 
-let speaking = 0;
-/** Tells a screen reader, once the keys rest. */
-function speak() {
-  clearTimeout(speaking);
-  speaking = setTimeout(() => {
+let announcement = 0;
+/** Announces the selected patch to screen readers. */
+function announce() {
+  // Wait for a pause: while an arrow key repeats, only the last patch is announced.
+  clearTimeout(announcement);
+  announcement = setTimeout(() => {
     const start = firstEntry[state.patch];
-    const said = [];
+    const words = [];
     for (let entry = start; entry < Math.min(start + 3, firstEntry[state.patch + 1]); entry++) {
-      said.push(`${marked(text.words[entryWord[entry]].trim()) || "blank"}, ${percent(entryShare[entry])}`);
+      words.push(`${marked(text.words[entryWord[entry]].trim()) || "blank"}, ${percent(entryShare[entry])}`);
     }
-    $("spoken").textContent = `${placeOf(state.patch)}: ${said.join("; ")}`;
+    $("announcement").textContent = `${placeOf(state.patch)}: ${words.join("; ")}`;
   }, 180);
 }

@@ -1,6 +1,6 @@
-// Where on the page each patch looks, and which patch is beside it.
+// The place of each patch on the page, and its neighbours.
 
-/** [left, top, right, bottom] on the page, in its pixels. */
+/** Returns [left, top, right, bottom] of a patch, in pixels of the page. */
 function rectangle(t) {
   const { xs, ys } = data.tiles[Math.floor(t / PATCHES)];
   const row = Math.floor((t % PATCHES) / COLUMNS);
@@ -13,20 +13,20 @@ const onPage = (t) => {
   return right > left && bottom > top;
 };
 
-/** The interval of rising edges that holds a number, or -1. */
-function interval(edges, at) {
-  if (!(at >= edges[0] && at < edges[edges.length - 1])) return -1;
+/** Returns the index of the interval between increasing edges that contains a value, or -1. */
+function interval(edges, value) {
+  if (!(value >= edges[0] && value < edges[edges.length - 1])) return -1;
   let low = 0;
   let high = edges.length - 1;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (edges[middle] <= at) low = middle;
+    if (edges[middle] <= value) low = middle;
     else high = middle;
   }
   return low;
 }
 
-/** The patch of the layer that looks at a point of the page, or -1. */
+/** Returns the patch of the current layer that covers a point of the page, or -1. */
 function patchAt(x, y) {
   for (const tile of data.layers[state.layer].tiles) {
     const column = interval(data.tiles[tile].xs, x);
@@ -36,18 +36,18 @@ function patchAt(x, y) {
   return -1;
 }
 
-/** The next patch in a direction, over the border of a tile too; -1 at the page's edge. */
+/** Returns the next patch in a direction, across tile borders, or -1 at the edge of the page. */
 function neighbour(t, dx, dy) {
   const [left, top, right, bottom] = rectangle(t);
   const x = (left + right) / 2;
   const y = (top + bottom) / 2;
-  // A strip at a tile's edge may belong to no patch: look a little further.
-  for (const further of [0.02, 0.3, 0.6, 0.9]) {
-    const found = patchAt(
-      x + dx * ((right - left) / 2 + further * (right - left)),
-      y + dy * ((bottom - top) / 2 + further * (bottom - top)),
+  // A strip at the edge of a tile may belong to no patch, so several distances beyond the border are tried.
+  for (const distance of [0.02, 0.3, 0.6, 0.9]) {
+    const other = patchAt(
+      x + dx * ((right - left) / 2 + distance * (right - left)),
+      y + dy * ((bottom - top) / 2 + distance * (bottom - top)),
     );
-    if (found >= 0 && found !== t) return found;
+    if (other >= 0 && other !== t) return other;
   }
   return -1;
 }

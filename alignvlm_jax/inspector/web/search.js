@@ -1,12 +1,12 @@
-// Where a word is: P of its tokens, or neighbouring patches that spell it.
+// Finds a word on the page: patches that name it, and chains of neighbouring patches that spell it.
 
-const LEAST_PIECE = 0.002; // of P, for a patch to count as saying a piece of a word
-const LEAST_CHAIN = 0.1; // geometric mean over a chain's patches
+const MIN_PIECE = 0.002; // P of a piece of a word, for the patch to take part in a chain
+const MIN_CHAIN = 0.1; // geometric mean of P over the patches of a chain
 
-/** Where a word is: the patches that say it, and rows of neighbours that spell it. */
+/** Returns the map of a word, its chains, and the text of the legend. */
 function locate(query) {
   const key = keyOf(query);
-  const words = (wordsOfKey.get(key) ?? []).filter((word) => !state.refused.has(word));
+  const words = (wordsOfKey.get(key) ?? []).filter((word) => !state.excluded.has(word));
   const values = new Float32Array(TOTAL);
   for (const word of words) {
     for (let place = firstPlace[word]; place < firstPlace[word + 1]; place++) {
@@ -19,113 +19,117 @@ function locate(query) {
     expected += values[t];
     single = Math.max(single, values[t]);
   }
-  const chains = spelled(key.replace(/\s+/g, ""));
+  const chains = findChains(key.replace(/\s+/g, ""));
   for (const chain of chains) for (const t of chain.patches) values[t] = Math.max(values[t], chain.score);
-  return { values, single, expected, chains, title: finding(query.trim(), single, expected, chains) };
+  return { values, single, expected, chains, title: resultText(query.trim(), single, expected, chains) };
 }
 
 /**
- * Rows of neighbouring patches whose words, read from left to right, spell the letters; one patch between two may be
- * skipped. Of all ways from a first patch the likeliest: its score is the geometric mean of the patches' P.
+ * Returns chains of neighbouring patches whose words, read from left to right, spell the letters, best chain first. One
+ * patch between two others may be skipped. For each first patch only the likeliest chain is returned. The score of a
+ * chain is the geometric mean of its patches' P.
  */
-function spelled(letters) {
+function findChains(letters) {
   if (letters.length < 2) return [];
   const pieces = new Map(); // patch -> its words that occur in the letters
-  const own = new Set(patchesOf(state.layer));
+  const inLayer = new Set(patchesOf(state.layer));
   keys.forEach((key, word) => {
-    if (!key || key.length >= letters.length || state.refused.has(word) || !letters.includes(key)) return;
+    if (!key || key.length >= letters.length || state.excluded.has(word) || !letters.includes(key)) return;
     for (let place = firstPlace[word]; place < firstPlace[word + 1]; place++) {
       const entry = byWord[place];
       const t = patchOfEntry[entry];
-      if (entryShare[entry] < LEAST_PIECE || !own.has(t)) continue;
+      if (entryShare[entry] < MIN_PIECE || !inLayer.has(t)) continue;
       if (!pieces.has(t)) pieces.set(t, []);
       pieces.get(t).push({ key, log: Math.log(entryShare[entry]) });
     }
   });
-  const known = new Map();
-  function best(t, at) {
-    const place = t * (letters.length + 1) + at;
-    if (known.has(place)) return known.get(place);
-    let found = null;
+  // Dynamic programming: best(t, position) is the likeliest chain from patch t that spells letters[position...].
+  const memo = new Map();
+  function best(t, position) {
+    const cell = t * (letters.length + 1) + position;
+    if (memo.has(cell)) return memo.get(cell);
+    let bestChain = null;
     for (const { key, log } of pieces.get(t) ?? []) {
-      if (!letters.startsWith(key, at)) continue;
-      let way = { log, patches: [t] };
-      if (at + key.length < letters.length) {
+      if (!letters.startsWith(key, position)) continue;
+      let chain = { log, patches: [t] };
+      if (position + key.length < letters.length) {
         const next = neighbour(t, 1, 0);
-        const after = next < 0 ? -1 : neighbour(next, 1, 0);
-        const ways = [next, after].filter((u) => u >= 0).map((u) => best(u, at + key.length)).filter(Boolean);
-        if (!ways.length) continue;
-        const rest = ways.reduce((one, other) => (other.log > one.log ? other : one));
-        way = { log: log + rest.log, patches: [t, ...rest.patches] };
+        const afterNext = next < 0 ? -1 : neighbour(next, 1, 0);
+        const rests = [next, afterNext]
+          .filter((u) => u >= 0).map((u) => best(u, position + key.length)).filter(Boolean);
+        if (!rests.length) continue;
+        const rest = rests.reduce((one, other) => (other.log > one.log ? other : one));
+        chain = { log: log + rest.log, patches: [t, ...rest.patches] };
       }
-      if (!found || way.log > found.log) found = way;
+      if (!bestChain || chain.log > bestChain.log) bestChain = chain;
     }
-    known.set(place, found);
-    return found;
+    memo.set(cell, bestChain);
+    return bestChain;
   }
   const chains = [];
   for (const t of pieces.keys()) {
-    const found = best(t, 0);
-    const score = found ? Math.exp(found.log / found.patches.length) : 0;
-    if (score >= LEAST_CHAIN) chains.push({ patches: found.patches, score });
+    const chain = best(t, 0);
+    const score = chain ? Math.exp(chain.log / chain.patches.length) : 0;
+    if (score >= MIN_CHAIN) chains.push({ patches: chain.patches, score });
   }
   return chains.sort((one, other) => other.score - one.score);
 }
 
-function finding(query, single, expected, chains) {
-  const said = [];
-  if (single > 0) said.push(`at most ${percent(single)} in a patch, ${short(expected)} patches’ worth in all`);
+function resultText(query, single, expected, chains) {
+  const parts = [];
+  if (single > 0) parts.push(`at most ${percent(single)} in a patch, ${short(expected)} expected on the page`);
   if (chains.length) {
     const times = chains.length === 1 ? "once" : `${chains.length} times`;
-    said.push(`spelled by neighbours ${times}, at best ${percent(chains[0].score)} a piece`);
+    parts.push(`spelled by neighbours ${times}, at best ${percent(chains[0].score)} per piece`);
   }
-  if (!said.length) {
-    said.push(`not among the ${text.kept} likeliest words of any patch, so below ${percent(unheld())} in each`);
+  if (!parts.length) {
+    parts.push(`not among the ${text.kept} likeliest words of any patch: below ${percent(missingBound())} in each`);
   }
-  return `“${query}”: ${said.join("; ")}`;
+  return `“${query}”: ${parts.join("; ")}`;
 }
 
-/** Below what the probability of a word lies wherever the page does not hold it. */
-function unheld() {
-  let most = text.floor;
+/** Returns an upper bound of the probability of a word in patches that do not list it. */
+function missingBound() {
+  let bound = text.floor;
   for (const t of patchesOf(state.layer)) {
-    if (firstEntry[t + 1] - firstEntry[t] === text.kept) most = Math.max(most, entryShare[firstEntry[t + 1] - 1]);
+    // Only a patch with a full list can have dropped words above the floor.
+    if (firstEntry[t + 1] - firstEntry[t] === text.kept) bound = Math.max(bound, entryShare[firstEntry[t + 1] - 1]);
   }
-  return most;
+  return bound;
 }
 
-/** Looks for a word and shows where it is; nothing typed goes back to what was shown before. */
+/** Finds a word and shows its map; an empty query returns to the view before the search. */
 function search(query, { typed = false } = {}) {
-  if (keyOf(query) !== keyOf(state.query)) state.refused.clear();
+  if (keyOf(query) !== keyOf(state.query)) state.excluded.clear();
   state.query = query;
   if (!typed) $("search").value = query;
   const option = document.querySelector("#views [value=find]");
   option.disabled = !query.trim();
   if (!query.trim()) {
-    state.found = null;
+    state.result = null;
     showVariants([]);
-    if (state.view === "find") setView(state.before ?? "page");
+    if (state.view === "find") setView(state.previousView ?? "page");
     return;
   }
-  state.found = locate(query);
+  state.result = locate(query);
   showVariants(wordsOfKey.get(keyOf(query)) ?? []);
   if (state.view !== "find") {
-    state.before = state.view;
+    state.previousView = state.view;
     setView("find");
   }
   draw();
 }
 
-/** The tokens that are spelled like the query: with a blank before, with a capital. Each can be left out. */
+/** Lists the tokens that count as the query: with a leading blank, with a capital. Each can be excluded. */
 function showVariants(words) {
   const chips = words.length < 2 ? [] : words.map((word) => {
     const chip = document.createElement("button");
     chip.type = "button";
-    spell(chip, text.words[word]);
-    chip.setAttribute("aria-pressed", String(!state.refused.has(word)));
-    chip.title = `${short(mass[word])} patches' worth`;
+    showWord(chip, text.words[word]);
+    chip.setAttribute("aria-pressed", String(!state.excluded.has(word)));
+    chip.title = `${short(mass[word])} expected on the page`;
     chip.addEventListener("click", () => {
-      if (!state.refused.delete(word)) state.refused.add(word);
+      if (!state.excluded.delete(word)) state.excluded.add(word);
       search(state.query);
       $("variants").children[words.indexOf(word)].focus();
     });
@@ -135,29 +139,30 @@ function showVariants(words) {
   $("variants-group").hidden = !chips.length;
 }
 
-let suggested = [];
-let chosen = -1;
+let suggestions = []; // [word, largest P] of each
+let activeSuggestion = -1;
 function suggest() {
   const key = keyOf($("search").value);
-  suggested = [];
+  suggestions = [];
   if ($("search").value.trim()) {
     const best = new Map();
     keys.forEach((other, word) => {
       if (other !== key && other.startsWith(key)) best.set(other, Math.max(best.get(other) ?? 0, peak[word]));
     });
-    suggested = [...best].sort((one, other) => other[1] - one[1]).slice(0, 7);
+    suggestions = [...best].sort((one, other) => other[1] - one[1]).slice(0, 7);
   }
-  chosen = -1;
-  $("suggestions").replaceChildren(...suggested.map(([word, share], i) => {
+  activeSuggestion = -1;
+  $("suggestions").replaceChildren(...suggestions.map(([word, share], i) => {
     const item = document.createElement("li");
     item.id = `suggestion-${i}`;
     item.setAttribute("role", "option");
     item.setAttribute("aria-selected", "false");
     item.append(word, make("span", { textContent: percent(share) }));
-    item.addEventListener("pointerdown", (event) => { event.preventDefault(); choose(i); });
+    // pointerdown comes before the blur event that closes the list; preventDefault keeps the focus in the field.
+    item.addEventListener("pointerdown", (event) => { event.preventDefault(); acceptSuggestion(i); });
     return item;
   }));
-  openSuggestions(suggested.length > 0);
+  openSuggestions(suggestions.length > 0);
 }
 
 function openSuggestions(open) {
@@ -166,19 +171,20 @@ function openSuggestions(open) {
   if (!open) $("search").removeAttribute("aria-activedescendant");
 }
 
-function choose(i) {
+function acceptSuggestion(i) {
   openSuggestions(false);
-  search(suggested[i][0]);
+  search(suggestions[i][0]);
 }
 
-function showOften() {
+/** Lists the words with the largest sum of P over the page. */
+function showFrequentWords() {
   const sums = new Map();
   keys.forEach((key, word) => {
     if (!isBlank(text.words[word])) sums.set(key, (sums.get(key) ?? 0) + mass[word]);
   });
-  const most = [...sums].sort((one, other) => other[1] - one[1]).slice(0, 14);
-  $("often").replaceChildren(...most.map(([word, sum]) => {
-    const chip = make("button", { type: "button", textContent: word, title: `${short(sum)} patches' worth` });
+  const frequent = [...sums].sort((one, other) => other[1] - one[1]).slice(0, 14);
+  $("frequent").replaceChildren(...frequent.map(([word, sum]) => {
+    const chip = make("button", { type: "button", textContent: word, title: `${short(sum)} expected on the page` });
     chip.addEventListener("click", () => search(word));
     return chip;
   }));

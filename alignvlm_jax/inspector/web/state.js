@@ -1,16 +1,16 @@
-// What is being looked at.
+// State of the user interface.
 
 const state = {
   view: "page", // page, words, doubt, answer, find
   layer: 0,
   zoom: 1,
-  patch: -1, // whose words are shown
-  held: false,
+  patch: -1, // the selected patch, whose words are listed
+  held: false, // whether the patch stays selected when the pointer moves
   question: 0,
-  map: 0, // of the answer: 0 all of it, 1 its first token, ...
+  map: 0, // attribution map: 0 the whole answer, 1 its first token, ...
   query: "",
-  refused: new Set(), // words that are spelled like the query, but not counted
-  found: null,
+  excluded: new Set(), // words that match the query but are not counted
+  result: null, // result of the search
 };
 const picture = new Image();
 const colours = {};
