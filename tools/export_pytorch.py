@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes a checkpoint as a folder for PyTorch, which transformers 5 loads.
+"""Exports a checkpoint as a folder for PyTorch (transformers 5).
 
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out alignvlm-nano --dtype bfloat16
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out llama-nano --language-only
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out siglip-nano --vision-only
 
-Neither torch nor transformers nor an accelerator is needed here. Without --dtype every weight stays as the checkpoint
-has it, so that `tools/import_pytorch.py` gives the same checkpoint back bit by bit; bfloat16 is what you want to serve.
+The export needs neither torch nor transformers nor an accelerator. Without --dtype, every weight keeps its dtype, and
+`tools/import_pytorch.py` restores a bit-identical checkpoint. For serving, use --dtype bfloat16.
 """
 
 import argparse
@@ -21,23 +21,25 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the workdir of a training run, or one of its step folders")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to create; it must not exist or be empty")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: as in the checkpoint)",
     )
     parser.add_argument(
         "--max-shard-size",
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="where weights are cut into several files (default: 5GB); memory stays below one file and one matrix",
+        help="maximum size of a file of weights (default: 5GB); memory stays below one file plus one matrix",
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--language-only", action="store_true", help="write the decoder, as a plain Llama folder")
-    part.add_argument("--vision-only", action="store_true", help="write the encoder, as a plain SigLIP folder")
+    part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
+    part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported here, so that --help answers at once, and jax sees the variable above.
+    # Imported late: --help stays fast, and jax sees the variable above.
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop import export
 

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Joins a SigLIP folder and a Llama folder, as Hugging Face lays them out, into a checkpoint of an untrained AlignVLM.
+"""Joins a SigLIP folder and a Llama folder in Hugging Face layout into a checkpoint of an untrained AlignVLM.
 
     tools/import_hf.py --vision siglip-so400m-patch14-384 --language Llama-3.2-1B-Instruct --out runs/1b_start
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b --init-from runs/1b_start
 
-Weights must be safetensors, one file or shards with an index. The vision folder may hold a whole SigLIP or SigLIP 2 of
-fixed resolution or its vision model alone; the language folder a Llama 2 or 3, SmolLM2 or TinyLlama, with its
-tokenizer. Neither torch nor transformers is needed, and memory stays at what the converted weights take.
+Weights must be safetensors, in one file or in shards with an index. The vision folder may contain a complete SigLIP or
+SigLIP 2 of fixed resolution, or its vision model alone. The language folder must contain a Llama 2 or 3, SmolLM2 or
+TinyLlama with its tokenizer. Neither torch nor transformers is needed, and the memory is that of the converted weights.
 
-What the checkpoint's config says beside the model's shape (stages, tiles, bins, precision of the computation) is taken
-from --config; without it, from the shipped config of the same shapes (configs/debug_gpu.py for SigLIP-base/16 at 224 px
-with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px with Llama-3.2-1B, and so on); if there is none, the
-stages are the paper's. It matters for `alignvlm ask` (tiles, precision) and for training in that very workdir;
-`alignvlm train --config FILE --init-from CHECKPOINT` takes everything but the weights and the tokenizer from FILE.
+The shape of the model comes from the folders. The rest of the checkpoint's config (stages, tiles, bins, compute
+precision) comes from --config. Without it, it comes from the shipped config of the same shapes (configs/debug_gpu.py
+for SigLIP-base/16 at 224 px with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px with Llama-3.2-1B, and so
+on). If there is none, the stages are those of the paper.
+
+The config matters for `alignvlm ask` (tiles, precision) and for training in this workdir. `alignvlm train --config FILE
+--init-from CHECKPOINT` takes only the weights and the tokenizer from the checkpoint, and everything else from FILE.
 """
 
 import argparse
@@ -26,41 +28,46 @@ from alignvlm_jax.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vision", required=True, metavar="DIR", help='a SigLIP folder; "nano" is the shipped one')
-    parser.add_argument("--language", required=True, metavar="DIR", help='a Llama folder; "nano" is the shipped one')
+    parser.add_argument("--vision", required=True, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one')
     parser.add_argument(
-        "--connector", metavar="NAME", help="align, mlp, perceiver, ovis, h_reducer, c_abstractor (the config's)"
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to make; a new folder")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights (default: float32)"
+        "--language", required=True, metavar="DIR", help='a Llama folder, or "nano" for the shipped one'
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="the experiment whose stages, tiles and bins to take; see above"
+        "--connector",
+        metavar="NAME",
+        help="align, mlp, perceiver, ovis, h_reducer or c_abstractor (default: that of the config)",
     )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to create, a new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the stored weights (default: float32)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="config with the stages, tiles and bins; see above")
     parser.add_argument(
         "--mesh",
         metavar="data=1,fsdp=1,tensor=1",
-        help="spread the weights over all devices so on their way; without it they are put together on the host",
+        help="distribute the weights over all devices during the import (default: build them on the host)",
     )
     parser.add_argument(
         "--image-token",
         metavar="TOKEN",
-        help="stands for an image in the text (default: found in the vocabulary or added)",
+        help="token that stands for an image in the text (default: found in the vocabulary or added)",
     )
     parser.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja file in place of the folder's template"
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja file that replaces the folder's chat template"
     )
     parser.add_argument(
         "--max-tiles",
         type=positive,
         metavar="N",
-        help="tiles a page is cut into, its thumbnail apart (default: the config's)",
+        help="maximum number of tiles per page, without the thumbnail (default: that of the config)",
     )
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported here, so that --help answers at once, and jax sees the variable above.
+    # Imported late: --help stays fast, and jax sees the variable above.
     from alignvlm_jax.interop.import_hf import import_huggingface
     from alignvlm_jax.parallel.mesh import parse_mesh
 
@@ -82,10 +89,10 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     tiling, model = config.data.tiling, config.model
-    print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px a page; ask it, export it or train it:")
+    print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page. Ask, export or train it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
     words = getattr(model.connector, "vocab_size", None)
-    if words is not None:  # the table has grown, which a config written for the folders does not know
+    if words is not None:  # The embedding table has grown; a config written for the folders has the old size.
         command += f" --config.model.language.vocab_size={model.language.vocab_size}"
         command += f" --config.model.connector.vocab_size={words}"
     print(f"  {command}")

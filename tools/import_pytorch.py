@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Reads a PyTorch AlignVLM folder back into a checkpoint that can be trained, asked, scored and exported.
+"""Imports a PyTorch AlignVLM folder as a checkpoint for inference, evaluation, training and export.
 
     tools/import_pytorch.py --folder alignvlm-nano --out runs/back
 
-What `tools/export_pytorch.py` wrote comes back bit by bit, with its config, progress and history. A folder that PyTorch
-saved after training there (`model.save_pretrained` and `processor.save_pretrained`) is read too; its stages are then
-those of --config.
+A folder written by `tools/export_pytorch.py` gives the same checkpoint again: bit-identical weights, config, progress
+and history. Folders saved after further training in PyTorch (`model.save_pretrained` and `processor.save_pretrained`)
+are read as well; their stages are then those of --config.
 """
 
 import argparse
@@ -17,24 +17,26 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="the PyTorch folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint to make; a new folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint to create, a new folder")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the stored weights (default: as in the folder)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the stored weights (default: as in the folder)",
     )
     parser.add_argument(
         "--mesh",
         metavar="data=1,fsdp=1,tensor=1",
-        help="spread the weights over all devices so on their way; without it they are put together on the host",
+        help="distribute the weights over all devices during the import (default: build them on the host)",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="what a folder without alignvlm_training.json does not say, such as stages (default: the paper's)",
+        help="source of the settings missing in a folder without alignvlm_training.json (default: the paper's config)",
     )
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported here, so that --help answers at once, and jax sees the variable above.
+    # Imported late: --help stays fast, and jax sees the variable above.
     from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm
@@ -47,7 +49,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: ask it, score it, export it, or train from it:")
+    print(f"{args.out}: ask, evaluate, export or train it:")
     print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
 
 

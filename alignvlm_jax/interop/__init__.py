@@ -1,1 +1,1 @@
-"""Checkpoints in from Hugging Face and out to it."""
+"""Import of checkpoints from Hugging Face folders, and export to them."""

@@ -1,11 +1,11 @@
-"""A chat template made to take images.
+"""Adapts the chat templates of text models to images.
 
-A chat template is a small program that writes a conversation down. Those of text models expect each message's content
-to be a string; ours are lists of images and texts. So a prelude is put in front, in the template's own language, that
-turns each list into a string with the image token where the image is. The template behind it is left as it was, and
-one file serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM alike.
+A chat template is a small Jinja program that renders a conversation as text. Templates of text models expect the
+content of each message to be a string; ours is a list of images and texts. A prelude, also written in Jinja, turns each
+list into a string with the image token in place of the image. The original template follows unchanged. The same file
+serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM.
 
-A template that writes today's date is given a date that stays: the same conversation is always the same tokens.
+If a template writes today's date, the prelude fixes it, so that the same conversation always gives the same tokens.
 """
 
 import json
@@ -16,7 +16,8 @@ import jinja2
 from alignvlm_jax.data.chat import compile_template
 from alignvlm_jax.errors import UserError
 
-# The day that Llama 3.1's template writes where it is told none. A macro hides transformers' function of that name.
+# The date that Llama 3.1's template writes by default. The macro shadows transformers' function of the same name. The
+# text of the preludes is part of exported files: imports recognize it, so it must not change.
 _DATE = {
     **{"%-d": "26", "%d": "26", "%m": "07", "%Y": "2024", "%y": "24", "%B": "July", "%b": "Jul"},
     **{"%A": "Friday", "%a": "Fri", "%j": "208", "%H": "00", "%M": "00", "%S": "00"},
@@ -28,8 +29,8 @@ _DATE_PRELUDE = (
     + " -}}\n{%- endmacro %}\n"
 )
 
-# The loops are spelled so that vLLM sees that this template takes lists of parts. A sandbox forbids list.append, and
-# an assignment inside a loop ends with it unless it is to a namespace.
+# vLLM detects from the form of these loops that the template accepts lists of parts. transformers' sandbox forbids
+# list.append, and assignments inside a loop are lost after it unless they are made on a namespace.
 _PARTS_PRELUDE = """{#- The template below expects texts: a list of parts becomes one, with the image token inline. -#}
 {%- set chat = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -53,40 +54,41 @@ _PARTS_PRELUDE = """{#- The template below expects texts: a list of parts become
 """
 
 
-def for_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:
-    """The template with what it needs in front of it to take images, tried out on small conversations.
+def adapt_to_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:
+    """Returns the template with the preludes that it needs to accept images, tested on small conversations.
 
     Args:
-      template: as the folder has it.
-      names: of the special tokens, the image token's among them.
-      notes: takes a sentence for the user where something was decided.
+      template: original template.
+      names: special tokens by name ("bos_token", ...), including "image_token".
+      notes: list to which a sentence for the user is added for each decision.
 
     Raises:
-      UserError: it cannot be made to.
+      UserError: if the template does not render images correctly even with a prelude.
     """
     if "strftime_now" in template and _DATE_PRELUDE not in template:
         template = _DATE_PRELUDE + template
         notes.append(
-            "the chat template writes the day's date: it now always writes 26 Jul 2024, so that a conversation is the "
+            "the chat template writes today's date: it now always writes 26 Jul 2024, so that a conversation gives the "
             "same tokens every day"
         )
-    if _takes_parts(template, names):
+    # Templates of vision-language models accept lists of parts themselves.
+    if _accepts_parts(template, names):
         return template
     image_token = json.dumps(names["image_token"], ensure_ascii=False)
     wrapped = _PARTS_PRELUDE.replace("IMAGE_TOKEN", image_token) + template
-    if not _takes_parts(wrapped, names):
+    if not _accepts_parts(wrapped, names):
         raise UserError(
-            "the chat template writes neither a user's text nor an image where they belong; give another with "
-            "--chat-template"
+            "the chat template renders neither the user's text nor the image where expected; pass another template "
+            "with --chat-template"
         )
     return wrapped
 
 
-def _takes_parts(template: str, names: Mapping[str, str]) -> bool:
-    """Whether texts come out the same as strings and as lists of parts, and an image as the image token."""
+def _accepts_parts(template: str, names: Mapping[str, str]) -> bool:
+    """Returns whether strings and lists of parts render the same text, and an image renders as the image token."""
     compiled = compile_template(template)
     image_token = names["image_token"]
-    # Words that no template is likely to write itself.
+    # Misspelled, so that a template does not contain these words itself.
     texts = {"system": "sistem", "user": "qwestion", "assistant": "annswer"}
 
     def render(*roles, in_parts=False, image=False):
@@ -107,12 +109,12 @@ def _takes_parts(template: str, names: Mapping[str, str]) -> bool:
     if plain is None or any(plain.count(texts[role]) != 1 for role in ("user", "assistant")):
         return False
     if image_token in plain:
-        raise UserError(f"the chat template writes {image_token!r} where there is no image: name another image token")
+        raise UserError(f"the chat template writes {image_token!r} where there is no image: choose another image token")
     if plain != render("user", "assistant", in_parts=True):
         return False
-    # A template that knows no system message may refuse one in either form.
+    # A template without support for system messages may refuse one; both forms then render as None.
     if render("system", "user") != render("system", "user", in_parts=True):
         return False
-    # Templates of models that see may write more about an image than its token.
+    # Templates of vision-language models may write text around the image token.
     before, _, behind = (render("user", "assistant", image=True) or "").partition(texts["user"])
     return before.count(image_token) == 1 and image_token not in behind

@@ -1,9 +1,11 @@
-"""Tensors into parameters by a conversion table, one at a time, from the mapped file straight onto the devices.
+"""Converts tensors to parameters by a conversion table, one parameter at a time, from mapped files to the devices.
 
-First every tensor is matched with a parameter by name and shape, and all that does not fit is reported together;
-nothing has been allocated by then. Then the parameters are made one after the other: for each shard a host buffer of
-its size, filled from the part of the tensors that it needs, and handed to its device. On a CPU the buffer *is* the
-parameter (XLA takes over aligned memory as it is), so the peak is what the parameters take, and next to nothing more.
+First, every tensor is matched with a parameter by name and shape, and all mismatches are reported together. Nothing is
+allocated up to this point.
+
+Then the parameters are built one after the other. For each shard, a host buffer of its size is filled from the parts of
+the tensors that it needs and transferred to its device. On a CPU, XLA adopts aligned host memory instead of copying it,
+so the peak memory is hardly more than the size of the parameters.
 """
 
 import dataclasses
@@ -25,12 +27,12 @@ from alignvlm_jax.interop.tensor_reader import TensorFiles
 
 Params = dict[str, Any]
 
-# What a tensor may hold, and in words.
+# Accepted dtypes, and their description for error messages.
 _FLOATS = ("float64", "float32", "float16", "bfloat16"), "floating-point numbers of 16 bits or more"
-_INTEGERS = ("int32", "int64"), "whole numbers of 32 bits or more"
-# What XLA asks of memory that it takes over instead of copying it.
+_INTEGERS = ("int32", "int64"), "integers of 32 bits or more"
+# Alignment in bytes that XLA requires of memory that it adopts without a copy.
 _ALIGNMENT = 64
-# Rows converted at a time where a matrix is turned: they stay in the processor's cache.
+# Number of columns of a transposed matrix that are converted at a time, so that they stay in the processor's cache.
 _BLOCK = 64
 
 
@@ -44,17 +46,26 @@ def load_params(
     rename: Callable[[str], str] | None = None,
     grow: Collection[str] = (),
 ) -> Params:
-    """Reads a parameter tree: `match`, then `read`, which have the arguments' meaning.
+    """Reads a parameter tree: calls `match` and then `read`, which document the arguments.
 
     Returns:
-      The tree, of `jax.Array`s with the shapes, dtypes and shardings of `abstract`.
+      A tree of `jax.Array`s with the shapes, dtypes and shardings of `abstract`.
     """
     return read(match(files, rows, abstract, source=source, ignore=ignore, rename=rename, grow=grow), source)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A parameter and the tensors it is made of: one, or one a layer."""
+class ParameterSource:
+    """A parameter and its tensors: a single one, or one per layer if the parameter is stacked.
+
+    Attributes:
+      path: path of the parameter.
+      leaf: its shape, dtype and sharding.
+      files: the files of the tensors.
+      transform: conversion between the layouts of tensor and parameter.
+      keys: keys of the tensors in the files.
+      stacked: True if there is one tensor per layer.
+    """
 
     path: str
     leaf: jax.ShapeDtypeStruct
@@ -73,123 +84,129 @@ def match(
     ignore: tuple[str, ...] = (),
     rename: Callable[[str], str] | None = None,
     grow: Collection[str] = (),
-) -> list[Part]:
-    """Pairs parameters with tensors, each once; reads and allocates nothing.
+) -> list[ParameterSource]:
+    """Finds the tensors of each parameter, without reading or allocating anything.
 
     Args:
-      files: what the folder holds.
-      rows: which tensor is which parameter; a row for every leaf of `abstract`.
-      abstract: the tree to make, of `jax.ShapeDtypeStruct`s; a leaf without a sharding goes to the first device.
-      source: named in the error.
-      ignore: prefixes of keys that the model has no use for.
-      rename: a key of the file -> the key as `rows` and `ignore` have it.
-      grow: paths whose leading axis may be longer than the tensor's (a vocabulary with tokens added); the new rows
-        become the mean of the old ones, as transformers does it.
+      files: tensors of the folder.
+      rows: conversion table, with one row for every leaf of `abstract`.
+      abstract: parameter tree of `jax.ShapeDtypeStruct`s; a leaf without a sharding goes to the first device.
+      source: name of the folder in error messages.
+      ignore: prefixes of keys that the model does not use.
+      rename: maps a key of the files to the key used in `rows` and `ignore`.
+      grow: paths whose leading axis may be longer than the tensor's (a vocabulary with added tokens). As in
+        transformers, the new rows are the mean of the old ones.
 
     Raises:
-      UserError: listing every tensor that is missing, left over, or of another shape or type than it must be.
+      UserError: if tensors are missing, unknown, duplicated, or of the wrong shape or dtype; lists all of them.
     """
+    # The table itself must cover the model exactly; anything else is a bug and not a user's mistake.
     leaves = {"/".join(path): leaf for path, leaf in flatten_dict(abstract).items()}
     if sorted(leaves) != sorted(row.path for row in rows):
         raise ValueError(f"table and parameters differ: {sorted(set(leaves) ^ {row.path for row in rows})}")
+    # Names of the table -> keys of the files.
     names: dict[str, str] = {}
-    missing, wrong, twice = [], [], []
+    missing, wrong, duplicated = [], [], []
     for key in files.shapes:
         name = rename(key) if rename else key
         if name.startswith(ignore):
             continue
         if name in names:
-            twice.append(key)
+            duplicated.append(key)
         names[name] = key
-    parts, used = [], set()
+    sources, used = [], set()
     for row in rows:
         leaf, stacked = leaves[row.path], "{layer}" in row.key
         keys = [row.key.format(layer=layer) for layer in range(leaf.shape[0])] if stacked else [row.key]
         used.update(keys)
         missing += [key for key in keys if key not in names]
-        found = [names[key] for key in keys if key in names]
+        present = [names[key] for key in keys if key in names]
         expected = row.transform.torch_shape(leaf.shape[1:] if stacked else leaf.shape)
-        for key in found:
+        for key in present:
             shape, dtype = files.shapes[key], files.dtypes[key].name
-            allowed, numbers = _INTEGERS if jnp.issubdtype(leaf.dtype, jnp.integer) else _FLOATS
+            allowed, description = _INTEGERS if jnp.issubdtype(leaf.dtype, jnp.integer) else _FLOATS
             if dtype not in allowed:
-                wrong.append((key, f"holds {dtype}, not {numbers}"))
-            elif shape != expected and not (row.path in grow and _grows(shape, expected)):
+                wrong.append((key, f"has dtype {dtype}, expected {description}"))
+            elif shape != expected and not (row.path in grow and _can_grow(shape, expected)):
                 wrong.append((key, f"has shape {list(shape)}, the config says {list(expected)}"))
-        parts.append(Part(row.path, leaf, files, row.transform, tuple(found), stacked))
+        sources.append(ParameterSource(row.path, leaf, files, row.transform, tuple(present), stacked))
+    # Report all problems, with the layers of a stacked parameter in one entry.
     problems = [f"{keys} is missing" for keys in _grouped(missing)]
     for reason in dict.fromkeys(reason for _, reason in wrong):
         problems += [f"{keys} {reason}" for keys in _grouped(key for key, why in wrong if why == reason)]
-    problems += [f"{keys} is there twice, under another name too" for keys in _grouped(twice)]
+    problems += [f"{keys} appears twice, under different names" for keys in _grouped(duplicated)]
     extra = [key for name, key in names.items() if name not in used]
     problems += [f"{keys} is not part of this model" for keys in _grouped(extra)]
     if problems:
         raise UserError(f"{source}: the tensors do not fit the config: " + "; ".join(problems))
-    return parts
+    return sources
 
 
-def read(parts: Sequence[Part], source: str | Path) -> Params:
-    """Makes the parameters that `match` found the tensors of; `source` is named on the progress bar."""
+def read(parameters: Sequence[ParameterSource], source: str | Path) -> Params:
+    """Reads the parameters found by `match`; `source` is the name of the folder on the progress bar."""
     params = {}
-    total = sum(_num_bytes(part.leaf) for part in parts)
+    total = sum(_num_bytes(parameter.leaf) for parameter in parameters)
     with tqdm(total=total, desc=f"reading {source}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True) as bar:
-        for part in parts:
-            leaf = part.leaf
-            where = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-            # One leaf at a time: transfers that are still under way would hold on to their host buffers.
-            array = jax.make_array_from_callback(leaf.shape, where, _Shards(part), dtype=leaf.dtype)
-            params[tuple(part.path.split("/"))] = jax.block_until_ready(array)
+        for parameter in parameters:
+            leaf = parameter.leaf
+            sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+            array = jax.make_array_from_callback(leaf.shape, sharding, _ShardReader(parameter), dtype=leaf.dtype)
+            # Wait for each parameter: a transfer in progress would keep its host buffer alive.
+            params[tuple(parameter.path.split("/"))] = jax.block_until_ready(array)
             bar.update(_num_bytes(leaf))
     return unflatten_dict(params)
 
 
-class _Shards:
-    """From a shard's place in the parameter to its values; replicas share them."""
+class _ShardReader:
+    """Callback that returns the values of a shard, given its index in the parameter; replicas share an array."""
 
-    def __init__(self, part: Part):
-        self._part = part
-        self._made: dict[Any, np.ndarray] = {}
+    def __init__(self, parameter: ParameterSource):
+        self._parameter = parameter
+        self._shards: dict[Any, np.ndarray] = {}
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self._part.leaf.shape, strict=True))
-        if bounds not in self._made:
-            self._made[bounds] = self._make(tuple(slice(*bound) for bound in bounds))
-        return self._made[bounds]
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, self._parameter.leaf.shape, strict=True))
+        if bounds not in self._shards:
+            self._shards[bounds] = self._read(tuple(slice(*bound) for bound in bounds))
+        return self._shards[bounds]
 
-    def _make(self, index: tuple[slice, ...]) -> np.ndarray:
-        shard = _aligned_empty(tuple(part.stop - part.start for part in index), self._part.leaf.dtype)
-        if self._part.stacked:
-            for layer, key in enumerate(self._part.keys[index[0]]):
-                copy(self._tensor(key)[index[1:]], shard[layer])
+    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+        shard = _aligned_empty(tuple(axis.stop - axis.start for axis in index), self._parameter.leaf.dtype)
+        if self._parameter.stacked:
+            # The leading axis of the parameter selects tensors, the other axes select a part of each.
+            for layer, key in enumerate(self._parameter.keys[index[0]]):
+                copy_blockwise(self._tensor(key)[index[1:]], shard[layer])
             return shard
-        tensor = self._tensor(self._part.keys[0])
+        tensor = self._tensor(self._parameter.keys[0])
+        # A grown table is longer than its tensor: the slice ends early, and the remaining rows are the mean of all
+        # rows.
         old = tensor[index]
-        copy(old, shard[: len(old)])
+        copy_blockwise(old, shard[: len(old)])
         if len(old) < len(shard):
             shard[len(old) :] = np.mean(tensor[:, *index[1:]], axis=0, dtype=np.float64)
         return shard
 
     def _tensor(self, key: str) -> np.ndarray:
-        """As the parameter lies; a view into the file, of which only what is copied is read."""
-        return self._part.transform.to_jax(self._part.files.read(key))
+        """Returns a tensor in the layout of the parameter: a view into the file, which reads only what is copied."""
+        return self._parameter.transform.to_jax(self._parameter.files.read(key))
 
 
-def _grows(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _can_grow(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(shape) == len(expected) and 0 < shape[0] <= expected[0] and shape[1:] == expected[1:]
 
 
 def _grouped(keys: Iterable[str]) -> list[str]:
-    """Keys that differ in their layer alone, as one: "model.layers.{0,1,5}.mlp.up_proj.weight"."""
+    """Returns keys with those that differ only in the layer merged: "model.layers.{0,1,5}.mlp.up_proj.weight"."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         number = re.search(r"(?<=\.)\d+(?=\.)", key)
         pattern = f"{key[: number.start()]}\0{key[number.end() :]}" if number else key
         groups.setdefault(pattern, []).append(number.group() if number else "")
-    shown = []
+    merged = []
     for pattern, numbers in groups.items():
         numbers.sort(key=lambda text: int(text or 0))
-        shown.append(pattern.replace("\0", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"))
-    return sorted(shown)
+        merged.append(pattern.replace("\0", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"))
+    return sorted(merged)
 
 
 def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -197,14 +214,16 @@ def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialized array in memory that XLA can adopt."""
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def copy(source: np.ndarray, target: np.ndarray) -> None:
-    """`target[...] = source`, which takes a third of the time for a turned matrix if done block by block."""
+def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies `source` to `target` and converts the dtype."""
+    # Copying a transposed matrix block by block takes a third of the time.
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return

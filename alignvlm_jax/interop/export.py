@@ -1,22 +1,22 @@
-"""A checkpoint as a folder for PyTorch.
+"""Exports a checkpoint as a folder for PyTorch.
 
-    export_alignvlm("runs/demo/checkpoint", "alignvlm-nano")       # the whole model, with its own code
+    export_alignvlm("runs/demo/checkpoint", "alignvlm-nano")       # the complete model, with its own code
     export_language("runs/demo/checkpoint", "llama-nano")          # the decoder, a plain Llama
     export_vision("runs/demo/checkpoint", "siglip-nano")           # the encoder, a plain SigLIP
 
-The whole model's folder is what `AutoModelForImageTextToText`, `AutoProcessor` and `pipeline` of transformers 5 load:
+`AutoModelForImageTextToText`, `AutoProcessor` and `pipeline` of transformers 5 load the folder of the complete model:
 
-    config.json                    the three parts' shapes, and which class of which code file makes which object
+    config.json                    configs of the three parts, and the classes in the code files (`auto_map`)
     model.safetensors              weights (above 5 GB: shards and an index)
     *_alignvlm.py                  the model and its processor in PyTorch
-    processor_config.json          how pages are cut into tiles
+    processor_config.json          settings for cutting pages into tiles
     tokenizer.json, tokenizer_config.json, chat_template.jinja
-    generation_config.json         what begins, ends and pads a text
-    alignvlm_training.json         this checkpoint's config, progress and history: for the way back
+    generation_config.json         ids of the tokens that begin, end and pad a text
+    alignvlm_training.json         config, progress and history of the checkpoint, for importing it again
     README.md                      the model card
 
-Weights are read from the checkpoint one layer at a time and written one file at a time, on the host: neither torch nor
-an accelerator is needed, and memory stays below one file (5 GB) and one matrix.
+Weights are read from the checkpoint one layer at a time and written one file at a time, on the host. This needs neither
+torch nor an accelerator, and the memory stays below the size of one file (5 GB) plus one matrix.
 """
 
 import dataclasses
@@ -56,16 +56,16 @@ _PACKAGE = Path(alignvlm_jax.__file__).parent
 def export_alignvlm(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes the whole model.
+    """Writes the complete model.
 
     Args:
-      checkpoint: a workdir (its newest step is taken), or one of its step folders.
-      out: must not exist, or be empty.
-      dtype: "float32", "bfloat16" or "float16"; None leaves every weight as the checkpoint has it.
-      max_shard_bytes: where weights are cut into several files.
+      checkpoint: a workdir (its latest step is used), or one of its step folders.
+      out: output folder; it must not exist or be empty.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every weight.
+      max_shard_bytes: maximum size of a file of weights; larger models are split.
 
     Raises:
-      UserError: the checkpoint is none, unfinished or damaged; `out` is taken, or cannot be written.
+      UserError: if there is no complete and undamaged checkpoint, or `out` is not empty or cannot be written.
     """
     source = _Source(checkpoint, dtype)
     with new_folder(out) as folder:
@@ -83,7 +83,7 @@ def export_alignvlm(
 def export_language(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes the decoder alone, for `LlamaForCausalLM`; arguments and errors as for `export_alignvlm`."""
+    """Writes the decoder alone, for `LlamaForCausalLM`; see `export_alignvlm` for arguments and errors."""
     source = _Source(checkpoint, dtype)
     language = source.model.language
     with new_folder(out) as folder:
@@ -98,7 +98,7 @@ def export_language(
 def export_vision(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes the encoder alone, for `SiglipVisionModel`; arguments and errors as for `export_alignvlm`."""
+    """Writes the encoder alone, for `SiglipVisionModel`; see `export_alignvlm` for arguments and errors."""
     source = _Source(checkpoint, dtype)
     vision = source.model.vision
     with new_folder(out) as folder:
@@ -111,7 +111,7 @@ def export_vision(
 def alignvlm_config(
     config: AlignVLMConfig, *, dtype: str, image_token_id: int, special_ids: dict[str, Any]
 ) -> dict[str, Any]:
-    """The whole model's `config.json`."""
+    """Returns the `config.json` of the complete model."""
     connector = next(name for name, kind in CONNECTOR_CONFIGS.items() if type(config.connector) is kind)
     return {
         "architectures": ["AlignVLMForConditionalGeneration"],
@@ -135,7 +135,7 @@ def alignvlm_config(
 
 
 def processor_config(config: AlignVLMConfig, tiling: TilingConfig, image_token: str) -> dict[str, Any]:
-    """`processor_config.json`: how pages become tiles, and tiles placeholders."""
+    """Returns `processor_config.json`: settings for cutting pages into tiles, and for the placeholders of a tile."""
     return {
         "processor_class": "AlignVLMProcessor",
         "auto_map": {"AutoProcessor": "processing_alignvlm.AlignVLMProcessor"},
@@ -151,11 +151,15 @@ def processor_config(config: AlignVLMConfig, tiling: TilingConfig, image_token: 
 
 
 class _Source:
-    """A checkpoint, and what of it goes into JSON files.
+    """A checkpoint to be exported.
 
     Attributes:
-      reader: of its weights.
-      dtype: what the folder's config says; weights have it too, unless they keep the checkpoint's.
+      reader: reader of its weights.
+      model: config of the model.
+      tiling: settings for cutting pages into tiles.
+      dtype: dtype in the exported config; also that of the weights unless they keep the checkpoint's dtypes.
+      image_token: placeholder of an image in the text.
+      image_id: its id.
       special_ids: ids of the tokens that begin, end and pad a text.
     """
 
@@ -178,7 +182,7 @@ class _Source:
         }
 
     def write_weights(self, folder: Path, rows: Sequence[tables.Row], prefix: str, max_shard_bytes: int) -> None:
-        """Writes the tensors of `rows`, whose paths begin below `prefix` in the checkpoint."""
+        """Writes the tensors of `rows`, whose paths are relative to `prefix` in the checkpoint."""
         reader = self.reader
         dtypes = reader.dtypes
         if self._dtype:
@@ -195,9 +199,11 @@ class _Source:
         )
 
     def config_json(self) -> dict[str, Any]:
+        """Returns the content of `config.json`."""
         return alignvlm_config(self.model, dtype=self.dtype, image_token_id=self.image_id, special_ids=self.special_ids)
 
     def training_json(self) -> dict[str, Any]:
+        """Returns the content of `alignvlm_training.json`."""
         return {
             "config": config_to_dict(self.reader.config),
             "meta": self.reader.meta,
@@ -205,7 +211,11 @@ class _Source:
         }
 
     def _check_shapes(self, checkpoint: str | Path) -> None:
-        """The weights must be those of the config beside them."""
+        """Checks that the weights have the shapes given by the config of the checkpoint.
+
+        Raises:
+          UserError: if they differ; lists all problems.
+        """
         boxed = jax.eval_shape(lambda: random_parameters(self.model, jax.random.key(0)))
         expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
         found = self.reader.shapes
@@ -221,7 +231,7 @@ class _Source:
 
 
 def _without_class(config: dict[str, Any]) -> dict[str, Any]:
-    """A part's config inside the whole one's: only a model of its own names its class."""
+    """Returns the config of a part without its class, as in the config of the complete model."""
     return {key: value for key, value in config.items() if key != "architectures"}
 
 
@@ -231,7 +241,7 @@ def _siglip_preprocessor(side: int) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": side, "width": side},
-        "resample": 3,  # bicubic, as our tiles are resized
+        "resample": 3,  # Bicubic, as for our tiles.
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -1,10 +1,10 @@
-"""SigLIP and Llama folders in Hugging Face layout: `config.json` and safetensors, read and written.
+"""Reads and writes SigLIP and Llama folders in Hugging Face layout: `config.json` and safetensors.
 
     config, params = load_vision_folder("siglip/")        # VisionConfig, parameters of models.vision.VisionEncoder
     config, params = load_language_folder("llama/")       # LanguageConfig, parameters of models.language.LanguageModel
 
-A whole model is made of two folders by `assemble.py`, which uses `Backbone` to look at both before it reads either.
-Their configs are read and written by `huggingface_config.py`.
+`assemble.py` builds a complete model from two folders; it opens both as `Backbone` and checks them before it reads any
+weights. `huggingface_config.py` reads and writes the configs.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
 
 Params = dict[str, Any]
 
-# Tensors that AlignVLM has no use for: the pooling head, the text tower, and buffers that older versions stored.
+# Tensors that AlignVLM does not use: the pooling head, the text tower, and buffers that older versions stored.
 _SIGLIP_UNUSED = ("vision_model.head.", "vision_model.embeddings.position_ids", "text_model.", "logit_")
 _LLAMA_UNUSED = ("model.rotary_emb.",)
 _COMPARED_ROWS = 4096
@@ -43,15 +43,15 @@ _ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A folder that has been looked at: its config understood, its files opened, no weight read.
+    """An opened folder with a checked config; no weights have been read yet.
 
     Attributes:
-      folder: where it is.
-      config: the shape of the model in it.
-      files: its tensors.
-      rows: which tensor is which parameter.
-      rename: a tensor's key -> its key in `rows`.
-      unused: prefixes of keys that are left alone.
+      folder: path of the folder.
+      config: config of the model.
+      files: tensors of the folder.
+      rows: conversion table from tensors to parameters.
+      rename: maps the key of a tensor to its key in `rows`.
+      unused: prefixes of keys that are ignored.
     """
 
     folder: Path
@@ -67,8 +67,8 @@ class Backbone:
     def __exit__(self, *_: Any) -> None:
         self.files.close()
 
-    def match(self, abstract: Params, grow: Collection[str] = ()) -> list[convert.Part]:
-        """Finds the tensor of each parameter of `abstract`; see `convert.match`."""
+    def match(self, abstract: Params, grow: Collection[str] = ()) -> list[convert.ParameterSource]:
+        """Finds the tensors of each parameter of `abstract`; see `convert.match`."""
         return convert.match(
             self.files,
             self.rows,
@@ -81,25 +81,25 @@ class Backbone:
 
 
 def open_vision(folder: str | Path) -> Backbone:
-    """Looks at a SigLIP folder: a whole SigLIP or its vision model alone, in either key layout.
+    """Opens a SigLIP folder: a complete SigLIP or its vision model alone, in either key layout.
 
     Raises:
-      UserError: it is not SigLIP of a fixed resolution, or its files are damaged.
+      UserError: if it is not a SigLIP of fixed resolution, or its files are damaged.
     """
     folder = Path(folder)
     config = read_vision_config(folder)
     files = TensorFiles(folder)
-    # Up to version 5.0, transformers' SiglipVisionModel had its layers in an inner `vision_model`, as SiglipModel has.
+    # Up to transformers 5.0, SiglipVisionModel had its layers in an inner `vision_model`, as SiglipModel does.
     prefixed = any(key.startswith("vision_model.") for key in files.shapes)
     rename = None if prefixed else "vision_model.{}".format
     return Backbone(folder, config, files, tables.SIGLIP, rename, _SIGLIP_UNUSED)
 
 
 def open_language(folder: str | Path) -> Backbone:
-    """Looks at a Llama folder.
+    """Opens a Llama folder.
 
     Raises:
-      UserError: it is not a Llama that `models/language.py` computes, or its files are damaged.
+      UserError: if it is not a Llama that `models/language.py` supports, or its files are damaged.
     """
     folder = Path(folder)
     config = read_language_config(folder)
@@ -107,30 +107,35 @@ def open_language(folder: str | Path) -> Backbone:
     unused = _LLAMA_UNUSED
     if config.tie_word_embeddings:
         _check_tied(files)
-        unused += ("lm_head.",)  # some files hold the table a second time
+        unused += ("lm_head.",)  # Some files contain the tied table twice.
     unused += tuple(key for key in files.shapes if key.endswith(_ROTARY_BUFFER))
     return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), None, unused)
 
 
 def _check_tied(files: TensorFiles) -> None:
-    """A head that is there and is not the embedding table contradicts the config; transformers 5 then unties them."""
+    """Checks that a stored LM head equals the embedding table that it is tied to.
+
+    Raises:
+      UserError: if they differ. The config is then wrong; transformers 5 unties the two in this case.
+    """
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if head not in files.shapes or files.shapes[head] != files.shapes.get(table):
         return
+    # Compared in blocks, to bound the memory.
     rows = range(0, files.shapes[head][0], _COMPARED_ROWS)
     blocks = (slice(start, start + _COMPARED_ROWS) for start in rows)
     if not all(np.array_equal(files.read(head, block), files.read(table, block)) for block in blocks):
         raise UserError(
-            f"{files.folder}: config.json says tie_word_embeddings, but {head} is not {table}: "
-            "set tie_word_embeddings to false there"
+            f"{files.folder}: config.json has tie_word_embeddings, but {head} differs from {table}: "
+            "set tie_word_embeddings to false in it"
         )
 
 
 def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
-    """Reads a SigLIP folder, float32, onto the first device.
+    """Reads a SigLIP folder onto the first device, as float32.
 
     Raises:
-      UserError: the folder, its config or its tensors are not what SigLIP's should be.
+      UserError: if the folder, its config or its tensors are not those of a SigLIP.
     """
     with open_vision(folder) as backbone:
         side = backbone.config.image_size
@@ -139,10 +144,10 @@ def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
 
 
 def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
-    """Reads a Llama folder, float32, onto the first device.
+    """Reads a Llama folder onto the first device, as float32.
 
     Raises:
-      UserError: the folder, its config or its tensors are not what Llama's should be.
+      UserError: if the folder, its config or its tensors are not those of a Llama.
     """
     with open_language(folder) as backbone:
         ids = jnp.zeros((1, 1), jnp.int32)
@@ -152,11 +157,12 @@ def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
 
 
 def _abstract(module: nn.Module, *inputs: jax.Array, **keywords: jax.Array) -> Params:
+    """Returns shapes and dtypes of a module's parameters."""
     return nn.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keywords)))["params"]
 
 
 def save_vision_folder(folder: str | Path, config: VisionConfig, params: Params, dtype: str = "bfloat16") -> None:
-    """Writes the encoder as a folder that transformers' `SiglipVisionModel.from_pretrained` loads."""
+    """Writes the encoder as a folder for transformers' `SiglipVisionModel.from_pretrained`."""
     _write_folder(folder, siglip_config(config, dtype), params, tables.SIGLIP, dtype)
 
 
@@ -168,14 +174,14 @@ def save_language_folder(
     *,
     special_tokens: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes the decoder as a folder that transformers' `LlamaForCausalLM.from_pretrained` loads.
+    """Writes the decoder as a folder for transformers' `LlamaForCausalLM.from_pretrained`.
 
     Args:
-      folder: created if it does not exist.
-      config: shape of the decoder.
+      folder: output folder; created if it does not exist.
+      config: config of the decoder.
       params: parameters of `LanguageModel`.
       dtype: "bfloat16" or "float32".
-      special_tokens: `bos_token_id` and the like, written into `config.json`.
+      special_tokens: token ids to add to `config.json` (`bos_token_id`, ...).
     """
     raw = {**llama_config(config, dtype), **(special_tokens or {})}
     _write_folder(folder, raw, params, tables.llama(config.tie_word_embeddings), dtype)

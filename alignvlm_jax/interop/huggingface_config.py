@@ -1,7 +1,7 @@
-"""`config.json` of SigLIP and of Llama: read as, and written from, the configs of `models/`.
+"""Converts between `config.json` of SigLIP and Llama and the configs of `models/`.
 
-What `config.json` leaves out has transformers' default, since transformers leaves out what is its default. All that is
-wrong with one is said in one `UserError`.
+transformers does not write values that equal its defaults, so a missing key has transformers' default. All problems of
+a file are reported in one `UserError`.
 """
 
 import dataclasses
@@ -15,22 +15,31 @@ from alignvlm_jax.models.vision import VisionConfig
 
 
 def read_vision_config(folder: str | Path, section: str | None = None) -> VisionConfig:
-    """The encoder that `config.json`, or a section of it, describes; all that is wrong with it in one error."""
+    """Reads the config of a vision encoder from `config.json`.
+
+    Args:
+      folder: folder of the file.
+      section: key of the section with the encoder's config; None uses the whole file.
+
+    Raises:
+      UserError: if the file does not describe a supported encoder; lists all problems.
+    """
     raw = _RawConfig(Path(folder))
     if section is not None:
         raw.fields = raw.get(section, {})
     kinds = [raw.get("model_type", None)]
+    # A complete SigLIP has the vision model's config in a section.
     if isinstance(raw.fields.get("vision_config"), dict):
         raw.fields = raw.fields["vision_config"]
         kinds.append(raw.get("model_type", "siglip_vision_model"))
     if {"siglip2", "siglip2_vision_model"} & set(kinds) or "num_patches" in raw.fields:
         raise UserError(
-            f"{raw.path}: this is a NaFlex SigLIP 2, which takes images of any shape; AlignVLM cuts square tiles and "
-            'needs one of fixed resolution (of model_type "siglip", such as siglip2-so400m-patch14-384)'
+            f"{raw.path}: this is a NaFlex SigLIP 2, which accepts images of any shape; AlignVLM cuts square tiles and "
+            'needs an encoder of fixed resolution (model_type "siglip", such as siglip2-so400m-patch14-384)'
         )
     others = [kind for kind in kinds if kind not in ("siglip", "siglip_vision_model")]
     if others:
-        raise UserError(f"{raw.path}: model_type is {others[0]!r}, not that of a SigLIP vision model")
+        raise UserError(f"{raw.path}: model_type is {others[0]!r}, expected 'siglip' or 'siglip_vision_model'")
     raw.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     raw.must_be("num_channels", 3, 3)
     config = VisionConfig(
@@ -43,15 +52,23 @@ def read_vision_config(folder: str | Path, section: str | None = None) -> Vision
         layer_norm_eps=raw.number("layer_norm_eps", 1e-6),
     )
     if config.patch_size > config.image_size:
-        raw.problems.append(f"patch_size {config.patch_size} is more than image_size {config.image_size}")
+        raw.problems.append(f"patch_size {config.patch_size} is larger than image_size {config.image_size}")
     if config.hidden_size % config.num_heads:
-        raw.problems.append(f"{config.num_heads} heads do not divide hidden_size {config.hidden_size}")
+        raw.problems.append(f"hidden_size {config.hidden_size} is not divisible by {config.num_heads} heads")
     raw.finish()
     return config
 
 
 def read_language_config(folder: str | Path, section: str | None = None) -> LanguageConfig:
-    """The decoder that `config.json`, or a section of it, describes; all that is wrong with it in one error."""
+    """Reads the config of a language model from `config.json`.
+
+    Args:
+      folder: folder of the file.
+      section: key of the section with the language model's config; None uses the whole file.
+
+    Raises:
+      UserError: if the file does not describe a supported language model; lists all problems.
+    """
     raw = _RawConfig(Path(folder))
     if section is not None:
         raw.fields = raw.get(section, {})
@@ -78,20 +95,23 @@ def read_language_config(folder: str | Path, section: str | None = None) -> Lang
         max_position_embeddings=raw.count("max_position_embeddings", 2048),
     )
     if config.head_dim is None and hidden_size % num_heads:
-        raw.problems.append(f"{num_heads} heads do not divide hidden_size {hidden_size}, and no head_dim is given")
+        raw.problems.append(f"hidden_size {hidden_size} is not divisible by {num_heads} heads, and head_dim is missing")
     elif config.head_width % 2:
-        raw.problems.append(f"head_dim is {config.head_width}, which does not fall into rotary pairs")
+        raw.problems.append(f"head_dim is {config.head_width}; rotary embeddings need an even number")
     if num_heads % config.num_kv_heads:
-        raw.problems.append(f"num_key_value_heads {config.num_kv_heads} does not divide {num_heads} heads")
+        raw.problems.append(f"{num_heads} heads are not divisible by num_key_value_heads {config.num_kv_heads}")
     raw.finish()
     return config
 
 
 def _read_rope(raw: "_RawConfig") -> tuple[float, RopeScaling | None]:
-    """The rotary base and scaling: two top-level keys, which transformers 5 moved into `rope_parameters`."""
+    """Returns the rotary base and scaling.
+
+    They are the top-level keys `rope_theta` and `rope_scaling`, or in transformers 5 the section `rope_parameters`.
+    """
     rope = raw.get("rope_scaling", None) or raw.get("rope_parameters", None) or {}
     if not isinstance(rope, dict):
-        raw.problems.append(f"the rotary settings are {rope!r}, not a table of names and values")
+        raw.problems.append(f"the rotary settings are {rope!r}, expected a JSON object")
         rope = {}
     settings = raw.nested({"rope_theta": raw.get("rope_theta", 10000.0), **rope})
     theta = settings.number("rope_theta", 10000.0)
@@ -116,7 +136,7 @@ def _read_rope(raw: "_RawConfig") -> tuple[float, RopeScaling | None]:
 
 
 class _RawConfig:
-    """The fields of a `config.json`, and what is wrong with them. A field that is null counts as left out."""
+    """Reads the fields of a `config.json` and collects their problems. A field that is null counts as missing."""
 
     def __init__(self, folder: Path):
         self.path = folder / "config.json"
@@ -128,12 +148,12 @@ class _RawConfig:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is not JSON: {error}") from error
         if not isinstance(self.fields, dict):
-            raise UserError(f"{self.path} is not a config: it must be a table of names and values")
+            raise UserError(f"{self.path} is not a config: expected a JSON object")
         if self.fields.get("quantization_config"):
-            self.problems.append("the weights are quantized; import the folder they were made from")
+            self.problems.append("the weights are quantized; import the original folder")
 
     def nested(self, fields: dict[str, Any]) -> "_RawConfig":
-        """Other fields of the same file."""
+        """Returns a reader of other fields of the same file; it shares the list of problems."""
         nested = object.__new__(_RawConfig)
         nested.path, nested.problems, nested.fields = self.path, self.problems, fields
         return nested
@@ -145,22 +165,22 @@ class _RawConfig:
     def number(self, name: str, default: float | None) -> float:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            self.problems.append(f"{name} is {value!r}, expected a number above 0")
+            self.problems.append(f"{name} is {value!r}, expected a positive number")
             return 1.0
         return float(value)
 
     def count(self, name: str, default: int | None) -> int:
-        """A whole number above 0; `default` may be 0 for "not given"."""
+        """Returns a positive integer; a `default` of 0 stands for "not given"."""
         value = self.get(name, default)
         if value == default and value is not None:
             return value
         if type(value) is not int or value < 1:
-            self.problems.append(f"{name} is {value!r}, expected a whole number above 0")
+            self.problems.append(f"{name} is {value!r}, expected a positive integer")
             return 1
         return value
 
     def side(self, name: str, default: int) -> int:
-        """The side of a square: one number, or the same one twice."""
+        """Returns the side of a square, given as one number or as two equal ones."""
         value = self.get(name, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             self.fields = {**self.fields, name: value[0]}
@@ -175,13 +195,13 @@ class _RawConfig:
             self.problems.append(f"{name} is {value!r}, only {expected!r} is supported")
 
     def finish(self) -> None:
-        """Raises what was found, if anything."""
+        """Raises a `UserError` with all problems, if there are any."""
         if self.problems:
             raise UserError(f"{self.path}: " + "; ".join(self.problems))
 
 
 def siglip_config(config: VisionConfig, dtype: str) -> dict[str, Any]:
-    """The encoder's `config.json`: a `SiglipVisionConfig`."""
+    """Returns the `config.json` of an encoder (a `SiglipVisionConfig`)."""
     return {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
@@ -201,7 +221,7 @@ def siglip_config(config: VisionConfig, dtype: str) -> dict[str, Any]:
 
 
 def llama_config(config: LanguageConfig, dtype: str) -> dict[str, Any]:
-    """The decoder's `config.json`: a `LlamaConfig`."""
+    """Returns the `config.json` of a decoder (a `LlamaConfig`)."""
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}

@@ -1,10 +1,9 @@
-"""Two Hugging Face folders into a checkpoint that can be asked, trained from and exported.
+"""Imports two Hugging Face folders as a checkpoint for inference, training and export.
 
     import_huggingface("siglip-so400m-patch14-384/", "Llama-3.2-1B-Instruct/", "runs/1b_start", dtype="bfloat16")
 
-The shape of the model comes from the folders. All else that a checkpoint's config says (how pages are cut and packed,
-which stages train it, in what precision it computes) comes from a config file, by default from the shipped one of the
-same shape.
+The shape of the model comes from the folders. Everything else in the checkpoint's config (tiling, packing, training
+stages, compute precision) comes from a config file, by default from the shipped config of the same shape.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
-# Whose stages, tiles and bins a model of no shipped config's shape gets: the paper's.
+# Stages, tiles and bins of a model whose shape is not that of a shipped config.
 _PAPER_CONFIG = "alignvlm_1b.py"
-# Positions that are kept for text where the number of tiles is to fit the decoder's context.
+# Positions reserved for text when the number of tiles is limited by the decoder's context.
 _TEXT_TOKENS = 256
 _BIN_MULTIPLE = 512
 
@@ -49,31 +48,32 @@ def import_huggingface(
     image_token: str | None = None,
     chat_template: str | None = None,
     max_tiles: int | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> ExperimentConfig:
-    """Joins two backbones by a fresh connector and writes the checkpoint.
+    """Joins two backbones with a freshly initialized connector and writes the checkpoint.
 
     Args:
       vision: a SigLIP folder, or "nano".
       language: a Llama folder with its tokenizer, or "nano".
-      out: the workdir to make; must not exist, or be empty.
-      connector: its name; None takes the config's.
-      dtype: of the weights in the checkpoint.
-      mesh: where the weights are put on their way; None is the first device.
-      config_file: the experiment; None takes the shipped config of the folders' shape, or else the paper's stages.
-      image_token: the token that stands for an image; None finds or adds one.
-      chat_template: text of a Jinja template in place of the folder's.
-      max_tiles: tiles that a page may be cut into; None takes the config's, or fewer if the context is too short.
-      say: told what was decided on the way.
+      out: workdir to create; it must not exist or be empty.
+      connector: name of the connector; None uses that of the config.
+      dtype: dtype of the weights in the checkpoint.
+      mesh: devices that hold the weights during the import; None is the first device.
+      config_file: experiment config; None uses the shipped config of the same shape, or else the paper's stages.
+      image_token: token that stands for an image; None finds or adds one.
+      chat_template: text of a Jinja template that replaces the folder's.
+      max_tiles: maximum number of tiles per page; None uses that of the config, reduced if the context is too short.
+      log: called with a sentence for each decision made during the import.
 
     Returns:
       The config in the checkpoint.
 
     Raises:
-      UserError: a folder, the tokenizer or the config is not right, or does not fit the others. Nothing is written.
+      UserError: if a folder, the tokenizer or the config is invalid or does not fit the others. Nothing is written
+        then.
     """
     if connector is not None and connector not in CONNECTOR_CONFIGS:
-        raise UserError(f"connector {connector!r}: there is none of this name, only {', '.join(CONNECTOR_CONFIGS)}")
+        raise UserError(f"connector {connector!r}: expected one of {', '.join(CONNECTOR_CONFIGS)}")
     names = {"vision": Path(vision).name, "language": Path(language).name}
     backbones = BackbonesConfig(str(vision), str(language))
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
@@ -83,22 +83,22 @@ def import_huggingface(
             language, num_embeddings=decoder.vocab_size, image_token=image_token, chat_template=chat_template
         )
         for note in tokenizer.notes:
-            say(note)
+            log(note)
         config = load_config(config_file) if config_file else _shipped_config(encoder, decoder)
         if config is None:
-            say(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
+            log(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
             config = _paper_config(encoder, decoder, dtype)
         _check_shape(config, encoder, decoder)
         model = _model(config.model, decoder.vocab_size, tokenizer.num_embeddings, connector)
         config = dataclasses.replace(
             config,
             model=model,
-            data=_data(config, model, max_tiles, say),
+            data=_data(config, model, max_tiles, log),
             backbones=backbones,
             init_from=None,
             tokenizer=None,
         )
-        config = config_from_dict(config_to_dict(config))  # checks it
+        config = config_from_dict(config_to_dict(config))  # Validates it.
         devices = None if mesh is None else make_mesh(mesh)
         params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}
@@ -107,7 +107,7 @@ def import_huggingface(
 
 
 def _shipped_config(encoder: VisionConfig, decoder: LanguageConfig) -> ExperimentConfig | None:
-    """The first shipped config of these shapes, if there is one."""
+    """Returns the first shipped config of these shapes, or None."""
     for file in shipped_configs():
         config = load_config(file)
         with contextlib.suppress(UserError):
@@ -118,17 +118,18 @@ def _shipped_config(encoder: VisionConfig, decoder: LanguageConfig) -> Experimen
 
 def _check_shape(config: ExperimentConfig, encoder: VisionConfig, decoder: LanguageConfig) -> None:
     check_same_model("config.model.vision", config.model.vision, encoder, "the folder of --vision")
-    # The config may count the row of an image token already.
+    # The config may already include the row of an image token.
     rows = min(config.model.language.vocab_size, decoder.vocab_size)
     language = dataclasses.replace(config.model.language, vocab_size=rows)
     check_same_model("config.model.language", language, decoder, "the folder of --language")
 
 
 def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) -> ExperimentConfig:
-    """The paper's stages around these backbones, with bins that are just large enough."""
+    """Returns a config with these backbones and the paper's stages."""
     config = load_config(_PAPER_CONFIG)
     encoder, decoder = dataclasses.replace(encoder, dtype=dtype), dataclasses.replace(decoder, dtype=dtype)
     tiling = dataclasses.replace(config.data.tiling, tile_size=encoder.image_size)
+    # Minimal bins; `_data` enlarges them to hold one page.
     packing = dataclasses.replace(config.data.packing, tokens_per_bin=1, tiles_per_bin=1)
     return dataclasses.replace(
         config,
@@ -138,7 +139,7 @@ def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) ->
 
 
 def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -> AlignVLMConfig:
-    """`base` with room for `rows` tokens, and with the connector that is named; ALIGN may use the first `words`."""
+    """Returns `base` with an embedding table of `rows` rows and the given connector; ALIGN uses the first `words`."""
     kind = CONNECTOR_CONFIGS[connector] if connector else type(base.connector)
     settings = base.connector if isinstance(base.connector, kind) else kind()
     rows = max(rows, base.language.vocab_size)
@@ -149,24 +150,28 @@ def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -
 
 
 def _data(
-    config: ExperimentConfig, model: AlignVLMConfig, max_tiles: int | None, say: Callable[[str], None]
+    config: ExperimentConfig, model: AlignVLMConfig, max_tiles: int | None, log: Callable[[str], None]
 ) -> DataConfig:
-    """The config's data, with no more tiles to a page than fit the decoder's context, and bins that hold a page."""
+    """Returns the data config with as many tiles per page as fit the context, and bins that hold a page."""
     tiling, packing = config.data.tiling, config.data.packing
     grid, positions = token_grid(model), model.language.max_position_embeddings
-    wanted = dataclasses.replace(tiling, max_tiles=max_tiles or tiling.max_tiles)
-    tiling = wanted
+    requested = dataclasses.replace(tiling, max_tiles=max_tiles or tiling.max_tiles)
+    tiling = requested
     while tiling.max_tiles > 1 and max_visual_tokens(tiling, grid) + _TEXT_TOKENS > positions:
         tiling = dataclasses.replace(tiling, max_tiles=tiling.max_tiles - 1)
     if max_visual_tokens(tiling, grid) + _TEXT_TOKENS > positions:
         raise UserError(
             f"a tile takes {tokens_per_tile(model)} positions, and the language model has {positions}: no room for "
-            f"{_TEXT_TOKENS} of text. Take an encoder of fewer patches, or a language model with a longer context"
+            f"{_TEXT_TOKENS} of text. Use an encoder with fewer patches, or a language model with a longer context"
         )
-    if tiling != wanted:
-        say(f"at most {tiling.max_tiles} tiles a page, not {wanted.max_tiles}: the context has {positions} positions")
+    if tiling != requested:
+        log(
+            f"at most {tiling.max_tiles} tiles per page instead of {requested.max_tiles}: the context has {positions} "
+            "positions"
+        )
     tiles = tiling.max_tiles_per_image
     tokens = max_visual_tokens(tiling, grid) + max(stage.max_text_tokens for stage in config.stages)
+    # A bin must hold the largest page with its text.
     if packing.tiles_per_bin < tiles or packing.tokens_per_bin < tokens:
         tokens = -(-tokens // _BIN_MULTIPLE) * _BIN_MULTIPLE
         packing = dataclasses.replace(packing, tokens_per_bin=tokens, tiles_per_bin=tiles)

@@ -1,11 +1,13 @@
-"""A PyTorch folder as a checkpoint: the way back of `export.py`.
+"""Imports a PyTorch folder as a checkpoint: the inverse of `export.py`.
 
     import_alignvlm("alignvlm-nano", "runs/back")
 
-Reads what `export_alignvlm` wrote, and gives the same checkpoint: weights bit by bit, config, progress and history.
-Also reads what PyTorch's `save_pretrained` made of it after training went on there. Such a folder has no
-`alignvlm_training.json`; model and tiling then come from `config.json` and `processor_config.json`, and the rest of the
-config from another one.
+A folder written by `export_alignvlm` gives the same checkpoint again: bit-identical weights, config, progress and
+history.
+
+Folders saved by `save_pretrained` after further training in PyTorch are read as well. They have no
+`alignvlm_training.json`: the model and the tiling come from `config.json` and `processor_config.json`, and the rest of
+the config from another config.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
 
-# The paper's stages: what a folder that says nothing of training gets, so that the checkpoint can be trained.
+# Source of the training stages for folders without `alignvlm_training.json`: the paper's.
 DEFAULT_CONFIG = "alignvlm_1b.py"
 _FROM_PYTORCH = "saved by PyTorch"
 
@@ -51,26 +53,31 @@ def import_alignvlm(
     """Reads a folder and writes a checkpoint.
 
     Args:
-      folder: holds config.json, safetensors, processor_config.json and a tokenizer.
-      out: the workdir to make; it must not exist, or be empty.
-      dtype: of the weights; None leaves each as it is in the folder.
-      mesh: where the weights are put on their way; None is the first device.
-      base: has what the folder does not say, such as stages, if it is without `alignvlm_training.json`.
+      folder: contains config.json, safetensors, processor_config.json and a tokenizer.
+      out: workdir to create; it must not exist or be empty.
+      dtype: dtype of the weights; None keeps that of each tensor in the folder.
+      mesh: devices that hold the weights during the import; None is the first device.
+      base: source of settings that a folder without `alignvlm_training.json` lacks, such as stages.
 
     Raises:
-      UserError: the folder is not an AlignVLM, or its tensors do not fit its config, all problems in one message; `out`
-        is taken or cannot be written.
+      UserError: if the folder is not an AlignVLM, its tensors do not fit its config (lists all problems), or `out` is
+        not empty or cannot be written.
     """
     refuse_taken(out)
-    found = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
+    content = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
     write_checkpoint(
-        out, found.config, found.params, found.tokenizer, history=found.history, progress=found.progress
+        out,
+        content.config,
+        content.params,
+        content.tokenizer,
+        history=content.history,
+        progress=content.progress,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMFolder:
-    """What a folder holds; `write_checkpoint` says what each is."""
+    """Content of a folder; the fields are documented in `write_checkpoint`."""
 
     config: ExperimentConfig
     params: Params
@@ -86,7 +93,7 @@ def read_alignvlm(
     mesh: Mesh | None = None,
     base: ExperimentConfig | None = None,
 ) -> AlignVLMFolder:
-    """Reads a folder; arguments and errors as for `import_alignvlm`."""
+    """Reads a folder; see `import_alignvlm` for arguments and errors."""
     folder = Path(folder)
     config_json = _read_json(folder / "config.json")
     _refuse_other_models(folder, config_json)
@@ -98,7 +105,7 @@ def read_alignvlm(
 
 
 def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
-    """What `read_alignvlm` finds the experiment to be, without its weights."""
+    """Returns the config that `read_alignvlm` would return, without reading weights."""
     folder = Path(folder)
     return _read_run(folder, _read_json(folder / "config.json"), None)[0]
 
@@ -107,20 +114,20 @@ def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
     kind = config_json.get("model_type")
     if kind == "alignvlm":
         sections = ("vision_config", "text_config", "connector_config")
-        lost = [section for section in sections if not isinstance(config_json.get(section), dict)]
-        if lost:
-            raise UserError(f"{folder}/config.json: it has no {', '.join(lost)}")
+        missing = [section for section in sections if not isinstance(config_json.get(section), dict)]
+        if missing:
+            raise UserError(f"{folder}/config.json: it has no {', '.join(missing)}")
         return
     advice = ""
     if kind in ("llama", "siglip", "siglip_vision_model"):
-        advice = f": a {kind} folder is one backbone; tools/import_hf.py makes an AlignVLM of two"
-    raise UserError(f"{folder}/config.json: model_type is {kind!r}, not 'alignvlm'{advice}")
+        advice = f": a {kind} folder is a single backbone; tools/import_hf.py builds an AlignVLM from two"
+    raise UserError(f"{folder}/config.json: model_type is {kind!r}, expected 'alignvlm'{advice}")
 
 
 def _read_run(
     folder: Path, config_json: dict[str, Any], base: ExperimentConfig | None
 ) -> tuple[ExperimentConfig, Progress, list[dict[str, Any]]]:
-    """The experiment that the weights belong to, how far it got, and what came before."""
+    """Returns the experiment that the weights belong to, its progress, and the history before it."""
     file = folder / TRAINING_FILE
     if file.is_file():
         training = _read_json(file)
@@ -128,9 +135,9 @@ def _read_run(
             raw, history = training["config"], list(training["history"])
             progress = Progress(**training["meta"]["progress"])
         except (KeyError, TypeError) as error:
-            raise UserError(f"{file}: not as it was exported ({error}); remove it") from error
+            raise UserError(f"{file}: differs from what was exported ({error}); remove it") from error
         if "transformers_version" in config_json:
-            # save_pretrained has written into the exported folder: the weights may have moved on since our run.
+            # save_pretrained has written to the exported folder, so the weights may have been trained further.
             history.append({"what": "trained", "progress": training["meta"]["progress"], "config": raw})
             history.append({"what": _FROM_PYTORCH, "transformers": config_json["transformers_version"]})
             progress = Progress()
@@ -149,11 +156,11 @@ def _read_run(
     try:
         return config_from_dict(raw), progress, history
     except UserError as error:
-        raise UserError(f"{folder}: what its config.json and {PROCESSOR_FILE} say does not hold: {error}") from error
+        raise UserError(f"{folder}: config.json and {PROCESSOR_FILE} give an invalid config: {error}") from error
 
 
 def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The model as `config.json` has it; how it is computed (dtype, remat) is the run's affair."""
+    """Returns the model of `config.json` as a raw config; dtype and remat, which it lacks, are taken from `run`."""
     language = dataclasses.replace(
         read_language_config(folder, "text_config"),
         tie_word_embeddings=bool(config_json.get("tie_word_embeddings", False)),
@@ -161,29 +168,34 @@ def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) 
     model = {"connector": config_json["connector_config"], "newline": bool(config_json.get("newline", False))}
     for name, part in (("vision", read_vision_config(folder, "vision_config")), ("language", language)):
         model[name] = dataclasses.asdict(part) | {field: run[name][field] for field in ("dtype", "remat")}
-    # PyTorch's config always says how wide a head is; ours need not where it follows from the rest.
+    # PyTorch's config always has head_dim. Ours omits it if it follows from the other fields.
     if run["language"].get("head_dim") is None and language.head_width * language.num_heads == language.hidden_size:
         model["language"]["head_dim"] = None
     return model
 
 
 def _read_tiling(folder: Path, default: dict[str, Any] | None) -> dict[str, Any]:
-    """How pages are cut into tiles; `default` where the folder has lost its processor."""
+    """Returns the raw tiling config of the image processor, or `default` if the folder has none."""
     if default is not None and not (folder / PROCESSOR_FILE).is_file():
         return default
     fields = {field.name: field.default for field in dataclasses.fields(TilingConfig)}
     image_processor = _read_json(folder / PROCESSOR_FILE).get("image_processor") or {}
-    # Folders exported before there was anyres_max_9 do not have its field.
+    # Older exports have no `grid_side`, which was added with anyres_max_9.
     missing = [name for name in fields if name not in image_processor and name != "grid_side"]
     if missing:
         raise UserError(
-            f"{folder / PROCESSOR_FILE}: its image_processor does not say {', '.join(missing)}; take the file of the "
+            f"{folder / PROCESSOR_FILE}: its image_processor has no {', '.join(missing)}; copy the file from the "
             "folder that training started from, or save the processor with `processor.save_pretrained`"
         )
     return {name: image_processor.get(name, default) for name, default in fields.items()}
 
 
 def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: int) -> ChatTokenizer:
+    """Reads the tokenizer and checks that it fits the model.
+
+    Raises:
+      UserError: if it does not.
+    """
     if (folder / TRAINING_FILE).is_file():
         tokenizer = ChatTokenizer.from_folder(folder)
     else:
@@ -194,26 +206,28 @@ def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: i
     if tokenizer.image_id != config_json.get("image_token_id"):
         raise UserError(
             f"{folder}: the tokenizer's image token has id {tokenizer.image_id}, config.json's is "
-            f"{config_json.get('image_token_id')}: they are not of one model"
+            f"{config_json.get('image_token_id')}: they belong to different models"
         )
     return tokenizer
 
 
 def _read_params(files: TensorFiles, config: AlignVLMConfig, dtype: str | None, mesh: Mesh | None) -> Params:
+    """Reads the weights; with a dtype of None, each keeps the dtype of its tensor."""
     rows = tables.alignvlm(config)
     abstract = abstract_parameters(config, mesh=mesh, dtype=dtype or "float32")
     if dtype is None:
         stored = {row.path: files.dtypes.get(row.key.format(layer=0)) for row in rows}
         leaves = flatten_dict(abstract, sep="/")
         abstract = unflatten_dict(
-            {path: leaf.update(dtype=_kept(stored[path], leaf.dtype)) for path, leaf in leaves.items()}, sep="/"
+            {path: leaf.update(dtype=_kept_dtype(stored[path], leaf.dtype)) for path, leaf in leaves.items()}, sep="/"
         )
     unused = ("lm_head.",) if config.language.tie_word_embeddings else ()
     return convert.load_params(files, rows, abstract, source=files.folder, ignore=unused)
 
 
-def _kept(stored: np.dtype | None, default: np.dtype) -> np.dtype:
-    """The dtype that a weight keeps; whatever else may lie in the file is for `convert.py` to refuse or to convert."""
+def _kept_dtype(stored: np.dtype | None, default: np.dtype) -> np.dtype:
+    """Returns the dtype of a stored weight if we support it, or else `default`."""
+    # Other dtypes are converted or refused by `convert.py`.
     return stored if stored is not None and stored.name in DTYPES else default
 
 
@@ -225,5 +239,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a table of names and values")
+        raise UserError(f"{path}: expected a JSON object")
     return content

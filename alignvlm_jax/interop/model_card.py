@@ -1,4 +1,4 @@
-"""The `README.md` of an exported folder: what was trained on what, read off the checkpoint and never guessed."""
+"""Writes the model card (`README.md`) of an exported folder, only from facts recorded in the checkpoint."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
 
 _CONNECTORS = {
-    "align": "ALIGN: every visual feature becomes a distribution over the language model's vocabulary, and the visual "
-    "token is the expected text embedding under it (arXiv 2502.01341)",
-    "mlp": "two linear layers with GELU on each feature, as in LLaVA-1.5",
-    "perceiver": "a Perceiver resampler: a fixed number of learned latents reads the features, as in Idefics2",
-    "ovis": "a distribution over visual words of its own, and their expected embedding, as in Ovis",
-    "h_reducer": "a convolution that merges neighbours of a row, as in DocOwl 1.5",
+    "align": "ALIGN: it maps every visual feature to a distribution over the language model's vocabulary, and the "
+    "visual token is the expected text embedding under this distribution (arXiv 2502.01341)",
+    "mlp": "an MLP of two linear layers with GELU, applied to each feature, as in LLaVA-1.5",
+    "perceiver": "a Perceiver resampler: a fixed number of learned latents attend to the features, as in Idefics2",
+    "ovis": "a distribution over a separate visual vocabulary and its expected embedding, as in Ovis",
+    "h_reducer": "a convolution that merges neighboring features of a row, as in DocOwl 1.5",
     "c_abstractor": "convolutions and pooling to a smaller grid, as in HoneyBee",
 }
 
@@ -52,12 +52,12 @@ features = SiglipVisionModel.from_pretrained("THIS_FOLDER")(pixel_values).last_h
 def model_card(
     reader: ParameterReader, *, dtype: str, part: Literal["alignvlm", "language", "vision"] = "alignvlm"
 ) -> str:
-    """Writes the card.
+    """Returns the text of the model card.
 
     Args:
-      reader: of the checkpoint that was exported.
-      dtype: of the exported weights.
-      part: what was exported: the whole model, or one of its backbones.
+      reader: reader of the exported checkpoint.
+      dtype: dtype of the exported weights.
+      part: the complete model, or the backbone that was exported.
     """
     config = reader.config
     connector = config_to_dict(config)["model"]["connector"]["name"]
@@ -74,8 +74,8 @@ def model_card(
         "## Model\n\n" + _model(reader, connector, dtype, part),
         "## Training\n\n" + _training(reader),
         "## Limits\n\n" + _limits(config, part),
-        "## Licence\n\nThe checkpoint does not record one. The licences of the backbones named above apply to their "
-        "weights, and so to what was made of them; those of the training data may too.",
+        "## License\n\nThe checkpoint does not record a license. The licenses of the backbones named above apply to "
+        "their weights and to weights derived from them; those of the training data may apply as well.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -90,14 +90,14 @@ def _front_matter(part: str, connector: str) -> str:
 def _introduction(part: str) -> str:
     if part == "alignvlm":
         return (
-            "A vision-language model that answers questions about pictures of documents. Trained in JAX with "
-            "`alignvlm_jax` and exported for PyTorch; the code in this folder is all that transformers (5.0 or newer) "
-            "needs. `alignvlm_jax`'s `tools/import_pytorch.py` reads the folder back without loss."
+            "A vision-language model that answers questions about images of documents. It was trained in JAX with "
+            "`alignvlm_jax` and exported for PyTorch. The code in this folder is all that transformers (5.0 or newer) "
+            "needs. `tools/import_pytorch.py` of `alignvlm_jax` imports the folder without loss."
         )
-    what = "decoder" if part == "language" else "encoder"
+    backbone = "decoder" if part == "language" else "encoder"
     return (
-        f"The {what} alone, as it was trained inside an AlignVLM with `alignvlm_jax`: a plain folder that transformers "
-        "loads without remote code."
+        f"The {backbone} of an AlignVLM, trained as a part of it with `alignvlm_jax`. transformers loads this folder "
+        "without remote code."
     )
 
 
@@ -129,15 +129,15 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
         joined = tiling.rule == "anyres_max_9"
         tiles = f"up to {tiling.grid_side**2 if joined else tiling.max_tiles} tiles of {tiling.tile_size} px (rule "
         tiles += f"`{tiling.rule}`, and the whole page as a thumbnail)" if has_thumbnail else f"`{tiling.rule}`)"
-        becomes = f"each tile becomes {tokens_per_tile(config.model)} visual tokens"
+        tokens = f"each tile becomes {tokens_per_tile(config.model)} visual tokens"
         if joined:
-            becomes += f", which are joined and, beyond about {tiling.max_tiles} tiles' worth, reduced"
+            tokens += f", which are joined and reduced to those of about {tiling.max_tiles} tiles if there are more"
         lines += [
             f"| all | {sum(counts.values()):,} | |",
             "",
             f"The connector is {_CONNECTORS[connector]}.",
             "",
-            f"A page is cut into {tiles}; {becomes}.",
+            f"A page is cut into {tiles}; {tokens}.",
         ]
     lines += ["", f"Weights: {dtype}."]
     return "\n".join(lines)
@@ -148,28 +148,32 @@ def _count(reader: ParameterReader, part: str) -> int:
 
 
 def _training(reader: ParameterReader) -> str:
-    """What the weights went through: their history, then this checkpoint's own run."""
+    """Returns the training history of the weights, followed by this checkpoint's own run."""
     passages = [_event(event) for event in reader.history]
     if not reader.history:
         backbones = reader.config.backbones
         passages.append(
             f"Backbones: vision `{backbones.vision}`, language `{backbones.language}`"
-            + (" (`nano`: the ones shipped with `alignvlm_jax`)." if "nano" in dataclasses.astuple(backbones) else ".")
+            + (
+                " (`nano`: the backbones shipped with `alignvlm_jax`)."
+                if "nano" in dataclasses.astuple(backbones)
+                else "."
+            )
         )
     if reader.step:
         passages.append("Trained:\n\n" + _run(reader.config, reader.meta["progress"]))
     elif getattr(reader.config.model.connector, "kept_words", None) is None:
-        passages.append("Not trained any further: these are the weights that training would start from.")
+        passages.append("Not trained any further: these are initial weights.")
     versions = ", ".join(f"{name} {version}" for name, version in reader.meta.get("versions", {}).items())
     return "\n\n".join([*passages, *([f"Saved by: {versions}."] if versions else [])])
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    """One entry of the history; a past training run is told as fully as the last."""
+    """Returns the text of one entry of the history; past training runs are described like the last one."""
     if event.get("what") == "trained":
         try:
             config = config_from_dict(event["config"])
-        except UserError:  # of an older version, whose keys were others
+        except UserError:  # A config of an older version, with different keys.
             return f"Trained for {event['progress']['step']} steps."
         return "Trained:\n\n" + _run(config, event["progress"])
     details = [f"- {name}: {_shown(value)}" for name, value in event.items() if name != "what"]
@@ -186,9 +190,9 @@ def _shown(value: Any) -> str:
 
 
 def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
-    """The stages of one run as a table, and how far it got."""
+    """Returns a table of the stages of a run, with the number of completed steps."""
     lines = [
-        "| stage | data | trained | steps done | examples a step | peak learning rates | optimizer |",
+        "| stage | data | trained parts | steps done | examples per step | peak learning rates | optimizer |",
         "|---|---|---|---|---|---|---|",
     ]
     for index, stage in enumerate(config.stages):
@@ -206,7 +210,7 @@ def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
         )
         trained = ", ".join(stage.trainable)
         lines.append(f"| {stage.name} | {data} | {trained} | {done} | {stage.global_batch} | {rates} | {optimizer} |")
-    lines += ["", f"Seed {config.seed}; {progress['step']} optimizer steps in all."]
+    lines += ["", f"Seed {config.seed}; {progress['step']} optimizer steps in total."]
     return "\n".join(lines)
 
 
@@ -217,9 +221,9 @@ def _length(stage: StageConfig) -> str:
 def _limits(config: ExperimentConfig, part: str) -> str:
     if part == "alignvlm":
         return (
-            f"- A conversation, its visual tokens included, has {config.model.language.max_position_embeddings} "
-            "positions at most.\n"
-            "- The connector and what was trained with it saw the data named above and nothing else.\n"
-            "- Answers can be wrong, and nothing says how sure they are. No scores are recorded in the checkpoint."
+            "- A conversation, including its visual tokens, has at most "
+            f"{config.model.language.max_position_embeddings} positions.\n"
+            "- The connector and the parts trained with it saw only the data named above.\n"
+            "- Answers can be wrong, and they come without a confidence. The checkpoint contains no evaluation results."
         )
-    return "- Trained as a part of a vision-language model; it has not been scored on its own."
+    return "- This part was trained inside a vision-language model and has not been evaluated on its own."

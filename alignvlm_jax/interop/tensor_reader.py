@@ -1,11 +1,11 @@
-"""The tensors of a Hugging Face folder, read from memory-mapped safetensors as they are needed.
+"""Reads the tensors of a Hugging Face folder lazily, from memory-mapped safetensors files.
 
     with TensorFiles("llama/") as files:
-        files.shapes["model.norm.weight"]                 # known without reading anything
-        files.read("model.embed_tokens.weight", 17)       # one row: only its pages are read
+        files.shapes["model.norm.weight"]                 # known without reading any data
+        files.read("model.embed_tokens.weight", 17)       # one row: reads only its pages
 
-What `read` returns is a view into the file: slicing or transposing it reads nothing yet, and copying a part of it reads
-that part alone. So a tensor never takes memory of its own, only what is made of it does.
+`read` returns a view into the file. Slicing or transposing the view reads no data, and copying a part of it reads only
+that part. A tensor itself never takes up memory; only copies of it do.
 """
 
 import json
@@ -42,7 +42,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
-# weights_only keeps torch from running what a pickle says; the clones part tensors that share memory.
+# The conversion command for pickled weights. weights_only prevents torch from running code in the pickle. The clones
+# separate tensors that share memory, which safetensors refuses.
 _CONVERT = (
     "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
     "s.save_file({k: v.clone().contiguous() for f in sorted(glob.glob(d + '/pytorch_model*.bin')) "
@@ -54,24 +55,26 @@ Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
 class TensorFiles:
-    """The tensors of a folder: of `model.safetensors`, or of shards with `model.safetensors.index.json`.
+    """The tensors of a folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
 
     Attributes:
-      folder: where they are.
-      shapes: of every tensor, by key.
-      dtypes: of every tensor; bfloat16 is `ml_dtypes.bfloat16`.
+      folder: path of the folder.
+      shapes: shape of every tensor, by key.
+      dtypes: dtype of every tensor, by key; bfloat16 is `ml_dtypes.bfloat16`.
     """
 
     def __init__(self, folder: str | Path):
         """Opens the files and reads their headers.
 
         Raises:
-          UserError: no weights, pickled ones, damaged files, or an index that does not fit its files; all in one.
+          UserError: if there are no weights, the weights are pickled, files are damaged, or the index does not fit its
+            files; lists all problems.
         """
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
-        self._places: dict[str, tuple[mmap.mmap, int]] = {}
+        # The mapped file of every tensor, and the offset of its data.
+        self._locations: dict[str, tuple[mmap.mmap, int]] = {}
         self._problems: list[str] = []
         if (self.folder / WEIGHTS_FILE).is_file():
             self._open(WEIGHTS_FILE)
@@ -90,15 +93,15 @@ class TensorFiles:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the files; each stays mapped for as long as a view into it is in use."""
-        self._places.clear()
+        """Releases the files; each stays mapped as long as a view into it is in use."""
+        self._locations.clear()
 
     def read(self, key: str, index: Index = ...) -> np.ndarray:
-        """One tensor, or a part of it, as a read-only view into the file."""
-        memory, offset = self._places[key]
+        """Returns a tensor, or a part of it, as a read-only view into the file."""
+        memory, offset = self._locations[key]
         shape = self.shapes[key]
         count = int(np.prod(shape))
-        if count == 0:
+        if count == 0:  # np.frombuffer does not accept an empty range at the end of the file.
             return np.empty(shape, self.dtypes[key])[index]
         return np.frombuffer(memory, self.dtypes[key], count, offset).reshape(shape)[index]
 
@@ -111,13 +114,13 @@ class TensorFiles:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._problems.append(f"{INDEX_FILE} is not an index of safetensors ({type(error).__name__}: {error})")
             return
-        opened = [shard for shard in shards if self._may_open(shard) and self._open(shard)]
+        opened = [shard for shard in shards if self._is_inside(shard) and self._open(shard)]
         for key, shard in weight_map.items():
             if shard in opened and key not in self.shapes:
-                self._problems.append(f"{INDEX_FILE} says {key} is in {shard}, where it is not")
+                self._problems.append(f"{INDEX_FILE} says {key} is in {shard}, which does not contain it")
 
-    def _may_open(self, shard: str) -> bool:
-        """Whether the index names a file in its own folder, which must not be a link that leads elsewhere."""
+    def _is_inside(self, shard: str) -> bool:
+        """Returns whether a file named by the index is in this folder, with links resolved; notes a problem if not."""
         folder, path = self.folder.resolve(), (self.folder / shard).resolve()
         # The cache of huggingface_hub links snapshots/REVISION/* to blobs/*, two folders up.
         in_cache = folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs"
@@ -129,7 +132,8 @@ class TensorFiles:
     def _open(self, name: str) -> bool:
         path = self.folder / name
         try:
-            # The library checks the header against the size of the file. It would copy what it reads: it reads no more.
+            # The library checks the header against the file size. The data is read through mmap below, because the
+            # library would copy it.
             with safetensors.safe_open(path, framework="np"):
                 pass
             with path.open("rb") as file:
@@ -138,8 +142,9 @@ class TensorFiles:
             self._problems.append(f"{name} is missing")
             return False
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            self._problems.append(f"{name} is damaged, cut short or not safetensors ({error}): fetch it again")
+            self._problems.append(f"{name} is damaged, truncated or not safetensors ({error}): download it again")
             return False
+        # Layout: 8 bytes with the length of the header, the header as JSON, and then the data.
         length = int.from_bytes(memory[:8], "little")
         for key, entry in json.loads(memory[8 : 8 + length]).items():
             if key == "__metadata__":
@@ -151,7 +156,7 @@ class TensorFiles:
             else:
                 self.shapes[key] = tuple(entry["shape"])
                 self.dtypes[key] = np.dtype(_DTYPES[entry["dtype"]])
-                self._places[key] = memory, 8 + length + entry["data_offsets"][0]
+                self._locations[key] = memory, 8 + length + entry["data_offsets"][0]
         return True
 
 
@@ -162,6 +167,6 @@ def _no_weights(folder: Path) -> str:
     if not pickled:
         return f"no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}"
     return (
-        f"the weights are pickled ({pickled[0]}), and reading a pickle can run what its author put in; "
-        f"where torch is installed, convert them with: python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
+        f"the weights are pickled ({pickled[0]}), and reading a pickle can run code of its author; "
+        f"on a machine with torch, convert them with: python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
     )

@@ -1,7 +1,7 @@
-"""Tensors into safetensors files as transformers reads them, with one file's worth of them in memory at a time.
+"""Writes safetensors files for transformers, with the tensors of one file in memory at a time.
 
-Up to a size all tensors go into `model.safetensors`. Beyond it they are spread over `model-00001-of-00004.safetensors`
-and so on, with `model.safetensors.index.json` saying which tensor is where.
+Up to a maximum size, all tensors go into `model.safetensors`. Larger models are split into shards
+(`model-00001-of-00004.safetensors`, ...), and `model.safetensors.index.json` lists the file of each tensor.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
 
 MAX_SHARD_BYTES = 5 * 10**9
-"""Where transformers and the Hub used to cut, and still small enough to be moved about."""
+"""Maximum size of a file: the former default of transformers and the Hub."""
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that will be written."""
+    """Key, shape and dtype of a tensor to be written."""
 
     key: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """In the file."""
+        """Size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -50,29 +50,33 @@ def write_parameters(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     title: str = "writing",
 ) -> None:
-    """Writes parameters as PyTorch's tensors, in the order of the table.
+    """Writes parameters as PyTorch tensors, in the order of the table.
 
     Args:
-      folder: where the files go.
-      rows: which parameter is which tensor; of stacked layers each is a tensor.
-      shapes: of the parameters, by path.
-      dtypes: that the tensors will have, by path.
-      read: gives a parameter, or of stacked ones that of a layer: `read("layers/mlp/up/kernel", (3,))`.
-      max_shard_bytes, title: as for `write_tensors`, which has the errors, too.
+      folder: output folder.
+      rows: conversion table; each layer of a stacked parameter becomes a tensor.
+      shapes: shapes of the parameters, by path.
+      dtypes: dtypes of the tensors, by path.
+      read: returns a parameter, or one layer of a stacked parameter: `read("layers/mlp/up/kernel", (3,))`.
+      max_shard_bytes: maximum size of a file; see `write_tensors`.
+      title: title of the progress bar.
+
+    Raises:
+      UserError: as `write_tensors`.
     """
-    parts: dict[TensorSpec, tuple[tables.Row, tuple[int, ...]]] = {}
+    sources: dict[TensorSpec, tuple[tables.Row, tuple[int, ...]]] = {}
     for row in rows:
         shape, stacked = shapes[row.path], "{layer}" in row.key
         for index in [(layer,) for layer in range(shape[0])] if stacked else [()]:
-            of_torch = row.transform.torch_shape(shape[len(index) :])
+            torch_shape = row.transform.torch_shape(shape[len(index) :])
             key = row.key.format(layer=index[0]) if stacked else row.key
-            parts[TensorSpec(key, of_torch, dtypes[row.path])] = row, index
+            sources[TensorSpec(key, torch_shape, dtypes[row.path])] = row, index
 
     def produce(spec: TensorSpec) -> np.ndarray:
-        row, index = parts[spec]
+        row, index = sources[spec]
         return row.transform.to_torch(read(row.path, index))
 
-    write_tensors(folder, list(parts), produce, max_shard_bytes=max_shard_bytes, title=title)
+    write_tensors(folder, list(sources), produce, max_shard_bytes=max_shard_bytes, title=title)
 
 
 def write_tensors(
@@ -83,19 +87,20 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     title: str = "writing",
 ) -> None:
-    """Writes tensors, in order.
+    """Writes tensors in order.
 
-    Memory: the tensors of one file, and what `produce` needs for one tensor.
+    The peak memory is the size of one file plus the memory that `produce` needs for one tensor.
 
     Args:
-      folder: where the files go.
-      specs: what they will hold.
-      produce: gives a tensor when its turn comes, in any memory layout.
-      max_shard_bytes: tensors a file may hold; a larger tensor has a file of its own.
-      title: of the progress bar.
+      folder: output folder.
+      specs: tensors to write.
+      produce: returns the values of a tensor, in any memory layout; called once per tensor, in order.
+      max_shard_bytes: maximum size of the tensors in a file; a larger tensor gets its own file.
+      title: title of the progress bar.
 
     Raises:
-      UserError: the disk has not the room, or does not take it.
+      UserError: if there is not enough free disk space, a file cannot be written, or values exceed the range of
+        float16.
     """
     total = sum(spec.num_bytes for spec in specs)
     free = shutil.disk_usage(folder).free
@@ -115,34 +120,34 @@ def write_tensors(
                 safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
             except safetensors.SafetensorError as error:
                 raise UserError(f"{folder.parent}: {name} cannot be written: {error}") from error
-            (folder / name).chmod(0o644)  # the library's files are their owner's alone
+            (folder / name).chmod(0o644)  # The library creates files that only their owner may read.
     if len(shards) > 1:
-        where = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        files = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors that fit a file together."""
-    shards, filled = [[]], 0
+    """Splits tensors into groups of consecutive ones that fit into a file."""
+    shards, size = [[]], 0
     for spec in specs:
-        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
             shards.append([])
-            filled = 0
+            size = 0
         shards[-1].append(spec)
-        filled += spec.num_bytes
+        size += spec.num_bytes
     return shards
 
 
 def _contiguous(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """The array as it lies in the file: of the spec's dtype, row by row."""
+    """Returns the array in the layout of the file: C order, in the dtype of the spec."""
     if array.shape != spec.shape:
         raise ValueError(f"{spec.key} has shape {array.shape}, its spec says {spec.shape}")
     if array.dtype == spec.dtype and array.flags.c_contiguous:
         return array
     tensor = np.empty(spec.shape, spec.dtype)
-    with np.errstate(over="ignore"):
-        convert.copy(array, tensor)
+    with np.errstate(over="ignore"):  # Overflow is reported below.
+        convert.copy_blockwise(array, tensor)
     if spec.dtype == np.float16 and array.dtype != np.float16 and not np.isfinite(tensor).all():
         raise UserError(f"{spec.key} has values that float16 cannot hold: choose bfloat16")
     return tensor

@@ -1,13 +1,13 @@
-"""A language model's tokenizer, from its Hugging Face folder to ours, and from ours to one for transformers.
+"""Imports a language model's tokenizer from its Hugging Face folder, and exports ours for transformers.
 
-In: a Llama-family folder knows text only. `import_tokenizer` names one of its tokens the image placeholder (or adds
-one), makes its chat template take images (`chat_template.py`), writes down all that ends an answer, and drops what a
-training run left behind (padding, truncation). Out: `export_tokenizer` writes the same tokens, ids and template as
-transformers 5.x reads them. Neither needs transformers.
+Tokenizers of the Llama family support only text. `import_tokenizer` chooses one of the tokens as the image placeholder
+(or adds one), adapts the chat template to images (`chat_template.py`), records all tokens that end an answer, and drops
+the padding and truncation settings that a training run left behind. `export_tokenizer` writes the same tokens, ids and
+template in the format of transformers 5.x. Neither function needs transformers.
 
-Text typed by a user that reads like a special token stays text in `ChatTokenizer`, and in the processor of an exported
-folder. transformers' own `tokenizer.apply_chat_template` takes it for that token, unless its argument
-`sanitize_control_tokens=True` says otherwise.
+If a user types the text of a special token, it stays text in `ChatTokenizer` and in the processor of an exported
+folder. transformers' own `tokenizer.apply_chat_template` parses it as the special token unless it is called with
+`sanitize_control_tokens=True`.
 """
 
 import json
@@ -26,24 +26,31 @@ from alignvlm_jax.data.chat import (
     special_names,
 )
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop.chat_template import for_images
+from alignvlm_jax.interop.chat_template import adapt_to_images
 
 DEFAULT_TEMPLATE = pathlib.Path(__file__).with_name("default_chat_template.jinja")
 
-# What models that see call their placeholder, and what Llama 3 calls the rows it keeps free.
+# Common names of the image placeholder in vision-language models, and Llama 3's reserved tokens.
 _IMAGE_TOKENS = ("<image>", "<|image|>", "<image_pad>", "<|image_pad|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 _RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>")
 _NEW_IMAGE_TOKEN = "<image>"
-# A table that has to grow grows to a multiple of this, which keeps its matrix product fast and lets it be sharded.
+# A table that has to grow is padded to a multiple of this: its matrix product stays fast, and it can be sharded.
 _ROW_MULTIPLE = 64
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-# Our own entry of an exported tokenizer_config.json: the rule that was taken out of tokenizer.json, for the way back.
+# Our own key in an exported tokenizer_config.json. It stores the rule that was removed from tokenizer.json; the import
+# restores it.
 _RULE = "plain_text_post_processor"
 _LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
 class ImportedTokenizer(NamedTuple):
-    """`num_embeddings`: rows the embedding table must have. `notes`: sentences for the user about what was decided."""
+    """An imported tokenizer.
+
+    Attributes:
+      chat: the tokenizer.
+      num_embeddings: number of rows that the embedding table must have.
+      notes: sentences for the user about decisions made during the import.
+    """
 
     chat: ChatTokenizer
     num_embeddings: int
@@ -57,21 +64,23 @@ def import_tokenizer(
     image_token: str | None = None,
     chat_template: str | None = None,
 ) -> ImportedTokenizer:
-    """The tokenizer of a Hugging Face folder, ready for images.
+    """Reads the tokenizer of a Hugging Face folder and adapts it to images.
 
     Args:
-      folder: holds tokenizer.json, and what there is of tokenizer_config.json, chat_template.jinja,
+      folder: contains tokenizer.json and optionally tokenizer_config.json, chat_template.jinja,
         special_tokens_map.json, generation_config.json and config.json.
-      num_embeddings: rows of the language model's embedding table.
-      image_token: the placeholder's text. Otherwise the one that the folder names, a well-known one of its vocabulary,
-        a reserved token of Llama 3, or `<image>` added behind the vocabulary.
-      chat_template: text of a Jinja template instead of the folder's.
+      num_embeddings: number of rows of the language model's embedding table.
+      image_token: text of the image placeholder. By default the first that exists of: the token named by the folder, a
+        well-known placeholder in its vocabulary, a reserved token of Llama 3; otherwise `<image>` is appended to the
+        vocabulary.
+      chat_template: text of a Jinja template that replaces the folder's.
 
     Returns:
-      The tokenizer; the rows the embedding table must have, more than given where the image token needs one; notes.
+      The tokenizer, the number of rows that the embedding table must have (larger than `num_embeddings` if the image
+      token needs a new row), and notes.
 
     Raises:
-      UserError: a file is missing or damaged, or vocabulary and embedding table do not belong together.
+      UserError: if a file is missing or damaged, or if the vocabulary does not fit the embedding table.
     """
     folder = pathlib.Path(folder)
     try:
@@ -83,23 +92,23 @@ def import_tokenizer(
 def export_tokenizer(
     tokenizer_folder: str | os.PathLike, out_folder: str | os.PathLike, *, language_only: bool = False
 ) -> None:
-    """Write a tokenizer of ours as transformers 5.x reads it: tokenizer.json and its configuration, the chat template.
-
-    The chat template writes the token that begins a text. transformers' processors would have tokenizer.json add
-    another, so the rule that adds it is left out.
+    """Writes one of our tokenizers for transformers 5.x: tokenizer.json, tokenizer_config.json and the chat template.
 
     Args:
-      tokenizer_folder: the tokenizer folder of a checkpoint.
-      out_folder: made if need be; the three files in it are replaced.
-      language_only: for a folder that goes without our processor: the rule stays, as in the folder once imported.
+      tokenizer_folder: tokenizer folder of a checkpoint.
+      out_folder: output folder; created if needed. Existing files of these three names are replaced.
+      language_only: write the tokenizer of a plain language model, which is used without our processor. The rule that
+        adds the begin-of-text token to plain text is then kept as it was in the imported folder.
     """
     tokenizer_folder, out_folder = pathlib.Path(tokenizer_folder), pathlib.Path(out_folder)
-    chat = ChatTokenizer.from_folder(tokenizer_folder)  # Complains about a folder that is not one.
+    chat = ChatTokenizer.from_folder(tokenizer_folder)  # Also validates the folder.
     vocabulary = _read_json(tokenizer_folder / TOKENIZER_FILE)
     config = _read_json(tokenizer_folder / CONFIG_FILE)
     vocabulary["padding"] = vocabulary["truncation"] = None
     rule = vocabulary.get("post_processor")
     if not language_only:
+        # The chat template already writes the begin-of-text token. With this rule, transformers' processors would add a
+        # second one.
         vocabulary["post_processor"] = _without_added_tokens(rule)
     names = special_names(config)
     image_token = names.pop("image_token")
@@ -109,7 +118,7 @@ def export_tokenizer(
         **names,
         "pad_token": token_of[chat.pad_id],
         "extra_special_tokens": {"image_token": image_token},
-        # Prompts of different lengths go on at the same position.
+        # Padding on the left: prompts of different lengths end, and are continued, at the same position.
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         **{key: config[key] for key in ("model_max_length", END_TOKENS) if key in config},
@@ -120,9 +129,11 @@ def export_tokenizer(
 
 
 def _import(files: "_Files", num_embeddings: int, image_token: str | None, template: str | None) -> ImportedTokenizer:
+    """Imports a tokenizer from parsed files; see `import_tokenizer`."""
     notes = []
     vocabulary = files.vocabulary
     vocabulary["padding"] = vocabulary["truncation"] = None
+    # Folders that we exported carry the rule that the export removed.
     if _RULE in files.config:
         vocabulary["post_processor"] = files.config[_RULE]
     _add_missing(vocabulary, files.config)
@@ -131,19 +142,20 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     if template is None:
         template = _find_template(files, notes)
 
+    # Choose the image token.
     named = names.pop("image_token", None)
     taken = {*names.values(), *ends}
     image_token = image_token or named or _find_image_token(vocabulary, taken, template)
     if image_token in taken:
-        raise UserError(f"the image token {image_token!r} begins, ends or pads a text: name another one")
+        raise UserError(f"the image token {image_token!r} begins, ends or pads a text: choose another one")
     if not re.fullmatch(r"<.+>|\[.+\]", image_token):
-        raise UserError(f"the image token {image_token!r} could stand in a text: name one that is in <> or []")
+        raise UserError(f"the image token {image_token!r} could occur in ordinary text: choose one in <> or []")
     rows = _check_rows(_token_ids(vocabulary), image_token, num_embeddings, notes)
     for token in (*names.values(), image_token):
         _make_special(vocabulary, token)
     for entry in vocabulary["added_tokens"]:
         if entry.get("special"):
-            # Otherwise sentencepiece's blank is put before it as well, and it is found in some places only.
+            # A normalized token would get sentencepiece's leading blank, and would only be found in some places.
             entry["normalized"] = False
 
     config = {
@@ -153,24 +165,25 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         "clean_up_tokenization_spaces": False,
     }
     limit = files.config.get("model_max_length")
-    if isinstance(limit, int) and limit < 2**31:  # Larger ones mean that nobody set it.
+    if isinstance(limit, int) and limit < 2**31:  # transformers writes 10**30 if there is no limit.
         config["model_max_length"] = limit
     if ends:
         config[END_TOKENS] = ends
-    chat = ChatTokenizer(_dump(vocabulary), config, for_images(template, special_names(config), notes))
+    chat = ChatTokenizer(_dump(vocabulary), config, adapt_to_images(template, special_names(config), notes))
+    # The `tokenizers` library numbers added tokens consecutively and ignores the ids in the file.
     moved = [
         entry["content"] for entry in vocabulary["added_tokens"] if chat.token_to_id(entry["content"]) != entry["id"]
     ]
     if moved:
         raise UserError(
-            f"{TOKENIZER_FILE}: its ids have gaps, so that {', '.join(map(repr, moved))} cannot be added behind them; "
-            "name an image token that the vocabulary has"
+            f"{TOKENIZER_FILE}: its ids have gaps, so that {', '.join(map(repr, moved))} cannot be added after them; "
+            "choose an image token that is in the vocabulary"
         )
     return ImportedTokenizer(chat, rows, tuple(notes))
 
 
 class _Files(NamedTuple):
-    """A folder's files, parsed; the optional ones are empty where they are missing."""
+    """The parsed files of a folder; missing optional files are empty."""
 
     vocabulary: dict[str, Any]
     config: dict[str, Any]
@@ -186,15 +199,15 @@ def _read_folder(folder: pathlib.Path) -> _Files:
     if not (folder / TOKENIZER_FILE).exists():
         if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
             raise UserError(
-                f"it holds a tokenizer in an older form, without {TOKENIZER_FILE}. Convert it where transformers and "
-                'sentencepiece are installed: python -c "import transformers as t; '
+                f"it contains a tokenizer in an older format, without {TOKENIZER_FILE}. Convert it on a machine with "
+                'transformers and sentencepiece: python -c "import transformers as t; '
                 f"t.AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
             )
         raise UserError(f"it has no {TOKENIZER_FILE}")
     template = None
     if (folder / TEMPLATE_FILE).exists():
         template = _read_text(folder / TEMPLATE_FILE)
-    elif (folder / "chat_template.json").exists():  # For a while processors kept it there.
+    elif (folder / "chat_template.json").exists():  # Some versions of transformers stored it there.
         template = _read_json(folder / "chat_template.json").get("chat_template")
     optional = (CONFIG_FILE, "special_tokens_map.json", "generation_config.json", "config.json")
     parsed = [_read_json(folder / name) if (folder / name).exists() else {} for name in optional]
@@ -219,18 +232,19 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _dump(vocabulary: Mapping[str, Any]) -> str:
-    # In one line: with indentation, json needs seconds for a vocabulary of Llama 3's size.
+    # No indentation: with it, json.dumps takes seconds for a vocabulary of Llama 3's size.
     return json.dumps(vocabulary, ensure_ascii=False) + "\n"
 
 
 def _token_ids(vocabulary: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a parsed tokenizer.json."""
+    """Returns the id of every token of a parsed tokenizer.json."""
     try:
         ids = vocabulary["model"]["vocab"]
+        # A dict for BPE and WordPiece, a list of (piece, score) for Unigram.
         ids = dict(ids) if isinstance(ids, dict) else {piece[0]: i for i, piece in enumerate(ids)}
         return ids | {token["content"]: token["id"] for token in vocabulary.get("added_tokens") or ()}
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{TOKENIZER_FILE}: it has no vocabulary where one belongs; copy the file again") from error
+        raise UserError(f"{TOKENIZER_FILE}: no vocabulary in model.vocab; copy the file again") from error
 
 
 def _next_id(ids: Mapping[str, int]) -> int:
@@ -238,7 +252,7 @@ def _next_id(ids: Mapping[str, int]) -> int:
 
 
 def _make_special(vocabulary: dict[str, Any], token: str) -> None:
-    """Have the token recognised whole wherever it stands; one that is new gets the id behind all others."""
+    """Marks a token as special, so that it is never split; a new token gets the next free id."""
     entries = vocabulary.setdefault("added_tokens", [])
     for entry in entries:
         if entry["content"] == token:
@@ -250,21 +264,21 @@ def _make_special(vocabulary: dict[str, Any], token: str) -> None:
 
 
 def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json lists, or lists as special; transformers follows it as well."""
+    """Adds tokens, and marks them as special, that only tokenizer_config.json lists; transformers does the same."""
     listed = config.get("added_tokens_decoder") or {}
     try:
         listed = [{"id": int(i), **_FLAGS, "special": False, **entry} for i, entry in listed.items()]
         contents = [entry["content"] for entry in listed]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{CONFIG_FILE}: added_tokens_decoder is not a table of tokens; copy the file again") from error
+        raise UserError(f"{CONFIG_FILE}: added_tokens_decoder is not a map of tokens; copy the file again") from error
     entries = vocabulary["added_tokens"] = vocabulary.get("added_tokens") or []
     ids = _token_ids(vocabulary)
     taken = set(ids.values())
     for content, entry in zip(contents, listed, strict=True):
         if content not in ids and entry["id"] in taken:
             raise UserError(
-                f"{CONFIG_FILE} gives {content!r} the id {entry['id']}, which {TOKENIZER_FILE} gives another token: "
-                "the two files are not of one tokenizer"
+                f"{CONFIG_FILE} gives {content!r} the id {entry['id']}, but {TOKENIZER_FILE} gives it to another "
+                "token: the two files do not belong to the same tokenizer"
             )
         if content not in ids:
             entries.append(entry)
@@ -274,10 +288,11 @@ def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
 
 
 def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-    """{"bos_token": "<s>", ...}: those named, less those that no vocabulary has."""
+    """Returns the special tokens by name ({"bos_token": "<s>", ...}), without those that the vocabulary lacks."""
     names = special_names(files.special_map) | special_names(files.config)
     ids = _token_ids(vocabulary)
     token_of = {token_id: token for token, token_id in ids.items()}
+    # Some folders give only the ids, in the files of the model.
     for name in ("bos_token", "eos_token"):
         for config in (files.generation, files.model):
             token_id = config.get(f"{name}_id")
@@ -285,21 +300,23 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
             if name not in names and token_id in token_of:
                 names[name] = token_of[token_id]
     if "eos_token" not in names:
-        raise UserError(f'{CONFIG_FILE} names no token that ends a text: add "eos_token"')
+        raise UserError(f'{CONFIG_FILE} does not name the token that ends a text: add "eos_token"')
     for name, token in list(names.items()):
         if token in ids or name == "image_token":
             continue
         if name in ("bos_token", "eos_token"):
             raise UserError(f"{CONFIG_FILE}: {name} {token!r} is not in {TOKENIZER_FILE}")
         del names[name]
-        notes.append(f"{name} {token!r} is in no vocabulary and was left out")
+        notes.append(f"{name} {token!r} is not in the vocabulary and was dropped")
     if "pad_token" not in names and _LLAMA_PAD_TOKEN in ids:
         names["pad_token"] = _LLAMA_PAD_TOKEN
     return names
 
 
 def _find_template(files: _Files, notes: list[str]) -> str:
+    """Returns the folder's chat template, or the default one."""
     template = files.template if files.template is not None else files.config.get("chat_template")
+    # Several named templates: a list of {"name", "template"} in tokenizer_config.json.
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
     if isinstance(template, Mapping):
@@ -307,17 +324,18 @@ def _find_template(files: _Files, notes: list[str]) -> str:
         template = named.get("default") or next(iter(named.values()), None)
         if len(named) > 1:
             used = next(name for name, text in named.items() if text == template)
-            notes.append(f"of the chat templates {', '.join(map(str, named))} the one named {used!r} is used")
+            notes.append(f"there are several chat templates ({', '.join(map(str, named))}); {used!r} is used")
     if isinstance(template, str):
         return template
     notes.append(
-        "the folder has no chat template (a base model?): a plain one is used, 'User: ...' and 'Assistant: ...' line "
-        "by line; give another with --chat-template"
+        "the folder has no chat template (a base model?): the default one is used, with 'User: ...' and 'Assistant: "
+        "...' on alternating lines; pass another one with --chat-template"
     )
     return _read_text(DEFAULT_TEMPLATE)
 
 
 def _find_image_token(vocabulary: Mapping[str, Any], taken: Collection[str], template: str) -> str:
+    """Returns a known image token of the vocabulary, the first unused reserved token, or a new token."""
     added = [entry["content"] for entry in vocabulary["added_tokens"]]
     for token in _IMAGE_TOKENS:
         if token in added:
@@ -328,26 +346,31 @@ def _find_image_token(vocabulary: Mapping[str, Any], taken: Collection[str], tem
 
 
 def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, notes: list[str]) -> int:
-    """Rows that the embedding table must have: as many as it has, unless the image token needs another."""
+    """Returns the number of rows that the embedding table must have; it grows only if the image token needs a row.
+
+    Raises:
+      UserError: if other tokens have no row.
+    """
     outside = sorted((token for token, i in ids.items() if i >= num_embeddings and token != image_token), key=ids.get)
     if outside:
         some = ", ".join([*map(repr, outside[:5]), *(["..."] if len(outside) > 5 else [])])
         raise UserError(
             f"{TOKENIZER_FILE} has {_next_id(ids)} ids, but the embedding table has {num_embeddings} rows: "
-            f"none for {len(outside)} tokens ({some}). Is this the tokenizer of another model?"
+            f"none for {len(outside)} tokens ({some}). Does this tokenizer belong to another model?"
         )
-    without = num_embeddings - len(set(ids.values()))
-    if without > num_embeddings // 2:
+    unused = num_embeddings - len(set(ids.values()))
+    if unused > num_embeddings // 2:
         notes.append(
-            f"{without} of the embedding table's {num_embeddings} rows belong to no token of {TOKENIZER_FILE}: "
-            "make sure that it is this model's tokenizer"
+            f"{unused} of the embedding table's {num_embeddings} rows belong to no token of {TOKENIZER_FILE}: "
+            "make sure that the tokenizer belongs to this model"
         )
     added = image_token not in ids
     image_id = _next_id(ids) if added else ids[image_token]
     if image_id < num_embeddings:
-        where = ", a spare row of the embedding table" if added else ", which the vocabulary already has"
+        where = ", a spare row of the embedding table" if added else ", which is already in the vocabulary"
         notes.append(f"image token {image_token!r} has id {image_id}{where}")
         return num_embeddings
+    # Round up.
     rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     notes.append(
         f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows from "
@@ -357,19 +380,23 @@ def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, n
 
 
 def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:
-    """The tokens that generation_config.json, or else config.json, lists as ends of a text, or one of our exports."""
+    """Returns the tokens that end a text.
+
+    They are listed in generation_config.json or else in config.json, and in tokenizer_config.json of folders that we
+    exported; the latter come first.
+    """
     listed = files.generation.get("eos_token_id", files.model.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
     token_of = {token_id: token for token, token_id in ids.items()}
     unknown = [token_id for token_id in listed if token_id not in token_of]
     if unknown:
-        notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which no token has: left out")
+        notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which belong to no token: ignored")
     ours = [token for token in files.config.get(END_TOKENS) or () if token in ids]
     return list(dict.fromkeys([*ours, *(token_of[token_id] for token_id in listed if token_id in token_of)]))
 
 
 def _without_added_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A post-processor of tokenizer.json without the rule that adds tokens at the ends of a text."""
+    """Returns a post-processor of tokenizer.json without the rule that adds tokens at the ends of a text."""
     if processor is None or processor.get("type") == "TemplateProcessing":
         return None
     if processor.get("type") == "Sequence":

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests of what leaves and comes back: every connector, random weights, the nano tokenizer."""
+"""Tiny checkpoints for tests of export and import: every connector, random weights, the nano tokenizer."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ HISTORY = [{"what": "joined by a test", "vision": "siglip-x", "language": "llama
 
 
 def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentConfig:
-    """The nano experiment around a model of a few thousand weights."""
+    """Returns the nano experiment with a model of a few thousand weights."""
     raw = config_to_dict(load_config("configs/nano.py"))
     raw["model"]["vision"] |= {
         "image_size": 16,
@@ -56,7 +56,7 @@ def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentCon
 
 
 def random_params(config: AlignVLMConfig, *, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
-    """Random weights, norms and biases included: their usual ones and zeros would hide mistakes."""
+    """Returns random weights; those of norms and biases are random too, because ones and zeros would hide mistakes."""
     boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -84,7 +84,7 @@ def read_weights(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_weights(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
-    """Equal names, dtypes and bits."""
+    """Asserts that names, dtypes and bits are equal."""
     assert {name: array.dtype for name, array in left.items()} == {name: array.dtype for name, array in right.items()}
     for name, array in left.items():
         np.testing.assert_array_equal(array, right[name], err_msg=name)

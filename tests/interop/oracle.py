@@ -1,4 +1,4 @@
-"""Tiny SigLIPs and Llamas of transformers with random weights: what they compute is the oracle."""
+"""Tiny SigLIPs and Llamas of transformers with random weights, used as reference implementations."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ LLAMA3 = {
 
 
 def relative_error(ours, theirs) -> float:
-    """The largest difference, as a fraction of the largest value."""
+    """Returns the largest difference as a fraction of the largest value."""
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
-def scatter(model: torch.nn.Module) -> torch.nn.Module:
-    """Random norms and biases too: transformers starts those at one and zero, which hides mistakes."""
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Sets all weights to random values, also norms and biases, whose initial ones and zeros would hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,15 +39,15 @@ def siglip_config(**changes) -> transformers.SiglipVisionConfig:
 
 
 def siglip(folder: Path | None = None, **changes) -> transformers.SiglipVisionModel:
-    """The vision model alone; saved if a folder is given."""
-    model = scatter(transformers.SiglipVisionModel(siglip_config(**changes)))
+    """Returns a vision model alone, and saves it if a folder is given."""
+    model = randomize(transformers.SiglipVisionModel(siglip_config(**changes)))
     if folder is not None:
         model.save_pretrained(folder)
     return model
 
 
 def llama(folder: Path | None = None, save: dict | None = None, **changes) -> transformers.LlamaForCausalLM:
-    """A decoder; saved if a folder is given, with the arguments `save`."""
+    """Returns a decoder, and saves it with the arguments `save` if a folder is given."""
     fields = dict(
         vocab_size=50,
         hidden_size=32,
@@ -59,7 +59,7 @@ def llama(folder: Path | None = None, save: dict | None = None, **changes) -> tr
         rope_parameters=dict(PLAIN),
         max_position_embeddings=64,
     )
-    model = scatter(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **changes})))
+    model = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **changes})))
     if folder is not None:
         model.save_pretrained(folder, **(save or {}))
     return model

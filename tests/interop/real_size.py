@@ -1,4 +1,4 @@
-"""Folders of the paper's 1B model with random weights, in the layout of Hugging Face, written a shard at a time."""
+"""Writes folders of the paper's 1B model with random weights in Hugging Face layout, one shard at a time."""
 
 import json
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ _SHARD_BYTES = 600_000_000
 
 
 def write_vision(folder: Path) -> None:
-    """SigLIP So400m/14 at 384 px, its pooling head included."""
+    """Writes SigLIP So400m/14 at 384 px, including its pooling head."""
     config = transformers.SiglipVisionConfig(**SO400M)
     with torch.device("meta"):
         model = transformers.SiglipVisionModel(config)
@@ -55,7 +55,7 @@ def write_vision(folder: Path) -> None:
 
 
 def write_language(folder: Path) -> None:
-    """Llama-3.2-1B; the nano tokenizer, whose words are the first 512 of the vocabulary, stands in for its own."""
+    """Writes Llama-3.2-1B with the nano tokenizer, whose 512 words are the first ones of the vocabulary."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_1B))
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
@@ -89,7 +89,7 @@ def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def _random(rng: np.random.Generator, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Of the size that trained weights have; norms are near 1, so that what they scale shows."""
+    """Returns weights of the magnitude of trained ones; norm scales are near 1, so that their inputs matter."""
     values = rng.standard_normal(shape, np.float32)
     values *= 0.02
     if len(shape) == 1 and "norm" in key and key.endswith("weight"):

@@ -1,4 +1,4 @@
-"""Tensors into parameters: each matched once, all problems at once, values and shardings where they belong."""
+"""Conversion of tensors to parameters: matching, reports of problems, values and shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ TENSORS = {
     **{f"layers.{i}.weight": RNG.normal(size=(4, 200)) for i in range(LAYERS)},
     **{f"layers.{i}.scale": RNG.normal(size=(4,)) for i in range(LAYERS)},
 }
-# By hand, as the docstrings of the tables say: Linear's [out, in] turned, Conv2d's window laid flat row by row.
+# Written out by hand from the docstrings of tables.py: Linear's [out, in] transposed, Conv2d's window flattened by
+# rows.
 PARAMS = {
     "table": TENSORS["table"],
     "layers": {
@@ -62,7 +63,7 @@ def test_values_and_dtypes(tmp_path, stored, wanted):
     assert all(leaf.dtype == wanted and leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
 
 
-def test_shards_lie_where_they_should_and_hold_the_same(tmp_path):
+def test_shards_have_the_right_sharding_and_values(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = {
         "table": P("tensor", "fsdp"),
@@ -82,23 +83,23 @@ def test_shards_lie_where_they_should_and_hold_the_same(tmp_path):
         np.testing.assert_array_equal(array, expected.astype(np.float32))
 
 
-def test_a_shard_reads_its_own_part_alone(tmp_path):
-    """Of a matrix that is cut in two, each device's buffer has half the size: nothing is made whole on the host."""
+def test_a_shard_reads_only_its_part(tmp_path):
+    """Buffers have the size of a shard: a sharded matrix is never assembled on the host."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     sharding = NamedSharding(mesh, P("fsdp"))
-    made = []
-    original, convert._aligned_empty = convert._aligned_empty, lambda *args: made.append(args) or original(*args)
+    calls = []
+    original, convert._aligned_empty = convert._aligned_empty, lambda *args: calls.append(args) or original(*args)
     try:
         tree = {"w": jax.ShapeDtypeStruct((200, 4), jnp.float32, sharding=sharding)}
         files = files_of(tmp_path, {"w": np.ones((4, 200))})
         convert.load_params(files, [Row("w", "w", TRANSPOSED)], tree, source=tmp_path)
     finally:
         convert._aligned_empty = original
-    assert [shape for shape, _ in made] == [(50, 4)] * 4  # and replicas along `tensor` share one
+    assert [shape for shape, _ in calls] == [(50, 4)] * 4  # Replicas along `tensor` share a buffer.
 
 
 def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
-    """What keeps the peak at the size of the parameters: XLA takes the memory over, it does not copy it."""
+    """XLA adopts the memory instead of copying it, which keeps the peak at the size of the parameters."""
     addresses = []
     original = convert._aligned_empty
 
@@ -116,7 +117,7 @@ def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
 
 
 def test_a_table_grows_by_the_mean_of_its_rows(tmp_path):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))  # the old rows end within the third shard
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))  # The old rows end within the third shard.
     wanted = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
     files = files_of(tmp_path)
     tree = {**abstract(), "table": wanted}
@@ -160,8 +161,8 @@ def test_every_problem_is_reported_before_anything_is_read(tmp_path, monkeypatch
         convert.load_params(files, ROWS, abstract(), source="FOLDER", rename=lambda key: key.removeprefix("model."))
     assert str(error.value) == (
         "FOLDER: the tensors do not fit the config: layers.{0,2}.scale is missing; "
-        "table holds int8, not floating-point numbers of 16 bits or more; "
+        "table has dtype int8, expected floating-point numbers of 16 bits or more; "
         "layers.1.weight has shape [200, 4], the config says [4, 200]; "
-        "patch.weight is there twice, under another name too; "
+        "patch.weight appears twice, under different names; "
         "extra is not part of this model; layers.3.scale is not part of this model"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints as folders for PyTorch: transformers loads them, with the very weights of the checkpoint."""
+"""Export of checkpoints to PyTorch folders: transformers loads them with the same weights."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(checkpoint):
-    """In shards of a few kilobytes."""
+    """An export in shards of 20 kB."""
     out = checkpoint.parent / "exported"
     export.export_alignvlm(checkpoint, out, max_shard_bytes=20 * _KILOBYTE)
     return out
@@ -57,11 +57,11 @@ def _tensors(folder):
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_transformers_finds_every_weight_of_every_connector(connector, tmp_path):
-    """Nothing missing, left over or of another shape; and each key holds its parameter, as torch lays it out."""
+    """No key is missing, unknown or of another shape, and each one holds its parameter in torch's layout."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", connector)
     export.export_alignvlm(checkpoint, tmp_path / "out")
     state = _load(tmp_path / "out").state_dict()
-    assert "lm_head.weight" in state  # tied: the same tensor again, which the file does not hold
+    assert "lm_head.weight" in state  # Tied to the embedding table; the file does not contain it.
     assert "lm_head.weight" not in _tensors(tmp_path / "out")
     params = {"/".join(path): leaf for path, leaf in flatten_dict(random_params(tiny_config(connector).model)).items()}
     total = sum(leaf.size for leaf in params.values())
@@ -92,7 +92,7 @@ def test_shards_load_in_transformers(folder, checkpoint):
     assert all(torch.equal(in_shards[key], whole[key]) for key in whole)
 
 
-def test_auto_classes_and_the_pipeline_answer_alike(folder):
+def test_auto_classes_and_the_pipeline_give_the_same_answer(folder):
     model = _load(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert processor.image_processor.thumbnail and processor.image_processor.max_tiles == 3
@@ -107,13 +107,13 @@ def test_auto_classes_and_the_pipeline_answer_alike(folder):
     )
     answer = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
     pipe = transformers.pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
-    (said,) = pipe(text=messages, max_new_tokens=5, return_full_text=False)
-    assert said["generated_text"] == processor.decode(answer, skip_special_tokens=True)
+    (result,) = pipe(text=messages, max_new_tokens=5, return_full_text=False)
+    assert result["generated_text"] == processor.decode(answer, skip_special_tokens=True)
     assert model.generation_config.eos_token_id == [1]
     assert model.generation_config.pad_token_id == 2
 
 
-def test_what_a_mesh_saved_is_exported_the_same(folder, tmp_path):
+def test_a_sharded_checkpoint_gives_the_same_export(folder, tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     checkpoint = make_checkpoint(tmp_path / "checkpoint", tied=False, mesh=mesh)
     export.export_alignvlm(checkpoint, tmp_path / "out", max_shard_bytes=20 * _KILOBYTE)
@@ -124,7 +124,7 @@ def test_what_a_mesh_saved_is_exported_the_same(folder, tmp_path):
 
 
 def test_dtypes(checkpoint, folder, tmp_path):
-    """By default weights stay as they are stored; asked for another dtype they are rounded to it once."""
+    """By default, weights keep their dtype; for another dtype they are rounded once."""
     export.export_alignvlm(checkpoint, tmp_path / "half", dtype="bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     full, half = _tensors(folder), _tensors(tmp_path / "half")
@@ -146,7 +146,7 @@ def test_the_decoder_alone_is_a_llama(checkpoint, tmp_path):
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert not any(report.values()), report
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
-    tokens = np.random.default_rng(0).integers(0, 512, (2, 90))  # beyond the context that rotary scaling starts from
+    tokens = np.random.default_rng(0).integers(0, 512, (2, 90))  # Longer than the original context of rotary scaling.
     with torch.no_grad():
         theirs = model.eval()(torch.from_numpy(tokens)).logits
     config = tiny_config(tied=False).model.language
@@ -175,7 +175,7 @@ def test_the_encoder_alone_is_a_siglip(checkpoint, tmp_path):
     assert relative_error(ours, theirs) < 1e-4
 
 
-def test_the_card_says_what_was_trained_on_what(folder):
+def test_the_model_card_describes_the_training(folder):
     card = (folder / "README.md").read_text()
     _, front_matter, text = card.split("---\n", 2)
     front_matter = yaml.safe_load(front_matter)
@@ -188,19 +188,19 @@ def test_the_card_says_what_was_trained_on_what(folder):
         "| captions | documents/train (transcribe) | vision, connector, language | 300 | 8 |",
         "| documents | documents/train (mixed) | vision, connector, language | 3 of 300 | 16 |",
         "| questions | documents/train (qa) | connector, language | 0 of 130 | 16 |",
-        "7 optimizer steps in all",
+        "7 optimizer steps in total",
         "up to 3 tiles of 16 px (rule `ovis`, and the whole page as a thumbnail)",
         "each tile becomes 16 visual tokens",
         "`align` (",
         "vocab_size 480",
-        "licences of the backbones",
+        "licenses of the backbones",
     ):
         assert passage in text
     total = sum(leaf.size for leaf in flatten_dict(random_params(tiny_config(tied=False).model)).values())
     assert f"| all | {total:,} |" in text
 
 
-def test_the_card_of_a_run_that_went_on_from_another_tells_both(checkpoint, tmp_path):
+def test_the_model_card_describes_earlier_runs(checkpoint, tmp_path):
     copied = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     earlier = config_to_dict(tiny_config("mlp"))
     earlier["stages"] = [{**earlier["stages"][0], "name": "warming-up"}]
@@ -209,10 +209,10 @@ def test_the_card_of_a_run_that_went_on_from_another_tells_both(checkpoint, tmp_
     export.export_language(copied, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.index("| warming-up |") < card.index("| captions |")
-    assert "40 optimizer steps in all" in card
+    assert "40 optimizer steps in total" in card
 
 
-# Orbax leaves an event loop behind when it meets damage.
+# Orbax leaves an event loop behind when it reads damaged files.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("write", [export.export_alignvlm, export.export_language, export.export_vision])
 def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
@@ -243,8 +243,8 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
     refused("no checkpoint in it is whole; of step 7: .*bytes", damaged)
 
 
-def test_joined_tiles_come_back(tmp_path):
-    """anyres_max_9: the newline, and that the model has one, go to PyTorch and back."""
+def test_joined_tiles_survive_a_round_trip(tmp_path):
+    """Under anyres_max_9, the newline embedding and its config key survive the export and the import."""
     raw = config_to_dict(tiny_config())
     raw["model"]["newline"] = True
     raw["data"]["tiling"] |= {"rule": "anyres_max_9", "grid_side": 2}

@@ -1,4 +1,4 @@
-"""Exporting an 8B model holds one shard and little more: measured on a checkpoint of that size with random weights."""
+"""Measures the peak memory of exporting an 8B model with random weights: one shard and little more."""
 
 import json
 import re
@@ -28,12 +28,12 @@ from tests.interop.exported import make_checkpoint
 
 _REPOSITORY = Path(__file__).parents[2]
 _ALLOWED = MAX_SHARD_BYTES + 4 * 10**9
-_CHUNK_ROWS = 16032  # of a vocabulary's table; stacked weights are cut between layers
+_CHUNK_ROWS = 16032  # Rows per chunk of an embedding table; stacked weights are chunked by layer.
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder that is emptied at once: pytest keeps those of the last runs."""
+    """A temporary folder that is deleted right after the test; pytest would keep those of the last runs."""
     if shutil.disk_usage(tmp_path).free < 45 * 10**9:
         pytest.skip("needs 45 GB of disk")
     yield tmp_path
@@ -67,10 +67,8 @@ def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
 
 
 def _write_random_checkpoint(workdir: Path, config: ExperimentConfig) -> dict[str, tuple[int, ...]]:
-    """A bfloat16 checkpoint as `checkpoints/arrays.py` would write it, a block at a time; returns the shapes.
-
-    A small checkpoint of the same tree is written first. Then its arrays are replaced by large ones.
-    """
+    """Writes a bfloat16 checkpoint in the format of `checkpoints/arrays.py`, block by block, and returns the shapes."""
+    # A small checkpoint with the same tree is written first; then its arrays are replaced by large ones.
     make_checkpoint(workdir, tied=False, dtype="bfloat16")
     (workdir / "config.json").write_text(config_to_json(config))
     shapes = _shapes(config.model)
@@ -107,13 +105,13 @@ def _shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _random_block(path: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Finite values with all bits random but the exponent's highest."""
+    """Returns finite values; all bits are random except the highest one of the exponent."""
     rng = np.random.default_rng([zlib.crc32(path.encode()), block])
     return (rng.integers(0, 2**16, shape, np.uint16) & 0xBFFF).view(ml_dtypes.bfloat16)
 
 
 def _peak_anonymous_memory(command: list[str]) -> int:
-    """Runs a command to its end; the most anonymous memory it had, in bytes, sampled every 20 ms."""
+    """Runs a command and returns its peak anonymous memory in bytes, sampled every 20 ms."""
     process = subprocess.Popen(command)
     peak, ended = 0, threading.Event()
 

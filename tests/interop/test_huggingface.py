@@ -1,4 +1,4 @@
-"""SigLIP and Llama folders against transformers, in every form in which they are found."""
+"""Compares SigLIP and Llama folders with transformers, in all variants found in practice."""
 
 import dataclasses
 import json
@@ -44,24 +44,24 @@ def write_vision_alone(folder, **changes):
 
 
 def write_with_inner_vision_model(folder, **changes):
-    """As transformers up to 5.0 has it, and the folders on the Hub."""
+    """Writes the layout of transformers up to 5.0 and of the folders on the Hub."""
     model = oracle.siglip(folder, **changes)
     edit_tensors(folder, lambda tensors: {f"vision_model.{key}": tensor for key, tensor in tensors.items()})
     return model
 
 
 def write_whole(folder, **changes):
-    """Both towers."""
+    """Writes a complete SigLIP with both towers."""
     text = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
     config = transformers.SiglipConfig(text_config=text, vision_config=oracle.siglip_config(**changes).to_dict())
-    model = oracle.scatter(transformers.SiglipModel(config))
+    model = oracle.randomize(transformers.SiglipModel(config))
     model.save_pretrained(folder)
     return model.vision_model
 
 
-def write_whole_in_brief(folder, **changes):
-    """As on the Hub: of the vision config, what is not transformers' default; buffers that old versions stored."""
+def write_whole_with_defaults_omitted(folder, **changes):
+    """Writes a folder as on the Hub: the vision config omits transformers' defaults, and there are old buffers."""
     model = write_whole(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
     brief = dict(intermediate_size=40, num_hidden_layers=1, image_size=20, patch_size=6)
     edit_config(folder, vision_config={"model_type": "siglip_vision_model", **brief})
@@ -78,10 +78,10 @@ def write_whole_in_brief(folder, **changes):
         (write_with_inner_vision_model, {"image_size": 28, "patch_size": 14}),
         (write_with_inner_vision_model, {"image_size": 32, "patch_size": 16, "vision_use_head": False}),
         (write_whole, {"num_attention_heads": 3}),
-        (write_whole_in_brief, {"num_attention_heads": 12}),
+        (write_whole_with_defaults_omitted, {"num_attention_heads": 12}),
     ],
 )
-def test_siglip_features_are_those_of_transformers(tmp_path, write, changes):
+def test_siglip_features_match_transformers(tmp_path, write, changes):
     model = write(tmp_path, **changes)
     config, params = huggingface.load_vision_folder(tmp_path)
     side = model.config.image_size
@@ -93,7 +93,7 @@ def test_siglip_features_are_those_of_transformers(tmp_path, write, changes):
     assert relative_error(ours, theirs) < 1e-4
 
 
-def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
+def test_missing_config_keys_have_transformers_defaults(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip", "vision_config": {"hidden_size": 24}}')
     expected = siglip_config(read_vision_config(tmp_path), "float32")
     theirs = transformers.SiglipVisionConfig(hidden_size=24).to_dict()
@@ -115,7 +115,7 @@ def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
 
 
 def run_language(config, params, tokens):
-    """Our logits, without a cache."""
+    """Returns our logits, computed without a cache."""
 
     def run(module, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -132,7 +132,7 @@ def transformers_logits(model, tokens):
 
 
 def old_rope_spelling(folder):
-    """Two top-level keys, as transformers 4 wrote them."""
+    """Rewrites the rotary settings as two top-level keys, as in transformers 4."""
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     scaling = None if kind == "default" else {"rope_type": kind, **rope}
@@ -140,7 +140,7 @@ def old_rope_spelling(folder):
 
 
 def older_rope_spelling(folder):
-    """The first files of Llama 3.1 called it `type`."""
+    """Renames `rope_type` to `type`, as in the first files of Llama 3.1."""
     old_rope_spelling(folder)
     scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
     edit_config(folder, rope_scaling={"type": scaling.pop("rope_type"), **scaling})
@@ -158,7 +158,7 @@ def lm_head_though_tied(folder):
 
 
 def with_rotary_buffers(folder):
-    """As the oldest Llama 2 folders have them."""
+    """Adds rotary buffers, as in the oldest Llama 2 folders."""
 
     def add(tensors):
         buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
@@ -181,10 +181,10 @@ def with_rotary_buffers(folder):
         pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, with_rotary_buffers, id="Llama 2"),
         pytest.param({"num_key_value_heads": 1, "tie_word_embeddings": False}, without_head_dim, id="multi-query"),
         pytest.param({"head_dim": 6, "rope_parameters": {**PLAIN, "rope_theta": 5e5}}, None, id="narrow heads"),
-        pytest.param({}, lm_head_though_tied, id="tied, but the head is there"),
+        pytest.param({}, lm_head_though_tied, id="tied, but the head is stored"),
     ],
 )
-def test_llama_logits_are_those_of_transformers(tmp_path, changes, edit):
+def test_llama_logits_match_transformers(tmp_path, changes, edit):
     model = oracle.llama(tmp_path, **changes)
     if edit:
         edit(tmp_path)
@@ -267,7 +267,7 @@ def test_llama_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
     assert l2_error(ours, exact) < 0.05
 
 
-# Out
+# Export
 
 
 def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_path):
@@ -291,7 +291,7 @@ def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_pat
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in llama.state_dict().items())
 
 
-# Refused
+# Refused folders
 
 
 @pytest.mark.parametrize(
@@ -300,13 +300,16 @@ def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_pat
         ({"model_type": "siglip2"}, "NaFlex"),
         ({"model_type": "siglip2_vision_model"}, "NaFlex"),
         ({"num_patches": 256}, "NaFlex"),
-        ({"model_type": "clip_vision_model"}, "'clip_vision_model', not that of a SigLIP"),
-        ({"model_type": "alignvlm", "vision_config": {"model_type": "siglip_vision_model"}}, "is 'alignvlm', not that"),
+        ({"model_type": "clip_vision_model"}, "'clip_vision_model', expected 'siglip'"),
+        ({"model_type": "alignvlm", "vision_config": {"model_type": "siglip_vision_model"}}, "is 'alignvlm', expected"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'gelu_pytorch_tanh' is supported"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"image_size": [20, 40]}, r"image_size is \[20, 40\], expected a square"),
-        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 24"),
-        ({"patch_size": 0, "num_hidden_layers": "3"}, "patch_size is 0, .*num_hidden_layers is '3', expected a whole"),
+        ({"num_attention_heads": 5}, "hidden_size 24 is not divisible by 5 heads"),
+        (
+            {"patch_size": 0, "num_hidden_layers": "3"},
+            "patch_size is 0, .*num_hidden_layers is '3', expected a positive",
+        ),
     ],
 )
 def test_refused_vision_configs(tmp_path, changes, message):
@@ -332,9 +335,9 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True, .*mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide 4 heads"),
-        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 32, and no head_dim is given"),
-        ({"head_dim": 7}, "head_dim is 7, which does not fall into rotary pairs"),
+        ({"num_key_value_heads": 3}, "4 heads are not divisible by num_key_value_heads 3"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not divisible by 5 heads, and head_dim is missing"),
+        ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
@@ -345,7 +348,7 @@ def test_refused_language_configs(tmp_path, changes, message):
         huggingface.open_language(tmp_path)
 
 
-def test_a_head_that_is_not_the_table_it_is_said_to_be(tmp_path):
+def test_a_tied_head_that_differs_from_the_table_is_refused(tmp_path):
     oracle.llama(tmp_path)
     lm_head_though_tied(tmp_path)
     edit_tensors(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1})
@@ -355,11 +358,11 @@ def test_a_head_that_is_not_the_table_it_is_said_to_be(tmp_path):
         huggingface.open_language(tmp_path)
 
 
-def test_a_config_that_is_none(tmp_path):
+def test_files_that_are_not_configs(tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         huggingface.open_vision(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="must be a table"):
+    with pytest.raises(UserError, match="expected a JSON object"):
         huggingface.open_vision(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):

@@ -1,4 +1,4 @@
-"""`tools/import_hf.py`: two folders become a checkpoint that can be asked, trained from and exported."""
+"""Tests that `tools/import_hf.py` turns two folders into a checkpoint for inference, training and export."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def write_text_tokenizer(folder):
-    """The nano tokenizer without its image token: what a language model's folder has."""
+    """Writes the nano tokenizer without its image token, as in the folder of a language model."""
     nano = backbone_folder("language", "nano")
     vocabulary = json.loads((nano / "tokenizer.json").read_text())
     names = json.loads((nano / "tokenizer_config.json").read_text())
@@ -58,28 +58,31 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(backbones, tmp_path_factory):
-    """A checkpoint, its config, and what was said on the way."""
+    """A checkpoint, its config, and the notes logged during the import."""
     folder, _ = backbones
     out, notes = tmp_path_factory.mktemp("imported") / "start", []
-    config = import_huggingface(folder / "vision", folder / "language", out, connector="align", say=notes.append)
+    config = import_huggingface(folder / "vision", folder / "language", out, connector="align", log=notes.append)
     return out, config, notes
 
 
-def test_the_config_is_made_of_what_is_in_the_folders(backbones, imported):
+def test_the_config_follows_from_the_folders(backbones, imported):
     out, config, notes = imported
     assert read_run_config(out) == config
     assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
     assert any("512 to 576 rows" in note for note in notes)
-    # The paper's nine tiles and a thumbnail, 9 tokens each, fit the 400 positions with 256 of text.
+    # The paper's nine tiles and a thumbnail, with 9 tokens each, fit into the 400 positions with 256 of text.
     tiling, packing = config.data.tiling, config.data.packing
     assert tokens_per_tile(config.model) == 9
     assert (tiling.tile_size, tiling.max_tiles, tiling.thumbnail) == (20, 9, True)
-    assert (packing.tiles_per_bin, packing.tokens_per_bin) == (10, 2560)  # 10 * 9 + 2048, rounded up to 512s
+    assert (packing.tiles_per_bin, packing.tokens_per_bin) == (
+        10,
+        2560,
+    )  # 10 * 9 + 2048, rounded up to a multiple of 512
     assert [stage.name for stage in config.stages] == [stage.name for stage in load_config("alignvlm_1b.py").stages]
     assert any("alignvlm_1b.py" in note for note in notes)
 
 
-def test_the_weights_are_the_folders(backbones, imported):
+def test_the_weights_are_those_of_the_folders(backbones, imported):
     (_, llama), (out, _, _) = backbones, imported
     params = weights.restore_params(out)
     table = llama.model.embed_tokens.weight.detach().numpy()
@@ -89,12 +92,12 @@ def test_the_weights_are_the_folders(backbones, imported):
     np.testing.assert_array_equal(params["language"]["layers"]["mlp"]["gate"]["kernel"], np.stack(gates))
 
 
-def test_it_can_be_asked(imported):
+def test_the_checkpoint_answers_questions(imported):
     page = PIL.Image.new("RGB", (50, 30), "white")
     assert isinstance(alignvlm_jax.load(imported[0]).ask(page, "Total?", max_new_tokens=2), str)
 
 
-def test_it_can_be_trained_from(imported):
+def test_training_starts_from_the_checkpoint(imported):
     out, config, _ = imported
     config = dataclasses.replace(config, init_from=str(out), backbones=BackbonesConfig("gone", "gone"))
     params = initial_parameters(config)
@@ -102,7 +105,7 @@ def test_it_can_be_trained_from(imported):
     assert load_tokenizer(config).image_id == 512
 
 
-def test_it_can_be_exported(imported, tmp_path):
+def test_the_checkpoint_is_exported(imported, tmp_path):
     export.export_alignvlm(imported[0], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == 512
     card = (tmp_path / "out" / "README.md").read_text()
@@ -110,7 +113,7 @@ def test_it_can_be_exported(imported, tmp_path):
 
 
 def with_context(backbones, folder, positions):
-    """The backbones with another `max_position_embeddings`."""
+    """Writes copies of the backbones with another `max_position_embeddings`."""
     shutil.copytree(backbones[0], folder)
     path = folder / "language" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
@@ -120,11 +123,11 @@ def with_context(backbones, folder, positions):
 def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones, tmp_path):
     vision, language = with_context(backbones, tmp_path / "short", 300)
     mesh, notes, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
-    config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, say=notes.append)
+    config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, log=notes.append)
     assert config.model.connector == MLPConfig()
-    # With 256 of text, 300 positions hold four tiles of 9 tokens: three and the thumbnail.
+    # With 256 positions for text, 300 positions hold four tiles of 9 tokens: three and the thumbnail.
     assert config.data.tiling.max_tiles == 3
-    assert "at most 3 tiles a page, not 9: the context has 300 positions" in notes
+    assert "at most 3 tiles per page instead of 9: the context has 300 positions" in notes
     reader = weights.ParameterReader(out)
     assert {str(dtype) for dtype in reader.dtypes.values()} == {"bfloat16"}
     names = {"vision": "vision", "language": "language", "connector": "fresh, seed 0"}
@@ -134,10 +137,10 @@ def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones
 def test_a_context_without_room_for_a_tile(backbones, tmp_path):
     vision, language = with_context(backbones, tmp_path / "short", 260)
     with pytest.raises(UserError, match="a tile takes 9 positions, and the language model has 260"):
-        import_huggingface(vision, language, tmp_path / "out", say=str)
+        import_huggingface(vision, language, tmp_path / "out", log=str)
 
 
-def test_the_shipped_config_of_the_same_shape_is_taken(tmp_path, capsys):
+def test_the_shipped_config_of_the_same_shape_is_used(tmp_path, capsys):
     arguments = ["--vision", "nano", "--language", "nano", "--out", str(tmp_path / "out"), "--max-tiles", "3"]
     run_tool(*arguments)
     config, nano = read_run_config(tmp_path / "out"), load_config("nano.py")
@@ -149,7 +152,7 @@ def test_the_shipped_config_of_the_same_shape_is_taken(tmp_path, capsys):
 
 
 def run_tool(*arguments):
-    """Runs the script as its own program would be; raises SystemExit where it fails."""
+    """Runs the script as the main program; raises SystemExit if it fails."""
     before = sys.argv
     sys.argv = ["tools/import_hf.py", *arguments]
     try:
@@ -158,7 +161,7 @@ def run_tool(*arguments):
         sys.argv = before
 
 
-def test_the_command_to_go_on_with_knows_the_grown_table(backbones, tmp_path, capsys):
+def test_the_printed_command_has_the_size_of_the_grown_table(backbones, tmp_path, capsys):
     folder, _ = backbones
     out = tmp_path / "out"
     run_tool("--vision", str(folder / "vision"), "--language", str(folder / "language"), "--out", str(out))
@@ -194,20 +197,20 @@ def break_both(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (break_weights, r"model-.* is damaged, cut short"),
+        (break_weights, r"model-.* is damaged, truncated"),
         (escape_by_index, "points outside the folder"),
         (break_tokenizer, "the embedding table has 512 rows"),
         (break_both, r"vision: no weights.*is damaged"),
     ],
 )
-def test_bad_folders_leave_nothing_behind(backbones, tmp_path, spoil, message):
-    shutil.copytree(backbones[0], tmp_path / "spoilt")
-    spoil(tmp_path / "spoilt")
+def test_bad_folders_leave_nothing_behind(backbones, tmp_path, damage, message):
+    shutil.copytree(backbones[0], tmp_path / "damaged")
+    damage(tmp_path / "damaged")
     out = tmp_path / "made" / "out"
     with pytest.raises(UserError, match=message):
-        import_huggingface(tmp_path / "spoilt" / "vision", tmp_path / "spoilt" / "language", out, say=str)
+        import_huggingface(tmp_path / "damaged" / "vision", tmp_path / "damaged" / "language", out, log=str)
     assert list((tmp_path / "made").iterdir()) == []
 
 
@@ -218,7 +221,7 @@ def test_bad_arguments(backbones, tmp_path, capsys):
     (tmp_path / "taken" / "file").write_text("")
     for arguments, message in (
         (["--out", str(tmp_path / "taken")], "exists already"),
-        (["--out", str(tmp_path / "out"), "--connector", "alin"], "only align, mlp,"),
+        (["--out", str(tmp_path / "out"), "--connector", "alin"], "expected one of align, mlp,"),
         (["--out", str(tmp_path / "out"), "--config", "nano.py"], r"config\.model\.vision is not the model in"),
         (["--out", str(tmp_path / "out"), "--chat-template", "gone.jinja"], "gone.jinja: cannot be read"),
         (["--out", str(tmp_path / "out"), "--mesh", "data=2,model=4"], "such as data=1"),

@@ -1,4 +1,4 @@
-"""The way back: nothing is lost between a checkpoint and a PyTorch folder, and what is not one is refused."""
+"""Import of PyTorch folders: a round trip is lossless, and other folders are refused."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def folder(checkpoint):
 
 @pytest.fixture
 def edited(folder, tmp_path):
-    """A copy of the folder to be spoilt."""
+    """A copy of the folder, for tests that edit it."""
     return shutil.copytree(folder, tmp_path / "edited")
 
 
@@ -63,7 +63,7 @@ def _refused(match, folder, tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize(("connector", "dtype"), [*((name, "float32") for name in CONNECTORS), ("align", "bfloat16")])
-def test_there_and_back_is_bit_exact_both_ways(connector, dtype, tmp_path):
+def test_round_trips_are_bit_exact(connector, dtype, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", connector, dtype=dtype)
     export_alignvlm(checkpoint, tmp_path / "folder")
     import_alignvlm(tmp_path / "folder", tmp_path / "back")
@@ -94,7 +94,7 @@ def test_a_removed_option_is_dropped_if_it_was_off(number, edited, checkpoint, t
     assert "num_extra_words" not in config.connector_config
 
 
-def test_the_tokenizer_comes_back(checkpoint, folder, tmp_path):
+def test_the_tokenizer_survives_a_round_trip(checkpoint, folder, tmp_path):
     import_alignvlm(folder, tmp_path / "back")
     before, after = nano_tokenizer(), ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
     assert (after.end_ids, after.pad_id, after.image_id) == (before.end_ids, before.pad_id, before.image_id)
@@ -108,8 +108,8 @@ def test_onto_a_mesh_and_in_another_dtype(checkpoint, folder, tmp_path):
     assert_same_weights(halves, read_weights(tmp_path / "back"))
 
 
-def test_what_pytorch_trained_and_saved(folder, tmp_path):
-    """`save_pretrained` leaves no word of our training: model and tiling come from its own files."""
+def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
+    """`save_pretrained` does not write our training file: the model and the tiling come from its own files."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_what_pytorch_trained_and_saved(folder, tmp_path):
     assert reader.config.data.tiling == tiny_config().data.tiling
     found, original = reader.config.model, tiny_config(tied=False).model
     assert found.connector == original.connector
-    # The folder says what its weights are computed in; the config left that to the device.
+    # The folder gives the compute dtype; the original config left it to the device.
     assert found.vision == dataclasses.replace(original.vision, dtype="float32")
     assert found.language == dataclasses.replace(original.language, dtype="float32")
     assert [event["what"] for event in reader.history] == ["saved by PyTorch"]
@@ -142,8 +142,8 @@ def test_what_pytorch_trained_and_saved(folder, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_what_pytorch_saved_over_the_export_is_not_taken_for_our_run(edited, tmp_path):
-    """`save_pretrained` writes its version into config.json and leaves our training file as it was."""
+def test_a_model_saved_over_the_export_does_not_count_as_our_run(edited, tmp_path):
+    """`save_pretrained` writes its version to config.json and does not change our training file."""
     _edit_json(edited / "config.json", transformers_version="5.23.0")
     import_alignvlm(edited, tmp_path / "back")
     reader = ParameterReader(tmp_path / "back")
@@ -152,10 +152,10 @@ def test_what_pytorch_saved_over_the_export_is_not_taken_for_our_run(edited, tmp
     assert reader.config == tiny_config(tied=False)
     export_alignvlm(tmp_path / "back", tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
-    assert card.index("siglip-x") < card.index("7 optimizer steps in all") < card.index("Saved by PyTorch")
+    assert card.index("siglip-x") < card.index("7 optimizer steps in total") < card.index("Saved by PyTorch")
 
 
-def test_weights_alone_come_back_without_the_code(edited, tmp_path):
+def test_a_folder_without_the_code_is_imported(edited, tmp_path):
     for file in [*edited.glob("*.py"), edited / "README.md", edited / "generation_config.json"]:
         file.unlink()
     import_alignvlm(edited, tmp_path / "back")
@@ -181,7 +181,7 @@ def test_tensors_that_do_not_fit_are_reported_together(edited, tmp_path):
 
 def test_folders_of_other_models(checkpoint, edited, tmp_path):
     export_language(checkpoint, tmp_path / "llama")
-    _refused("model_type is 'llama'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
+    _refused("model_type is 'llama', expected 'alignvlm'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
     _refused("no config.json", tmp_path / "nowhere", tmp_path)
     _edit_json(edited / "config.json", connector_config={"name": "qformer"})
     _refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)
@@ -200,13 +200,13 @@ def test_parts_that_do_not_belong_together(edited, tmp_path):
     _refused(f"{shard.name} is missing", edited, tmp_path)
     (tmp_path / "shard").rename(shard)
     (edited / "alignvlm_training.json").write_text('{"config": {}}')
-    _refused("not as it was exported.*remove it", edited, tmp_path)
+    _refused("differs from what was exported.*remove it", edited, tmp_path)
     (edited / "alignvlm_training.json").unlink()
     (edited / "processor_config.json").write_text('{"image_processor": {"tile_size": 16}}')
-    _refused("does not say rule, max_tiles, thumbnail", edited, tmp_path)
+    _refused("has no rule, max_tiles, thumbnail", edited, tmp_path)
 
 
-def test_a_taken_workdir_is_refused_before_anything_is_read(folder, tmp_path):
+def test_a_workdir_that_is_not_empty_is_refused_before_reading(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     _refused("is not empty", folder, tmp_path)

@@ -1,4 +1,4 @@
-"""`tools/export_pytorch.py` and `tools/import_pytorch.py` as they are called."""
+"""Runs `tools/export_pytorch.py` and `tools/import_pytorch.py` as scripts."""
 
 import runpy
 import subprocess
@@ -13,7 +13,7 @@ _TOOLS = Path(__file__).parents[2] / "tools"
 
 _WITHOUT_TORCH = """
 import runpy, sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails
+sys.modules["torch"] = sys.modules["transformers"] = None  # Importing them fails.
 checkpoint, folder, back, tools = sys.argv[1:]
 sys.argv = ["export", "--checkpoint", checkpoint, "--out", folder, "--max-shard-size", "20KB"]
 runpy.run_path(f"{tools}/export_pytorch.py", run_name="__main__")
@@ -22,7 +22,7 @@ runpy.run_path(f"{tools}/import_pytorch.py", run_name="__main__")
 """
 
 
-def test_there_and_back_where_torch_is_not_installed(tmp_path):
+def test_round_trip_without_torch(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     paths = [str(tmp_path / name) for name in ("checkpoint", "folder", "back")]
     subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *paths, str(_TOOLS)], check=True, cwd=_TOOLS.parent)
@@ -43,7 +43,7 @@ def test_there_and_back_where_torch_is_not_installed(tmp_path):
         ("export_pytorch", ["--checkpoint", "x", "--out", "out", "--max-shard-size", "big"], "expected a size such as"),
     ],
 )
-def test_problems_are_said_in_a_line(tool, arguments, problem, monkeypatch, capsys, tmp_path):
+def test_problems_are_reported_in_one_line(tool, arguments, problem, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
     with pytest.raises(SystemExit) as stopped:

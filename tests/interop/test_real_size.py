@@ -1,9 +1,9 @@
-"""The paper's 1B model at full size with random weights: memory of the way in, and parity of one image's logits.
+"""The paper's 1B model at full size with random weights: memory of the import, and parity of the logits of an image.
 
     make test-large
 
-Each step is a process of its own, so that its memory is its own: 20 GB of memory and 25 GB of disk are enough for all.
-Figures are printed as JSON.
+Each step runs in its own process, so that its memory can be measured. 20 GB of memory and 25 GB of disk are enough.
+The results are printed as JSON.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from tests.interop import real_size
 
-# Samples anonymous memory fifty times a second. The base is what the process takes once everything is imported.
+# Samples anonymous memory 50 times per second. The base is the memory of the process after all imports.
 MEASURED = """
 import json, sys, threading, time
 import jax
@@ -48,7 +48,7 @@ IMPORT = MEASURED.format(
     imports="from alignvlm_jax.interop.import_hf import import_huggingface",
     work="""
 vision, language, out, dtype = sys.argv[1:]
-import_huggingface(vision, language, out, dtype=dtype, max_tiles=1, say=lambda note: None)
+import_huggingface(vision, language, out, dtype=dtype, max_tiles=1, log=lambda note: None)
 """,
 )
 
@@ -101,8 +101,8 @@ np.savez(out, tokens=inputs["input_ids"][0].numpy(), logits=logits[::16].numpy()
 
 
 def run(program: str, *arguments) -> dict:
-    """The figures that a measured program prints at its end."""
-    # XLA compiles here as it does for users, not as quickly as for tests of tiny models.
+    """Runs a measured program and returns the figures that it prints."""
+    # Without the XLA flags of the tests, which compile faster but give slower programs.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -112,7 +112,7 @@ def run(program: str, *arguments) -> dict:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """So400m/14 at 384 px and Llama-3.2-1B, bfloat16 in shards; gone when the tests are over."""
+    """So400m/14 at 384 px and Llama-3.2-1B in bfloat16 shards; deleted after the tests."""
     folder = tmp_path_factory.mktemp("real_size")
     real_size.write_vision(folder / "vision")
     real_size.write_language(folder / "language")
@@ -121,7 +121,7 @@ def folders(tmp_path_factory):
 
 
 def parameter_bytes(dtype: str) -> int:
-    """Of the two backbones, as transformers counts them, and of ALIGN between them."""
+    """Returns the size of the two backbones, as counted by transformers, and of ALIGN."""
     words, width, encoder = real_size.LLAMA_1B["vocab_size"], 2048, 1152
     align = encoder * width + width + 2 * width + words * width + 2 * words
     return (1_235_814_400 + real_size.SO400M_PARAMETERS + align) * {"float32": 4, "bfloat16": 2}[dtype]
@@ -129,13 +129,13 @@ def parameter_bytes(dtype: str) -> int:
 
 @pytest.mark.large
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_importing_takes_what_the_parameters_take_and_two_gigabytes(folders, dtype):
+def test_importing_takes_the_memory_of_the_parameters_and_two_gigabytes(folders, dtype):
     out = folders / f"start_{dtype}"
     figures = run(IMPORT, folders / "vision", folders / "language", out, dtype)
     figures |= {"what": f"import {dtype}", "parameters_gb": parameter_bytes(dtype) / 1e9}
     print(json.dumps(figures))
     assert figures["peak_over_base_gb"] * 1e9 <= parameter_bytes(dtype) + 2e9
-    # Less than the parameters themselves would mean that they were not measured.
+    # A smaller value would mean that the parameters were not measured.
     assert figures["peak_over_base_gb"] * 1e9 >= 0.95 * parameter_bytes(dtype)
 
 
@@ -161,5 +161,5 @@ def test_one_image_gives_the_same_logits_in_jax_and_in_pytorch(folders):
     }
     print(json.dumps({"what": "relative error of logits", **errors}))
     assert max(errors.values()) < 1e-4
-    # A test that cannot fail would be one of logits that do not depend on anything.
+    # The logits must vary between positions; otherwise the comparison proves nothing.
     assert np.std(theirs["last"], axis=0).mean() > 0.01 * np.std(theirs["last"])

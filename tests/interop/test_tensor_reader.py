@@ -1,4 +1,4 @@
-"""Reading safetensors: what is there, a slice at a time, and what is refused."""
+"""Reading of safetensors: complete tensors, slices, and refused files."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def save(folder, name, keys=tuple(TENSORS)):
 
 
 def save_shards(folder, **weight_map):
-    """Two shards; `weight_map` is added to the index."""
+    """Writes two shards; `weight_map` is added to the index."""
     save(folder, "one.safetensors", ("a.weight", "count"))
     save(folder, "two.safetensors", ("b.weight", "b.bias", "empty"))
     right = {key: "one.safetensors" if key in ("a.weight", "count") else "two.safetensors" for key in TENSORS}
@@ -38,7 +38,7 @@ def save_shards(folder, **weight_map):
 
 
 @pytest.mark.parametrize("write", [lambda folder: save(folder, WEIGHTS_FILE), save_shards])
-def test_every_tensor_and_slices_of_it(tmp_path, write):
+def test_tensors_and_slices(tmp_path, write):
     write(tmp_path)
     with TensorFiles(tmp_path) as files:
         assert files.shapes == {key: tensor.shape for key, tensor in TENSORS.items()}
@@ -51,7 +51,7 @@ def test_every_tensor_and_slices_of_it(tmp_path, write):
         assert files.read("a.weight", 2).shape == (4,)
 
 
-def test_views_outlive_the_files_and_cannot_be_written(tmp_path):
+def test_views_outlive_the_files_and_are_read_only(tmp_path):
     save(tmp_path, WEIGHTS_FILE)
     with TensorFiles(tmp_path) as files:
         view = files.read("a.weight")
@@ -60,7 +60,7 @@ def test_views_outlive_the_files_and_cannot_be_written(tmp_path):
         view[...] = 0
 
 
-def test_reading_takes_no_memory_of_its_own(tmp_path):
+def test_reading_takes_no_memory(tmp_path):
     big = np.ones((64, 2**18), np.float32)  # 64 MB
     safetensors.numpy.save_file({"big": big}, tmp_path / WEIGHTS_FILE)
     program = """
@@ -79,7 +79,7 @@ print(total, anonymous() - before)
 
 
 def test_an_odd_header_length(tmp_path):
-    """Nothing promises that tensors begin at a multiple of their size."""
+    """The format does not guarantee that tensors are aligned to their item size."""
     data = TENSORS["b.weight"].tobytes()
     header = json.dumps({"b.weight": {"dtype": "F32", "shape": [2, 3, 5], "data_offsets": [0, len(data)]}}).encode()
     header += b" " * (1 - len(header) % 2)
@@ -99,11 +99,13 @@ def test_a_truncated_file(tmp_path, keep):
     save(tmp_path, WEIGHTS_FILE)
     path = tmp_path / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="model.safetensors is damaged, cut short or not safetensors .*fetch it again"):
+    with pytest.raises(
+        UserError, match="model.safetensors is damaged, truncated or not safetensors .*download it again"
+    ):
         TensorFiles(tmp_path)
 
 
-def test_all_that_is_wrong_with_shards_in_one_report(tmp_path):
+def test_all_problems_of_shards_are_reported_together(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
     save(elsewhere, "secret.safetensors", ("b.bias",))
@@ -131,11 +133,11 @@ def test_all_that_is_wrong_with_shards_in_one_report(tmp_path):
         assert f"to {name}" in report
     assert "gone.safetensors is missing" in report
     assert "short.safetensors is damaged" in report
-    assert "says misplaced is in one.safetensors, where it is not" in report
+    assert "says misplaced is in one.safetensors, which does not contain it" in report
     assert "count is in three.safetensors and in another file as well" in report
 
 
-def test_the_links_of_hugging_faces_cache_are_followed(tmp_path):
+def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True), blobs.mkdir()
     save_shards(snapshot)
@@ -146,14 +148,14 @@ def test_the_links_of_hugging_faces_cache_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none(tmp_path, text):
+def test_files_that_are_not_an_index(tmp_path, text):
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(UserError, match="is not an index of safetensors"):
         TensorFiles(tmp_path)
 
 
 class Bomb:
-    """What a pickle can do."""
+    """An object whose unpickling has a side effect: it creates a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -169,16 +171,16 @@ def test_pickled_weights_are_refused_unread(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_the_command_that_converts_pickled_weights_does(tmp_path):
+def test_the_suggested_command_converts_pickled_weights(tmp_path):
     folder = tmp_path / "with a space"
     folder.mkdir()
     table = torch.arange(12.0).reshape(3, 4)
     torch.save({"embed.weight": table, "head.weight": table}, folder / "pytorch_model-00001-of-00002.bin")
-    torch.save({"turned": table.T.bfloat16()}, folder / "pytorch_model-00002-of-00002.bin")
+    torch.save({"transposed": table.T.bfloat16()}, folder / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(UserError) as error:
         TensorFiles(folder)
     command = shlex.split(re.search(r"convert them with: (python .*)$", str(error.value)).group(1))
     subprocess.run([sys.executable, *command[1:]], check=True)
     files = TensorFiles(folder)
     np.testing.assert_array_equal(files.read("head.weight"), table.numpy())
-    np.testing.assert_array_equal(files.read("turned").astype(np.float32), table.T.numpy())
+    np.testing.assert_array_equal(files.read("transposed").astype(np.float32), table.T.numpy())

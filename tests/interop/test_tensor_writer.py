@@ -1,4 +1,4 @@
-"""Safetensors as transformers reads them; nothing left behind when writing fails."""
+"""Writing of safetensors for transformers; a failure leaves nothing behind."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ def _arrays(specs):
     return {spec.key: rng.normal(size=spec.shape).astype(np.float32) for spec in specs}
 
 
-def test_tensors_of_all_layouts_and_dtypes_arrive_in_torch(tmp_path):
+def test_torch_reads_all_layouts_and_dtypes(tmp_path):
     specs = [_spec("a", (3, 5)), _spec("b", (4,), ml_dtypes.bfloat16), _spec("c", (2, 3), "float16")]
     arrays = _arrays(specs)
     arrays["a"] = np.asfortranarray(arrays["a"])
@@ -45,7 +45,7 @@ def test_tensors_of_all_layouts_and_dtypes_arrive_in_torch(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_shards_hold_what_the_index_says(tmp_path):
+def test_shards_contain_the_tensors_of_the_index(tmp_path):
     specs = [_spec(f"t{i}", (size,)) for i, size in enumerate((10, 10, 100, 5, 5))]
     arrays = _arrays(specs)
     write_tensors(tmp_path, specs, lambda spec: arrays[spec.key], max_shard_bytes=100)
@@ -66,7 +66,7 @@ def test_shards_hold_what_the_index_says(tmp_path):
 
 
 def test_only_one_shard_is_held_at_a_time(tmp_path):
-    """20 tensors of a megabyte, two a file: no more than a file's and what one is made from are ever in memory."""
+    """With 20 tensors of 1 MB and two per file, memory holds at most one file and the source of one tensor."""
     specs = [_spec(f"t{i}", (500, 500)) for i in range(20)]
     tracemalloc.start()
     write_tensors(tmp_path, specs, lambda spec: np.ones(spec.shape, np.float32).T, max_shard_bytes=2 * 10**6)
@@ -75,7 +75,7 @@ def test_only_one_shard_is_held_at_a_time(tmp_path):
     assert 2 * 10**6 < peak < 4 * 10**6
 
 
-def test_shards_fill_up_in_order():
+def test_shards_are_filled_in_order():
     specs = [_spec(key, (1,)) for key in "abcde"]
     assert [[spec.key for spec in shard] for shard in split_into_shards(specs, 8)] == [["a", "b"], ["c", "d"], ["e"]]
 
@@ -83,7 +83,7 @@ def test_shards_fill_up_in_order():
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_writer.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
     with pytest.raises(UserError, match="are free"):
-        write_tensors(tmp_path, [_spec("a", (3,))], lambda spec: pytest.fail("nothing must be read"))
+        write_tensors(tmp_path, [_spec("a", (3,))], lambda spec: pytest.fail("no tensor must be read"))
 
 
 def test_values_beyond_float16_are_refused(tmp_path):
@@ -113,7 +113,7 @@ def test_an_interrupted_folder_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_taken_folder_is_refused_and_an_empty_one_is_not(tmp_path):
+def test_only_empty_folders_are_accepted(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("")
     with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "full"):

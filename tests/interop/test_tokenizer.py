@@ -1,4 +1,4 @@
-"""Llama-family tokenizers, in and out: equal to transformers', images in every template, loss on every answer."""
+"""Import and export of Llama-family tokenizers: same ids as transformers, images in templates, loss on answers."""
 
 import json
 import random
@@ -22,7 +22,7 @@ LLAMA3_IMAGE = "<|reserved_special_token_0|>"
 
 
 class Style:
-    """One folder, what we make of it, and what transformers makes of the folder and of what we export."""
+    """A folder in some style: its import and export, and transformers' tokenizers of the folder and of the export."""
 
     def __init__(self, root, style):
         self.name = style
@@ -30,7 +30,7 @@ class Style:
         self.num_ids = num_ids(self.folder)
         self.imported = import_tokenizer(self.folder, num_embeddings=self.num_ids)
         self.imported.chat.save(root / "ours")
-        # As a checkpoint gives it back.
+        # Saved and loaded, as through a checkpoint.
         self.chat = ChatTokenizer.from_folder(root / "ours")
         self.exported_folder = root / "exported"
         export_tokenizer(root / "ours", self.exported_folder)
@@ -54,7 +54,7 @@ def style(request, styles):
 
 @pytest.fixture
 def write(tmp_path):
-    """A folder in a style, with entries of its JSON files replaced (None takes one out)."""
+    """Returns a function that writes a folder and changes entries of its JSON files (None removes an entry)."""
 
     def write(style, files=()):
         folder = write_style(tmp_path / "model", style)
@@ -80,15 +80,15 @@ def system(text):
 
 
 def answers(style, encoded):
-    """The text under the loss, one string per stretch."""
-    stretches, current = [], []
+    """Returns the text under the loss, one string per contiguous span."""
+    spans, current = [], []
     for target, weight in zip([*encoded.tokens[1:], -1], [*encoded.loss_weights[:-1], 0], strict=True):
         if weight:
             current.append(target)
         elif current:
-            stretches.append(style.read(current))
+            spans.append(style.read(current))
             current = []
-    return stretches
+    return spans
 
 
 def random_text(rng, more=()):
@@ -97,7 +97,7 @@ def random_text(rng, more=()):
 
 
 def random_chat(rng, *, images, more=()):
-    """Turns ending with an answer; a system message before half of them."""
+    """Returns a random conversation that ends with an answer; half of them start with a system message."""
     text = random_text(rng, more)
     text = [{"type": "text", "text": text}] if images and rng.random() < 0.5 else text
     messages = [system(text)] if rng.random() < 0.5 else []
@@ -117,6 +117,7 @@ def count_images(messages):
 
 
 def assert_same(chat, official, messages, **variables):
+    """Asserts that transformers' tokenizer gives the same ids, for training and for generation."""
     for given, mine, generate in [
         (messages, chat.encode(messages, [1] * count_images(messages)), False),
         (messages[:-1], chat.encode_prompt(messages[:-1], [1] * count_images(messages[:-1])), True),
@@ -126,15 +127,15 @@ def assert_same(chat, official, messages, **variables):
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if name != "base"])
-def test_texts_are_the_original_folders(name, styles):
-    """What the language model was trained with is what it goes on with."""
+def test_text_ids_match_the_original_folder(name, styles):
+    """The language model keeps the token ids that it was trained with."""
     style, rng = styles[name], random.Random(0)
     variables = {"date_string": "26 Jul 2024"} if name == "llama3" else {}
     for _ in range(30):
         assert_same(style.chat, style.original, random_chat(rng, images=False), **variables)
 
 
-def test_images_are_the_exported_folders(style):
+def test_ids_with_images_match_the_exported_folder(style):
     rng, seen = random.Random(1), 0
     for _ in range(30):
         messages = random_chat(rng, images=True)
@@ -144,7 +145,7 @@ def test_images_are_the_exported_folders(style):
 
 
 def test_exported_folder_reads_back(style):
-    """The way back from PyTorch, and a second export, change nothing."""
+    """Export and import leave the tokenizer unchanged."""
     again = ChatTokenizer.from_folder(style.exported_folder)
     messages = [system("Short."), user("What is the total?", 1), assistant("12.50")]
     for mine, theirs in zip(again.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
@@ -153,7 +154,7 @@ def test_exported_folder_reads_back(style):
 
 
 def test_saved_by_transformers_reads_back(style, tmp_path):
-    """What somebody who went on training in PyTorch hands back, with the padding of the last batch in it."""
+    """A tokenizer saved after training in PyTorch, which contains the padding of the last batch, is imported."""
     theirs = transformers.AutoTokenizer.from_pretrained(style.exported_folder)
     theirs(["a", "the total"], padding="max_length", truncation=True, max_length=5)
     theirs.save_pretrained(tmp_path)
@@ -165,8 +166,8 @@ def test_saved_by_transformers_reads_back(style, tmp_path):
         assert_same(again.chat, style.exported, random_chat(rng, images=True))
 
 
-def test_nano_goes_out_as_well(tmp_path):
-    """Its tokenizer was never a language model's from Hugging Face."""
+def test_the_nano_tokenizer_is_exported(tmp_path):
+    """The nano tokenizer was not imported from a Hugging Face folder."""
     folder = backbone_folder("language", "nano")
     export_tokenizer(folder, tmp_path)
     chat, theirs = ChatTokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -178,24 +179,24 @@ def test_nano_goes_out_as_well(tmp_path):
         assert_same(chat, theirs, messages)
 
 
-def test_an_answer_begun_goes_on(style):
-    """transformers' continue_final_message looks for the last text in what the template wrote."""
+def test_a_partial_answer_can_be_continued(style):
+    """transformers' continue_final_message searches for the last text in the rendered conversation."""
     begun = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
     text = style.exported.apply_chat_template(begun, continue_final_message=True, tokenize=False)
     assert text.endswith("It is") and text.count(style.image_token) == 1
 
 
-def test_an_export_imported_again_is_left_as_it_is(style):
+def test_importing_an_export_changes_nothing(style):
     again = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
     assert again.chat.chat_template == style.chat.chat_template
     assert (again.num_embeddings, again.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_passages_encoded_apart(name, styles):
-    """Text next to a passage that has to be hidden is encoded as if nothing had been hidden.
+def test_hidden_passages_do_not_change_the_text_around_them(name, styles):
+    """Text next to a passage that is replaced by a mark is encoded as if nothing had been replaced.
 
-    The private-use characters of the marks are hidden as well, and transformers knows nothing special about them.
+    The private-use characters of the marks are replaced as well; to transformers they are ordinary text.
     """
     style, rng = styles[name], random.Random(2)
     for _ in range(30):
@@ -205,7 +206,7 @@ def test_passages_encoded_apart(name, styles):
 @pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
 @pytest.mark.parametrize("name", ["llama3", "tinyllama", "llama2_new"])
 def test_special_tokens_with_flags(name, flag, tmp_path):
-    """Special tokens looked for in normalised text, or found with the white space beside them, as in some folders."""
+    """Some folders match special tokens in normalized text, or together with the white space next to them."""
     folder = write_style(tmp_path / "model", name)
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["added_tokens"] = [{**token, flag: True} for token in vocabulary["added_tokens"]]
@@ -222,7 +223,7 @@ def test_special_tokens_with_flags(name, flag, tmp_path):
 
 
 def test_special_tokens_typed_by_users_stay_text(style):
-    """In ours always; in transformers if it is asked to, though it may cut the text about them differently."""
+    """Ours always keeps them as text; transformers does so on request, but may split the surrounding text otherwise."""
     rng = random.Random(3)
     specials = [style.exported.eos_token, style.image_token, style.exported.bos_token]
     typed = 0
@@ -230,7 +231,7 @@ def test_special_tokens_typed_by_users_stay_text(style):
         messages = random_chat(rng, images=True, more=specials)
         mine = style.chat.encode(messages, [1] * count_images(messages)).tokens
         theirs = style.exported.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
-        # Sentencepiece's blank before a text's first word need not be before the same words.
+        # Sentencepiece's leading blank need not be in front of the same words.
         assert style.read(mine).replace(" ", "") == style.read(theirs).replace(" ", "")
         for token_id in style.exported.all_special_ids:
             assert (mine == token_id).sum() == theirs.count(token_id)
@@ -240,7 +241,7 @@ def test_special_tokens_typed_by_users_stay_text(style):
 
 
 def test_exported_processor_writes_the_same_ids(style):
-    """Texts with and without passages that read like special tokens; two visual tokens an image."""
+    """Compares texts with and without passages that look like special tokens, with two visual tokens per image."""
     pytest.importorskip("torch")
     from alignvlm_jax.interop.pytorch.image_processing_alignvlm import AlignVLMImageProcessor
     from alignvlm_jax.interop.pytorch.processing_alignvlm import AlignVLMProcessor
@@ -268,8 +269,8 @@ def test_exported_processor_writes_the_same_ids(style):
             assert mine.tokens.tolist() == list(theirs["input_ids"][0])
 
 
-def test_what_transformers_does_with_special_tokens_typed_by_users(style):
-    """The difference that the module's docstring tells of."""
+def test_transformers_parses_special_tokens_typed_by_users(style):
+    """This is the difference described in the docstring of interop/tokenizer.py."""
     messages = [user(f"a {style.image_token} b")]
     theirs = style.exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert theirs.count(style.chat.image_id) == 1
@@ -281,7 +282,7 @@ EXPECTED_ANSWERS = {
     "base": [" 12.50<|end_of_text|>", "  no \n<|end_of_text|>"],
     "smollm2": ["12.50<|im_end|>", " no \n<|im_end|>"],
     "tinyllama": ["12.50</s>", "no \n</s>"],
-    # Trimmed by the template, which writes a blank on either side; the decoder takes the first one away.
+    # The template trims the text and adds a blank on both sides; the decoder removes the first one.
     "llama2": ["12.50 </s>", "no </s>"],
     "llama2_new": ["12.50 </s>", "no </s>"],
 }
@@ -296,7 +297,7 @@ def test_loss_on_answers(style):
     assert (encoded.visual_index >= 0).sum() == 2
 
 
-def test_prompt_is_how_training_begins(style):
+def test_a_prompt_is_the_start_of_a_training_sequence(style):
     encoded = style.chat.encode([user("Total?", 1), assistant("12.50")], [3])
     prompt = style.chat.encode_prompt([user("Total?", 1)], [3])
     first = np.flatnonzero(encoded.loss_weights)[0]
@@ -304,7 +305,7 @@ def test_prompt_is_how_training_begins(style):
 
 
 def test_ids(styles):
-    """Whatever Llama 3 lists ends an answer; a tokenizer without padding pads with its end of text."""
+    """All tokens listed by Llama 3 end an answer; a tokenizer without a padding token pads with its end of text."""
     llama3 = styles["llama3"].chat
     ends = ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
     assert llama3.end_ids == tuple(map(llama3.token_to_id, ends))
@@ -315,7 +316,7 @@ def test_ids(styles):
 
 
 def test_image_tokens(styles):
-    """Llama 3 keeps rows free; the others need a new one, and the table grows to a multiple of 64."""
+    """Llama 3 has reserved rows; the others need a new row, and the table grows to a multiple of 64."""
     for name in ("llama3", "base"):
         assert styles[name].image_token == LLAMA3_IMAGE
         assert styles[name].imported.num_embeddings == styles[name].num_ids
@@ -333,18 +334,18 @@ def test_exported_configuration(style):
     assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (style.chat.image_id, style.chat.pad_id)
     assert tokenizer.eos_token_id in style.chat.end_ids
     assert tokenizer.padding_side == "left"
-    # All that the folder's own padding to 50 and truncation to 6 would do.
+    # The folder's padding to 50 and truncation to 6 tokens are gone.
     assert len(tokenizer("the total of the page " * 10).input_ids) > 50
     batch = tokenizer(["total", "the total of the page"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
-    # Prompts are rendered with their first token; none is added to it.
+    # Rendered prompts contain the begin-of-text token; encoding must not add another.
     text = tokenizer.apply_chat_template([user("a")], tokenize=False)
     assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("name", ["llama3", "tinyllama"])
 def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_path):
-    """Also after the way out to PyTorch, where the rule is not, and back."""
+    """This also holds after an export to PyTorch, which removes the rule, and a second import."""
     style = styles[name]
     back = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
     for i, chat in enumerate((style.chat, back.chat)):
@@ -356,7 +357,7 @@ def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_pa
 
 
 def test_date_is_fixed(write):
-    """Also where a template insists on the function; transformers and ours agree on the text."""
+    """The date is fixed even if a template calls the function; transformers and ours render the same text."""
     template = "{{ strftime_now('%A %-d %B %Y, %d.%m.%y') }}" + SMOLLM2_TEMPLATE
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": template}})
     imported = import_tokenizer(folder, num_embeddings=512)
@@ -368,8 +369,8 @@ def test_date_is_fixed(write):
     assert_same(imported.chat, theirs, [user("a"), assistant("b")])
 
 
-def test_vllm_sees_that_the_template_takes_parts(style):
-    """vLLM looks for a loop over the contents of what a loop over the messages gives."""
+def test_vllm_detects_that_the_template_accepts_parts(style):
+    """vLLM searches the template for a loop over the content of each message."""
     tree = compile_template(style.chat.chat_template).environment.parse(style.chat.chat_template)
     assert any(
         isinstance(loop.iter, jinja2.nodes.Name) and loop.iter.name == "messages" and loop.target.name == "message"
@@ -383,8 +384,8 @@ def test_vllm_sees_that_the_template_takes_parts(style):
     )
 
 
-def test_the_other_fields_of_a_message_pass_the_prelude(style):
-    """Tool calls have no content, and templates that know them read other fields."""
+def test_the_prelude_keeps_the_other_fields_of_a_message(style):
+    """Tool calls have no content; templates that support them read other fields."""
     prelude = style.chat.chat_template.partition("{%- set messages = chat.messages %}\n")
     template = "".join(prelude[:2]) + "{% for m in messages %}[{{ m.role }} {{ m.name }} {{ m.content }}]{% endfor %}"
     messages = [{"role": "assistant", "name": "x"}, {"role": "user", "name": "y", "content": user("b", 1)["content"]}]
@@ -392,8 +393,8 @@ def test_the_other_fields_of_a_message_pass_the_prelude(style):
     assert text == f"[assistant x ][user y {style.image_token}b]"
 
 
-# A template that takes images itself, as those of models that see.
-SEEING_TEMPLATE = """{%- for message in messages %}
+# A template that accepts images itself, as those of vision-language models do.
+VISION_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- if message.content is string %}{{- message.content }}
 {%- else %}
@@ -421,8 +422,8 @@ def test_given_image_token_and_template(write):
     folder = write("smollm2")
     imported = import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>")
     assert (imported.chat.image_id, imported.num_embeddings) == (3, 600)
-    imported = import_tokenizer(folder, num_embeddings=600, chat_template=SEEING_TEMPLATE)
-    assert imported.chat.chat_template == SEEING_TEMPLATE
+    imported = import_tokenizer(folder, num_embeddings=600, chat_template=VISION_TEMPLATE)
+    assert imported.chat.chat_template == VISION_TEMPLATE
     tokens = imported.chat.encode_prompt([user("a", 1)], [2]).tokens
     assert "user\nPicture: <image><image>\na<|im_end|>" in imported.chat._tokenizer.decode(
         list(tokens), skip_special_tokens=False
@@ -448,7 +449,7 @@ def test_known_image_token_that_is_not_special(write):
 
 
 def test_reserved_tokens_in_use_stay(write):
-    """The first is the padding, and the second is in the template: the image token is new."""
+    """The first reserved token is the padding and the second is used by the template, so the image token is new."""
     template = LLAMA3_TEMPLATE.replace("Environment: ipython", "<|reserved_special_token_1|>")
     config = {"pad_token": LLAMA3_IMAGE, "chat_template": template}
     folder = write("llama3", {CONFIG_FILE: config})
@@ -464,8 +465,8 @@ def test_llama3_padding_token(write):
     assert chat.pad_id == chat.token_to_id("<|finetune_right_pad_id|>") not in chat.end_ids
 
 
-def test_where_a_template_may_be(write):
-    """A file of its own goes before the configuration; of several, the default one; older names for the file."""
+def test_locations_of_the_template(write):
+    """A template file has precedence over the config, older file names are read, and "default" is chosen by name."""
     expected = import_tokenizer(write("smollm2"), num_embeddings=600).chat.encode_prompt([user("a", 1)], [2]).tokens
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": SMOLLM2_TEMPLATE}]
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": named}})
@@ -484,7 +485,7 @@ def test_where_a_template_may_be(write):
 
 
 def test_names_in_other_files(write):
-    """No tokenizer_config.json names: the special tokens' own file, then the ids that the model's files give."""
+    """Without names in tokenizer_config.json, special_tokens_map.json is read, then the ids in the model files."""
     folder = write("llama2", {"special_tokens_map.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}})
     template = json.loads((folder / CONFIG_FILE).read_text())["chat_template"]
     (folder / CONFIG_FILE).unlink()
@@ -515,11 +516,11 @@ def test_vocabulary_and_embedding_disagree(write):
     assert not any("belong to no token" in note for note in import_tokenizer(folder, num_embeddings=size).notes)
     notes = import_tokenizer(folder, num_embeddings=2 * size + 8).notes
     assert any(f"{size + 8} of the embedding table's {2 * size + 8} rows belong to no token" in note for note in notes)
-    assert any("'[PAD]' is in no vocabulary" in note for note in notes)
+    assert any("'[PAD]' is not in the vocabulary" in note for note in notes)
 
 
 def test_ids_with_gaps(write):
-    """The `tokenizers` library numbers a new token by how many there are, which another token may have."""
+    """The `tokenizers` library gives a new token the number of tokens as its id, which may already be taken."""
     folder = write("smollm2")
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["model"]["vocab"]["unseen"] = num_ids(folder) + 10
@@ -540,20 +541,22 @@ def test_wrong_folders(write, tmp_path):
 
     assert "no such folder" in fails(tmp_path / "nowhere")
     folder = write("smollm2")
-    assert "name another" in fails(folder, image_token="<|im_end|>")
-    assert "stand in a text" in fails(folder, image_token="total")
-    template = SEEING_TEMPLATE + "<repo_name>"
+    assert "choose another" in fails(folder, image_token="<|im_end|>")
+    assert "occur in ordinary text" in fails(folder, image_token="total")
+    template = VISION_TEMPLATE + "<repo_name>"
     assert "where there is no image" in fails(folder, image_token="<repo_name>", chat_template=template)
     assert "line 1" in fails(folder, chat_template="{% if %}")
     assert "be located" in fails(folder, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     assert "neither" in fails(folder, chat_template="{{ messages[0].role }}")
-    assert "names no token that ends a text" in fails(
+    assert "does not name the token that ends a text" in fails(
         write("smollm2", {CONFIG_FILE: {"eos_token": None}, "generation_config.json": {"eos_token_id": None}})
     )
     assert "eos_token '<end>' is not in" in fails(write("smollm2", {CONFIG_FILE: {"eos_token": "<end>"}}))
     listed = {"5": {"content": "<tool>"}}
-    assert "not of one tokenizer" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": listed}}))
-    assert "not a table of tokens" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": {"a": 1}}}))
+    assert "do not belong to the same tokenizer" in fails(
+        write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": listed}})
+    )
+    assert "not a map of tokens" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": {"a": 1}}}))
     assert "no vocabulary" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE"}}}))
     assert "not a tokenizer" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE", "vocab": {"a": 0}}}}))
     for name in (CONFIG_FILE, "generation_config.json", TOKENIZER_FILE):
@@ -568,7 +571,7 @@ def test_wrong_folders(write, tmp_path):
     assert "save_pretrained" in fails(folder)
 
 
-def test_listed_ends_without_token(write):
+def test_listed_end_ids_without_a_token_are_ignored(write):
     folder = write("smollm2", {"generation_config.json": {"eos_token_id": [2, 5000]}})
     imported = import_tokenizer(folder, num_embeddings=600)
     assert imported.chat.end_ids == (2,)

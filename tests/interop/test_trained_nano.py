@@ -1,7 +1,7 @@
-"""The trained nano model, in JAX and as PyTorch reads it: the same answers to questions held out from training.
+"""Compares the trained nano model in JAX and in PyTorch on questions held out from training.
 
-Random weights prove little here: ALIGN's output is then almost the same for every patch, and tiles or rows in a wrong
-order would not show.
+Random weights prove little here: ALIGN's output would be almost the same for every patch, and tiles or rows in a wrong
+order would go unnoticed.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from alignvlm_jax.models.alignvlm import AlignVLM
 from tests.interop.pytorch.folders import relative_error
 
 PARITY = 1e-4
-_PAGES = 300  # the demo's held-out set, 1,049 questions
+_PAGES = 300  # The held-out set of the demo, with 1,049 questions.
 _BATCH = 64
 _NEW_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The shipped weights, which are bfloat16, in float32."""
+    """The shipped bfloat16 weights converted to float32."""
     folder = tmp_path_factory.mktemp("nano") / "checkpoint"
     import_alignvlm(NANO_MODEL, folder, dtype="float32")
     return folder
@@ -56,7 +56,7 @@ def records():
     return draw_records(0, "heldout", 0, _PAGES)
 
 
-def _ask(processor, *pages_and_questions):
+def _inputs(processor, *pages_and_questions):
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": page}, {"type": "text", "text": question}]}]
         for page, question in pages_and_questions
@@ -67,17 +67,17 @@ def _ask(processor, *pages_and_questions):
 
 
 def _answers_in_pytorch(model, processor, records):
-    asked = []
+    questions = []
     for record in records:
         page = images.open_image(record["image"])
-        questions = zip(record["questions"], record["answers"], strict=True)
-        asked += [(page, question, len(answer)) for question, answer in questions]
-    # Batches of like answers' length: none of them waits long for its last.
-    order = sorted(range(len(asked)), key=lambda i: asked[i][2])
-    answers = [""] * len(asked)
+        pairs = zip(record["questions"], record["answers"], strict=True)
+        questions += [(page, question, len(answer)) for question, answer in pairs]
+    # Batches of answers of similar length, so that short ones do not wait for long ones.
+    order = sorted(range(len(questions)), key=lambda i: questions[i][2])
+    answers = [""] * len(questions)
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        inputs = _ask(processor, *(asked[i][:2] for i in chosen))
+        inputs = _inputs(processor, *(questions[i][:2] for i in chosen))
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
         for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
@@ -102,7 +102,7 @@ def test_the_same_answer_to_every_held_out_question(reader, exported, records, p
     assert right["JAX"] == report.overall.right > 0.75 * len(expected)
 
 
-def test_the_shipped_model_and_an_exported_folder_are_asked_by_name(reader, exported, checkpoint, records):
+def test_the_shipped_model_and_an_exported_folder_answer_questions(reader, exported, checkpoint, records):
     page, question = images.open_image(records[0]["image"]), records[0]["questions"][0]
     expected = reader.ask(page, question)
     assert expected
@@ -123,18 +123,18 @@ def _logits_in_pytorch(model, inputs):
 
 
 def _swapped(array, axis, first, second):
-    """The array with two blocks of an axis, given as slices, exchanged."""
+    """Returns the array with two blocks of an axis, given as slices, exchanged."""
     order = np.arange(array.shape[axis])
     order[first], order[second] = order[second].copy(), order[first].copy()
     return np.take(array, order, axis)
 
 
-def _move(reader, exported, record, change_jax, change_pytorch):
-    """How far the logits behind words move, relative to the largest, when tiles change: on both sides alike."""
+def _logit_change(reader, exported, record, change_jax, change_pytorch):
+    """Returns the relative change of the words' logits when tiles change; asserts that JAX and PyTorch agree."""
     model, processor = exported
     page, question = images.open_image(record["image"]), record["questions"][0]
     (prompt,) = reader.prompts(page, [question])
-    inputs = _ask(processor, (page, question))
+    inputs = _inputs(processor, (page, question))
     before = _logits_in_jax(reader, prompt)
     assert relative_error(before, _logits_in_pytorch(model, inputs)) < PARITY
     after = _logits_in_jax(reader, dataclasses.replace(prompt, **change_jax(prompt)))
@@ -145,7 +145,7 @@ def _move(reader, exported, record, change_jax, change_pytorch):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_two_tiles_or_two_rows_exchanged_move_the_logits(reader, exported, records, number):
+def test_exchanging_tiles_or_rows_changes_the_logits(reader, exported, records, number):
     record = records[number]
     first, second = slice(0, 1), slice(1, 2)
 
@@ -155,10 +155,10 @@ def test_two_tiles_or_two_rows_exchanged_move_the_logits(reader, exported, recor
             "tile_valid_hw": _swapped(prompt.tile_valid_hw, 0, first, second),
         }
 
-    tiles = _move(reader, exported, record, exchange_tiles, lambda pixels: _swapped(pixels, 0, first, second))
+    tiles = _logit_change(reader, exported, record, exchange_tiles, lambda pixels: _swapped(pixels, 0, first, second))
     assert tiles > 100 * PARITY
 
-    # Rows of patches of the first tile: the one with the most ink, and the one above or below it.
+    # Two adjacent rows of patches of the first tile, starting with the one with the most ink.
     patch = reader.config.vision.patch_size
     (prompt,) = reader.prompts(images.open_image(record["image"]), ["?"])
     height = prompt.tile_valid_hw[0, 0] // patch
@@ -169,7 +169,7 @@ def test_two_tiles_or_two_rows_exchanged_move_the_logits(reader, exported, recor
     def exchange_rows(tiles, axis):
         return np.concatenate([_swapped(tiles[:1], axis, upper, lower), tiles[1:]])
 
-    rows = _move(
+    rows = _logit_change(
         reader,
         exported,
         record,
@@ -177,4 +177,4 @@ def test_two_tiles_or_two_rows_exchanged_move_the_logits(reader, exported, recor
         lambda pixels: exchange_rows(pixels, axis=2),
     )
     assert rows > 100 * PARITY
-    print(f"logits move by {tiles:.3f} (tiles exchanged), {rows:.3f} (rows exchanged) of the largest")
+    print(f"relative change of the logits: {tiles:.3f} (tiles exchanged), {rows:.3f} (rows exchanged)")

@@ -1,4 +1,4 @@
-"""Small tokenizer folders in the styles of the Llama family, with templates in their manner; made in milliseconds."""
+"""Writes small tokenizer folders in the styles of the Llama family, with similar chat templates, in milliseconds."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ _CORPUS = [
     "the total of the page [INST] <<SYS>> [/INST] User: Assistant: <|user|> system assistant",
 ] * 4
 
-# The head of Llama 3.2's: a system message is always written, with the day's date.
+# The beginning of Llama 3.2's template, which always writes a system message with today's date.
 LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if custom_tools is defined %}
     {%- set tools = custom_tools %}
@@ -97,7 +97,7 @@ def _special(tokens):
 
 
 def _byte_level(special: list[str], *, first: bool) -> tokenizers.Tokenizer:
-    """Byte-level BPE with its special tokens before the vocabulary (SmolLM2) or behind it (Llama 3)."""
+    """Returns byte-level BPE with special tokens before the vocabulary (SmolLM2) or after it (Llama 3)."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,7 +115,7 @@ def _byte_level(special: list[str], *, first: bool) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
-    """BPE over words that begin with a visible blank, bytes for what it has no piece for."""
+    """Returns BPE over words that begin with a visible blank, with bytes as a fallback."""
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(
@@ -124,7 +124,7 @@ def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
         initial_alphabet=[],
         show_progress=False,
     )
-    # Trained word by word; afterwards the whole text is one word, as in Llama's.
+    # Trained word by word; afterwards the whole text is one word, as in Llama's tokenizer.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.train_from_iterator(_CORPUS, trainer)
@@ -153,7 +153,7 @@ def _named(*tokens: str, **more) -> dict[str, Any]:
 
 
 def write_style(folder: pathlib.Path, style: str) -> pathlib.Path:
-    """A folder in the style of "llama3", "smollm2", "tinyllama", "llama2", "llama2_new" or "base"."""
+    """Writes a folder in the style of "llama3", "smollm2", "tinyllama", "llama2", "llama2_new" or "base"."""
     generation = {}
     if style in ("llama3", "base"):
         special = [
@@ -184,12 +184,12 @@ def write_style(folder: pathlib.Path, style: str) -> pathlib.Path:
         config |= {"add_bos_token": True, "model_max_length": 10**30}
         config |= {"pad_token": "</s>"} if style == "tinyllama" else {}
         template = TINYLLAMA_TEMPLATE if style == "tinyllama" else LLAMA2_TEMPLATE
-    # What a training run left behind.
+    # Settings that a training run leaves behind.
     tokenizer.enable_truncation(6)
     tokenizer.enable_padding(length=50)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    # Older folders keep the template here.
+    # Older folders store the template in the config.
     config |= {"chat_template": template} if template else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -198,6 +198,6 @@ def write_style(folder: pathlib.Path, style: str) -> pathlib.Path:
 
 
 def num_ids(folder: pathlib.Path) -> int:
-    """One more than the largest id of a folder's tokenizer.json."""
+    """Returns the largest id in a folder's tokenizer.json plus one."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
