@@ -1,1 +1,1 @@
-"""The folder of a run, and everything about the arrays in it: written, sealed, found, restored."""
+"""Writes, verifies, finds and restores the checkpoints of a run."""

@@ -1,11 +1,14 @@
-"""All of Orbax: trees of arrays in the folder of a step, written in the background, read whole or a slice at a time.
+"""Writes and reads trees of arrays in the folder of a step; the only module that uses Orbax.
 
-    STEP/params/  STEP/opt_state/    a tree each: an OCDBT store with a zarr array for every leaf
+    STEP/params/  STEP/opt_state/    one tree each: an OCDBT store with a zarr array for every leaf
     STEP/meta/                       JSON
 
-Arrays are stored in chunks of at most `_CHUNK_BYTES`, stacked layers cut between layers first: whoever wants one layer
-of an 8B model (`StoredTree`) reads that layer, on whatever mesh it was saved. Orbax restores damaged files as other
-numbers without a word: whether they are what was written is for `integrity.py` to say, before anything is read here.
+Arrays are written in the background, and read as a whole or one slice at a time. They are stored in chunks of at most
+`_CHUNK_BYTES`, and stacked layers are split between layers first. Reading one layer of an 8B model (`StoredTree`)
+therefore reads that layer only, whatever mesh it was saved on.
+
+Orbax restores damaged files as wrong numbers without any error. `integrity.py` compares the files with their digests
+before anything is read here.
 """
 
 import errno
@@ -41,49 +44,53 @@ _STORAGE_ERRORS = (
 
 
 class StepStore:
-    """Writes steps in the background, and reads them back onto any mesh. With several processes all call it alike."""
+    """Writes steps in the background, and restores them onto any mesh.
+
+    With several processes, all of them make the same calls.
+    """
 
     def __init__(self):
         self._orbax = _make_orbax()
 
     def save(self, step: Path, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Begins to write each tree, and `meta` as JSON, into a folder of its own in `step`."""
+        """Starts to write each tree, and `meta` as JSON, into a folder of its own in `step`."""
         args = {name: _save_in_chunks(tree) for name, tree in trees.items()}
         self._orbax.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(dict(meta))))
 
     def wait(self) -> None:
-        """Until all is written; raises what went wrong meanwhile."""
+        """Waits until everything is written; raises the error of a write that failed."""
         self._orbax.wait_until_finished()
 
     def restore(self, step: Path, **abstract: Any) -> Any:
-        """The trees of these names, as attributes, with the shapes, dtypes and shardings of `abstract`."""
+        """Returns the named trees, as attributes, with the shapes, dtypes and shardings of `abstract`."""
         args = ocp.args.Composite(**{name: _restore_into(tree) for name, tree in abstract.items()})
         return self._orbax.restore(step, args=args)
 
-    def start_again(self) -> None:
-        """After a failure: Orbax keeps errors of its threads, and would raise them again with the next save."""
+    def reset(self) -> None:
+        """Makes the store usable again after a failed write."""
+        # Orbax keeps the errors of its threads, and would raise them again at the next save.
         self._orbax = _make_orbax()
 
     def close(self) -> None:
-        """Ends its threads, once they are done."""
+        """Waits for the writing threads and ends them."""
         self._orbax.close()
 
 
-def remnants(checkpoints: Path) -> list[Path]:
-    """What Orbax was writing in a folder of checkpoints and did not finish."""
+def unfinished_folders(checkpoints: Path) -> list[Path]:
+    """Returns the folders of steps that Orbax did not finish writing."""
     return list(checkpoints.glob("*.orbax-checkpoint-tmp*"))
 
 
-def remnant(step: Path) -> Path:
-    """What there is of a step while Orbax writes it."""
+def unfinished_folder(step: Path) -> Path:
+    """Returns the name that the folder of a step has while Orbax writes it."""
     return Path(f"{step}.orbax-checkpoint-tmp")
 
 
 def restore_tree(folder: Path, abstract: Any) -> Any:
-    """The tree in `folder`, with the shapes, dtypes and shardings of `abstract`.
+    """Returns the tree in `folder`, with the shapes, dtypes and shardings of `abstract`.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: if it cannot be read.
     """
     folder = folder.absolute()
     try:
@@ -94,16 +101,17 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
 
 
 class StoredTree:
-    """A tree on disk, whatever mesh saved it, a slice at a time on the host.
+    """Reads a tree on disk one slice at a time into host memory, whatever mesh it was saved on.
 
     Attributes:
-      shapes, dtypes: of every array, by its path ("language/layers/mlp/gate/kernel").
+      shapes: shape of every array, by its path ("language/layers/mlp/gate/kernel").
+      dtypes: dtype of every array, by its path.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
         try:
-            # Asked directly: a `Checkpointer` looks for metadata of the whole step in here, and warns.
+            # The handler is called directly: a `Checkpointer` would look for metadata of the whole step, and warn.
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{self._folder} cannot be read: {str(error).splitlines()[0]}") from error
@@ -112,10 +120,12 @@ class StoredTree:
         self.dtypes: dict[str, np.dtype] = {path: jnp.dtype(leaf.dtype) for path, leaf in leaves.items()}
 
     def read(self, path: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """One array, or the part of it that `index` names; `read("language/layers/mlp/gate/kernel", (3,))`.
+        """Returns one array, or the part of it that `index` selects.
+
+        For example, `read("language/layers/mlp/gate/kernel", (3,))` reads the kernel of layer 3.
 
         Raises:
-          UserError: its bytes cannot be read.
+          UserError: if the array cannot be read.
         """
         try:
             return self._open(path)[(*index, ...)].read().result()
@@ -123,7 +133,7 @@ class StoredTree:
             raise UserError(f"{self._folder}: {path} cannot be read: {error}") from error
 
     def chunk_shape(self, path: str) -> tuple[int, ...]:
-        """The pieces an array is stored in: what has to be read at least."""
+        """Returns the shape of the chunks that an array is stored in, the smallest parts that can be read."""
         return tuple(self._open(path).chunk_layout.read_chunk.shape)
 
     def _open(self, path: str) -> tensorstore.TensorStore:
@@ -133,19 +143,17 @@ class StoredTree:
         return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
 
 
-def storage_words(error: Exception) -> str | None:
-    """What the system said, if it is the disk's fault; anything else is a mistake here and must show itself.
-
-    tensorstore reports the disk's troubles as a ValueError with the system's words in it.
-    """
+def storage_error_message(error: Exception) -> str | None:
+    """Returns the system's message if the disk caused the error, else None: then it is a bug, to be raised as it is."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    found = next((words for number in _STORAGE_ERRORS if (words := os.strerror(number)) in str(error)), None)
+    # tensorstore raises a ValueError that contains the system's message.
+    found = next((text for number in _STORAGE_ERRORS if (text := os.strerror(number)) in str(error)), None)
     return str(error) if found is None and isinstance(error, OSError) else found
 
 
 def _make_orbax() -> ocp.AsyncCheckpointer:
-    # Folders made in the background would have its threads wait for one that cannot be made.
+    # If folders were created in the background, Orbax's threads would wait forever for one that cannot be created.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
@@ -157,10 +165,10 @@ def _save_in_chunks(tree: Any) -> ocp.args.PyTreeSave:
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
     save_args = jax.tree_util.tree_map_with_path(arguments, tree)
-    # What is written stays in memory until a file is full, 2 GB of it by default.
+    # Data stay in memory until a file is full. The default size of a file is 2 GB.
     return ocp.args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=2 * _CHUNK_BYTES)
 
 
 def _restore_into(abstract: Any) -> ocp.args.PyTreeRestore:
-    # StandardRestore does just this, but its manager then refuses to save by anything but StandardSave.
+    # StandardRestore does the same, but a checkpointer that has used it refuses to save with anything but StandardSave.
     return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))

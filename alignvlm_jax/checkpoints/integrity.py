@@ -1,15 +1,15 @@
-"""Is a checkpoint on disk what was written? Digests of its files, without which it does not count as complete.
+"""Detects incomplete and damaged checkpoints by the sizes and SHA-256 digests of their files.
 
-    checkpoints/120/params/...               what Orbax wrote
+    checkpoints/120/params/...               written by Orbax
     checkpoints/120/digests.0-of-2.json      process 0: size and SHA-256 of each file it wrote, and of this list
-    checkpoints/120/digests.1-of-2.json      process 1, likewise
+    checkpoints/120/digests.1-of-2.json      process 1: the same for its files
 
-A step is *complete* once the digests of all processes are there and every file has its size (`incompleteness`: cheap,
-nothing is read). It is *undamaged* if every file has its digest too (`damage`: reads everything). Nothing here relies
-on a rename: whatever part of a step is missing, it is seen to be missing, on a disk as in an object store.
+A step is *complete* if the digests of all processes exist and every file has its size (`incompleteness`, which is cheap
+and reads no arrays). It is *undamaged* if every file also has its digest (`damage`, which reads everything). Nothing
+relies on a rename, so a missing part is noticed on a disk as well as in an object store.
 
-What is caught is all that happens to the files once their digests are taken, seconds after they were written. What a
-broken memory did to the numbers before that is not.
+Digests are taken seconds after the files are written. They detect any change to the files after that moment, but not
+numbers that faulty memory corrupted before.
 """
 
 import concurrent.futures
@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.json")
-_OF_PROCESS = re.compile(r"process_(\d+)")
-_THREADS = 4  # hashlib lets go of the interpreter: a core each
+_PROCESS = re.compile(r"process_(\d+)")
+_THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
 
 
 def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
-    """Writes down the digests of the files that `process` wrote; the step is complete once all processes have."""
+    """Writes the digests of the files that `process` wrote. The step is complete when all processes have done so."""
     files = sorted(
         path.relative_to(step)
         for path in step.rglob("*")
@@ -44,7 +44,8 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
     text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
     for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
         _sync(folder)
-    # Last, and only once the files themselves would survive the power going: older steps are deleted upon it.
+    # The digests come last, when the files themselves would survive a power failure: once a step is sealed, older
+    # steps are deleted.
     digests = step / f"digests.{process}-of-{num_processes}.json"
     digests.write_text(text, encoding="utf-8")
     _sync(digests)
@@ -52,40 +53,40 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
 
 
 def is_sealed(step: Path) -> bool:
-    """Whether all processes had written their digests, whatever became of the files since.
+    """Returns whether all processes have written their digests, even if the files were damaged later.
 
-    A step that is not was never complete: whoever saved it was killed meanwhile, or whoever deleted it.
+    An unsealed step was never complete, or its deletion was interrupted.
     """
     found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
     if not found or len(found) < int(found[0][2]):
         return False
     try:
-        return all((step / match[0]).read_bytes().endswith(b"}") for match in found)  # else torn
+        return all((step / match[0]).read_bytes().endswith(b"}") for match in found)  # else it is truncated
     except OSError:
-        return True  # there, and cannot be read
+        return True  # the digests exist but cannot be read
 
 
 def incompleteness(step: Path) -> str | None:
-    """Why a step is not complete; None if it is. Files are counted and measured, not read."""
+    """Returns why a step is not complete, None if it is. Only the sizes of the files are checked."""
     try:
         for file, entry in _read_digests(step).items():
             path = step / file
             if not path.is_file():
                 return f"{file} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{file} has {path.stat().st_size:,} bytes, {entry['bytes']:,} were written"
+                return f"{file}: expected {entry['bytes']:,} bytes, got {path.stat().st_size:,}"
     except (OSError, ValueError) as error:
         return _reason(error)
     return None
 
 
 def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the files of a step; None if they are what was written.
+    """Returns what is wrong with the files of a step, None if all of them match their digests.
 
     Args:
       step: its folder.
-      parts: only what lies in these folders of it.
-      share: (i, n): every nth file from the ith on, for n processes that do it together.
+      parts: folders of the step to check.
+      share: (i, n) checks every n-th file, starting with the i-th: n processes check a step together.
     """
     if reason := incompleteness(step):
         return reason
@@ -95,23 +96,24 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
 
     def check(file: str) -> str | None:
         try:
-            same = _digest(step / file) == entries[file]["sha256"]
+            is_same = _digest(step / file) == entries[file]["sha256"]
         except OSError as error:
             return f"{file} cannot be read ({_reason(error)})"
-        return None if same else f"{file} is not what was written"
+        return None if is_same else f"{file} does not match its digest"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(check, files)), None)
 
 
 def wait_for_seals(step: Path, seconds: float = 600) -> None:
-    """Until all processes have sealed the step; one has, and its digests say how many there are.
+    """Waits until all processes have sealed the step. The caller has sealed it, so their number is known.
 
     Raises:
-      OSError: one of them did not.
+      OSError: if another process does not seal it in time.
     """
     deadline = time.monotonic() + seconds
-    while True:  # a file is seen before what is in it
+    # On shared storage, a file may become visible before its content: reading it is tried again.
+    while True:
         try:
             _read_digests(step)
             break
@@ -124,39 +126,42 @@ def wait_for_seals(step: Path, seconds: float = 600) -> None:
 
 
 def remove(step: Path) -> None:
-    """Deletes a step, so that it is not complete any more from the first moment on."""
+    """Deletes a step."""
+    # The digests go first: if the deletion is interrupted, the step no longer counts as complete.
     for path in step.glob("digests.*.json"):
         path.unlink(missing_ok=True)
     shutil.rmtree(step, ignore_errors=True)
 
 
 def _read_digests(step: Path) -> dict[str, dict]:
-    """The entries of all processes.
+    """Reads the entries of all processes, by file.
 
     Raises:
-      OSError, ValueError: they are not all there, or not what was written.
+      OSError: if a list of digests cannot be read.
+      ValueError: if one is missing or damaged.
     """
     found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
     if not found:
-        raise ValueError("its digests are missing: it was not finished, or its deletion was not")
+        raise ValueError("its digests are missing: saving or deleting it was interrupted")
     if missing := set(range(int(found[0][2]))) - {int(match[1]) for match in found}:
-        raise ValueError(f"the digests of process {min(missing)} are missing: it was not finished")
+        raise ValueError(f"the digests of process {min(missing)} are missing: saving it was interrupted")
     entries = {}
     for match in found:
         try:
             written = json.loads((step / match[0]).read_text(encoding="utf-8"))
-            whole = written["sha256"] == _digest_of_list(written["files"])
+            is_intact = written["sha256"] == _digest_of_list(written["files"])
         except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{match[0]} is not what was written")
+            is_intact = False
+        if not is_intact:
+            raise ValueError(f"{match[0]} does not match its digest")
         entries |= written["files"]
     return entries
 
 
 def _writer(file: Path) -> int:
-    """The process that wrote a file: Orbax has folders for each, and leaves the rest to process 0."""
-    found = [match for part in file.parts if (match := _OF_PROCESS.search(part))]
+    """Returns the process that wrote a file."""
+    # Orbax has a folder per process, and leaves all other files to process 0.
+    found = [match for part in file.parts if (match := _PROCESS.search(part))]
     return int(found[0][1]) if found else 0
 
 
@@ -168,12 +173,12 @@ def _digest(path: Path, sync: bool = False) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Sees to it that a file, or the names in a folder, are on the disk and not only on their way."""
+    """Waits until a file, or the list of names in a folder, is physically on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
             raise
     finally:
         os.close(handle)

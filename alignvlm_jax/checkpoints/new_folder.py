@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Writes a folder that is either complete or does not appear at all."""
 
 import contextlib
 import errno
@@ -12,12 +12,12 @@ from alignvlm_jax.errors import UserError
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a scratch folder beside `folder`, which gets that name when the block ends well and goes when it does not.
+    """Yields a scratch folder next to `folder`. It is renamed to `folder` if the block succeeds, and deleted if not.
 
     Raises:
-      UserError: there is something in `folder` already, or the disk does not take what is written.
+      UserError: if `folder` exists and is not empty, or if the disk is full or cannot be written.
     """
-    refuse_taken(folder)
+    check_is_free(folder)
     folder = Path(folder).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder.parent}: cannot be written ({error.strerror})") from error
     try:
-        scratch.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        scratch.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         yield scratch
         if folder.exists():
             folder.rmdir()
@@ -38,8 +38,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def refuse_taken(folder: str | Path) -> None:
-    """Raises a `UserError` if there is something in `folder`: to be asked before long work, too."""
+def check_is_free(folder: str | Path) -> None:
+    """Checks, also before long work, that `folder` does not exist or is empty.
+
+    Raises:
+      UserError: if it holds anything.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already and is not empty: name a new folder, or remove it")

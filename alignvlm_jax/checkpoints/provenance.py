@@ -1,4 +1,4 @@
-"""What wrote a checkpoint: versions of the libraries, and the revision of this code."""
+"""Records what wrote a checkpoint: the versions of the libraries, and the revision of this code."""
 
 import functools
 import importlib.metadata
@@ -12,7 +12,10 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nu
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """{"alignvlm_jax": ..., "jax": ..., ..., "git": "1a2b3c4+changes"}; "git" only where the code lies in a clone."""
+    """Returns the versions in use: {"alignvlm_jax": ..., "jax": ..., ..., "git": "1a2b3c4+changes"}.
+
+    "git" is present only if the code runs from a clone.
+    """
     found = {"alignvlm_jax": alignvlm_jax.__version__}
     found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
     revision = git_revision()
@@ -20,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The commit this code is of, with "+changes" if it was edited since; None outside of a clone of its own."""
+    """Returns the commit of this code, with "+changes" if it was edited since; None if it is not in a clone."""
     root = Path(alignvlm_jax.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,7 +1,7 @@
-"""A checkpoint from outside of its run: weights written as a workdir of their own, and read without the optimizer.
+"""Writes weights as a new workdir, and reads the weights of a run without its optimizer.
 
-Read are the weights of `workdir.find_undamaged`: on a mesh (`restore_params`), or a slice at a time on the host
-(`ParameterReader`). What the weights went through before goes with them, as their history.
+Weights are read from the step that `workdir.find_undamaged` returns: onto a mesh (`restore_params`), or one slice at a
+time into host memory (`ParameterReader`). Their history, a list of what was done to them, is stored next to them.
 """
 
 import json
@@ -44,17 +44,17 @@ def write_checkpoint(
     history: Sequence[dict[str, Any]],
     progress: Progress | None = None,
 ) -> None:
-    """Writes weights that were not trained here as a workdir that can be asked, trained from and exported.
+    """Writes weights that were not trained here as a workdir. It can be asked, trained further and exported.
 
-    Everything is written beside `workdir` first and gets its name at the end: there is no half-written checkpoint.
+    Everything is written into a scratch folder that is renamed at the end, so no checkpoint is ever half-written.
 
     Args:
-      workdir: must not exist, or be an empty folder.
-      config: the experiment that goes on from here.
-      params: weights, wherever they lie; stored in the dtypes they have.
-      tokenizer: of the language model.
+      workdir: folder to write. It must not exist, or must be empty.
+      config: the experiment to store with the weights.
+      params: weights on any devices, stored in the dtypes they have.
+      tokenizer: tokenizer of the language model.
       history: what was done to the weights so far, oldest first; for the model card.
-      progress: what the weights went through already.
+      progress: steps that the weights were already trained for.
     """
     with new_folder(workdir) as scratch:
         (scratch / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
@@ -65,55 +65,59 @@ def write_checkpoint(
 
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Writes down where a run's first weights came from."""
+    """Writes the history of the weights that a run starts with."""
     (workdir / HISTORY_FILE).write_text(json.dumps(list(history), indent=2) + "\n", encoding="utf-8")
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """What `write_history` wrote into a checkpoint's workdir; nothing for a run that began with its backbones."""
+    """Reads the history of a checkpoint's first weights; empty for a run that started from its backbones."""
     path = find_checkpoint(folder)[0] / HISTORY_FILE
     return read_config_json(path) if path.is_file() else []
 
 
 def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
-    """What was done to a checkpoint's weights, its own training included: the history of whatever starts from it."""
+    """Returns what was done to a checkpoint's weights, its own training included: the history of a run from it."""
     reader = ParameterReader(folder)
     trained = {"what": "trained", "progress": reader.meta["progress"], "config": reader.meta["config"]}
     return [*reader.history, *([trained] if reader.step else [])]
 
 
 def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
-    """A checkpoint's weights without its optimizer, in `dtype`: on a mesh, or whole on the first device."""
+    """Returns a checkpoint's weights, without its optimizer, in `dtype`: on a mesh, or all on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(read_run_config(folder).model, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
-        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
-        where = sharding.parameter_shardings(boxed, mesh)
+        shardings = sharding.parameter_shardings(boxed, mesh)
     return restore_params_into(
         folder,
         jax.tree.map(
-            lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+            lambda leaf, dtype, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
             shapes,
             stored_dtypes(shapes, dtype),
-            where,
+            shardings,
         ),
     )
 
 
 def restore_params_into(folder: str | Path, abstract: Params) -> Params:
-    """A checkpoint's weights without its optimizer, with the shapes, dtypes and shardings of `abstract`."""
+    """Returns a checkpoint's weights, without its optimizer, with the shapes, dtypes and shardings of `abstract`."""
     workdir, step = find_undamaged(folder)
     return restore_tree(workdir / CHECKPOINTS_FOLDER / str(step) / "params", abstract)
 
 
 class ParameterReader(StoredTree):
-    """A checkpoint's weights, whatever mesh saved them, a slice at a time on the host.
+    """Reads a checkpoint's weights one slice at a time into host memory, whatever mesh they were saved on.
 
     Attributes:
-      config, step, meta, history: what the workdir says of the checkpoint; `meta` has its progress and versions.
-      tokenizer_folder: the run's tokenizer.
-      shapes, dtypes: of every weight, by its path ("language/layers/mlp/gate/kernel").
+      config: the experiment.
+      step: the step of the checkpoint.
+      meta: what is stored with the step, such as its progress and versions.
+      history: what was done to the first weights of the run.
+      tokenizer_folder: folder of the run's tokenizer.
+      shapes: shape of every weight, by its path ("language/layers/mlp/gate/kernel").
+      dtypes: dtype of every weight, by its path.
     """
 
     def __init__(self, folder: str | Path):

@@ -1,15 +1,15 @@
-"""The folder of a run: what lies in it beside the arrays, and which of its checkpoints can be gone on from.
+"""Defines the layout of the folder of a run, and finds the checkpoints in it.
 
     WORKDIR/config.json              the experiment
-    WORKDIR/history.json             where its first weights came from, if not from the backbones the config names
+    WORKDIR/history.json             origin of its first weights, if not the backbones that the config names
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
         params/  opt_state/          weights; the stage's optimizer (`arrays.py`)
-        meta/                        `Progress`, where the data were, metrics, config, versions
-        digests.0-of-1.json          the size and digest of each file, without which the step does not count
+        meta/                        `Progress`, state of the data, metrics, config, versions
+        digests.0-of-1.json          size and digest of each file; without it the step is not complete
 
-So a workdir needs nothing but itself to be resumed, asked or scored. One that was imported rather than trained holds
-one step without an `opt_state`. A step is complete, and undamaged, as `integrity.py` has it.
+A workdir contains all that is needed to resume the run, ask the model and score it. A workdir that was imported holds
+one step without `opt_state`. `integrity.py` defines when a step is complete, and when it is undamaged.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ HISTORY_FILE = "history.json"
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-      step: optimizer steps done, over all stages; names the checkpoint.
-      stage: index of the stage the state belongs to.
-      step_in_stage: steps done in it.
-      train_seconds: time spent in training so far, over all sittings.
+      step: optimizer steps done, over all stages; it names the checkpoint.
+      stage: index of the current stage.
+      step_in_stage: steps done in that stage.
+      train_seconds: seconds of training so far, over all sessions.
     """
 
     step: int = 0
@@ -57,29 +57,36 @@ class Progress:
 
 
 def read_meta(step: Path) -> dict[str, Any]:
-    """What was saved of a step besides weights: progress, where the data were, metrics, config, versions."""
+    """Reads what is stored with a step besides its arrays: progress, state of the data, metrics, config, versions."""
     return json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
-    """The steps in a folder of checkpoints of which every file is there, oldest first."""
+    """Returns the complete steps in a folder of checkpoints, oldest first."""
     return [step for step in numbered_steps(checkpoints) if integrity.incompleteness(checkpoints / str(step)) is None]
 
 
 def numbered_steps(checkpoints: Path) -> list[int]:
-    """The steps in a folder of checkpoints, complete or not, oldest first."""
+    """Returns all steps in a folder of checkpoints, complete or not, oldest first."""
     return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
 def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
-    """The workdir and the step that `folder` stands for: a workdir (its newest step) or one of its step folders."""
+    """Returns the workdir and the step that `folder` refers to.
+
+    Args:
+      folder: a workdir, which stands for its newest complete step, or the folder of one step.
+
+    Raises:
+      UserError: if it is neither, or if the step is not complete.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         if trained_model(folder) != folder:
-            raise UserError(_exported(folder, trained_model(folder)))
+            raise UserError(_exported_message(folder, trained_model(folder)))
         raise UserError(
-            f"{folder}: no such folder; a checkpoint is the workdir of a training run, and to be asked or scored also "
-            'an exported folder, or "nano"'
+            f"{folder}: no such folder; a checkpoint is the workdir of a training run (an exported folder, or "
+            '"nano", can only be asked and scored)'
         )
     if folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdigit():
         workdir, steps = folder.parent.parent, [int(folder.name)]
@@ -87,35 +94,36 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         workdir = folder.parent if folder.name == CHECKPOINTS_FOLDER else folder
         steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
     if not (workdir / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} as a training run leaves it")
+        raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} of a training run")
     if not steps:
         if is_alignvlm_folder(workdir):
-            raise UserError(_exported(folder, workdir))
-        found = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
-        begun = [int(name) for name in found if name.isdigit()]
-        if begun:
-            reason = integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(begun)))
-            raise UserError(f"{folder}: no checkpoint in it is whole; of step {max(begun)}: {reason}")
-        raise UserError(f"{folder} holds no finished checkpoint yet: the run in {workdir} was stopped before its first")
+            raise UserError(_exported_message(folder, workdir))
+        names = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
+        incomplete = [int(name) for name in names if name.isdigit()]
+        if incomplete:
+            reason = integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(incomplete)))
+            raise UserError(f"{folder}: none of its checkpoints is complete; step {max(incomplete)}: {reason}")
+        raise UserError(f"{folder} holds no finished checkpoint: the run in {workdir} was stopped before its first")
     if reason := integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(steps))):
-        raise UserError(f"{folder} is no complete checkpoint: {reason}")
+        raise UserError(f"{folder} is not a complete checkpoint: {reason}")
     return workdir, max(steps)
 
 
-def _exported(name: Path, folder: Path) -> str:
+def _exported_message(name: Path, folder: Path) -> str:
     return (
-        f"{name} is an exported folder, which is asked and scored as it is, and for all else brought in first: "
-        f"tools/import_pytorch.py --folder {folder} --out NEW makes the checkpoint NEW of it"
+        f"{name} is an exported folder, which can be asked and scored as it is. For anything else, import it first: "
+        f"tools/import_pytorch.py --folder {folder} --out NEW writes it as the checkpoint NEW"
     )
 
 
 def find_undamaged(folder: str | Path) -> tuple[Path, int]:
-    """As `find_checkpoint`, but with all weights read and compared with their digests, each process its share.
+    """Returns what `find_checkpoint` does, for the newest step whose weights match their digests.
 
-    In a workdir, a damaged step is named and the newest that is not is taken, the same by all processes; all must call.
+    All processes must call it: each verifies a share of the files, and all return the same step. A damaged step of a
+    workdir is named in a warning, and an older step is used instead.
 
     Raises:
-      UserError: there is none.
+      UserError: if no undamaged step is found.
     """
     workdir, newest = find_checkpoint(folder)
     checkpoints, reasons = workdir / CHECKPOINTS_FOLDER, []
@@ -125,23 +133,30 @@ def find_undamaged(folder: str | Path) -> tuple[Path, int]:
         if not (reason := _damage_of_weights(checkpoints / str(step), sealed)):
             return workdir, step
         reasons.append(f"{checkpoints / str(step)}: {reason}")
-        warn_passed_over(checkpoints / str(step), reason)
-    raise UserError(f"{folder} holds no checkpoint that is undamaged: {'; '.join(reasons)}")
+        warn_skipped(checkpoints / str(step), reason)
+    raise UserError(f"{folder} holds no undamaged checkpoint: {'; '.join(reasons)}")
 
 
-def warn_passed_over(step: Path, reason: str) -> None:
-    """Names a step that is damaged, once for all processes."""
-    distributed.log(f"warning: {step} is passed over: {reason}", file=sys.stderr)
+def warn_skipped(step: Path, reason: str) -> None:
+    """Prints, once for all processes, that a damaged step is skipped."""
+    distributed.log(f"warning: {step} is skipped: {reason}", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=64)
 def _damage_of_weights(step: Path, sealed: int) -> str | None:
-    del sealed  # when it was; here to tell it from another of the same name
+    """Returns what is wrong with the weights of a step; None if nothing is.
+
+    Args:
+      step: its folder.
+      sealed: time at which the step was sealed. It is part of the key of the cache, because another run may write a
+        step into a folder of the same name.
+    """
+    del sealed
     share = (jax.process_index(), jax.process_count())
-    found = distributed.gather_json(integrity.damage(step, ("params", "meta"), share=share))
-    return next(filter(None, found), None)
+    reasons = distributed.gather_json(integrity.damage(step, ("params", "meta"), share=share))
+    return next(filter(None, reasons), None)
 
 
 def read_run_config(folder: str | Path) -> ExperimentConfig:
-    """The experiment that a checkpoint belongs to."""
+    """Reads the experiment that a checkpoint belongs to."""
     return config_from_dict(read_config_json(find_checkpoint(folder)[0] / CONFIG_FILE))

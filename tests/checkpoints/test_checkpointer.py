@@ -1,4 +1,4 @@
-"""Checkpoints beside the training loop: written whole or not at all, started from, and read a slice at a time."""
+"""Checkpoints outside of the training loop: written completely or not at all, started from, and read in slices."""
 
 import dataclasses
 import errno
@@ -23,7 +23,7 @@ from alignvlm_jax.parallel.sharding import parameter_shardings
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 from tests.training.batches import MODEL, stage
 
-# As many words as the nano tokenizer has.
+# The vocabulary size of the nano tokenizer.
 MODEL = dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, vocab_size=512))
 CONFIG = ExperimentConfig(
     model=MODEL,
@@ -42,7 +42,7 @@ def chat(request):
 
 @pytest.fixture(scope="module")
 def params():
-    """Random weights, spread over eight devices."""
+    """Random weights, sharded over eight devices."""
     mesh = make_mesh(CONFIG.mesh)
     boxed = jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))()
     return jax.device_put(nn.unbox(boxed), parameter_shardings(boxed, mesh))
@@ -75,7 +75,7 @@ def test_bfloat16_stays_and_can_be_restored_as_float32(params, chat, tmp_path):
     for dtype in ("float32", "bfloat16"):
         restored = weights.restore_params(tmp_path / "half", dtype=dtype)
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(restored)} == {dtype}
-        # Every bfloat16 is a float32: nothing is lost either way.
+        # Every bfloat16 is also a float32, so neither conversion loses anything.
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b), half, restored)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disks that fail: what is broken is named and passed over, and the last good step stays."""
+"""Checkpoints on disks that fail: damaged files are named, damaged steps are skipped, and the last good step stays."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def write_steps(workdir, *steps, size=64, metrics=None, **config) -> Checkpointe
 
 
 def newest(workdir) -> int | None:
-    """The step that a run would go on from, restored and looked at."""
+    """Returns the step that a run would resume from, after restoring it and checking its arrays."""
     with Checkpointer(workdir, ExperimentConfig()) as checkpointer:
         progress = checkpointer.latest()
         if progress is None:
@@ -62,7 +62,7 @@ def files_of(step: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in step.rglob("*") if path.is_file())
 
 
-def test_the_newest_step_is_gone_on_from_and_says_what_wrote_it(run):
+def test_the_newest_step_is_resumed_from_and_records_what_wrote_it(run):
     assert newest(run) == 20
     meta = read_meta(run / "checkpoints" / "20")
     assert meta["versions"] == provenance.versions() and {"jax", "alignvlm_jax"} <= set(meta["versions"])
@@ -71,7 +71,7 @@ def test_the_newest_step_is_gone_on_from_and_says_what_wrote_it(run):
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "deleted"])
-def test_a_broken_file_is_named_whichever_it_is(run, capsys, how):
+def test_any_damaged_file_is_named(run, capsys, how):
     step = run / "checkpoints" / "20"
     files = files_of(step)
     assert len(files) > 15
@@ -96,16 +96,16 @@ def flip(data: bytes) -> bytes:
 
 
 def test_a_flipped_byte_of_a_weight_is_seen(run, capsys):
-    """Orbax restores it as another number: design.md, "Known facts"."""
+    """Orbax restores it as another number; see design.md, "Known facts"."""
     step = run / "checkpoints" / "20"
     path = max((step / "params").rglob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
     path.write_bytes(flip(path.read_bytes()))
     assert newest(run) == 10
-    assert f"{step} is passed over: {path.relative_to(step)} is not what was written" in capsys.readouterr().err
+    assert f"{step} is skipped: {path.relative_to(step)} does not match its digest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["empty", "half deleted", "not finished", "digests torn"])
-def test_half_a_step_is_passed_over(run, capsys, how):
+def test_half_a_step_is_skipped(run, capsys, how):
     step = run / "checkpoints" / "20"
     if how == "empty":
         shutil.rmtree(step)
@@ -117,30 +117,30 @@ def test_half_a_step_is_passed_over(run, capsys, how):
     else:
         (step / "digests.0-of-1.json").write_bytes((step / "digests.0-of-1.json").read_bytes()[:-20])
     assert newest(run) == 10 and complete_steps(run / "checkpoints") == [10]
-    assert f"{step} is passed over" in capsys.readouterr().err
+    assert f"{step} is skipped" in capsys.readouterr().err
     shutil.rmtree(run / "checkpoints" / "10")
-    if how == "half deleted":  # it was whole once
+    if how == "half deleted":  # it was complete before
         with pytest.raises(UserError, match="no undamaged checkpoint"):
             newest(run)
-    else:  # as a kill in the first save leaves it
+    else:  # the state after a kill during the first save
         assert newest(run) is None
 
 
-def test_a_run_does_not_begin_anew_over_checkpoints_that_are_all_damaged(run):
+def test_a_run_does_not_start_over_if_all_checkpoints_are_damaged(run):
     for step in (10, 20):
         path = run / "checkpoints" / str(step) / "meta" / "metadata"
         path.write_bytes(flip(path.read_bytes()))
-    with pytest.raises(UserError, match=r"to go on from \(step 20: meta/metadata .*; step 10: "):
+    with pytest.raises(UserError, match=r"to resume from \(step 20: meta/metadata .*; step 10: "):
         newest(run)
-    for step in (10, 20):  # and not over those from before there were digests
+    for step in (10, 20):  # the same for checkpoints of versions that did not write digests
         (run / "checkpoints" / str(step) / "digests.0-of-1.json").unlink()
     with pytest.raises(UserError, match="no undamaged checkpoint"):
         newest(run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
 
 
-def test_what_was_passed_over_does_not_count_towards_those_kept(run):
-    """20 is damaged, and 30 is saved: with two to be kept, 10 is the one to fall back to."""
+def test_a_skipped_step_does_not_count_as_kept(run):
+    """20 is damaged, and 30 is saved: if two steps are kept, 10 is the one to fall back to."""
     path = next(iter((run / "checkpoints" / "20" / "params" / "d").iterdir()))
     path.write_bytes(flip(path.read_bytes()))
     config = ExperimentConfig(checkpoint=CheckpointConfig(keep=2))
@@ -151,7 +151,7 @@ def test_what_was_passed_over_does_not_count_towards_those_kept(run):
     assert not (run / "checkpoints" / "20").exists()
 
 
-def test_trouble_with_an_old_step_is_none_of_the_new_ones(run, capsys):
+def test_a_problem_with_an_old_step_does_not_affect_the_new_one(run, capsys):
     path = run / "checkpoints" / "10" / "meta" / "metadata"
     path.write_bytes(b"\xff" + path.read_bytes()[1:])
     write_steps(run, 30, keep=3)
@@ -164,19 +164,19 @@ def test_trouble_with_an_old_step_is_none_of_the_new_ones(run, capsys):
 
 def test_digests_that_are_being_written_are_waited_for(run):
     step = run / "checkpoints" / "20"
-    whole = (step / "digests.0-of-1.json").read_text()
-    (step / "digests.0-of-1.json").write_text(whole[:100])  # as another host sees it that looks too early
-    writer = threading.Timer(0.3, (step / "digests.0-of-1.json").write_text, [whole])
+    complete = (step / "digests.0-of-1.json").read_text()
+    (step / "digests.0-of-1.json").write_text(complete[:100])  # as another host sees the file if it reads too early
+    writer = threading.Timer(0.3, (step / "digests.0-of-1.json").write_text, [complete])
     writer.start()
     integrity.wait_for_seals(step, seconds=60)
     writer.join()
-    (step / "digests.0-of-1.json").write_text(whole[:100])
+    (step / "digests.0-of-1.json").write_text(complete[:100])
     with pytest.raises(OSError, match="has not written its digests"):
         integrity.wait_for_seals(step, seconds=0.1)
 
 
 def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypatch):
-    """Older steps are deleted upon it: nothing may still be on its way when the power goes."""
+    """A sealed step lets older steps be deleted, so it must survive a power failure at that moment."""
     synced, written = [], []
     fsync, write_text = os.fsync, pathlib.Path.write_text
 
@@ -203,7 +203,7 @@ def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypa
 
 
 def test_a_step_is_complete_with_its_last_file_and_not_before(run):
-    """As on an object store, where files appear one by one and nothing is renamed."""
+    """Files appear one by one and nothing is renamed, as in an object store."""
     source, copy = run / "checkpoints" / "20", run / "checkpoints" / "30"
     for order in (files_of(source), files_of(source)[::-1]):
         for path in order:
@@ -227,15 +227,15 @@ def test_each_process_vouches_for_what_it_wrote(run):
     for path in shares[1]:
         (step / path).write_bytes(flip((step / path).read_bytes()))
         found = [integrity.damage(step, share=(i, 2)) for i in (0, 1)]
-        assert found.count(None) == 1, "one of the two reads it"
+        assert found.count(None) == 1, "exactly one of the two reads the file"
         (step / path).write_bytes(flip((step / path).read_bytes()))
 
 
-def test_a_run_that_fell_back_writes_over_what_it_passed_over(run):
+def test_a_run_that_fell_back_overwrites_the_steps_it_skipped(run):
     step = run / "checkpoints" / "20"
     (step / "meta" / "metadata").write_bytes(b"")
     write_steps(run, 15, keep=1)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["15"], "20 is of a past that was given up"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["15"], "20 is later than the step to resume from"
     write_steps(run, 20, keep=2)
     assert newest(run) == 20
 
@@ -246,12 +246,12 @@ def test_weights_are_not_read_from_a_damaged_step(run, capsys):
     path = next(iter((step / "params" / "d").iterdir()))
     path.write_bytes(flip(path.read_bytes()))
     assert find_undamaged(run) == (run, 10)
-    assert f"{path.relative_to(step)} is not what was written" in capsys.readouterr().err
-    with pytest.raises(UserError, match=rf"no checkpoint that is undamaged: .*{path.name}"):
+    assert f"{path.relative_to(step)} does not match its digest" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"no undamaged checkpoint: .*{path.name}"):
         find_undamaged(step)
 
 
-def test_what_is_kept(tmp_path):
+def test_the_rules_decide_which_steps_are_kept(tmp_path):
     losses = {step: {"loss": loss} for step, loss in zip(range(1, 9), (9, 3, 8, 7, 6, float("nan"), 5, 4), strict=True)}
     write_steps(tmp_path, *range(1, 9), metrics=losses, keep=2, keep_every=4, keep_best=1)
     assert complete_steps(tmp_path / "checkpoints") == [2, 4, 7, 8]
@@ -296,9 +296,8 @@ def test_a_disk_that_fails_costs_no_step(tmp_path, capsys, how):
                 with pytest.raises(UserError, match=f"step 2 could not be saved in {workdir}/checkpoints/2: {message}"):
                     checkpointer.wait()
             assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
-            save(3)  # goes on
+            save(3)  # the run continues
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
         params, _ = checkpointer.restore(Progress(3, 0, 3), *state_at(0, 100_000))
         np.testing.assert_array_equal(params["language"]["embedding"], 3)
-        said = capsys.readouterr().err
-        assert "warning: step 2 could not be saved" in said
+        assert "warning: step 2 could not be saved" in capsys.readouterr().err

@@ -240,7 +240,7 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     for file in damaged.glob("checkpoints/*/params/**/d/*"):
         file.write_bytes(file.read_bytes()[:-50])
-    refused("no checkpoint in it is whole; of step 7: .*bytes", damaged)
+    refused("none of its checkpoints is complete; step 7: .*bytes", damaged)
 
 
 def test_joined_tiles_survive_a_round_trip(tmp_path):

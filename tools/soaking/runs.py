@@ -300,7 +300,7 @@ class Run:
         """Notes what came of a sitting, and what should not have."""
         outputs = [self._output(number, process) for process in range(sitting.processes)]
         text = "".join(output.read_text(errors="replace") for output in outputs)
-        sitting.passed_over = "is passed over" in text
+        sitting.passed_over = "is skipped: " in text
         sitting.saves_failed = len(re.findall("warning: step [0-9]+ could not be saved", text))
         whole = {str(step) for step in complete_steps(self._checkpoints)}
         sitting.while_saving = any(path.name not in whole for path in self._checkpoints.glob("*"))

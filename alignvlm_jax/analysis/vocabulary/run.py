@@ -13,7 +13,7 @@ from alignvlm_jax.analysis.vocabulary.measure import (
     vocabulary_use,
 )
 from alignvlm_jax.analysis.vocabulary.saving import save_pruned
-from alignvlm_jax.checkpoints.new_folder import refuse_taken
+from alignvlm_jax.checkpoints.new_folder import check_is_free
 from alignvlm_jax.errors import UserError
 
 _TOP = 20
@@ -59,7 +59,7 @@ def run(
     for checkpoint in checkpoints:
         _check_sizes(checkpoint, sizes, prune)
     if save is not None:
-        refuse_taken(save)
+        check_is_free(save)
     output.check_folder(out)
 
     counted, records = inputs.open_records(data, usage_split), inputs.open_records(data, split)
