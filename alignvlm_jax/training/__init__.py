@@ -1,1 +1,1 @@
-"""Training: the step, the optimizer, the stages, checkpoints and the loop that runs them."""
+"""Trains models: the step, the optimizer, the stages, and the loop that runs them."""

@@ -1,13 +1,13 @@
-"""Compiles the real training and decoding steps for TPUs that are not there, and reads off what they will take.
+"""Compiles the real training and decoding steps for TPUs that are not available, and reports their cost.
 
 Axis letters: K microbatches, B bins (rows), M tiles per bin, L positions per bin.
 
     report = compile_train_step(experiment, topology_devices("v5e:16x16"), stage_index=2)
     report["fits"], report["per_chip_bytes"], report["capacity_bytes"]
 
-Every bin is taken to be full of the largest pages there are: as many as M tiles hold, with `TEXT_TOKENS` of text as far
-as L leaves room. Each is an example, and a step has the bins that the stage's `global_batch` of them needs, in whole
-microbatches. (Smaller pages share bins: a run measures how many of its examples do, and takes fewer bins.)
+Every bin is assumed to be full of pages of the largest size: as many pages as M tiles hold, each with `TEXT_TOKENS` of
+text as far as L leaves room. Each page is an example. A step has the bins that `global_batch` examples need, rounded up
+to whole microbatches. (A real run uses fewer bins, because smaller pages share bins; it measures how many do.)
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from alignvlm_jax.training.flops import train_flops
 from alignvlm_jax.training.train_step import FIELDS, abstract_state, jit_train_step
 
 TEXT_TOKENS = 2048
-"""Of a page, at most; a quarter of them answers."""
+"""Largest number of text tokens of a page; a quarter of them are answers."""
 
-_USABLE = 0.96
-"""Of a chip's memory: XLA keeps some for itself (it reports 15.48 of a v5e's 16 GiB, 30.75 of a v4's 32)."""
+_USABLE_MEMORY = 0.96
+"""Usable share of a chip's memory: XLA reserves the rest (it reports 15.48 of a v5e's 16 GiB, 30.75 of a v4's 32)."""
 
 Report = dict[str, Any]
 
@@ -54,14 +54,17 @@ def compile_train_step(
     """Lowers and compiles a stage's training step.
 
     Args:
-      experiment: its model, mesh, stage and the shape of its bins are taken.
-      devices: of a topology.
-      stage_index: which of its stages.
-      slices: into how many slices the devices fall.
-      rows_per_device: bins in a microbatch for each place along `data` x `fsdp`.
+      experiment: gives model, mesh, stage and the shape of the bins.
+      devices: devices of a topology.
+      stage_index: index of the stage.
+      slices: number of slices that the devices form.
+      rows_per_device: bins in a microbatch per position along `data` x `fsdp`.
+
+    Returns:
+      The report: what fits, memory by kind, collectives, kernels, FLOPs and estimated times.
 
     Raises:
-      UserError: mesh, bins and devices do not go together.
+      UserError: if mesh, bins and devices do not fit together.
     """
     mesh = make_mesh(experiment.mesh, devices, slices=slices)
     model = resolve(experiment.model, devices[0])
@@ -74,9 +77,9 @@ def compile_train_step(
     shapes = jax.eval_shape(
         lambda: example_batch(model, rows=bins, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
     )
-    where = NamedSharding(mesh, sharding.BATCH_SPEC)
+    batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
     batch = {
-        name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=where)
+        name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=batch_sharding)
         for name, leaf in shapes.items()
         if name in FIELDS
     }
@@ -87,7 +90,7 @@ def compile_train_step(
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
-    # The answers of a bin, over the loss's chunks: the only loop whose length the data decide.
+    # The loss loops over chunks of the answers. It is the only loop whose number of iterations depends on the data.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
     chip, num_chips = _chip(devices)
@@ -130,13 +133,16 @@ def compile_decoding(
     rows_per_device: int = 1,
     answer_tokens: int = 128,
 ) -> dict[str, Report]:
-    """Lowers and compiles what answers questions: reading a full page ("prefill"), one step of the answer ("decode").
+    """Lowers and compiles the two programs of answering: reading a full page ("prefill") and one token ("decode").
 
     Args:
-      experiment: its model and mesh are taken; weights are bfloat16.
-      devices: of a topology.
-      rows_per_device: questions for each place along `data` x `fsdp`.
-      answer_tokens: room in the cache behind the prompt.
+      experiment: gives model and mesh. Weights are bfloat16.
+      devices: devices of a topology.
+      rows_per_device: questions per position along `data` x `fsdp`.
+      answer_tokens: space in the cache after the prompt.
+
+    Returns:
+      A report for each program, by its name.
     """
     mesh = make_mesh(experiment.mesh, devices)
     model, packing = resolve(experiment.model, devices[0]), experiment.data.packing
@@ -147,23 +153,25 @@ def compile_decoding(
         nn.unbox(boxed),
         sharding.parameter_shardings(boxed, mesh),
     )
-    of_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    in_heads = "tensor" if model.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    of_cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, in_heads))
+    row_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    # Heads of the cache are sharded only if they divide over the `tensor` axis.
+    head_axis = "tensor" if model.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    kv_sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, head_axis))
 
-    def placed(tree, where):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(leaf)), tree)
+    def with_shardings(tree, sharding_of):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), tree)
 
-    def place(leaf):
-        return {0: NamedSharding(mesh, PartitionSpec()), 5: of_cache}.get(leaf.ndim, of_rows)
+    def cache_sharding(leaf):
+        # Scalars, keys and values [layers, rows, slots, heads, head width], and one value per row.
+        return {0: NamedSharding(mesh, PartitionSpec()), 5: kv_sharding}.get(leaf.ndim, row_sharding)
 
     batch = jax.eval_shape(
         lambda: example_batch(model, rows=rows, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
     )
-    batch = placed(batch, lambda leaf: of_rows)
+    batch = with_shardings(batch, lambda leaf: row_sharding)
     slots = packing.tokens_per_bin + answer_tokens
-    cache = placed(jax.eval_shape(lambda: empty_cache(model.language, rows, slots)), place)
-    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=of_rows)
+    cache = with_shardings(jax.eval_shape(lambda: empty_cache(model.language, rows, slots)), cache_sharding)
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=row_sharding)
     network = AlignVLM(model)
     programs = {
         "prefill": (
@@ -181,7 +189,8 @@ def compile_decoding(
     reports = {}
     for name, (function, argument) in programs.items():
         with jax.set_mesh(mesh), sharding.logical_rules():
-            jitted = jax.jit(function, donate_argnums=1, out_shardings=(of_rows, jax.tree.map(place, cache)))
+            out_shardings = (row_sharding, jax.tree.map(cache_sharding, cache))
+            jitted = jax.jit(function, donate_argnums=1, out_shardings=out_shardings)
             compiled, seconds, text, failure = _compile(jitted, params, cache, argument)
         program = Program(text)
         memory = {"parameters": _bytes_per_device(params), "cache": _bytes_per_device(cache)}
@@ -202,33 +211,33 @@ def _versions() -> dict[str, str]:
 
 
 def resolve(config: AlignVLMConfig, device: jax.Device) -> AlignVLMConfig:
-    """The model as it will be on a device: its arithmetic and its attention kernels."""
+    """Returns the config with the dtypes and attention kernels that the model uses on a device."""
     return dataclasses.replace(
         config, vision=hardware.resolve(config.vision, device), language=hardware.resolve(config.language, device)
     )
 
 
 def _compile(function, *arguments):
-    """The program, the seconds it took, its text, and why there is none."""
-    started = time.monotonic()
+    """Returns the compiled program (None if it does not fit), the seconds it took, its text, and the error if any."""
+    start_time = time.monotonic()
     lowered = function.lower(*arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, time.monotonic() - started, "", str(error)
-    return compiled, time.monotonic() - started, compiled.as_text(), None
+        return None, time.monotonic() - start_time, "", str(error)
+    return compiled, time.monotonic() - start_time, compiled.as_text(), None
 
 
 def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dict[str, float]:
-    """What a bin holds: pages of as many tiles as there is room for, and text."""
+    """Returns the content of a full bin: pages with as many tiles as fit, and text."""
     visual = tiles * tokens_per_tile(model)
     tokens = min(length, visual + pages * TEXT_TOKENS)
     if tokens - visual < 2:
         raise UserError(
-            f"config.data.packing.tokens_per_bin: {tiles} tiles are {visual} visual tokens, and a bin of {length} has "
-            "no room for a question and an answer beside them"
+            f"config.data.packing.tokens_per_bin: {tiles} tiles are {visual} visual tokens, and a bin of {length} "
+            "tokens has no room left for a question and an answer"
         )
     return {
         "tiles": tiles,
@@ -239,14 +248,14 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
 
 
 def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, mesh: Mesh, memory) -> Report:
-    capacity = int(_USABLE * chip.hbm_bytes / chip.devices_per_chip)
+    capacity = int(_USABLE_MEMORY * chip.hbm_bytes / chip.devices_per_chip)
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
     collectives = hlo_collectives.collectives(program, slice_of)
     traffic = {}
-    for found in collectives:
-        kinds = traffic.setdefault(found.kind, {"ici": 0.0, "dcn": 0.0})
-        kinds["dcn" if found.crosses_slices else "ici"] += found.count * found.bytes_sent
-    ici, dcn = (sum(kinds[wire] for kinds in traffic.values()) for wire in ("ici", "dcn"))
+    for collective in collectives:
+        networks = traffic.setdefault(collective.kind, {"ici": 0.0, "dcn": 0.0})
+        networks["dcn" if collective.crosses_slices else "ici"] += collective.count * collective.bytes_sent
+    ici, dcn = (sum(networks[name] for networks in traffic.values()) for name in ("ici", "dcn"))
     executed = sum(hlo_work.flops(program).values())
     share = 1 / chip.devices_per_chip
     seconds = {
@@ -288,7 +297,7 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
 
 
 def _advice(memory: dict[str, float], capacity: int) -> list[str]:
-    """What to change, what helps most first."""
+    """Returns the changes that would make the program fit, the most effective first."""
     held = memory["parameters"] + memory.get("optimizer", 0) + memory.get("cache", 0)
     spread = "spread the weights further: more chips, or mesh.fsdp=-1 with data=1"
     if held > capacity / 2:
@@ -303,7 +312,7 @@ def _advice(memory: dict[str, float], capacity: int) -> list[str]:
 
 
 def _kernels(program: Program) -> dict[str, str]:
-    """Which attention runs in each part, by what is in the program."""
+    """Returns the attention kernel of each part, as found in the program."""
     names = hlo_work.kernels(program)
     return {
         part: "splash" if any(name.startswith(f"{module}: splash") for name in names) else "xla"
@@ -314,7 +323,7 @@ def _kernels(program: Program) -> dict[str, str]:
 def _chip(devices: Sequence[jax.Device]) -> tuple[Chip, int]:
     chip = find_chip(devices[0].device_kind)
     if chip is None:
-        raise UserError(f"no figures are known of {devices[0].device_kind}: add the chip to parallel/chips.py")
+        raise UserError(f"{devices[0].device_kind} is not a known chip: add it to parallel/chips.py")
     return chip, len(devices) // chip.devices_per_chip
 
 

@@ -1,4 +1,4 @@
-"""What a run will take of the disk and of the devices' memory, said before its first step."""
+"""Estimates how much disk space and device memory a run needs, before its first step."""
 
 import math
 import os
@@ -16,55 +16,56 @@ from alignvlm_jax.training.train_step import abstract_state
 
 
 def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh, workdir: Path) -> str:
-    """Two lines, and a warning where the disk is too small:
+    """Describes the needs of a run in two lines, with a warning if the disk is too small.
 
-    checkpoints: at most 1.53 GiB each, 3 at a time: 4.59 GiB; runs/first has 80.20 GiB free
-    memory of each device: weights 0.51 GiB, optimizer 1.02 GiB, gradients 0.51 GiB (stage "captions"); activations come
-    on top
+        checkpoints: at most 1.53 GiB each, 3 at a time: 4.59 GiB; runs/first has 80.20 GiB free
+        memory of each device: weights 0.51 GiB, optimizer 1.02 GiB, gradients 0.51 GiB (stage "captions"); activations
+        come on top
 
     Args:
       config: the experiment.
-      stages: its stages, their steps known.
-      mesh: where it runs.
-      workdir: where it is saved.
+      stages: its stages, with their numbers of steps known.
+      mesh: devices that it runs on.
+      workdir: folder that it is saved in.
     """
     states = [(stage, abstract_state(config.model, stage, mesh)) for stage in stages]
     checkpoint = max(_bytes((state.params, state.opt_state)) for _, state in states)
-    number, for_good = most_at_a_time(config, sum(stage.steps for stage in stages))
+    number, remark = max_checkpoints_on_disk(config, sum(stage.steps for stage in stages))
     free = shutil.disk_usage(_existing(workdir)).free
     held = sum(path.stat().st_size for path in workdir.glob("checkpoints/**/*") if path.is_file())
     lines = [
-        f"checkpoints: at most {_size(checkpoint)} each, {number} at a time{for_good}: {_size(number * checkpoint)}; "
+        f"checkpoints: at most {_size(checkpoint)} each, {number} at a time{remark}: {_size(number * checkpoint)}; "
         f"{workdir} has {_size(free)} free" + (f", and holds {_size(held)} of them already" if held else "")
     ]
     if number * checkpoint > free + held:
         lines.append(
-            "warning: that is more than there is room for; take a smaller config.checkpoint.keep or another workdir (a "
-            "save that fails leaves the checkpoints before it as they are)"
+            "warning: the disk has less free space than that; use a smaller config.checkpoint.keep or another workdir "
+            "(a save that fails leaves earlier checkpoints untouched)"
         )
-    stage, state = max(states, key=lambda item: _bytes_of_device(item[1].opt_state))
+    stage, state = max(states, key=lambda item: _bytes_per_device(item[1].opt_state))
     trained = {part: state.params[part] for part in stage.trainable}
     lines.append(
-        f"memory of each device: weights {_size(_bytes_of_device(state.params))}, optimizer "
-        f"{_size(_bytes_of_device(state.opt_state))}, gradients {_size(_bytes_of_device(trained))} (stage "
+        f"memory of each device: weights {_size(_bytes_per_device(state.params))}, optimizer "
+        f"{_size(_bytes_per_device(state.opt_state))}, gradients {_size(_bytes_per_device(trained))} (stage "
         f'"{stage.name}"); activations come on top'
     )
     return os.linesep.join(lines)
 
 
-def most_at_a_time(config: ExperimentConfig, total_steps: int) -> tuple[int, str]:
-    """How many checkpoints are on disk at once, the one being written included, and a word on those kept for good."""
+def max_checkpoints_on_disk(config: ExperimentConfig, total_steps: int) -> tuple[int, str]:
+    """Returns how many checkpoints are on disk at once, and a remark about those that are kept permanently."""
     rules = config.checkpoint
-    for_good = total_steps // rules.keep_every if rules.keep_every else 0
-    number = rules.keep + rules.keep_best + for_good + 1
-    return number, f" ({for_good} of them for good)" if for_good else ""
+    permanent = total_steps // rules.keep_every if rules.keep_every else 0
+    # One more for the checkpoint that is being written: older ones are deleted only when it is complete.
+    number = rules.keep + rules.keep_best + permanent + 1
+    return number, f" ({permanent} of them permanently)" if permanent else ""
 
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _bytes_of_device(tree: Any) -> int:
+def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""What may change in a config when a run goes on, and what must be named to be changed."""
+"""Compares the config of a resumed run with its earlier one, and decides which changes are allowed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
-# Keys that may differ when a run is resumed: they change where and how often, never what is computed.
+# Keys that may differ when a run is resumed: they do not change what is computed.
 _MAY_DIFFER = (
     "checkpoint",
     "anomalies.spike",
@@ -30,25 +30,25 @@ _MAY_DIFFER = (
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One key that differs from the config that the run has had so far."""
+    """A key whose value differs from the config that the run had so far."""
 
     key: str
     before: Any
     now: Any
 
     @property
-    def matters(self) -> bool:
-        """Whether it changes what is computed."""
+    def affects_results(self) -> bool:
+        """True if the key changes what is computed."""
         return not any(_is_under(self.key, key) for key in _MAY_DIFFER)
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before!r} there, {self.now!r} now"
+        return f"{self.key}: {self.before!r} before, {self.now!r} now"
 
 
 def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
-    """The differences between a config as it was saved and another.
+    """Returns the differences between a saved config and the current one.
 
-    Keys that came with a later version have their defaults; a key that this version does not know is a difference.
+    Keys that the saved config lacks have their defaults. A saved key that this version does not know is a difference.
     """
     try:
         old = config_to_dict(config_from_dict(old))
@@ -58,40 +58,40 @@ def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
 
 
 def describe(changes: Sequence[Change]) -> str:
-    """What is printed before a run goes on."""
+    """Returns the lines that are printed when a run is resumed."""
     if not changes:
-        return "the config is the one that the run began with"
+        return "the config has not changed since the run started"
     return "\n".join(["the config has changed:", *(f"  {change}" for change in changes)])
 
 
 def check(changes: Sequence[Change], allowed: Sequence[str], workdir: Path) -> None:
-    """Refuses changes that would silently make it another run.
+    """Refuses changes that would silently turn the run into a different one.
 
     Args:
-      changes: all there are.
-      allowed: keys, or what stands above several, that may change all the same.
-      workdir: of the run, for messages.
+      changes: all changes.
+      allowed: keys that may change nevertheless. A prefix such as "stages" allows all keys below it.
+      workdir: folder of the run, for messages.
 
     Raises:
-      UserError: there are others.
+      UserError: if a key that affects the results differs and is not allowed.
     """
-    serious = [change for change in changes if change.matters]
-    refused = [change for change in serious if not any(_is_under(change.key, key) for key in allowed)]
+    relevant = [change for change in changes if change.affects_results]
+    refused = [change for change in relevant if not any(_is_under(change.key, key) for key in allowed)]
     if refused:
         more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
         keys = ",".join(change.key for change in refused)
         raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(map(str, refused[:3]))}{more}): choose another "
-            f"workdir, or go on with the change by --allow-config-change {keys}"
+            f"{workdir} holds a run with another config ({'; '.join(map(str, refused[:3]))}{more}): choose another "
+            f"workdir, or allow the change with --allow-config-change {keys}"
         )
 
 
-def _is_under(key: str, above: str) -> bool:
-    return key == above or key.startswith(f"{above}.")
+def _is_under(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(f"{prefix}.")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two nests of dicts and lists differ, as (path, old, new)."""
+    """Yields the differences between two nested structures of dicts and lists, as (path, old, new)."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):

@@ -1,5 +1,4 @@
-"""Where a NaN comes from."""
-
+"""Finds the operation that produced a NaN."""
 
 import jax
 from jax.sharding import Mesh
@@ -13,31 +12,33 @@ from alignvlm_jax.training.train_step import TrainState, make_train_step
 def explain_skipped(
     model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, state: TrainState, batch: Batch, step: int
 ) -> None:
-    """Does a step again that was skipped, not compiled, and stops at the first NaN.
+    """Repeats a skipped step, operation by operation, and stops at the first NaN.
 
     Args:
-      model, stage, mesh: of the step.
-      state: after it, which is as before it.
-      batch: on the mesh.
-      step: its number, for the message.
+      model: config of the model.
+      stage: the stage of the step.
+      mesh: devices of the step.
+      state: state after the step, which a skipped step leaves as it was before.
+      batch: batch of the step, on the mesh.
+      step: number of the step, for the message.
 
     Raises:
-      UserError: always: with the operation, or that there is none (then something was infinite).
+      UserError: always. It names the operation, or says that none gave NaN; then a value grew to infinity.
     """
     with jax.set_mesh(mesh), jax.disable_jit(), jax.debug_nans(True):
         try:
             make_train_step(model, stage)(state, batch)
         except FloatingPointError as error:
-            # The innermost line of ours that the operation, or in the backward pass its gradient, comes from.
-            place = _innermost(error)
+            place = _innermost_line(error)
             raise UserError(f"step {step}: {str(error).splitlines()[0].rstrip('.')}{place}") from error
     raise UserError(
-        f"step {step}: its loss or gradients are not finite, but no operation gives NaN where each is done by itself: "
-        "something grows to infinity (try float32, or a lower learning rate)"
+        f"step {step}: its loss or gradients are not finite, but no single operation gives NaN: a value grows to "
+        "infinity (try float32, or a lower learning rate)"
     )
 
 
-def _innermost(error: BaseException) -> str:
+def _innermost_line(error: BaseException) -> str:
+    """Describes the innermost line of this package that the operation, or the one it is the gradient of, is in."""
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The data of an experiment as the training loop asks for it: a plan of each stage, and its packed batches."""
+"""Provides the data of an experiment to the training loop: a plan of each stage, and its packed batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,22 +16,30 @@ from alignvlm_jax.training.initial import load_tokenizer
 
 
 class TrainingData(Protocol):
-    """What the loop asks of the data."""
+    """Interface of the training loop to the data."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        """How many steps a stage takes, and how many microbatches each has; the same answer in every process."""
+        """Returns the number of steps of a stage and of microbatches per step, the same in every process."""
 
     def batches(
         self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
     ) -> BatchIterator:
-        """The packed batches of a stage, of each microbatch these rows: from the start, or from a state on."""
+        """Returns the packed batches of a stage.
+
+        Args:
+          stage_index: index of the stage.
+          stage: the stage.
+          plan: its plan.
+          state: state of the rows to continue from; None starts from the beginning.
+          rows: rows of each microbatch to make.
+        """
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Whatever it takes to read a checkpoint later."""
+        """Writes all that is needed to decode the model's tokens."""
 
 
 class ExperimentData:
-    """The data sets, tokenizer and pipeline that a config names."""
+    """Data sets, tokenizer and pipeline that a config names."""
 
     def __init__(self, config: ExperimentConfig):
         self._config = config
@@ -43,7 +51,7 @@ class ExperimentData:
         }
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        """By measuring a sample of the stage's examples: `data/planning.py`."""
+        """Plans a stage by measuring a sample of its examples (`data/planning.py`)."""
         return plan_stage(
             self._reader(stage_index, stage),
             global_batch=stage.global_batch,
@@ -57,7 +65,7 @@ class ExperimentData:
     def batches(
         self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
     ) -> BatchIterator:
-        """Made ahead of the steps, by threads or worker processes: `data/feeding.py`."""
+        """Returns batches that threads or worker processes make ahead of time (`data/feeding.py`)."""
         data = self._config.data
         return Feed(
             self._reader(stage_index, stage),

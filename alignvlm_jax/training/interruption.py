@@ -1,13 +1,15 @@
-"""What ends a run before its time, as a flag that the loop looks at after every step: the step is finished and saved.
+"""Turns signals and preemption notices into a flag, which the training loop reads after every step.
+
+The loop then finishes the step and saves the run. These set the flag:
 
 - SIGINT (Ctrl-C).
-- SIGTERM: what Slurm, Kubernetes, systemd and `docker stop` send before they take a machine away, to one process of the
-  job or to all.
-- Google's notice that a spot machine is about to be taken, half a minute ahead. Its metadata server holds it, and not
-  everything that starts a process there turns it into a signal in time.
+- SIGTERM, which Slurm, Kubernetes, systemd and `docker stop` send before they take a machine away. It may go to one
+  process of the job or to all.
+- Google's notice that a spot machine will be taken in half a minute. The notice is published by Google's metadata
+  server, and not every launcher turns it into a signal in time.
 
-JAX's own preemption service (`multihost_utils.reached_preemption_sync_point`) agrees on a step to save as well, but
-hears SIGTERM only; here the processes agree by a sum that they take with every step anyway.
+JAX's preemption service (`multihost_utils.reached_preemption_sync_point`) also makes the processes agree on a step, but
+only reacts to SIGTERM. Here they agree through a sum that they compute with every step anyway.
 """
 
 import contextlib
@@ -21,76 +23,79 @@ from typing import Any
 
 from tqdm import tqdm
 
-_HOST_VARIABLE = "GCE_METADATA_HOST"  # by which Google's own libraries find the server elsewhere
+_HOST_VARIABLE = "GCE_METADATA_HOST"  # overrides the server's address, as in Google's own libraries
 _HOST = "metadata.google.internal"
 _PATH = "/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=60&last_etag="
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
-_PATIENCE_SECONDS = 90  # for an answer, which comes after a minute if nothing changes
+_TIMEOUT_SECONDS = 90  # the server answers after a minute if nothing changes
 _RETRY_SECONDS = 5
 
 
 class Interruption:
-    """While in force, what is to end the run raises a flag. A second Ctrl-C ends it at once.
+    """Context manager that records signals and preemption notices.
 
-    A second SIGTERM does not: where it goes to a whole job, some processes are sent it twice.
+    A second Ctrl-C ends the run at once. A second SIGTERM does not: if it is sent to a whole job, some processes
+    receive it twice.
 
     Attributes:
-      interrupted: the run is to end.
-      preempted: because the machine is wanted elsewhere.
+      interrupted: True once the run should end.
+      preempted: True if the machine is about to be taken away.
     """
 
     def __init__(self):
         self.interrupted = self.preempted = False
-        self._before: dict[int, Any] = {}
-        self._over = threading.Event()
+        self._old_handlers: dict[int, Any] = {}
+        self._closed = threading.Event()
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        if on_google():
-            threading.Thread(target=self._ask_google, name="preemption", daemon=True).start()
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self._old_handlers = {number: signal.signal(number, self._handle_signal) for number in signals}
+        if is_google_cloud():
+            threading.Thread(target=self._watch_google, name="preemption", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        for number, handler in self._before.items():
+        self._closed.set()
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._come(preempted=number == signal.SIGTERM)
+        self._interrupt(preempted=number == signal.SIGTERM)
 
-    def _come(self, preempted: bool) -> None:
+    def _interrupt(self, preempted: bool) -> None:
         if self.interrupted:
             return
         self.interrupted, self.preempted = True, preempted
-        more = "" if preempted else " (once more to stop at once)"
-        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
-            tqdm.write(f"interrupted: finishing this step and saving{more}")
+        hint = "" if preempted else " (once more to stop at once)"
+        # Printing is not reentrant: it fails if the signal came in the middle of another print.
+        with contextlib.suppress(RuntimeError):
+            tqdm.write(f"interrupted: finishing this step and saving{hint}")
 
-    def _ask_google(self) -> None:
-        """In the background: asks again and again; an answer comes when there is something new."""
+    def _watch_google(self) -> None:
+        """Polls Google's metadata server in the background; it answers when the notice changes."""
         host, etag = os.environ.get(_HOST_VARIABLE, _HOST), "0"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while not self._over.is_set():
+        while not self._closed.is_set():
             request = urllib.request.Request(f"http://{host}{_PATH}{etag}", headers={"Metadata-Flavor": "Google"})
             try:
-                with opener.open(request, timeout=_PATIENCE_SECONDS) as answer:
+                with opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
                     etag, text = answer.headers.get("ETag", "0"), answer.read().decode()
             except OSError as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code == 404:
-                    return  # no server of Google's
-                self._over.wait(_RETRY_SECONDS)
+                    return  # not Google's server
+                self._closed.wait(_RETRY_SECONDS)
                 continue
-            if text.strip() == "TRUE" and not self._over.is_set():
-                return self._come(preempted=True)
-            if etag == "0":  # a server that does not wait
-                self._over.wait(_RETRY_SECONDS)
+            if text.strip() == "TRUE" and not self._closed.is_set():
+                return self._interrupt(preempted=True)
+            if etag == "0":  # this server does not wait for a change
+                self._closed.wait(_RETRY_SECONDS)
 
 
-def on_google() -> bool:
-    """Whether this is a machine of Google's cloud."""
+def is_google_cloud() -> bool:
+    """Returns whether this is a machine in Google's cloud."""
     try:
         return _HOST_VARIABLE in os.environ or _PRODUCT.read_text().startswith("Google")
     except OSError:

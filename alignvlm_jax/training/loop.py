@@ -89,7 +89,7 @@ def train(
     workdir = Path(workdir)
     distributed.require_equal({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
-    machine = metrics.Machine.of(mesh.devices.flatten())
+    machine = metrics.Machine.from_devices(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
     data = open_data(config)
     prepare_workdir(workdir, config, data, allow_config_change)
@@ -98,7 +98,7 @@ def train(
         Checkpointer(workdir, config) as checkpointer,
         Interruption() as interruption,
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
-        out_of_memory.explained(config, workdir),
+        out_of_memory.explain_errors(config, workdir),
     ):
         plans = plan_stages(config, data, checkpointer)
         stages = [planned_stage(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]

@@ -1,9 +1,9 @@
-"""From what each step measures to lines on the terminal and curves in TensorBoard.
+"""Turns the metrics of steps into lines on the terminal and curves in TensorBoard.
 
-Speeds are given for the run (`tokens_per_second`) and per chip; a chip is what is bought as one, which may be two jax
-devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts what the model needs (`training/flops.py`), and `mfu`
-is its share of the chip's published bfloat16 peak, whatever the dtype of the run. On a chip without a known peak, such
-as a CPU, there is no `mfu`.
+Speeds are given for the whole run (`tokens_per_second`) and per chip. A chip is the unit that is sold, which may be two
+jax devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs that the model needs
+(`training/flops.py`). `mfu` is its share of the chip's published bfloat16 peak, whatever the dtype of the run. On a
+chip without a known peak, such as a CPU, there is no `mfu`.
 """
 
 import contextlib
@@ -25,30 +25,36 @@ from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.training.flops import train_flops
 from alignvlm_jax.training.train_step import Metrics
 
-# Shown per second; shown as a sum; needed for others only. Everything else is averaged.
+# Metrics that are summed, metrics that are only inputs of others, and metrics that become speeds. All other metrics are
+# averaged.
+_SUMMED = ("refused", "cut", "skipped")
+_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
 _PER_SECOND = ("tokens", "tiles", "examples")
 _PER_CHIP = ("tokens", "tiles")
-_MUCH_WAITING = 0.03  # a share of the time worth a word on the terminal
-_COUNTED = ("refused", "cut", "skipped")
-_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
+_MIN_SHOWN_WAIT = 0.03  # shares of time spent waiting below this are not printed
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the steps run on: so many chips, and which (None if it is not in the table of peaks)."""
+    """Chips that the steps run on.
+
+    Attributes:
+      num_chips: number of chips.
+      chip: their kind; None if its peak is not known.
+    """
 
     num_chips: int
     chip: Chip | None = None
 
     @classmethod
-    def of(cls, devices: Sequence[jax.Device]) -> "Machine":
-        """These devices; a chip may be several."""
+    def from_devices(cls, devices: Sequence[jax.Device]) -> "Machine":
+        """Returns the machine with these devices; several devices may be one chip."""
         chip = find_chip(devices[0].device_kind)
         return cls(max(1, len(devices) // (chip.devices_per_chip if chip else 1)), chip)
 
 
 def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[str, float]], float]:
-    """A function from the metrics of a step to the FLOP that the model needed for it."""
+    """Returns a function that computes the FLOPs that the model needs for a step from the metrics of that step."""
 
     def count(step: Mapping[str, float]) -> float:
         return train_flops(
@@ -64,18 +70,24 @@ def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[s
 
 
 class MetricsLog:
-    """Collects the metrics of steps and writes one summary of them now and then.
+    """Collects the metrics of steps and, when asked, writes a summary of them.
 
-    Metrics stay on the device until they are written, so that collecting does not wait for the step.
+    Metrics stay on the device until they are written, so collecting them does not wait for the step.
+
+    Attributes:
+      last: each metric, as it was last written.
     """
 
     def __init__(self, folder: Path | None, first_step: int, machine: Machine):
-        """Args:
-        folder: for TensorBoard's files; None writes none.
-        first_step: done before the first that will be added.
-        machine: what the speeds are per chip of.
+        """Opens the log.
+
+        Args:
+          folder: folder for TensorBoard's files; None writes none.
+          first_step: number of steps that are already done.
+          machine: chips that the speeds refer to.
         """
-        # What an earlier sitting wrote after the checkpoint it is resumed from is done again: those points are dropped.
+        # An earlier session may have logged steps after the checkpoint that the run resumes from. Those steps are done
+        # again, so `purge_step` drops their points.
         self._writer = None
         if folder is not None:
             try:
@@ -83,45 +95,46 @@ class MetricsLog:
                     str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
                 )
             except OSError as error:
-                distributed.log(f"warning: {folder}: no curves for TensorBoard ({error.strerror})", file=sys.stderr)
+                distributed.log(f"warning: {folder}: no TensorBoard curves ({error.strerror})", file=sys.stderr)
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
-        self._since = time.monotonic()
+        self._start_time = time.monotonic()
         self._steps: list[Metrics] = []
-        self.last: dict[str, float] = {}  # each metric as it was written last
-        self._untimed = 0
+        self.last: dict[str, float] = {}
+        self._num_untimed = 0  # steps since the last summary that do not count for speed
 
     def begin_stage(self, flops: Callable[[Mapping[str, float]], float]) -> None:
-        """From here on a step needs `flops(its metrics)` FLOP."""
+        """Starts a stage in which a step needs `flops(metrics of the step)` FLOPs."""
         self._flops = flops
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves out of the speed what came since the last summary: compilation, a pause."""
-        self._since, self._untimed = time.monotonic(), len(self._steps)
+        """Excludes the time since the last summary from the speed, because of a compilation or a pause."""
+        self._start_time, self._num_untimed = time.monotonic(), len(self._steps)
 
     def add(self, metrics: dict[str, jax.Array | float]) -> None:
-        """The metrics of one more step."""
+        """Adds the metrics of one step."""
         self._steps.append(metrics)
 
     def write(self, step: int, stage: int) -> dict[str, float]:
-        """Summarises the steps since the last time under `step`; returns the summary."""
+        """Writes a summary of the steps added since the last one; returns the summary, empty if there are none."""
         if not self._steps:
             return {}
-        jax.block_until_ready(self._steps)  # raises if a step failed; to copy its metrics would end a CPU's process
+        # Raises an error if a step failed. Copying the metrics of a failed step would abort the process on a CPU.
+        jax.block_until_ready(self._steps)
         steps, self._steps = jax.device_get(self._steps), []
         now = time.monotonic()
-        timed = speeds(steps[self._untimed :], now - self._since, self._machine, self._flops)
+        timed = speeds(steps[self._num_untimed :], now - self._start_time, self._machine, self._flops)
         summary = {**averages(steps), **timed}
-        self._since, self._untimed = now, 0
+        self._start_time, self._num_untimed = now, 0
         self.last |= summary
-        figures = {name if "/" in name else f"train/{name}": value for name, value in summary.items()}
-        self.write_scalars(step, {**figures, "train/stage": stage})
+        scalars = {name if "/" in name else f"train/{name}": value for name, value in summary.items()}
+        self.write_scalars(step, {**scalars, "train/stage": stage})
         return summary
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes figures under their own names."""
-        # Its thread ends when the disk is full; whoever then went on handing it figures would wait for ever.
+        """Writes values to TensorBoard's files, under their own names."""
+        # The writer's thread ends when the disk is full. More values would then fill its queue, and block forever.
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
             distributed.log("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
             self._writer = None
@@ -130,16 +143,17 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is still to be written, if the disk takes it."""
+        """Writes everything that is still queued, if the disk takes it."""
         if self._writer is not None and self._writer.file_writer.event_writer._worker.is_alive():
             with contextlib.suppress(OSError):  # a full disk
                 self._writer.close()
 
 
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over steps; loss and effective tokens are weighted by what they are means of. Counts are added up.
+    """Returns means over steps, and sums of counts.
 
-    Loss and gradient norm of steps that were skipped, because they are not finite, are left out.
+    The loss is weighted by answer tokens and the effective tokens by tiles, the numbers that they are means over. Loss
+    and gradient norm of skipped updates are excluded, because they are not finite.
     """
     columns = {name: np.array([float(step[name]) for step in steps]) for name in steps[0]}
     if "skipped" in columns and not columns["skipped"].all():
@@ -148,7 +162,7 @@ def averages(steps: list[dict[str, float]]) -> dict[str, float]:
     weights = {"loss": columns["weight"], "effective_tokens": columns["tiles"]}
     summary = {}
     for name, values in columns.items():
-        if name in _COUNTED:
+        if name in _SUMMED:
             summary[name] = float(values.sum())
         elif name in weights:
             total = weights[name].sum()
@@ -164,9 +178,9 @@ def speeds(
     machine: Machine,
     flops: Callable[[Mapping[str, float]], float] | None = None,
 ) -> dict[str, float]:
-    """Steps, what they took in and what the model needed for them, per second; NaN if no step was timed.
+    """Returns steps, tokens, tiles, examples and FLOPs per second (NaN if no step was timed), and `data_wait`.
 
-    And `data_wait`, the share of the time in which the loop waited for a batch.
+    `data_wait` is the share of the time that the loop waited for a batch.
     """
     per_second = 1 / seconds if steps and seconds > 0 else math.nan
     names = [name for name in _PER_SECOND if steps and name in steps[0]] or ["tokens"]
@@ -185,10 +199,10 @@ def speeds(
 
 
 def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
-    """The summary in one line of the terminal (here in two; without a known peak there is no MFU):
+    """Formats the summary as one line for the terminal (here in two). Without a known peak there is no MFU.
 
-    step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip, MFU
-    42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
+        step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip,
+        MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
     """
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]
@@ -203,7 +217,7 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
     if not math.isnan(summary["effective_tokens"]):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
     pieces.append("lr " + "/".join(f"{rate:.1e}" for rate in sorted(set(rates.values()), reverse=True)))
-    if summary.get("data_wait", 0.0) > _MUCH_WAITING:
+    if summary.get("data_wait", 0.0) > _MIN_SHOWN_WAIT:
         pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")
     if summary.get("skipped"):
         pieces.append(f"{summary['skipped']:.0f} updates skipped")

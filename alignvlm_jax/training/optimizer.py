@@ -1,13 +1,13 @@
-"""The optimizer: AdamW or Muon from Optax, one learning rate per part of the model.
+"""Makes the optimizer: AdamW or Muon from Optax, with one learning rate per part of the model.
 
-The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"). Whatever parts
-the tree holds are trained, so a frozen part is one that is not passed in: it gets no state and cannot move.
+The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"). All parts in the
+tree are trained. A frozen part is not in the tree: it gets no optimizer state and cannot change.
 
 Axis letters: P layers stacked by `nn.scan`, D and F widths, V vocabulary.
 
-Every update is `-lr(part, step) * (direction + weight_decay * weight)`: the decay is scaled by the learning rate, like
-in AdamW. Muon's direction is scaled to the root mean square that Adam's usually has (`muon_rms`, arXiv 2502.16982), so
-one learning rate serves both and a config can change the optimizer alone.
+Every update is `-lr(part, step) * (direction + weight_decay * weight)`: the decay is scaled by the learning rate, as in
+AdamW. Muon's direction is scaled to the root mean square that Adam's usually has (`muon_rms`, arXiv 2502.16982), so the
+same learning rates work for both, and a config can change the optimizer alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ from optax.contrib import MuonDimensionNumbers
 
 from alignvlm_jax.config.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
-# A module made by `nn.scan` has this name, and its weights a leading axis, one slice a layer.
+# Modules made by `nn.scan` have this name. Their weights have a leading axis with one slice per layer.
 STACKED = "layers"
-# The first layer sees pixels, not features of the model's width: Adam, as is usual with Muon.
+# The first layer is given pixels, not features of the model's width. As is usual with Muon, it is left to Adam.
 NEVER_MUON = "patch_embedding"
 NEVER_DECAYED = ("bias", "scale")
 
@@ -35,9 +35,10 @@ def make_schedule(
     kind: str = "cosine",
     final_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then down to `final_fraction * peak` where the stage ends (or flat, if "constant").
+    """Returns a schedule with a linear warm-up to `peak` and a decay to `final_fraction * peak` at the last step.
 
-    The first step is already non-zero: with w warm-up steps, step i < w has rate peak * (i + 1) / (w + 1).
+    With "constant" the rate stays at `peak`. The rate of the first step is not zero: with w warm-up steps, step i < w
+    has the rate peak * (i + 1) / (w + 1).
     """
     decay_steps = max(steps - warmup_steps, 1)
     if kind == "cosine":
@@ -57,12 +58,12 @@ def make_schedule(
 def make_optimizer(
     config: OptimizerConfig, learning_rates: Mapping[str, float | optax.Schedule]
 ) -> optax.GradientTransformation:
-    """The gradient transformation for a tree whose top-level keys are (some of) the parts in `learning_rates`."""
+    """Returns the gradient transformation for a tree whose top-level keys are among those of `learning_rates`."""
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == "adamw":
         steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     elif config.name == "muon":
-        # A learning rate of -1 undoes the sign that `muon` puts in: the rates per part come below, with the decay.
+        # A learning rate of -1 cancels the sign that `muon` applies: the rates per part follow below, with the decay.
         steps.append(
             optax.contrib.muon(
                 learning_rate=-1.0,
@@ -88,13 +89,13 @@ def make_optimizer(
 
 
 def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNumbers | None:
-    """Which axes of a weight are the rows and columns of the matrix Muon makes orthogonal; None leaves it to Adam.
+    """Returns the row and column axes of the matrix that Muon makes orthogonal; None leaves the weight to Adam.
 
-    Axes not named are batch axes, so stacked layers are handled one by one:
+    All other axes are batch axes, so stacked layers are handled one by one:
 
         vision/layers/mlp_in/kernel   [P, D, F]   rows 1, columns 2
         connector/w1/kernel           [D, F]      rows 0, columns 1
-        language/embedding            [V, D]      None: its rows are looked up, a spectral norm says little about them
+        language/embedding            [V, D]      None: its rows are looked up one by one, not multiplied as a matrix
         language/final_norm/scale     [D]         None
     """
     first = int(STACKED in names)
@@ -104,12 +105,12 @@ def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNu
 
 
 def is_decayed(names: tuple[str, ...], ndim: int) -> bool:
-    """Matrices and tables are decayed; biases and the scales of norms are not, stacked or not."""
+    """Returns whether a weight is decayed: matrices and tables are; biases and the scales of norms are not."""
     return ndim - int(STACKED in names) >= 2 and names[-1] not in NEVER_DECAYED
 
 
 def _map_named(rule: Callable[[tuple[str, ...], int], Any]) -> Callable:
-    """Lifts a rule on (names on the way down, number of axes) to a function of a parameter tree."""
+    """Lifts a rule on (path of a leaf, number of its axes) to a function of a parameter tree."""
 
     def over_tree(params):
         return jax.tree_util.tree_map_with_path(

@@ -1,4 +1,4 @@
-"""What is said, and kept, when a program does not fit into the memory of a device."""
+"""Explains an out-of-memory error, and saves a profile of the device memory."""
 
 import contextlib
 import re
@@ -11,20 +11,21 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.errors import UserError
 
 MEMORY_PROFILE = "out_of_memory.prof"
-"""In the workdir: what lay in memory, in pprof's format."""
+"""File in the workdir with a profile of the device memory, in pprof's format."""
 
-# As XLA spells sizes: "Used 21.95G of 15.48G hbm", "allocate 4770354232 bytes", "allocate request for 2.99GiB".
+# Sizes in XLA's messages: "Used 21.95G of 15.48G hbm", "allocate 4770354232 bytes", "allocate request for 2.99GiB".
 _SIZE = r"([\d.]+)\s?(bytes|[KMGT]?i?B?)\b"
-_USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
-_ONE_MORE = re.compile(rf"(?:allocat(?:e|ing)|reserve)(?: request for)? {_SIZE}")
+_PROGRAM_SIZE = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+_ALLOCATION_SIZE = re.compile(rf"(?:allocat(?:e|ing)|reserve)(?: request for)? {_SIZE}")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @contextlib.contextmanager
-def explained(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
-    """Turns "out of memory", in compiling or running, into a `UserError`, and writes what lay in memory into `workdir`.
+def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
+    """Turns an out-of-memory error, in compiling or running, into a `UserError`, and saves a memory profile.
 
-    The error says how much was needed (where XLA does), where the profile is, and which keys of the config to change.
+    The error says how much memory was needed (if XLA does), where the profile is, and which keys of the config to
+    change.
     """
     try:
         yield
@@ -34,29 +35,27 @@ def explained(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
         profile = workdir / MEMORY_PROFILE
         try:
             jax.profiler.save_device_memory_profile(str(profile))
-            where = f"what lay in memory is in {profile} (pprof -top {profile})"
+            profile_note = f"a memory profile is in {profile} (pprof -top {profile})"
         except (OSError, RuntimeError) as problem:
-            where = f"no memory profile ({problem})"
-        raise UserError(f"out of memory: {need(str(error))}; {where}; {remedies(config)}") from error
+            profile_note = f"no memory profile ({problem})"
+        raise UserError(f"out of memory: {needed_memory(str(error))}; {profile_note}; {remedies(config)}") from error
 
 
-def need(message: str) -> str:
-    """How much was needed, from XLA's message; its first line where that does not say.
+def needed_memory(message: str) -> str:
+    """Returns how much memory was needed, according to XLA's message; the message's first line if it does not say.
 
-    before: "RESOURCE_EXHAUSTED: ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
-    after:  "the program needs 21.95 GiB on each device, 15.48 GiB are to be had"
+        before: "RESOURCE_EXHAUSTED: ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
+        after:  "the program needs 21.95 GiB on each device, which has 15.48 GiB"
     """
-    if found := _USED.search(message):
-        return (
-            f"the program needs {_gib(*found.groups()[:2])} on each device, {_gib(*found.groups()[2:])} are to be had"
-        )
-    if found := _ONE_MORE.search(message):
-        return f"{_gib(*found.groups())} were asked for at once, more than is left on the device{_in_use()}"
+    if match := _PROGRAM_SIZE.search(message):
+        return f"the program needs {_gib(*match.groups()[:2])} on each device, which has {_gib(*match.groups()[2:])}"
+    if match := _ALLOCATION_SIZE.search(message):
+        return f"{_gib(*match.groups())} were requested at once, more than is free on the device{_in_use()}"
     return message.strip().splitlines()[0]
 
 
 def remedies(config: ExperimentConfig) -> str:
-    """What can be changed, most harmless first."""
+    """Returns what to change, the cheapest change first."""
     changes = []
     if config.data.packing.bins_per_microbatch > 1:
         changes.append(

@@ -19,7 +19,7 @@ def plan_stages(config: ExperimentConfig, data: TrainingData, checkpointer: Chec
         # Compared with the checkpoint's config, not with config.json: that file already holds an allowed change,
         # even if the run was killed before a checkpoint with new plans was saved.
         changes = config_changes.compare(checkpointer.config(progress), config)
-        if not any(change.matters and change.key.startswith(("stages", "data")) for change in changes):
+        if not any(change.affects_results and change.key.startswith(("stages", "data")) for change in changes):
             return [StagePlan(**plan) for plan in stored["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
     # Every process measures the same examples if every process sees the same data sets.

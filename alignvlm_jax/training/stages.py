@@ -1,7 +1,7 @@
-"""Stages as data: what is trainable, on what, for how long and how fast.
+"""Optimizer, schedules and trainable parts of a training stage.
 
-The paper's three stages: (1) the full model on captions, which steadies ALIGN; (2) the full model on documents;
-(3) the language model and the connector, the vision encoder frozen, on document tasks.
+The paper has three stages: (1) the full model on captions, which stabilizes ALIGN; (2) the full model on documents;
+(3) the language model and the connector on document tasks, with the vision encoder frozen.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,12 @@ from alignvlm_jax.training.optimizer import make_optimizer, make_schedule
 def stage_schedules(
     stage: StageConfig, peaks: Mapping[str, Float[Array, ""]] | None = None
 ) -> dict[str, optax.Schedule]:
-    """Learning rate by step for each trainable part; `stage.steps` must be known. `peaks` stand for the stage's own."""
+    """Returns the learning-rate schedule of each trainable part.
+
+    Args:
+      stage: the stage, with its number of steps known.
+      peaks: peak rates to use instead of the stage's own.
+    """
     return {
         part: make_schedule(
             getattr(stage.learning_rates, part) if peaks is None else peaks[part],
@@ -33,31 +38,31 @@ def stage_schedules(
 
 
 def stage_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """The stage's optimizer, for a tree that holds its trainable parts and nothing else."""
+    """Returns the stage's optimizer, for a tree that holds exactly its trainable parts."""
     return make_optimizer(stage.optimizer, stage_schedules(stage))
 
 
 def trainable_params(stage: StageConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parts that move."""
+    """Returns the parts that the stage trains."""
     return {part: params[part] for part in params if part in stage.trainable}
 
 
 def frozen_params(stage: StageConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parts that do not."""
+    """Returns the parts that the stage does not train."""
     return {part: params[part] for part in params if part not in stage.trainable}
 
 
 def stage_table(stage: StageConfig, params: dict[str, Any]) -> str:
-    """What is printed as a stage starts: its parts, how large they are, which are trained and how fast.
+    """Returns the table that is printed when a stage starts: the size of each part and its learning rate.
 
-    Its steps and their bins must be known by then.
+    The number of steps and of bins per step must be known.
 
-    stage "documents": 150 steps of 16 bins, muon, cosine schedule
-    part              parameters              learning rate
-    vision               642,816   frozen
-    connector            131,840   trained          3.0e-03
-    language           1,052,160   trained          1.0e-03
-    total              1,826,816   1,184,000 trained
+        stage "documents": 150 steps of 16 bins, muon, cosine schedule
+        part              parameters              learning rate
+        vision               642,816   frozen
+        connector            131,840   trained          3.0e-03
+        language           1,052,160   trained          1.0e-03
+        total              1,826,816   1,184,000 trained
     """
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in PARTS}
     trained = sum(count for part, count in counts.items() if part in stage.trainable)

@@ -1,10 +1,10 @@
-"""One optimizer step, as a pure function: the same one is trained, tested and compiled ahead of time.
+"""One optimizer step as a pure function, which is trained with, tested, and compiled ahead of time.
 
 Axis letters: K microbatches, B bins (rows), L positions, M tiles per bin, V vocabulary.
 
-The loss of a step is the sum over all answer tokens of the *global* batch divided by their total weight, so it does not
-matter how examples fell into bins and bins into microbatches: every microbatch adds its sum of losses, its weight and
-its gradient of the sum, and the division comes once, at the end.
+The loss of a step is the sum over all answer tokens of the *global* batch, divided by their total weight. It does not
+depend on how examples are packed into bins and bins into microbatches: every microbatch adds its sum of losses, its
+weight and the gradient of its sum, and the division is done once at the end.
 """
 
 from collections.abc import Callable
@@ -35,19 +35,21 @@ FIELDS = (
     "tiles",
     "tile_valid_hw",
 )
-"""What the step reads of the packed batch; the other fields are for reports and stay on the host."""
+"""Fields of the packed batch that the step reads. The other fields are for reports and stay on the host."""
 
 RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
-"""What it reads besides of the batches of a model with newlines."""
+"""Additional fields that the step of a model with newlines reads."""
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Attributes:
-    step: optimizer steps done in this stage.
-    params: all weights, float32, frozen ones included.
-    opt_state: the optimizer's state of the trainable parts.
-    learning_rates: the peak of each trainable part, which never changes. As data of the compiled step and not constants
-      in it: another rate, in a tuning trial or a next stage, is not another program, and a compilation cache has it.
+    """State of the training within a stage.
+
+    Attributes:
+      step: optimizer steps done in this stage.
+      params: all weights, float32, frozen ones included.
+      opt_state: the optimizer's state of the trainable parts.
+      learning_rates: peak rate of each trainable part, which never changes. The rates are data of the compiled step and
+        not constants in it, so a tuning trial or a stage with other rates reuses the program from a compilation cache.
     """
 
     step: Int[Array, ""]
@@ -60,54 +62,58 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def create_state(stage: stages.StageConfig, params: Params) -> TrainState:
-    """The state a stage starts from. Pure: evaluate its shapes, or jit it into shardings."""
+    """Returns the state that a stage starts with. It is pure: its shapes can be evaluated, or it can be jitted."""
     opt_state = stages.stage_optimizer(stage).init(stages.trainable_params(stage, params))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, peak_learning_rates(stage))
 
 
-def peak_learning_rates(stage: stages.StageConfig, where: Any = None) -> dict[str, Float[Array, ""]]:
-    """Of each trainable part, on the devices of the sharding `where`."""
-    return {part: jax.device_put(jnp.float32(getattr(stage.learning_rates, part)), where) for part in stage.trainable}
+def peak_learning_rates(
+    stage: stages.StageConfig, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, Float[Array, ""]]:
+    """Returns the peak learning rate of each trainable part, placed on `sharding`."""
+    rates = {part: jnp.float32(getattr(stage.learning_rates, part)) for part in stage.trainable}
+    return {part: jax.device_put(rate, sharding) for part, rate in rates.items()}
 
 
 def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into, and what is compiled ahead."""
+    """Returns the shapes, dtypes and shardings of the state, to restore a checkpoint into or to compile with."""
     boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
-    of_params = sharding.parameter_shardings(boxed, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    of_opt_state = sharding.optimizer_state_shardings(shapes.opt_state, shapes.params, of_params, mesh)
+    params = sharding.parameter_shardings(boxed, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = sharding.optimizer_state_shardings(shapes.opt_state, shapes.params, params, mesh)
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
         shapes,
-        TrainState(everywhere, of_params, of_opt_state, dict.fromkeys(shapes.learning_rates, everywhere)),
+        TrainState(replicated, params, opt_state, dict.fromkeys(shapes.learning_rates, replicated)),
     )
 
 
 def state_shardings(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
-    """Where each array of the state lives, as a `TrainState` of `NamedSharding`s."""
+    """Returns the sharding of each array of the state, as a `TrainState` of `NamedSharding`s."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model_config, stage, mesh))
 
 
 def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh, params: Params) -> TrainState:
-    """`create_state` straight into its shardings.
+    """Returns the state that a stage starts with, with every array created in its sharding.
 
-    `params` may be on the host, or on the mesh already; then they are not copied, and the first step consumes them.
+    `params` may be on the host or on the mesh. In the latter case they are not copied, and the first step consumes
+    them.
     """
-    where = state_shardings(model_config, stage, mesh)
-    params = jax.device_put(params, where.params)
-    init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=where.opt_state)
-    step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
+    shardings = state_shardings(model_config, stage, mesh)
+    params = jax.device_put(params, shardings.params)
+    init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     opt_state = init(stages.trainable_params(stage, params))
-    return TrainState(step, params, opt_state, peak_learning_rates(stage, where.step))
+    return TrainState(step, params, opt_state, peak_learning_rates(stage, shardings.step))
 
 
 def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> TrainStep:
-    """Makes `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
+    """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
-    A step whose loss or gradients are not finite counts as done, but leaves weights and optimizer as they are; its
-    metric "skipped" is 1. The batch is the packed batch with its leading axis K; the metrics are float32 scalars over
-    the whole of it.
+    The batch is the packed batch with its leading axis K. The metrics are float32 scalars over the whole batch. A step
+    whose loss or gradients are not finite counts as done, but leaves weights and optimizer unchanged; its metric
+    "skipped" is 1.
     """
     model = AlignVLM(model_config)
 
@@ -115,7 +121,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
         output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
         tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
         real = microbatch["segment_ids"] > 0
-        # Positions of a segment are 0 .. n - 1, so the sum of 2 p + 1 over it is n².
+        # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
         squares = jnp.where(real, 2.0 * microbatch["positions"] + 1.0, 0.0)
         sums = {
             "loss": output.loss,
@@ -135,6 +141,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
         trainable = stages.trainable_params(stage, state.params)
         frozen = stages.frozen_params(stage, state.params)
 
+        # Sum gradients and metrics over the microbatches.
         def accumulate(carry, microbatch):
             (_, sums), gradients = jax.value_and_grad(summed_loss, has_aux=True)(trainable, frozen, microbatch)
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
@@ -145,15 +152,15 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
                 (trainable, jax.eval_shape(summed_loss, trainable, frozen, one)[1]),
             )
-            # A scan over one microbatch is unrolled: no loop, so XLA sees all of the step.
+            # A scan over one microbatch is unrolled: without a loop, XLA can optimize the step as a whole.
             (gradients, sums), _ = jax.lax.scan(accumulate, zeros, batch, unroll=len(batch["tokens"]) == 1)
 
-        # A step without a single answer has gradient 0, not NaN.
+        # Divide once by the total weight. A step without any answer has gradient 0, not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        # One infinity or NaN among the gradients, and their norm is none either.
+        # The norm is not finite if any gradient is infinite or NaN. Then the old weights and optimizer are kept.
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         moved, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -180,11 +187,11 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
 
 
 def jit_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainStep:
-    """The step compiled for a mesh: the state stays where it lies (and is donated), the bins are spread."""
-    where = state_shardings(model_config, stage, mesh)
+    """Returns the step jitted for a mesh: the state keeps its shardings and is donated, the bins are sharded."""
+    shardings = state_shardings(model_config, stage, mesh)
     return jax.jit(
         make_train_step(model_config, stage),
-        in_shardings=(where, NamedSharding(mesh, sharding.BATCH_SPEC)),
-        out_shardings=(where, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

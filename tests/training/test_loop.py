@@ -175,10 +175,10 @@ def test_another_config_does_not_continue_a_run(finished):
     workdir, _, _ = finished
     stages = (dataclasses.replace(CONFIG.stages[0], global_batch=16), CONFIG.stages[1])
     changed = dataclasses.replace(CONFIG, stages=stages)
-    with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 there, 16 now.*choose another workdir.*"):
+    with pytest.raises(UserError, match=r"stages\.0\.global_batch: 8 before, 16 now.*choose another workdir.*"):
         train(workdir, changed)
     changes = config_changes.compare(config_to_dict(CONFIG), changed)
-    assert config_changes.describe(changes) == "the config has changed:\n  stages.0.global_batch: 8 there, 16 now"
+    assert config_changes.describe(changes) == "the config has changed:\n  stages.0.global_batch: 8 before, 16 now"
     config_changes.check(changes, ["stages.0.global_batch"], workdir)
     config_changes.check(changes, ["stages"], workdir)
     with pytest.raises(UserError, match="--allow-config-change stages.0.global_batch$"):
@@ -286,7 +286,7 @@ def test_out_of_memory_in_a_step_is_explained_and_profiled(finished, tmp_path):
         del step
         jax.numpy.zeros((2**45,), np.int8).block_until_ready()
 
-    with pytest.raises(UserError, match="out of memory: 32768.00 GiB were asked for .* try fewer config.data.packing"):
+    with pytest.raises(UserError, match="out of memory: 32768.00 GiB were requested .* try fewer config.data.packing"):
         train(tmp_path, on_step=too_much)
     assert (tmp_path / "out_of_memory.prof").stat().st_size > 100
 

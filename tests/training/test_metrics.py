@@ -73,9 +73,9 @@ def test_a_chip_may_be_two_devices():
         def __init__(self, device_kind):
             self.device_kind = device_kind
 
-    assert metrics.Machine.of([Device("TPU7x")] * 8) == metrics.Machine(4, TPU_7X)
-    assert metrics.Machine.of([Device("TPU v5 lite")] * 8) == metrics.Machine(8, TPU_V5E)
-    assert metrics.Machine.of([Device("cpu")] * 8) == metrics.Machine(8, None)
+    assert metrics.Machine.from_devices([Device("TPU7x")] * 8) == metrics.Machine(4, TPU_7X)
+    assert metrics.Machine.from_devices([Device("TPU v5 lite")] * 8) == metrics.Machine(8, TPU_V5E)
+    assert metrics.Machine.from_devices([Device("cpu")] * 8) == metrics.Machine(8, None)
 
 
 def test_compilation_does_not_count_as_speed(tmp_path):

@@ -23,10 +23,10 @@ def allocate_too_much():
 
 def test_too_large_an_allocation_is_explained_and_the_memory_is_profiled(tmp_path):
     kept = jnp.ones((1000,))
-    with pytest.raises(UserError) as caught, out_of_memory.explained(CONFIG, tmp_path):
+    with pytest.raises(UserError) as caught, out_of_memory.explain_errors(CONFIG, tmp_path):
         allocate_too_much()
     message, profile = str(caught.value), tmp_path / out_of_memory.MEMORY_PROFILE
-    assert message.startswith("out of memory: 32768.00 GiB were asked for at once")
+    assert message.startswith("out of memory: 32768.00 GiB were requested at once")
     assert str(profile) in message
     assert "fewer config.data.packing.bins_per_microbatch (now 8;" in message
     assert "config.model.language.remat=full" in message and "config.mesh.fsdp" in message
@@ -37,13 +37,13 @@ def test_too_large_an_allocation_is_explained_and_the_memory_is_profiled(tmp_pat
 
 def test_what_cannot_be_written_does_not_hide_the_error(tmp_path):
     with pytest.raises(UserError, match="out of memory: .* no memory profile"):
-        with out_of_memory.explained(CONFIG, tmp_path / "missing"):
+        with out_of_memory.explain_errors(CONFIG, tmp_path / "missing"):
             allocate_too_much()
 
 
 def test_other_errors_pass(tmp_path):
     for error in (jax.errors.JaxRuntimeError("INTERNAL: broken"), KeyError("a")):
-        with pytest.raises(type(error)), out_of_memory.explained(CONFIG, tmp_path):
+        with pytest.raises(type(error)), out_of_memory.explain_errors(CONFIG, tmp_path):
             raise error
     assert not list(tmp_path.iterdir())
 
@@ -63,23 +63,23 @@ def test_only_what_can_be_changed_is_advised():
         (  # compiling for a TPU
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G "
             "of 15.48G hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:",
-            "the program needs 21.95 GiB on each device, 15.48 GiB are to be had",
+            "the program needs 21.95 GiB on each device, which has 15.48 GiB",
         ),
         (  # running on a TPU
             "RESOURCE_EXHAUSTED: Error loading program: Attempting to reserve 3.95G at the bottom of memory. That was "
             "not possible. There are 1.92G free, 0B reserved, and 1.92G reservable.",
-            "3.95 GiB were asked for at once, more than is left on the device",
+            "3.95 GiB were requested at once, more than is free on the device",
         ),
         (  # on a GPU
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment",
-            "4.44 GiB were asked for at once, more than is left on the device",
+            "4.44 GiB were requested at once, more than is free on the device",
         ),
         (
             "RESOURCE_EXHAUSTED: Failed to allocate request for 176.00MiB (184549376B) on device ordinal 0",
-            "0.17 GiB were asked for at once, more than is left on the device",
+            "0.17 GiB were requested at once, more than is free on the device",
         ),
         ("RESOURCE_EXHAUSTED: no idea\nand more", "RESOURCE_EXHAUSTED: no idea"),
     ],
 )
 def test_the_need_is_read_from_what_the_backends_say(message, need):
-    assert out_of_memory.need(message) == need
+    assert out_of_memory.needed_memory(message) == need

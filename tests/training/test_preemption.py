@@ -174,9 +174,9 @@ def test_a_notice_of_googles_saves_the_step(tmp_path, monkeypatch, capsys):
 def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     monkeypatch.setattr(interruption, "_PRODUCT", tmp_path / "product_name")
-    assert not interruption.on_google()
+    assert not interruption.is_google_cloud()
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
-    assert interruption.on_google()
+    assert interruption.is_google_cloud()
 
 
 def test_a_second_sigterm_does_not_end_a_save_and_a_second_ctrl_c_does():
