@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from alignvlm_jax.config.run import ProfileConfig, traced_steps
+from alignvlm_jax.config.serialization import config_from_dict
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.training.profile import Profiler
 

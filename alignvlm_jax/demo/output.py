@@ -1,0 +1,11 @@
+"""Prints the demo's progress."""
+
+
+def show(text: str) -> None:
+    """Prints a line at once, also if the output is a file or a pipe."""
+    print(text, flush=True)
+
+
+def show_heading(number: int, text: str) -> None:
+    """Prints the heading of a step."""
+    show(f"\n== {number}. {text}")
