@@ -12,11 +12,11 @@ from alignvlm_jax.errors import UserError
 
 
 def load(checkpoint, **options):
-    """The trained model in `checkpoint` (a workdir, an exported folder, or "nano"), ready to be asked about images.
+    """Loads the trained model in `checkpoint` (a workdir, an exported folder, or "nano") for questions about images.
 
     See `inference.reader`.
     """
-    # Imported here, so that `import alignvlm_jax` and `alignvlm --help` do not wait for jax.
+    # Imported here because `import alignvlm_jax` and `alignvlm --help` must not wait for jax.
     from alignvlm_jax.inference.reader import load as load_reader
 
     return load_reader(checkpoint, **options)

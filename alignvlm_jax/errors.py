@@ -1,5 +1,8 @@
-"""The one exception that means "the user can fix this": the command line prints it as a line and exits with 2."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what was wrong, where, and what to do about it."""
+    """Invalid input. The message says in one line what is wrong, where, and what to do about it.
+
+    The command line prints the message and exits with code 2.
+    """

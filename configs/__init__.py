@@ -1,1 +1,1 @@
-"""One experiment per file, installed as `alignvlm_jax.configs`, so that they can be named outside the clone too."""
+"""Config files, one experiment per file. They are installed as `alignvlm_jax.configs`, to be usable outside a clone."""

@@ -3,12 +3,12 @@
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \\
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
 
-The backbones are folders as Hugging Face lays them out; `tools/import_hf.py` makes a checkpoint of the same model
-before any training. The data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) lie under `data.root`.
+The backbones are folders in Hugging Face layout; `tools/import_hf.py` makes a checkpoint of the untrained model. The
+data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
 
-Source: arXiv 2502.01341. Stages, what they train, global batches, learning rates, text lengths and epochs are the
-paper's. Optimizer, schedule and warm-up are not in it; here they are what VLM recipes usually take: AdamW without
-weight decay, a cosine to 0, 500 steps of warm-up.
+Source: arXiv 2502.01341. Stages, trained parts, global batches, learning rates, text lengths and epochs are the
+paper's. It does not state optimizer, schedule and warm-up; those here are the usual ones of VLM recipes: AdamW without
+weight decay, a cosine decay to 0, 500 steps of warm-up.
 """
 
 from ml_collections import ConfigDict
@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
     )
 
     # A scanned page is nine tiles and its thumbnail, 7,290 visual tokens. Bins of two pages, 29 x 512 tokens, are 97 %
-    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins of one page would have to leave
-    # room for 2,048 tokens of text: a quarter of them would be padding.
+    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins of one page would be a quarter
+    # padding, because they need space for 2,048 tokens of text.
     config.data = ConfigDict()
     config.data.root = "data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
 def stage(
     name: str, dataset: str, trainable: tuple[str, ...], epochs: float, batch: int, rate: float, max_text_tokens: int
 ) -> ConfigDict:
-    """One stage: one data set, one learning rate for all that is trained."""
+    """Returns a stage with one data set and one learning rate for all trained parts."""
     return ConfigDict(
         dict(
             name=name,

@@ -1,17 +1,17 @@
-"""The whole path on one 16 GB GPU: shapes of SigLIP-base/16 at 224 px and of SmolLM2-135M, on the demo's documents.
+"""A test of the training on one 16 GB GPU: SigLIP-base/16 at 224 px and SmolLM2-135M, on the demo's documents.
 
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug
 
-Weights are random and the tokenizer is the nano one, so that it starts without a download: it shows that training runs
-and how fast, not what it learns. With real backbones:
+Weights are random and the tokenizer is the nano backbone's, so nothing is downloaded. It shows that training runs and
+how fast; the model learns nothing useful. With real backbones:
 
     python tools/import_hf.py --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \\
         --config configs/debug_gpu.py --out runs/smol
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol \\
         --config.model.language.vocab_size=49216 --config.model.connector.vocab_size=49152
 
-(SmolLM2 has no token to spare: the image token becomes a row of its own, and rows come in multiples of 64. The import
-says so where it happens.)
+(SmolLM2 has no unused token: the image token needs a new row, and rows are added in multiples of 64. The import prints
+this.)
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A page of the demo fits one tile of 196 visual tokens, with at most 256 of text.
+    # A page of the demo is one tile of 196 visual tokens, with at most 256 text tokens.
     config.data = ConfigDict()
     config.data.root = "runs/demo/data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=224, max_tiles=4, thumbnail=True))

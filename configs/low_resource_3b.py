@@ -2,15 +2,15 @@
 
     alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \\
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
-    ... --config.model.connector=mlp | ovis | h_reducer | c_abstractor     # the rows beside it
+    ... --config.model.connector=mlp | ovis | h_reducer | c_abstractor     # the other rows of the table
     ... --config.model.connector=perceiver --config.data.tiling.rule=ovis --config.model.newline=False
 
-anyres_max_9 joins tiles by the places of their tokens on the page, and a Perceiver's tokens have none: its row takes
-the tiles apart. How the paper joined them is not in it.
+anyres_max_9 joins tiles by the positions of their tokens on the page. A Perceiver's tokens have no positions, so its
+row keeps the tiles separate. The paper does not say how it joined them.
 
-Source: arXiv 2502.01341. Data (LLaVA-558K, then LLaVA-NeXT-779K, an epoch each), what is trained, the learning rates
-and the tiling rule are the paper's. Batches and warm-up are not in it; here they are LLaVA-NeXT's: 256 and 128, a
-cosine to 0 after 3 % of the steps. Convert the data with `tools/prepare_data.py --format llava` first.
+Source: arXiv 2502.01341. Data (LLaVA-558K, then LLaVA-NeXT-779K, one epoch each), trained parts, learning rates and the
+tiling rule are the paper's. It does not state batches and warm-up; those here are LLaVA-NeXT's: 256 and 128, and a
+cosine decay to 0 after a warm-up of 3 % of the steps. Convert the data with `tools/prepare_data.py --format llava`.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config = read_config_file("configs/alignvlm_3b.py")
     config.model.newline = True
     config.data.tiling = ConfigDict(dict(rule="anyres_max_9", tile_size=384, max_tiles=9, thumbnail=True))
-    # An image has up to 36 cells and the whole page, 37 tiles, and up to 8,829 visual tokens after reduction.
+    # An image has up to 36 cells and the page as a whole: 37 tiles, and up to 8,829 visual tokens after reduction.
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=14848, tiles_per_bin=40, bins_per_microbatch=64, examples_per_bin=32)
     )
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
 def stage(
     name: str, dataset: str, trainable: tuple[str, ...], batch: int, warmup_steps: int, **learning_rates: float
 ) -> ConfigDict:
-    """One epoch of one data set, a learning rate for each part that is trained."""
+    """Returns a stage with one epoch of one data set and a learning rate for each trained part."""
     return ConfigDict(
         dict(
             name=name,

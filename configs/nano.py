@@ -1,11 +1,11 @@
-"""The whole path of AlignVLM at a scale that two CPU cores train in ten minutes: two nano backbones and ALIGN between.
+"""AlignVLM at a scale that two CPU cores train in ten minutes: two nano backbones joined by ALIGN.
 
     alignvlm demo                                                       # draws the documents, trains, scores
     alignvlm train --config configs/nano.py --workdir runs/nano         # draws what is missing, trains
 
-The stages are the paper's: the full model on captions (here: pages to be written out), the full model on documents
-(here: both tasks), then the language model and the connector on document tasks (here: questions), the vision
-encoder frozen. Geometry of the encoder and of the decoder is that of the shipped nano backbones.
+The stages are the paper's: the full model on captions (here: transcribing pages), the full model on documents (here:
+both tasks), then the language model and the connector on document tasks (here: questions), with the vision encoder
+frozen. Encoder and decoder have the shapes of the shipped nano backbones.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A page is two tiles of 10 x 10 patches, 200 visual tokens, and at most 88 of text: a bin holds two pages.
+    # A page is two tiles of 10 x 10 patches, 200 visual tokens, with at most 88 text tokens: a bin holds two pages.
     config.data = ConfigDict()
     config.data.root = "runs/demo/data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=80, max_tiles=4, thumbnail=False))
@@ -43,8 +43,9 @@ def get_config() -> ConfigDict:
         dict(tokens_per_bin=576, tiles_per_bin=4, bins_per_microbatch=4, examples_per_bin=4)
     )
 
-    # Stage 1 turns the connector fast and the rest gently: until the connector speaks, it shows the decoder noise. How
-    # soon it speaks is a matter of steps, not of pages (loss 0.9 after 100 steps of 16 pages, as of 32): small batches.
+    # Stage 1 trains the connector fast and the other parts slowly, because an untrained connector feeds noise to the
+    # decoder. The number of steps matters, not that of pages (loss 0.9 after 100 steps of 16 pages and of 32 pages), so
+    # batches are small.
     config.stages = [
         stage("captions", task="transcribe", steps=300, batch=8, connector=4e-3, others=2e-4),
         stage("documents", task="mixed", steps=300, batch=16, connector=2e-3, others=6e-4),
@@ -73,7 +74,7 @@ def stage(
     others: float,
     trainable: tuple[str, ...] = ("vision", "connector", "language"),
 ) -> ConfigDict:
-    """One stage; `connector` and `others` are peak learning rates."""
+    """Returns a stage; `connector` and `others` are peak learning rates."""
     return ConfigDict(
         dict(
             name=name,

@@ -1,12 +1,12 @@
-"""The one recipe under which the connectors are compared: equal steps, equal pages, nothing that only one of them gets.
+"""The recipe with which the connectors are compared: equal steps and equal pages, with no advantage for any of them.
 
     alignvlm reproduce --out runs/reproduce                                      # all connectors, seeds and parts
     alignvlm train --config configs/reproduce.py --workdir runs/mlp --config.model.connector=mlp      # one run of it
 
-Two stages: pages are written out until the connector speaks, then read and asked about. A bin holds one page, so that
-every connector sees the same pages in the same step, however many visual tokens it makes of them
-(`reproduce/recipe.py` fits the bin to those). The rate of the connector is what is tuned, for all connectors over the
-same grid; the two stages keep their ratio.
+There are two stages: the model first transcribes pages, until the connector works, then transcribes pages and answers
+questions. A bin holds one page, so every connector sees the same pages in the same step, however many visual tokens it
+makes of a page (`reproduce/recipe.py` sizes the bin accordingly). The connector's learning rate is tuned, over the same
+grid for all connectors; the ratio between the stages is fixed.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignvlm_jax.config import read_config_file
 
 STEPS = {"align": 150, "read": 150}
-PAGES = 8  # a step
+PAGES = 8  # per step
 
 
 def get_config() -> ConfigDict:
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
 
 def stage(name: str, task: str, steps: int, connector: float, others: float) -> ConfigDict:
-    """One stage, all parts trained; `connector` and `others` are peak learning rates."""
+    """Returns a stage that trains all parts; `connector` and `others` are peak learning rates."""
     return ConfigDict(
         dict(
             name=name,

@@ -1,4 +1,4 @@
-"""The demo from end to end with a tiny model and a few documents, then `ask` and `eval` on what it leaves behind."""
+"""The demo from end to end with a tiny model and a few documents, then `ask` and `eval` on its checkpoint."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> ExperimentConfig:
-    """configs/nano.py with a tiny model and its last stage only, on backbones of random weights."""
+    """configs/nano.py with a tiny model and only its last stage, on backbones with random weights."""
     folder = tmp_path_factory.mktemp("backbones")
     backbones = [f"backbones.{part}={folder / part}" for part in ("vision", "language")]
     nano = load_config("configs/nano.py", [*TINY, *backbones])
@@ -68,7 +68,7 @@ def test_results(out):
     assert sum(answer["right"] for answer in answers) == results["evaluations"]["heldout"]["num_right"]
 
 
-def test_the_same_command_again_does_nothing_twice(out, experiment, capsys):
+def test_running_it_again_repeats_nothing(out, experiment, capsys):
     kept = [*out.glob("evaluation/*"), *out.glob("checkpoint/checkpoints/*/params"), *out.glob("data/documents/*")]
     before = {file: file.stat().st_mtime_ns for file in kept}
     demo.run(experiment, out, sizes=SIZES)
@@ -97,7 +97,7 @@ def test_evaluate_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     assert "is not a data set" in capsys.readouterr().err
 
 
-def test_data_that_moved_away(out, tmp_path, capsys):
+def test_missing_data_is_reported(out, tmp_path, capsys):
     shutil.copytree(out / "checkpoint", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     raw = json.loads(file.read_text())

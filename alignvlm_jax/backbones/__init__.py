@@ -1,9 +1,11 @@
-"""The nano backbones: a small SigLIP encoder and a small Llama decoder shipped with the package, and how they are made.
+"""Finds backbones, among them the nano backbones: a small SigLIP encoder and a small Llama decoder in the package.
 
-They stand in for SigLIP and Llama where a run must fit a laptop: AlignVLM aligns a model that sees with a model that
-speaks, so the two have to exist first. `make backbones` makes them again; `nano/README.md` is their card.
+AlignVLM aligns a trained vision encoder with a trained language model, so both must exist first. The nano backbones
+stand in for SigLIP and Llama in runs that must fit on a laptop. `make backbones` trains them again; `nano/README.md` is
+their model card.
 
-`NANO_MODEL` is the two joined by ALIGN and trained by the demo: what `tools/export_pytorch.py` writes, less its code.
+`NANO_MODEL` is the folder of the two joined by ALIGN and trained by the demo, as written by `tools/export_pytorch.py`
+but without its code.
 """
 
 import os
@@ -22,25 +24,25 @@ _SHIPPED = {
 
 
 def backbone_folder(kind: str, name: str) -> Path:
-    """The folder of a backbone in Hugging Face layout.
+    """Returns the folder of a backbone in Hugging Face layout.
 
     Args:
       kind: "vision" or "language".
-      name: "nano" for the shipped one, "nano-transcription" for the shipped encoder that never saw labels per patch,
-        else a path.
+      name: "nano" for the shipped backbone, "nano-transcription" for the shipped encoder that was trained without
+        labels per patch, otherwise a path.
 
     Raises:
-      UserError: no such folder.
+      UserError: if the folder does not exist or holds no config.json.
     """
     folder = _SHIPPED.get((kind, name), Path(name))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a {kind} backbone: it needs a Hugging Face config.json and model.safetensors "
-            "('nano' names the shipped one)"
+            "('nano' is the shipped backbone)"
         )
     return folder
 
 
 def trained_model(checkpoint: str | os.PathLike) -> Path:
-    """The folder of a checkpoint: "nano", where nothing here has that name, is the model shipped with the package."""
+    """Returns the folder of a checkpoint; "nano" is the model in the package, unless a file or folder has that name."""
     return NANO_MODEL if os.fspath(checkpoint) == "nano" and not os.path.exists("nano") else Path(checkpoint)

@@ -1,4 +1,4 @@
-"""The complete description of an experiment."""
+"""Complete description of an experiment."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from alignvlm_jax.parallel.mesh import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class BackbonesConfig:
-    """Where the weights come from that stage 1 starts with.
+    """Sources of the weights that stage 1 starts with.
 
     Attributes:
-      vision: a SigLIP folder in Hugging Face layout; "nano" is the one shipped with the package, "nano-transcription"
-        the one made without labels per patch, "random" draws weights of the configured shape.
-      language: a Llama folder, likewise.
+      vision: a SigLIP folder in Hugging Face layout. "nano" is the encoder in the package, "nano-transcription" the one
+        trained without labels per patch, and "random" draws weights of the configured shape.
+      language: a Llama folder in Hugging Face layout, "nano" or "random".
     """
 
     vision: str = "nano"
@@ -25,10 +25,24 @@ class BackbonesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything a run depends on.
+    """Everything that a run depends on.
 
-    `init_from` is a checkpoint whose weights and tokenizer the run starts with, in place of the backbones.
-    `tokenizer` is a folder with tokenizer.json and its companions; None stands for the one that the weights come with.
+    Attributes:
+      seed: seed of random initial weights and of the order of the data.
+      model: the model.
+      backbones: sources of the first weights.
+      init_from: a checkpoint whose weights and tokenizer the run starts with, instead of the backbones.
+      tokenizer: a folder with tokenizer.json and its companion files; None uses the tokenizer that belongs to the
+        weights.
+      data: data sets, tiling and packing.
+      mesh: how devices are arranged.
+      stages: the training stages, in order.
+      checkpoint: when the run is saved.
+      evaluation: how the weights are scored during training.
+      profile: which steps are traced.
+      anomalies: how skipped updates and jumps of the loss are handled.
+      debug: aids for finding errors.
+      log_every_steps: number of steps between two lines of the training log.
     """
 
     seed: int = 0

@@ -1,13 +1,13 @@
-"""An experiment, as frozen dataclasses read from a plain Python file and from the command line.
+"""Reads an experiment, as frozen dataclasses, from a plain Python file and from the command line.
 
 A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` (or a dict). `load_config` reads it,
 applies `a.b=value` overrides, and checks everything before anything is built. A wrong key, type (`building.py`) or
-value (`checks.py`) is a `UserError` that names the key's full path, what was expected and, for a key, the nearest
-right one.
+value (`checks.py`) raises a `UserError` that names the key's full path, what was expected and, for a key, the closest
+valid one.
 
     config = load_config("configs/nano.py", ["seed=1", "stages.0.learning_rates.vision=1e-4", "model.connector=mlp"])
 
-What a file leaves out has the default of its dataclass; the dataclasses live beside what they configure.
+Keys that a file omits have the defaults of their dataclasses, which are defined in the packages they configure.
 """
 
 import runpy
@@ -27,21 +27,33 @@ from alignvlm_jax.errors import UserError
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a config file, applies overrides ("a.b=value", with or without "--config." in front), checks the result."""
+    """Reads a config file, applies overrides and checks the result.
+
+    Args:
+      file: the config file, or the name of one shipped with the package.
+      overrides: "a.b=value", with or without "--config." in front.
+
+    Raises:
+      UserError: if the file cannot be read or the config is not valid.
+    """
     raw = plain(read_config_file(file))
     for override in overrides:
         apply_override(raw, override)
     config = config_from_dict(raw)
     if getattr(config.model.connector, "kept_words", None) is not None:
         raise UserError(
-            "config.model.connector.kept_words: expected None: a pruned model is not trained; train the full one, "
-            "then `alignvlm analyze vocabulary --prune` it"
+            "config.model.connector.kept_words: expected None, because a pruned model cannot be trained; train the "
+            "full model, then prune it with `alignvlm analyze vocabulary --prune`"
         )
     return config
 
 
 def find_config(file: str | Path) -> Path:
-    """The file as given; `configs/NAME.py` and `NAME.py` also mean the one shipped with the package."""
+    """Returns the path of a config file; `configs/NAME.py` and `NAME.py` also refer to one shipped with the package.
+
+    Raises:
+      UserError: if there is no such file.
+    """
     file = Path(file)
     candidates = [file]
     if file in (Path(file.name), Path("configs", file.name)):
@@ -53,7 +65,7 @@ def find_config(file: str | Path) -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """The names of the config files that come with the package, such as "nano.py"."""
+    """Returns the names of the config files shipped with the package, such as "nano.py"."""
     names = {path.name for folder in _shipped_folders() for path in folder.glob("*.py")}
     return sorted(names - {"__init__.py"})
 
@@ -64,24 +76,25 @@ def _shipped_folders() -> list[Path]:
 
 
 def read_config_file(file: str | Path) -> Any:
-    """What the file's `get_config` returns, unchecked: for configs that are another one with a few changes.
+    """Returns what `get_config` of the file returns, unchecked. Config files that modify another one use it.
 
-    Whatever goes wrong in it is a `UserError` that names the file and the line.
+    Raises:
+      UserError: if the file fails, with the file's name and the line.
     """
     path = find_config(file)
     try:
         namespace = runpy.run_path(str(path))
         if not callable(namespace.get("get_config")):
-            raise UserError(f"{path}: a config file must define get_config(), which returns the config")
+            raise UserError(f"{path}: a config file must define get_config() and return the config from it")
         config = namespace["get_config"]()
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # the user's own code: anything may be wrong with it
+    except Exception as error:  # the file is the user's code and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{path}: get_config() must return a ConfigDict, it returned {article(config)}")
+        raise UserError(f"{path}: get_config() must return a ConfigDict, got {article(config)}")
     return config

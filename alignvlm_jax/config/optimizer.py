@@ -10,7 +10,18 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What to build. `b1`, `b2`, `eps` are Adam's (with Muon: of the weights that Muon leaves to Adam)."""
+    """Settings of the optimizer.
+
+    Attributes:
+      name: "adamw" or "muon".
+      b1: Adam's decay of the first moment. With Muon, Adam trains the weights that are not matrices.
+      b2: Adam's decay of the second moment.
+      eps: Adam's epsilon.
+      weight_decay: weight decay, scaled by the learning rate.
+      clip_norm: largest norm of all gradients together; None does not clip.
+      muon_beta: Muon's momentum.
+      muon_rms: root mean square that Muon's updates are scaled to.
+    """
 
     name: str = "adamw"
     b1: float = 0.9

@@ -7,26 +7,26 @@ from alignvlm_jax.errors import UserError
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts the override's value, as text, at its place in `raw`; whether the place exists is `build`'s to say."""
+    """Stores the override's value, as unparsed text, in `raw`. Unknown keys are reported later, by `build`."""
     key, equals, value = override.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"--config.{key}: expected --config.{key}=value")
     names = key.split(".")
     if names[-3:] == ["model", "connector", "name"]:
-        names.pop()  # another connector has other fields: what the file says of the old one does not carry over
-    place, path = raw, "config"
-    for name, after in zip(names, [*names[1:], None], strict=True):
-        if isinstance(place, list):
-            if not (name.isdigit() and int(name) < len(place)):
-                raise UserError(f"{path}.{name}: {path} has {len(place)} entries: 0 to {len(place) - 1}")
+        names.pop()  # another connector has other fields, so the fields of the old one are dropped with its name
+    node, path = raw, "config"
+    for name, next_name in zip(names, [*names[1:], None], strict=True):
+        if isinstance(node, list):
+            if not (name.isdigit() and int(name) < len(node)):
+                raise UserError(f"{path}.{name}: {path} has {len(node)} entries: 0 to {len(node) - 1}")
             name = int(name)
-        elif not isinstance(place, dict):
+        elif not isinstance(node, dict):
             raise UserError(f"{path}.{name}: {path} is a single value and has no parts")
-        if after is None:
-            place[name] = UnparsedText(value)
-        elif isinstance(place, dict) and place.get(name) is None:
-            place[name] = {}
-        elif name == "connector" and isinstance(place[name], str):
-            place[name] = {"name": place[name]}
-        place, path = place[name], f"{path}.{name}"
+        if next_name is None:
+            node[name] = UnparsedText(value)
+        elif isinstance(node, dict) and node.get(name) is None:
+            node[name] = {}
+        elif name == "connector" and isinstance(node[name], str):
+            node[name] = {"name": node[name]}  # a connector given by its name alone now has fields
+        node, path = node[name], f"{path}.{name}"
 

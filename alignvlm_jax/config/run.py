@@ -1,4 +1,4 @@
-"""Settings of a run: when it is saved, scored, profiled and debugged, and what happens when numbers go wrong."""
+"""Settings of a run: when it is saved, scored and profiled, and how anomalies are handled."""
 
 import dataclasses
 import re
@@ -7,15 +7,19 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved, and what stays of it. What any of the three rules keeps is kept.
+    """Settings of the checkpoints: when the run is saved, and which checkpoints are kept.
+
+    A checkpoint is kept if any of the three rules keeps it.
 
     Attributes:
-      every_steps: save after so many; the ends of stages are always saved.
-      keep: the newest so many. With 2 or more there is one to fall back to should the newest turn out damaged.
-      keep_every: those of every so many steps, for good; None for none. A multiple of `every_steps`.
-      keep_best: so many of the best by `best_metric`.
-      best_metric: by its name in the training log, such as "loss", as it was last logged before the checkpoint.
-      best: whether the smallest or the largest is best.
+      every_steps: number of steps between checkpoints. The end of a stage is always saved.
+      keep: number of the newest checkpoints to keep. With 2 or more, the run can fall back if the newest is damaged.
+      keep_every: every checkpoint whose step is a multiple of this is kept permanently; None keeps none. It must be a
+        multiple of `every_steps`.
+      keep_best: number of the best checkpoints by `best_metric` to keep.
+      best_metric: name of a metric in the training log, such as "loss". Its last logged value before the checkpoint
+        counts.
+      best: "min" if the smallest value is best, "max" if the largest is.
     """
 
     every_steps: int = 500
@@ -28,15 +32,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Scores the weights in training on a few documents, where they lie; training goes on as if nothing had happened.
+    """Settings of the scoring during training, on a few documents. It does not change the course of the training.
 
     Attributes:
-      every_steps: how often; None never.
-      dataset: a folder under `data.root`; None is the one that the last stage is trained on.
-      split: which of its splits.
-      limit: ask only the first so many questions; None asks all.
-      batch_size: questions decoded at once, rounded up to what the mesh divides.
-      max_new_tokens: where an answer that does not end is cut off; it is wrong then.
+      every_steps: number of steps between scores; None never scores.
+      dataset: a folder under `data.root`; None uses the data set of the last stage.
+      split: a split of the data set.
+      limit: number of questions to ask, from the first; None asks all.
+      batch_size: questions decoded at once, rounded up to a multiple that the mesh divides.
+      max_new_tokens: length at which an unfinished answer is truncated. It is then wrong.
     """
 
     every_steps: int | None = None
@@ -49,15 +53,16 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AnomalyConfig:
-    """When numbers count as wrong, and what is done.
+    """Settings of the handling of anomalies.
 
     Attributes:
-      max_skipped: so many skipped updates in a row are too many.
-      then: what is done about them: back to the last checkpoint and past these data, or an end.
-      max_rollbacks: going back to the same checkpoint more often than this ends the run.
-      spike: a loss is reported that lies above the median of the last hundred by more than so many times their spread
-        (the median distance from the median, times 1.4826: the standard deviation of a normal distribution); 0 reports
-        none.
+      max_skipped: number of skipped updates in a row that is too many.
+      then: reaction to too many skipped updates: "rollback" returns to the last checkpoint and skips the data since
+        then, "stop" ends the run.
+      max_rollbacks: number of rollbacks to the same checkpoint after which the run ends.
+      spike: a loss is reported if it exceeds the median of the last hundred losses by more than this many times their
+        spread. The spread is the median distance from the median times 1.4826, which for a normal distribution is the
+        standard deviation. 0 reports none.
     """
 
     max_skipped: int = 5
@@ -68,9 +73,12 @@ class AnomalyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DebugConfig:
-    """Attributes:
-    nans: look at every step, and do one whose loss or gradients are not finite again, operation by operation: the run
-      ends and names the first that gave NaN. Waits for each step; the search takes minutes on a large model.
+    """Settings for debugging.
+
+    Attributes:
+      nans: checks every step. A step whose loss or gradients are not finite is repeated operation by operation; the run
+        then ends and names the first operation that gave NaN. Every step is waited for, and the search takes minutes on
+        a large model.
     """
 
     nans: bool = False
@@ -78,21 +86,21 @@ class DebugConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """What is traced.
+    """Settings of the profiler.
 
     Attributes:
-      steps: "first:stop", in steps of the run as the log counts them, from 1: "10:13" traces steps 10, 11 and 12. None
-        traces nothing. The first step of a stage compiles: choose later ones. Tracing slows the traced steps down.
+      steps: "first:stop" in steps of the run as the log counts them, from 1: "10:13" traces steps 10, 11 and 12. None
+        traces nothing. The first step of a stage includes compilation, so choose later ones. Traced steps are slower.
     """
 
     steps: str | None = None
 
 
 def traced_steps(config: ProfileConfig) -> range:
-    """The steps of `config.steps`.
+    """Returns the steps that `config.steps` selects.
 
     Raises:
-      ValueError: what it says are no steps.
+      ValueError: if it is not of the form "first:stop".
     """
     if config.steps is None:
         return range(0)

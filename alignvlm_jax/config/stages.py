@@ -1,4 +1,4 @@
-"""Settings of a training stage: what it trains, on which data, for how long and how fast."""
+"""Settings of a training stage: the parts it trains, its data, its length and its learning rates."""
 
 import dataclasses
 from typing import Literal
@@ -13,11 +13,11 @@ class MixturePart:
 
     Attributes:
       dataset: name of a data set under the data root.
-      split: which of its splits, or parts of one as TFDS names them, "train[:90%]".
-      task: what is made of a record: the conversation it holds ("conversation": what `tools/prepare_data.py` wrote), or
-        for the demo's documents a page to be read out ("transcribe"), its questions ("qa"), or either ("mixed"); see
-        `data/conversations.py`.
-      weight: its share of the examples, relative to the other parts of the mixture.
+      split: a split of the data set, or a part of one in TFDS's notation, "train[:90%]".
+      task: how a record becomes a conversation. "conversation" uses the conversation that `tools/prepare_data.py`
+        stored in it. For the demo's documents, "transcribe" asks for a transcription of the page, "qa" asks its
+        questions, and "mixed" does either; see `data/conversations.py`.
+      weight: share of the examples, relative to the other parts of the mixture.
     """
 
     dataset: str
@@ -28,7 +28,7 @@ class MixturePart:
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
-    """The peak learning rate of each part; a frozen part's is not looked at."""
+    """Peak learning rate of each part. The rate of a frozen part has no effect."""
 
     vision: float = 1e-5
     connector: float = 1e-5
@@ -37,24 +37,25 @@ class LearningRates:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage.
+    """Settings of one stage. The paper does not state optimizer, schedule and warm-up.
 
     Attributes:
-      name: for tables, logs and checkpoints.
-      mixture: what it trains on.
-      trainable: the parts of the model it trains; the others are frozen, and hold no optimizer state.
-      steps: how long, in optimizer steps; or
-      epochs: how long, in passes over the mixture. Exactly one of the two is given.
-      global_batch: examples (not bins) per step, over all devices and microbatches. A step has the whole microbatches
-        that come nearest to it, going by how many examples share a bin on average, which is measured at the start.
-      bins_per_step: sets the bins of a step instead; a multiple of `data.packing.bins_per_microbatch`.
+      name: name in tables, logs and checkpoints.
+      mixture: the data that it trains on.
+      trainable: the parts of the model that it trains. The others are frozen and have no optimizer state.
+      steps: length in optimizer steps; None if `epochs` is given.
+      epochs: length in passes over the mixture; None if `steps` is given.
+      global_batch: examples (not bins) per step, over all devices and microbatches. A step has the number of
+        microbatches that comes closest, given the average number of examples per bin, which is measured at the start.
+      bins_per_step: number of bins per step, instead of `global_batch`; a multiple of
+        `data.packing.bins_per_microbatch`.
       learning_rates: peak rate of each part.
-      schedule: how the rate falls after the warm-up.
+      schedule: decay of the rate after the warm-up.
       warmup_steps: steps of linear warm-up.
-      final_lr_fraction: where the schedule ends, as a fraction of the peak.
-      optimizer: which, and its constants. Unstated in the paper, as are schedule and warm-up.
-      max_text_tokens: text tokens of an example (visual tokens are not counted); a longer one is cut behind the last
-        answer that fits, and refused if none does. Both are counted in the training log.
+      final_lr_fraction: rate at the end of the schedule, as a fraction of the peak.
+      optimizer: the optimizer and its constants.
+      max_text_tokens: largest number of text tokens of an example, not counting visual tokens. A longer example is
+        truncated after the last answer that fits, and refused if none does. The training log counts both.
     """
 
     name: str

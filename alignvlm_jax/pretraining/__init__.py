@@ -1,1 +1,1 @@
-"""How the shipped nano backbones were made: an encoder and a decoder, trained from nothing."""
+"""Trains the shipped nano backbones, an encoder and a decoder, from scratch."""

@@ -1,14 +1,14 @@
-"""Makes the nano decoder: a Llama that answers questions about text laid out as on a page.
+"""Trains the nano decoder: a Llama that answers questions about the text of a page, given as a grid of characters.
 
 Axes: B pages, L positions, T patches of a page (all tiles, raster order), D model width, V vocabulary.
 
-It never sees a picture. Where AlignVLM will put the visual tokens of a page, it reads the page's characters, one token
-a patch, blank patches as spaces; then it answers questions and writes the page out, in the chat format of later:
+The decoder never sees an image. In place of the visual tokens of a page it reads the page's characters, one token per
+patch, with blank patches as spaces. Then it answers questions and transcribes the page, in AlignVLM's chat format:
 
     <|begin|><|user|> T O T A L . . 4 8 . 2 0 ... What is the total?<|assistant|>48.20<|end|>
 
-What a connector says will never be as crisp as this, so part of the pages come blurred: some characters missing, and
-embeddings mixed with those of other tokens.
+The output of a connector is never as clear as this. Some of the pages are therefore blurred: characters are missing,
+and embeddings are mixed with those of other tokens.
 """
 
 import dataclasses
@@ -44,17 +44,17 @@ NANO_LANGUAGE = LanguageConfig(
 LENGTH = 352
 
 _BLURRED = 0.5  # share of pages that are blurred
-_MISSING = 0.02  # share of characters missing on those
-_MOST_MIXED = 0.4  # weight of the other token's embedding, at most
+_MISSING = 0.02  # share of characters missing on blurred pages
+_MAX_MIXED = 0.4  # largest weight of the other token's embedding
 
 
 def page_length() -> int:
-    """T: patches of a page."""
+    """Number of patches of a page, T."""
     return TILES_PER_PAGE * NANO_VISION.num_patches
 
 
 def draw_conversation(rng: np.random.Generator, questions, answers, transcription) -> list[tuple[str, str]]:
-    """Turns about one page: questions in random order, writing the page out behind them or alone."""
+    """Draws the turns about one page: its questions in random order, its transcription, or both."""
     reading = (READING_INSTRUCTIONS[rng.integers(len(READING_INSTRUCTIONS))], transcription)
     if rng.random() < 0.2:
         return [reading]
@@ -63,7 +63,7 @@ def draw_conversation(rng: np.random.Generator, questions, answers, transcriptio
 
 
 def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "train") -> grain.MapDataset:
-    """Pages as text: element i is the batch of step i."""
+    """Returns batches of pages as text; element i is the batch of step i."""
     token_of_class = np.array([chat.encode_text(character)[0] for character in " " + CHARACTERS], np.int32)
 
     def draw(index: int) -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
         mixed = np.zeros(LENGTH, np.float32)
         if rng.random() < _BLURRED:
             classes = np.where(rng.random(classes.shape) < _MISSING, 0, classes)
-            mixed[:] = rng.uniform(0, _MOST_MIXED) * rng.random(LENGTH)
+            mixed[:] = rng.uniform(0, _MAX_MIXED) * rng.random(LENGTH)
 
         turns = draw_conversation(rng, document.questions, document.answers, document.transcription)
         messages = []
@@ -83,6 +83,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         encoded = chat.encode(messages, [page_length()])
 
+        # One position more than L, because the targets are the tokens shifted by one.
         tokens = np.full(LENGTH + 1, chat.pad_id, np.int32)
         length = min(len(encoded.tokens), LENGTH + 1)
         tokens[:length] = encoded.tokens[:length]
@@ -105,7 +106,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
 
 
 class Speaker(nn.Module):
-    """The decoder, reading blurred pages."""
+    """Decoder that reads blurred pages."""
 
     config: LanguageConfig
 
@@ -122,7 +123,7 @@ class Speaker(nn.Module):
 
 
 def make_language_backbone(out: str | Path, workdir: str | Path, config: PretrainConfig) -> dict[str, float]:
-    """Makes the tokenizer, trains the decoder, writes both; returns its accuracy on validation pages."""
+    """Makes the tokenizer, trains the decoder and writes both; returns the accuracy on validation pages."""
     save_tokenizer(out, seed=config.seed)
     chat = ChatTokenizer.from_folder(out)
     model = Speaker(NANO_LANGUAGE)

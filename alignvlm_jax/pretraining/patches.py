@@ -1,8 +1,8 @@
-"""Which character lies under each patch of a page: the renderer knows, so the encoder can be told.
+"""Labels every patch of a page with the character under it, as the renderer placed it.
 
 Axes: M tiles, N patches per tile (raster order), P characters printed on the page.
 
-These labels pre-train the encoder (character per patch) and lay text out for the decoder ("the page in its own words").
+The encoder is pre-trained with these labels (one character per patch), and the decoder reads pages laid out by them.
 """
 
 import numpy as np
@@ -12,23 +12,24 @@ from alignvlm_jax.data.synthetic import Document
 from alignvlm_jax.data.tiling import TilePlan
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-/%$#:"
-"""What the synthetic documents print. Class 0 is "nothing here"; class i + 1 is character i."""
+"""Characters that the synthetic documents print. Class 0 means "no character"; class i + 1 is character i."""
 
 _CLASS = {character: index + 1 for index, character in enumerate(CHARACTERS)}
 
 
 def patch_classes(document: Document, plan: TilePlan, tile_size: int, patch_size: int) -> Int[np.ndarray, "M N"]:
-    """The class of the character whose centre lies in each patch.
+    """Returns the class of the character whose center is in each patch.
 
-    Two centres may fall into one patch, since characters are a little narrower than patches. The later one (reading
-    order) then moves right if that patch is free, else the earlier one moves left, else the later one is dropped:
+    Characters are a little narrower than patches, so two centers may fall into one patch. The later one in reading
+    order then moves to the right if that patch is free. Otherwise the earlier one moves to the left. If neither is
+    possible, the later one is dropped:
 
-        centres      |P|AI|D| |      classes  P A I D   (I moved right, which moved D right)
+        centers      |P|AI|D| |      classes  P A I D   (I moved to the right, which moved D to the right)
     """
     grid = tile_size // patch_size
     classes = np.zeros((plan.num_tiles, grid, grid), np.int32)
-    centres = np.array([((g.left + g.right) / 2, (g.top + g.bottom) / 2) for g in document.glyphs], np.float32)
-    tiles, points = plan.map_points(centres)
+    centers = np.array([((g.left + g.right) / 2, (g.top + g.bottom) / 2) for g in document.glyphs], np.float32)
+    tiles, points = plan.map_points(centers)
     for glyph, tile, (x, y) in zip(document.glyphs, tiles, points, strict=True):
         row, column = min(int(y // patch_size), grid - 1), min(int(x // patch_size), grid - 1)
         line = classes[tile, row]
@@ -44,6 +45,6 @@ def patch_classes(document: Document, plan: TilePlan, tile_size: int, patch_size
 
 
 def reading_order(classes: Int[np.ndarray, "M N"]) -> Int[np.ndarray, " P"]:
-    """The characters of a page in raster order, blanks left out: what a transcription from left to right would say."""
+    """Returns the classes of a page's characters in raster order, without blanks, as a transcription reads them."""
     flat = classes.reshape(-1)
     return flat[flat > 0]

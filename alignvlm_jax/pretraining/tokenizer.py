@@ -1,7 +1,7 @@
-"""The nano decoder's tokenizer: byte-level BPE of 512 tokens, made from the text of training documents.
+"""Makes the nano decoder's tokenizer: byte-level BPE with 512 tokens, trained on the text of training documents.
 
-Words of questions and labels become single tokens. Capitals, digits, marks and spaces stay single: a page prints its
-values with them, one character a patch, and a patch can then say its character in one token.
+Words of questions and labels become single tokens. Capitals, digits, punctuation and spaces are never merged: values
+on a page consist of them, one character per patch, so each patch corresponds to one token.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The loop both backbones are made with: resumable, one small model, one loss, no mesh.
+"""Training loop of the nano backbones: resumable, for one small model and one loss, without a mesh.
 
-`training/` trains AlignVLM; this makes what it starts from, on a machine where nothing else is to be had.
+`training/` trains AlignVLM. This loop trains the backbones it starts from, on a machine without any other models.
 """
 
 import dataclasses
@@ -23,16 +23,17 @@ from alignvlm_jax.training.optimizer import make_optimizer, make_schedule
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """How long and how fast.
+    """Settings of the pre-training of a backbone.
 
     Attributes:
       steps: optimizer steps.
       batch_size: pages per step.
-      learning_rate: peak; Muon for the matrices, Adam for the rest.
-      warmup_steps: linear warm-up, then cosine down to 2 % of the peak.
-      seed: of the pages drawn and of the initial weights.
+      learning_rate: peak rate; Muon trains the matrices, Adam the rest.
+      warmup_steps: steps of linear warm-up; a cosine decay to 2 % of the peak follows.
+      weight_decay: weight decay, scaled by the learning rate.
+      seed: seed of the drawn pages and of the initial weights.
       save_every: steps between checkpoints.
-      validation_pages: how many the finished model is scored on.
+      validation_pages: number of pages that the trained model is scored on.
     """
 
     steps: int
@@ -53,15 +54,15 @@ def pretrain(
     batches: grain.MapDataset,
     workdir: str | Path,
 ) -> dict[str, Any]:
-    """Trains `params` and returns them; the same call again goes on from the last checkpoint in `workdir`.
+    """Trains `params` and returns them. Calling it again resumes from the last checkpoint in `workdir`.
 
     Args:
-      name: shown beside the progress bar.
-      config: see `PretrainConfig`.
-      params: initial parameters; the top level names parts, as `make_optimizer` wants it.
+      name: label of the progress bar.
+      config: settings.
+      params: initial parameters; the top level names the parts, as `make_optimizer` requires.
       loss_fn: `(params, batch) -> (loss, metrics)`.
       batches: element i is the batch of step i.
-      workdir: where checkpoints go.
+      workdir: folder for checkpoints.
     """
     schedule = make_schedule(
         config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps, final_fraction=0.02
@@ -86,14 +87,14 @@ def pretrain(
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     data = iter(batches.slice(slice(first, config.steps)).to_iter_dataset(options))
-    started = time.time()
+    start_time = time.time()
     with tqdm(total=config.steps, initial=first, desc=name, unit="step", mininterval=10) as bar:
         for step in range(first + 1, config.steps + 1):
             state, metrics = step_fn(state, next(data))
             bar.update()
             if step % 50 == 0:
                 shown = {key: round(float(value), 4) for key, value in metrics.items()}
-                bar.write(f"{name} step {step} at {time.time() - started:.0f} s: {shown}")
+                bar.write(f"{name} step {step} at {time.time() - start_time:.0f} s: {shown}")
             if step % config.save_every == 0 or step == config.steps:
                 manager.save(step, args=ocp.args.StandardSave(state))
     manager.wait_until_finished()

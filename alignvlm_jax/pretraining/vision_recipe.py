@@ -1,12 +1,12 @@
-"""Makes the nano encoder: a SigLIP-layout transformer that has learned to read characters.
+"""Trains the nano encoder: a transformer with SigLIP's layout that learns to read characters.
 
-Axes: B pages, M tiles per page, S tile side, N patches per tile, d encoder width, C classes (characters and "nothing").
+Axes: B pages, M tiles per page, S tile side, N patches per tile, d encoder width, C classes (characters and "none").
 
-Two objectives share one linear head that is thrown away afterwards:
+There are two objectives. Both train a linear head that is discarded afterwards:
 
-  "patches"        which character lies under each patch: the renderer says so.
-  "transcription"  the page's characters in raster order, by CTC: nobody says where any of them is. The connectors are
-                   compared on an encoder made so, because labels per patch supervise ALIGN's own output space.
+  "patches"        predicts the character under each patch, as the renderer placed it.
+  "transcription"  predicts the page's characters in raster order with CTC, without their places. The connectors are
+                   compared on such an encoder, because labels per patch supervise ALIGN's own output space.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ NANO_VISION = VisionConfig(
     image_size=80, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4
 )
 NANO_TILING = TilingConfig(tile_size=80, max_tiles=4, thumbnail=False)
-TILES_PER_PAGE = 2  # every page that the synthetic corpus draws
+TILES_PER_PAGE = 2  # the same for all pages of the synthetic corpus
 MAX_CHARACTERS = 96
 
 OBJECTIVES = ("patches", "transcription")
@@ -42,7 +42,7 @@ _NUM_CLASSES = len(CHARACTERS) + 1
 
 
 class Reader(nn.Module):
-    """The encoder and the head that names characters."""
+    """Encoder with a head that classifies characters."""
 
     config: VisionConfig
 
@@ -55,7 +55,7 @@ class Reader(nn.Module):
 
 
 def make_batches(config: PretrainConfig, split: str = "train") -> grain.MapDataset:
-    """Pages drawn as they are needed: element i is the batch of step i."""
+    """Returns batches of pages that are drawn when they are needed; element i is the batch of step i."""
 
     def draw(index: int) -> dict[str, np.ndarray]:
         document = draw_document(config.seed, split, index)
@@ -72,7 +72,7 @@ def make_batches(config: PretrainConfig, split: str = "train") -> grain.MapDatas
 
 
 def patch_loss(logits, batch):
-    """Mean cross-entropy over patches, and how many of the characters are named right."""
+    """Returns the mean cross-entropy over patches, and the accuracy on characters and on blank patches."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["classes"])
     right = jnp.argmax(logits, -1) == batch["classes"]
     printed = batch["classes"] > 0
@@ -83,7 +83,10 @@ def patch_loss(logits, batch):
 
 
 def transcription_loss(logits, batch):
-    """CTC over all patches of a page in raster order, per character."""
+    """Returns the CTC loss per character over all patches of a page in raster order.
+
+    The metric `named` is the number of patches classified as a character, per printed character.
+    """
     logits = logits.reshape(logits.shape[0], -1, logits.shape[-1])
     characters = batch["characters"]
     losses = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), characters, characters == 0)
@@ -92,14 +95,14 @@ def transcription_loss(logits, batch):
 
 
 def best_path(logits: Float[Array, "B M N C"]) -> list[str]:
-    """What each page says by CTC's best path: the likeliest class of each patch, runs as one, blanks left out."""
+    """Returns CTC's best path of each page: the most likely class of each patch, with runs merged, without blanks."""
     classes = np.asarray(jnp.argmax(logits, -1)).reshape(logits.shape[0], -1)
     kept = (np.diff(classes, axis=1, prepend=-1) != 0) & (classes > 0)
     return ["".join(CHARACTERS[c - 1] for c in page[keep]) for page, keep in zip(classes, kept, strict=True)]
 
 
 def character_error_rate(predicted: Sequence[str], batch: Mapping[str, np.ndarray]) -> float:
-    """Edits that turn what was read into what is printed, per printed character."""
+    """Returns the number of edits that turn the predictions into the printed text, per printed character."""
     printed = ["".join(CHARACTERS[c - 1] for c in page if c) for page in batch["characters"]]
     edits = sum(edit_distance(*pair) for pair in zip(predicted, printed, strict=True))
     return edits / sum(map(len, printed))
@@ -108,7 +111,7 @@ def character_error_rate(predicted: Sequence[str], batch: Mapping[str, np.ndarra
 def make_vision_backbone(
     out: str | Path, workdir: str | Path, config: PretrainConfig, objective: str = "patches"
 ) -> dict[str, float]:
-    """Trains the encoder and writes it in Hugging Face layout; returns its accuracy on validation pages."""
+    """Trains the encoder and writes it in Hugging Face layout; returns the metrics on validation pages."""
     model = Reader(NANO_VISION)
     batches = make_batches(config)
     example = jax.tree.map(jnp.asarray, batches[0])

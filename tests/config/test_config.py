@@ -1,4 +1,4 @@
-"""A config is right before anything is built, or one line says what is wrong, where, and what was meant."""
+"""A config is checked before anything is built; an error says in one line what is wrong, where, and what was meant."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def write(tmp_path, text):
     return path
 
 
-def complaint(overrides=(), file=NANO):
+def error_message(overrides=(), file=NANO):
     with pytest.raises(UserError) as error:
         load_config(file, overrides)
     assert "\n" not in str(error.value)
@@ -84,7 +84,7 @@ def test_the_connector_is_chosen_by_name(name):
     assert config_to_dict(config)["model"]["connector"]["name"] == name
 
 
-def test_another_connector_takes_its_own_fields():
+def test_another_connector_has_its_own_fields():
     config = load_config(NANO, ["model.connector=perceiver", "model.connector.num_latents=16"])
     assert config.model.connector == PerceiverConfig(num_latents=16)
     assert load_config(NANO, ["model.connector=mlp"]).model.connector == MLPConfig()
@@ -107,7 +107,7 @@ def test_a_removed_option_is_dropped_if_it_was_off():
 @pytest.mark.parametrize(
     "override, expected",
     [
-        # A wrong key: its full path and the nearest right one.
+        # A wrong key: its full path and the closest valid one.
         ("modle.connector=mlp", ["config.modle", "did you mean 'model'?"]),
         ("stages.0.learning_rate.vision=1", ["config.stages.0.learning_rate:", "did you mean 'learning_rates'?"]),
         ("stages.0.optimizer.wieght_decay=1", ["config.stages.0.optimizer.wieght_decay", "'weight_decay'"]),
@@ -159,14 +159,14 @@ def test_a_removed_option_is_dropped_if_it_was_off():
         ("checkpoint.keep=0", ["config.checkpoint.keep", "more than 0"]),
     ],
 )
-def test_what_is_wrong_is_said_with_its_path(override, expected):
-    message = complaint([override])
+def test_an_error_names_the_full_path(override, expected):
+    message = error_message([override])
     for part in expected:
         assert part in message
 
 
-def test_a_missing_file_is_named_with_what_there_is():
-    message = complaint(file="configs/nanno.py")
+def test_a_missing_file_is_named_with_the_shipped_ones():
+    message = error_message(file="configs/nanno.py")
     assert "configs/nanno.py" in message and "nano.py" in message
 
 
@@ -192,12 +192,12 @@ def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expected):
     path = write(tmp_path, text)
-    message = complaint(file=path)
+    message = error_message(file=path)
     assert expected in message
     assert str(path) in message or message.startswith("config.")
 
 
-def test_latents_without_places_are_not_joined():
+def test_latents_without_positions_are_not_joined():
     overrides = ["model.newline=true", "data.tiling.rule=anyres_max_9", "model.connector=perceiver"]
-    assert "have no places in their tile" in complaint(overrides)
+    assert "have no places in their tile" in error_message(overrides)
     assert load_config(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"

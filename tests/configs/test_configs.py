@@ -1,4 +1,4 @@
-"""The shipped configs at full size: shapes only, so nothing is allocated. Oracle: transformers' models on "meta"."""
+"""The shipped configs at full size, in shapes only. The reference is transformers' models on the device "meta"."""
 
 import math
 
@@ -14,7 +14,7 @@ from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
 from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, token_grid
 
-# What the cards of the backbones say they have, LM head counted once where it is tied.
+# Parameter counts on the model cards of the backbones. A tied LM head is counted once.
 PUBLISHED = {
     "alignvlm_1b": 1_235_814_400,
     "alignvlm_3b": 3_212_749_824,
@@ -22,7 +22,7 @@ PUBLISHED = {
     "debug_gpu": 134_515_008,
     "low_resource_3b": 3_212_749_824,
 }
-# Batches of the three stages, learning rates of the three stages: the paper's table.
+# Global batches and learning rates of the three stages, from the paper's table.
 PAPER = {
     "alignvlm_1b": ((512, 512, 512), (1e-5, 5e-5, 5e-5)),
     "alignvlm_3b": ((512, 256, 256), (1e-5, 5e-5, 5e-5)),
@@ -36,7 +36,7 @@ def count(tree) -> int:
 
 @pytest.fixture(scope="module", params=sorted(PUBLISHED))
 def shipped(request):
-    """The name, the config, and the shapes of its weights."""
+    """Name, config, and shapes of the weights."""
     config = load_config(f"configs/{request.param}.py")
     return request.param, config, nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
 
@@ -96,7 +96,7 @@ def test_the_low_resource_stages_are_the_papers():
 
 @pytest.mark.parametrize("connector", ["align", "mlp", "ovis", "h_reducer", "c_abstractor", "perceiver"])
 def test_every_row_of_the_low_resource_table_has_its_config(connector):
-    """Each reads a picture of the largest size it takes, at full size, in shapes only."""
+    """Each config processes an image of the largest allowed size, at full scale, in shapes only."""
     changes = ["data.tiling.rule=ovis", "model.newline=False"] if connector == "perceiver" else []
     config = load_config("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
     tiles = config.data.tiling.max_tiles_per_image

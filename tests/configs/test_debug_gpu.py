@@ -1,4 +1,4 @@
-"""configs/debug_gpu.py as a GPU would run it: its step lowers for CUDA on a machine without one."""
+"""The step of configs/debug_gpu.py lowers for CUDA on a machine without a GPU."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The recipes run from nothing to folders that transformers loads, resume, and see no held-out page."""
+"""The recipes write folders that transformers can load, resume after an interruption, and use no held-out page."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_a_decoder_is_made_and_an_unfinished_one_is_continued(tmp_path):
     language_recipe.make_language_backbone(tmp_path / "first", tmp_path / "work", TINY)
     longer = dataclasses.replace(TINY, steps=3)
     language_recipe.make_language_backbone(tmp_path / "second", tmp_path / "work", longer)
-    assert {path.name for path in (tmp_path / "work" / "checkpoints").iterdir()} >= {"2", "3"}  # 1 was not made again
+    assert {path.name for path in (tmp_path / "work" / "checkpoints").iterdir()} >= {"2", "3"}  # not 1
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "second")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "second")
     ours = ChatTokenizer.from_folder(tmp_path / "second")
@@ -38,7 +38,7 @@ def test_a_decoder_is_made_and_an_unfinished_one_is_continued(tmp_path):
     assert tokenizer(text, add_special_tokens=False).input_ids == list(ours.encode_text(text))
 
 
-def test_values_are_spelled_one_character_a_token():
+def test_values_are_spelled_with_one_token_per_character():
     chat = ChatTokenizer.from_folder(backbone_folder("language", "nano"))
     for value in ("TORVAL", "14/03/21", "$128.40", "RQ-5821", "48.2%"):
         assert [chat.decode([token]) for token in chat.encode_text(value)] == list(value)
@@ -47,7 +47,7 @@ def test_values_are_spelled_one_character_a_token():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_labels_spell_the_page(family):
-    """Nearly every printed character has a patch of its own, in its place."""
+    """Nearly every printed character has a patch of its own, at its place."""
     printed = placed = 0
     for index in range(50):
         document = draw_document(3, "train", index, family=family, render=False)
@@ -62,7 +62,7 @@ def test_patch_labels_spell_the_page(family):
 
 
 def test_the_recipes_see_neither_held_out_values_nor_the_held_out_font():
-    """They draw the train split; the corpus tests show what a split keeps apart."""
+    """They draw the train split; the tests of the corpus show that the splits are disjoint."""
     assert draw_document(TINY.seed, "train", 0).font != HELD_OUT_FONT
     drawn = vision_recipe.make_batches(TINY)[0]["tiles"]
     document = draw_document(TINY.seed, "train", 0)
@@ -85,7 +85,7 @@ def test_a_page_the_decoder_reads_is_the_page_as_printed():
 
 
 def test_transcription_needs_no_places():
-    """Moving every character to another patch, in order, leaves what CTC is told alone."""
+    """Moving every character to another patch, in order, does not change the labels of CTC."""
     classes = np.zeros((1, 2, 100), np.int32)
     classes[0, 0, [3, 5, 9]] = 7, 8, 9
     moved = np.zeros_like(classes)
@@ -93,12 +93,12 @@ def test_transcription_needs_no_places():
     np.testing.assert_array_equal(reading_order(classes[0]), reading_order(moved[0]))
 
 
-def test_a_folder_that_is_no_backbone_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_backbone_is_refused(tmp_path):
     with pytest.raises(UserError, match="needs a Hugging Face config.json"):
         backbone_folder("vision", str(tmp_path))
 
 
-def test_what_a_best_path_says_and_how_wrong_it_is():
+def test_the_best_path_and_its_character_error_rate():
     a, b, c = (CHARACTERS.index(character) + 1 for character in "ABC")
     classes = np.array([[[0, a, a, 0, a], [b, b, c, 0, 0]], [[0, 0, 0, 0, 0], [c, 0, 0, 0, 0]]])  # over two tiles
     logits = np.eye(len(CHARACTERS) + 1)[classes]
@@ -107,7 +107,7 @@ def test_what_a_best_path_says_and_how_wrong_it_is():
     assert vision_recipe.character_error_rate(["AABC", "C"], {"characters": printed}) == 2 / 5
 
 
-def test_the_encoder_without_labels_per_patch_is_another_of_the_same_shape():
+def test_the_encoder_without_labels_per_patch_has_the_same_shapes_and_other_weights():
     shipped = [backbone_folder("vision", name) for name in ("nano", "nano-transcription")]
     ours, theirs = (transformers.SiglipVisionModel.from_pretrained(folder).state_dict() for folder in shipped)
     assert {key: leaf.shape for key, leaf in ours.items()} == {key: leaf.shape for key, leaf in theirs.items()}
