@@ -1,4 +1,4 @@
-"""A tiny model and packed batches of random numbers for it, in the shapes of the real pipeline.
+"""A tiny model, and packed batches of random numbers for it in the shapes of the real pipeline.
 
 K microbatches, B bins, L positions, M tiles per bin, N visual tokens per tile.
 """
@@ -32,7 +32,7 @@ TILES = 3
 
 
 def stage(**changes) -> StageConfig:
-    """A stage of twenty steps that trains all parts, with `changes`."""
+    """Returns a stage of twenty steps that trains all parts, with `changes`."""
     fields = dict(
         name="tiny",
         mixture=(MixturePart("documents"),),
@@ -46,7 +46,7 @@ def stage(**changes) -> StageConfig:
 
 
 def random_batch(seed: int, *, microbatches: int = 1, bins: int = 8, model: AlignVLMConfig = MODEL) -> dict:
-    """Bins of one to three examples: a tile or two, a prompt, an answer of random length, and some padding."""
+    """Returns bins of one or two examples: a tile or two, a prompt, an answer of random length, and some padding."""
     rng = np.random.default_rng(seed)
     per_tile, side = tokens_per_tile(model), model.vision.image_size
     rows = (microbatches * bins, LENGTH)

@@ -1,4 +1,4 @@
-"""Disks and folders that really are broken. As root permissions break nothing: other means do."""
+"""Makes disks and folders that really fail. Permissions have no effect on root, so other means are used."""
 
 import contextlib
 import pathlib
@@ -16,7 +16,7 @@ def _run_or_skip(*command) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, megabytes: int):
-    """A file system of that size, mounted on `folder`; skips the test where mounting is not allowed."""
+    """Mounts a file system of that size on `folder`; skips the test if mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     _run_or_skip("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder)
     try:
@@ -27,7 +27,7 @@ def small_disk(folder: pathlib.Path, megabytes: int):
 
 @contextlib.contextmanager
 def read_only(folder: pathlib.Path):
-    """The folder, which must be a file system of its own, takes no more writes."""
+    """Makes the folder, which must be a file system of its own, read-only."""
     _run_or_skip("mount", "-o", "remount,ro", folder)
     try:
         yield
@@ -37,7 +37,7 @@ def read_only(folder: pathlib.Path):
 
 @contextlib.contextmanager
 def immutable(folder: pathlib.Path):
-    """Nobody may change the folder, root neither."""
+    """Makes the folder immutable, also for root."""
     _run_or_skip("chattr", "+i", folder)
     try:
         yield
@@ -46,7 +46,7 @@ def immutable(folder: pathlib.Path):
 
 
 def fill(disk: pathlib.Path) -> pathlib.Path:
-    """Writes a file until no byte is left; returns it."""
+    """Writes a file until the disk is full; returns its path."""
     path = disk / "filler"
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:

@@ -1,4 +1,4 @@
-"""Numbers going wrong: updates skipped, data left out, the run gone back; and where a NaN comes from."""
+"""Anomalies: skipped updates, skipped data, rollbacks; and finding the operation that produced a NaN."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ MESH = (8, 1, 1)
 
 
 def run(workdir, bad=(), stop_after=None, skip=(), bad_stage=0, **changes):
-    """Trains the tiny model; the batches of these numbers (from 1) have an infinite weight on an answer."""
+    """Trains the tiny model. The batches with the numbers in `bad`, from 1, have an infinite loss weight."""
     config = dataclasses.replace(tiny.config(MESH), **changes)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=2))
     losses = {}
@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
         if spoil == "loss":
             batch["loss_weights"][...] = np.inf
             before = state
-        else:  # the loss is finite, its gradient with respect to the norm's scale is not
+        else:  # the loss is finite, but its gradient with respect to the norm's scale is not
             huge = jax.tree.map(lambda leaf: leaf, state.params)
             huge["language"]["final_norm"]["scale"] = huge["language"]["final_norm"]["scale"] * 0 + 3e38
             before = dataclasses.replace(state, params=huge)
@@ -77,11 +77,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 @pytest.mark.large
-def test_looking_whether_all_is_finite_costs_next_to_nothing():
-    """The step of the nano model with the check and with it compiled away, in turns, on one device."""
+def test_checking_that_all_is_finite_costs_almost_nothing():
+    """The step of the nano model with the check and without it, in turns, on one device."""
     config = load_config("configs/nano.py")
     stage = dataclasses.replace(config.stages[0], steps=100)
-    steps_of, params = {}, jax.device_put(initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+    programs, params = {}, jax.device_put(initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1])))
     batch = nano_batch(config)
     with pytest.MonkeyPatch.context() as patch:
         for checked in (True, False):
@@ -89,14 +89,15 @@ def test_looking_whether_all_is_finite_costs_next_to_nothing():
                 patch.setattr(jnp, "isfinite", lambda _: np.True_)
             state = create_state(stage, params)
             compiled = jax.jit(make_train_step(config.model, stage)).lower(state, batch).compile()
-            steps_of[checked] = compiled, state
-    assert "is-finite" in steps_of[True][0].as_text() and "is-finite" not in steps_of[False][0].as_text()
+            programs[checked] = compiled, state
+    assert "is-finite" in programs[True][0].as_text() and "is-finite" not in programs[False][0].as_text()
     seconds = {True: [], False: []}
     for _ in range(15):
-        for checked, (step, state) in steps_of.items():
-            began = time.process_time()  # of all cores, and not of what else runs here
+        for checked, (step, state) in programs.items():
+            # The time of all cores in this process only, so that other programs do not disturb it.
+            start_time = time.process_time()
             jax.block_until_ready(step(state, batch))
-            seconds[checked].append(time.process_time() - began)
+            seconds[checked].append(time.process_time() - start_time)
     ratio = np.median(seconds[True]) / np.median(seconds[False])
     spread = {checked: np.percentile(values, (25, 50, 75)).round(3).tolist() for checked, values in seconds.items()}
     print(f"a nano step with the check takes {100 * (ratio - 1):+.1f} % (quartiles, CPU seconds: {spread})")
@@ -104,7 +105,7 @@ def test_looking_whether_all_is_finite_costs_next_to_nothing():
 
 
 def nano_batch(config):
-    """Full bins of noise, in the shapes of the config."""
+    """Returns a batch of full bins of noise, in the shapes of the config."""
     packing, rng = config.data.packing, np.random.default_rng(0)
     shape = (2, packing.bins_per_microbatch)
     batch = packed.empty_batch(*shape, packing, tile_size=config.data.tiling.tile_size, pad_id=0)
@@ -130,14 +131,14 @@ def test_a_few_skipped_updates_are_counted_and_named(tmp_path, capsys):
     assert "step 3: update skipped" in said and "page-16" in said and "1 updates skipped" in said
 
 
-def test_too_many_go_back_and_leave_the_data_out(tmp_path):
+def test_too_many_skipped_updates_roll_back_and_skip_the_data(tmp_path):
     config = AnomalyConfig(max_skipped=2)
     result, _ = run(tmp_path / "run", bad=[3, 4], anomalies=config)
     assert result.progress.step == 5
     meta = read_meta(tmp_path / "run" / "checkpoints" / "5")
     left_out = [{"stage": 0, "step_in_stage": 2, "first": 3, "last": 5}]
-    assert meta["data"]["left_out"] == left_out and meta["data"]["rows"]["0"] == 8, "5 steps and 3 batches left out"
-    # As though the data had never been there; and a run that is killed while it goes back ends in the same weights.
+    assert meta["data"]["left_out"] == left_out and meta["data"]["rows"]["0"] == 8, "5 steps and 3 skipped batches"
+    # The result is the same as without those data, also if the run is killed after the rollback.
     clean, _ = run(tmp_path / "clean", anomalies=config, skip=range(3, 6))
     assert_same(result.params, clean.params)
     with pytest.raises(RuntimeError, match="killed"):
@@ -148,7 +149,7 @@ def test_too_many_go_back_and_leave_the_data_out(tmp_path):
     assert meta["data"]["left_out"] == left_out
 
 
-def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path):
+def test_too_many_skipped_updates_end_the_run_by_config_or_if_rollbacks_do_not_help(tmp_path):
     with pytest.raises(UserError, match="2 updates in a row were skipped by step 4.*anomalies.jsonl"):
         run(tmp_path / "stop", bad=[3, 4], anomalies=AnomalyConfig(max_skipped=2, then="stop"))
     assert find_checkpoint(tmp_path / "stop")[1] == 2
@@ -156,14 +157,14 @@ def test_too_many_end_the_run_by_config_or_when_going_back_did_not_help(tmp_path
         run(tmp_path / "back", bad=range(3, 99), anomalies=AnomalyConfig(max_skipped=2, max_rollbacks=1))
 
 
-def test_going_back_goes_to_before_the_first_failure_however_often_the_run_is_saved(tmp_path):
-    """A checkpoint comes due between two failures: to go back to it would be no way out, and would never end."""
+def test_a_rollback_returns_to_before_the_first_failure_however_often_the_run_is_saved(tmp_path):
+    """A checkpoint is due between two failures. Rolling back to it would not help, and would be repeated forever."""
     config = AnomalyConfig(max_skipped=3, max_rollbacks=2)
     with pytest.raises(UserError, match="after 2 rollbacks to step 2"):
         run(tmp_path / "run", bad=range(3, 99), anomalies=config)
 
 
-def test_a_stage_that_failed_and_whose_start_was_not_saved_is_not_trained_as_another(tmp_path, monkeypatch):
+def test_a_failed_stage_whose_start_was_not_saved_ends_the_run(tmp_path, monkeypatch):
     (first,) = tiny.config(MESH).stages
     stages = tuple(dataclasses.replace(first, name=name, steps=3) for name in ("one", "two"))
     config = AnomalyConfig(max_skipped=1)
@@ -182,7 +183,7 @@ def test_a_stage_that_failed_and_whose_start_was_not_saved_is_not_trained_as_ano
     assert result.progress.step == 6
 
 
-def test_the_operation_that_gave_nan_is_found(tmp_path):
+def test_the_operation_that_gave_nan_is_named(tmp_path):
     with pytest.raises(UserError, match=r"step 3: invalid value \(nan\).*, line \d+"):
         run(tmp_path, bad=[3], debug=DebugConfig(nans=True))
 
@@ -201,10 +202,10 @@ def test_a_loss_that_jumps_is_reported_with_its_examples(tmp_path):
     assert "step 50: the loss jumped (loss 9, usually 2" in said[0] and "page-50" in said[0]
 
 
-def test_what_is_left_out_is_counted_in_batches():
+def test_skipped_batches_are_counted():
     watch = AnomalyWatch(AnomalyConfig(), None, print)
     watch.skip_batches(0, 100, 107)
-    watch.skip_batches(0, 100, 115)  # again: steps 101 to 108 took batches 108 to 115
+    watch.skip_batches(0, 100, 115)  # a second time: steps 101 to 108 used batches 108 to 115
     assert watch.num_skipped_batches(0) == 15 and watch.num_skipped_batches(1) == 0
     assert watch.num_rollbacks_to(0, 100) == 2
     other = AnomalyWatch(AnomalyConfig(), None, print)

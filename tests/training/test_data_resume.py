@@ -1,4 +1,4 @@
-"""Training from data sets on disk: stopped at any step and gone on with, the very same batches follow."""
+"""Training from data sets on disk: a run that is stopped at any step and resumed uses exactly the same batches."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ from tests.training.watched import train
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ExperimentConfig:
-    """Two epochs of a mixture of prepared conversations, one of them damaged, and of pages."""
+    """Two epochs over a mixture of prepared conversations, one of them damaged, and of pages."""
     root = tmp_path_factory.mktemp("data")
     records = mixed_records(18)
     records[3]["images"] = [b"not a picture"]
@@ -59,37 +59,37 @@ def finished(config, tmp_path_factory):
     return workdir, *train(config, workdir)
 
 
-def test_epochs_are_seen_whole_and_refusals_are_named(config, finished):
+def test_epochs_are_complete_and_refusals_are_named(config, finished):
     workdir, result, seen = finished
     digests = [digest for batch in seen for digest in batch.values()]
     assert len(seen) == result.progress.step >= 4 and len(digests) == 4 * len(seen)
-    assert len(set(digests)) >= len(digests) - 4, "none comes twice but empty ones at the end"
+    assert len(set(digests)) >= len(digests) - 4, "no row is repeated, except for empty ones at the end"
     (line,) = (workdir / "data_refused.jsonl").read_text().splitlines()
     refused = json.loads(line)
     assert refused["id"] == "record-3" and refused["source"] == "mixed/train" and "not an image" in refused["reason"]
 
 
-def test_stopped_and_gone_on_with_the_same_batches_follow(config, finished, tmp_path):
-    """Within the first epoch and within the second; `tests/data/test_feeding.py` has every step."""
-    _, whole, expected = finished
+def test_a_stopped_and_resumed_run_uses_the_same_batches(config, finished, tmp_path):
+    """It is stopped in the first epoch and in the second; `tests/data/test_feeding.py` covers every step."""
+    _, uninterrupted, expected = finished
     all_seen = []
-    for sitting, stop in enumerate((1, len(expected) - 1, None)):
+    for session, stop in enumerate((1, len(expected) - 1, None)):
 
         def interrupt(step, stop=stop):
             if step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        # Threads and what is made ahead are no part of the outcome.
-        data = dataclasses.replace(config.data, read_threads=1 + sitting, prefetch_batches=1 + sitting)
+        # The numbers of threads and of prefetched batches do not affect the result.
+        data = dataclasses.replace(config.data, read_threads=1 + session, prefetch_batches=1 + session)
         result, seen = train(dataclasses.replace(config, data=data), tmp_path / "run", on_step=interrupt)
         all_seen += seen
     assert all_seen == expected
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(whole.params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(uninterrupted.params))
     assert len((tmp_path / "run" / "data_refused.jsonl").read_text().splitlines()) == 1
 
 
-def test_killed_between_checkpoints_the_batches_come_again(config, finished, tmp_path):
-    workdir, whole, expected = finished
+def test_a_run_killed_between_checkpoints_repeats_the_batches(config, finished, tmp_path):
+    workdir, uninterrupted, expected = finished
     shutil.copytree(workdir, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 2:
@@ -97,21 +97,21 @@ def test_killed_between_checkpoints_the_batches_come_again(config, finished, tmp
     data = dataclasses.replace(config.data, workers=1)
     result, seen = train(dataclasses.replace(config, data=data), tmp_path / "run")
     assert seen == expected[2:]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(whole.params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(uninterrupted.params))
 
 
-def test_a_checkpoint_that_does_not_say_where_the_data_were(config, finished, tmp_path, monkeypatch):
+def test_a_checkpoint_without_the_state_of_the_data_is_refused(config, finished, tmp_path, monkeypatch):
     workdir, _, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 2:
             shutil.rmtree(path)
-    monkeypatch.setattr(Checkpointer, "data_state", lambda *_: None)  # as of an earlier version
+    monkeypatch.setattr(Checkpointer, "data_state", lambda *_: None)  # as in checkpoints of earlier versions
     with pytest.raises(UserError, match="step 2 does not say where the data were.*--init-from"):
         train(config, tmp_path / "run")
 
 
-def test_a_task_that_does_not_fit_the_records_is_said_before_anything_is_trained(config, tmp_path):
+def test_a_task_that_does_not_fit_the_records_is_reported_before_training(config, tmp_path):
     wrong = dataclasses.replace(config.stages[0], name="second", mixture=(MixturePart("documents"),))
     with pytest.raises(UserError, match="documents/train: the task 'conversation' reads the field 'conversation'"):
         train(dataclasses.replace(config, stages=(config.stages[0], wrong)), tmp_path)
@@ -119,7 +119,7 @@ def test_a_task_that_does_not_fit_the_records_is_said_before_anything_is_trained
 
 @pytest.mark.large
 def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
-    """Two processes begin, four go on, one ends: every row of every batch was made once and is what it was."""
+    """Two processes start, four continue, one finishes: every row of every batch is made once and is the same."""
     _, _, expected = finished
     (tmp_path / "config.json").write_text(config_to_json(config))
     made = []
@@ -136,11 +136,11 @@ def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
             stop_at=[stop] + [None] * (number - 1),
         )
         assert processes.finish(several, seconds=600) == [0] * number, several[0].text()
-        of_each = [json.loads((output / f"{i}.json").read_text()) for i in range(number)]
-        for rows in zip(*of_each, strict=True):
-            joined = {row: digest for of_process in rows for row, digest in of_process.items()}
-            assert len(joined) == sum(map(len, rows)), "no row is made twice"
-            made.append(joined)
+        notes = [json.loads((output / f"{i}.json").read_text()) for i in range(number)]
+        for batch in zip(*notes, strict=True):
+            rows = {row: digest for process_rows in batch for row, digest in process_rows.items()}
+            assert len(rows) == sum(map(len, batch)), "no row is made twice"
+            made.append(rows)
     assert 2 <= len(made) < len(expected)
     made += train(config, tmp_path / "run")[1]
     assert made == expected

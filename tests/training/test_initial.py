@@ -1,4 +1,4 @@
-"""What stage 1 starts from: the backbones as they are, a connector of its own seed, W2 a copy of the LM head."""
+"""The weights that stage 1 starts with: unchanged backbones, a seeded connector, and W2 as a copy of the LM head."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from tests.training.batches import MODEL
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory):
-    """Folders of random backbones, and the weights in them."""
+    """Folders of random backbones, and their weights."""
     folder = tmp_path_factory.mktemp("backbones")
     params = nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(3)))())
     save_vision_folder(folder / "vision", MODEL.vision, params["vision"], "float32")
@@ -40,7 +40,7 @@ def experiment(folder, model=MODEL, seed=0):
     return ExperimentConfig(seed=seed, model=model, backbones=names)
 
 
-def test_backbones_come_in_and_w2_is_the_lm_head(backbones):
+def test_backbones_are_loaded_and_w2_is_the_lm_head(backbones):
     folder, saved = backbones
     params = initial_parameters(experiment(folder))
     for part in ("vision", "language"):
@@ -49,7 +49,7 @@ def test_backbones_come_in_and_w2_is_the_lm_head(backbones):
     assert params["connector"]["w2"] is not params["language"]["embedding"]
 
 
-def test_the_seed_draws_the_connector_alone(backbones):
+def test_the_seed_affects_the_connector_only(backbones):
     folder, _ = backbones
     for connector in (MODEL.connector, MLPConfig()):
         model = AlignVLMConfig(MODEL.vision, connector, MODEL.language)
@@ -67,20 +67,20 @@ def test_a_backbone_of_another_shape_is_refused(backbones):
         initial_parameters(experiment(folder, dataclasses.replace(MODEL, vision=vision)))
 
 
-def test_how_a_backbone_is_run_is_the_configs_to_say(backbones):
+def test_the_config_chooses_dtype_and_remat_of_a_backbone(backbones):
     folder, _ = backbones
     language = dataclasses.replace(MODEL.language, dtype="bfloat16", remat="full", head_dim=8)
     initial_parameters(experiment(folder, dataclasses.replace(MODEL, language=language)))
 
 
-def test_weights_come_straight_onto_the_runs_mesh(backbones):
+def test_weights_are_loaded_onto_the_mesh_of_the_run(backbones):
     folder, saved = backbones
     config = dataclasses.replace(experiment(folder), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     params = initial_parameters(config)
-    where = parameter_shardings(
+    shardings = parameter_shardings(
         jax.eval_shape(lambda: random_parameters(MODEL, jax.random.key(0))), make_mesh(config.mesh)
     )
-    jax.tree.map(lambda leaf, place: leaf.sharding == place or pytest.fail(str(place)), params, where)
+    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(str(wanted)), params, shardings)
     gate = params["language"]["layers"]["mlp"]["gate"]["kernel"]
     assert gate.addressable_shards[0].data.size == gate.size // 4
     jax.tree.map(np.testing.assert_array_equal, params["language"], saved["language"])
@@ -98,8 +98,8 @@ def test_random_backbones_need_no_folder(backbones):
     assert load_tokenizer(dataclasses.replace(both, model=dataclasses.replace(MODEL, language=language))).image_id == 3
 
 
-def test_a_tokenizer_for_text_alone_learns_of_images(tmp_path):
-    """A language model's own folder, of whose rows none is free."""
+def test_a_tokenizer_without_an_image_token_gets_one(tmp_path):
+    """The tokenizer of a language model in which every row is used."""
     nano = backbone_folder("language", "nano")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_text((nano / name).read_text().replace("<|image|>", "<|other|>"))
@@ -120,7 +120,7 @@ def test_a_tokenizer_for_text_alone_learns_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("connector", CONNECTOR_CONFIGS)
-def test_every_connector_goes_on_from_a_checkpoint(tmp_path, connector):
+def test_every_connector_starts_from_a_checkpoint(tmp_path, connector):
     config = exported.tiny_config(connector)
     params = exported.random_params(config.model)
     write_checkpoint(tmp_path / "before", config, params, exported.nano_tokenizer(), history=[])
@@ -144,7 +144,7 @@ def test_the_step_needs_no_data_libraries():
 
 
 @pytest.mark.parametrize("name", ["nano", str(NANO_MODEL)])
-def test_an_exported_folder_is_brought_in_before_it_is_trained(name):
+def test_an_exported_folder_must_be_imported_before_training(name):
     how = f"tools/import_pytorch.py --folder {NANO_MODEL} --out NEW"
     with pytest.raises(UserError, match=f"{name} is an exported folder.*: {how}"):
         initial_parameters(ExperimentConfig(init_from=name))

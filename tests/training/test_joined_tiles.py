@@ -1,4 +1,4 @@
-"""Training on tiles that are joined (anyres_max_9): packing changes nothing, and the loop trains the newline."""
+"""Training on joined tiles (anyres_max_9): packing does not change the loss, and the loop trains the newline."""
 
 import dataclasses
 
@@ -56,8 +56,8 @@ def _params(config):
     return nn.unbox(jax.jit(lambda: random_parameters(config.model, jax.random.key(0)))())
 
 
-def test_a_bin_of_many_has_the_loss_of_each_alone(config, examples, tokenizer):
-    """Several pages of several sizes, and text alone: two bins against eight."""
+def test_packing_does_not_change_the_loss(config, examples, tokenizer):
+    """Pages of several sizes, and text without a page, are packed into two bins and into eight."""
     made = [examples.make(examples.measure(position)) for position in range(8)]
     params, loss = (
         _params(config),
@@ -78,7 +78,7 @@ def test_a_bin_of_many_has_the_loss_of_each_alone(config, examples, tokenizer):
 
 
 class _Data:
-    """Records in memory as the data of a run."""
+    """Provides records in memory as the data of a run."""
 
     def __init__(self, examples, tokenizer):
         self._examples, self._tokenizer = examples, tokenizer
@@ -93,7 +93,7 @@ class _Data:
         self._tokenizer.save(folder)
 
 
-def test_the_loop_trains_and_the_result_is_asked(config, examples, tokenizer, tmp_path):
+def test_the_loop_trains_and_the_model_answers(config, examples, tokenizer, tmp_path):
     before = _params(config)
     loop.train(config, tmp_path, open_data=lambda _: _Data(examples, tokenizer), make_params=lambda *_: before)
     after = weights.restore_params(tmp_path)

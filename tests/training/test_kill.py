@@ -1,4 +1,4 @@
-"""A run that is killed (kill -9) at random moments, saves in progress included, and started again until it is done."""
+"""A run that is killed (kill -9) at random moments, also during saves, and restarted until it is finished."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ MESH = (2, 1, 1)
 
 
 def experiment(steps: int):
-    """Half of it with AdamW, half with Muon, saved after every step."""
+    """A run that trains half of the steps with AdamW and half with Muon, and saves after every step."""
     config = tiny.config(MESH)
     (stage,) = config.stages
     stages = tuple(
@@ -35,8 +35,10 @@ def experiment(steps: int):
 
 
 class Journal(dict):
-    """The losses of `tiny.train`, written down one by one as they come:
-    {"step": 3, "loss": [hexadecimal, refused], "time": seconds}."""
+    """Writes the losses of `tiny.train` to a file, one by one.
+
+    A line is {"step": 3, "loss": [hexadecimal, refused], "time": seconds}.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._file = path.open("ab", buffering=0)
@@ -48,7 +50,7 @@ class Journal(dict):
 
 
 def read(journal: pathlib.Path) -> list[dict]:
-    """Every step that was taken, in the order in which it was."""
+    """Reads the steps of a run, in the order in which they were done."""
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
 
 
@@ -57,69 +59,69 @@ def start(folder: pathlib.Path, number: int, steps: int) -> processes.Process:
     return processes.start(folder / str(number), "steps", 1, devices=2, **arguments)[0]
 
 
-def unfinished(checkpoints: pathlib.Path) -> bool:
-    """Whether there is a step that is not complete: one that is being saved."""
+def is_saving(checkpoints: pathlib.Path) -> bool:
+    """Returns whether a step is not complete, because it is being saved."""
     complete = {str(step) for step in complete_steps(checkpoints)}
     return any(path.name not in complete for path in checkpoints.glob("*"))
 
 
 def kill(process, journal: pathlib.Path, checkpoints: pathlib.Path, step: int, wait: float, save: bool) -> None:
-    """Kills the process so many seconds after it took a step; or then, in the middle of its next save."""
+    """Kills the process `wait` seconds after a step; with `save`, in the middle of the next save after that."""
 
     def until(condition):
         while not condition() and process.process.poll() is None:
             time.sleep(0.001)
 
-    until(lambda: any(taken["step"] >= step for taken in read(journal)))
+    until(lambda: any(entry["step"] >= step for entry in read(journal)))
     time.sleep(wait)
     if save:
-        until(lambda: unfinished(checkpoints))
+        until(lambda: is_saving(checkpoints))
     process.process.kill()
     process.process.wait()
 
 
 def killed_run(folder: pathlib.Path, steps: int, kills: int, pace: float) -> list[dict]:
-    """Starts the run, kills it and starts it again; what each kill left behind."""
-    rng, found = random.Random(0), []
+    """Starts the run and kills it, again and again; returns the state that each kill left behind."""
+    rng, killed = random.Random(0), []
     journal, checkpoints = folder / "journal", folder / "run" / "checkpoints"
     for number in range(kills + 1):
         before, newest = len(read(journal)), max(complete_steps(checkpoints), default=0)
         process = start(folder, number, steps)
-        if number < kills:  # spread over all of it
+        if number < kills:  # at a step in the part of the run that belongs to this kill
             step = rng.randint(number * steps // kills, (number + 1) * steps // kills - 1)
             kill(process, journal, checkpoints, max(1, step), rng.uniform(0, 2 * pace), save=number % 2 == 1)
         else:
             assert processes.finish([process], seconds=900) == [0], process.text()
-        taken = [entry["step"] for entry in read(journal)[before:]]
-        assert not taken or taken[0] == newest + 1, f"it went on from {taken[0] - 1}, not {newest}:\n{process.text()}"
-        found.append({"from": newest, "to": max(taken, default=newest), "in a save": unfinished(checkpoints)})
-    return found[:-1]
+        done = [entry["step"] for entry in read(journal)[before:]]
+        assert not done or done[0] == newest + 1, f"it resumed from {done[0] - 1}, not {newest}:\n{process.text()}"
+        killed.append({"from": newest, "to": max(done, default=newest), "in a save": is_saving(checkpoints)})
+    return killed[:-1]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.large)])
-def test_killed_at_random_moments_it_ends_in_the_same_weights(tmp_path, kills):
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, kills):
     steps = max(12, 2 * kills)
-    whole = start(tmp_path / "whole", 0, steps)
-    assert processes.finish([whole], seconds=900) == [0], whole.text()
-    expected = {entry["step"]: entry["loss"] for entry in read(tmp_path / "whole" / "journal")}
-    times = [entry["time"] for entry in read(tmp_path / "whole" / "journal")]
+    uninterrupted = start(tmp_path / "uninterrupted", 0, steps)
+    assert processes.finish([uninterrupted], seconds=900) == [0], uninterrupted.text()
+    expected = {entry["step"]: entry["loss"] for entry in read(tmp_path / "uninterrupted" / "journal")}
+    times = [entry["time"] for entry in read(tmp_path / "uninterrupted" / "journal")]
     pace = statistics.median(after - before for before, after in itertools.pairwise(times))
 
-    found = killed_run(tmp_path / "killed", steps, kills, pace)
-    print(f"{kills} kills of a run of {steps} steps, {pace:.2f} s each: {found}")
-    assert any(left["in a save"] for left in found), "no kill fell into a save"
-    assert len({left["to"] for left in found}) >= kills // 2, "they were to be spread over the run"
+    killed = killed_run(tmp_path / "killed", steps, kills, pace)
+    print(f"{kills} kills of a run of {steps} steps, {pace:.2f} s each: {killed}")
+    assert any(kill["in a save"] for kill in killed), "no kill fell into a save"
+    assert len({kill["to"] for kill in killed}) >= kills // 2, "the kills are not spread over the run"
 
-    taken = read(tmp_path / "killed" / "journal")
-    assert {entry["step"] for entry in taken} == set(expected) == set(range(1, steps + 1))
-    for entry in taken:
+    entries = read(tmp_path / "killed" / "journal")
+    assert {entry["step"] for entry in entries} == set(expected) == set(range(1, steps + 1))
+    for entry in entries:
         assert entry["loss"] == expected[entry["step"]], f"step {entry['step']}"
-    states = [final_state(tmp_path / name / "run", steps) for name in ("whole", "killed")]
+    states = [final_state(tmp_path / name / "run", steps) for name in ("uninterrupted", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def final_state(workdir: pathlib.Path, steps: int):
-    """Weights and optimizer of the last checkpoint."""
+    """Returns weights and optimizer of the last checkpoint."""
     config = experiment(steps)
     mesh = make_mesh(config.mesh, devices=jax.devices()[:2])
     with Checkpointer(workdir, config) as checkpointer:

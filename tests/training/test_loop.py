@@ -1,4 +1,4 @@
-"""Training as a whole: stages in order, what is on disk, and resuming as if nothing had happened."""
+"""Training as a whole: stages in order, the files it writes, and resuming without any difference."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ TOTAL = 4 + 3
 
 
 class RandomBatches:
-    """A `BatchIterator` whose batches depend on the stage and on where it is."""
+    """A `BatchIterator` whose batches depend on the stage and the step."""
 
     def __init__(self, stage_index, step, rows):
         self._stage_index, self._step, self._rows, self._last = stage_index, step, list(rows), []
@@ -73,7 +73,7 @@ class RandomBatches:
 
 
 class RandomData:
-    """The data of a config, drawn at random."""
+    """Random data in place of the data sets of a config."""
 
     def __init__(self, config):
         del config
@@ -101,13 +101,13 @@ def train(workdir, config=CONFIG, **seams):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run: its workdir, its result and the stages it went through."""
+    """An uninterrupted run: its workdir, its result, and the stages with the weights they started from."""
     workdir, seen = tmp_path_factory.mktemp("finished"), []
     result = train(workdir, on_stage_start=lambda index, params: seen.append((index, jax.device_get(params))))
     return workdir, result, seen
 
 
-def test_stages_run_in_order_and_freeze_what_they_say(finished):
+def test_stages_run_in_order_and_freeze_the_configured_parts(finished):
     _, result, seen = finished
     assert [index for index, _ in seen] == [0, 1]
     assert result.progress.step == TOTAL and result.progress.stage == 2 and result.progress.train_seconds > 0
@@ -116,19 +116,19 @@ def test_stages_run_in_order_and_freeze_what_they_say(finished):
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before["language"], after["language"])))
 
 
-def test_the_workdir_holds_all_it_takes(finished):
+def test_the_workdir_is_complete(finished):
     workdir, result, _ = finished
     assert find_checkpoint(workdir) == (workdir, TOTAL)
     assert read_run_config(workdir) == CONFIG
     assert (workdir / "tokenizer" / "tokenizer.json").is_file()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    assert steps == [3, 4, 6, 7]  # every third, and the ends of the stages
+    assert steps == [3, 4, 6, 7]  # every third step, and the ends of the stages
     meta = json.loads((workdir / "checkpoints" / "4" / "meta" / "metadata").read_text())
     assert meta["progress"]["step_in_stage"] == 4 and "jax" in meta["versions"]
     assert meta["data"]["rows"] == {str(row): {"next": 4} for row in range(8)}
     assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 3]
     refused = [json.loads(line)["id"] for line in (workdir / "data_refused.jsonl").read_text().splitlines()]
-    assert refused == ["1", "2", "3", "4"], "each named once"
+    assert refused == ["1", "2", "3", "4"], "each is named once"
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
 
 
@@ -140,10 +140,10 @@ def test_event_files_have_the_metrics(finished):
         assert f"train/{name}".encode() in recorded
     assert b"learning_rate/connector" in recorded and b"train/refused" in recorded and b"train/data_wait" in recorded
     assert b"train/tflops_per_second_per_chip" in recorded and b"train/tiles_per_second_per_chip" in recorded
-    assert b"train/mfu" not in recorded, "nobody knows the peak of a CPU"
+    assert b"train/mfu" not in recorded, "the peak of a CPU is not known"
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_weights(finished, tmp_path):
     for stop in (1, 4, 6):  # in stage 1, between the stages, in stage 2
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), signal.SIGTERM))
@@ -152,10 +152,10 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
     (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the old handlers are restored"
 
 
-def test_a_checkpoint_written_while_training_went_on_is_whole(finished, tmp_path):
+def test_a_checkpoint_written_during_training_is_complete(finished, tmp_path):
     workdir, result, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     for step in (4, 6, 7):
@@ -166,7 +166,7 @@ def test_a_checkpoint_written_while_training_went_on_is_whole(finished, tmp_path
 
 def test_a_finished_run_is_not_run_again(finished):
     workdir, result, _ = finished
-    again = train(workdir, on_step=lambda step: pytest.fail("there was nothing left to do"))
+    again = train(workdir, on_step=lambda step: pytest.fail("no steps were left"))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(result.params))
     assert again.progress == result.progress
 
@@ -185,12 +185,12 @@ def test_another_config_does_not_continue_a_run(finished):
         config_changes.check(changes, ["seed", "stages.0.global"], workdir)
     older = config_to_dict(CONFIG)
     del older["anomalies"]
-    assert not config_changes.compare(older, CONFIG), "a key that came later has its default"
+    assert not config_changes.compare(older, CONFIG), "a missing key has its default"
     train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
 
 
-def test_a_change_of_stages_plans_what_remains_anew(finished, tmp_path):
-    """Stopped in stage 1 and gone on with a longer stage 2: what stage 1 had begun goes on, and stage 2 is planned."""
+def test_a_change_of_stages_makes_new_plans(finished, tmp_path):
+    """A run stopped in stage 1 is resumed with a longer stage 2: stage 1 continues, and stage 2 is planned again."""
     workdir, _, seen = finished
     shutil.copytree(workdir, tmp_path / "run")
     for step in (4, 6, 7):
@@ -209,10 +209,11 @@ def test_a_change_of_stages_plans_what_remains_anew(finished, tmp_path):
     meta = read_meta(tmp_path / "run" / "checkpoints" / "9")
     assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 5]
     assert [index for index, _ in stages] == [0, 1]
-    jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])  # stage 1 ended as it would have
+    # Stage 1 ended with the weights it has without the change.
+    jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])
 
 
-def test_a_change_that_was_allowed_outlives_a_kill_before_the_next_checkpoint(finished, tmp_path):
+def test_an_allowed_change_survives_a_kill_before_the_next_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
     longer = dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], dataclasses.replace(CONFIG.stages[1], epochs=2.5)))
@@ -225,14 +226,14 @@ def test_a_change_that_was_allowed_outlives_a_kill_before_the_next_checkpoint(fi
     assert train(tmp_path / "run", longer).progress.step == 4 + 5
 
 
-def test_a_lost_config_is_not_a_licence_to_change_it(finished, tmp_path, capsys):
+def test_a_lost_config_does_not_allow_changes(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match="--allow-config-change seed$"):
         train(tmp_path / "run", dataclasses.replace(CONFIG, seed=7))
     assert train(tmp_path / "run").progress.step == TOTAL
     assert read_run_config(tmp_path / "run") == CONFIG
-    assert "checkpoints: at most" in capsys.readouterr().out, "the budget, before the first step"
+    assert "checkpoints: at most" in capsys.readouterr().out, "the budget is printed before the first step"
 
 
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
@@ -274,7 +275,7 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
         (lambda folder: folder.write_text("x"), "no such folder"),
     ],
 )
-def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path, make, message):
+def test_a_folder_that_is_not_a_checkpoint_is_reported_in_one_line(tmp_path, make, message):
     make(tmp_path / "run")
     with pytest.raises(UserError, match=message) as error:
         weights.restore_params(tmp_path / "run")

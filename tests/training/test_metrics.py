@@ -1,4 +1,4 @@
-"""What is logged of several steps is what one would compute from all of them together."""
+"""The logged summary of several steps equals what is computed from all of them together."""
 
 import math
 
@@ -32,7 +32,7 @@ STEPS = [
 ]
 
 
-def test_means_are_weighted_by_what_they_are_means_of():
+def test_means_are_weighted():
     summary = metrics.averages(STEPS)
     assert summary["loss"] == pytest.approx(2.5)  # by answer tokens
     assert summary["effective_tokens"] == pytest.approx(8.0)  # by tiles
@@ -51,7 +51,7 @@ def test_speeds_are_sums_over_time():
     assert math.isnan(metrics.speeds([], 2.0, CPU)["tokens_per_second"])
 
 
-def test_utilisation_is_what_the_model_needed_of_what_the_chips_can():
+def test_utilization_is_the_share_of_the_peak_that_the_model_needs():
     pod = metrics.Machine(num_chips=4, chip=TPU_V5E)
     summary = metrics.speeds(STEPS, 2.0, pod, lambda step: 1e15 * step["tiles"])
     assert summary["tflops_per_second_per_chip"] == pytest.approx(4000 / 2 / 4)
@@ -89,7 +89,7 @@ def test_compilation_does_not_count_as_speed(tmp_path):
     log.close()
 
 
-def test_the_line_leaves_out_what_there_is_not():
+def test_the_line_omits_missing_metrics():
     summary = {
         **metrics.averages(STEPS),
         **metrics.speeds(STEPS, 1.0, metrics.Machine(4, TPU_V5E), lambda step: 1e12 * step["tokens"]),

@@ -1,4 +1,4 @@
-"""AdamW and Muon: which weights get what, each part at its own rate, each layer's matrix on its own."""
+"""AdamW and Muon: the weights that each trains, a rate per part, and stacked matrices handled one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_muon_makes_each_stacked_layer_orthogonal_by_itself():
         assert singular_values.min() > 0.6 and singular_values.max() < 1.3
     alone = {"vision": {"layers": {"mlp_in": {"kernel": params["vision"]["layers"]["mlp_in"]["kernel"][1:]}}}}
     alone_gradients = jax.tree.map(jnp.sin, alone)
-    config = OptimizerConfig("muon", clip_norm=None)  # the norm clipped to is the whole tree's
+    config = OptimizerConfig("muon", clip_norm=None)  # clipping depends on the norm of the whole tree
     alone_updates = update(config, {"vision": 1.0}, alone, alone_gradients)
     np.testing.assert_allclose(alone_updates["vision"]["layers"]["mlp_in"]["kernel"][0], stacked[1], atol=1e-4)
 
@@ -79,7 +79,7 @@ def test_muon_leaves_tables_norms_and_the_first_layer_to_adam():
         assert (muon_dimension_numbers(path, ndim) is not None) == with_muon, path
 
 
-def test_decay_spares_norms_and_biases():
+def test_norms_and_biases_are_not_decayed():
     params = parameters()
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates = update(OptimizerConfig(weight_decay=0.1), {"vision": 0.5, "language": 0.5}, params, zeros)

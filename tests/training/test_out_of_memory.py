@@ -1,4 +1,4 @@
-"""Out of memory: how much was needed, what lay there, what to change."""
+"""Out of memory: the needed amount, a memory profile, and what to change."""
 
 import dataclasses
 import gzip
@@ -30,12 +30,12 @@ def test_too_large_an_allocation_is_explained_and_the_memory_is_profiled(tmp_pat
     assert str(profile) in message
     assert "fewer config.data.packing.bins_per_microbatch (now 8;" in message
     assert "config.model.language.remat=full" in message and "config.mesh.fsdp" in message
-    assert b"buffer" in gzip.decompress(profile.read_bytes()), "a profile of the arrays that lay in memory"
+    assert b"buffer" in gzip.decompress(profile.read_bytes()), "a profile of the arrays in memory"
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
     del kept
 
 
-def test_what_cannot_be_written_does_not_hide_the_error(tmp_path):
+def test_a_profile_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     with pytest.raises(UserError, match="out of memory: .* no memory profile"):
         with out_of_memory.explain_errors(CONFIG, tmp_path / "missing"):
             allocate_too_much()
@@ -48,7 +48,7 @@ def test_other_errors_pass(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_what_can_be_changed_is_advised():
+def test_only_possible_changes_are_advised():
     remat = dataclasses.replace(MODEL.language, remat="full")
     config = dataclasses.replace(
         CONFIG, model=dataclasses.replace(MODEL, language=remat), data=DataConfig(packing=PackingConfig(64, 3, 1))
@@ -81,5 +81,5 @@ def test_only_what_can_be_changed_is_advised():
         ("RESOURCE_EXHAUSTED: no idea\nand more", "RESOURCE_EXHAUSTED: no idea"),
     ],
 )
-def test_the_need_is_read_from_what_the_backends_say(message, need):
+def test_the_needed_memory_is_read_from_the_messages_of_the_backends(message, need):
     assert out_of_memory.needed_memory(message) == need

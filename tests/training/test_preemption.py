@@ -1,4 +1,4 @@
-"""The machine is wanted elsewhere: SIGTERM to all of a job, or a notice of Google's. The run is saved, and says so."""
+"""Preemption: SIGTERM to a whole job, or Google's notice. The run is saved, and says so."""
 
 import dataclasses
 import http.server
@@ -41,7 +41,7 @@ def get_config():
 
 
 def write_config(folder):
-    """The config file of a run on pages on disk, read by a process of its own; all of it takes seconds."""
+    """Writes the config file of a run of a few seconds on pages on disk, to be read by another process."""
     documents = [page | {"image": io.BytesIO(page["image"])} for page in pages(30)]
     store.write_dataset(folder / "documents", FEATURES, {"train": documents})
     experiment = tiny.config((2, 1, 1))
@@ -63,7 +63,7 @@ def write_config(folder):
 
 
 def start(folder, config, output=None):
-    """`alignvlm train`, at the head of a group of processes; `output` is a handle to print to, else it is a file."""
+    """Starts `alignvlm train` as the leader of a process group; it prints to the handle `output`, or to a file."""
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
@@ -81,16 +81,16 @@ def start(folder, config, output=None):
         return processes.Process(subprocess.Popen(command, stdout=out, **options), file)
 
 
-def test_sigterm_saves_also_where_nobody_reads_the_log_any_more(tmp_path):
-    """A signal to a whole job ends the `tee` behind it first."""
+def test_sigterm_saves_even_if_the_log_is_no_longer_read(tmp_path):
+    """A signal to a whole job also ends the `tee` that reads its output."""
     config = write_config(tmp_path)
     read, write = os.pipe()
     run = start(tmp_path, config, output=write)
     os.close(write)
     with os.fdopen(read, "rb", buffering=0) as pipe:
-        said = b""
-        while b"step 3 " not in said:
-            said += pipe.read(4096)
+        output = b""
+        while b"step 3 " not in output:
+            output += pipe.read(4096)
     run.send_signal(signal.SIGTERM)
     assert run.wait(400) == 75
     assert 3 <= find_undamaged(tmp_path / "run")[1] < STEPS
@@ -107,20 +107,20 @@ def group_of(process):
     return found
 
 
-def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_goes_on_from_there(tmp_path):
+def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_resumes_from_it(tmp_path):
     config = write_config(tmp_path)
     run = start(tmp_path, config)
     run.wait_for("step 3 ")
     workers = [other for other in group_of(run.process) if "spawn_main" in " ".join(other.cmdline())]
     assert len(workers) == 1
-    asked = time.monotonic()
+    signal_time = time.monotonic()
     os.killpg(run.process.pid, signal.SIGTERM)
-    workers[0].send_signal(signal.SIGTERM)  # some are sent it twice
+    workers[0].send_signal(signal.SIGTERM)  # as in real jobs, some processes receive the signal twice
     assert run.process.wait(400) == 75, run.text()
-    seconds = time.monotonic() - asked
-    while group_of(run.process):  # none is left behind
+    seconds = time.monotonic() - signal_time
+    while group_of(run.process):  # all processes end
         time.sleep(0.05)
-        assert time.monotonic() - asked < 400
+        assert time.monotonic() - signal_time < 400
     (step,) = map(int, re.findall(r"saved after step (\d+)", run.text()))
     assert 3 <= step < STEPS and find_undamaged(tmp_path / "run")[1] == step
     print(f"saved and gone {seconds:.2f} s after SIGTERM")
@@ -132,14 +132,14 @@ def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_goes_on_from_there(tm
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """Google's metadata server, as far as the notice goes: it answers when there is something new."""
+    """The part of Google's metadata server that publishes the notice. It answers when the notice changes."""
 
-    preempted, asked = threading.Event(), 0
+    preempted, num_requests = threading.Event(), 0
 
     def do_GET(self):
         assert self.path.startswith("/computeMetadata/v1/instance/preempted?wait_for_change=true")
         assert self.headers["Metadata-Flavor"] == "Google"
-        type(self).asked += 1
+        type(self).num_requests += 1
         if "last_etag=0" not in self.path:
             assert "last_etag=first" in self.path
             self.preempted.wait(60)
@@ -152,26 +152,26 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_notice_of_googles_saves_the_step(tmp_path, monkeypatch, capsys):
+def test_googles_notice_saves_the_step(tmp_path, monkeypatch, capsys):
     server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
-    said = []
+    output = []
 
     def on_step(step):
         if step == 2:
             Metadata.preempted.set()
-            while not any("interrupted" in line for line in said):
-                said.append(capsys.readouterr().out)
+            while not any("interrupted" in line for line in output):
+                output.append(capsys.readouterr().out)
                 time.sleep(0.01)
 
     with pytest.raises(distributed.Preempted) as error:
         tiny.train(tmp_path, tiny.config((8, 1, 1)), losses={}, made=[], on_step=on_step)
     server.shutdown()
-    assert error.value.exit_code == 75 and find_undamaged(tmp_path)[1] == 2 and Metadata.asked >= 2
+    assert error.value.exit_code == 75 and find_undamaged(tmp_path)[1] == 2 and Metadata.num_requests >= 2
 
 
-def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
+def test_other_machines_do_not_ask_for_the_notice(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     monkeypatch.setattr(interruption, "_PRODUCT", tmp_path / "product_name")
     assert not interruption.is_google_cloud()
@@ -179,7 +179,7 @@ def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
     assert interruption.is_google_cloud()
 
 
-def test_a_second_sigterm_does_not_end_a_save_and_a_second_ctrl_c_does():
+def test_a_second_sigterm_does_not_end_a_save_but_a_second_ctrl_c_does():
     with interruption.Interruption() as flag:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

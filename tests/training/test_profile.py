@@ -1,4 +1,4 @@
-"""A trace holds the steps asked for, where TensorBoard's profile plugin looks for them."""
+"""A trace contains the configured steps, in the folder that TensorBoard's profile plugin reads."""
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,17 @@ def steps_in_trace(folder):
     ("first", "last", "traced"),
     [
         (1, 6, [3, 4]),
-        (4, 6, [4]),  # resumed within what is asked for
-        (1, 3, [3]),  # ended within it
+        (4, 6, [4]),  # resumed within the configured steps
+        (1, 3, [3]),  # ended within the configured steps
     ],
 )
-def test_the_steps_asked_for_are_traced(tmp_path, first, last, traced):
+def test_the_configured_steps_are_traced(tmp_path, first, last, traced):
     run_steps(Profiler(ProfileConfig(steps="3:5"), tmp_path), first, last)
     assert steps_in_trace(tmp_path) == traced
 
 
 @pytest.mark.parametrize("steps", [None, "9:12"])
-def test_no_trace_where_none_was_asked_for(tmp_path, steps):
+def test_no_trace_without_steps_to_trace(tmp_path, steps):
     run_steps(Profiler(ProfileConfig(steps=steps), tmp_path), 1, 3)
     assert not list(tmp_path.iterdir())
 

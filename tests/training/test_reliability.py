@@ -1,4 +1,4 @@
-"""What happens to a run: killed, preempted, on a disk that fills up; and what it says before it begins."""
+"""A run on a disk that fills up, the budget printed before the first step, and the cost of resuming."""
 
 import dataclasses
 import json
@@ -35,26 +35,26 @@ def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
 
         def on_step(step):
             steps = lambda: complete_steps(disk / "run" / "checkpoints")  # noqa: E731
-            if step == 2:  # before step 2 is saved
+            if step == 2:  # `on_step` comes before the save of step 2
                 while not steps():
                     time.sleep(0.01)
                 seen["filler"] = breakage.fill(disk)
-            if step == 4:  # the save of step 3 has waited for that of step 2 to fail
+            if step == 4:  # the save of step 3 has waited until that of step 2 has failed
                 seen["left"] = steps()
                 seen["filler"].unlink()
 
         result, _ = run(disk / "run", config(), on_step=on_step)
         assert result.progress.step == 5 and seen["left"] == [1]
         assert find_undamaged(disk / "run")[1] == 5
-    said = capsys.readouterr().err
-    assert re.search(r"warning: step 2 could not be saved in .*: No space left on device; the newest", said), said
+    output = capsys.readouterr().err
+    assert re.search(r"warning: step 2 could not be saved in .*: No space left on device; the newest", output), output
 
 
-def test_the_budget_is_said_before_the_first_step(tmp_path, capsys):
+def test_the_budget_of_a_run(tmp_path, capsys):
     experiment = config(keep=2, keep_best=1)
     text = budget.describe(experiment, experiment.stages, make_mesh(experiment.mesh), tmp_path / "not" / "there")
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.make_params(experiment)))
-    size = f"{3 * params / 2**20:.1f}"  # weights and Adam's two moments, and a few counters
+    size = f"{3 * params / 2**20:.1f}"  # weights and Adam's two moments; a few counters do not matter
     assert f"checkpoints: at most {size} MiB each, 4 at a time" in text and "GiB free" in text
     with breakage.small_disk(tmp_path / "disk", 1) as disk:
         assert "warning" in budget.describe(
@@ -64,8 +64,8 @@ def test_the_budget_is_said_before_the_first_step(tmp_path, capsys):
 
 @pytest.mark.large
 @pytest.mark.parametrize("number", [1, 2])
-def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than_it_holds(tmp_path, number):
-    """A model of 300 MB on one process and sharded over two: peak memory of each, and the bytes each reads."""
+def test_resuming_needs_no_more_memory_than_a_fresh_start_and_reads_each_byte_twice(tmp_path, number):
+    """Peak memory and bytes read of each process, for a model of 300 MB on one process and sharded over two."""
     found, checkpoints, step = {}, tmp_path / "run" / "checkpoints", 0
     for start in ("fresh", "resumed"):
         notes = [str(tmp_path / f"{start}.{i}.json") for i in range(number)]
@@ -86,12 +86,12 @@ def test_resuming_takes_no_more_memory_than_a_fresh_start_and_reads_no_more_than
             f"{resumed['before a step']['peak'] / 1e6:.0f} MB before the first step); {read / 1e6:.0f} MB read"
         )
         assert peaks[1] <= 1.02 * peaks[0]
-        # Once for the digests and once for the weights, in each case its share.
+        # Each process reads its share twice: once for the digests and once for the weights.
         assert read < 1.05 * 2 * size / number
 
 
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
-    """No code of the package may call what executes what it reads, or extracts to wherever an archive says."""
+    """The package must not execute code from files it reads, or extract archives to paths that they choose."""
     root = pathlib.Path(weights.__file__).parents[1]
     bad = re.compile(
         r"(import|from) (pickle|dill|joblib|cloudpickle|shelve|marshal)|\bpickle\.loads?\(|allow_pickle\s*=\s*True"
@@ -102,6 +102,6 @@ def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in root.rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if bad.search(line) and path.name != "model_card.py"  # what a card tells its reader to do
+        if bad.search(line) and path.name != "model_card.py"  # instructions in a card are not executed here
     ]
     assert not found, found

@@ -1,4 +1,4 @@
-"""The train step: one loss however the batch is cut, frozen parts that do not move, one answer on every mesh."""
+"""The train step: the same loss for every division into microbatches, frozen parts, the same result on every mesh."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ from alignvlm_jax.training import train_step as train_step_lib
 from alignvlm_jax.training.stages import stage_table
 from tests.training.batches import MODEL, random_batch, stage
 
-# Adam with a large eps is plain gradient descent: weights show the gradient and not its sign. The first rate is 1.
+# Adam with a large eps is plain gradient descent: the update shows the gradient and not its sign. The first rate is 1.
 DESCENT = stage(optimizer=OptimizerConfig(eps=1.0, clip_norm=None), learning_rates=LearningRates(3.0, 3.0, 3.0))
 
 
@@ -33,12 +33,12 @@ def params():
 
 @functools.cache
 def jitted(stage_config):
-    """Tests that run the same stage share its compiled step."""
+    """Returns the jitted step, which tests of the same stage share."""
     return jax.jit(train_step_lib.make_train_step(MODEL, stage_config))
 
 
 def run(stage_config, params, batches):
-    """Final state and the metrics of each step, on one device."""
+    """Returns the final state and the metrics of each step, on one device."""
     state, history = train_step_lib.create_state(stage_config, params), []
     for batch in batches:
         state, metrics = jitted(stage_config)(state, batch)
@@ -49,17 +49,17 @@ def run(stage_config, params, batches):
 def test_microbatches_add_up_to_one_big_step(params):
     big = random_batch(3, microbatches=1, bins=8)
     cut = jax.tree.map(lambda field: field.reshape(4, 2, *field.shape[2:]), big)
-    assert len(set(cut["loss_weights"].sum(axis=(1, 2)))) > 1, "answers of unequal length, or the test shows nothing"
+    assert len(set(cut["loss_weights"].sum(axis=(1, 2)))) > 1, "the test needs answers of unequal length"
     one_state, (one,) = run(DESCENT, params, [big])
     state, (metrics,) = run(DESCENT, params, [cut])
     for name in one:
         np.testing.assert_allclose(metrics[name], one[name], rtol=1e-6, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.params, one_state.params)
     moved = jax.tree.map(jnp.subtract, one_state.params, params)
-    assert optax.tree.norm(moved) > 1, "a millionth of the step, then"
+    assert optax.tree.norm(moved) > 1, "the tolerance is a millionth of the update"
 
 
-def test_the_step_counts_what_it_was_given(params):
+def test_the_step_counts_its_inputs(params):
     batch = random_batch(6, microbatches=2, bins=4)
     _, (metrics,) = run(DESCENT, params, [batch])
     rows = batch["segment_ids"].reshape(8, -1)
@@ -106,7 +106,7 @@ def test_frozen_parts_do_not_move_and_hold_no_state(params, optimizer, trainable
     assert rates == [f"learning_rate/{part}" for part in trainable]
 
 
-def test_metrics_count_what_is_real(params):
+def test_metrics_do_not_count_padding(params):
     batch = random_batch(6)
     _, (metrics,) = run(DESCENT, params, [batch])
     real = batch["segment_ids"] > 0
@@ -117,7 +117,7 @@ def test_metrics_count_what_is_real(params):
     np.testing.assert_allclose(metrics["learning_rate/connector"], 1.0, rtol=1e-6)  # the first of two warm-ups
 
 
-def test_the_table_says_what_is_frozen(params):
+def test_the_table_names_frozen_parts(params):
     table = stage_table(stage(trainable=("connector", "language")), params)
     vision = sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
     (line,) = (line for line in table.splitlines() if line.startswith("vision"))
@@ -142,12 +142,12 @@ def test_a_mesh_gives_the_losses_of_one_device(params):
                 history.append(float(metrics["loss"]))
         histories[name] = history
     np.testing.assert_allclose(histories["2x2x2"], histories["one"], rtol=1e-5)
-    assert np.mean(history[-2:]) < np.mean(history[:2]) - 0.2, "it learns, too"
+    assert np.mean(history[-2:]) < np.mean(history[:2]) - 0.2, "the loss falls"
     assert_is_sharded(state)
 
 
 def test_the_1b_step_holds_no_scores_of_all_words():
-    """Traced at the paper's size, not run: a nine-tile page and its thumbnail, over less text."""
+    """The step is traced at the paper's size, not run: a nine-tile page and its thumbnail, with less text."""
     model = AlignVLMConfig()
     words, visual, length = model.language.vocab_size, 10 * model.vision.num_patches, 320
     state = jax.eval_shape(lambda: train_step_lib.create_state(stage(), nn.unbox(random_parameters(model, KEY))))
@@ -166,14 +166,14 @@ def test_muons_momentum_is_sharded_like_its_weights():
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt_state)
         if ".mu[" in jax.tree_util.keystr(path)
     }
-    assert len(momentum) == len(jax.tree.leaves(abstract.params)), "Muon's or Adam's, each weight has one"
+    assert len(momentum) == len(jax.tree.leaves(abstract.params)), "each weight has one, Muon's or Adam's"
     for path, weight in jax.tree_util.tree_leaves_with_path(abstract.params):
         (leaf,) = (leaf for name, leaf in momentum.items() if name.endswith(f".mu{jax.tree_util.keystr(path)}"))
         assert leaf.sharding == weight.sharding
 
 
 def assert_is_sharded(state):
-    """Weights and moments lie in pieces on the 2x2x2 mesh after training, as the table of rules says."""
+    """Checks that weights and moments are sharded over the 2x2x2 mesh after training, according to the rules."""
     embedding = state.params["language"]["embedding"]
     assert embedding.sharding.spec == jax.P("tensor", "fsdp")
     assert embedding.addressable_shards[0].data.shape == (24, 8)
@@ -181,9 +181,9 @@ def assert_is_sharded(state):
     assert down.sharding.spec == jax.P(None, "tensor", "fsdp")
     assert down.addressable_shards[0].data.shape == (2, 16, 8)
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
-        in_pieces = leaf.addressable_shards[0].data.size < leaf.size
+        is_sharded = leaf.addressable_shards[0].data.size < leaf.size
         is_norm_or_counter = leaf.ndim <= 1 or "norm" in jax.tree_util.keystr(path)
-        assert in_pieces or is_norm_or_counter or leaf.size <= 64, jax.tree_util.keystr(path)
+        assert is_sharded or is_norm_or_counter or leaf.size <= 64, jax.tree_util.keystr(path)
     moments = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -193,7 +193,7 @@ def assert_is_sharded(state):
 
 
 def test_another_learning_rate_is_not_another_program(params):
-    """A tuning trial, or a next stage that differs in its rates, is found in a compilation cache."""
+    """A tuning trial, or a stage that differs only in its rates, uses a program from the compilation cache."""
     batch, mesh = random_batch(7), make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
     texts, moved = [], []
     for rate in (1e-3, 2e-3):

@@ -1,4 +1,4 @@
-"""Training as it is, with a note of what was in each batch."""
+"""Trains, and records the content of each batch."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ from alignvlm_jax.training.experiment_data import ExperimentData
 
 
 class Watched(ExperimentData):
-    """Notes the rows of each batch made here, as {row: hash}."""
+    """Records the rows of each batch that this process makes, as {row: hash}."""
 
     seen: list[dict[str, str]] = []
 
@@ -33,7 +33,7 @@ def _hash(batch, place):
 
 
 def train(config, workdir, **options):
-    """The result (None if it was interrupted) and what was noted of every batch that was trained on."""
+    """Returns the result (None if the run was interrupted) and the record of every batch that was trained on."""
     Watched.seen = []
 
     def make_params(config):
