@@ -1,5 +1,8 @@
-"""What stage 1 starts from: pre-trained backbones, a fresh connector, and ALIGN's W2 a copy of the LM head; or all the
-weights of a checkpoint (`config.init_from`)."""
+"""Loads the weights and the tokenizer that stage 1 starts with.
+
+The weights are pre-trained backbones and a fresh connector, with ALIGN's W2 as a copy of the LM head; or all the
+weights of a checkpoint (`config.init_from`).
+"""
 
 import json
 from pathlib import Path
@@ -18,16 +21,20 @@ from alignvlm_jax.models.alignvlm import PARTS, Params
 from alignvlm_jax.parallel.mesh import make_mesh
 
 RANDOM = "random"
-"""In the place of a backbone's folder: weights of the configured shape, drawn from the seed, to try a config out. Where
-the decoder is random and no tokenizer is named, the nano one stands in."""
+"""Value of `config.backbones` for random weights of the configured shape, to try a config out.
+
+With a random decoder and no `config.tokenizer`, the nano decoder's tokenizer is used.
+"""
 
 
 def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Params:
-    """All weights before stage 1, float32; a function of the seed and of the backbones or checkpoint alone.
+    """Returns all weights before stage 1, in float32.
+
+    They depend only on the seed and on the backbones or the checkpoint.
 
     Args:
       config: the experiment.
-      mesh: where to put them; None makes the config's over all devices.
+      mesh: devices to place the weights on; None makes the config's mesh over all devices.
     """
     mesh = mesh or make_mesh(config.mesh)
     if config.init_from is not None:
@@ -38,7 +45,11 @@ def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Pa
 
 
 def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
-    """The experiment's tokenizer, which must speak the language model's vocabulary."""
+    """Returns the experiment's tokenizer.
+
+    Raises:
+      UserError: if it needs more rows than the language model's vocabulary has.
+    """
     if config.tokenizer is not None:
         folder = Path(config.tokenizer)
     elif config.init_from is not None:
@@ -47,10 +58,11 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         name = config.backbones.language
         folder = backbone_folder("language", "nano" if name == RANDOM else name)
     rows = config.model.language.vocab_size
-    if _takes_images(folder):
+    if _has_image_token(folder):
         chat = ChatTokenizer.from_folder(folder)
         needed = chat.vocab_size
     else:
+        # The tokenizer of a language model for text alone: an image token and a chat template for images are added.
         chat, needed, _ = import_tokenizer(folder, num_embeddings=rows)
     if needed > rows:
         raise UserError(
@@ -60,8 +72,8 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     return chat
 
 
-def _takes_images(folder: Path) -> bool:
-    """Whether the folder is a tokenizer of ours, or of another model that sees: one that names its image token."""
+def _has_image_token(folder: Path) -> bool:
+    """Returns whether the tokenizer in the folder names an image token, as those of vision-language models do."""
     try:
         return "image_token" in special_names(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -69,17 +81,17 @@ def _takes_images(folder: Path) -> bool:
 
 
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
-    """The checkpoint's weights, straight onto the run's mesh."""
+    """Restores the checkpoint's weights onto the mesh of the run."""
     source = read_run_config(config.init_from).model
     if getattr(source.connector, "kept_words", None) is not None:
         raise UserError(
             f"config.init_from: {config.init_from} is pruned to {source.connector.kept_words} words, and a pruned "
-            "model is not trained: start from the full one, and prune it again afterwards"
+            "model cannot be trained: start from the full model, and prune it again afterwards"
         )
     if config.model.newline != source.newline:
         raise UserError(
-            f"config.model.newline is {config.model.newline}, but {config.init_from} has been trained "
-            f"{'with' if source.newline else 'without'} one: take its tiling rule"
+            f"config.model.newline is {config.model.newline}, but {config.init_from} was trained "
+            f"{'with' if source.newline else 'without'} a newline: use the tiling rule of that checkpoint"
         )
     for part in PARTS:
         path = f"config.model.{part}"

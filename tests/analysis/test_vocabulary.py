@@ -167,10 +167,10 @@ def test_a_pruned_model_is_neither_trained_nor_pruned_again(tmp_path):
     save_pruned(checkpoint, np.arange(480.0), KEPT, tmp_path / "pruned")
     with pytest.raises(UserError, match="already"):
         save_pruned(tmp_path / "pruned", np.arange(30.0), 5, tmp_path / "again")
-    with pytest.raises(UserError, match="kept_words.*a pruned model is not trained"):
+    with pytest.raises(UserError, match="kept_words.*a pruned model cannot be trained"):
         load_config("configs/nano.py", ["model.connector.kept_words=30"])
     config = dataclasses.replace(ParameterReader(checkpoint).config, init_from=str(tmp_path / "pruned"))
-    with pytest.raises(UserError, match="pruned to 30 words.*not trained"):
+    with pytest.raises(UserError, match="pruned to 30 words.*cannot be trained"):
         initial.initial_parameters(config)
 
 
