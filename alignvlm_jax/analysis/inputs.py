@@ -24,26 +24,11 @@ from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
-from alignvlm_jax.models.connectors import (
-    AlignConfig,
-    CAbstractorConfig,
-    HReducerConfig,
-    MLPConfig,
-    OvisConfig,
-    PerceiverConfig,
-)
+from alignvlm_jax.models.connectors import connector_spec
 
 Record = Mapping[str, Any]
 """A record of `data/store.py`; `evaluation/runner.py` describes its fields."""
 
-CONNECTOR_NAMES = {
-    AlignConfig: "ALIGN",
-    MLPConfig: "MLP",
-    PerceiverConfig: "Perceiver",
-    OvisConfig: "Ovis",
-    HReducerConfig: "H-Reducer",
-    CAbstractorConfig: "C-Abstractor",
-}
 _TILES_PER_BATCH = 16
 
 
@@ -61,7 +46,7 @@ def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 
     """
     taken: set[str] = set()
     for checkpoint, config in [(checkpoint, model_config(checkpoint)) for checkpoint in checkpoints]:
-        connector = CONNECTOR_NAMES[type(config.connector)]
+        connector = connector_spec(config.connector).title
         numbered = (f"{connector} ({checkpoint}, {number})" for number in itertools.count(2))
         names = itertools.chain((connector, f"{connector} ({checkpoint})"), numbered)
         name = next(name for name in names if name not in taken)

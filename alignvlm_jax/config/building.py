@@ -1,7 +1,7 @@
 """Nested dicts, and text from the command line, into frozen dataclasses; any, so long as their fields have these types:
 
-dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and the union of the connectors' configs,
-of which a value names one. What does not fit is a `UserError` that names the key's full path, what was expected and,
+dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and `ConnectorConfig`, for which a value
+names a registered connector. What does not fit is a `UserError` that names the key's full path, what was expected and,
 for a key or a choice, the nearest right one.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import ml_collections
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.models.connectors import ConnectorConfig, connector_named, connector_names, connector_spec
 
 
 def plain(value: Any) -> Any:
@@ -34,12 +34,12 @@ class UnparsedText(str):
 
 def build(kind: Any, value: Any, path: str, default: Any) -> Any:
     """`value` as an instance of the annotated type `kind`; `default` fills in what a mapping leaves out."""
+    if kind is ConnectorConfig:
+        return _build_connector(value, path, default)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path, default)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if set(arguments) == set(CONNECTOR_CONFIGS.values()):
-            return _build_connector(value, path, default)
         if value is None or (isinstance(value, UnparsedText) and value.lower() == "none"):
             if type(None) in arguments:
                 return None
@@ -95,34 +95,37 @@ def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
 
 
 def _build_connector(value: Any, path: str, default: Any) -> Any:
-    """A connector: its name alone, or its name and fields. Without a name it is the default connector."""
+    """Builds a connector's config from its name alone, or from its name and fields.
+
+    Without a name it is the connector of `default`, or ALIGN.
+    """
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected the name of a connector or its fields, got {article(value)}")
     name = str(value.get("name", connector_name(default) if default else "align"))
-    one_of(f"{path}.name", name, list(CONNECTOR_CONFIGS))
-    rest = {key: item for key, item in value.items() if key != "name"}
-    if name == "align":
-        _drop_removed_option(rest, path)
-    return _build_dataclass(CONNECTOR_CONFIGS[name], rest, path, default)
+    one_of(f"{path}.name", name, connector_names())
+    spec = connector_named(name)
+    fields = {key: item for key, item in value.items() if key != "name"}
+    for key, expected in spec.removed_settings.items():
+        _drop_removed_setting(fields, key, expected, path)
+    return _build_dataclass(spec.config, fields, path, default)
 
 
-def _drop_removed_option(fields: dict[str, Any], path: str) -> None:
-    """Drops `num_extra_words`, which configs and checkpoints of earlier versions hold, if it is 0."""
-    value = fields.pop("num_extra_words", 0)
+def _drop_removed_setting(fields: dict[str, Any], key: str, expected: Any, path: str) -> None:
+    """Drops a setting that configs and checkpoints of earlier versions hold, if its value changes nothing."""
+    value = fields.pop(key, expected)
     if isinstance(value, UnparsedText):
-        value = _parse(int, value)
-    if value != 0:
+        value = _parse(type(expected), value)
+    if value != expected:
         raise UserError(
-            f"{path}.num_extra_words: expected 0 or no such key, got {article(value)}: words of ALIGN's own have been "
-            "removed, because they made results worse (docs/rare_names.md)"
+            f"{path}.{key}: this setting has been removed; expected {expected} or no such key, got {article(value)}"
         )
 
 
-def connector_name(connector: Any) -> str:
-    """The name by which a config file asks for this kind of connector."""
-    return next(name for name, kind in CONNECTOR_CONFIGS.items() if type(connector) is kind)
+def connector_name(connector: ConnectorConfig) -> str:
+    """Returns the name of a connector in a config file."""
+    return connector_spec(connector).name
 
 
 def _parse(kind: Any, text: UnparsedText) -> Any:

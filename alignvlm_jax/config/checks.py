@@ -13,8 +13,8 @@ from alignvlm_jax.config.run import traced_steps
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
-from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig
-from alignvlm_jax.models.connectors import AlignConfig, CAbstractorConfig, PerceiverConfig
+from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig, connector_shape
+from alignvlm_jax.models.connectors import connector_spec
 from alignvlm_jax.ops.attention import KERNELS
 
 
@@ -62,20 +62,9 @@ def _check_model(model: AlignVLMConfig) -> None:
         raise UserError(
             f"config.model.language.head_dim: expected an even number (rotary pairs), got {language.head_width}"
         )
-    _check_connector(model)
-
-
-def _check_connector(model: AlignVLMConfig) -> None:
-    connector = model.connector
-    if isinstance(connector, CAbstractorConfig):
-        tokens = connector.num_tokens
-        if not 0 < tokens <= model.vision.num_patches or math.isqrt(tokens) ** 2 != tokens:
-            raise UserError(
-                "config.model.connector.num_tokens: expected a square number, at most the encoder's "
-                f"{model.vision.num_patches} patches, got {tokens}"
-            )
-    if isinstance(connector, AlignConfig) and connector.kept_words is not None:
-        _positive("config.model.connector", connector, "kept_words")
+    spec = connector_spec(model.connector)
+    if spec.check is not None:
+        spec.check(model.connector, connector_shape(model))
 
 
 def _check_tiles(config: ExperimentConfig) -> None:
@@ -91,10 +80,11 @@ def _check_tiles(config: ExperimentConfig) -> None:
             f"config.model.newline: expected {anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
             f"{config.model.newline}: rows of visual tokens end with a newline exactly under anyres_max_9"
         )
-    if anyres and isinstance(config.model.connector, PerceiverConfig):
+    spec = connector_spec(config.model.connector)
+    if anyres and not spec.has_places:
         raise UserError(
-            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of neighbouring tiles, and a Perceiver's "
-            "have no places in their tile: expected ovis or internvl, or another connector"
+            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of neighbouring tiles, but the tokens of a "
+            f"{spec.title} have no places in their tile: expected ovis or internvl, or another connector"
         )
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
+from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def check_connector(config: AlignVLMConfig) -> None:
     """
     if isinstance(config.connector, AlignConfig):
         return
-    name = next(name for name, kind in CONNECTOR_CONFIGS.items() if isinstance(config.connector, kind))
+    name = connector_spec(config.connector).name
     raise UserError(
         f"the checkpoint's connector is {name}, which maps a patch to an arbitrary vector: there are no words to show. "
         "Only ALIGN has a distribution over words; use a checkpoint trained with config.model.connector=align"

@@ -21,14 +21,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, huggingface
 from alignvlm_jax.models.alignvlm import (
-    SEEDED,
     AlignVLMConfig,
     Params,
     random_parameters,
     seed_connector,
     stored_dtypes,
 )
-from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.parallel import sharding
 
@@ -81,10 +80,8 @@ def assemble(
         for name, folder in (("vision", vision_folder), ("language", language_folder)):
             params[name] = convert.read(parts[name], folder) if folder else _draw(config, abstract[name], name, rng)
     connector = dict(abstract["connector"])
-    # What follows from the language model need not be drawn: W2 is the LM head's copy.
-    seeded = {}
-    if isinstance(config.connector, AlignConfig):
-        seeded = {name: connector.pop(name) for name in SEEDED if name in connector}
+    # Parameters that follow from the language model need not be drawn: ALIGN's W2 is a copy of the LM head.
+    seeded = {name: connector.pop(name) for name in connector_spec(config.connector).seeded}
     params["connector"] = _draw(config, connector, "connector", rng)
     if seeded:
         params["connector"] |= _compile(lambda params: seed_connector(config, params)["connector"], seeded)(params)

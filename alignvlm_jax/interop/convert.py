@@ -22,8 +22,8 @@ from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import tables
 from alignvlm_jax.interop.tensor_reader import TensorFiles
+from alignvlm_jax.models.weight_table import Row, Transform
 
 Params = dict[str, Any]
 
@@ -38,7 +38,7 @@ _BLOCK = 64
 
 def load_params(
     files: TensorFiles,
-    rows: Sequence[tables.Row],
+    rows: Sequence[Row],
     abstract: Params,
     *,
     source: str | Path,
@@ -70,14 +70,14 @@ class ParameterSource:
     path: str
     leaf: jax.ShapeDtypeStruct
     files: TensorFiles
-    transform: tables.Transform
+    transform: Transform
     keys: tuple[str, ...]
     stacked: bool
 
 
 def match(
     files: TensorFiles,
-    rows: Sequence[tables.Row],
+    rows: Sequence[Row],
     abstract: Params,
     *,
     source: str | Path,

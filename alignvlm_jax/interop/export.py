@@ -46,7 +46,8 @@ from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.models.connectors import connector_spec
+from alignvlm_jax.models.weight_table import Row
 
 TRAINING_FILE = "alignvlm_training.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -112,7 +113,7 @@ def alignvlm_config(
     config: AlignVLMConfig, *, dtype: str, image_token_id: int, special_ids: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the `config.json` of the complete model."""
-    connector = next(name for name, kind in CONNECTOR_CONFIGS.items() if type(config.connector) is kind)
+    connector = connector_spec(config.connector).name
     return {
         "architectures": ["AlignVLMForConditionalGeneration"],
         "model_type": "alignvlm",
@@ -181,7 +182,7 @@ class _Source:
             "pad_token_id": chat.pad_id,
         }
 
-    def write_weights(self, folder: Path, rows: Sequence[tables.Row], prefix: str, max_shard_bytes: int) -> None:
+    def write_weights(self, folder: Path, rows: Sequence[Row], prefix: str, max_shard_bytes: int) -> None:
         """Writes the tensors of `rows`, whose paths are relative to `prefix` in the checkpoint."""
         reader = self.reader
         dtypes = reader.dtypes

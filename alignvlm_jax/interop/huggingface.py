@@ -31,6 +31,7 @@ from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES, write_parameters
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
+from alignvlm_jax.models.weight_table import Row
 
 Params = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Backbone:
     folder: Path
     config: VisionConfig | LanguageConfig
     files: TensorFiles
-    rows: tuple[tables.Row, ...]
+    rows: tuple[Row, ...]
     rename: Callable[[str], str] | None
     unused: tuple[str, ...]
 
@@ -187,7 +188,7 @@ def save_language_folder(
     _write_folder(folder, raw, params, tables.llama(config.tie_word_embeddings), dtype)
 
 
-def _write_folder(folder: str | Path, config: dict, params: Params, rows: Sequence[tables.Row], dtype: str) -> None:
+def _write_folder(folder: str | Path, config: dict, params: Params, rows: Sequence[Row], dtype: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

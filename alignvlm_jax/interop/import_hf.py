@@ -24,7 +24,7 @@ from alignvlm_jax.interop.assemble import assemble, check_same_model
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_tile
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig
+from alignvlm_jax.models.connectors import AlignConfig, connector_named
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -72,8 +72,8 @@ def import_huggingface(
       UserError: if a folder, the tokenizer or the config is invalid or does not fit the others. Nothing is written
         then.
     """
-    if connector is not None and connector not in CONNECTOR_CONFIGS:
-        raise UserError(f"connector {connector!r}: expected one of {', '.join(CONNECTOR_CONFIGS)}")
+    if connector is not None:
+        connector_named(connector)  # Refuses an unknown name before anything is read.
     names = {"vision": Path(vision).name, "language": Path(language).name}
     backbones = BackbonesConfig(str(vision), str(language))
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
@@ -140,7 +140,7 @@ def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) ->
 
 def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -> AlignVLMConfig:
     """Returns `base` with an embedding table of `rows` rows and the given connector; ALIGN uses the first `words`."""
-    kind = CONNECTOR_CONFIGS[connector] if connector else type(base.connector)
+    kind = connector_named(connector).config if connector else type(base.connector)
     settings = base.connector if isinstance(base.connector, kind) else kind()
     rows = max(rows, base.language.vocab_size)
     if isinstance(settings, AlignConfig) and rows > words:

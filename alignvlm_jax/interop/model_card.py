@@ -12,16 +12,6 @@ from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
 
-_CONNECTORS = {
-    "align": "ALIGN: it maps every visual feature to a distribution over the language model's vocabulary, and the "
-    "visual token is the expected text embedding under this distribution (arXiv 2502.01341)",
-    "mlp": "an MLP of two linear layers with GELU, applied to each feature, as in LLaVA-1.5",
-    "perceiver": "a Perceiver resampler: a fixed number of learned latents attend to the features, as in Idefics2",
-    "ovis": "a distribution over a separate visual vocabulary and its expected embedding, as in Ovis",
-    "h_reducer": "a convolution that merges neighboring features of a row, as in DocOwl 1.5",
-    "c_abstractor": "convolutions and pooling to a smaller grid, as in HoneyBee",
-}
-
 _USAGE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -135,7 +125,7 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
         lines += [
             f"| all | {sum(counts.values()):,} | |",
             "",
-            f"The connector is {_CONNECTORS[connector]}.",
+            f"The connector is {connector_named(connector).description}.",
             "",
             f"A page is cut into {tiles}; {tokens}.",
         ]

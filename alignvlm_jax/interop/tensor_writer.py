@@ -18,7 +18,8 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop import convert, tables
+from alignvlm_jax.interop import convert
+from alignvlm_jax.models.weight_table import Row
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Maximum size of a file: the former default of transformers and the Hub."""
@@ -42,7 +43,7 @@ class TensorSpec:
 
 def write_parameters(
     folder: Path,
-    rows: Sequence[tables.Row],
+    rows: Sequence[Row],
     *,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, np.dtype],
@@ -64,7 +65,7 @@ def write_parameters(
     Raises:
       UserError: as `write_tensors`.
     """
-    sources: dict[TensorSpec, tuple[tables.Row, tuple[int, ...]]] = {}
+    sources: dict[TensorSpec, tuple[Row, tuple[int, ...]]] = {}
     for row in rows:
         shape, stacked = shapes[row.path], "{layer}" in row.key
         for index in [(layer,) for layer in range(shape[0])] if stacked else [()]:

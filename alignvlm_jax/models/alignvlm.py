@@ -1,17 +1,17 @@
-"""AlignVLM: encoder, connector and decoder composed, for packed training rows and for cached decoding.
+"""AlignVLM: encoder, connector and decoder, for packed training rows and for cached decoding.
 
-Axes: B rows (bins), L positions, M tiles per bin, S tile side, N features per tile, T = M * N' visual tokens per bin,
-D decoder width, V vocabulary.
+Axes: B rows (bins), L positions, M tiles per bin, S tile side, N features per tile, N' visual tokens per tile,
+T = M * N' visual tokens per bin, d encoder width, D decoder width, V vocabulary.
 
-The model reads the packed batch of `data/packing.py`. Of each row it embeds the text, runs the encoder over the tiles
+The model reads the packed batches of `data/packing.py`. It embeds the text of each row, runs the encoder over the tiles
 and the connector over their features, and puts visual token `visual_index[l]` at position l where that is not -1:
 
     tokens        <begin> <user> <image> <image> What  is ...
     visual_index       -1     -1       0       1   -1  -1
     input              E      E        v0      v1   E   E        E: text embedding, v: visual token
 
-Under the tiling rule anyres_max_9 a visual token is a mixture of up to four of the connector's outputs, or the learned
-end of a row: the batch then says which, as `visual_sources` and `visual_weights` (`data/resampling.py`).
+Under the tiling rule anyres_max_9 a visual token is a mixture of up to four outputs of the connector, or the learned
+end of a row. The batch then holds the mixtures as `visual_sources` and `visual_weights` (`data/resampling.py`).
 """
 
 import dataclasses
@@ -27,18 +27,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.models.connectors import (
     AlignConfig,
-    CAbstractorConfig,
     ConnectorConfig,
-    HReducerConfig,
-    PerceiverConfig,
+    ConnectorShape,
+    connector_spec,
+    exact_dtypes,
     make_connector,
 )
-from alignvlm_jax.models.connectors.align import EXACT
 from alignvlm_jax.models.language import KVCache, LanguageConfig, LanguageModel
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
 
 PARTS = ("vision", "connector", "language")
-"""The top level of the parameter tree, and what a stage may train or freeze."""
+"""Top-level keys of the parameter tree: the parts that a stage can train or freeze."""
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -46,10 +45,14 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMConfig:
-    """The three parts, and what joins tiles.
+    """Settings of the whole model.
 
-    newline: a learned vector ends every row of visual tokens: exactly under the tiling rule anyres_max_9. It is one of
-      the connector's weights.
+    Attributes:
+      vision: settings of the encoder.
+      connector: settings of the connector; their class selects the connector.
+      language: settings of the decoder.
+      newline: whether a learned vector ends every row of visual tokens. True exactly under the tiling rule
+        anyres_max_9. The vector is one of the connector's weights.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -58,29 +61,34 @@ class AlignVLMConfig:
     newline: bool = False
 
 
+def connector_shape(config: AlignVLMConfig) -> ConnectorShape:
+    """Returns the sizes of the model around its connector."""
+    return ConnectorShape(
+        grid_size=config.vision.grid_size,
+        source_width=config.vision.hidden_size,
+        output_width=config.language.hidden_size,
+        vocab_size=config.language.vocab_size,
+    )
+
+
 def token_grid(config: AlignVLMConfig) -> tuple[int, int]:
-    """Rows and columns of the visual tokens that one tile becomes, after the connector; one row if they have none."""
-    rows = config.vision.grid_size
-    if isinstance(config.connector, PerceiverConfig):
-        return 1, config.connector.num_latents
-    if isinstance(config.connector, CAbstractorConfig):
-        return (math.isqrt(config.connector.num_tokens),) * 2
-    if isinstance(config.connector, HReducerConfig):
-        return rows, math.ceil(rows / config.connector.window)
-    return rows, rows
+    """Returns rows and columns of one tile's visual tokens, after the connector; one row if tokens have no places."""
+    return connector_spec(config.connector).token_grid(config.connector, connector_shape(config))
 
 
 def tokens_per_tile(config: AlignVLMConfig) -> int:
-    """N': visual tokens that one tile becomes, after the connector."""
+    """Returns N', the number of visual tokens of one tile, after the connector."""
     return math.prod(token_grid(config))
 
 
 @flax.struct.dataclass
 class AlignVLMOutput:
-    """Attributes:
-    logits: scores of the next token, float32.
-    effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the bins' real tiles;
-      NaN for connectors that have no such distribution.
+    """Output of the model.
+
+    Attributes:
+      logits: scores of the next token, float32.
+      effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the bins' real tiles;
+        NaN for connectors without such a distribution.
     """
 
     logits: Float[Array, "B L V"]
@@ -89,10 +97,12 @@ class AlignVLMOutput:
 
 @flax.struct.dataclass
 class AlignVLMLoss:
-    """Attributes:
-    loss: sum over positions of weight * -log p(target), float32.
-    weight: sum of the weights.
-    effective_tokens: as in `AlignVLMOutput`.
+    """Loss of the model, not yet divided by its weight.
+
+    Attributes:
+      loss: sum over positions of weight * -log p(target), float32.
+      weight: sum of the weights.
+      effective_tokens: as in `AlignVLMOutput`.
     """
 
     loss: Float[Array, ""]
@@ -101,7 +111,7 @@ class AlignVLMLoss:
 
 
 class Newline(nn.Module):
-    """The vector that ends a row of visual tokens; drawn as LLaVA-NeXT's `image_newline` is."""
+    """The vector that ends a row of visual tokens, initialized like LLaVA-NeXT's `image_newline`."""
 
     size: int
 
@@ -111,7 +121,7 @@ class Newline(nn.Module):
 
 
 class AlignVLM(nn.Module):
-    """The whole model. Parameters have the top-level keys `PARTS`."""
+    """The whole model. Its parameters have the top-level keys `PARTS`."""
 
     config: AlignVLMConfig
 
@@ -122,7 +132,7 @@ class AlignVLM(nn.Module):
         self.connector = make_connector(config.connector, output_size=config.language.hidden_size, dtype=dtype)
         self.language = LanguageModel(config.language)
         if config.newline:
-            # Among the connector's weights, so that a stage trains or freezes them together.
+            # The newline is stored with the connector's weights, so that a stage trains or freezes them together.
             self.newline = Newline(config.language.hidden_size)
             nn.share_scope(self.newline, self.connector)
 
@@ -131,14 +141,14 @@ class AlignVLM(nn.Module):
 
         Args:
           batch: `tokens`, `segment_ids`, `positions`, `visual_index` [B, L], `tiles` [B, M, S, S, 3] and
-            `tile_valid_hw` [B, M, 2]; with newlines also `visual_sources` and `visual_weights` [B, L, 4]. Further
+            `tile_valid_hw` [B, M, 2]; with newlines also `visual_sources` and `visual_weights` [B, L, 4]. Other
             fields are ignored.
         """
         hidden, effective_tokens = self.read(batch)
         return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
 
     def loss(self, batch: Batch) -> AlignVLMLoss:
-        """The loss of packed rows; the scores of all positions and words are never held.
+        """Returns the loss of packed rows, without ever holding the scores of all positions and words.
 
         Args:
           batch: as for `__call__`, with `targets` and `loss_weights` [B, L].
@@ -148,7 +158,7 @@ class AlignVLM(nn.Module):
         return AlignVLMLoss(loss, weight, effective_tokens)
 
     def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""]]:
-        """Hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
+        """Returns the hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
         inputs = self.merge(batch, visual)
         hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
@@ -160,6 +170,7 @@ class AlignVLM(nn.Module):
         """Turns the tiles of each bin into its visual tokens, in order, with the entropy of each (or None)."""
         features = self.encode_features(tiles, tile_valid_hw)
         output = self.connector(features, self.language.embedding)
+        # [B * M, N', D] -> [B, T, D]
         rows = tiles.shape[0]
         visual = output.tokens.reshape(rows, -1, output.tokens.shape[-1])
         entropy = None if output.entropy is None else output.entropy.reshape(rows, -1)
@@ -168,9 +179,9 @@ class AlignVLM(nn.Module):
     def encode_features(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> Float[Array, "B*M N d"]:
-        """The encoder's features of every tile, tiles of all bins in one row: what the connector reads.
+        """Returns the encoder's features of every tile, which the connector reads.
 
-        Noise is added to them where the variables have some (`models/feature_noise.py`).
+        If the variables contain noise (`models/feature_noise.py`), it is added to them.
         """
         pixels = normalize_tiles(tiles, tile_valid_hw)
         features = self.vision(pixels.reshape(-1, *pixels.shape[2:]))
@@ -178,18 +189,19 @@ class AlignVLM(nn.Module):
         return features if noise is None else noise.add_to(features, tiles)
 
     def merge(self, batch: Batch, visual: Float[Array, "B T D"]) -> Float[Array, "B L D"]:
-        """Embeds text and puts visual tokens where `visual_index` says."""
+        """Embeds the text and puts visual tokens at the positions given by `visual_index`."""
         text = self.language.embed(batch["tokens"])
         index = batch["visual_index"]
         if self.config.newline:
             gathered = mix_visual(visual, self.newline(), batch["visual_sources"], batch["visual_weights"])
         else:
+            # -1 (text) gathers token 0, which the `where` below discards.
             gathered = jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
         inputs = jnp.where((index >= 0)[..., None], gathered.astype(text.dtype), text)
         return layers.constrain(inputs, "batch", "sequence", None)
 
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
-        """Reads prompts, one example a row, padded on the right, into an empty cache.
+        """Reads prompts into an empty cache: one example per row, padded on the right.
 
         Args:
           batch: as for `__call__`; `segment_ids` is 1 on the prompt and 0 on padding.
@@ -207,6 +219,7 @@ class AlignVLM(nn.Module):
             cache=cache,
             cache_is_empty=True,
         )
+        # Prompts differ in length: score only the last real position of each row.
         last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(hidden), cache
@@ -218,8 +231,8 @@ class AlignVLM(nn.Module):
 
         Args:
           tokens: the tokens decoded last.
-          positions: their positions, which differ between rows when the prompts' lengths do.
-          cache: what came before.
+          positions: their positions, which differ between rows if the prompts' lengths do.
+          cache: keys and values of everything before.
         """
         inputs = self.language.embed(tokens[:, None])
         segment_ids = jnp.ones_like(tokens[:, None])
@@ -233,8 +246,12 @@ def mix_visual(
     sources: Int[Array, "B L 4"],
     weights: Float[Array, "B L 4"],
 ) -> Float[Array, "B L D"]:
-    """At every position the sum over k of weights[k] * visual[sources[k]], float32; source -1 is the newline."""
+    """Returns the sum over k of weights[k] * visual[sources[k]] at every position, in float32.
+
+    Source -1 stands for the newline.
+    """
     mixed = jnp.zeros((), jnp.float32)
+    # A loop over the four sources holds one gathered [B, L, D] at a time instead of [B, L, 4, D].
     for k in range(sources.shape[-1]):
         source = sources[..., k, None]
         feature = jnp.take_along_axis(visual, jnp.maximum(source, 0), axis=1).astype(jnp.float32)
@@ -245,13 +262,14 @@ def mix_visual(
 def _effective_tokens(entropy, tile_valid_hw) -> Float[Array, ""]:
     if entropy is None:
         return jnp.float32(jnp.nan)
+    # Tiles of height 0 are padding of the bin.
     real = (tile_valid_hw[..., 0] > 0).astype(jnp.float32)
     per_tile = jnp.mean(jnp.exp(entropy).reshape(*real.shape, -1), axis=-1)
     return jnp.sum(per_tile * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
 def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, length: int | None = None) -> Batch:
-    """A batch of zeros in the model's shapes, for initialisation and for shape evaluation."""
+    """Returns a batch of zeros in the model's shapes, for initialization and for shape evaluation."""
     length = length or tiles * tokens_per_tile(config) + 1
     side = config.vision.image_size
     text = jnp.zeros((rows, length), jnp.int32)
@@ -273,32 +291,32 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
 
 
 def stored_dtypes(params: Params, dtype: str) -> Params:
-    """The dtype of each parameter where weights are stored as `dtype`: all have that one but those of `EXACT`."""
+    """Returns the dtype of each parameter if weights are stored as `dtype`.
+
+    Connectors name a few parameters that keep their own dtype (`ConnectorSpec.exact_dtypes`).
+    """
+    exact = exact_dtypes()
 
     def find(path, leaf):
         del leaf
         part, name = path[0].key, path[-1].key
-        return EXACT.get(name, dtype) if part == "connector" else dtype
+        return exact.get(name, dtype) if part == "connector" else dtype
 
     return jax.tree_util.tree_map_with_path(find, params)
 
 
 def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
-    """Fresh float32 parameters, wrapped in `nn.LogicallyPartitioned`; ALIGN's W2 is a copy of the LM head already."""
+    """Returns random float32 parameters, wrapped in `nn.LogicallyPartitioned`; ALIGN's W2 is a copy of the LM head."""
     params = AlignVLM(config).init(rng, example_batch(config))["params"]
     return seed_connector(config, params)
 
 
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
-    """Copies the LM head (tied or not) into ALIGN's W2; other connectors are left alone. Call it before stage 1."""
-    if not isinstance(config.connector, AlignConfig):
+    """Replaces the connector's parameters that follow from the LM head, such as ALIGN's W2. Call it before stage 1."""
+    spec = connector_spec(config.connector)
+    if spec.seed is None:
         return params
     language = params["language"]
     head = language["embedding" if config.language.tie_word_embeddings else "lm_head"]
-    rows = config.connector.kept_words or config.connector.vocab_size or config.language.vocab_size
-    w2 = jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)
-    return {**params, "connector": {**params["connector"], "w2": w2}}
-
-
-SEEDED = ("w2",)
-"""The connector's parameters that follow from the language model's: what `seed_connector` makes."""
+    seeded = spec.seed(config.connector, connector_shape(config), head)
+    return {**params, "connector": {**params["connector"], **seeded}}

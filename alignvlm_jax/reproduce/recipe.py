@@ -16,7 +16,7 @@ from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import tokens_per_tile
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS
+from alignvlm_jax.models.connectors import connector_names
 from alignvlm_jax.reproduce.options import FAIR, Options
 
 # Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. A connector that reduces the number of
@@ -51,7 +51,7 @@ def connectors(options: Options) -> tuple[str, ...]:
       UserError: if a connector does not exist.
     """
     for name in options.connectors:
-        if name not in CONNECTOR_CONFIGS or name not in NANO_SIZES:
+        if name not in connector_names() or name not in NANO_SIZES:
             raise UserError(f"--connectors: no connector {name!r}: expected one of {', '.join(NANO_SIZES)}")
     return options.connectors
 

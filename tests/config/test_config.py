@@ -8,7 +8,7 @@ import pytest
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_hash, config_to_dict, config_to_json
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, AlignConfig, MLPConfig, PerceiverConfig
+from alignvlm_jax.models.connectors import AlignConfig, MLPConfig, PerceiverConfig, connector_named, connector_names
 
 NANO = "configs/nano.py"
 
@@ -74,13 +74,13 @@ def test_an_override_keeps_its_neighbours():
     assert after.stages[0] == before.stages[0]
 
 
-@pytest.mark.parametrize("name", CONNECTOR_CONFIGS)
+@pytest.mark.parametrize("name", connector_names())
 def test_the_connector_is_chosen_by_name(name):
     # HoneyBee's 144 tokens are more than the nano encoder's patches.
     fitting = ["model.connector.num_tokens=64"] if name == "c_abstractor" else []
     for override in (f"model.connector={name}", f"model.connector.name={name}"):
         config = load_config(NANO, [override, *fitting])
-        assert type(config.model.connector) is CONNECTOR_CONFIGS[name]
+        assert type(config.model.connector) is connector_named(name).config
     assert config_to_dict(config)["model"]["connector"]["name"] == name
 
 

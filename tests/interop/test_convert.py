@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert
-from alignvlm_jax.interop.tables import CONV, TRANSPOSED, Row
 from alignvlm_jax.interop.tensor_reader import TensorFiles
+from alignvlm_jax.models.weight_table import CONV, TRANSPOSED, Row
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 ROWS = (

@@ -22,6 +22,7 @@ from alignvlm_jax.models.connectors import (
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.layers import Dense
 from alignvlm_jax.models.vision import VisionConfig
+from alignvlm_jax.models.weight_table import CONV, TRANSPOSED, WINDOW_CONV
 
 CONNECTORS = {
     "align": AlignConfig(),
@@ -94,9 +95,9 @@ def test_transforms_undo_each_other_and_know_the_tensors_shape(name):
 @pytest.mark.parametrize(
     ("transform", "layer", "inputs"),
     [
-        (tables.TRANSPOSED, torch.nn.Linear(6, 4, bias=False), (3, 6)),
-        (tables.CONV, torch.nn.Conv2d(3, 5, kernel_size=(4, 4), bias=False), (2, 3, 4, 4)),
-        (tables.WINDOW_CONV, torch.nn.Conv2d(6, 6, kernel_size=(1, 3), bias=False), (2, 6, 1, 3)),
+        (TRANSPOSED, torch.nn.Linear(6, 4, bias=False), (3, 6)),
+        (CONV, torch.nn.Conv2d(3, 5, kernel_size=(4, 4), bias=False), (2, 3, 4, 4)),
+        (WINDOW_CONV, torch.nn.Conv2d(6, 6, kernel_size=(1, 3), bias=False), (2, 6, 1, 3)),
     ],
 )
 def test_a_tensor_of_torchs_layer_becomes_a_kernel_that_computes_the_same(transform, layer, inputs):

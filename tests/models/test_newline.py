@@ -128,6 +128,6 @@ def test_without_newlines_the_weights_are_as_they_were(params):
 
 @pytest.mark.parametrize("name", ["mlp", "ovis", "h_reducer", "perceiver", "c_abstractor"])
 def test_every_connector_takes_a_newline(name):
-    config = dataclasses.replace(CONFIG, connector=connectors.CONNECTOR_CONFIGS[name]())
+    config = dataclasses.replace(CONFIG, connector=connectors.connector_named(name).config())
     shapes = jax.eval_shape(lambda: nn.unbox(random_parameters(config, jax.random.key(0))))
     assert shapes["connector"]["newline"].shape == (16,)

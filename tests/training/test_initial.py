@@ -17,7 +17,7 @@ from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.huggingface import save_language_folder, save_vision_folder
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
-from alignvlm_jax.models.connectors import CONNECTOR_CONFIGS, MLPConfig
+from alignvlm_jax.models.connectors import MLPConfig, connector_names
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.sharding import parameter_shardings
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
@@ -119,7 +119,7 @@ def test_a_tokenizer_without_an_image_token_gets_one(tmp_path):
         load(512)
 
 
-@pytest.mark.parametrize("connector", CONNECTOR_CONFIGS)
+@pytest.mark.parametrize("connector", connector_names())
 def test_every_connector_starts_from_a_checkpoint(tmp_path, connector):
     config = exported.tiny_config(connector)
     params = exported.random_params(config.model)

@@ -17,14 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 from tqdm import tqdm
 
-from alignvlm_jax.analysis.inputs import CONNECTOR_NAMES, Record, encode, page_indices, tile_batches
+from alignvlm_jax.analysis.inputs import Record, encode, page_indices, tile_batches
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Tally
 from alignvlm_jax.evaluation.runner import evaluate
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import Variables, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
-from alignvlm_jax.models.connectors import AlignConfig
+from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 
 PAGES = 100
 MASSES = (0.9, 0.99, 0.999)
@@ -124,7 +124,7 @@ def align_config(config: AlignVLMConfig, checkpoint: str | os.PathLike = "the ch
       UserError: if the connector is not ALIGN.
     """
     if not isinstance(config.connector, AlignConfig):
-        name = CONNECTOR_NAMES[type(config.connector)]
+        name = connector_spec(config.connector).title
         raise UserError(f"{checkpoint}'s connector is {name}: only ALIGN has a distribution over the decoder's words")
     return config.connector
 

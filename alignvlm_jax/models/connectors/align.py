@@ -1,25 +1,28 @@
-"""ALIGN: each visual feature becomes a distribution over the LLM's vocabulary, and that the expected text embedding.
+"""ALIGN: each visual feature becomes a distribution over the LLM's vocabulary, and then the expected text embedding.
 
     P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
     F' = P · E_text                            a point in the convex hull of the text embeddings
 
 Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary, k words kept by pruning.
 Source: arXiv 2502.01341, section 3.
+Forward FLOP of a tile: N (2dD + 2DV + 2VD) for W1, the logits and the expected embedding.
 
-W2 starts as a copy of the LM head (`seed_connector` in `models/alignvlm.py` puts it there) and is a parameter of its
-own afterwards. E_text is the decoder's live embedding table, so gradients reach it through the connector too.
+W2 starts as a copy of the LM head and is a separate parameter afterwards. E_text is the decoder's live embedding table,
+so gradients reach it through the connector too.
 
-That is attention with queries LN_D(W1 f), keys W2 and values E_text, and is computed so: `ops/vocabulary_attention.py`
-passes over the words in blocks and never holds P. A model whose weights are frozen may bring, as "statistics" in the
-collection "vocabulary" (`inference/vocabulary.py` makes it), mean and covariance of the rows of W2: LN_V's statistics
-then need not be computed at every call.
+This is attention with queries LN_D(W1 f), keys W2 and values E_text, and it is computed as such:
+`ops/vocabulary_attention.py` passes over the words in blocks and never holds P. For frozen weights the collection
+"vocabulary" may hold "statistics" (`inference/vocabulary.py` computes them), the mean and covariance of the rows of W2:
+LN_V's statistics then need not be computed at every call.
 
 A model may be pruned to the words that it uses (`kept_words`, `inference/vocabulary.py`). W2 and LN_V's parameters then
-have k rows, and there are three parameters more, which are frozen for good and keep their dtypes (`EXACT`):
+have k rows, and there are three more parameters, which are permanently frozen and keep their dtypes (`EXACT`):
 
-    word_ids         [k]     which words the rows are
-    key_mean         [D]     the rows that LN_V takes its statistics of, in the main all of those before pruning:
-    key_covariance   [D, D]  the logits of the words kept are what they were
+    word_ids         [k]     the words that the rows belong to
+    key_mean         [D]     mean of the rows that LN_V takes its statistics from
+    key_covariance   [D, D]  covariance of these rows
+
+By default these rows are all rows before pruning, so that the logits of the kept words stay what they were.
 """
 
 import dataclasses
@@ -29,25 +32,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
+from alignvlm_jax.models.flop_counts import TrainedParts, product_flops
+from alignvlm_jax.models.weight_table import Row, layer_norm_rows, linear_rows
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary, vocabulary_attention, vocabulary_usage
 from alignvlm_jax.ops.vocabulary_statistics import VocabularyStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class AlignConfig:
-    """What the paper leaves open about ALIGN.
+class AlignConfig(ConnectorConfig):
+    """Settings of ALIGN that the paper leaves open.
 
     Attributes:
-      vocab_scale_init: initial value of LN_V's learned scale. LN_V fixes the logits' variance, so the scale alone
-        decides how decided P is at the start: at 1, with unstructured weights, P is nearly uniform and F' nearly
+      vocab_scale_init: initial value of LN_V's learned scale. LN_V fixes the variance of the logits, so the scale alone
+        decides how concentrated P is at the start: at 1, with unstructured weights, P is nearly uniform and F' nearly
         constant.
       use_bias: whether W1 has a bias.
       layer_norm_eps: epsilon of both LayerNorms.
-      vocab_size: words that P ranges over; None means all rows of the embedding table. Set it to the LLM's original
-        vocabulary when special tokens were added behind it.
-      kept_words: k, where the model is pruned to so many of those words; None is all of them.
+      vocab_size: number of words that P ranges over; None means all rows of the embedding table. Set it to the LLM's
+        original vocabulary if special tokens were added after it.
+      kept_words: k, if the model is pruned to that many words; None means all words.
     """
 
     vocab_scale_init: float = 2.0
@@ -58,11 +65,11 @@ class AlignConfig:
 
 
 EXACT = {"word_ids": "int32", "key_mean": "float32", "key_covariance": "float32"}
-"""The parameters of a pruned connector that have these dtypes whatever dtype the weights have."""
+"""Parameters of a pruned connector that keep these dtypes, whatever dtype the weights have."""
 
 
 class AlignConnector(nn.Module):
-    """The connector. `log_distribution` gives P itself, for analyses on small inputs."""
+    """The connector. `log_distribution` returns P itself, for analyses of small inputs."""
 
     config: AlignConfig
     output_size: int
@@ -75,7 +82,10 @@ class AlignConnector(nn.Module):
     def describe(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
     ) -> tuple[Float[Array, "B N D"], VocabularySummary]:
-        """The visual tokens; of each P the entropy and the `top_k` likeliest words, as ids of the embedding table."""
+        """Returns the visual tokens, and the entropy and `top_k` likeliest words of each P.
+
+        The words are ids of the embedding table, in a pruned model too.
+        """
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         tokens, summary = vocabulary_attention(
             query,
@@ -90,6 +100,7 @@ class AlignConnector(nn.Module):
             mesh_axes=layers.vocabulary_mesh(),
         )
         if top_k and self.config.kept_words is not None:
+            # From rows of the pruned W2 to ids of the embedding table.
             summary = summary.replace(top_ids=self._parameter("word_ids")[summary.top_ids])
         return tokens, summary
 
@@ -97,12 +108,12 @@ class AlignConnector(nn.Module):
     def query_and_keys(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
     ) -> tuple[Float[Array, "B N D"], Float[Array, "V D"], Float[Array, " V"], Float[Array, " V"]]:
-        """LN_D(W1 f) [B, N, D], W2 [V, D], and LN_V's scale and bias [V]."""
+        """Returns LN_D(W1 f) [B, N, D], W2 [V, D], and LN_V's scale and bias [V]."""
         config, width = self.config, self.output_size
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
 
-        vocab_size = config.kept_words or config.vocab_size or text_embedding.shape[0]
+        vocab_size = _num_words(config, text_embedding.shape[0])
         keys = layers.param(self, "w2", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab_size, width))
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
@@ -114,13 +125,13 @@ class AlignConnector(nn.Module):
         return query, keys, scale, bias
 
     def values(self, text_embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
-        """The embeddings of the words that P ranges over; once `query_and_keys` has been called."""
+        """Returns the embeddings of the words that P ranges over. Call `query_and_keys` first."""
         if self.config.kept_words is not None:
             return jnp.take(text_embedding, self._parameter("word_ids"), axis=0)
         return text_embedding[: self.config.vocab_size]
 
     def statistics(self) -> VocabularyStatistics | None:
-        """Of the rows that LN_V normalises over, if they are known; once `query_and_keys` has been called."""
+        """Returns the statistics of LN_V's rows, if they are known. Call `query_and_keys` first."""
         if self.config.kept_words is not None:
             return VocabularyStatistics(self._parameter("key_mean"), self._parameter("key_covariance"))
         return self.get_variable("vocabulary", "statistics")
@@ -131,7 +142,7 @@ class AlignConnector(nn.Module):
     def log_distribution(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]
     ) -> Float[Array, "B N V"]:
-        """log P for every feature and word, float32."""
+        """Returns log P for every feature and word, float32."""
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.statistics()
@@ -146,7 +157,7 @@ class AlignConnector(nn.Module):
     def usage(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], weights: Float[Array, "B N"]
     ) -> Float[Array, " V"]:
-        """Sum over features of weight * P."""
+        """Returns the sum over features of weight * P."""
         query_and_keys = self.query_and_keys(features, text_embedding)
         return vocabulary_usage(
             *query_and_keys, weights=weights, eps=self.config.layer_norm_eps, statistics=self.statistics()
@@ -156,3 +167,70 @@ class AlignConnector(nn.Module):
 def _first_words(rng: PRNGKeyArray, number: int) -> Int[Array, " k"]:
     del rng
     return jnp.arange(number, dtype=jnp.int32)
+
+
+def _num_words(config: AlignConfig, vocab_size: int) -> int:
+    """Returns the number of words that P ranges over, given the rows of the embedding table."""
+    return config.kept_words or config.vocab_size or vocab_size
+
+
+def _token_grid(config: AlignConfig, shape: ConnectorShape) -> tuple[int, int]:
+    return shape.grid_size, shape.grid_size
+
+
+def _flops(config: AlignConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
+    # The dense form over the full vocabulary is counted, even in a pruned model.
+    words, width = config.vocab_size or shape.vocab_size, shape.output_width
+    # The values are the decoder's embeddings, so they are trained with the decoder and not with the connector.
+    mixture = product_flops(2 * words * width, weights=trained.language, inputs=trained.before_decoder)
+    query = trained.first_product(2 * shape.source_width * width)
+    return shape.num_features * (query + trained.later_product(2 * width * words) + mixture)
+
+
+def _weight_rows(config: AlignConfig, shape: ConnectorShape) -> tuple[Row, ...]:
+    rows = (
+        *linear_rows("w1", "w1", bias=config.use_bias),
+        *layer_norm_rows("hidden_norm", "hidden_norm"),
+        Row("w2", "w2.weight"),
+        Row("vocab_norm_scale", "vocab_norm.weight"),
+        Row("vocab_norm_bias", "vocab_norm.bias"),
+    )
+    if config.kept_words is None:
+        return rows
+    return (
+        *rows,
+        Row("word_ids", "word_ids"),
+        Row("key_mean", "key_statistics.mean"),
+        Row("key_covariance", "key_statistics.covariance"),
+    )
+
+
+def _check(config: AlignConfig, shape: ConnectorShape) -> None:
+    if config.kept_words is not None and config.kept_words <= 0:
+        raise UserError(f"config.model.connector.kept_words: expected more than 0, got {config.kept_words}")
+
+
+def _seed(config: AlignConfig, shape: ConnectorShape, head: Float[Array, "V D"]) -> dict[str, Array]:
+    """Returns W2 as a copy of the LM head."""
+    rows = _num_words(config, shape.vocab_size)
+    # Two parameters must not share a buffer: a training step could donate it only once. The tree map keeps the box
+    # with the logical axes that may be around the head.
+    return {"w2": jax.tree.map(lambda table: jnp.array(table[:rows], copy=True), head)}
+
+
+SPEC = ConnectorSpec(
+    name="align",
+    title="ALIGN",
+    description="ALIGN: it maps every visual feature to a distribution over the language model's vocabulary, and the "
+    "visual token is the expected text embedding under this distribution (arXiv 2502.01341)",
+    config=AlignConfig,
+    module=AlignConnector,
+    token_grid=_token_grid,
+    flops=_flops,
+    weight_rows=_weight_rows,
+    check=_check,
+    seeded=("w2",),
+    seed=_seed,
+    exact_dtypes=EXACT,
+    removed_settings={"num_extra_words": 0},
+)

@@ -6,8 +6,8 @@ grid after pooling, D decoder width, V vocabulary.
     features + position -> depth blocks (d -> C) -> average pooling to S x S -> depth blocks -> Linear, SiLU, Linear
 
 Source: arXiv 2312.06742 and its public code (`CAbstractor`, whose blocks are timm's `RegStage` with stride 1, SiLU and
-LayerNorm over channels). A block is RegNet's "Y" bottleneck as timm builds it there: neither narrower inside nor
-grouped, that is, with a depthwise 3 x 3 convolution.
+LayerNorm over channels). A block is RegNet's "Y" bottleneck as timm builds it there: it is neither narrower inside nor
+grouped, so its 3 x 3 convolution is depthwise.
 """
 
 import dataclasses
@@ -18,21 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
+from alignvlm_jax.models.flop_counts import TrainedParts
+from alignvlm_jax.models.weight_table import DEPTHWISE, Row, layer_norm_rows, linear_rows
 
-# timm's LayerNorm behind a convolution, and its ratio of the squeezed channels to the block's input.
+# Epsilon of timm's LayerNorm after a convolution.
 _EPS = 1e-5
+# Ratio of the squeezed channels to the channels of the block's input in timm.
 _SQUEEZE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class CAbstractorConfig:
-    """HoneyBee's defaults.
+class CAbstractorConfig(ConnectorConfig):
+    """Settings of the C-Abstractor; the defaults are those of HoneyBee.
 
     Attributes:
       num_tokens: visual tokens of a tile, S squared.
-      depth: blocks before the pooling, and as many after.
+      depth: number of blocks before the pooling; the same number follows after it.
       hidden_size: C.
     """
 
@@ -42,7 +47,7 @@ class CAbstractorConfig:
 
 
 class CAbstractorConnector(nn.Module):
-    """N features in, `num_tokens` tokens out, on a grid as the features are."""
+    """Turns the N features of a tile into `num_tokens` tokens, which lie on a square grid like the features."""
 
     config: CAbstractorConfig
     output_size: int
@@ -68,7 +73,7 @@ class CAbstractorConnector(nn.Module):
 
 
 class RegNetBlock(nn.Module):
-    """1 x 1, depthwise 3 x 3, squeeze and excitation, 1 x 1, around a shortcut; each convolution has a LayerNorm."""
+    """Residual block: convolutions 1 x 1, depthwise 3 x 3, squeeze and excitation, 1 x 1, each with a LayerNorm."""
 
     features: int
     dtype: str
@@ -96,30 +101,85 @@ class RegNetBlock(nn.Module):
 
 
 def depthwise_3x3(inputs: Float[Array, "B g g C"], kernel: Float[Array, "3 3 C"]) -> Float[Array, "B g g C"]:
-    """Each channel convolved with its own 3 x 3 kernel, zeros around.
-
-    Nine shifted products, which XLA fuses into one pass; as a grouped convolution of C groups it is slow on CPUs.
-    """
+    """Convolves each channel with its own 3 x 3 kernel; the grid is padded with zeros."""
     rows, columns = inputs.shape[1:3]
+    # XLA fuses nine shifted products into one pass. A grouped convolution of C groups is slow on CPUs.
     padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = (padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
     return sum(shifted)
 
 
 def adaptive_average_pool(inputs: Float[Array, "B g g C"], side: int) -> Float[Array, "B S S C"]:
-    """Means over windows as torch.nn.AdaptiveAvgPool2d cuts them: where S does not divide g they overlap."""
+    """Averages windows as torch.nn.AdaptiveAvgPool2d does: if S does not divide g they overlap."""
     averages = jnp.asarray(_pooling_windows(inputs.shape[1], side), inputs.dtype)
     return jnp.einsum("sg,bghc,th->bstc", averages, inputs, averages)
 
 
 def _pooling_windows(grid: int, side: int) -> np.ndarray:
-    """Rows of weights: window s covers floor(s g / S) to ceil((s + 1) g / S).
+    """Returns the weights of each window [S, g]: window s covers floor(s g / S) to ceil((s + 1) g / S).
 
-    before: grid 3, side 2
-    after:  [[1/2, 1/2, 0], [0, 1/2, 1/2]]
+    For example, grid 3 and side 2 give [[1/2, 1/2, 0], [0, 1/2, 1/2]].
     """
     weights = np.zeros((side, grid))
     for index in range(side):
         first, last = index * grid // side, -(-(index + 1) * grid // side)
         weights[index, first:last] = 1 / (last - first)
     return weights
+
+
+def _token_grid(config: CAbstractorConfig, shape: ConnectorShape) -> tuple[int, int]:
+    side = math.isqrt(config.num_tokens)
+    return side, side
+
+
+def _flops(config: CAbstractorConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
+    source, channels, width = shape.source_width, config.hidden_size, shape.output_width
+    # A place on the grid takes two products and nine shifts. Pooling and squeezing are too small to count.
+    block = 4 * channels**2 + 18 * channels
+    # The first block changes the width: `conv_in` does, and a convolution in the shortcut if the widths differ.
+    widen = 2 * source * channels * (1 if source == channels else 2)
+    first_block = trained.first_product(widen) + trained.later_product(block - 2 * channels**2)
+    before = shape.num_features * (first_block + trained.later_product((config.depth - 1) * block))
+    readout = 2 * channels * width + 2 * width**2
+    return before + config.num_tokens * trained.later_product(config.depth * block + readout)
+
+
+def _weight_rows(config: CAbstractorConfig, shape: ConnectorShape) -> tuple[Row, ...]:
+    rows = [Row("position_embedding", "position_embedding")]
+    # The blocks are separate modules and their parameters are not stacked, so each has its own rows.
+    for half in ("before", "after"):
+        for index in range(config.depth):
+            path, key = f"{half}_{index}", f"{half}.{index}"
+            # The first block has a convolution in its shortcut if it changes the width.
+            widens = half == "before" and index == 0 and shape.source_width != config.hidden_size
+            for name in ("conv_in", "conv_out", *(["shortcut"] if widens else [])):
+                rows += linear_rows(f"{path}/{name}", f"{key}.{name}", bias=False)
+                rows += layer_norm_rows(f"{path}/{name}_norm", f"{key}.{name}_norm")
+            rows.append(Row(f"{path}/depthwise", f"{key}.depthwise.weight", DEPTHWISE))
+            rows += layer_norm_rows(f"{path}/depthwise_norm", f"{key}.depthwise_norm")
+            rows += linear_rows(f"{path}/squeeze", f"{key}.squeeze", bias=True)
+            rows += linear_rows(f"{path}/excite", f"{key}.excite", bias=True)
+    rows += linear_rows("readout_in", "readout_in", bias=True)
+    return (*rows, *linear_rows("readout_out", "readout_out", bias=True))
+
+
+def _check(config: CAbstractorConfig, shape: ConnectorShape) -> None:
+    tokens = config.num_tokens
+    if not 0 < tokens <= shape.num_features or math.isqrt(tokens) ** 2 != tokens:
+        raise UserError(
+            "config.model.connector.num_tokens: expected a square number, at most the encoder's "
+            f"{shape.num_features} patches, got {tokens}"
+        )
+
+
+SPEC = ConnectorSpec(
+    name="c_abstractor",
+    title="C-Abstractor",
+    description="convolutions and pooling to a smaller grid, as in HoneyBee",
+    config=CAbstractorConfig,
+    module=CAbstractorConnector,
+    token_grid=_token_grid,
+    flops=_flops,
+    weight_rows=_weight_rows,
+    check=_check,
+)

@@ -1,4 +1,4 @@
-"""What every connector returns."""
+"""Output of every connector."""
 
 import flax.struct
 from jaxtyping import Array, Float
@@ -6,11 +6,11 @@ from jaxtyping import Array, Float
 
 @flax.struct.dataclass
 class ConnectorOutput:
-    """Visual tokens, and how undecided their distributions are.
+    """Visual tokens, and the entropy of their distributions over words.
 
     Attributes:
-      tokens: the decoder's inputs.
-      entropy: entropy in nats of each token's distribution over words; None where a connector has no such distribution.
+      tokens: inputs of the decoder.
+      entropy: entropy in nats of each token's distribution over words; None for connectors without such a distribution.
     """
 
     tokens: Float[Array, "B N D"]

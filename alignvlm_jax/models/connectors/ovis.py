@@ -3,6 +3,7 @@
     z = softmax(LayerNorm(Linear(d, K) f)),   token = z · table,   table in R^(K x D) learned from scratch
 
 Axes: B tiles, N features per tile, d encoder width, K visual words, D decoder width, V vocabulary.
+Forward FLOP of a tile: N (2dK + 2KD).
 """
 
 import dataclasses
@@ -12,14 +13,19 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
+from alignvlm_jax.models.flop_counts import TrainedParts
+from alignvlm_jax.models.weight_table import Row, layer_norm_rows, linear_rows
 from alignvlm_jax.ops.vocabulary_attention import vocabulary_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class OvisConfig:
-    """Attributes:
-    num_words: K, visual words; Ovis1.6 has 65536.
-    layer_norm_eps: epsilon of the LayerNorm over the words.
+class OvisConfig(ConnectorConfig):
+    """Settings of the Ovis connector.
+
+    Attributes:
+      num_words: K, visual words; Ovis1.6 has 65536.
+      layer_norm_eps: epsilon of the LayerNorm over the words.
     """
 
     num_words: int = 65536
@@ -27,7 +33,7 @@ class OvisConfig:
 
 
 class OvisConnector(nn.Module):
-    """ALIGN's nearest relative, and computed like it; the words are the connector's own, not the LLM's."""
+    """Connector computed like ALIGN, but over visual words of its own instead of the decoder's vocabulary."""
 
     config: OvisConfig
     output_size: int
@@ -57,3 +63,34 @@ class OvisConnector(nn.Module):
             mesh_axes=layers.vocabulary_mesh(),
         )
         return ConnectorOutput(tokens, summary.entropy)
+
+
+def _token_grid(config: OvisConfig, shape: ConnectorShape) -> tuple[int, int]:
+    return shape.grid_size, shape.grid_size
+
+
+def _flops(config: OvisConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
+    return shape.num_features * (
+        trained.first_product(2 * shape.source_width * config.num_words)
+        + trained.later_product(2 * config.num_words * shape.output_width)
+    )
+
+
+def _weight_rows(config: OvisConfig, shape: ConnectorShape) -> tuple[Row, ...]:
+    return (
+        *linear_rows("head", "head", bias=False),
+        *layer_norm_rows("word_norm", "word_norm"),
+        Row("table", "table.weight"),
+    )
+
+
+SPEC = ConnectorSpec(
+    name="ovis",
+    title="Ovis",
+    description="a distribution over a separate visual vocabulary and its expected embedding, as in Ovis",
+    config=OvisConfig,
+    module=OvisConnector,
+    token_grid=_token_grid,
+    flops=_flops,
+    weight_rows=_weight_rows,
+)

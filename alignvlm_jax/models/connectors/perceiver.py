@@ -1,9 +1,12 @@
-"""The Perceiver resampler of Idefics2: a fixed number of learned latents reads the features.
+"""The Perceiver resampler of Idefics2: a fixed number of learned latents attends to the features.
 
-Axes: B tiles, N features per tile, R latents, d encoder width, D decoder width, V vocabulary, h head width.
+Axes: B tiles, N features per tile, R latents, d encoder width, I width of the gated MLP in front, D decoder width, V
+vocabulary, H query heads, G key-value heads, h head width.
 
 Follows transformers' `Idefics2Connector`: a gated MLP d -> D, then `depth` layers in which the latents attend to the
 features and to themselves, each with RMSNorm and a gated MLP, and a final RMSNorm.
+
+Forward FLOP of a tile: N · 2 (2dI + ID) + depth · (2 (2RDHh + 2(N+R)DGh + 12RD²) + 4R (N+R) Hh).
 """
 
 import dataclasses
@@ -14,13 +17,26 @@ from jaxtyping import Array, Float
 
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
+from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
+from alignvlm_jax.models.flop_counts import TrainedParts, product_flops
 from alignvlm_jax.models.language import GatedMLP
+from alignvlm_jax.models.weight_table import Row, linear_rows
 from alignvlm_jax.ops.attention import cached_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig:
-    """Idefics2's defaults; the gated MLP in front is as wide as the decoder's own where `intermediate_size` is None."""
+class PerceiverConfig(ConnectorConfig):
+    """Settings of the Perceiver resampler; the defaults are those of Idefics2.
+
+    Attributes:
+      num_latents: R, visual tokens per tile.
+      depth: layers.
+      num_heads: H.
+      num_kv_heads: G.
+      head_dim: h.
+      intermediate_size: width of the gated MLP in front; None means four times the decoder's width.
+      rms_norm_eps: epsilon of every RMSNorm.
+    """
 
     num_latents: int = 64
     depth: int = 3
@@ -32,7 +48,7 @@ class PerceiverConfig:
 
 
 class PerceiverConnector(nn.Module):
-    """N features in, `num_latents` tokens out."""
+    """Turns the N features of a tile into `num_latents` tokens."""
 
     config: PerceiverConfig
     output_size: int
@@ -54,7 +70,7 @@ class PerceiverConnector(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents attend to [features; latents], then pass a gated MLP of four times their width."""
+    """Attention of the latents to [features; latents], then a gated MLP of four times their width."""
 
     config: PerceiverConfig
     width: int
@@ -82,3 +98,53 @@ class PerceiverLayer(nn.Module):
         latents += layers.Dense(self.width, ("heads", "embed"), False, self.dtype, name="out")(attended)
         normed = layers.RMSNorm(config.rms_norm_eps, name="mlp_norm")(latents)
         return latents + GatedMLP(4 * self.width, self.width, self.dtype, name="mlp")(normed)
+
+
+def _token_grid(config: PerceiverConfig, shape: ConnectorShape) -> tuple[int, int]:
+    # Latents have no places in their tile: they form one row.
+    return 1, config.num_latents
+
+
+def _flops(config: PerceiverConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
+    width, latents = shape.output_width, config.num_latents
+    inner = config.intermediate_size or 4 * width
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    context = shape.num_features + latents
+    projection = trained.first_product(4 * shape.source_width * inner) + trained.later_product(2 * inner * width)
+    linear = 2 * latents * width * queries + 2 * context * width * keys + 12 * latents * width**2
+    # Both factors of attention's products are activations.
+    needs_gradient = trained.before_decoder
+    attention = product_flops(4 * latents * context * queries, weights=needs_gradient, inputs=needs_gradient)
+    return shape.num_features * projection + config.depth * (trained.later_product(2 * linear) + attention)
+
+
+_GATED_MLP = ("gate", "up", "down")
+
+
+def _weight_rows(config: PerceiverConfig, shape: ConnectorShape) -> tuple[Row, ...]:
+    rows = [Row("latents", "latents"), Row("final_norm/scale", "final_norm.weight")]
+    for name in _GATED_MLP:
+        rows += linear_rows(f"modality_projection/{name}", f"modality_projection.{name}", bias=False)
+    # The layers are separate modules and their parameters are not stacked, so each has its own rows.
+    for index in range(config.depth):
+        path, key = f"layer_{index}", f"layers.{index}"
+        for name in ("latents_norm", "context_norm", "mlp_norm"):
+            rows.append(Row(f"{path}/{name}/scale", f"{key}.{name}.weight"))
+        for name in ("query", "key", "value", "out"):
+            rows += linear_rows(f"{path}/{name}", f"{key}.{name}", bias=False)
+        for name in _GATED_MLP:
+            rows += linear_rows(f"{path}/mlp/{name}", f"{key}.mlp.{name}", bias=False)
+    return tuple(rows)
+
+
+SPEC = ConnectorSpec(
+    name="perceiver",
+    title="Perceiver",
+    description="a Perceiver resampler: a fixed number of learned latents attend to the features, as in Idefics2",
+    config=PerceiverConfig,
+    module=PerceiverConnector,
+    token_grid=_token_grid,
+    flops=_flops,
+    weight_rows=_weight_rows,
+    has_places=False,
+)

@@ -1,0 +1,145 @@
+"""The registry of connectors: all that the rest of the package knows of a connector is its `ConnectorSpec`.
+
+To add a connector, write a file with its settings, its module and its spec, and register the spec:
+
+    @dataclasses.dataclass(frozen=True)
+    class MeanConfig(ConnectorConfig):
+        window: int = 2
+
+    class MeanConnector(nn.Module): ...
+
+    register(ConnectorSpec(name="mean", title="Mean", config=MeanConfig, module=MeanConnector, ...))
+
+A config then names it (`model.connector=mean`), and it trains, is saved and restored, is counted and converted like the
+others. `tests/models/connectors/test_new_connector.py` does exactly that.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.flop_counts import TrainedParts
+from alignvlm_jax.models.weight_table import Row
+
+
+class ConnectorConfig:
+    """Base class of the connectors' settings, which are frozen dataclasses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorShape:
+    """Sizes of the model around a connector.
+
+    Attributes:
+      grid_size: features in a row of a tile, and rows of a tile.
+      source_width: d, the width of the encoder.
+      output_width: D, the width of the decoder.
+      vocab_size: V, rows of the decoder's embedding table.
+    """
+
+    grid_size: int
+    source_width: int
+    output_width: int
+    vocab_size: int
+
+    @property
+    def num_features(self) -> int:
+        """N, the features of a tile."""
+        return self.grid_size**2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConnectorSpec:
+    """Everything about one connector. Functions are called with its config and the `ConnectorShape` around it.
+
+    Attributes:
+      name: name in configs, such as "h_reducer".
+      title: name in reports, such as "H-Reducer".
+      description: what it does, for the model card: a noun phrase.
+      config: dataclass of its settings.
+      module: the Flax module, called as `module(config, output_size=D, dtype=dtype)`.
+      token_grid: returns rows and columns of the visual tokens of one tile.
+      flops: returns the FLOP of one tile in a training step, given which parts are trained.
+      weight_rows: returns the table of its weights, with paths and keys relative to the connector.
+      has_places: whether each visual token has a place in its tile. Tiles are joined at their edges (the tiling rule
+        anyres_max_9) only if so.
+      check: raises a `UserError` if the settings do not fit; None accepts all.
+      seeded: names of the parameters that `seed` returns.
+      seed: returns parameters that follow from the language-model head [V, D] instead of from a random draw.
+      exact_dtypes: parameters that keep their dtype whatever the dtype of the weights is, with that dtype.
+      removed_settings: settings of earlier versions, with the one value that old configs may still hold.
+    """
+
+    name: str
+    title: str
+    description: str
+    config: type[ConnectorConfig]
+    module: type[nn.Module]
+    token_grid: Callable[[Any, ConnectorShape], tuple[int, int]]
+    flops: Callable[[Any, ConnectorShape, TrainedParts], float]
+    weight_rows: Callable[[Any, ConnectorShape], tuple[Row, ...]]
+    has_places: bool = True
+    check: Callable[[Any, ConnectorShape], None] | None = None
+    seeded: tuple[str, ...] = ()
+    seed: Callable[[Any, ConnectorShape, Array], dict[str, Array]] | None = None
+    exact_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_SPECS: dict[str, ConnectorSpec] = {}
+
+
+def register(spec: ConnectorSpec) -> None:
+    """Makes a connector known under its name.
+
+    Raises:
+      ValueError: if the name or the config class is taken.
+    """
+    for other in _SPECS.values():
+        if other.name == spec.name or other.config is spec.config:
+            raise ValueError(f"connector {spec.name!r}: {other.name!r} is registered with this name or config class")
+    _SPECS[spec.name] = spec
+
+
+def unregister(name: str) -> None:
+    """Undoes `register`."""
+    del _SPECS[name]
+
+
+def connector_names() -> tuple[str, ...]:
+    """Returns the names of all registered connectors, in the order of registration."""
+    return tuple(_SPECS)
+
+
+def connector_named(name: str) -> ConnectorSpec:
+    """Returns the connector of a name.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if name not in _SPECS:
+        raise UserError(f"connector {name!r}: expected one of {', '.join(_SPECS)}")
+    return _SPECS[name]
+
+
+def connector_spec(config: ConnectorConfig) -> ConnectorSpec:
+    """Returns the connector that a config belongs to.
+
+    Raises:
+      ValueError: if its class is not registered.
+    """
+    for spec in _SPECS.values():
+        if spec.config is type(config):
+            return spec
+    raise ValueError(
+        f"{type(config).__name__} is not the config of a registered connector: expected one of {', '.join(_SPECS)}"
+    )
+
+
+def exact_dtypes() -> dict[str, str]:
+    """Returns the parameters of all connectors that keep their own dtype, with that dtype."""
+    return {name: dtype for spec in _SPECS.values() for name, dtype in spec.exact_dtypes.items()}

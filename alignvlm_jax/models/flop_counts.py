@@ -1,0 +1,54 @@
+"""FLOP of matrix products in a training step, by which of their factors need a gradient.
+
+The backward pass of a product costs its forward FLOP once more for each factor that needs a gradient: for the weights
+if their part is trained, and for the input if anything trained comes before it. `training/flops.py` counts the encoder,
+the decoder and the loss with these functions, and each connector counts itself (`models/connectors/`).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedParts:
+    """The parts of the model that a stage trains."""
+
+    vision: bool
+    connector: bool
+    language: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is trained."""
+        return self.vision or self.connector or self.language
+
+    @property
+    def before_decoder(self) -> bool:
+        """Whether the visual tokens need a gradient, for the sake of the encoder or of the connector."""
+        return self.vision or self.connector
+
+    def first_product(self, forward: float) -> float:
+        """Returns the FLOP of a connector's product of its weights and the encoder's features.
+
+        Args:
+          forward: FLOP of the forward pass.
+        """
+        return product_flops(forward, weights=self.connector, inputs=self.vision)
+
+    def later_product(self, forward: float) -> float:
+        """Returns the FLOP of a connector's product of its weights and what it computed before.
+
+        Args:
+          forward: FLOP of the forward pass.
+        """
+        return product_flops(forward, weights=self.connector, inputs=self.before_decoder)
+
+
+def product_flops(forward: float, *, weights: bool, inputs: bool) -> float:
+    """Returns the FLOP of a product, forward and backward.
+
+    Args:
+      forward: FLOP of the forward pass.
+      weights: whether the first factor needs a gradient.
+      inputs: whether the second factor needs a gradient.
+    """
+    return forward * (1 + weights + inputs)
