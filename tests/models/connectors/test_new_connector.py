@@ -103,6 +103,8 @@ def config(registered):
     """An experiment around the connector, as a config file would describe it."""
     raw = config_to_dict(tiny_config("mlp"))
     raw["model"]["connector"] = {"name": "row_mean", "gain": 2.0}
+    for part in ("vision", "language"):
+        raw["model"][part]["num_layers"] = 1
     return config_from_dict(raw)
 
 
