@@ -12,6 +12,8 @@ from transformers.models.regnet.configuration_regnet import RegNetConfig
 from transformers.models.regnet.modeling_regnet import RegNetYLayer
 
 from alignvlm_jax.models import connectors
+from alignvlm_jax.ops.dense_align import dense_align
+from tests.ops import dense
 
 D_IN, D_OUT, VOCAB = 12, 16, 40
 
@@ -77,6 +79,27 @@ def test_align_is_the_papers_formula_in_value_and_gradient():
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
     # E_text is live: the connector's output moves it.
     assert np.linalg.norm(of_embedding - wide_embedding.grad.numpy()) <= 1e-4 * np.linalg.norm(of_embedding)
+
+
+def test_the_dense_form_is_the_papers_formula():
+    """The reference of the streaming form's own tests (tests/ops) is anchored here, in PyTorch and float64."""
+    features, embedding = _inputs()
+    _, params, wide, _ = _run(connectors.AlignConfig(), features, embedding)
+    wide_features, wide_embedding = _wide(features, embedding)
+    expected = _align(wide_features, wide_embedding, wide) @ wide_embedding
+    tokens = dense.in_float64(
+        dense_align,
+        features,
+        params["w1"]["kernel"],
+        params["w1"]["bias"],
+        params["hidden_norm"]["scale"],
+        params["hidden_norm"]["bias"],
+        params["w2"],
+        params["vocab_norm_scale"],
+        params["vocab_norm_bias"],
+        embedding,
+    )
+    np.testing.assert_allclose(tokens, expected.numpy(), rtol=1e-10)
 
 
 def test_align_over_fewer_words_than_the_table_has():

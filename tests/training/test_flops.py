@@ -16,6 +16,7 @@ import pytest
 
 from alignvlm_jax.models import connectors, language, vision
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
+from alignvlm_jax.ops.dense_align import dense_vocabulary_attention
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary
 from alignvlm_jax.training import train_step
 from alignvlm_jax.training.flops import train_flops
@@ -58,8 +59,8 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr(vision, "packed_attention", attention_as_needed)
     monkeypatch.setattr(language, "packed_attention", attention_as_needed)
     monkeypatch.setattr(connectors.perceiver, "cached_attention", lambda q, k, v, visible: softmax_attention(q, k, v))
-    monkeypatch.setattr(connectors.align, "vocabulary_attention", dense_vocabulary_attention)
-    monkeypatch.setattr(connectors.ovis, "vocabulary_attention", dense_vocabulary_attention)
+    monkeypatch.setattr(connectors.align, "vocabulary_attention", vocabulary_attention_with_entropy)
+    monkeypatch.setattr(connectors.ovis, "vocabulary_attention", vocabulary_attention_with_entropy)
     monkeypatch.setattr(language, "linear_cross_entropy", dense_loss)
     monkeypatch.setattr(nn, "scan", functools.partial(nn.scan, unroll=2))
 
@@ -86,8 +87,8 @@ def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="
     return jnp.concatenate(blocks, axis=1)
 
 
-def dense_vocabulary_attention(q, keys, scale, bias, values, **options):
-    mixed = dense.vocabulary_attention(q, keys, scale, bias, values)
+def vocabulary_attention_with_entropy(q, keys, scale, bias, values, **options):
+    mixed = dense_vocabulary_attention(q, keys, scale, bias, values)
     return mixed, VocabularySummary(entropy=jnp.zeros(q.shape[:-1]))
 
 
