@@ -1,1 +1,1 @@
-"""The networks, as pure Linen modules without any input or output."""
+"""The networks: Linen modules that neither read nor write files."""

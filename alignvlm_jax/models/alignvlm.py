@@ -117,6 +117,7 @@ class Newline(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, " D"]:
+        """Returns the vector."""
         return layers.param(self, "newline", nn.initializers.normal(self.size**-0.5), (None,), (self.size,))
 
 
@@ -126,6 +127,7 @@ class AlignVLM(nn.Module):
     config: AlignVLMConfig
 
     def setup(self):
+        """Creates the three parts."""
         config = self.config
         self.vision = VisionEncoder(config.vision)
         dtype = hardware.resolve(config.language).dtype

@@ -1,12 +1,13 @@
-"""Gaussian noise on what the connector reads (arXiv 2502.01341): there only where a caller brings it.
+"""Gaussian noise on the features that the connector reads (arXiv 2502.01341), added only if a caller passes it.
 
 Axes: B rows, M tiles per row, S tile side, N features per tile, d encoder width.
 
     noisy = {**variables, "perturbation": {"features": FeatureNoise.of(sigma=3.0, seed=0)}}
     AlignVLM(config).apply(noisy, batch, cache, method="prefill")
 
-A tile's noise is a function of the seed and of its pixels: the same in every batch and for every question about it, so
-that an answer still does not depend on what else is in the batch. At every sigma a seed gives the same noise, scaled.
+The noise of a tile is a function of the seed and of the tile's pixels. It is the same in every batch and for every
+question about the tile, so an answer still does not depend on the rest of the batch. A seed gives the same noise at
+every sigma, scaled.
 """
 
 import flax.struct
@@ -17,9 +18,11 @@ from jaxtyping import Array, Float, UInt8, UInt32
 
 @flax.struct.dataclass
 class FeatureNoise:
-    """Attributes:
-    sigma: standard deviation, in the features' own units.
-    seed: what is drawn.
+    """Settings of the noise, as arrays that may be traced.
+
+    Attributes:
+      sigma: standard deviation, in the units of the features.
+      seed: seed of the noise.
     """
 
     sigma: Float[Array, ""]
@@ -27,13 +30,13 @@ class FeatureNoise:
 
     @classmethod
     def of(cls, sigma: float, seed: int) -> "FeatureNoise":
-        """From plain numbers."""
+        """Returns the settings for plain numbers."""
         return cls(jnp.float32(sigma), jnp.uint32(seed))
 
     def add_to(
         self, features: Float[Array, "B*M N d"], tiles: UInt8[Array, "B M S S 3"]
     ) -> Float[Array, "B*M N d"]:
-        """The features of tiles, with noise."""
+        """Returns the features of tiles with noise added."""
         key = jax.random.key(self.seed)
         keys = jax.vmap(lambda digest: jax.random.fold_in(key, digest))(_digests(tiles))
         noise = jax.vmap(lambda key: jax.random.normal(key, features.shape[1:]))(keys)
@@ -41,7 +44,7 @@ class FeatureNoise:
 
 
 def _digests(tiles: UInt8[Array, "B M S S 3"]) -> UInt32[Array, "B*M"]:
-    """A number for each tile; two that differ share it once in 2^32."""
+    """Returns a number for each tile; two different tiles share it with a probability of 2^-32."""
     pixels = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1).astype(jnp.uint32)
     factors = jax.random.bits(jax.random.key(0), pixels.shape[1:], jnp.uint32)
     return jnp.sum((pixels + 1) * factors, axis=1, dtype=jnp.uint32)

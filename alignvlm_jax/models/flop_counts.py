@@ -18,12 +18,12 @@ class TrainedParts:
 
     @property
     def any(self) -> bool:
-        """Whether anything is trained."""
+        """True if anything is trained."""
         return self.vision or self.connector or self.language
 
     @property
     def before_decoder(self) -> bool:
-        """Whether the visual tokens need a gradient, for the sake of the encoder or of the connector."""
+        """True if the visual tokens need a gradient, because the encoder or the connector is trained."""
         return self.vision or self.connector
 
     def first_product(self, forward: float) -> float:

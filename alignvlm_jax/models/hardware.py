@@ -1,11 +1,11 @@
-"""What "auto" means in a config: the arithmetic and the attention kernel that suit the device.
+"""Resolution of "auto" in a config: the arithmetic and the attention kernel that suit the device.
 
     device                          dtype      attention
     TPU                             bfloat16   splash
     GPU, Ampere or newer            bfloat16   flash
     older GPU, CPU                  float32    xla
 
-Weights, their gradients, the optimizer, softmax and norm statistics, the loss and every sum of it stay float32.
+Weights, their gradients, the optimizer, softmax and norm statistics, and the loss with all its sums stay float32.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 
 def resolve(config: Config, device: jax.Device | None = None) -> Config:
-    """The config without "auto", for a device; None means the first of this machine's."""
+    """Returns the config without "auto", for a device; None means the first device of this machine."""
     if AUTO not in (config.dtype, config.attention):
         return config
     device = device or jax.devices()[0]

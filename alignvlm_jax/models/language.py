@@ -23,7 +23,7 @@ from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling (`rope_type: llama3` in transformers)."""
+    """Settings of Llama 3.1's frequency scaling (`rope_type: llama3` in transformers)."""
 
     factor: float = 32.0
     low_freq_factor: float = 1.0
@@ -33,10 +33,24 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """Shape of the decoder. The defaults are Llama-3.2-1B.
+    """Settings of the decoder. The defaults are Llama-3.2-1B.
 
     Attributes:
-      remat, dtype, attention: as in `VisionConfig`.
+      vocab_size: V.
+      hidden_size: D.
+      intermediate_size: width of the gated MLPs.
+      num_layers: number of decoder blocks.
+      num_heads: H.
+      num_kv_heads: G.
+      head_dim: h; None means D divided by the number of heads.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: scaling of the rotary frequencies, if any.
+      rms_norm_eps: epsilon of every RMSNorm.
+      tie_word_embeddings: whether the language-model head is the embedding table.
+      max_position_embeddings: number of positions that the decoder was trained for.
+      remat: what the backward pass computes again, as in `VisionConfig`.
+      dtype: dtype of the arithmetic, as in `VisionConfig`.
+      attention: attention kernel, as in `VisionConfig`.
     """
 
     vocab_size: int = 128256
@@ -57,17 +71,19 @@ class LanguageConfig:
 
     @property
     def head_width(self) -> int:
-        """h: `head_dim` where given, else the model width shared out among the heads."""
+        """h: `head_dim` if given, else the model width divided by the number of heads."""
         return self.head_dim or self.hidden_size // self.num_heads
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the positions decoded so far; every row writes the same slots, `filled` says which count.
+    """Keys and values of the positions decoded so far.
+
+    All rows write the same slots, so that one update serves the batch. `filled` marks the slots that count for a row.
 
     Attributes:
-      keys: one slice a layer.
-      values: one slice a layer.
+      keys: keys, one slice per layer.
+      values: values, one slice per layer.
       filled: whether a slot holds a real position of its row (padding slots stay False).
       index: the next slot to write.
     """
@@ -79,7 +95,7 @@ class KVCache:
 
 
 def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
-    """A cache for `batch_size` rows of at most `num_slots` positions, padding included."""
+    """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included."""
     shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_width)
     dtype = hardware.resolve(config).dtype
     return KVCache(
@@ -91,11 +107,12 @@ def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCa
 
 
 class LanguageModel(nn.Module):
-    """Embeddings in, hidden states out, with `embed` before and `logits` or `loss` after."""
+    """The decoder: from embeddings to hidden states, with `embed` before and `logits` or `loss` after."""
 
     config: LanguageConfig
 
     def setup(self):
+        """Creates the embedding table, the head and the layers."""
         config = self.config
         table = (config.vocab_size, config.hidden_size)
         self.embedding = layers.param(self, "embedding", nn.initializers.normal(0.02), ("vocab", "embed"), table)
@@ -106,7 +123,7 @@ class LanguageModel(nn.Module):
         self.final_norm = layers.RMSNorm(config.rms_norm_eps)
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Looks tokens up in the embedding table."""
+        """Returns the embeddings of tokens."""
         dtype = hardware.resolve(self.config).dtype
         return embedding_lookup(self.embedding, tokens, dtype=dtype, mesh_axes=layers.vocabulary_mesh())
 
@@ -124,10 +141,10 @@ class LanguageModel(nn.Module):
         Args:
           inputs: embeddings of text and visual tokens.
           positions: rotary positions; they restart with each example of a packed row.
-          segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example a row.
-          cache: if given, the L new positions are written behind what it holds and attend to all of it.
-          cache_is_empty: promises that it holds nothing: the new positions then attend to each other alone, by the
-            kernel of packed rows.
+          segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example per row.
+          cache: if given, the L new positions are appended to it and attend to all of it.
+          cache_is_empty: promises that the cache holds nothing. The new positions then attend only to each other, with
+            the faster kernel of packed rows.
 
         Returns:
           Hidden states, and the extended cache (None if none was given).
@@ -142,20 +159,21 @@ class LanguageModel(nn.Module):
         filled = jax.lax.dynamic_update_slice(cache.filled, segment_ids > 0, (0, cache.index))
         context = context.replace(index=cache.index)
         if not cache_is_empty:
-            slot_of_query = cache.index + jnp.arange(length)
-            backwards = jnp.arange(num_slots)[None, :] <= slot_of_query[:, None]
-            context = context.replace(visible=filled[:, None, :] & backwards[None])
+            # A query sees the filled slots of its row, up to its own.
+            query_slots = cache.index + jnp.arange(length)
+            causal = jnp.arange(num_slots)[None, :] <= query_slots[:, None]
+            context = context.replace(visible=filled[:, None, :] & causal[None])
         hidden, (keys, values) = self.layers(inputs, context, (cache.keys, cache.values))
         return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores every word of the vocabulary, in float32."""
+        """Returns the scores of every word of the vocabulary, in float32."""
         return jnp.dot(hidden, self._head_table().T.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def loss(
         self, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Sum over positions of weight * -log p(target), and the sum of the weights; no logits are kept."""
+        """Returns the sum over positions of weight * -log p(target), and the sum of the weights; keeps no logits."""
         return linear_cross_entropy(
             hidden, self._head_table(), targets, weights, mesh_axes=layers.vocabulary_mesh()
         )
@@ -166,7 +184,15 @@ class LanguageModel(nn.Module):
 
 @flax.struct.dataclass
 class _Context:
-    """What every layer reads beside its input."""
+    """Inputs that all layers share.
+
+    Attributes:
+      cosines: cosines of the rotary angles.
+      sines: sines of the rotary angles.
+      segment_ids: segment of each position; 0 is padding.
+      visible: cache slots that each query sees; None if the queries attend only to each other.
+      index: first cache slot to write; None without a cache.
+    """
 
     cosines: Float[Array, "B L 1 h"]
     sines: Float[Array, "B L 1 h"]
@@ -176,12 +202,13 @@ class _Context:
 
 
 class DecoderLayer(nn.Module):
-    """A pre-RMSNorm block: causal grouped-query attention, then SwiGLU."""
+    """Pre-RMSNorm block: causal grouped-query attention, then SwiGLU."""
 
     config: LanguageConfig
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
+        """Returns the hidden states and this layer's (keys, values) of the cache."""
         config = self.config
         normed = layers.RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
         attended, cache = DecoderAttention(config, name="attention")(normed, context, cache)
@@ -198,6 +225,7 @@ class DecoderAttention(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
+        """Returns the output and this layer's (keys, values) of the cache."""
         config = self.config
 
         def project(name, num_heads):
@@ -209,6 +237,7 @@ class DecoderAttention(nn.Module):
         key = rotate(project("key", config.num_kv_heads), context.cosines, context.sines)
         value = project("value", config.num_kv_heads)
         if cache is not None:
+            # The new keys and values must be in the cache before the queries read it.
             start = (0, context.index, 0, 0)
             cache = (
                 jax.lax.dynamic_update_slice(cache[0], key, start),
@@ -240,6 +269,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Returns the output of the MLP."""
         def dense(features, axes, name):
             return layers.Dense(features, axes, use_bias=False, dtype=self.dtype, name=name)
 
@@ -251,7 +281,7 @@ class GatedMLP(nn.Module):
 def rotary_table(
     config: LanguageConfig, positions: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L 1 h"], Float[Array, "B L 1 h"]]:
-    """Cosines and sines of the rotary angles, float32, each frequency twice (for the two halves of a head)."""
+    """Returns cosines and sines of the rotary angles, float32, each frequency twice (for the two halves of a head)."""
     half = config.head_width // 2
     frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:
@@ -263,15 +293,16 @@ def rotary_table(
 def rotate(
     heads: Float[Array, "B L heads h"], cosines: Float[Array, "B L 1 h"], sines: Float[Array, "B L 1 h"]
 ) -> Float[Array, "B L heads h"]:
-    """Turns each pair (i, i + h/2) of a head by its angle."""
+    """Rotates each pair (i, i + h/2) of a head by its angle."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (heads * cosines + turned * sines).astype(heads.dtype)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (heads * cosines + rotated * sines).astype(heads.dtype)
 
 
 def _scale_frequencies(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
-    """Slows the low frequencies down by `factor`, keeps the high ones, blends between (transformers' `llama3` rule)."""
+    """Divides the low frequencies by `factor`, keeps the high ones and blends between (transformers' `llama3` rule)."""
     wavelengths = 2 * math.pi / frequencies
+    # Full turns within the context length that the model was first trained with.
     turns = scaling.original_max_position_embeddings / wavelengths
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)

@@ -1,6 +1,6 @@
-"""The pieces that the encoder, the connectors and the decoder share.
+"""Layers that the encoder, the connectors and the decoder share.
 
-Every parameter carries logical axis names; `parallel/sharding.py` holds the one table that maps them to a mesh.
+Every parameter has logical axis names. `parallel/sharding.py` holds the one table that maps them to a mesh.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ fan_in_init = nn.initializers.lecun_normal()
 
 
 def param(module: nn.Module, name: str, init: Callable, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
-    """Declares a float32 parameter with logical axis names."""
+    """Declares a float32 parameter with logical axis names, and returns it."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias` over the last axis, computed in `dtype`."""
+    """Linear layer: `x @ kernel + bias` over the last axis, computed in `dtype`."""
 
     features: int
     axes: tuple[str, str]
@@ -32,18 +32,20 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Returns the outputs."""
         kernel = param(self, "kernel", fan_in_init, self.axes, (inputs.shape[-1], self.features))
         bias = param(self, "bias", nn.initializers.zeros, self.axes[1:], (self.features,)) if self.use_bias else None
         return linear(inputs.astype(self.dtype), kernel, bias)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with learned scale and bias; statistics in float32, the result in the dtype of the input."""
+    """LayerNorm with learned scale and bias; statistics are float32, the result has the dtype of the input."""
 
     eps: float
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normalized inputs."""
         width = inputs.shape[-1]
         scale = param(self, "scale", nn.initializers.ones, ("norm",), (width,))
         bias = param(self, "bias", nn.initializers.zeros, ("norm",), (width,))
@@ -51,12 +53,13 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with learned scale; statistics in float32, the result in the dtype of the input."""
+    """RMSNorm with learned scale; statistics are float32, the result has the dtype of the input."""
 
     eps: float
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normalized inputs."""
         scale = param(self, "scale", nn.initializers.ones, ("norm",), (inputs.shape[-1],))
         outputs = inputs.astype(jnp.float32)
         outputs *= jax.lax.rsqrt(jnp.mean(outputs**2, axis=-1, keepdims=True) + self.eps)
@@ -64,57 +67,62 @@ class RMSNorm(nn.Module):
 
 
 def standardize(inputs: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-    """Zero mean and unit variance over the last axis, in float32."""
+    """Returns the inputs with zero mean and unit variance over the last axis, in float32."""
     inputs = inputs.astype(jnp.float32)
     inputs -= jnp.mean(inputs, axis=-1, keepdims=True)
     return inputs * jax.lax.rsqrt(jnp.mean(inputs**2, axis=-1, keepdims=True) + eps)
 
 
 def constrain(inputs: Array, *axes: str | None) -> Array:
-    """Names the axes of an activation; without sharding rules in force this does nothing."""
+    """Constrains an activation to the sharding of its named axes. Does nothing outside `sharding.logical_rules`."""
     return nn.with_logical_constraint(inputs, axes)
 
 
 def vocabulary_mesh() -> VocabularyMesh:
-    """The mesh axes that cut bins, vocabulary and widths, by the sharding rules in force; without rules, none."""
+    """Returns the mesh axes that shard bins, vocabulary and widths. Outside `sharding.logical_rules` there are none."""
     return VocabularyMesh(*_mesh_axes("batch"), *_mesh_axes("vocab", "embed"))
 
 
 def attention_mesh() -> AttentionMesh:
-    """The mesh axes that cut rows and heads, by the sharding rules in force; without rules, none."""
+    """Returns the mesh axes that shard rows and heads. Outside `sharding.logical_rules` there are none."""
     return AttentionMesh(*_mesh_axes("batch", "heads"))
 
 
 def _mesh_axes(*names: str) -> list[tuple[str, ...]]:
-    cuts = nn.logical_to_mesh_axes(names)
-    return [(cut,) if isinstance(cut, str) else tuple(cut or ()) for cut in cuts]
+    # A logical axis maps to one mesh axis, to several or to none.
+    mesh_axes = nn.logical_to_mesh_axes(names)
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in mesh_axes]
 
 
 class Parameters(nn.Module):
-    """Parameters under the name of a layer whose arithmetic is done elsewhere: name -> (init, axes, shape)."""
+    """Parameters of a layer whose arithmetic is done elsewhere, declared as name=(init, axes, shape)."""
 
     @nn.compact
     def __call__(self, **declared: tuple[Callable, tuple[str | None, ...], tuple[int, ...]]) -> dict[str, Array]:
+        """Declares the parameters and returns them by name."""
         return {name: param(self, name, *declaration) for name, declaration in declared.items()}
 
 
 def remat_policy(name: str) -> Callable | None:
-    """The rematerialisation policy called `name`: "full" keeps nothing, "dots" keeps matrix products."""
+    """Returns the rematerialization policy called `name`: "full" keeps nothing, "dots" keeps matrix products."""
     return {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_saveable}[name]
 
 
 def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
-    """Stacks `layer` `num_layers` times under one `nn.scan`, so that compile time does not grow with depth.
+    """Stacks `layer` `num_layers` times under one `nn.scan`.
+
+    Compile time then does not grow with depth.
 
     Args:
       layer: a module called as `layer(carry, *inputs) -> (carry, outputs)`.
       num_layers: depth; parameters get a leading axis "layers" of this size.
-      remat: "none", "dots" or "full": what is recomputed in the backward pass.
-      in_axes: for each of the inputs after the carry, 0 (one slice a layer) or `nn.broadcast`.
+      remat: what the backward pass computes again: "none", "dots" or "full".
+      in_axes: for each of the inputs after the carry, 0 (one slice per layer) or `nn.broadcast`.
 
     Returns:
       A module class whose instances hold all layers.
     """
+    # Inside a scan the barriers of `prevent_cse` are not needed and would only slow the layer down (see jax.checkpoint).
     if remat != "none":
         layer = nn.remat(layer, policy=remat_policy(remat), prevent_cse=False)
     return nn.scan(

@@ -1,9 +1,9 @@
-"""The SigLIP vision transformer: one tile in, one feature a patch out.
+"""The SigLIP vision transformer: from one tile to one feature per patch.
 
-Axes: B tiles, S tile side in pixels, N patches (tokens) per tile, d encoder width.
+Axes: B tiles, S tile side in pixels, p patch side in pixels, N patches (features) per tile, d encoder width.
 
-Follows transformers' `SiglipVisionTransformer` without its pooling head: the features are `last_hidden_state`, that is,
-after the final LayerNorm. The paper does not say which layer it reads; this is what the Ovis recipe it builds on reads.
+Follows transformers' `SiglipVisionTransformer` without its pooling head: the features are `last_hidden_state`, after
+the final LayerNorm. The paper does not say which layer it reads. The Ovis recipe that it builds on reads this one.
 """
 
 import dataclasses
@@ -18,12 +18,19 @@ from alignvlm_jax.ops.attention import packed_attention
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the encoder. The defaults are SigLIP So400m/14 at 384 px, the paper's encoder.
+    """Settings of the encoder. The defaults are SigLIP So400m/14 at 384 px, the paper's encoder.
 
     Attributes:
-      remat: what is computed again in the backward pass: "none", "dots" (all but matrix products) or "full".
-      dtype: of the arithmetic; "auto" is bfloat16 on accelerators, float32 on CPUs (`models/hardware.py`).
-      attention: the kernel, one of `ops.attention.KERNELS`; "auto" is the device's fastest.
+      image_size: S, in pixels.
+      patch_size: p, in pixels.
+      hidden_size: d.
+      intermediate_size: width of the MLPs.
+      num_layers: number of transformer blocks.
+      num_heads: attention heads of each block.
+      layer_norm_eps: epsilon of every LayerNorm.
+      remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
+      dtype: dtype of the arithmetic; "auto" is bfloat16 on accelerators and float32 on CPUs (`models/hardware.py`).
+      attention: attention kernel, one of `ops.attention.KERNELS`; "auto" is the fastest on the device.
     """
 
     image_size: int = 384
@@ -39,22 +46,23 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile. SigLIP drops the remainder: 384 // 14 = 27."""
+        """Number of patches along one side of a tile. SigLIP drops the remainder: 384 // 14 = 27."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """N: patches, and so visual features, per tile."""
+        """N, the number of patches (and of visual features) per tile."""
         return self.grid_size**2
 
 
 def normalize_tiles(tiles: UInt8[Array, "*b S S 3"], valid_hw: Int[Array, "*b 2"]) -> Float[Array, "*b S S 3"]:
-    """Maps pixels to [-1, 1] as SigLIP does; what lies outside the picture becomes exactly 0, as no pixel value does.
+    """Maps pixels to [-1, 1] as SigLIP does, and everything outside the image to exactly 0.
 
     Args:
-      tiles: pixels; the picture sits in the top left corner.
-      valid_hw: height and width of the picture in each tile.
+      tiles: pixels; the image is in the top left corner.
+      valid_hw: height and width of the image in each tile.
     """
+    # No pixel value maps to 0: 127.5 is not an integer. So padding differs from every color.
     side = tiles.shape[-2]
     rows = jnp.arange(side) < valid_hw[..., 0:1]
     columns = jnp.arange(side) < valid_hw[..., 1:2]
@@ -63,21 +71,23 @@ def normalize_tiles(tiles: UInt8[Array, "*b S S 3"], valid_hw: Int[Array, "*b 2"
 
 
 def extract_patches(tiles: Float[Array, "B S S 3"], patch_size: int) -> Float[Array, "B N p*p*3"]:
-    """Cuts tiles into flattened patches in raster order; a remainder on the right and at the bottom is dropped."""
+    """Cuts tiles into flattened patches in raster order, dropping a remainder on the right and at the bottom."""
     batch, side = tiles.shape[:2]
     grid = side // patch_size
     tiles = tiles[:, : grid * patch_size, : grid * patch_size]
+    # [B, grid row, row in patch, grid column, column in patch, RGB]
     tiles = tiles.reshape(batch, grid, patch_size, grid, patch_size, 3)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, patch_size * patch_size * 3)
 
 
 class VisionEncoder(nn.Module):
-    """The encoder proper; normalisation is `normalize_tiles`."""
+    """The encoder. It expects tiles from `normalize_tiles`."""
 
     config: VisionConfig
 
     @nn.compact
     def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
+        """Returns one feature per patch."""
         config = hardware.resolve(self.config)
         patches = extract_patches(tiles, config.patch_size)
         embed = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")
@@ -88,7 +98,7 @@ class VisionEncoder(nn.Module):
             ("position", "embed"),
             (config.num_patches, config.hidden_size),
         )
-        # Added in float32, so that the gradient of the positions is summed in it.
+        # Add in float32, so that the gradient of the positions is summed over the batch in float32.
         hidden = layers.constrain((embed(patches) + positions).astype(config.dtype), "batch", None, None)
         stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=())
         hidden, _ = stack(config, name="layers")(hidden)
@@ -96,12 +106,13 @@ class VisionEncoder(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A pre-LayerNorm transformer block: bidirectional attention, then an MLP with the tanh GELU."""
+    """Pre-LayerNorm transformer block: bidirectional attention, then an MLP with the tanh GELU."""
 
     config: VisionConfig
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B N d"]):
+        """Returns the hidden states, and None as the output that `nn.scan` expects."""
         config = self.config
         normed = layers.LayerNorm(config.layer_norm_eps, name="attention_norm")(hidden)
         hidden += VisionAttention(config, name="attention")(normed)
@@ -119,6 +130,7 @@ class VisionAttention(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
+        """Returns the output of the attention."""
         config = self.config
         head_dim = config.hidden_size // config.num_heads
 

@@ -76,6 +76,7 @@ class AlignConnector(nn.Module):
     dtype: str = "float32"
 
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles, and the entropy of each P."""
         tokens, summary = self.describe(features, text_embedding)
         return ConnectorOutput(tokens, summary.entropy)
 

@@ -55,6 +55,7 @@ class CAbstractorConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles."""
         del text_embedding
         config, (batch, num_features, width) = self.config, features.shape
         init = nn.initializers.truncated_normal(0.02)
@@ -80,6 +81,7 @@ class RegNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B g g c"]) -> Float[Array, "B g g C"]:
+        """Returns the output of the block."""
         def conv(inputs, name, axes):
             outputs = layers.Dense(self.features, axes, False, self.dtype, name=name)(inputs)
             return layers.LayerNorm(_EPS, name=f"{name}_norm")(outputs)

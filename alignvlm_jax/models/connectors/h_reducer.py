@@ -38,6 +38,7 @@ class HReducerConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles."""
         del text_embedding
         batch, num_features, width = features.shape
         grid, window = math.isqrt(num_features), self.config.window

@@ -30,6 +30,7 @@ class MLPConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles."""
         # An MLP may map a feature anywhere, not only among the text embeddings as ALIGN does.
         del text_embedding
         hidden = layers.Dense(self.output_size, ("embed", "mlp"), dtype=self.dtype, name="linear_in")(features)

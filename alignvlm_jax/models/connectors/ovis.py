@@ -41,6 +41,7 @@ class OvisConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles, and the entropy of each distribution over visual words."""
         del text_embedding
         config, num_words = self.config, self.config.num_words
         head = layers.Parameters(name="head")(

@@ -56,6 +56,7 @@ class PerceiverConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
+        """Returns the visual tokens of tiles."""
         del text_embedding
         config, width = self.config, self.output_size
         inner = config.intermediate_size or 4 * width
@@ -78,6 +79,7 @@ class PerceiverLayer(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Float[Array, "B R D"], context: Float[Array, "B N D"]) -> Float[Array, "B R D"]:
+        """Returns the latents after this layer."""
         config = self.config
         queries = layers.RMSNorm(config.rms_norm_eps, name="latents_norm")(latents)
         context = layers.RMSNorm(config.rms_norm_eps, name="context_norm")(context)
