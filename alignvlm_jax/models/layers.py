@@ -122,7 +122,7 @@ def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tu
     Returns:
       A module class whose instances hold all layers.
     """
-    # Inside a scan the barriers of `prevent_cse` are not needed and would only slow the layer down (see jax.checkpoint).
+    # Inside a scan the barriers of `prevent_cse` are not needed and only cost time (see `jax.checkpoint`).
     if remat != "none":
         layer = nn.remat(layer, policy=remat_policy(remat), prevent_cse=False)
     return nn.scan(
