@@ -1,1 +1,1 @@
-"""Scores: what the model gets right, and what it would get right without looking."""
+"""Evaluation: exact match on documents with control images, and published benchmarks with their official metrics."""

@@ -1,6 +1,8 @@
-"""Scores the weights of a run while it trains: what `training.loop.train` calls every so many steps.
+"""Evaluation of a run during training.
 
-loop.train(config, workdir, score=during_training(config))
+`training.loop.train` calls the score function at regular intervals:
+
+    train(config, workdir, score=during_training(config))
 """
 
 from collections.abc import Callable
@@ -17,23 +19,24 @@ from alignvlm_jax.training.initial import load_tokenizer
 
 
 def during_training(config: ExperimentConfig) -> Callable[[Params, Mesh], dict[str, float]] | None:
-    """A function from weights, where they lie on a mesh, to figures: the share of exact matches.
+    """Returns a function from weights and their mesh to scores: the share of exact matches.
 
-    None if `config.evaluation` asks for nothing. With several processes all of them call the function.
+    The result is None if `config.evaluation` requests no evaluation. With several processes, all of them have to call
+    the function.
 
     Raises:
-      UserError: there is no such data set, before training begins.
+      UserError: if the data set does not exist. This is before training begins.
     """
-    asked = config.evaluation
-    if asked.every_steps is None:
+    settings = config.evaluation
+    if settings.every_steps is None:
         return None
-    folder = Path(config.data.root) / asked.dataset if asked.dataset else runner.dataset_folder(config)
-    records, tokenizer = store.open_dataset(folder, asked.split), load_tokenizer(config)
+    folder = Path(config.data.root) / settings.dataset if settings.dataset else runner.dataset_folder(config)
+    records, tokenizer = store.open_dataset(folder, settings.split), load_tokenizer(config)
 
     def score(params: Params, mesh: Mesh) -> dict[str, float]:
-        reader = Reader(config.model, params, tokenizer, config.data.tiling, batch_size=asked.batch_size, mesh=mesh)
+        reader = Reader(config.model, params, tokenizer, config.data.tiling, batch_size=settings.batch_size, mesh=mesh)
         report = runner.evaluate(
-            reader, records, limit=asked.limit, max_new_tokens=asked.max_new_tokens, title=asked.split
+            reader, records, limit=settings.limit, max_new_tokens=settings.max_new_tokens, title=settings.split
         )
         return {"exact_match": report.overall.exact_match}
 

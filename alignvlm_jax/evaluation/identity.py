@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: where it lies, a digest of its weights, whether it is pruned."""
+"""The identity of a checkpoint: its folder and step, a digest of its weights, and whether it is pruned."""
 
 import hashlib
 import os
@@ -12,34 +12,38 @@ from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
 
 
 def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
-    """The folder of a checkpoint, as `inference.reader.load` takes it, and its step: a workdir's, None where exported.
+    """Returns the folder and the step of a checkpoint, given as for `inference.reader.load`.
+
+    The step is None for an exported folder, and the step of the checkpoint for the folder of a run.
 
     Raises:
-      UserError: there is none.
+      UserError: if there is no checkpoint.
     """
     folder = trained_model(checkpoint)
     return (folder, None) if is_alignvlm_folder(folder) else find_checkpoint(folder)
 
 
 def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """Which weights a checkpoint has: where they are, and a digest that changes when they do."""
+    """Returns the folder and step of a checkpoint, and a digest that changes with its weights."""
     folder, step = locate(checkpoint)
     digest = hashlib.sha256()
     if step is None:
         for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as content:  # Gigabytes are told apart by both ends.
+            # Weights may be gigabytes large. Their first and last MiB are enough to tell them apart.
+            with file.open("rb") as content:
                 digest.update(content.read(2**20))
                 content.seek(max(0, file.stat().st_size - 2**20))
                 digest.update(content.read(2**20))
         return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
+    # A run's checkpoint already has digests of all its files.
     for file in sorted((folder / CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
         digest.update(file.read_bytes())
     return {"checkpoint": str(folder.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
 
 
 def is_pruned(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint's connector is pruned to the words that it uses."""
+    """Returns whether a checkpoint's connector is pruned to a part of the vocabulary."""
     folder, step = locate(checkpoint)
     config = read_alignvlm_config(folder) if step is None else read_run_config(folder)
     return getattr(config.model.connector, "kept_words", None) is not None

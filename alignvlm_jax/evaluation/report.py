@@ -1,26 +1,26 @@
-"""Exact match, counted: how often, how sure, and as a table.
+"""Exact match: counts, confidence intervals and a table.
 
-A `Tally` counts right answers. Its interval is Wilson's 95 % score interval, which stays inside [0, 1] and is honest
-for few questions and for scores near 0 or 1 (for 0 right of 20 it says 0.00 to 0.16, not 0 to 0).
+A `Tally` counts right answers. Its interval is Wilson's 95 % score interval. It stays within [0, 1], and it is
+meaningful for few questions and for scores near 0 or 1: for 0 right of 20 it is 0.00 to 0.16, not 0 to 0.
 """
 
 import dataclasses
 import math
 
-_Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations.
+_Z = 1.959964  # 95 % of a normal distribution are within this number of standard deviations.
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One question, what the page says and what the model said.
+    """A question with its expected and its predicted answer.
 
     Attributes:
       document: id of the page.
-      family: what kind of page it is.
-      font: what it is printed in.
-      question: what was asked.
-      expected: the answer that counts.
-      predicted: the model's.
+      family: family of documents, such as form or receipt.
+      font: font of the page.
+      question: text of the question.
+      expected: correct answer.
+      predicted: answer of the model.
     """
 
     document: str
@@ -32,25 +32,30 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """Whether the two are the same text, spaces at the ends aside."""
+        """Whether both answers are the same text, apart from spaces at the ends."""
         return self.predicted.strip() == self.expected.strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """`right` of `total`."""
+    """Counts of right answers and of questions.
+
+    Attributes:
+      right: number of right answers.
+      total: number of questions.
+    """
 
     right: int
     total: int
 
     @classmethod
     def of(cls, answers: list[Answer]) -> "Tally":
-        """Counts the right ones."""
+        """Counts the right answers."""
         return cls(sum(answer.is_right for answer in answers), len(answers))
 
     @property
     def exact_match(self) -> float:
-        """The share that is right; nan of nothing."""
+        """Share of right answers; nan if there are no questions."""
         return self.right / self.total if self.total else math.nan
 
     @property
@@ -64,6 +69,7 @@ class Tally:
         return max(0.0, (middle - spread) / (1 + weight)), min(1.0, (middle + spread) / (1 + weight))
 
     def to_json(self) -> dict:
+        """Returns the share, its interval and the counts."""
         low, high = self.interval
         return {
             "exact_match": round(self.exact_match, 4) if self.total else None,
@@ -75,13 +81,13 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The answers of one evaluation and what they add up to.
+    """Answers and scores of one evaluation.
 
     Attributes:
-      answers: in the order of the data set.
-      unseen_fonts: fonts that training never saw; they get a row of their own.
-      control: what was done to the images ("none", "blank", "wrong").
-      seconds: how long it took.
+      answers: answers in the order of the data set.
+      unseen_fonts: fonts that are not in the training data; they get a row of their own.
+      control: replacement of the images ("none", "blank", "wrong").
+      seconds: duration of the evaluation.
     """
 
     answers: list[Answer]
@@ -91,22 +97,22 @@ class Report:
 
     @property
     def overall(self) -> Tally:
-        """All questions."""
+        """Tally of all questions."""
         return Tally.of(self.answers)
 
     @property
     def per_family(self) -> dict[str, Tally]:
-        """The questions on each family of documents."""
+        """Tally of each family of documents."""
         families = sorted({answer.family for answer in self.answers})
         return {family: Tally.of([a for a in self.answers if a.family == family]) for family in families}
 
     @property
     def unseen_font(self) -> Tally:
-        """The questions on pages in fonts that training never saw."""
+        """Tally of the pages in fonts that are not in the training data."""
         return Tally.of([answer for answer in self.answers if answer.font in self.unseen_fonts])
 
     def to_json(self) -> dict:
-        """The figures, without the answers."""
+        """Returns the scores without the answers."""
         return {
             **self.overall.to_json(),
             "per_family": {family: tally.to_json() for family, tally in self.per_family.items()},
@@ -118,7 +124,7 @@ class Report:
 
 
 def format_table(reports: dict[str, Report]) -> str:
-    """Reports side by side: a row a family, one for the unseen font, one for all; a column a report.
+    """Returns a table with a column per report, and rows for each family, the unseen fonts and all questions.
 
                      questions   held-out          blank image
     form                   240   0.90 [0.86-0.93]  0.00 [0.00-0.02]

@@ -1,13 +1,13 @@
-"""Score a reader on documents: free greedy decoding, exact match, and controls that an honest reader fails.
+"""Evaluation of a reader on documents: greedy decoding, exact match, and control images.
 
-Controls replace the images and leave questions and answers alone:
+Controls replace the images and keep questions and answers. A model that reads its answers from the page fails them:
 
     none    the page itself
-    blank   a white page of the same size: what the questions alone give away
-    wrong   another document's page of the same family: what the family's layout and usual values give away
+    blank   a white page of the same size; measures what the questions alone reveal
+    wrong   a page of another document of the same family; measures what the family's layout and usual values reveal
 
-Conversations as `tools/prepare_data.py` writes them are scored likewise: each of the assistant's turns is an answer to
-be given, after the turns before it as they are written. Of controls they know `blank`.
+Conversations written by `tools/prepare_data.py` are scored in the same way. Each turn of the assistant is an expected
+answer, and the prompt has the turns before it as they are in the data. Of the controls, they support `blank`.
 """
 
 import contextlib
@@ -41,10 +41,13 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
-"""As `data/store.py` gives it. A document: id, source (its family), font, image (encoded), questions, answers; or what
-`tools/prepare_data.py` writes: id, source, conversation, images."""
+"""A record from `data/store.py`.
 
-# Pages in memory at a time: enough to fill batches with prompts of like size, few enough for large pages.
+It is a document (id, source for its family, font, encoded image, questions, answers) or a record of
+`tools/prepare_data.py` (id, source, conversation, images).
+"""
+
+# Number of pages in memory at once: enough for batches of similar length, and few enough for large pages.
 _DOCUMENTS_AT_ONCE = 64
 
 
@@ -59,30 +62,37 @@ def evaluate(
     title: str = "evaluating",
     seed: int = 0,
 ) -> Report:
-    """Asks every question of every document and counts the exact answers.
+    """Asks all questions on all documents and counts the exact answers.
 
-    With several processes all ask the same, of a reader on a mesh of all their devices, and get the same report.
+    With several processes, all of them ask the same questions to a reader on a mesh of all their devices, and get the
+    same report.
 
     Args:
-      reader: the model.
-      records: the documents, with random access.
-      control: what to do with the images.
+      reader: model to evaluate.
+      records: documents, with random access.
+      control: replacement of the images.
       unseen_fonts: fonts that get a row of their own.
-      limit: ask only the first so many questions.
-      max_new_tokens: where an answer that does not end is cut off; it is wrong then anyway.
-      title: of the progress bar.
-      seed: of the choice of wrong images.
+      limit: maximum number of questions.
+      max_new_tokens: maximum length of an answer. A truncated answer is wrong anyway.
+      title: title of the progress bar.
+      seed: seed for the choice of wrong images.
+
+    Raises:
+      UserError: if there are no questions, or the control does not support the data.
     """
-    started = time.monotonic()
+    start_time = time.monotonic()
     if control == "wrong":
-        # Chosen among all documents, asked about or not.
-        everything = list(_documents(records))
-        if any(document.turns is not None for document in everything):
-            raise UserError("control 'wrong' is for documents with one image, not for conversations: take 'blank'")
-        shown = [everything[other] for other in derangement([document.family for document in everything], seed)]
-        documents = _first_questions(everything, limit)
+        # Wrong pages come from all documents, including those beyond the limit.
+        all_documents = list(_documents(records))
+        if any(document.turns is not None for document in all_documents):
+            raise UserError(
+                "control 'wrong' needs documents with one image and does not support conversations; use 'blank'"
+            )
+        families = [document.family for document in all_documents]
+        image_documents = [all_documents[other] for other in derangement(families, seed)]
+        documents = _first_questions(all_documents, limit)
     else:
-        documents = shown = _first_questions(_documents(records), limit)
+        documents = image_documents = _first_questions(_documents(records), limit)
     answers = []
     total = sum(len(document.questions) for document in documents)
     quiet = not distributed.is_primary()
@@ -91,13 +101,14 @@ def evaluate(
             group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
             prompts = []
             for i in group:
-                prompts += _prompts(reader, records, documents[i], shown[i], blank=control == "blank")
+                prompts += _prompts(reader, records, documents[i], image_documents[i], blank=control == "blank")
+            # Answers come in the order of the prompts.
             predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
             for document in documents[group.start : group.stop]:
                 for question, expected in zip(document.questions, document.answers, strict=True):
                     predicted = next(predictions)
                     answers.append(Answer(document.id, document.family, document.font, question, expected, predicted))
-    return Report(answers, unseen_fonts, control, time.monotonic() - started)
+    return Report(answers, unseen_fonts, control, time.monotonic() - start_time)
 
 
 def evaluate_checkpoint(
@@ -113,41 +124,45 @@ def evaluate_checkpoint(
     predictions_file: str | None = None,
     mesh: MeshConfig | None = None,
 ) -> Report:
-    """`alignvlm eval`: scores a checkpoint, prints the table, writes the files asked for.
+    """Scores a checkpoint, prints the table, and writes the requested files (`alignvlm eval`).
 
     Args:
-      checkpoint: as `inference.reader.load` takes it.
-      data: the folder of a data set; None is the one that the run's last stage trained on, and for runs only.
-      split: which of its splits.
-      control: what to do with the images.
-      limit: ask only the first so many questions.
-      batch_size: questions decoded at once.
-      views: how often each image is looked at (`inference/views.py`).
-      json_file: for the figures.
-      predictions_file: for the answers, as JSON lines.
-      mesh: how to lie on all devices. None is the first device alone in one process, and with several `fsdp` over all:
-        whatever the run was trained on, that holds the weights.
+      checkpoint: checkpoint as for `inference.reader.load`.
+      data: folder of a data set. The default is the data set of the run's last stage; exported folders have none.
+      split: split of the data set.
+      control: replacement of the images.
+      limit: maximum number of questions.
+      batch_size: number of questions decoded at once.
+      views: number of views of each image (see `inference/views.py`).
+      json_file: file for the scores.
+      predictions_file: file for the answers, as JSON lines.
+      mesh: device mesh. The default is the first device for one process, and `fsdp` over all devices for several,
+        which holds the weights no matter how the run was trained.
+
+    Raises:
+      UserError: if the data set is not given or not found.
     """
     arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
-    asked = {"checkpoint": checkpoint, "views": views, **arguments}
-    distributed.require_equal({name: str(value) for name, value in asked.items()})
+    settings = {"checkpoint": checkpoint, "views": views, **arguments}
+    # Processes with different arguments would wait for each other forever.
+    distributed.require_equal({name: str(value) for name, value in settings.items()})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
     model, step = locate(checkpoint)
     if step is None and not data:
-        raise UserError(f"{checkpoint}: an exported folder has no data set of its own: name one with --data")
+        raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
     folder = pathlib.Path(data) if data else dataset_folder(read_run_config(checkpoint))
     if not data and not folder.exists():
-        raise UserError(f"{folder}, which {checkpoint} was trained on, is not here: name the data set with --data")
+        raise UserError(f"{folder}: the data set that {checkpoint} was trained on is missing; name one with --data")
     records = store.open_dataset(folder, split)
     reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
-    times = f", looked at {views} times" if views > 1 else ""
-    which = str(model) if step is None else f"{model}, step {step}"
-    print(f"{which}: split {split!r} of {folder}, every question with {shown}{times}\n")
+    views_note = f", {views} views per image" if views > 1 else ""
+    model_name = str(model) if step is None else f"{model}, step {step}"
+    print(f"{model_name}: split {split!r} of {folder}, every question with {shown}{views_note}\n")
     print(format_table({"exact match": report}))
     figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, "views": views}
     figures |= report.to_json()
@@ -159,29 +174,33 @@ def evaluate_checkpoint(
 
 
 def dataset_folder(config: ExperimentConfig) -> pathlib.Path:
-    """Where the data set lies that the run's last stage is trained on."""
+    """Returns the folder of the data set that the run's last stage is trained on."""
     return pathlib.Path(config.data.root) / config.stages[-1].mixture[0].dataset
 
 
 def derangement(families: Sequence[str], seed: int) -> list[int]:
-    """For each document another one of its family: each family shuffled into a ring, and everyone takes the next.
+    """Returns for each document the index of another one of its family.
 
     before: families = [form, form, table, form, table]
     after:  [3, 0, 4, 1, 2]
+
+    Raises:
+      UserError: if a family has only one document.
     """
+    # Each family is shuffled into a ring, in which every document gets its neighbor.
     rng = np.random.default_rng(seed)
     others = [-1] * len(families)
     for family in sorted(set(families)):
         ring = rng.permutation([i for i, name in enumerate(families) if name == family])
         if len(ring) < 2:
-            raise UserError(f"control 'wrong' needs two documents of each family, and there is one {family!r} only")
+            raise UserError(f"control 'wrong' needs two documents of each family, got only one {family!r}")
         for document, other in zip(ring, np.roll(ring, 1), strict=True):
             others[document] = int(other)
     return others
 
 
 def write_predictions(report: Report, file: str | pathlib.Path) -> None:
-    """One JSON line a question."""
+    """Writes one JSON line per question."""
     with _open_for_writing(file) as out:
         for answer in report.answers:
             fields = {name: getattr(answer, name) for name in answer.__dataclass_fields__}
@@ -189,7 +208,7 @@ def write_predictions(report: Report, file: str | pathlib.Path) -> None:
 
 
 def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:
-    """Figures as JSON."""
+    """Writes figures as JSON."""
     with _open_for_writing(file) as out:
         json.dump(figures, out, indent=2, ensure_ascii=False)
         out.write("\n")
@@ -197,7 +216,17 @@ def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Document:
-    """A record without its image, and its place among the records."""
+    """A record without its images.
+
+    Attributes:
+      index: index of the record.
+      id: id of the document.
+      family: family of the document, or source of the conversation.
+      font: font of the document.
+      questions: questions on the document.
+      answers: expected answers.
+      turns: messages up to and including each question, for a conversation; None for a document.
+    """
 
     index: int
     id: str
@@ -206,19 +235,19 @@ class _Document:
     questions: list[str]
     answers: list[str]
     turns: list[list[Message]] | None = None
-    """Of a conversation: what was said before each answer, its question at the end."""
 
 
 def _documents(records: Sequence[Record]) -> Iterator[_Document]:
-    """The documents that have questions; their images stay where they are, they may not fit in memory."""
+    """Yields the documents that have questions."""
+    # Without their images, which may not fit in memory.
     for index in range(len(records)):
         record = records[index]
         if "conversation" in record:
             yield _conversation(index, record)
         elif "questions" not in record:
             raise UserError(
-                f"these records have {', '.join(record)}: what can be scored are documents (id, source, font, image, "
-                "questions, answers) and what tools/prepare_data.py writes (id, source, conversation, images)"
+                f"cannot score records with the fields {', '.join(record)}: expected documents (id, source, font, "
+                "image, questions, answers) or records of tools/prepare_data.py (id, source, conversation, images)"
             )
         elif record["questions"]:
             yield _Document(
@@ -228,15 +257,15 @@ def _documents(records: Sequence[Record]) -> Iterator[_Document]:
 
 def _conversation(index: int, record: Record) -> _Document:
     messages = make_conversation(record, "conversation", np.random.default_rng(0)).messages
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answer_indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return _Document(
         index,
         record["id"],
         record["source"],
         font="",
-        questions=[_text(messages[i - 1]) for i in places],
-        answers=[_text(messages[i]) for i in places],
-        turns=[messages[:i] for i in places],
+        questions=[_text(messages[i - 1]) for i in answer_indices],
+        answers=[_text(messages[i]) for i in answer_indices],
+        turns=[messages[:i] for i in answer_indices],
     )
 
 
@@ -246,35 +275,37 @@ def _text(message: Message) -> str:
 
 
 def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[_Document]:
-    """The documents up to the question number `limit`; no more are read than that takes."""
-    chosen, left = [], sys.maxsize if limit is None else limit
+    """Returns the documents with the first `limit` questions. No further documents are read."""
+    selected, remaining = [], sys.maxsize if limit is None else limit
     for document in documents:
-        kept = {name: getattr(document, name)[:left] for name in ("questions", "answers")}
-        turns = document.turns and document.turns[:left]
-        chosen.append(dataclasses.replace(document, **kept, turns=turns))
-        left -= len(chosen[-1].questions)
-        if not left:
+        kept = {name: getattr(document, name)[:remaining] for name in ("questions", "answers")}
+        turns = document.turns and document.turns[:remaining]
+        selected.append(dataclasses.replace(document, **kept, turns=turns))
+        remaining -= len(selected[-1].questions)
+        if not remaining:
             break
-    if not chosen:
-        raise UserError("there are no questions to ask: the split is empty, or its documents have none")
-    return chosen
+    if not selected:
+        raise UserError("no questions to ask: the split is empty, or its documents have no questions")
+    return selected
 
 
 def _prompts(
-    reader: Reader, records: Sequence[Record], document: _Document, shown: _Document, *, blank: bool
+    reader: Reader, records: Sequence[Record], document: _Document, image_document: _Document, *, blank: bool
 ) -> list[Prompt]:
-    """What the model is asked about a document, with the images of `shown`."""
-    record = records[shown.index]
+    """Returns prompts for the questions on a document, with the images of another one."""
+    record = records[image_document.index]
     if document.turns is None:
-        return reader.prompts(_picture(record["image"], shown.id, blank), document.questions)
+        return reader.prompts(_open_image(record["image"], image_document.id, blank), document.questions)
     try:
-        cut = [reader.cut(_picture(data, "image", blank)) for data in record["images"]]
-        return [reader.chat_prompt(turns, cut[: _count_images(turns)]) for turns in document.turns]
+        cut_images = [reader.cut(_open_image(data, "image", blank)) for data in record["images"]]
+        # A turn's prompt has only the images that were shown up to it.
+        return [reader.chat_prompt(turns, cut_images[: _count_images(turns)]) for turns in document.turns]
     except UserError as error:
         raise UserError(f"{document.id}: {error}") from error
 
 
-def _picture(data: bytes, name: str, blank: bool) -> PIL.Image.Image:
+def _open_image(data: bytes, name: str, blank: bool) -> PIL.Image.Image:
+    """Decodes an image, or returns a white one of its size."""
     image = images.open_image(data, name=name)
     return PIL.Image.new("RGB", image.size, "white") if blank else image
 
@@ -286,7 +317,7 @@ def _count_images(messages: Sequence[Message]) -> int:
 
 @contextlib.contextmanager
 def _open_for_writing(file: str | pathlib.Path) -> Iterator[TextIO]:
-    """A file that takes its name only once all of it is written."""
+    """Opens a file for writing that gets its final name only when it is complete."""
     file = pathlib.Path(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:

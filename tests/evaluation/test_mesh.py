@@ -1,4 +1,4 @@
-"""Scoring on a mesh: the predictions are those of one device, whether a checkpoint is scored or a run in training."""
+"""Tests of evaluation on a mesh: of a checkpoint and during training, the predictions equal those of one device."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ QUESTIONS = 10
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """A tiny ALIGN that knows a tokenizer's words, and documents to ask it about."""
+    """Configuration of a tiny ALIGN with a tokenizer's vocabulary, and documents to evaluate it on."""
     folder = tmp_path_factory.mktemp("experiment")
     tokenizer = write_chat_folder(folder / "tokenizer")
     build_corpus(folder / "documents", seed=0, sizes={"validation": 6}, progress=False)
@@ -51,40 +51,44 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(experiment, tmp_path_factory):
-    """A checkpoint with weights that have opinions, and what it answers on one device."""
-    folder = tmp_path_factory.mktemp("written")
+def checkpoint(experiment, tmp_path_factory):
+    """A checkpoint whose large weights give varied answers, and its predictions on one device."""
+    folder = tmp_path_factory.mktemp("checkpoint")
     draw = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, nn.unbox(random_parameters(experiment.model, rng))))
     tokenizer = ChatTokenizer.from_folder(experiment.tokenizer)
     write_checkpoint(folder / "run", experiment, draw(jax.random.key(0)), tokenizer, history=[])
-    return folder / "run", predictions(folder / "run", folder / "alone.jsonl")
+    return folder / "run", predict(folder / "run", folder / "one_device.jsonl")
 
 
-def predictions(run, file, mesh=None):
+def predict(run, file, mesh=None):
+    """Returns the predictions of a checkpoint on a mesh, as JSON lines."""
     runner.evaluate_checkpoint(run, split="validation", limit=QUESTIONS, mesh=mesh, predictions_file=file, batch_size=6)
     return file.read_text()
 
 
-def test_a_mesh_predicts_what_one_device_does(written, tmp_path):
-    run, alone = written
-    assert alone.count("\n") == QUESTIONS and len({line.split('"predicted"')[1] for line in alone.splitlines()}) > 1
-    assert predictions(run, tmp_path / "cube.jsonl", MeshConfig(*CUBE)) == alone
+def test_a_mesh_predicts_the_same_as_one_device(checkpoint, tmp_path):
+    run, one_device = checkpoint
+    assert (
+        one_device.count("\n") == QUESTIONS
+        and len({line.split('"predicted"')[1] for line in one_device.splitlines()}) > 1
+    )
+    assert predict(run, tmp_path / "cube.jsonl", MeshConfig(*CUBE)) == one_device
 
 
-def test_views_on_a_mesh(written, tmp_path):
-    # All views of a page lie on one device: six rows are three pages of two, spread over four.
-    run, once = written
+def test_views_on_a_mesh(checkpoint, tmp_path):
+    # All views of a page are on one device: six rows are three pages with two views each, on four devices.
+    run, one_view = checkpoint
     answers = []
-    for name, mesh in (("alone", None), ("cube", MeshConfig(*CUBE))):
+    for name, mesh in (("one_device", None), ("cube", MeshConfig(*CUBE))):
         file = tmp_path / f"{name}.jsonl"
         options = dict(split="validation", limit=QUESTIONS, batch_size=6, views=2)
         runner.evaluate_checkpoint(run, mesh=mesh, predictions_file=file, **options)
         answers.append(file.read_text())
-    assert answers[0] == answers[1] != once
+    assert answers[0] == answers[1] != one_view
 
 
-def test_benchmarks_on_a_mesh(written, tmp_path):
-    run, _ = written
+def test_benchmarks_on_a_mesh(checkpoint, tmp_path):
+    run, _ = checkpoint
     write_docdownstream(tmp_path / "data", tmp_path, pages=4)
     answers = []
     for mesh in (None, MeshConfig(*CUBE)):
@@ -98,62 +102,62 @@ def test_benchmarks_on_a_mesh(written, tmp_path):
 
 @pytest.mark.large
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (4, 1, 2)])
-def test_every_mesh_predicts_what_one_device_does(written, tmp_path, shape):
-    run, alone = written
-    assert predictions(run, tmp_path / "mesh.jsonl", MeshConfig(*shape)) == alone
+def test_every_mesh_predicts_the_same_as_one_device(checkpoint, tmp_path, shape):
+    run, one_device = checkpoint
+    assert predict(run, tmp_path / "mesh.jsonl", MeshConfig(*shape)) == one_device
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("number", [2, 4])
-def test_several_processes_predict_what_one_does(written, tmp_path, experiment, number):
-    run, alone = written
+def test_several_processes_predict_the_same_as_one(checkpoint, tmp_path, experiment, number):
+    run, one_device = checkpoint
     arguments = dict(checkpoint=str(run), data=f"{experiment.data.root}/documents", limit=QUESTIONS)
-    several = processes.start(
+    workers = processes.start(
         tmp_path / "out", "evaluate", number, predictions=str(tmp_path / "several.jsonl"), **arguments
     )
-    assert processes.finish(several) == [0] * number, several[0].text()
-    assert (tmp_path / "several.jsonl").read_text() == alone
-    assert [process.text().count("exact match") for process in several] == [1] + [0] * (number - 1)
+    assert processes.finish(workers) == [0] * number, workers[0].text()
+    assert (tmp_path / "several.jsonl").read_text() == one_device
+    assert [process.text().count("exact match") for process in workers] == [1] + [0] * (number - 1)
 
 
 @pytest.mark.large
-def test_benchmarks_in_several_processes(written, tmp_path):
-    run, _ = written
+def test_benchmarks_in_several_processes(checkpoint, tmp_path):
+    run, _ = checkpoint
     write_docdownstream(tmp_path / "data", tmp_path, pages=4)
-    files = [tmp_path / "alone.jsonl", tmp_path / "several.jsonl"]
+    files = [tmp_path / "one_device.jsonl", tmp_path / "several.jsonl"]
     options = dict(data=str(tmp_path / "data"), limit=6, batch_size=6)
     evaluate_benchmarks(run, ["docvqa"], predictions_file=files[0], **options)
-    several = processes.start(
+    workers = processes.start(
         tmp_path / "out", "benchmarks", 2, checkpoint=str(run), name="docvqa", predictions=str(files[1]), **options
     )
-    assert processes.finish(several) == [0, 0], several[0].text()
+    assert processes.finish(workers) == [0, 0], workers[0].text()
     assert files[0].read_text() == files[1].read_text()
-    assert [process.text().count("ANLS") for process in several] == [1, 0]
+    assert [process.text().count("ANLS") for process in workers] == [1, 0]
 
 
-def test_scoring_in_training_changes_nothing(experiment, tmp_path, capsys):
+def test_evaluation_during_training_does_not_change_it(experiment, tmp_path, capsys):
     losses = {}
-    never = dataclasses.replace(experiment, evaluation=EvaluationConfig())
-    assert during_training(never) is None
-    without = tiny.train(tmp_path / "without", never, losses=losses, made=[])
-    score, seen = during_training(experiment), []
+    no_evaluation = dataclasses.replace(experiment, evaluation=EvaluationConfig())
+    assert during_training(no_evaluation) is None
+    without = tiny.train(tmp_path / "without", no_evaluation, losses=losses, made=[])
+    score, scores = during_training(experiment), []
 
-    def watched(params, mesh):
-        assert params["language"]["embedding"].sharding.spec == jax.P("tensor", "fsdp"), "scored where they lie"
-        seen.append(score(params, mesh))
-        return seen[-1]
+    def recording_score(params, mesh):
+        assert params["language"]["embedding"].sharding.spec == jax.P("tensor", "fsdp"), "scored on their mesh"
+        scores.append(score(params, mesh))
+        return scores[-1]
 
     scored_losses = {}
-    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, made=[], score=watched)
+    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, made=[], score=recording_score)
     assert scored_losses == losses
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(scored.params), jax.device_get(without.params))
-    assert len(seen) == 2 and all(0 <= figures["exact_match"] <= 1 for figures in seen)
+    assert len(scores) == 2 and all(0 <= figures["exact_match"] <= 1 for figures in scores)
     (events,) = (tmp_path / "with" / "tensorboard").iterdir()
     assert b"validation/exact_match" in events.read_bytes()
     assert "step 2 validation | exact match 0." in capsys.readouterr().out
 
 
-def test_documents_that_are_missing_are_said_before_training(experiment):
+def test_missing_documents_are_reported_before_training(experiment):
     elsewhere = dataclasses.replace(experiment.evaluation, dataset="nothing")
     with pytest.raises(UserError, match="nothing"):
         during_training(dataclasses.replace(experiment, evaluation=elsewhere))

@@ -1,7 +1,7 @@
-"""Scores against what the official scorers give.
+"""Tests of the metrics against results of the official scorers.
 
-The lines of the tables were run through the official scorers' own logic, outside this repository; the comments say
-which, and what a line is there for.
+The rows of the tables were run through the official scorers' own code, outside this repository. The comments name the
+scorer and explain single rows.
 """
 
 import sys
@@ -26,25 +26,25 @@ from alignvlm_jax.evaluation.metrics import restoration
         ("ab", ["abc"], 1 - 1 / 3),
         ("Mill  ROAD\n", ["mill road"], 1.0),
         ("mill road", ["hill road", "mill road", "x"], 1.0),
-        ("15", ["16"], 0.5),  # exactly 0.5 stays,
-        ("150", ["169"], 0.0),  # 1/3 does not
-        ("1,000", ["1000"], 0.8),  # nothing is normalised:
+        ("15", ["16"], 0.5),  # exactly 0.5 is kept,
+        ("150", ["169"], 0.0),  # 1/3 is not
+        ("1,000", ["1000"], 0.8),  # no normalization of commas, articles or accents
         ("the cat", ["cat"], 0.0),
         ("cafe", ["café"], 0.75),
         ("", ["x"], 0.0),
         ("", [""], 1.0),
         ("  ", [""], 1.0),
-        ("      ", ["ab"], 1 - 2 / 6),  # the flaw: blanks lengthen the denominator only
+        ("      ", ["ab"], 1 - 2 / 6),  # the flaw: blanks increase only the denominator
         ("ax" + " " * 8, ["bc"], 1 - 2 / 10),
-        ("ß", ["s"], 0.5),  # one letter replaced, of the two in "SS"
-        ("b, a", ["a, b"], 0.5),  # a list is a string
+        ("ß", ["s"], 0.5),  # one replaced letter, divided by the two letters of "SS"
+        ("b, a", ["a, b"], 0.5),  # a list is one string
     ],
 )
 def test_anls(prediction, references, score):
     assert metrics.anls(prediction, references) == pytest.approx(score)
 
 
-# ChartQA: pix2struct's relaxed_correctness; the first five lines are of its own test.
+# ChartQA: pix2struct's relaxed_correctness. The first five rows come from its own test.
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,15 @@ def test_anls(prediction, references, score):
         ("50%%%", "0.5", True),
         ("50 %", "50%", True),
         ("%", "%", True),
-        ("0.0", "0", False),  # a reference of zero is a text,
+        ("0.0", "0", False),  # a reference of zero is compared as text,
         ("0", "0", True),
         ("0%", "0", False),
-        ("0", "0.1", False),  # a prediction of zero is a number
+        ("0", "0.1", False),  # a prediction of zero as a number
         ("1,000", "1000", False),
         ("$5", "5", False),
         ("five", "5", False),
         ("5 m", "5", False),
-        ("1_000", "1000", True),  # what Python's float reads
+        ("1_000", "1000", True),  # Python's float accepts it
         ("１０", "10", True),
         ("1e3", "1000", True),
         (" 10\n", "10", True),
@@ -76,10 +76,10 @@ def test_anls(prediction, references, score):
         ("Yes.", "Yes", False),
         ("nan", "nan", False),
         ("inf", "inf", False),
-        ("0.95", "1", False),  # 0.05 and a bit
-        ("0.21", "0.2", True),  # 0.05 less a bit
+        ("0.95", "1", False),  # slightly more than 0.05 in floating point
+        ("0.21", "0.2", True),  # slightly less than 0.05
         ("105", "100", True),
-        ("105.2", "100", False),  # the tolerance is of the reference,
+        ("105.2", "100", False),  # the tolerance is relative to the reference
         ("95", "100", True),
         ("-105", "-100", True),
         ("100", "-100", False),
@@ -131,26 +131,26 @@ def test_relaxed_accuracy_takes_the_best_reference():
         ("yall'd've twas oclock ow's'at", "y'all'd've 'twas o'clock ow 's'at"),
         ("the", ""),
         ("!", ""),
-        ("x" + "." * 40, "x" + "." * 8),  # 32 periods go
+        ("x" + "." * 40, "x" + "." * 8),  # 32 periods are deleted
     ],
 )
 def test_evalai_normalize(text, normalized):
     assert metrics.evalai_normalize(text) == normalized
 
 
-def test_vqa_accuracy_is_three_tenths_a_person():
+def test_vqa_accuracy_is_three_tenths_per_person():
     for people, score in enumerate([0, 0.3, 0.6, 0.9, 1, 1]):
         references = ["Red."] * people + [f"other {i}" for i in range(10 - people)]
         assert metrics.vqa_accuracy("the red", references) == pytest.approx(score)
 
 
-def test_vqa_accuracy_of_an_empty_answer_matches_references_of_which_nothing_is_left():
+def test_vqa_accuracy_of_an_empty_answer_matches_references_that_normalize_to_nothing():
     assert metrics.vqa_accuracy("", ["the"] + ["x"] * 9) == pytest.approx(0.3)
     assert metrics.vqa_accuracy("", ["x"] * 10) == 0
 
 
 def test_vqa_accuracy_needs_ten_references():
-    with pytest.raises(metrics.ScorerAborted, match="10 references, these are 9"):
+    with pytest.raises(metrics.ScorerAborted, match="needs 10 references, got 9"):
         metrics.vqa_accuracy("x", ["x"] * 9)
 
 
@@ -158,11 +158,11 @@ def test_vqa_accuracy_needs_ten_references():
 
 
 def test_due_f1_as_in_the_evaluators_own_tests():
-    # test_fscorer.py: three of four values are right. (Its fourth differs in case, and it does not ignore case.)
+    # test_fscorer.py: three of four values are right. (There, the fourth differs in case, and case counts.)
     expected = [[("date", ["2017"]), ("place", ["Ohio"]), ("party", ["Wells"]), ("party", ["Lsi Inc."])]]
     predicted = [[("date", "2017"), ("place", "Ohio"), ("party", "Lsi Inc."), ("party", "Bells")]]
     assert metrics.due_f1(predicted, expected) == pytest.approx(3 / 4)
-    # test_due_evaluator.py: three right of five predicted and six expected.
+    # test_due_evaluator.py: three right values, five predicted, six expected.
     expected = [[("a", ["yes"]), ("b", ["2012"]), ("c", ["JDA"]), ("d", ["Delaware"]), ("e", ["Red"]), ("f", ["2 y"])]]
     predicted = [[("a", "yes"), ("b", "2011"), ("d", "New York"), ("c", "JDA"), ("e", "Red")]]
     assert metrics.due_f1(predicted, expected) == pytest.approx(6 / 11)
@@ -172,19 +172,19 @@ def test_due_f1_as_in_the_evaluators_own_tests():
     ("predicted", "expected", "score"),
     [
         ([("k", "main st")], [("k", ["MAIN St"])], 1.0),
-        ([("k", "strasse")], [("k", ["Straße"])], 1.0),  # both upper STRASSE
-        ([("K", "v")], [("k", ["v"])], 0.0),  # keys keep their case
+        ([("k", "strasse")], [("k", ["Straße"])], 1.0),  # both are STRASSE in upper case
+        ([("K", "v")], [("k", ["v"])], 0.0),  # the case of keys counts
         ([("k", "v ")], [("k", ["v"])], 0.0),
         ([("k", "1000")], [("k", ["1,000"])], 0.0),
         ([("k", "b")], [("k", ["a", "b"])], 1.0),
         ([("k", "a | b")], [("k", ["a"]), ("k", ["b"])], 0.0),
-        ([("k", "v"), ("k", "v")], [("k", ["v"])], 2 / 3),  # 1 right of 2; 1 found of 1
+        ([("k", "v"), ("k", "v")], [("k", ["v"])], 2 / 3),  # precision 1/2, recall 1
         ([("k", "v"), ("j", "")], [("k", ["v"])], 2 / 3),  # an empty string is a prediction
         ([("k", "")], [("k", [""])], 1.0),
-        ([("k", "v")], [("k", ["v"]), ("j", [])], 1.0),  # of j nothing is to be found
-        ([("k", "ab")], [("k", "AB")], 1.0),  # one string is the only value,
-        ([("k", "a")], [("k", "ab")], 0.0),  # not its letters
-        # x takes the one that y needs: 1 of 2, though both could be paired.
+        ([("k", "v")], [("k", ["v"]), ("j", [])], 1.0),  # j has no value to find
+        ([("k", "ab")], [("k", "AB")], 1.0),  # a string is the only accepted value,
+        ([("k", "a")], [("k", "ab")], 0.0),  # not a list of letters
+        # x takes the value that y needs: 1 of 2, although both could be paired.
         ([("k", "x"), ("k", "y")], [("k", ["x", "y"]), ("k", ["x"])], 0.5),
         ([("k", "x"), ("k", "y")], [("k", ["x"]), ("k", ["x", "y"])], 1.0),
     ],
@@ -196,7 +196,7 @@ def test_due_f1_within_a_document(predicted, expected, score):
 def test_due_f1_is_micro_and_pairs_by_position():
     right, wrong = [("k", "v")], [("k", "w"), ("j", "w"), ("i", "w")]
     expected = [("k", ["v"])]
-    # 1 of 4 predictions is right, 1 of 2 found: the mean over documents would be 1/2.
+    # 1 of 4 predictions is right, and 1 of 2 values is found. The mean over documents would be 1/2.
     assert metrics.due_f1([right, wrong], [expected, expected]) == pytest.approx(2 * 0.25 * 0.5 / 0.75)
     assert metrics.due_f1([right, []], [expected, []]) == 1
     assert metrics.due_f1([[], right], [expected, []]) == 0
@@ -217,12 +217,12 @@ def test_due_f1_is_micro_and_pairs_by_position():
         (["1–2"], ["1-2"], None, True),
         (["Paris[1][n 2]"], ["Paris"], None, True),
         (["[12]"], [""], None, True),
-        (["[n]"], [""], None, False),  # nothing before the bracket, and no digits in it
-        (["[٣]"], [""], None, False),  # to Python 2, not digits
+        (["[n]"], [""], None, False),  # a bracket at the start, without digits
+        (["[٣]"], [""], None, False),  # not a digit in Python 2
         (["Rome (city) (Italy)"], ["Rome"], None, True),
         (["(Italy)"], ["Italy"], None, False),
         (["Italy (ITA)."], ["Italy"], None, False),
-        (["Italy (ITA)."], ["Italy (ITA)"], None, False),  # the target lost its bracket
+        (["Italy (ITA)."], ["Italy (ITA)"], None, False),  # only the target loses its bracket
         (["a  b. "], ["A b"], None, True),
         (["a.."], ["a"], None, False),
         (["C++"], ["C"], None, True),
@@ -271,7 +271,7 @@ def test_due_f1_is_micro_and_pairs_by_position():
         ([""], ["*"], None, True),
         ([""], [""], ["4"], False),
         ([""], [""], ["1990-01-02"], False),
-        # Of equal numbers the first stays, with its spelling.
+        # Of equal numbers, the first one and its spelling are kept.
         (["7", "7.0 "], ["seven"], ["7"], True),
         (["7 (x)", "b"], ["7", "7.0"], ["7", "9"], False),
     ],
@@ -280,23 +280,23 @@ def test_wtq_denotation(items, targets, canon, right):
     assert metrics.wtq_denotation(items, targets, canon) is right
 
 
-def test_wtq_stops_where_the_official_evaluator_does():
+def test_wtq_aborts_where_the_official_evaluator_fails():
     with pytest.raises(metrics.ScorerAborted):  # Python 2: OverflowError, long int too large to convert to float
         metrics.wtq_denotation(["9" * 400], ["1"])
 
 
-def test_wtq_needs_a_canonical_value_a_target():
-    with pytest.raises(metrics.ScorerAborted, match="2 targets, but 1"):
+def test_wtq_needs_one_canonical_value_per_target():
+    with pytest.raises(metrics.ScorerAborted, match="expected 2 values, one per target, got 1"):
         metrics.wtq_denotation(["a"], ["a", "b"], ["a"])
 
 
-def test_many_citations_take_no_exponential_time():
-    started = time.process_time()
+def test_many_citations_do_not_take_exponential_time():
+    start_time = time.process_time()
     assert metrics.wtq_denotation(["x" + "[1]" * 26 + "y"], ["x" + "[1]" * 26 + "Y[2]"])
-    assert time.process_time() - started < 1
+    assert time.process_time() - start_time < 1
 
 
-# TabFact: mPLUG-DocOwl's parser_line, llm_benchmark_eval and exact_match, read but not run.
+# TabFact: mPLUG-DocOwl's parser_line, llm_benchmark_eval and exact_match. Unlike the others, these were read, not run.
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_tabfact_accuracy(prediction, reference, right):
         ("a, b", "a|b", False),
         ("a|||b", "a|b", False),  # an empty item between them
         (r"a\pb", r"a\pb", True),
-        ("a|b", r"a\pb", False),  # two items, and one with a bar
+        ("a|b", r"a\pb", False),  # two items, against one that contains a bar
         ("a\nb", r"a\nb", True),
         ("Answer: a", "a", False),
         ("4", "4 events", False),
@@ -347,9 +347,9 @@ def test_tablevqa_items(subset, prediction, reference, right):
 
 
 @pytest.mark.parametrize("item", ["nan", " NaN", "-inf", "infinity", "1e999"])
-def test_tablevqa_stops_where_the_official_scorer_does(item):
+def test_tablevqa_aborts_where_the_official_scorer_fails(item):
     for prediction, reference in (("a|" + item, "a|b"), ("a", item)):
-        with pytest.raises(metrics.ScorerAborted, match="neither a finite number"):
+        with pytest.raises(metrics.ScorerAborted, match="neither as a number nor as a text"):
             metrics.tablevqa_correct("vwtq", prediction, reference)
     assert issubclass(metrics.ScorerAborted, UserError)
 
@@ -361,7 +361,7 @@ def test_tablevqa_stops_where_the_official_scorer_does(item):
         ("True", "1", True),
         ("true, since ...", 1, True),
         ("FALSE", 0, True),
-        ("False", False, True),  # as JSON may have it; equal to 0
+        ("False", False, True),  # possible in JSON; equal to 0
         ("untrue", 1, True),
         ("not true", 0, False),
         ("True or False", 1, False),
@@ -378,7 +378,7 @@ def test_tablevqa_statements(prediction, reference, right):
     ("prediction", "reference", "right"),
     [
         ("$3,852 million", "3852000000", True),
-        ("$3,852 billion", "$3,852 million", True),  # relieved: both are 3852 of something
+        ("$3,852 billion", "$3,852 million", True),  # relieved: both are 3852 without their units
         ("3852", "$3,852 million", True),
         ("3853 million", "$3,852 million", False),
         ("34.2%", "0.342", True),
@@ -392,7 +392,7 @@ def test_tablevqa_statements(prediction, reference, right):
         ("5 gwh", "5 mbtus", True),
         ("5 kwh", "5", False),
         ("5 miles (8 km)", "5", True),
-        ("2 million %", "2 billion %", True),  # no numbers; equal texts without their units
+        ("2 million %", "2 billion %", True),  # not numbers; equal as texts without their units
         ("per unit", "per year", True),
         ("October  31.", "october 31", True),
         ("October 31", "October 30", False),
@@ -404,7 +404,7 @@ def test_tablevqa_amounts(prediction, reference, right):
     assert metrics.tablevqa_correct("fintabnetqa", prediction, reference) is right
 
 
-def test_tablevqa_names_what_it_knows():
+def test_tablevqa_refuses_unknown_subsets_and_references():
     with pytest.raises(UserError, match="'vqa'.*vwtq_syn"):
         metrics.tablevqa_correct("vqa", "a", "a")
     with pytest.raises(UserError, match="'True' of vtabfact"):
@@ -419,23 +419,23 @@ def test_tablevqa_names_what_it_knows():
     [
         ("It says the quick brown fox here", "quick brown fox", 1, 1),
         ("fox brown quick", "quick brown fox", 0, 1),
-        ("quick brown", "quick brown fox", 0, 0),  # a token too short
+        ("quick brown", "quick brown fox", 0, 0),  # one token too short
         ("quick brown cat", "quick brown fox", 0, 2 / 4),
         ("Quick brown fox", "quick brown fox", 0, 2 / 4),
         ("QUICK BROWN FOX", "quick brown fox", 0, 0),
         ("quick brown  fox", "quick brown fox", 0, 2 / 4),  # the double blank is a token: "quick brown  "
         ("quick\nbrown fox", "quick brown fox", 0, 2 / 4),
         ("quick brown fox.", "quick brown fox.", 1, 1),
-        ("a b a", "a a a", 0, 1 / 2),  # sets
-        ("he didn't go", "didn't", 1, 1),  # did, n't
-        ("u v x w", "v w", 0, 1 / 3),  # "v x" and "x w" are as similar: the first counts, {v, x} against {v, w}
+        ("a b a", "a a a", 0, 1 / 2),  # the Jaccard index is over sets
+        ("he didn't go", "didn't", 1, 1),  # two tokens: did, n't
+        ("u v x w", "v w", 0, 1 / 3),  # "v x" and "x w" tie; the first one counts: {v, x} and {v, w}
         ("", "fox", 0, 0),
         ("fox", "", 0, 0),
         ("I can't read quick brown fox", "quick brown fox", 0, 0),
         ("I cannot read fox", "fox", 0, 0),
         ("SORRY: fox", "fox", 0, 0),
-        ("so sorry", "so sorry", 0, 0),  # even though it is the text
-        ("i can't read fox", "fox", 1, 1),  # only "sorry" is looked for in any case
+        ("so sorry", "so sorry", 0, 0),  # although it is the covered text
+        ("i can't read fox", "fox", 1, 1),  # only "sorry" is searched for in any case
         ("无法 fox", "fox", 0, 0),
         ("抱歉 fox", "fox", 0, 0),
         ("I cannot. Assistant: fox Assistant: cat", "cat", 1, 1),
@@ -451,25 +451,26 @@ def test_vcr_scores_every_covered_text():
     assert scores == ([1, 0, 0], [1, pytest.approx(1 / 3), 0])
     assert metrics.vcr_scores("sorry", ["red", "blue"], "en") == ([0, 0], [0, 0])
     assert metrics.vcr_scores("a blue dog", "blue dog", "en") == ([1], [1])
-    assert metrics.vcr_scores("a blue dog", [], "en") == ([], []), "nothing covered"
+    assert metrics.vcr_scores("a blue dog", [], "en") == ([], []), "no covered text"
 
 
 def test_vcr_in_chinese_joins_tokens_without_blanks(monkeypatch):
-    # By hand, as zh_core_web_sm cannot be had here. Without blanks 蓝天 蓝 is like 天蓝 by 4/5 and 蓝 蓝 by 1/2; with
-    # them by 1/3 and 2/5, and the Jaccard index would be 1/2.
+    # Tokens by hand, because zh_core_web_sm is not available here. Without blanks, the similarity to 天蓝 is 4/5 for
+    # 蓝天 蓝 and 1/2 for 蓝 蓝. With blanks it would be 1/3 and 2/5, and the Jaccard index 1/2.
     tokens = {"蓝天蓝蓝": ["蓝天", "蓝", "蓝"], "天蓝": ["天", "蓝"]}
     monkeypatch.setattr(restoration, "_tokenizer", lambda language: tokens.get)
     assert metrics.vcr_scores("蓝天蓝蓝", ["天蓝"], "zh") == ([0], [pytest.approx(1 / 3)])
 
 
 @pytest.fixture
-def no_tokenizer_yet():
+def no_cached_tokenizer():
+    """Clears the cache of tokenizers before and after a test."""
     restoration._tokenizer.cache_clear()
     yield
     restoration._tokenizer.cache_clear()
 
 
-def test_vcr_says_what_to_install(no_tokenizer_yet, monkeypatch):
+def test_vcr_names_the_package_to_install(no_cached_tokenizer, monkeypatch):
     def load(name):
         raise OSError(f"[E050] Can't find model '{name}'")
 
@@ -481,36 +482,36 @@ def test_vcr_says_what_to_install(no_tokenizer_yet, monkeypatch):
         metrics.vcr_scores("a", ["a"], "en")
 
 
-def test_vcr_knows_two_languages():
+def test_vcr_refuses_unknown_languages():
     with pytest.raises(UserError, match="'fr'.*en and zh"):
         metrics.vcr_scores("a", ["a"], "fr")
 
 
-# What metrics refuse.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize("score", [metrics.anls, metrics.relaxed_accuracy, metrics.mmmu_open])
 def test_one_string_is_the_only_accepted_answer(score):
     assert score("abcdefghij", "abcdefghij") == 1
-    assert score("j", "abcdefghij") == 0, "and not its letters"
-    assert score("j", ("abc", "j")) == 1, "a tuple is a list"
+    assert score("j", "abcdefghij") == 0, "its letters are not answers"
+    assert score("j", ("abc", "j")) == 1, "a tuple works like a list"
 
 
 def test_ten_letters_are_not_ten_answers():
-    with pytest.raises(metrics.ScorerAborted, match="these are 1"):
+    with pytest.raises(metrics.ScorerAborted, match="needs 10 references, got 1$"):
         metrics.vqa_accuracy("a", "aaaaaaaaaa")
 
 
 @pytest.mark.parametrize("score", [metrics.anls, metrics.relaxed_accuracy, metrics.vqa_accuracy, metrics.mmmu_open])
-def test_there_is_an_accepted_answer(score):
+def test_an_accepted_answer_is_required(score):
     with pytest.raises(metrics.ScorerAborted, match="at least one accepted answer"):
         score("a", [])
 
 
-def test_items_are_lists_too():
-    with pytest.raises(UserError, match="predicted_items is the string 'ab'"):
+def test_items_must_be_lists_too():
+    with pytest.raises(UserError, match="predicted_items: expected a list of strings, got the string 'ab'"):
         metrics.wtq_denotation("ab", ["a", "b"])
-    with pytest.raises(UserError, match="targets is the string 'ab'"):
+    with pytest.raises(UserError, match="targets: expected a list of strings, got the string 'ab'"):
         metrics.wtq_denotation(["a", "b"], "ab")
-    with pytest.raises(UserError, match="target_canon is the string 'ab'"):
+    with pytest.raises(UserError, match="target_canon: expected a list of strings, got the string 'ab'"):
         metrics.wtq_denotation(["a"], ["a", "b"], "ab")

@@ -1,4 +1,4 @@
-"""Counting: intervals against known values, the table, what counts as right."""
+"""Tests of the report: exact match, intervals against known values, and the table."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_wilson_interval_ends_where_the_score_test_rejects(right, total):
     assert Tally(0, 20).interval[0] == 0 and Tally(7, 7).interval[1] == 1
 
 
-def test_no_questions_is_no_score():
+def test_no_questions_give_no_score():
     assert Tally(0, 0).to_json()["exact_match"] is None
     assert Tally(0, 0).interval == (0.0, 1.0)
 
@@ -38,7 +38,7 @@ def test_no_questions_is_no_score():
         ("12.50", "", False),
     ],
 )
-def test_exact_match_forgives_spaces_at_the_ends_only(expected, predicted, right):
+def test_exact_match_ignores_spaces_at_the_ends_only(expected, predicted, right):
     assert answer(expected, predicted).is_right is right
 
 

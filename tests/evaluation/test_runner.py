@@ -1,4 +1,4 @@
-"""Evaluation with a reader that really looks: it answers with the name its page carries in its first pixel."""
+"""Tests of the evaluation, with a fake reader that decodes the number of its page from the first pixel."""
 
 import io
 import json
@@ -15,6 +15,7 @@ FAMILIES = ("form", "receipt", "table")
 
 
 def page(number: int) -> bytes:
+    """Returns a PNG that encodes a number in its pixels and its height."""
     file = io.BytesIO()
     PIL.Image.new("RGB", (20, 30 + number), (number, 0, 0)).save(file, "PNG")
     return file.getvalue()
@@ -32,6 +33,8 @@ def record(number: int) -> dict:
 
 
 class FakeReader:
+    """Reader that answers with the number of the page, or that number plus one."""
+
     def __init__(self):
         self.sizes = []
         self.num_views = 1
@@ -52,7 +55,7 @@ class FakeReader:
 RECORDS = [record(number) for number in range(9)]
 
 
-def test_a_reader_that_looks_is_right_and_the_controls_are_not():
+def test_a_reader_is_right_on_the_pages_and_wrong_on_the_controls():
     right = evaluate(FakeReader(), RECORDS, unseen_fonts=("Unseen",))
     assert right.overall.right == right.overall.total == 18
     assert {family: tally.total for family, tally in right.per_family.items()} == dict.fromkeys(FAMILIES, 6)
@@ -65,11 +68,11 @@ def test_a_reader_that_looks_is_right_and_the_controls_are_not():
     wrong = evaluate(FakeReader(), RECORDS, control="wrong")
     assert wrong.overall.right == 0
     for answer in wrong.answers[::2]:
-        shown = int(answer.predicted)
-        assert FAMILIES[shown % 3] == answer.family and answer.document != f"page-{shown}"
+        shown_page = int(answer.predicted)
+        assert FAMILIES[shown_page % 3] == answer.family and answer.document != f"page-{shown_page}"
 
 
-def test_limit_counts_questions():
+def test_the_limit_counts_questions():
     report = evaluate(FakeReader(), RECORDS, limit=5)
     assert [answer.document for answer in report.answers] == ["page-0", "page-0", "page-1", "page-1", "page-2"]
     wrong = evaluate(FakeReader(), RECORDS, control="wrong", limit=3)
@@ -77,23 +80,23 @@ def test_limit_counts_questions():
     assert wrong.overall.right == 0
 
 
-def test_derangement_stays_in_the_family_and_moves_everyone():
+def test_derangement_moves_every_document_within_its_family():
     families = ["a", "b", "a", "a", "b", "b", "b"]
     others = derangement(families, seed=3)
     assert sorted(others) == list(range(7))
     assert all(other != i and families[other] == families[i] for i, other in enumerate(others))
 
 
-def test_what_cannot_be_evaluated():
+def test_unusable_data_is_refused():
     with pytest.raises(UserError, match="no questions"):
         evaluate(FakeReader(), [])
     with pytest.raises(UserError, match="two documents of each family"):
         evaluate(FakeReader(), RECORDS[:4], control="wrong")
     with pytest.raises(UserError, match="page-0"):
-        evaluate(FakeReader(), [{**RECORDS[0], "image": b"not a picture"}])
+        evaluate(FakeReader(), [{**RECORDS[0], "image": b"not an image"}])
 
 
-def test_files(tmp_path):
+def test_written_files(tmp_path):
     report = evaluate(FakeReader(), RECORDS)
     write_json(report.to_json(), tmp_path / "new" / "scores.json")
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["exact_match"] == 1.0
@@ -114,15 +117,15 @@ def test_files(tmp_path):
 
 
 class ChattingReader(FakeReader):
-    """Answers with the numbers of the pictures it was shown, and how many turns went before."""
+    """Reader that answers with the numbers of its images and the number of earlier turns."""
 
     def cut(self, image):
         return image.getpixel((0, 0))[0]
 
-    def chat_prompt(self, messages, shown):
+    def chat_prompt(self, messages, images):
         parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
-        assert sum(part["type"] == "image" for part in parts) == len(shown)
-        return [*shown, len(messages) // 2]
+        assert sum(part["type"] == "image" for part in parts) == len(images)
+        return [*images, len(messages) // 2]
 
     def answer(self, prompts, *, max_new_tokens, on_batch):
         on_batch(len(prompts))
@@ -130,13 +133,13 @@ class ChattingReader(FakeReader):
 
 
 def conversation(number: int, *turns: tuple[int, str, str]) -> dict:
-    """A record as tools/prepare_data.py writes them, with turns of (images, question, answer)."""
+    """Returns a record of tools/prepare_data.py with turns of (number of images, question, answer)."""
     messages = []
-    for images, question, answer in turns:
-        parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    for num_images, question, answer in turns:
+        parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
         messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
-    pictures = [page(number + i) for i in range(sum(images for images, _, _ in turns))]
-    return {"id": f"c{number}", "source": "llava", "conversation": json.dumps(messages), "images": pictures}
+    images = [page(number + i) for i in range(sum(num_images for num_images, _, _ in turns))]
+    return {"id": f"c{number}", "source": "llava", "conversation": json.dumps(messages), "images": images}
 
 
 def test_prepared_conversations_are_scored_turn_by_turn():
@@ -156,16 +159,16 @@ def test_prepared_conversations_are_scored_turn_by_turn():
     assert report.overall.right == 4 and list(report.per_family) == ["llava"]
     assert len(evaluate(ChattingReader(), records, limit=2).answers) == 2
     assert evaluate(ChattingReader(), records, control="blank").answers[0].predicted == "255 0"
-    with pytest.raises(UserError, match="not for conversations: take 'blank'"):
+    with pytest.raises(UserError, match="does not support conversations; use 'blank'"):
         evaluate(ChattingReader(), records, control="wrong")
     with pytest.raises(UserError, match="c20: image: not an image"):
         evaluate(ChattingReader(), [{**records[1], "images": [b"torn", b"torn"]}])
-    with pytest.raises(UserError, match="these records have id, caption: what can be scored"):
+    with pytest.raises(UserError, match="cannot score records with the fields id, caption: expected documents"):
         evaluate(ChattingReader(), [{"id": "1", "caption": "?"}])
 
 
 @pytest.mark.parametrize("checkpoint", ["nano", str(NANO_MODEL)])
-def test_an_exported_folder_is_scored_on_data_that_are_named(monkeypatch, tmp_path, capsys, checkpoint):
+def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, capsys, checkpoint):
     monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: RECORDS)
     fake = FakeReader()
     monkeypatch.setattr(runner, "load", lambda *args, **options: fake)
@@ -174,8 +177,8 @@ def test_an_exported_folder_is_scored_on_data_that_are_named(monkeypatch, tmp_pa
     figures = json.loads((tmp_path / "scores.json").read_text())
     assert figures["checkpoint"] == str(NANO_MODEL) and figures["step"] is None
     assert figures["views"] == fake.num_views == 1
-    runner.evaluate_checkpoint(checkpoint, data="pages", views=3, json_file=tmp_path / "looked.json")
-    assert "every question with the page itself, looked at 3 times" in capsys.readouterr().out
-    assert json.loads((tmp_path / "looked.json").read_text())["views"] == fake.num_views == 3
-    with pytest.raises(UserError, match="no data set of its own: name one with --data"):
+    runner.evaluate_checkpoint(checkpoint, data="pages", views=3, json_file=tmp_path / "views.json")
+    assert "every question with the page itself, 3 views per image" in capsys.readouterr().out
+    assert json.loads((tmp_path / "views.json").read_text())["views"] == fake.num_views == 3
+    with pytest.raises(UserError, match="has no data set; name one with --data"):
         runner.evaluate_checkpoint(checkpoint)

@@ -1,7 +1,7 @@
-"""ChartQA as its authors and Hugging Face data sets have it.
+"""Readers of ChartQA: the authors' files, and Parquet.
 
-ChartQA Dataset/test/test_human.json       [{"imgname": "41699051005347.png", "query": "How many ...?",
-ChartQA Dataset/test/test_augmented.json     "label": "14"}]
+ChartQA Dataset/test/test_human.json        [{"imgname": "41699051005347.png", "query": "How many ...?",
+ChartQA Dataset/test/test_augmented.json      "label": "14"}]
 ChartQA Dataset/test/png/41699051005347.png
 """
 
@@ -18,22 +18,24 @@ _HALVES = ("human", "augmented")
 
 
 def _read_original(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
-    found = {
+    paths_by_half = {
         half: files.find(folder, f"{split}/{split}_{half}.json", f"*/{split}/{split}_{half}.json") for half in _HALVES
     }
-    if not any(found.values()):
+    if not any(paths_by_half.values()):
         return None
     return (
         question
-        for half, paths in found.items()
+        for half, paths in paths_by_half.items()
         for path in paths[:1]
         for question in files.questions(
-            files.records(files.json_file(path), str(path)), functools.partial(_original, path.parent / "png", half)
+            files.records(files.json_file(path), str(path)),
+            functools.partial(_question_from_original, path.parent / "png", half),
         )
     )
 
 
-def _original(images: pathlib.Path, half: str, row: Row) -> Question:
+def _question_from_original(images: pathlib.Path, half: str, row: Row) -> Question:
+    # The files have no ids: a question's id is the number of its record.
     number = row.where.rpartition(" ")[2]
     return Question(
         id=f"{half}:{number}",
@@ -46,15 +48,16 @@ def _original(images: pathlib.Path, half: str, row: Row) -> Question:
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    patterns = [f"{where}{name}-*.parquet" for where in ("", "data/") for name in split_names(split)]
-    found = files.find(folder, *patterns)
-    if not found:
+    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("", "data/") for name in split_names(split)]
+    paths = files.find(folder, *patterns)
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, ("image",)))
-    return files.questions(rows, _of_parquet)
+    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
+    return files.questions(rows, _question_from_parquet)
 
 
-def _of_parquet(row: Row) -> Question:
+def _question_from_parquet(row: Row) -> Question:
+    # HuggingFaceM4/ChartQA numbers the halves; lmms-lab/ChartQA names them.
     if "human_or_machine" in row:
         half = _HALVES[int(row.get("human_or_machine"))]
     else:

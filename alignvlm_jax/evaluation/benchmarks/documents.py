@@ -1,4 +1,4 @@
-"""DocVQA and InfoVQA as the Robust Reading Competition (RRC) gives them out, and in Parquet.
+"""Readers of DocVQA and InfoVQA: the files of the Robust Reading Competition (RRC), and Parquet.
 
     val_v1.0.json or val_v1.0_withQT.json       {"dataset_name": "docvqa", "data": [{"questionId": 49153,
     documents/pybv0228_81.png                     "question": "What is ...?", "image": "documents/pybv0228_81.png",
@@ -7,7 +7,7 @@
     infographicsvqa_images/38313.jpeg             "question": "Which ...?", "image_local_name": "38313.jpeg",
                                                   "answers": ["pinterest"], "answer_type": [...], ...}]}
 
-The test splits have no answers: predictions are then written in the form that the RRC server takes.
+The test splits have no answers. Predictions are then written in the format of the RRC server.
 """
 
 import functools
@@ -24,23 +24,26 @@ _INFOGRAPHIC_FOLDERS = ("infographicsvqa_images", "images", "infographicvqa_imag
 
 
 def _read_rrc(patterns: tuple[str, ...], folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, *(pattern.format(split=split) for pattern in patterns))
-    if not found:
+    paths = files.find(folder, *(pattern.format(split=split) for pattern in patterns))
+    if not paths:
         return None
-    content = files.json_file(found[0])
+    content = files.json_file(paths[0])
     if not isinstance(content, dict) or "data" not in content:
-        raise UserError(f"{found[0]}: RRC's files have their questions in a list 'data', this one has none")
-    records = files.records(content["data"], f"{found[0]}, data")
-    return files.questions(records, functools.partial(_of_rrc, found[0].parent))
+        raise UserError(
+            f"{paths[0]}: expected the questions in a list 'data', as in RRC's files; there is no such list"
+        )
+    records = files.records(content["data"], f"{paths[0]}, data")
+    return files.questions(records, functools.partial(_question_from_rrc, paths[0].parent))
 
 
-def _of_rrc(folder: pathlib.Path, row: Row) -> Question:
+def _question_from_rrc(folder: pathlib.Path, row: Row) -> Question:
+    # DocVQA names images by path, InfoVQA by file name only.
     if "image" in row:
         image = folder / row.text("image")
     else:
         name = row.text("image_local_name", "image")
-        places = [folder / place / name for place in _INFOGRAPHIC_FOLDERS]
-        image = next((path for path in places if path.is_file()), places[0])
+        candidates = [folder / place / name for place in _INFOGRAPHIC_FOLDERS]
+        image = next((path for path in candidates if path.is_file()), candidates[0])
     return Question(
         id=row.text("questionId"),
         where=row.where,
@@ -51,15 +54,15 @@ def _of_rrc(folder: pathlib.Path, row: Row) -> Question:
 
 
 def _read_parquet(name: str, folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    patterns = [f"{where}{part}-*.parquet" for where in (f"{name}/", "data/", "") for part in split_names(split)]
-    found = files.find(folder, *patterns)
-    if not found:
+    patterns = [f"{prefix}{part}-*.parquet" for prefix in (f"{name}/", "data/", "") for part in split_names(split)]
+    paths = files.find(folder, *patterns)
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, ("image",)))
-    return files.questions(rows, _of_parquet)
+    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
+    return files.questions(rows, _question_from_parquet)
 
 
-def _of_parquet(row: Row) -> Question:
+def _question_from_parquet(row: Row) -> Question:
     return Question(
         id=row.text("questionId"),
         where=row.where,
@@ -70,7 +73,7 @@ def _of_parquet(row: Row) -> Question:
 
 
 def submission(questions: list[Question], answers: dict[str, str | None]) -> list[dict]:
-    """What the RRC server takes; a question that could not be asked has an empty answer."""
+    """Returns the records for the RRC server. A question that could not be asked gets an empty answer."""
     return [
         {"questionId": int(question.id) if question.id.isdigit() else question.id, "answer": answers[question.id] or ""}
         for question in questions

@@ -1,7 +1,7 @@
-"""The files that benchmarks come in: rows of JSON, JSON lines and Parquet, and the images they speak of.
+"""Readers of benchmark files: rows of JSON, JSON lines and Parquet, and the images they refer to.
 
-A row is a dict. Its fields are asked for through `Row`, whose errors name file, record, field and the fields there are;
-readers turn a row that lacks something into a `Question` with a `problem`, so that it is counted and listed.
+A row is a dict. `Row` gives access to its fields; its errors name the file, the record, the missing field and the
+available fields. An incomplete row becomes a `Question` with a `problem`, so that it is counted and reported.
 """
 
 import functools
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks.question import Cell, Picture, Question
+from alignvlm_jax.evaluation.benchmarks.question import Cell, ImageSource, Question
 
 
 class RowError(UserError):
-    """A row has not what its format says it has."""
+    """Raised if a row does not have the fields of its format."""
 
 
 class Row:
@@ -23,41 +23,42 @@ class Row:
 
     def __init__(self, fields: Any, where: str):
         if not isinstance(fields, dict):
-            raise RowError(f"{where}: {str(fields)[:80]!r} is no record with named fields")
+            raise RowError(f"{where}: expected a record with named fields, got {str(fields)[:80]!r}")
         self.fields, self.where = fields, where
 
     def __contains__(self, name: str) -> bool:
         return self.fields.get(name) is not None
 
     def get(self, *names: str) -> Any:
-        """The first of these fields that is there."""
+        """Returns the value of the first of these fields that is present and not null."""
         for name in names:
             if self.fields.get(name) is not None:
                 return self.fields[name]
-        there = ", ".join(name for name in self.fields) or "none"
-        raise RowError(f"{self.where}: it has no field {' or '.join(map(repr, names))} (its fields: {there})")
+        available = ", ".join(name for name in self.fields) or "none"
+        raise RowError(f"{self.where}: no field {' or '.join(map(repr, names))} (available fields: {available})")
 
     def text(self, *names: str) -> str:
-        """The first of these fields that is there, which is a text or a number."""
+        """Returns the first of these fields that is present as text; it must be a string or a number."""
         value = self.get(*names)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise RowError(f"{self.where}: field {names[0]!r} is {str(value)[:60]!r}, not text")
+            raise RowError(f"{self.where}: expected text in field {names[0]!r}, got {str(value)[:60]!r}")
         return str(value)
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The first of these fields that is there, which is a list of texts or numbers."""
+        """Returns the first of these fields that is present as texts; it must be a list of strings or numbers."""
         value = self.get(*names)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str | int | float) for item in value):
-            raise RowError(f"{self.where}: field {names[0]!r} is {str(value)[:60]!r}, not a list of texts")
+            raise RowError(f"{self.where}: expected a list of texts in field {names[0]!r}, got {str(value)[:60]!r}")
         return tuple(str(item) for item in value)
 
 
 def questions(rows: Iterable[tuple[Any, str]], make: Callable[[Row], Question | None]) -> Iterator[Question]:
-    """What `make` makes of each row and its place; what it cannot use becomes a question with a problem.
+    """Converts rows to questions; an unusable row becomes a question with a problem.
 
     Args:
-      rows: fields, or the error in place of a record that cannot be parsed, and where they are.
-      make: raises `UserError` for a row that lacks something; None leaves a row out that is none of this benchmark.
+      rows: pairs of a row's fields and its location. An error takes the place of a record that cannot be parsed.
+      make: converts one row. It returns None for a row of another benchmark, and raises `UserError` for an incomplete
+        one.
     """
     for fields, where in rows:
         try:
@@ -71,23 +72,25 @@ def questions(rows: Iterable[tuple[Any, str]], make: Callable[[Row], Question | 
 
 
 def find(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
-    """The files of the first of these patterns that has any, in the order of their names."""
+    """Returns the files that match the first pattern with any match, sorted by name."""
     for pattern in patterns:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
+        if matches := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return matches
     return []
 
 
 def json_file(file: pathlib.Path) -> Any:
-    """What a JSON file holds."""
+    """Returns the content of a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}): is it complete? fetch it again") from error
+        raise UserError(
+            f"{file}: cannot be read as JSON ({error}). The file may be incomplete; fetch it again"
+        ) from error
 
 
 def json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
-    """The records of a JSON-lines file, and where they are; in place of one that is damaged, the error."""
+    """Yields the records of a JSON-lines file and their locations, with an error in place of a damaged record."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
@@ -102,67 +105,75 @@ def json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
 
 
 def records(value: Any, where: str) -> Iterator[tuple[Any, str]]:
-    """The records of a list, and where they are."""
+    """Yields the records of a list and their locations."""
     if not isinstance(value, list):
-        raise UserError(f"{where} holds {type(value).__name__}, not a list of records")
+        raise UserError(f"{where}: expected a list of records, got {type(value).__name__}")
     for number, record in enumerate(value, start=1):
         yield record, f"{where}: record {number}"
 
 
 def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of a Parquet file and where they are, with a `Cell` in place of each image (or a list of them)."""
+    """Yields the rows of a Parquet file and their locations, with a `Cell` (or a list of them) in place of images."""
     parquet, arrow_error = _parquet()
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            pictures = tuple(name for name in image_columns if name in names)
-            texts = [name for name in names if name not in pictures]
+            present_columns = tuple(name for name in image_columns if name in names)
+            text_columns = [name for name in names if name not in present_columns]
             number = 0
             for group in range(table.num_row_groups):
-                rows = table.read_row_group(group, columns=texts).to_pylist() if texts else []
-                shown = _image_counts(table, group, pictures)
+                # Images are large: only the other columns are read here.
+                rows = table.read_row_group(group, columns=text_columns).to_pylist() if text_columns else []
+                counts = _image_counts(table, group, present_columns)
                 for row in range(table.metadata.row_group(group).num_rows):
                     number += 1
-                    fields = dict(rows[row]) if texts else {}
-                    for name in pictures:
-                        cell = Cell(file, group, row, name, pictures)
-                        count = shown[name][row]
+                    fields = dict(rows[row]) if text_columns else {}
+                    for name in present_columns:
+                        cell = Cell(file, group, row, name, present_columns)
+                        count = counts[name][row]
                         fields[name] = cell if count is None else None
+                        # False, an empty cell, counts as 0 here.
                         if isinstance(count, int):
-                            fields[name] = [Cell(file, group, row, name, pictures, i) for i in range(count)] or None
+                            cells = [Cell(file, group, row, name, present_columns, i) for i in range(count)]
+                            fields[name] = cells or None
                     yield fields, f"{file}: row {number}"
     except (arrow_error, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]}): fetch it again") from error
 
 
-def image_bytes(picture: Picture) -> bytes:
-    """The encoded bytes of an image.
+def image_bytes(source: ImageSource) -> bytes:
+    """Returns the encoded bytes of an image.
 
     Raises:
-      UserError: it is not there, with its name.
+      UserError: if the image cannot be read; the message names it.
     """
-    if isinstance(picture, pathlib.Path):
+    if isinstance(source, pathlib.Path):
         try:
-            return picture.read_bytes()
+            return source.read_bytes()
         except OSError as error:
-            raise UserError(f"{picture}: the image cannot be read ({error.strerror})") from error
-    value = _row_group(picture.file, picture.row_group, picture.columns)[picture.column][picture.row].as_py()
-    if picture.index is not None:
-        value = value[picture.index]
+            raise UserError(f"{source}: the image cannot be read ({error.strerror})") from error
+    value = _row_group(source.file, source.row_group, source.columns)[source.column][source.row].as_py()
+    if source.index is not None:
+        value = value[source.index]
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise UserError(f"{picture}: the cell holds no bytes of an image (a data set saved with paths only?)")
+        raise UserError(
+            f"{source}: the cell has no image bytes. The data set may have been saved with paths only; save it with "
+            "its images"
+        )
     return data
 
 
-def is_there(picture: Picture) -> bool:
-    """Whether an image could be read, as far as can be said without reading it."""
-    return picture.is_file() if isinstance(picture, pathlib.Path) else True
+def image_exists(source: ImageSource) -> bool:
+    """Returns whether an image seems to be available, without reading it."""
+    # The cells of a Parquet file are trusted: checking them means reading them.
+    return source.is_file() if isinstance(source, pathlib.Path) else True
 
 
 @functools.lru_cache(maxsize=1)
 def _row_group(file: pathlib.Path, group: int, columns: tuple[str, ...]) -> Any:
-    """A group's images. Questions are asked in the order of the file, so one group is kept."""
+    """Returns the images of a row group."""
+    # One cached group is enough, because questions are asked in the order of the file.
     parquet, arrow_error = _parquet()
     try:
         with parquet.ParquetFile(file) as table:
@@ -172,20 +183,20 @@ def _row_group(file: pathlib.Path, group: int, columns: tuple[str, ...]) -> Any:
 
 
 def _image_counts(table: Any, group: int, columns: Sequence[str]) -> dict[str, list[int | None | bool]]:
-    """For each row of a group: None for one image, how many there are in a list, False for an empty cell."""
+    """Returns an entry per row of a group: None for one image, the length of a list of images, False if empty."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     leaves = [table.schema.column(i).path for i in range(len(table.schema))]
     counts: dict[str, list[int | None | bool]] = {}
     for name in columns:
-        # Beside the bytes there mostly is a path, which tells as well whether the cell is empty, and is small.
-        small = [leaf for leaf in leaves if leaf.startswith(f"{name}.") and leaf.endswith(".path")]
-        column = table.read_row_group(group, columns=small or [name])[name]
+        # Most files store a path next to the bytes. It also tells whether the cell is empty, and it is small.
+        path_leaves = [leaf for leaf in leaves if leaf.startswith(f"{name}.") and leaf.endswith(".path")]
+        column = table.read_row_group(group, columns=path_leaves or [name])[name]
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        there = pc.is_valid(column).to_pylist()
-        lengths = pc.list_value_length(column).to_pylist() if is_list else [None] * len(there)
-        counts[name] = [length if valid else False for valid, length in zip(there, lengths, strict=True)]
+        is_valid = pc.is_valid(column).to_pylist()
+        lengths = pc.list_value_length(column).to_pylist() if is_list else [None] * len(is_valid)
+        counts[name] = [length if valid else False for valid, length in zip(is_valid, lengths, strict=True)]
     return counts
 
 

@@ -1,10 +1,10 @@
-"""GQA's balanced test-dev questions: what is where in a photograph.
+"""Readers of GQA: the balanced test-dev questions about objects in photographs and their relations.
 
     testdev_balanced_questions.json             {"201307251": {"imageId": "n161313", "question": "Is it overcast?",
     images/n161313.jpg                            "answer": "no", "fullAnswer": "No, it is clear.", ...}}
 
-In Parquet (lmms-lab/GQA): testdev_balanced_instructions/testdev-*.parquet with id, imageId, question, answer, and
-testdev_balanced_images/testdev-*.parquet with id, image. Source: cs.stanford.edu/people/dorarad/gqa.
+The Parquet files (lmms-lab/GQA) are testdev_balanced_instructions/testdev-*.parquet with id, imageId, question and
+answer, and testdev_balanced_images/testdev-*.parquet with id and image. Source: cs.stanford.edu/people/dorarad/gqa.
 """
 
 import functools
@@ -20,39 +20,40 @@ from alignvlm_jax.evaluation.benchmarks.question import Cell, Question
 
 def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
     name = "testdev_balanced_questions.json" if split == "test" else f"{split}_balanced_questions.json"
-    found = files.find(folder, name, f"*/{name}")
-    if not found:
+    paths = files.find(folder, name, f"*/{name}")
+    if not paths:
         return None
-    content = files.json_file(found[0])
+    content = files.json_file(paths[0])
     if not isinstance(content, dict):
-        raise UserError(f"{found[0]}: GQA's files have an object with a name for each question")
-    places = [found[0].parent / "images", folder / "images"]
-    images = next((place for place in places if place.is_dir()), places[0])
+        raise UserError(f"{paths[0]}: expected an object with one entry per question, as in GQA's files")
+    candidates = [paths[0].parent / "images", folder / "images"]
+    images = next((path for path in candidates if path.is_dir()), candidates[0])
     rows = (
-        ({"id": id, **entry} if isinstance(entry, dict) else entry, f"{found[0]}: {id}")
+        ({"id": id, **entry} if isinstance(entry, dict) else entry, f"{paths[0]}: {id}")
         for id, entry in content.items()
     )
     return files.questions(rows, lambda row: _question(row, images / f"{row.text('imageId')}.jpg"))
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, "testdev_balanced_instructions/testdev-*.parquet")
-    if split != "test" or not found:
+    paths = files.find(folder, "testdev_balanced_instructions/testdev-*.parquet")
+    if split != "test" or not paths:
         return None
-    shown: dict[str, Cell] = {}
-    for file in files.find(folder, "testdev_balanced_images/testdev-*.parquet"):
-        shown |= {fields.get("id"): fields.get("image") for fields, _ in files.parquet_rows(file, ("image",))}
-    if not shown:
-        raise UserError(f"{folder}: the images of GQA are not there ({PARQUET.expected})")
-    rows = (row for file in found for row in files.parquet_rows(file, ()))
-    return files.questions(rows, functools.partial(_of_parquet, shown))
+    # Many questions share an image, so the images are in files of their own.
+    images: dict[str, Cell] = {}
+    for path in files.find(folder, "testdev_balanced_images/testdev-*.parquet"):
+        images |= {fields.get("id"): fields.get("image") for fields, _ in files.parquet_rows(path, ("image",))}
+    if not images:
+        raise UserError(f"{folder}: no images of GQA found (expected: {PARQUET.expected})")
+    rows = (row for path in paths for row in files.parquet_rows(path, ()))
+    return files.questions(rows, functools.partial(_question_from_parquet, images))
 
 
-def _of_parquet(shown: Mapping[str, Cell], row: Row) -> Question:
-    image = row.text("imageId")
-    if image not in shown:
-        raise UserError(f"{row.where}: there is no image {image!r}")
-    return _question(row, shown[image])
+def _question_from_parquet(images: Mapping[str, Cell], row: Row) -> Question:
+    image_id = row.text("imageId")
+    if image_id not in images:
+        raise UserError(f"{row.where}: the image files have no image {image_id!r}")
+    return _question(row, images[image_id])
 
 
 def _question(row: Row, image: pathlib.Path | Cell) -> Question:

@@ -1,4 +1,4 @@
-"""Where a benchmark's files lie once they are fetched, and who reads them."""
+"""The folder layout of a downloaded benchmark, and the function that reads it."""
 
 import dataclasses
 import pathlib
@@ -14,9 +14,10 @@ class Layout:
     """One form in which a benchmark is published.
 
     Attributes:
-      name: who publishes it so.
-      expected: the files that are looked for, with {split} where the split's name goes; shown when none is found.
-      read: the questions in a folder, of a split ("val" or "test"); None if no such files are there.
+      name: publisher of this form.
+      expected: expected files, with {split} as a placeholder for the split's name; shown if none is found.
+      read: function of a folder and a split ("val" or "test") that returns the questions, or None if the folder does
+        not have this layout.
     """
 
     name: str
@@ -24,11 +25,12 @@ class Layout:
     read: Read
 
     def describe(self, split: str) -> str:
-        """What is looked for, of a split."""
-        of_parquet = f"{'validation' if split == 'val' else split}-*"
-        return f"{self.name}: {self.expected.replace('{split}-*', of_parquet).replace('{split}', split)}"
+        """Returns a description of the expected files of a split."""
+        # Parquet shards call the split "validation" where the other forms call it "val".
+        parquet_pattern = f"{'validation' if split == 'val' else split}-*"
+        return f"{self.name}: {self.expected.replace('{split}-*', parquet_pattern).replace('{split}', split)}"
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """What publishers call a split."""
+    """Returns the names that publishers use for a split."""
     return ("val", "validation", "dev") if split == "val" else (split,)

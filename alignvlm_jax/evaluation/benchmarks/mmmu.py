@@ -1,12 +1,12 @@
-"""MMMU: questions of thirty subjects, with one or several images among their words.
+"""Reader of MMMU: questions on thirty subjects, with one or several images within the text.
 
     Accounting/validation-00000-of-00001.parquet     id ("validation_Accounting_1"), question ("... <image 1> ..."),
     Agriculture/validation-...                        options ("['$6', '$7']", as text), answer ("B"), question_type
     ... (MMMU/MMMU), or data/validation-*             ("multiple-choice" or "open"), image_1 ... image_7, subfield
     (lmms-lab/MMMU)
 
-An image goes where question or options name it, each time they do, as in VLMEvalKit; lmms-eval by default puts all
-images first and leaves the names. The answers of the test split are withheld ("?").
+Each mention of an image in the question or the options is replaced by that image, as in VLMEvalKit. lmms-eval by
+default puts all images first and keeps the mentions as text. The answers of the test split are withheld ("?").
 """
 
 import ast
@@ -21,16 +21,16 @@ from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Question
 
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
-_NAMED = re.compile(r"<image (\d)>")
+_MENTION = re.compile(r"<image (\d)>")
 _SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")
 
 
 def _read(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
     names = split_names(split)
-    found = files.find(folder, *(f"{where}{name}-*.parquet" for where in ("*/", "data/", "") for name in names))
-    if not found:
+    paths = files.find(folder, *(f"{prefix}{name}-*.parquet" for prefix in ("*/", "data/", "") for name in names))
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, IMAGES))
+    rows = (row for path in paths for row in files.parquet_rows(path, IMAGES))
     return files.questions(rows, _question)
 
 
@@ -53,32 +53,33 @@ def _question(row: Row) -> Question:
 
 
 def place_images(question: Question, row: Row) -> Question:
-    """The question with its images where its texts name them."""
-    numbers = [int(number) for text in (question.text, *question.choices) for number in _NAMED.findall(text)]
+    """Returns the question with an image mark and an image in place of each mention."""
+    numbers = [int(number) for text in (question.text, *question.choices) for number in _MENTION.findall(text)]
     images = tuple(row.get(f"image_{number}") for number in numbers)
+    # An image that the text does not mention comes before the question.
     if not images and "image_1" in row:
         return dataclasses.replace(question, images=(row.get("image_1"),))
     return dataclasses.replace(
         question,
-        text=_NAMED.sub(IMAGE, question.text),
-        choices=tuple(_NAMED.sub(IMAGE, choice) for choice in question.choices),
+        text=_MENTION.sub(IMAGE, question.text),
+        choices=tuple(_MENTION.sub(IMAGE, choice) for choice in question.choices),
         images=images,
     )
 
 
 def list_in_text(text: str, where: str) -> tuple[str, ...]:
-    """ "['a', 'b']" -> ("a", "b")."""
+    """Parses a list in Python syntax: "['a', 'b']" -> ("a", "b")."""
     try:
         items = ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise RowError(f"{where}: {text[:60]!r} is no list written as Python would") from error
+        raise RowError(f"{where}: expected a list in Python syntax, got {text[:60]!r}") from error
     if not isinstance(items, list):
-        raise RowError(f"{where}: {text[:60]!r} is no list")
+        raise RowError(f"{where}: expected a list, got {text[:60]!r}")
     return tuple(str(item) for item in items)
 
 
 def submission(questions: Sequence[Question], answers: dict[str, str | None]) -> dict[str, str]:
-    """What MMMU's server takes: an answer for each id."""
+    """Returns the content for MMMU's server: answers by question id."""
     return {question.id: answers[question.id] or "" for question in questions}
 
 

@@ -1,8 +1,8 @@
-"""The paper's scores (arXiv 2502.01341), to be printed beside ours.
+"""Scores from the paper (arXiv 2502.01341), printed next to ours.
 
-Its tables: all training stages (1B, 3B, 8B; baselines 3B; the 3B model with its vocabulary pruned to 3.4K words at
-evaluation), the text restoration of VCR, and the low-resource setting (LLaVA data, 3B). It scored with VLMEvalKit,
-DocVQA, InfoVQA and TextVQA on their validation splits.
+The figures come from three tables: the main one after all training stages (1B, 3B and 8B; baselines 3B; the 3B model
+with its vocabulary pruned to 3.4K words at evaluation), text restoration on VCR, and the low-resource setting (LLaVA
+data, 3B). The paper scores with VLMEvalKit, and uses the validation splits of DocVQA, InfoVQA and TextVQA.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,22 @@ _SCORES = {
 }
 
 AVERAGED = tuple(_SCORES)
-"""The benchmarks of the main table, and"""
+"""Benchmarks of the main table."""
 AVERAGE = dict(zip(_MODELS, (52.14, 58.81, 62.88, 53.06, 50.68, 54.72, 58.69), strict=True))
-"""its last column, their plain mean, as it is printed there (58.818 as 58.81)."""
+"""Model -> mean over the benchmarks of the main table, as printed in its last column (58.818 appears as 58.81)."""
 
 GENERAL = ("mmmu", "seed", "mmvet", "pope", "gqa")
 FOUR = ("docvqa", "infovqa", "chartqa", "textvqa")
-_OF_FOUR, _OF_GENERAL = (59.32, 40.61, 33.64, 48.56, 36.23, 47.16), (56.88, 53.59, 53.17, 53.55, 54.18, 54.33)
+_FOUR_AVERAGES, _GENERAL_AVERAGES = (
+    (59.32, 40.61, 33.64, 48.56, 36.23, 47.16),
+    (56.88, 53.59, 53.17, 53.55, 54.18, 54.33),
+)
 _LOW_RESOURCE_MODELS = ("ALIGN", "MLP", "Perceiver", "Ovis", "H-Reducer", "HoneyBee")
 LOW_RESOURCE: Mapping[tuple[str, ...], Mapping[str, float]] = {
-    FOUR: dict(zip(_LOW_RESOURCE_MODELS, _OF_FOUR, strict=True)),
-    GENERAL: dict(zip(_LOW_RESOURCE_MODELS, _OF_GENERAL, strict=True)),
+    FOUR: dict(zip(_LOW_RESOURCE_MODELS, _FOUR_AVERAGES, strict=True)),
+    GENERAL: dict(zip(_LOW_RESOURCE_MODELS, _GENERAL_AVERAGES, strict=True)),
 }
-"""Benchmarks -> model of the low-resource setting -> its average over them."""
+"""Benchmarks -> model of the low-resource setting -> average over these benchmarks."""
 
 PAPER: Mapping[str, Mapping[str, float]] = {
     **{name: dict(zip(_MODELS, scores, strict=True)) for name, scores in _SCORES.items()},
@@ -47,10 +50,10 @@ PAPER: Mapping[str, Mapping[str, float]] = {
     "pope": {"ALIGN 3B": 88.85},
     "gqa": {"ALIGN 3B": 61.67},
 }
-"""Benchmark -> model -> score, in percent; `MARKS` has those whose models are not those of the main table."""
+"""Benchmark -> model -> score in percent. `MARKS` lists the benchmarks whose models are not those of the main table."""
 
 MARKS: Mapping[str, str] = {**dict.fromkeys(GENERAL, "*"), "vcr_en_easy": "**", "vcr_en_hard": "**"}
 FOOTNOTES: Mapping[str, str] = {
-    "*": "of the paper's low-resource models (3B, LLaVA's data), not of those of its main table",
-    "**": "of models whose stage 3 had VCR's data mixed in, not of those of the paper's main table",
+    "*": "score of the paper's low-resource models (3B, LLaVA data), not of the models in its main table",
+    "**": "score of models with VCR data in their stage 3, not of the models in the paper's main table",
 }

@@ -1,11 +1,11 @@
-"""Answers on disk, so that a run that was stopped goes on where it was.
+"""The file of answers, from which a stopped run resumes.
 
     {"benchmark": "docvqa", "asked_of": {"checkpoint": "...", "prompt": "{question}", "questions": "9b1f...", ...}}
     {"benchmark": "docvqa", "id": "49153", "answer": "0.28"}
     {"benchmark": "docvqa", "id": "24580", "answer": "University of California"}
 
-The first line of each benchmark says of what model, with what prompt and which questions the answers are; a run whose
-own differ is refused. A line counts once its newline is there: what a crash left behind the last one is dropped.
+The first line of each benchmark records the model, the prompt and the questions that the answers belong to. A run with
+other settings is refused. Only lines that end in a newline count: a partial last line, left by a crash, is dropped.
 """
 
 import errno
@@ -20,17 +20,23 @@ from alignvlm_jax.errors import UserError
 
 
 class Predictions:
-    """The file, open for this process alone; a context manager."""
+    """File of answers, locked by this process; a context manager.
+
+    Attributes:
+      path: path of the file.
+      settings: settings by benchmark, as read from the file or given to `begin`.
+      answers: answers by benchmark and question id.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
-        self.asked_of: dict[str, Mapping[str, Any]] = {}
+        self.settings: dict[str, Mapping[str, Any]] = {}
         self.answers: dict[str, dict[str, str]] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "r+b" if self.path.exists() else "x+b")
         except OSError as error:
-            raise UserError(f"{self.path}: predictions cannot be written there ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot write predictions to this file ({error.strerror})") from error
         try:
             self._lock()
             self._read()
@@ -44,28 +50,32 @@ class Predictions:
     def __exit__(self, *_: Any) -> None:
         self._file.close()
 
-    def begin(self, benchmark: str, asked_of: Mapping[str, Any]) -> dict[str, str]:
-        """Says whose answers follow; the answers that are there already, by the question's id.
+    def begin(self, benchmark: str, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Starts a benchmark, and returns its stored answers by question id.
+
+        Args:
+          benchmark: name of the benchmark.
+          settings: model, prompt and questions of this run.
 
         Raises:
-          UserError: those were given by another model, to another prompt, or to other questions.
+          UserError: if the stored answers come from another model or prompt, or belong to other questions.
         """
-        asked_of = json.loads(json.dumps(asked_of))  # As it will be read again.
-        before = self.asked_of.get(benchmark)
-        if before is None:
-            self._append([{"benchmark": benchmark, "asked_of": asked_of}])
-            self.asked_of[benchmark] = asked_of
-        elif before != asked_of:
-            changed = [key for key in {**before, **asked_of} if before.get(key) != asked_of.get(key)]
-            was = "; ".join(f"{key} was {before.get(key)!r} and is {asked_of.get(key)!r}" for key in changed)
+        settings = json.loads(json.dumps(settings))  # Tuples become lists, to compare equal with what was read.
+        stored = self.settings.get(benchmark)
+        if stored is None:
+            self._append([{"benchmark": benchmark, "asked_of": settings}])
+            self.settings[benchmark] = settings
+        elif stored != settings:
+            changed = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
+            changes = "; ".join(f"{key} was {stored.get(key)!r} and is {settings.get(key)!r}" for key in changed)
             raise UserError(
-                f"{self.path} has answers to {benchmark} that were asked for otherwise: {was}. Name another "
+                f"{self.path}: its answers to {benchmark} were made with other settings: {changes}. Name another "
                 "--predictions file, or remove this one"
             )
         return self.answers.setdefault(benchmark, {})
 
     def add(self, benchmark: str, answers: Mapping[str, str]) -> None:
-        """Appends answers; once this returns they are on the disk."""
+        """Appends answers. They are on disk when this returns."""
         self._append([{"benchmark": benchmark, "id": id, "answer": answer} for id, answer in answers.items()])
         self.answers.setdefault(benchmark, {}).update(answers)
 
@@ -76,7 +86,7 @@ class Predictions:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); the same command goes on from here"
+                f"{self.path}: cannot be written ({error.strerror}). Run the same command again to resume from here"
             ) from error
 
     def _lock(self) -> None:
@@ -85,23 +95,24 @@ class Predictions:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"{self.path}: another run is writing to it") from error
-            # A file system without locks: two runs at once are then the user's to avoid.
+            # Other errors mean a file system without locks. The user must then not start two runs at once.
 
     def _read(self) -> None:
         content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
+        complete_size = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:complete_size].splitlines(), start=1):
             try:
                 record = json.loads(line)
                 name = record["benchmark"]
                 if "asked_of" in record:
-                    self.asked_of[name] = record["asked_of"]
+                    self.settings[name] = record["asked_of"]
                 else:
                     self.answers.setdefault(name, {})[str(record["id"])] = str(record["answer"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self.path}: line {number} is none that `alignvlm eval --benchmark` wrote ({error}): name "
+                    f"{self.path}: line {number} was not written by `alignvlm eval --benchmark` ({error}). Name "
                     "another --predictions file, or remove this one"
                 ) from error
-        self._file.seek(whole)
+        # Drops a partial last line, so that appending continues after the last complete one.
+        self._file.seek(complete_size)
         self._file.truncate()

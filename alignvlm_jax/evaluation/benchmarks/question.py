@@ -1,22 +1,27 @@
-"""A question of a benchmark, as every reader of a published format yields it and every metric takes it."""
+"""The common form of a benchmark question.
+
+Every file reader yields `Question` objects, and every metric takes them.
+"""
 
 import dataclasses
 import pathlib
 from typing import Any
 
 IMAGE = "\ufffc"
-"""Stands in a question's text where one of its images goes (Unicode's object replacement character)."""
+"""Placeholder of an image within a question's text (Unicode's object replacement character)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """An image within a Parquet file; `files.image_bytes` reads it.
+    """Reference to an image within a Parquet file; `files.image_bytes` reads it.
 
     Attributes:
-      file: the Parquet file.
-      row_group, row: where in it: the group of rows, and the row within that.
-      column: which column; `columns` are all that hold images, so that a group is read once.
-      index: which image of the cell, where a cell holds a list of them.
+      file: path of the Parquet file.
+      row_group: number of the row group.
+      row: number of the row within the group.
+      column: name of the column.
+      columns: names of all image columns. They are read together, so that a row group is decoded only once.
+      index: index of the image if the cell holds a list of images.
     """
 
     file: pathlib.Path
@@ -30,33 +35,33 @@ class Cell:
         return f"{self.file}, row group {self.row_group}, row {self.row}, column {self.column}"
 
 
-Picture = pathlib.Path | Cell
+ImageSource = pathlib.Path | Cell
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question, and what counts as its answer.
+    """One question and its accepted answers.
 
     Attributes:
-      id: the benchmark's own where it has one, unique within the benchmark.
-      where: file and record, for reports.
-      text: what is asked, before the benchmark's prompt is put around it; `IMAGE` stands where an image goes. Images
-        that it does not place come first.
-      images: what is shown, in order.
-      references: what is accepted; None where the benchmark keeps the answers to itself.
-      group: the part of the benchmark that it counts for as well, such as a subject; "" for none.
-      kind: which of the benchmark's prompts it gets, where there are several.
-      choices: of a multiple-choice question, in the order of their letters.
-      document: of what document a value is asked for, and
-      values: for each value of it that is to be found, the accepted spellings (DeepForm, KLC).
-      extra: what only the metric of this benchmark wants to know.
-      problem: why it cannot be asked; "" if it can. It counts as answered wrongly.
+      id: unique id within the benchmark; the benchmark's own id if it has one.
+      where: file and record, for messages.
+      text: question without the benchmark's prompt. `IMAGE` marks the place of an image; images without a mark come
+        first.
+      images: images in the order in which the model sees them.
+      references: accepted answers; None if the benchmark withholds them.
+      group: part of the benchmark with a score of its own, such as a subject; "" for none.
+      kind: key of the prompt, for benchmarks with several prompts.
+      choices: options of a multiple-choice question, in the order of their letters.
+      document: id of the document that the value belongs to (DeepForm, KLC).
+      values: accepted spellings of each value to be found in the document (DeepForm, KLC).
+      extra: additional information for the benchmark's metric; a string is a remark for the report.
+      problem: reason why the question cannot be asked; "" if it can. Such a question counts as answered wrongly.
     """
 
     id: str
     where: str
     text: str = ""
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     references: tuple[str, ...] | None = None
     group: str = ""
     kind: str = ""

@@ -1,4 +1,7 @@
-"""`alignvlm eval --benchmark`: reads, asks, scores, and prints ours beside the paper's."""
+"""Runs benchmarks for `alignvlm eval --benchmark`: reads questions, asks them, and prints the scores with the paper's.
+
+Answers are appended to a file of predictions as they come, and a later run does not ask these questions again.
+"""
 
 import contextlib
 import dataclasses
@@ -20,7 +23,7 @@ from alignvlm_jax.evaluation.benchmarks import files, summary
 from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
-from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Picture, Question
+from alignvlm_jax.evaluation.benchmarks.question import IMAGE, ImageSource, Question
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
@@ -29,7 +32,7 @@ from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 _QUESTIONS_AT_ONCE = 64
-"""At least so many prompts are made before they are answered: enough to fill batches with prompts of like size."""
+"""Minimum number of prompts prepared before they are answered, so that batches can have prompts of similar length."""
 
 
 def evaluate_benchmarks(
@@ -45,20 +48,20 @@ def evaluate_benchmarks(
     predictions_file: str | None = None,
     mesh: MeshConfig | None = None,
 ) -> list[Outcome]:
-    """Asks a checkpoint the questions of benchmarks, prints the table, writes the files asked for.
+    """Scores a checkpoint on benchmarks, prints the table, and writes the requested files.
 
     Args:
-      checkpoint: as `inference.reader.load` takes it.
-      names: of benchmarks, as the table has them.
-      data: the folder that the benchmark's files are in, or one with a folder for each benchmark, called by its name.
-      split: another than the benchmark's own.
-      limit: ask only the first so many questions of each.
-      batch_size: questions decoded at once.
-      views: how often each image is looked at (`inference/views.py`).
-      json_file: for the figures.
-      predictions_file: for the answers; by default beside `json_file`, or in runs/benchmarks. What it has already is
-        not asked again.
-      mesh: as in `evaluation.runner.evaluate_checkpoint`.
+      checkpoint: checkpoint as for `inference.reader.load`.
+      names: names in the table of benchmarks.
+      data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it.
+      split: split to score instead of each benchmark's default.
+      limit: maximum number of questions per benchmark.
+      batch_size: number of questions decoded at once.
+      views: number of views of each image (see `inference/views.py`).
+      json_file: file for the scores.
+      predictions_file: file for the answers; by default next to `json_file`, or in runs/benchmarks. Questions that it
+        already answers are not asked again.
+      mesh: device mesh as for `evaluation.runner.evaluate_checkpoint`.
     """
     benchmarks = find_benchmarks(names)
     arguments = dict(names=list(names), data=str(data), split=split, limit=limit, batch_size=batch_size, mesh=str(mesh))
@@ -67,16 +70,17 @@ def evaluate_benchmarks(
         mesh = MeshConfig(data=1, fsdp=-1)
     identity, pruned = identify(checkpoint), is_pruned(checkpoint)
     if views > 1:
-        identity["views"] = views  # its answers are others
+        identity["views"] = views  # Answers from several views must not mix with others in the file of predictions.
+    # Missing packages and broken files are reported before anything that takes long.
     for row in benchmarks:
-        row.metric((), {})  # What a metric needs and is not installed is said now.
-    # All files are read before anything that takes long: what is wrong with the last one is said now.
-    read = {row.name: read_questions(row, pathlib.Path(data), split or row.split) for row in benchmarks}
+        row.metric((), {})
+    questions_by_name = {row.name: read_questions(row, pathlib.Path(data), split or row.split) for row in benchmarks}
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
 
     loaded: list[Reader] = []
 
-    def reader() -> Reader:  # Not loaded if all has been answered.
+    def reader() -> Reader:
+        # Loaded on first use: a run whose questions are all answered needs no model.
         if not loaded:
             loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views))
         return loaded[0]
@@ -86,7 +90,7 @@ def evaluate_benchmarks(
         primary = distributed.is_primary()
         predictions = stack.enter_context(Predictions(predictions_file)) if primary else None
         for row in benchmarks:
-            questions = read[row.name]
+            questions = questions_by_name[row.name]
             outcomes.append(run(row, split or row.split, questions, reader, predictions, identity, limit=limit))
     if distributed.is_primary():
         print(f"{identity['checkpoint']}: answers in {predictions_file}\n")
@@ -102,32 +106,32 @@ def evaluate_benchmarks(
 
 
 def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list[Question]:
-    """All questions of a benchmark, from the first of its layouts whose files are there.
+    """Returns all questions of a benchmark, from the first of its layouts whose files exist.
 
     Raises:
-      UserError: there are none, or none could be asked; it says what is looked for.
+      UserError: if no files are found, or no question can be asked. The message names the expected files.
     """
     expected = "; ".join(layout.describe(split) for layout in benchmark.layouts)
     if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder. {benchmark.title} is read from: {expected}")
+        raise UserError(f"--data {data}: no such folder. Expected files of {benchmark.title}: {expected}")
     folder = data / benchmark.name if (data / benchmark.name).is_dir() else data
     for layout in benchmark.layouts:
-        found = layout.read(folder, split)
-        if found is None:
+        layout_questions = layout.read(folder, split)
+        if layout_questions is None:
             continue
-        questions = list(found)
-        sound = [question for question in questions if not question.problem]
-        if not sound:
-            why = f": {questions[0].problem}" if questions else ""
-            raise UserError(f"{folder}: no question of {benchmark.title}, split {split}, can be asked{why}")
-        shown = [picture for question in sound for picture in question.images]
-        if shown and not any(files.is_there(picture) for picture in shown):
+        questions = list(layout_questions)
+        valid = [question for question in questions if not question.problem]
+        if not valid:
+            reason = f": {questions[0].problem}" if questions else ""
+            raise UserError(f"{folder}: no question of {benchmark.title}, split {split}, can be asked{reason}")
+        images = [image for question in valid for image in question.images]
+        if images and not any(files.image_exists(image) for image in images):
             raise UserError(
-                f"none of the {len(shown)} images of {benchmark.title} is there, not {shown[0]} for one. Expected is "
-                + layout.describe(split)
+                f"{folder}: none of the {len(images)} images of {benchmark.title} exists, for example {images[0]}. "
+                f"Expected files: {layout.describe(split)}"
             )
         return _unique(questions)
-    raise UserError(f"{folder}: no files of {benchmark.title}, split {split}. It is read from: {expected}")
+    raise UserError(f"{folder}: no files of {benchmark.title}, split {split}. Expected files: {expected}")
 
 
 def run(
@@ -140,61 +144,65 @@ def run(
     *,
     limit: int | None = None,
 ) -> Outcome:
-    """Asks what has not been answered yet, and scores.
+    """Asks the questions that have no stored answer, and scores all answers.
 
-    With several processes all ask the same; one of them has the predictions.
+    With several processes, all of them ask the same questions, and only the primary one has the file of predictions.
 
     Args:
-      benchmark, split, questions: see `read_questions`.
-      reader: gives the model, when there is something to ask.
-      predictions: the file, in the primary process.
-      identity: of the checkpoint.
-      limit: ask only the first so many.
+      benchmark: row of the table of benchmarks.
+      split: name of the split.
+      questions: all questions of the split, from `read_questions`.
+      reader: function that returns the model; called only if a question has to be asked.
+      predictions: file of answers in the primary process; None in the others.
+      identity: identity of the checkpoint.
+      limit: maximum number of questions.
     """
-    started = time.monotonic()
-    asked_of = {**identity, "split": split, "prompt": benchmark.prompt, "max_new_tokens": benchmark.max_new_tokens}
-    asked_of["questions"] = fingerprint(questions)
-    known = predictions.begin(benchmark.name, asked_of) if predictions is not None else {}
-    answers: dict[str, str | None] = dict(distributed.gather_json(known)[0])
+    start_time = time.monotonic()
+    settings = {**identity, "split": split, "prompt": benchmark.prompt, "max_new_tokens": benchmark.max_new_tokens}
+    settings["questions"] = fingerprint(questions)
+    stored_answers = predictions.begin(benchmark.name, settings) if predictions is not None else {}
+    # The primary process is the first; its stored answers decide what all processes ask.
+    answers: dict[str, str | None] = dict(distributed.gather_json(stored_answers)[0])
     questions = list(questions)[:limit]
     problems = {question.id: question.problem for question in questions if question.problem}
-    waiting = [question for question in questions if question.id not in answers and question.id not in problems]
+    pending = [question for question in questions if question.id not in answers and question.id not in problems]
     quiet = not distributed.is_primary()
     with tqdm(
         total=len(questions),
-        initial=len(questions) - len(waiting),
+        initial=len(questions) - len(pending),
         desc=benchmark.title,
         unit="question",
         dynamic_ncols=True,
         disable=quiet,
     ) as progress:
-        step = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if waiting else 1
-        for start in range(0, len(waiting), step):
-            answered, unasked = _ask(reader(), benchmark, waiting[start : start + step], progress.update)
-            problems |= unasked
-            answers |= answered
+        step = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if pending else 1
+        for start in range(0, len(pending), step):
+            new_answers, new_problems = _ask(reader(), benchmark, pending[start : start + step], progress.update)
+            problems |= new_problems
+            answers |= new_answers
             if predictions is not None:
-                predictions.add(benchmark.name, answered)
-    given = {question.id: answers.get(question.id) for question in questions}
-    judged = [question for question in questions if question.problem or question.references is not None]
-    withheld = all(question.problem for question in judged)
-    scores = None if withheld else benchmark.metric(judged, given)
-    return Outcome(benchmark, split, questions, given, problems, scores, limit, time.monotonic() - started)
+                predictions.add(benchmark.name, new_answers)
+    final_answers = {question.id: answers.get(question.id) for question in questions}
+    scored = [question for question in questions if question.problem or question.references is not None]
+    is_withheld = all(question.problem for question in scored)
+    scores = None if is_withheld else benchmark.metric(scored, final_answers)
+    return Outcome(benchmark, split, questions, final_answers, problems, scores, limit, time.monotonic() - start_time)
 
 
 def _ask(
     reader: Reader, benchmark: Benchmark, questions: Sequence[Question], on_batch: Callable[[int], Any]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The answers to some questions by id, and why there are none to the others."""
+    """Returns answers by question id, and problems by question id for questions that cannot be asked."""
     prompts, problems = {}, {}
-    shown_before: tuple[tuple[Picture, ...], list[CutImage]] = ((), [])
+    last_images: tuple[tuple[ImageSource, ...], list[CutImage]] = ((), [])
     for question in questions:
         try:
-            if question.images != shown_before[0]:  # Questions about one page mostly follow each other.
-                shown_before = ((), [])
-                shown_before = question.images, [_cut(reader, picture) for picture in question.images]
+            # Questions about the same page usually follow each other, so its tiles are kept.
+            if question.images != last_images[0]:
+                last_images = ((), [])  # A failure below must not leave the images of another question.
+                last_images = question.images, [_cut(reader, image) for image in question.images]
             messages = [{"role": "user", "content": content(benchmark.ask(question), len(question.images))}]
-            prompts[question.id] = reader.chat_prompt(messages, shown_before[1])
+            prompts[question.id] = reader.chat_prompt(messages, last_images[1])
         except UserError as error:
             problems[question.id] = str(error)
             on_batch(1)
@@ -202,19 +210,19 @@ def _ask(
     return dict(zip(prompts, texts, strict=True)), problems
 
 
-def _cut(reader: Reader, picture: Picture) -> CutImage:
-    return reader.cut(open_image(files.image_bytes(picture), name=str(picture), keep_grey=True))
+def _cut(reader: Reader, image: ImageSource) -> CutImage:
+    return reader.cut(open_image(files.image_bytes(image), name=str(image), keep_grey=True))
 
 
 def content(text: str, num_images: int) -> list[dict[str, str]]:
-    """A message's parts: images where the text has its marks, and those that it does not place first.
+    r"""Returns the parts of a message: images at the marks in the text, and images without a mark first.
 
-    before: "Is \\ufffc like \\ufffc?", 2
+    before: "Is \ufffc like \ufffc?", 2
     after:  text "Is ", image, text " like ", image, text "?"
     """
     pieces = text.split(IMAGE)
     if len(pieces) - 1 > num_images:
-        raise UserError(f"the question places {len(pieces) - 1} images, and there are {num_images}")
+        raise UserError(f"the question has places for {len(pieces) - 1} images, got {num_images}")
     parts = [{"type": "image"}] * (num_images - len(pieces) + 1)
     for i, piece in enumerate(pieces):
         parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece.strip())
@@ -222,7 +230,7 @@ def content(text: str, num_images: int) -> list[dict[str, str]]:
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """Tells these questions, their order aside not, from others: by ids, texts, choices and references."""
+    """Returns a digest of the ids, texts, kinds, choices, references and values of questions, in their order."""
     digest = hashlib.sha256()
     for question in questions:
         fields = [question.id, question.text, question.kind, question.choices, question.references, question.values]
@@ -231,7 +239,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
 
 
 def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | None) -> str:
-    """Beside the figures, or else runs/benchmarks/NAME.jsonl under the current folder."""
+    """Returns a path next to the JSON file, or else runs/benchmarks/NAME.jsonl in the current folder."""
     if json_file:
         return str(pathlib.Path(json_file).with_suffix(".predictions.jsonl"))
     path = pathlib.Path(checkpoint).absolute()
@@ -239,13 +247,13 @@ def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | Non
 
 
 def _unique(questions: list[Question]) -> list[Question]:
-    """The questions, with a problem in place of one whose id was there before."""
+    """Returns the questions, with a problem and a new id for each question whose id occurred before."""
     seen: set[str] = set()
     unique = []
     for question in questions:
         if question.id in seen:
-            where = f"{question.id} ({question.where})"
-            question = dataclasses.replace(question, id=where, problem=f"the id {question.id} is there twice")
+            new_id = f"{question.id} ({question.where})"
+            question = dataclasses.replace(question, id=new_id, problem=f"the id {question.id} occurs twice")
         seen.add(question.id)
         unique.append(question)
     return unique
@@ -256,4 +264,4 @@ def _write_submissions(outcomes: Sequence[Outcome], predictions_file: pathlib.Pa
         if outcome.scores is None and outcome.benchmark.submission is not None:
             file = predictions_file.with_suffix(f".{outcome.benchmark.name}-{outcome.split}.submission.json")
             write_json(outcome.benchmark.submission(outcome.questions, outcome.answers), file)
-            print(f"{outcome.benchmark.title}: to be handed in, {file}")
+            print(f"{outcome.benchmark.title}: file to submit: {file}")

@@ -1,9 +1,9 @@
-"""What answers add up to: a score, how sure it is, and the scores of its parts.
+"""Scores and their confidence intervals.
 
-Every score here is a sum over units divided by another: a mean is right / asked, F1 is 2 right / (predicted +
-expected). Its 95 % interval is Wilson's where it is right out of asked, and else the middle 95 % of 2,000 bootstrap
-samples of the units (with a fixed seed). Units are taken as independent, though questions about one page are not: the
-true interval is somewhat wider.
+Every score is a ratio of two sums over units. A mean is right / asked; F1 is 2 right / (predicted + expected). The 95 %
+interval of a proportion is Wilson's. Other scores get the central 95 % of 2,000 bootstrap samples of the units, drawn
+with a fixed seed. Both treat units as independent. Questions about the same page are not, so the true interval is
+somewhat wider.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ _BOOTSTRAP_SAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One figure.
+    """One score with its confidence interval.
 
     Attributes:
-      name: what it measures.
-      value: from 0 to 1.
-      interval: of 95 %; None where it is not defined.
-      count: how many units it is of: questions, or what the name says.
+      name: name of the measure.
+      value: score from 0 to 1.
+      interval: 95 % interval; None if it is not defined.
+      count: number of units: questions, unless the name says otherwise.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Score:
     count: int
 
     def to_json(self) -> dict:
+        """Returns the score in percent, its interval and the number of units."""
         interval = None if self.interval is None else [round(100 * bound, 2) for bound in self.interval]
         value = None if math.isnan(self.value) else round(100 * self.value, 2)
         return {"score": value, "interval_95": interval, "count": self.count}
@@ -41,12 +42,12 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of one benchmark.
+    """Scores of one benchmark.
 
     Attributes:
-      primary: the one that papers state; None where the answers are judged elsewhere.
-      others: further ones, and those of the parts.
-      aborted: the questions, by id, at whose answers the official scorer would end with an error, and the error.
+      primary: the score that papers report; None if an external judge scores the answers.
+      others: further scores, and the scores of the benchmark's parts.
+      aborted: pairs of question id and error, for answers at which the official scorer would fail.
     """
 
     primary: Score | None
@@ -55,9 +56,10 @@ class Scores:
 
 
 def mean(name: str, values: Sequence[float]) -> Score:
-    """The plain mean of scores from 0 to 1."""
+    """Returns the mean of values from 0 to 1."""
     if not len(values):
         return Score(name, math.nan, None, 0)
+    # A proportion. Wilson's interval holds near 0 and 1 too, where bootstrap samples hardly vary.
     if set(values) <= {0.0, 1.0}:
         tally = Tally(int(sum(values)), len(values))
         return Score(name, tally.exact_match, tally.interval, len(values))
@@ -65,16 +67,17 @@ def mean(name: str, values: Sequence[float]) -> Score:
 
 
 def ratio(name: str, numerators: Sequence[float], denominators: Sequence[float]) -> Score:
-    """A sum over units divided by another; 0 where there is nothing to divide by."""
+    """Returns the sum of the numerators over the sum of the denominators, or 0 if the latter is 0."""
     tops, bottoms = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if not len(tops):
         return Score(name, math.nan, None, 0)
     value = tops.sum() / bottoms.sum() if bottoms.sum() else 0.0
+    # Bootstrap over units: each sample weights a unit by the number of times it was drawn.
     rng = np.random.default_rng(0)
-    sampled = np.zeros(_BOOTSTRAP_SAMPLES)
+    samples = np.zeros(_BOOTSTRAP_SAMPLES)
     for i in range(_BOOTSTRAP_SAMPLES):
-        drawn = np.bincount(rng.integers(0, len(tops), len(tops)), minlength=len(tops))
-        bottom = np.sum(drawn * bottoms)
-        sampled[i] = np.sum(drawn * tops) / bottom if bottom else 0.0
-    low, high = np.percentile(sampled, [2.5, 97.5])
+        weights = np.bincount(rng.integers(0, len(tops), len(tops)), minlength=len(tops))
+        bottom = np.sum(weights * bottoms)
+        samples[i] = np.sum(weights * tops) / bottom if bottom else 0.0
+    low, high = np.percentile(samples, [2.5, 97.5])
     return Score(name, float(value), (float(low), float(high)), len(tops))

@@ -1,7 +1,7 @@
-"""From answers to scores: which metric takes what of a question, for each benchmark.
+"""Scores of all answers to a benchmark, built on the metrics in `evaluation/metrics`.
 
-A metric takes the questions and their answers, and the answer of a question that could not be asked is None: it is
-wrong, whatever the metric. Answers come as `Reader.answer` gives them, without blanks at their ends.
+A `Metric` takes questions and their answers. The answer to a question that could not be asked is None, which every
+metric counts as wrong. Other answers come from `Reader.answer`, without blanks at their ends.
 """
 
 import dataclasses
@@ -14,16 +14,23 @@ from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores, mean, ratio
 
 Answers = Mapping[str, str | None]
 Metric = Callable[[Sequence[Question], Answers], Scores]
-OneScore = Callable[[str, Question], float]
+AnswerMetric = Callable[[str, Question], float]
 
 
-def mean_of(name: str, one: OneScore, **others: OneScore) -> Metric:
-    """The mean of what `one` says of each answer, for all and for each group; `others` for all, by name."""
+def mean_of(name: str, answer_metric: AnswerMetric, **others: AnswerMetric) -> Metric:
+    """Returns a metric that averages `answer_metric` over all answers and over the answers of each group.
+
+    Args:
+      name: name of the score.
+      answer_metric: score of one answer.
+      **others: further scores of one answer, averaged over all answers only. Underscores in their names become blanks.
+    """
 
     def metric(questions: Sequence[Question], answers: Answers) -> Scores:
-        values, aborted = _each(one, questions, answers)
+        values, aborted = _score_each(answer_metric, questions, answers)
         more = [
-            mean(other.replace("_", " "), _each(function, questions, answers)[0]) for other, function in others.items()
+            mean(other.replace("_", " "), _score_each(function, questions, answers)[0])
+            for other, function in others.items()
         ]
         return Scores(mean(name, values), (*more, *_by_group(questions, values)), tuple(aborted.items()))
 
@@ -31,36 +38,41 @@ def mean_of(name: str, one: OneScore, **others: OneScore) -> Metric:
 
 
 def anls(answer: str, question: Question) -> float:
+    """Returns the ANLS of an answer."""
     return metrics.anls(answer, question.references)
 
 
 def relaxed_accuracy(answer: str, question: Question) -> float:
+    """Returns ChartQA's relaxed accuracy of an answer."""
     return metrics.relaxed_accuracy(answer, question.references)
 
 
 def vqa_accuracy(answer: str, question: Question) -> float:
+    """Returns the VQA accuracy of an answer."""
     return metrics.vqa_accuracy(answer, question.references)
 
 
 def tabfact_accuracy(answer: str, question: Question) -> float:
+    """Returns 1 if a verdict equals the reference."""
     return metrics.tabfact_accuracy(answer, question.references[0])
 
 
 def wtq_whole(answer: str, question: Question) -> float:
-    """The answer as one item, its newlines deleted: mPLUG-DocOwl."""
+    """Returns the denotation accuracy of an answer taken as one item without newlines, as mPLUG-DocOwl does."""
     return float(metrics.wtq_denotation([answer.replace("\n", "")], question.references))
 
 
 def wtq_split(answer: str, question: Question) -> float:
-    """The answer split at " | ": the DUE baselines."""
+    """Returns the denotation accuracy of an answer split at " | ", as the DUE baselines do."""
     return float(metrics.wtq_denotation(answer.replace("\n", "").split(" | "), question.references))
 
 
 def forms(questions: Sequence[Question], answers: Answers) -> Scores:
-    """F1 over the values of documents: DeepForm and KLC.
+    """Returns F1 over the values of documents, for DeepForm and KLC.
 
-    Primary is mPLUG-DocOwl's, where the answer "None" means that there is no such value: one question is asked for
-    every key, so a model that may not say so makes a false value of each. Plain DUE F1 counts it as a value.
+    The primary score is mPLUG-DocOwl's, where the answer "None" means that the document has no such value. It is needed
+    because a question is asked for every key: without it, every absent key costs a false value. Plain DUE F1 counts
+    "None" as a value.
     """
     documents = defaultdict(list)
     for question in questions:
@@ -68,16 +80,16 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
     scores = []
     for name, dropped in (("F1, answers None dropped", ("None",)), ("F1, plain DUE", ())):
         tops, bottoms = [], []
-        for asked in documents.values():
+        for document_questions in documents.values():
             predicted = [
                 (question.group, answer.replace("\n", ""))
-                for question in asked
+                for question in document_questions
                 if (answer := answers[question.id]) is not None and answer.replace("\n", "") not in dropped
             ]
-            # Once, though a key may be asked for on several of the document's pages.
-            sought = dict.fromkeys((question.group, question.values) for question in asked)
-            expected = [(key, value) for key, values in sought for value in values]
-            # F1 = 2 right / (predicted + expected), so that micro F1 is a ratio of sums over documents.
+            # Each value counts once, even if its key is asked for on several pages of the document.
+            keys = dict.fromkeys((question.group, question.values) for question in document_questions)
+            expected = [(key, value) for key, values in keys for value in values]
+            # F1 = 2 right / (predicted + expected), so micro F1 is a ratio of sums over documents.
             bottoms.append(len(predicted) + len(expected))
             tops.append(metrics.due_f1([predicted], [expected]) * bottoms[-1])
         scores.append(ratio(name, tops, bottoms))
@@ -85,7 +97,7 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
 
 
 def tablevqa(questions: Sequence[Question], answers: Answers) -> Scores:
-    """TableVQA-Bench: accuracy over all its questions, by part, and the strict one of fintabnetqa."""
+    """Returns the accuracy on TableVQA-Bench: of all questions, of each part, and the strict one of fintabnetqa."""
 
     def correct(answer: str, question: Question) -> float:
         return float(metrics.tablevqa_correct(question.group, answer, question.references[0]))
@@ -93,20 +105,20 @@ def tablevqa(questions: Sequence[Question], answers: Answers) -> Scores:
     def strict(answer: str, question: Question) -> float:
         return float(metrics.fintabnetqa_strictly_correct(answer, question.references[0]))
 
-    found = mean_of("accuracy", correct)(questions, answers)
+    scores = mean_of("accuracy", correct)(questions, answers)
     financial = [question for question in questions if question.group == "fintabnetqa"]
-    strictly = mean("fintabnetqa, strict", _each(strict, financial, answers)[0])
-    return dataclasses.replace(found, others=(*found.others, strictly) if financial else found.others)
+    strict_score = mean("fintabnetqa, strict", _score_each(strict, financial, answers)[0])
+    return dataclasses.replace(scores, others=(*scores.others, strict_score) if financial else scores.others)
 
 
 def vcr(language: str) -> Metric:
-    """VCR: exact match over covered texts, and their Jaccard index; an interval's units are the images."""
+    """Returns VCR's metric: exact match and Jaccard index over covered texts. Intervals are over images."""
 
     def metric(questions: Sequence[Question], answers: Answers) -> Scores:
-        metrics.vcr_scores("", ["."], language)  # An error now, before anything is asked, if spaCy's model lacks.
+        metrics.vcr_scores("", ["."], language)  # Fails if spaCy's model is missing, before any question is asked.
         exact, jaccard, covered = [], [], []
         for question in questions:
-            # What could not be read covers one text at least; a picture that covers none counts for nothing.
+            # An unreadable row counts as one missed text. An image without covered texts does not count at all.
             answer, references = answers[question.id], ("",) if question.references is None else question.references
             scores = ([0.0], [0.0]) if answer is None else metrics.vcr_scores(answer, references, language)
             exact.append(sum(scores[0]))
@@ -118,67 +130,79 @@ def vcr(language: str) -> Metric:
 
 
 def mmmu(questions: Sequence[Question], answers: Answers) -> Scores:
-    """MMMU: accuracy, by subject, and how often an answer named no option (where the official code would guess)."""
+    """Returns the accuracy on MMMU, by subject, and the share of answers that name no option.
+
+    The official code guesses an option at random for such answers.
+    """
     unnamed = []
 
-    def one(answer: str, question: Question) -> float:
+    def is_correct(answer: str, question: Question) -> float:
         if question.kind == "open":
             return float(metrics.mmmu_open(answer, question.references))
         letter = metrics.mmmu_choice(answer, question.choices)
         unnamed.append(float(letter is None))
         return float(letter in question.references)
 
-    found = mean_of("accuracy", one)(questions, answers)
-    return dataclasses.replace(found, others=(mean("answers that name no option", unnamed), *found.others))
+    scores = mean_of("accuracy", is_correct)(questions, answers)
+    return dataclasses.replace(scores, others=(mean("answers that name no option", unnamed), *scores.others))
 
 
 def seed_accuracy(answer: str, question: Question) -> float:
+    """Returns 1 if an answer starts with the right letter."""
     return metrics.seed_accuracy(answer, question.references[0])
 
 
 def gqa_accuracy(answer: str, question: Question) -> float:
+    """Returns 1 if an answer equals the reference, apart from case and punctuation."""
     return metrics.gqa_accuracy(answer, question.references[0])
 
 
 def pope(questions: Sequence[Question], answers: Answers) -> Scores:
-    """POPE: F1 of the answer yes (VLMEvalKit's overall score); accuracy, share of yes; F1 and accuracy by part."""
+    """Returns POPE's scores.
+
+    The primary one is F1 of the answer yes, VLMEvalKit's overall score. The others are the accuracy, the share of yes,
+    and F1 and accuracy of each part.
+    """
     expected = [question.references == ("yes",) for question in questions]
-    # What could not be asked is answered wrongly.
-    said = [
-        not right if (answer := answers[question.id]) is None else metrics.pope_says_yes(answer)
-        for question, right in zip(questions, expected, strict=True)
+    # A question that could not be asked counts as answered wrongly.
+    predicted = [
+        not is_yes if (answer := answers[question.id]) is None else metrics.pope_says_yes(answer)
+        for question, is_yes in zip(questions, expected, strict=True)
     ]
     groups = [question.group for question in questions]
 
-    def scores(of: Sequence[int], name: str) -> list[Score]:
-        right = [2.0 * (said[i] and expected[i]) for i in of]
-        either = [float(said[i]) + float(expected[i]) for i in of]
+    def f1_and_accuracy(indices: Sequence[int], prefix: str) -> list[Score]:
+        # F1 = 2 right yes / (predicted yes + expected yes).
+        tops = [2.0 * (predicted[i] and expected[i]) for i in indices]
+        bottoms = [float(predicted[i]) + float(expected[i]) for i in indices]
         return [
-            ratio(f"{name}F1", right, either),
-            mean(f"{name}accuracy", [float(said[i] == expected[i]) for i in of]),
+            ratio(f"{prefix}F1", tops, bottoms),
+            mean(f"{prefix}accuracy", [float(predicted[i] == expected[i]) for i in indices]),
         ]
 
-    f1, accuracy = scores(range(len(questions)), "")
+    f1, accuracy = f1_and_accuracy(range(len(questions)), "")
     parts = [
         score
         for group in sorted(set(groups) - {""})
-        for score in scores([i for i, other in enumerate(groups) if other == group], f"{group}, ")
+        for score in f1_and_accuracy([i for i, other in enumerate(groups) if other == group], f"{group}, ")
     ]
-    return Scores(f1, (accuracy, mean("share of yes", [float(yes) for yes in said]), *parts))
+    return Scores(f1, (accuracy, mean("share of yes", [float(yes) for yes in predicted]), *parts))
 
 
 def not_scored(questions: Sequence[Question], answers: Answers) -> Scores:
-    """Answers that are judged elsewhere."""
+    """Returns no score, for benchmarks with an external judge."""
     return Scores(None)
 
 
-def _each(one: OneScore, questions: Sequence[Question], answers: Answers) -> tuple[list[float], dict[str, str]]:
-    """What `one` says of each answer, and of which the official scorer would have died."""
+def _score_each(
+    answer_metric: AnswerMetric, questions: Sequence[Question], answers: Answers
+) -> tuple[list[float], dict[str, str]]:
+    """Returns the score of each answer, and the error by question id where the official scorer would fail."""
     values, aborted = [], {}
     for question in questions:
         answer = answers[question.id]
         try:
-            values.append(0.0 if answer is None else float(one(answer, question)))
+            values.append(0.0 if answer is None else float(answer_metric(answer, question)))
         except metrics.ScorerAborted as error:
             values.append(0.0)
             aborted[question.id] = str(error)
@@ -186,6 +210,7 @@ def _each(one: OneScore, questions: Sequence[Question], answers: Answers) -> tup
 
 
 def _by_group(questions: Sequence[Question], values: Sequence[float]) -> list[Score]:
+    """Returns the mean of each group, or nothing if there are fewer than two groups."""
     groups = defaultdict(list)
     for question, value in zip(questions, values, strict=True):
         if question.group:

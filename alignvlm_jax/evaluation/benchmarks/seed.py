@@ -1,11 +1,12 @@
-"""SEED-Bench: multiple choice about photographs. Its questions about videos are left out.
+"""Reader of SEED-Bench: multiple-choice questions about photographs. Questions about videos are skipped.
 
     SEED-Bench.json                             {"questions": [{"question_id": "101669", "question": "How many ...?",
     SEED-Bench-image/1454426_2591111986           "choice_a": "One", ..., "choice_d": "Four", "answer": "A",
                                                   "data_type": "image", "data_id": "1454426_2591111986",
                                                   "question_type_id": 5}], "question_type": {"Instance Counting": 5}}
 
-In Parquet (lmms-lab/SEED-Bench) the same fields, and `image`, a list. Source: AILab-CVC/SEED-Bench, DATASET.md.
+The Parquet files (lmms-lab/SEED-Bench) have the same fields and a list `image`. Source: AILab-CVC/SEED-Bench,
+DATASET.md.
 """
 
 import functools
@@ -16,9 +17,9 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
 from alignvlm_jax.evaluation.benchmarks.layout import Layout
-from alignvlm_jax.evaluation.benchmarks.question import Picture, Question
+from alignvlm_jax.evaluation.benchmarks.question import ImageSource, Question
 
-# What the numbers of question types mean, where a file does not say so.
+# Names of the question types, for files that do not define them.
 _TYPES = {
     "1": "Scene Understanding",
     "2": "Instance Identity",
@@ -33,38 +34,41 @@ _TYPES = {
 
 
 def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, "SEED-Bench.json", "*/SEED-Bench.json")
-    if split != "test" or not found:
+    paths = files.find(folder, "SEED-Bench.json", "*/SEED-Bench.json")
+    if split != "test" or not paths:
         return None
-    content = files.json_file(found[0])
+    content = files.json_file(paths[0])
     if not isinstance(content, dict) or "questions" not in content:
-        raise UserError(f"{found[0]}: SEED-Bench has its questions in a list 'questions', this file has none")
+        raise UserError(
+            f"{paths[0]}: expected the questions in a list 'questions', as in SEED-Bench's file; there is no such list"
+        )
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else _TYPES
-    records = files.records(content["questions"], f"{found[0]}, questions")
-    return files.questions(records, functools.partial(_original, found[0].parent / "SEED-Bench-image", names))
+    records = files.records(content["questions"], f"{paths[0]}, questions")
+    images = paths[0].parent / "SEED-Bench-image"
+    return files.questions(records, functools.partial(_question_from_original, images, names))
 
 
-def _original(images: pathlib.Path, types: Mapping[str, str], row: Row) -> Question | None:
+def _question_from_original(images: pathlib.Path, types: Mapping[str, str], row: Row) -> Question | None:
     return _question(row, types, (images / row.text("data_id"),)) if row.text("data_type") == "image" else None
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, *(f"{where}{split}-*.parquet" for where in ("data/", "")))
-    if not found:
+    paths = files.find(folder, *(f"{prefix}{split}-*.parquet" for prefix in ("data/", "")))
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, ("image",)))
-    return files.questions(rows, _of_parquet)
+    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
+    return files.questions(rows, _question_from_parquet)
 
 
-def _of_parquet(row: Row) -> Question | None:
+def _question_from_parquet(row: Row) -> Question | None:
     if row.text("data_type") != "image":
         return None
     images = row.get("image")
     return _question(row, _TYPES, tuple(images) if isinstance(images, list) else (images,))
 
 
-def _question(row: Row, types: Mapping[str, str], images: tuple[Picture, ...]) -> Question:
+def _question(row: Row, types: Mapping[str, str], images: tuple[ImageSource, ...]) -> Question:
     number = row.text("question_type_id")
     return Question(
         id=row.text("question_id"),

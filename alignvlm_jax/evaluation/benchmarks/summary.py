@@ -1,4 +1,4 @@
-"""What a run over benchmarks came to: the table that is printed, what is to be said beside it, and the JSON."""
+"""The report of a run over benchmarks: the printed table, its notes, and the JSON file."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,36 +21,37 @@ _SHOWN_PROBLEMS = 5
 
 
 def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
-    """Scores in percent: a row for each benchmark and one for each of its further scores, the paper's models beside.
+    """Returns the table of scores in percent: rows for benchmarks and their further scores, columns for the models.
 
-                                questions   ours               ALIGN 1B   ALIGN 3B   MLP 3B
-    DocVQA val, ANLS                 5349   71.3 [70.2-72.4]   72.42      79.63      71.46
-    ChartQA test, relaxed accuracy   2500   64.0 [62.1-65.8]   65.44      71.88      66.48
-      augmented                      1250   80.1 [77.8-82.2]
+                                     count   ours                ALIGN 1B   ALIGN 3B   MLP 3B
+    DocVQA val, ANLS                  5349   71.30 [70.2-72.4]   72.42      79.63      71.46
+    ChartQA test, relaxed accuracy    2500   64.00 [62.1-65.8]   65.44      71.88      66.48
+      augmented                       1250   80.10 [77.8-82.2]
 
-    Under the nine benchmarks of the paper's main table, if all are there, stands their plain mean. Figures of other
-    models than that table's have a mark, which `format_notes` explains.
+    The last row is the mean over the nine benchmarks of the paper's main table, if all of them were run. Scores of
+    models that are not in that table have a mark; `format_notes` explains it.
 
     Args:
-      outcomes: of one checkpoint.
-      pruned: whether its vocabulary is pruned; the paper's model that was is then beside.
+      outcomes: outcomes of one checkpoint.
+      pruned: whether its vocabulary is pruned. If so, the table has a column for the paper's pruned model.
     """
     models = list(dict.fromkeys(model for outcome in outcomes for model in outcome.benchmark.paper))
     models = [model for model in models if pruned or model != PRUNED]
     rows = [["", "count", "ours", *models]]
     for outcome in outcomes:
         name = f"{outcome.benchmark.title} {outcome.split}"
-        theirs, mark = outcome.benchmark.paper, MARKS.get(outcome.benchmark.name, "")
-        paper = [f"{theirs[model]:.2f}{mark}" if model in theirs else "" for model in models]
+        paper_scores, mark = outcome.benchmark.paper, MARKS.get(outcome.benchmark.name, "")
+        paper_cells = [f"{paper_scores[model]:.2f}{mark}" if model in paper_scores else "" for model in models]
         if outcome.scores is None or outcome.scores.primary is None:
-            rows.append([name, str(len(outcome.questions)), "not scored here", *paper])
+            rows.append([name, str(len(outcome.questions)), "not scored here", *paper_cells])
             continue
         primary = outcome.scores.primary
-        rows.append([f"{name}, {primary.name}", str(primary.count), _cell(primary), *paper])
-        rows += [[f"  {other.name}", str(other.count), _cell(other)] for other in outcome.scores.others]
+        rows.append([f"{name}, {primary.name}", str(primary.count), _format(primary), *paper_cells])
+        rows += [[f"  {other.name}", str(other.count), _format(other)] for other in outcome.scores.others]
     if (average := average_of(AVERAGED, outcomes)) is not None:
-        theirs = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
-        rows.append(["average of the nine", "", f"{average:.2f}", *theirs])
+        paper_cells = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
+        rows.append(["average of the nine", "", f"{average:.2f}", *paper_cells])
+    # Rows of further scores are shorter: they have no cells for the paper's models.
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -60,7 +61,7 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
 
 
 def average_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> float | None:
-    """The mean, in percent, of the scores of these benchmarks, as the paper averages; None unless all are there."""
+    """Returns the mean score of these benchmarks in percent, as the paper averages, or None unless all were scored."""
     values = {
         outcome.benchmark.name: 100 * outcome.scores.primary.value
         for outcome in outcomes
@@ -70,49 +71,52 @@ def average_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> float | Non
 
 
 def format_notes(outcomes: Sequence[Outcome]) -> str:
-    """What the table's reader must know: what was not asked, references that lack, limits, whose figures are beside."""
+    """Returns the notes below the table: limits, unasked questions, missing references, origin of paper scores."""
     lines = []
     for outcome in outcomes:
         title = outcome.benchmark.title
         if outcome.limit is not None:
-            lines.append(f"{title}: the first {len(outcome.questions)} questions only; the paper's are of all")
+            lines.append(f"{title}: only the first {len(outcome.questions)} questions; the paper's scores are over all")
         if outcome.problems:
             lines.append(f"{title}: {len(outcome.problems)} questions could not be asked and count as wrong:")
-            lines += [f"  {id}: {why}" for id, why in list(outcome.problems.items())[:_SHOWN_PROBLEMS]]
+            lines += [f"  {id}: {reason}" for id, reason in list(outcome.problems.items())[:_SHOWN_PROBLEMS]]
             if len(outcome.problems) > _SHOWN_PROBLEMS:
-                lines.append(f"  and {len(outcome.problems) - _SHOWN_PROBLEMS} more, which --json lists")
+                lines.append(f"  and {len(outcome.problems) - _SHOWN_PROBLEMS} more (--json lists all)")
         if outcome.scores is not None and outcome.scores.aborted:
+            first_id, first_error = outcome.scores.aborted[0]
             lines.append(
-                f"{title}: the official scorer would end with an error at {len(outcome.scores.aborted)} answers, "
-                f"which count as wrong here: {outcome.scores.aborted[0][0]}: {outcome.scores.aborted[0][1]}"
+                f"{title}: the official scorer would fail with an error on {len(outcome.scores.aborted)} answers, "
+                f"which count as wrong here. The first is {first_id}: {first_error}"
             )
         lines += [f"{title}: {note}" for note in _remarks(outcome)]
-    lines += _about_the_papers(outcomes)
+    lines += _paper_notes(outcomes)
     return "\n".join(["", *lines]) if lines else ""
 
 
-def _about_the_papers(outcomes: Sequence[Outcome]) -> list[str]:
-    """Whose the marked figures are, and what the models of the low-resource setting average."""
+def _paper_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns notes on the marked scores, and the averages of the paper's low-resource models."""
     names = [outcome.benchmark.name for outcome in outcomes]
     lines = [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in map(MARKS.get, names)]
     if set(GENERAL) & set(names):
-        lines.insert(1, f"  their averages over MMMU, SEED, MM-Vet, POPE, GQA: {_listed(LOW_RESOURCE[GENERAL])}")
+        # Directly below the footnote with one star.
+        averages = _format_averages(LOW_RESOURCE[GENERAL])
+        lines.insert(1, f"  averages of these models on MMMU, SEED, MM-Vet, POPE and GQA: {averages}")
     if (average := average_of(FOUR, outcomes)) is not None:
         lines.append(
-            f"average of DocVQA, InfoVQA, ChartQA and TextVQA: {average:.2f}; of the paper's low-resource models "
-            f"(3B, LLaVA's data): {_listed(LOW_RESOURCE[FOUR])}"
+            f"average on DocVQA, InfoVQA, ChartQA and TextVQA: {average:.2f}; the paper's low-resource models "
+            f"(3B, LLaVA data): {_format_averages(LOW_RESOURCE[FOUR])}"
         )
     return lines
 
 
-def _listed(averages: Mapping[str, float]) -> str:
+def _format_averages(averages: Mapping[str, float]) -> str:
     return ", ".join(f"{model} {average:.2f}" for model, average in averages.items())
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
-    """Everything but the answers, scores in percent."""
+    """Returns an outcome without its answers as JSON, with scores in percent."""
     benchmark, scores = outcome.benchmark, outcome.scores
-    found: dict[str, Any] = {
+    return {
         "benchmark": benchmark.name,
         "split": outcome.split,
         "num_questions": len(outcome.questions),
@@ -131,16 +135,15 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "remarks": _remarks(outcome),
         "seconds": round(outcome.seconds, 1),
     }
-    return found
 
 
 def _remarks(outcome: Outcome) -> list[str]:
-    """What readers of files remarked on many questions, each once with its count."""
+    """Returns each remark that file readers made on questions once, with the number of questions."""
     counts = Counter(question.extra for question in outcome.questions if isinstance(question.extra, str))
     return [f"{remark} ({count} questions)" for remark, count in counts.items()]
 
 
-def _cell(score: Score) -> str:
+def _format(score: Score) -> str:
     if not score.count:
         return "-"
     if score.interval is None:

@@ -1,14 +1,15 @@
-"""The table of benchmarks: for each its files, its split, its prompt, its metric.
+"""The table of benchmarks: files, split, prompt and metric of each.
 
-Prompts: a model of the paper's main recipe is fine-tuned on DocDownstream, whose questions stand alone, so these
-benchmarks ask the question as it stands (X-PLUG/mPLUG-DocOwl, docowl_benchmark_evaluate.py). What the paper put around
-them is unstated; VLMEvalKit, with which it scored, adds "Answer the question using a single word or phrase." to VQA.
-`{question}` is the benchmark's own text, `{choices}` its options, one a line ("A. ...").
+A model trained with the paper's main recipe is fine-tuned on DocDownstream, whose questions have no added instruction.
+These benchmarks therefore use the plain question as the prompt (X-PLUG/mPLUG-DocOwl, docowl_benchmark_evaluate.py). The
+paper does not state its prompts; VLMEvalKit, which it uses for scoring, adds "Answer the question using a single word
+or phrase." to VQA questions. In a prompt, `{question}` is the benchmark's question and `{choices}` its options, one per
+line ("A. ...").
 
-TableVQA-Bench and VCR are asked as their authors do, with the wording that VLMEvalKit uses; the general benchmarks as
-lmms-eval and LLaVA do, whose training data end questions in the same words.
+TableVQA-Bench and VCR use their authors' prompts in VLMEvalKit's wording. The general benchmarks use the prompts of
+lmms-eval and LLaVA; LLaVA's training data end their questions in the same words.
 
-`max_new_tokens` is near lmms-eval's where it states one, and else enough for the longest reference.
+`max_new_tokens` is close to lmms-eval's value where it has one, and otherwise enough for the longest reference.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ from alignvlm_jax.evaluation.benchmarks.layout import Layout
 from alignvlm_jax.evaluation.benchmarks.paper import PAPER
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
-_AS_IT_STANDS = "{question}"
-_SHORTLY = "{question}\nAnswer the question using a single word or phrase."
+_PLAIN = "{question}"
+_SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 _BY_LETTER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
 _DOCOWL = "X-PLUG/mPLUG-DocOwl, DocOwl1.5/docowl_benchmark_evaluate.py"
 
@@ -85,18 +86,18 @@ _VCR = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One row of the table.
+    """One row of the table of benchmarks.
 
     Attributes:
-      name: what the command line calls it.
-      title: what people call it.
-      layouts: the forms it is published in; the first whose files are there is read.
-      split: the one that the paper, or else everybody, scores.
-      prompt: what is asked; by `Question.kind` where there are several.
-      prompt_source: who asks so.
-      max_new_tokens: where an answer is cut off.
-      metric: from answers to scores.
-      submission: from answers to what the benchmark's own server or judge takes.
+      name: name on the command line.
+      title: name in tables and messages.
+      layouts: published forms; the first one whose files exist is read.
+      split: default split: the one that the paper scores, or else the customary one.
+      prompt: prompt template, or templates by `Question.kind`.
+      prompt_source: source of the prompt.
+      max_new_tokens: maximum length of an answer.
+      metric: function from questions and answers to scores.
+      submission: function from questions and answers to the content of the file for the benchmark's server or judge.
     """
 
     name: str
@@ -111,11 +112,11 @@ class Benchmark:
 
     @property
     def paper(self) -> Mapping[str, float]:
-        """The paper's scores in percent, by model."""
+        """Scores in the paper, in percent, by model."""
         return PAPER.get(self.name, {})
 
     def ask(self, question: Question) -> str:
-        """The text that the model is given, with `IMAGE` where images go."""
+        """Returns the prompt for a question, with `IMAGE` marks at the places of images."""
         template = self.prompt if isinstance(self.prompt, str) else self.prompt[question.kind]
         choices = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices))
         return template.format(question=question.text, choices=choices)
@@ -126,41 +127,41 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
     Benchmark(
         "docvqa", "DocVQA",
         (docdownstream.layout("DocVQA"), documents.DOCVQA, documents.DOCVQA_PARQUET),
-        split="val", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=32,
+        split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("ANLS", scoring.anls), submission=documents.submission,
     ),
     Benchmark(
         "infovqa", "InfoVQA",
         (docdownstream.layout("InfographicsVQA"), documents.INFOVQA, documents.INFOVQA_PARQUET),
-        split="val", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=32,
+        split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("ANLS", scoring.anls), submission=documents.submission,
     ),
     Benchmark(
         "deepform", "DeepForm", (docdownstream.layout("DeepForm"),),
-        split="test", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
+        split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
     ),
     Benchmark(
         "klc", "KLC", (docdownstream.layout("KleisterCharity"),),
-        split="test", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
+        split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
     ),
     Benchmark(
         "wtq", "WTQ", (docdownstream.layout("WikiTableQuestions"),),
-        split="test", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=64,
+        split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64,
         metric=scoring.mean_of("denotation accuracy", scoring.wtq_whole, split_at_bars=scoring.wtq_split),
     ),
     Benchmark(
         "tabfact", "TabFact", (docdownstream.layout("TabFact"),),
-        split="test", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=8,
+        split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=8,
         metric=scoring.mean_of("accuracy", scoring.tabfact_accuracy),
     ),
     Benchmark(
         "chartqa", "ChartQA", (docdownstream.layout("ChartQA"), chartqa.ORIGINAL, chartqa.PARQUET),
-        split="test", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=32,
+        split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("relaxed accuracy", scoring.relaxed_accuracy),
     ),
     Benchmark(
         "textvqa", "TextVQA", (docdownstream.layout("TextVQA"), textvqa.ORIGINAL, textvqa.PARQUET),
-        split="val", prompt=_AS_IT_STANDS, prompt_source=_DOCOWL, max_new_tokens=32,
+        split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("VQA accuracy", scoring.vqa_accuracy), submission=textvqa.submission,
     ),
     Benchmark(
@@ -193,16 +194,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
     ),
     Benchmark(
         "mmvet", "MM-Vet", (mmvet.ORIGINAL,),
-        split="test", prompt=_AS_IT_STANDS, prompt_source="LLaVA, docs/Evaluation.md", max_new_tokens=1024,
+        split="test", prompt=_PLAIN, prompt_source="LLaVA, docs/Evaluation.md", max_new_tokens=1024,
         metric=scoring.not_scored, submission=mmvet.submission,
     ),
     Benchmark(
         "pope", "POPE", (pope.ORIGINAL, pope.PARQUET),
-        split="test", prompt=_SHORTLY, prompt_source="lmms-eval, tasks/pope", max_new_tokens=16, metric=scoring.pope,
+        split="test", prompt=_SHORT_ANSWER, prompt_source="lmms-eval, tasks/pope", max_new_tokens=16,
+        metric=scoring.pope,
     ),
     Benchmark(
         "gqa", "GQA", (gqa.ORIGINAL, gqa.PARQUET),
-        split="test", prompt=_SHORTLY, prompt_source="lmms-eval, tasks/gqa", max_new_tokens=16,
+        split="test", prompt=_SHORT_ANSWER, prompt_source="lmms-eval, tasks/gqa", max_new_tokens=16,
         metric=scoring.mean_of("accuracy", scoring.gqa_accuracy),
     ),
 )}
@@ -210,16 +212,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names.
+    """Returns the benchmarks of these names.
 
     Raises:
-      UserError: there is none, one is not known, or named twice.
+      UserError: if there is no name, a name is unknown, or a name occurs twice.
     """
     if not names:
-        raise UserError(f"--benchmark names none: there are {', '.join(BENCHMARKS)}")
+        raise UserError(f"--benchmark names no benchmark. Available: {', '.join(BENCHMARKS)}")
     for name in names:
         if name not in BENCHMARKS:
-            raise UserError(f"no benchmark {name!r}: there are {', '.join(BENCHMARKS)}")
+            raise UserError(f"unknown benchmark {name!r}. Available: {', '.join(BENCHMARKS)}")
         if names.count(name) > 1:
-            raise UserError(f"the benchmark {name!r} is named twice")
+            raise UserError(f"--benchmark names {name!r} twice")
     return [BENCHMARKS[name] for name in names]

@@ -1,4 +1,4 @@
-"""TableVQA-Bench: questions about pictures of tables, in four parts.
+"""Reader of TableVQA-Bench: questions about images of tables, in four parts.
 
     data/vwtq-00000-of-00001.parquet            qa_id, question, gt, image (text_html_table and others are not read)
     data/vwtq_syn-*  data/vtabfact-*  data/fintabnetqa-*
@@ -20,14 +20,14 @@ PARTS = ("vwtq", "vwtq_syn", "vtabfact", "fintabnetqa")
 
 
 def _read(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
-    found = {part: files.find(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
-    if split != "test" or not any(found.values()):
+    paths_by_part = {part: files.find(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
+    if split != "test" or not any(paths_by_part.values()):
         return None
-    if missing := [part for part, paths in found.items() if not paths]:
-        raise UserError(f"{folder}: of TableVQA-Bench the parts {', '.join(missing)} are not there ({EXPECTED})")
+    if missing := [part for part, paths in paths_by_part.items() if not paths]:
+        raise UserError(f"{folder}: TableVQA-Bench lacks the parts {', '.join(missing)} (expected: {EXPECTED})")
     return (
         question
-        for part, paths in found.items()
+        for part, paths in paths_by_part.items()
         for path in paths
         for question in files.questions(files.parquet_rows(path, ("image",)), functools.partial(_question, part))
     )
@@ -36,7 +36,7 @@ def _read(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
 def _question(part: str, row: Row) -> Question:
     answer = row.text("gt")
     if part == "vtabfact" and answer not in ("0", "1"):
-        raise UserError(f"{row.where}: the answer to a statement is {answer!r}, not 1 or 0")
+        raise UserError(f"{row.where}: expected 1 or 0 as the answer to a statement, got {answer!r}")
     return Question(
         id=f"{part}:{row.text('qa_id')}",
         where=row.where,

@@ -1,10 +1,10 @@
-"""TextVQA as its authors and Hugging Face data sets have it.
+"""Readers of TextVQA: the authors' files, and Parquet.
 
     TextVQA_0.5.1_val.json                      {"data": [{"question_id": 34602, "image_id": "003a8ae2ef43b901",
     train_images/003a8ae2ef43b901.jpg             "question": "what is the brand of this camera?", "answers": [ten]}]}
 
-The images of the validation split are among the training images. The test split has no answers: predictions are then
-written in the form that EvalAI takes.
+The images of the validation split are in the folder of the training images. The test split has no answers. Predictions
+are then written in EvalAI's format.
 """
 
 import functools
@@ -21,25 +21,27 @@ _IMAGE_FOLDERS = {"val": ("train_images", "train_val_images/train_images"), "tes
 
 
 def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, f"TextVQA_0.5.1_{split}.json", f"*/TextVQA_0.5.1_{split}.json")
-    if not found:
+    paths = files.find(folder, f"TextVQA_0.5.1_{split}.json", f"*/TextVQA_0.5.1_{split}.json")
+    if not paths:
         return None
-    content = files.json_file(found[0])
+    content = files.json_file(paths[0])
     if not isinstance(content, dict) or "data" not in content:
-        raise UserError(f"{found[0]}: TextVQA's files have their questions in a list 'data', this one has none")
+        raise UserError(
+            f"{paths[0]}: expected the questions in a list 'data', as in TextVQA's files; there is no such list"
+        )
     names = _IMAGE_FOLDERS[split]
-    places = [root / name for root in (found[0].parent, folder) for name in names]
-    images = next((place for place in places if place.is_dir()), places[0])
-    records = files.records(content["data"], f"{found[0]}, data")
+    candidates = [root / name for root in (paths[0].parent, folder) for name in names]
+    images = next((path for path in candidates if path.is_dir()), candidates[0])
+    records = files.records(content["data"], f"{paths[0]}, data")
     return files.questions(records, functools.partial(_question, images))
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    patterns = [f"{where}{part}-*.parquet" for where in ("data/", "") for part in split_names(split)]
-    found = files.find(folder, *patterns)
-    if not found:
+    patterns = [f"{prefix}{part}-*.parquet" for prefix in ("data/", "") for part in split_names(split)]
+    paths = files.find(folder, *patterns)
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, ("image",)))
+    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
     return files.questions(rows, functools.partial(_question, None))
 
 
@@ -52,7 +54,7 @@ def _question(images: pathlib.Path | None, row: Row) -> Question:
 
 
 def submission(questions: list[Question], answers: dict[str, str | None]) -> list[dict]:
-    """What EvalAI takes; a question that could not be asked has an empty answer."""
+    """Returns the records for EvalAI. A question that could not be asked gets an empty answer."""
     return [
         {
             "question_id": int(question.id) if question.id.isdigit() else question.id,

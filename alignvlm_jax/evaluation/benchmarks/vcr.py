@@ -1,10 +1,10 @@
-"""VCR-wiki: texts in a picture of which only stripes are left, to be restored from them and from the photograph above.
+"""Reader of VCR-wiki: partly covered texts below a photograph, to be restored from their visible stripes.
 
-    data/test-00000-of-00005.parquet            question_id, stacked_image (what is shown), crossed_text (the covered
-    of vcr-org/VCR-wiki-en-easy-test, and         texts, several), caption; image and only_it_image are not read
+    data/test-00000-of-00005.parquet            question_id, stacked_image (shown to the model), crossed_text (list of
+    of vcr-org/VCR-wiki-en-easy-test, and         covered texts), caption; image and only_it_image are not read
     -en-hard-, -zh-easy-, -zh-hard-test
 
-All covered texts are asked for at once, and each is looked for in the one answer (`metrics.vcr_scores`).
+A single question asks for all covered texts, and each is searched for in the answer (`metrics.vcr_scores`).
 Source: tianyu-z/VCR; lmms-eval, tasks/vcr_wiki.
 """
 
@@ -17,15 +17,15 @@ from alignvlm_jax.evaluation.benchmarks.files import Row
 from alignvlm_jax.evaluation.benchmarks.layout import Layout
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
-# What the files hold besides, and is large.
+# Only the first is shown to the model. The others are listed so that these large columns are not read as text.
 _IMAGES = ("stacked_image", "image", "only_it_image", "only_it_image_small")
 
 
 def _read(repository: str, folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    found = files.find(folder, *(f"{where}{split}-*.parquet" for where in (f"{repository}/data/", "data/", "")))
-    if not found:
+    paths = files.find(folder, *(f"{prefix}{split}-*.parquet" for prefix in (f"{repository}/data/", "data/", "")))
+    if not paths:
         return None
-    rows = (row for file in found for row in files.parquet_rows(file, _IMAGES))
+    rows = (row for path in paths for row in files.parquet_rows(path, _IMAGES))
     return files.questions(rows, _question)
 
 
@@ -40,7 +40,7 @@ def _question(row: Row) -> Question:
 
 
 def layout(language: str, difficulty: str) -> Layout:
-    """Of one of the four sets."""
+    """Returns the layout of one of the four sets: language en or zh, difficulty easy or hard."""
     repository = f"VCR-wiki-{language}-{difficulty}-test"
     return Layout(
         f"Parquet (vcr-org/{repository})",

@@ -1,4 +1,6 @@
-"""The benchmarks' scores, as their official scorers compute them, flaws included: only then do numbers compare.
+"""The benchmarks' metrics.
+
+Each function reproduces an official scorer, including its flaws, because scores are comparable only then.
 
     benchmark                   function              official scorer
     DocVQA, InfoVQA             anls                  the RRC server's script
@@ -16,10 +18,12 @@
     POPE                        pope_says_yes         AoiDragon/POPE
     GQA                         gqa_accuracy          lmms-eval
 
-Every function scores one question (`due_f1` a data set), from 0 to 1. A data set's score is the plain mean over its
-questions, except where a docstring says otherwise. Nothing is cleaned up before: where a popular harness strips or
-rewrites answers first, the docstring says so and whoever compares with that harness does it. One string in place of
-accepted answers is the only one; where the official scorer would stop with an error, `ScorerAborted` is raised.
+Every function scores one question from 0 to 1; only `due_f1` scores a data set. The score of a data set is the mean
+over its questions, unless a docstring says otherwise.
+
+Answers are not cleaned up first. If a popular harness strips or rewrites answers, the docstring says so, and a
+comparison with that harness has to do the same. A single string in place of a list of accepted answers is the only
+accepted answer. `ScorerAborted` is raised where the official scorer would stop with an error.
 """
 
 from alignvlm_jax.evaluation.metrics.answers import anls, evalai_normalize, relaxed_accuracy, vqa_accuracy

@@ -1,4 +1,4 @@
-"""Scores of short answers: ANLS, relaxed accuracy and VQA accuracy."""
+"""Metrics of short answers: ANLS (DocVQA, InfoVQA), relaxed accuracy (ChartQA) and VQA accuracy (TextVQA)."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_DIGITS)}}
 _ARTICLES = ("a", "an", "the")
-# mmf passes re.UNICODE where re.sub takes the count, and re.UNICODE is 32.
-_MOST_PERIODS = 32
+# mmf passes re.UNICODE, which is 32, in the position of re.sub's count.
+_MAX_PERIODS = 32
 
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
@@ -29,17 +29,20 @@ _CONTRACTED = """
 
 
 def anls(prediction: str, references: str | Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer: DocVQA and InfoVQA.
+    """Returns the normalized Levenshtein similarity (ANLS) of one answer, for DocVQA and InfoVQA.
 
-    The RRC server's script (copied in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py). Blanks are collapsed and case
-    is ignored; the best reference counts; a similarity below 0.5 is 0. Traps:
+    Reproduces the script of the RRC server (copied in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py). Both texts are
+    stripped and lower-cased, and blanks are collapsed. The similarity is 1 minus the edit distance over the length of
+    the longer text. The most similar reference counts, and a similarity below 0.5 becomes 0.
 
-    - Exactly 0.5 is kept ("15" against "16"). The DUE evaluator and mPLUG-DocOwl make it 0.
-    - The distance is measured on the collapsed texts but divided by the length of the original ones in upper case (ß
-      counts two), so blanks raise a wrong answer's score: six blanks and nothing else score 0.67 for "ab". Newer
-      versions of VLMEvalKit divide by the collapsed length.
-    - Digits, punctuation, articles and accents count like any letter. A list is one string; InfoVQA's references name
-      its permutations.
+    Details that affect scores:
+
+    - Exactly 0.5 is kept ("15" for "16"). The DUE evaluator, mPLUG-DocOwl and pix2struct make it 0.
+    - The distance is between the collapsed texts, but it is divided by the length of the original ones in upper case
+      (ß counts as two letters). Blanks therefore raise the score of a wrong answer: six blanks alone score 0.67 for
+      "ab". Newer versions of VLMEvalKit divide by the collapsed length.
+    - Digits, punctuation, articles and accents count like any letter. A list is one string; InfoVQA lists its
+      permutations as references.
     - An empty answer scores 0, unless a reference is empty too.
     """
     best = 1 - min(_normalized_distance(reference, prediction) for reference in accepted_answers(references))
@@ -47,6 +50,7 @@ def anls(prediction: str, references: str | Sequence[str]) -> float:
 
 
 def _normalized_distance(reference: str, prediction: str) -> float:
+    # The official script measures the length before it collapses blanks.
     length = max(len(reference.upper()), len(prediction.upper()))
     return edit_distance(_collapsed(reference), _collapsed(prediction)) / length if length else 0.0
 
@@ -56,26 +60,29 @@ def _collapsed(text: str) -> str:
 
 
 def relaxed_accuracy(prediction: str, references: str | Sequence[str]) -> float:
-    """Whether one answer is right within 5 % of a number, or else letter by letter, ignoring case: ChartQA.
+    """Returns 1 if an answer is within 5 % of a number, or equals a text apart from case, for ChartQA.
 
-    google-research/pix2struct, metrics.py, `relaxed_correctness`; lmms-eval agrees. 1 if any reference is met. Traps:
+    Reproduces `relaxed_correctness` in google-research/pix2struct, metrics.py; lmms-eval agrees. One matching reference
+    is enough. The score of the data set is the mean over all questions, human and augmented.
 
-    - A number is what Python's `float` reads, so "1e3", "1_000" and full-width digits are; "1,000", "$5" and "five" are
-      not. A text that ends in % loses every % at its end and is divided by 100: "50%" is "0.5", not "50".
+    Details that affect scores:
+
+    - A number is anything that Python's `float` accepts: "1e3", "1_000" and full-width digits, but not "1,000", "$5"
+      or "five". A text that ends in % loses all its final % and is divided by 100: "50%" equals "0.5", not "50".
     - A reference of zero is compared as text: "0.0" is wrong for "0".
     - "nan" and "inf" never match, not even themselves.
-    - Floating point decides about exactly 5 %: 0.95 for 1 is wrong, 0.21 for 0.2 is right. Years get their 5 % too.
-    - Blanks are not stripped from texts. VLMEvalKit strips the answer; mPLUG-DocOwl strips both, deletes newlines and
-      drops a final period from the reference only.
+    - Floating-point rounding decides at exactly 5 %: 0.95 for 1 is wrong, 0.21 for 0.2 is right. The tolerance applies
+      to years too, so 1999 is right for 2019.
+    - Texts are not stripped. VLMEvalKit strips the answer. mPLUG-DocOwl strips both, deletes newlines, and drops a
+      final period from the reference only.
     - Qwen-VL, and VLMEvalKit before September 2025, swap the arguments: their tolerance is 5 % of the answer.
-
-    The data set's score is the mean over all questions, human and augmented alike.
     """
     return float(any(_is_relaxed_match(prediction, reference) for reference in accepted_answers(references)))
 
 
 def _is_relaxed_match(prediction: str, reference: str) -> bool:
     number, target = _read_number(prediction), _read_number(reference)
+    # A target of zero has no relative tolerance, and falls through to the comparison of texts.
     if number is not None and target:
         return abs(number - target) / abs(target) <= _RELAXED_TOLERANCE
     return prediction.lower() == reference.lower()
@@ -89,13 +96,13 @@ def _read_number(text: str) -> float | None:
 
 
 def _contractions() -> dict[str, str]:
-    """From spellings that miss one of their apostrophes to the right ones."""
+    """Returns the correct spelling of each contraction that lacks one of its apostrophes."""
     fixes = {}
     for word in _CONTRACTED:
         for place in [i for i, letter in enumerate(word) if letter == "'"]:
             fixes[word[:place] + word[place + 1 :]] = word
-    # The one that mmf's table has the wrong way round. Its "Im", "Ive" and the like are left out: text comes in lower
-    # case, so they never match.
+    # mmf's table has this entry the wrong way round. Its "Im", "Ive" and similar entries are omitted: the text is
+    # lower-cased first, so they never match.
     return fixes | {"somebody'd": "somebodyd"}
 
 
@@ -103,46 +110,52 @@ _CONTRACTIONS = _contractions()
 
 
 def evalai_normalize(text: str) -> str:
-    """An answer as EvalAI's processor rewrites it before comparing: TextVQA.
+    """Returns an answer as EvalAI's processor rewrites it before the comparison, for TextVQA.
 
-    facebookresearch/mmf, m4c_evaluators.py, `EvalAIAnswerProcessor`; lmms-eval has the same. In order: lower case;
-    commas and question marks go; 's becomes a word; punctuation goes or becomes a blank; periods go; number words up
-    to ten become digits, articles go, missing apostrophes return. Traps:
+    Reproduces `EvalAIAnswerProcessor` in facebookresearch/mmf, m4c_evaluators.py; lmms-eval has the same code. It
+    lower-cases the text, deletes commas and question marks, separates 's, deletes punctuation or replaces it by a
+    blank, deletes periods, turns number words up to ten into digits, drops articles, and restores missing apostrophes,
+    in this order.
 
-    - A punctuation mark that touches a blank anywhere is deleted everywhere ("red - blue-green" -> "red bluegreen"),
-      else it becomes a blank. Commas went before, so "red,white" is "redwhite".
-    - $ % # & * : apostrophes and smart quotes stay.
-    - Periods before a digit stay, and so do all after the first 32 others. "5." is "5".
-    - "none" is "0", and a lone letter a is an article: "vitamin a" is "vitamin".
-    - "whats" is "what's", but "what's" is "what 's".
+    Details that affect scores:
+
+    - A punctuation mark that touches a blank anywhere in the text is deleted everywhere ("red - blue-green" becomes
+      "red bluegreen"); otherwise it becomes a blank. Commas are deleted before that, so "red,white" is "redwhite".
+    - $ % # & * : apostrophes and smart quotes are kept.
+    - Periods before a digit are kept. Of the others, only the first 32 are deleted. "5." becomes "5".
+    - "none" becomes "0". A single letter a is an article: "vitamin a" becomes "vitamin".
+    - "whats" becomes "what's", but "what's" becomes "what 's".
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    # Whether a mark touches a blank is asked of the text before any mark went.
-    whole = text
+    # Blanks are searched for in the text as it was before any mark was replaced.
+    original = text
     for mark in _PUNCTUATION:
-        text = text.replace(mark, "" if f"{mark} " in whole or f" {mark}" in whole else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=_MOST_PERIODS)
+        text = text.replace(mark, "" if f"{mark} " in original or f" {mark}" in original else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=_MAX_PERIODS)
     words = [_NUMBERS.get(word, word) for word in text.split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """How many of ten people gave this answer: 0.3 for one, 0.6, 0.9, and 1 from four on. TextVQA.
+    """Returns the VQA accuracy of one answer, for TextVQA.
 
-    facebookresearch/mmf, m4c_evaluators.py, `TextVQAAccuracyEvaluator`: against every nine of the ten references,
-    min(1, matches / 3); the mean of those. All answers pass through `evalai_normalize` first. Traps:
+    Reproduces `TextVQAAccuracyEvaluator` in facebookresearch/mmf, m4c_evaluators.py. The score is the mean of
+    min(1, matches / 3) over the ten sets of nine references: 0.3 if one of ten people gave this answer, 0.6 if two,
+    0.9 if three, and 1 if four or more. All answers are normalized by `evalai_normalize` first.
 
-    - An empty answer matches references that nothing is left of, such as "the".
-    - VLMEvalKit's processor keeps commas, 's and "5." apart from this one's; the original VQA scorer leaves
-      punctuation alone where all references agree.
+    Details that affect scores:
+
+    - An empty answer matches references that are empty after normalization, such as "the".
+    - VLMEvalKit's processor treats commas, 's and "5." differently. The original VQA scorer leaves punctuation
+      unchanged if all references agree.
 
     Raises:
-      ScorerAborted: there are not ten references; the official scorer asserts it.
+      ScorerAborted: if there are not exactly ten references. The official scorer asserts it.
     """
     references = accepted_answers(references)
     if len(references) != _VQA_ANSWERS:
-        raise ScorerAborted(f"VQA accuracy is defined for {_VQA_ANSWERS} references, these are {len(references)}")
+        raise ScorerAborted(f"VQA accuracy needs {_VQA_ANSWERS} references, got {len(references)}")
     answer = evalai_normalize(prediction)
     matches = [evalai_normalize(reference) == answer for reference in references]
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / _VQA_ANSWERS

@@ -1,4 +1,4 @@
-"""What every metric asks of its arguments, and what is raised where an official scorer would stop."""
+"""Checks of the metrics' arguments, and the error for answers at which an official scorer would stop."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,31 @@ from alignvlm_jax.errors import UserError
 
 
 class ScorerAborted(UserError, AssertionError):
-    """The official scorer ends its whole run at this question. A runner may rather count it as wrong, and say so."""
+    """Raised at an answer that ends the whole run of the official scorer.
+
+    A runner may count the answer as wrong instead, and report it.
+    """
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Refuses one string where several are meant: its letters would be scored, and the score would look plausible."""
+    """Refuses a single string in place of a list of strings.
+
+    Raises:
+      UserError: if `texts` is a string.
+    """
+    # Its letters would be scored one by one, and the score would look plausible.
     if isinstance(texts, str):
-        raise UserError(f"{name} is the string {texts!r}: give a list of strings, [{texts!r}]")
+        raise UserError(f"{name}: expected a list of strings, got the string {texts!r}. Pass [{texts!r}]")
 
 
 def accepted_answers(references: str | Sequence[str]) -> Sequence[str]:
-    """The accepted answers as a list; a string is the only one.
+    """Returns the accepted answers as a sequence. A single string is the only accepted answer.
 
     Raises:
-      ScorerAborted: there are none. The official scorers take a minimum, a maximum or a first one of them.
+      ScorerAborted: if there is none. The official scorers fail too: they take the minimum, the maximum or the first.
     """
     if isinstance(references, str):
         return (references,)
     if not len(references):
-        raise ScorerAborted("references is empty: a question needs at least one accepted answer")
+        raise ScorerAborted("references is empty; a question needs at least one accepted answer")
     return references

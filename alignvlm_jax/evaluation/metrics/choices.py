@@ -1,4 +1,4 @@
-"""Scores of short verdicts: MMMU's options and open answers, SEED-Bench's letters, POPE's yes and no, GQA's words."""
+"""Metrics of the general benchmarks: MMMU's options and open answers, SEED-Bench's letters, POPE's yes or no, GQA."""
 
 import re
 import string
@@ -17,77 +17,86 @@ _NUMBERS = (
 
 
 def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
-    """The letter that an answer names, or None if it names none: MMMU's multiple choice.
+    """Returns the letter that an answer names, or None if it names none, for MMMU's multiple-choice questions.
 
-    MMMU-Benchmark/MMMU, eval/eval_utils.py, `parse_multi_choice_response`; lmms-eval has the same. Looked for, until
-    something is found: "(A)"; "A" before a blank or the end; "A."; and in answers of more than five words the options'
-    own texts, ignoring case. Of several the one that stands last counts. Traps:
+    Reproduces `parse_multi_choice_response` in MMMU-Benchmark/MMMU, eval/eval_utils.py; lmms-eval has the same code. It
+    searches for "(A)", then for "A" before a blank or the end, then for "A.", and then, in answers of more than five
+    words, for the text of an option, ignoring case. The first search that finds an option decides. If it finds several,
+    the one closest to the end of the answer counts.
 
-    - Where nothing is found, the official code guesses at random, so that its score differs from run to run and no
-      answer at all scores 1 in 4. Here that is None, which is wrong; give the share of them beside.
-    - Letters count in capitals only, and the end of a word is one: "NASA" names A.
-    - Among several letters found before periods, the first option wins, not the last one named.
+    Details that affect scores:
+
+    - If nothing is found, the official code guesses at random. Its score then differs from run to run, and empty
+      answers score 1 in 4. Here the result is None, which counts as wrong; report the share of such answers too.
+    - Only capital letters count, and the end of a word is enough: "NASA" names A.
+    - Among several letters before periods, the first option wins instead of the last one named.
 
     Args:
-      prediction: the model's answer.
-      choices: the options' texts; their letters are A, B, ...
+      prediction: answer of the model.
+      choices: texts of the options; their letters are A, B, ...
     """
     for mark in _MARKS_AROUND:
         prediction = prediction.strip(mark)
     text = f" {prediction} "
     letters = [chr(ord("A") + i) for i in range(len(choices))]
-    for shape, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in letters if shape.format(letter) in text]
-        if found:
-            return max(found, key=lambda letter: text.rfind(place.format(letter)))  # The first of equals.
+    # The official code detects a letter by one pattern and locates it by another. A letter before a period is never
+    # located: all positions are -1, and `max` returns the first letter.
+    for detected, located in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        named = [letter for letter in letters if detected.format(letter) in text]
+        if named:
+            return max(named, key=lambda letter: text.rfind(located.format(letter)))
     if len(text.split()) <= 5:
         return None
-    spelled = {letter: text.lower().rfind(choice.lower()) for letter, choice in zip(letters, choices, strict=True)}
-    spelled = {letter: at for letter, at in spelled.items() if at >= 0}
-    return max(spelled, key=spelled.__getitem__) if spelled else None
+    positions = {letter: text.lower().rfind(choice.lower()) for letter, choice in zip(letters, choices, strict=True)}
+    positions = {letter: position for letter, position in positions.items() if position >= 0}
+    return max(positions, key=positions.__getitem__) if positions else None
 
 
 def mmmu_open(prediction: str, references: Sequence[str]) -> bool:
-    """Whether an open answer holds one of the accepted ones: MMMU.
+    """Returns whether an open answer contains an accepted answer, for MMMU.
 
-    MMMU-Benchmark/MMMU, eval/eval_utils.py, `parse_open_response` and `eval_open`. From each line of the answer the
-    shortest text after words like "is" or "therefore" is taken (in the last line also after "="), or the whole answer
-    if there are none, and from that all numbers. A number is right if it equals an accepted one, both rounded to two
-    decimals; a text if an accepted text is part of it. Traps:
+    Reproduces `parse_open_response` and `eval_open` in MMMU-Benchmark/MMMU, eval/eval_utils.py. From each line of the
+    answer, the shortest text after words like "is" or "therefore" is taken (in the last line also after "="), or the
+    whole answer if there is none, and all numbers in these texts. A number is right if it equals an accepted number,
+    both rounded to two decimals. A text is right if it contains an accepted text.
 
-    - Everything is in lower case before it is split at sentences that begin with a capital: only lines are split.
-    - "is " is found within words: "this " ends in it.
-    - An accepted text of one letter must touch a blank in the answer.
+    Details that affect scores:
+
+    - The official code splits sentences at capital letters, but after lower-casing. Only lines are split.
+    - "is " is found within words too, such as "this ".
+    - An accepted text of a single letter must be next to a blank in the answer.
     """
     accepted = {value for reference in accepted_answers(references) for value in _normalized(reference)}
-    taken = _key_parts(prediction)
-    numbers = [number for part in taken for pattern in _NUMBERS for number in pattern.findall(part)]
-    for said in {value for part in [*taken, *numbers] for value in _normalized(part)}:
-        if isinstance(said, float) and said in accepted:
+    parts = _key_parts(prediction)
+    numbers = [number for part in parts for pattern in _NUMBERS for number in pattern.findall(part)]
+    for candidate in {value for part in [*parts, *numbers] for value in _normalized(part)}:
+        if isinstance(candidate, float) and candidate in accepted:
             return True
-        if isinstance(said, str) and any(isinstance(value, str) and value in said for value in accepted):
+        if isinstance(candidate, str) and any(isinstance(value, str) and value in candidate for value in accepted):
             return True
     return False
 
 
 def _key_parts(prediction: str) -> list[str]:
-    whole = prediction.strip().strip(".").lower()
-    lines = whole.split("\n")
+    """Returns the texts after words like "is", one per line that has any, or else the whole answer."""
+    answer = prediction.strip().strip(".").lower()
+    lines = answer.split("\n")
     parts = []
     for i, line in enumerate(lines):
         leads = (*_LEADS, "=") if i == len(lines) - 1 else _LEADS
         shortest = ""
         for lead in leads:
             tail = line.split(lead)[-1].strip()
-            # An empty one replaces what was found, and is replaced by whatever follows.
+            # As in the official code, an empty tail replaces an earlier one, and any later tail replaces it.
             if lead in line and (not shortest or len(tail) < len(shortest)):
                 shortest = tail
         if shortest and shortest not in _TRIVIAL:
             parts.append(shortest)
-    return parts or [whole]
+    return parts or [answer]
 
 
 def _normalized(text: str) -> list[float | str]:
+    """Returns a number rounded to two decimals, a text in lower case, or a single letter with a blank on each side."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -97,30 +106,30 @@ def _normalized(text: str) -> list[float | str]:
 
 
 def seed_accuracy(prediction: str, reference: str) -> float:
-    """Whether the first letter of the answer is the right one: SEED-Bench.
+    """Returns 1 if an answer starts with the right letter, for SEED-Bench.
 
-    lmms-eval, tasks/seedbench/utils.py. SEED-Bench's own code instead ranks the options by their likelihoods. Trap: of
-    an answer in words only the first letter is looked at, so "A dog" is A, whatever option says so.
+    Reproduces lmms-eval, tasks/seedbench/utils.py. SEED-Bench's own code ranks the options by their likelihoods
+    instead. Only the first letter counts, so "A dog" is A even if another option is "A dog".
     """
     return float(prediction.strip()[:1].lower() == reference.strip().lower())
 
 
 def pope_says_yes(prediction: str) -> bool:
-    """Whether an answer means yes: POPE.
+    """Returns whether an answer counts as yes, for POPE.
 
-    AoiDragon/POPE, evaluate.py. Of the text before the first period, without commas: no if one of its words is "No",
-    "no" or "not", else yes. Traps: whatever does not deny is a yes, an empty answer too; "NO" is a yes. lmms-eval
-    instead compares the whole answer, in lower case, with "yes" and "no".
+    Reproduces evaluate.py in AoiDragon/POPE. Only the text before the first period counts, without commas. It means no
+    if one of its words is "No", "no" or "not", and yes otherwise. An empty answer is therefore a yes, and so is "NO".
+    lmms-eval compares the whole answer, in lower case, with "yes" and "no" instead.
     """
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & {*words}
 
 
 def gqa_accuracy(prediction: str, reference: str) -> float:
-    """Whether an answer is the expected one but for case and punctuation: GQA.
+    """Returns 1 if an answer equals the reference apart from case and punctuation, for GQA.
 
-    lmms-eval, tasks/gqa (exact_match, ignore_case, ignore_punctuation). GQA's own eval.py compares the texts as they
-    are; LLaVA, before handing answers to it, lowers them and drops a period at their end.
+    Reproduces lmms-eval, tasks/gqa (exact_match, ignore_case, ignore_punctuation). GQA's own eval.py compares the texts
+    unchanged; LLaVA lower-cases answers and drops a final period before it calls that script.
     """
-    drop = str.maketrans("", "", string.punctuation)
-    return float(prediction.lower().translate(drop) == reference.lower().translate(drop))
+    punctuation = str.maketrans("", "", string.punctuation)
+    return float(prediction.lower().translate(punctuation) == reference.lower().translate(punctuation))

@@ -1,7 +1,7 @@
-"""Scores of questions about tables: WikiTableQuestions' denotations, TabFact and TableVQA-Bench.
+"""Metrics of questions about tables: WikiTableQuestions' denotation accuracy, TabFact and TableVQA-Bench.
 
-WikiTableQuestions' official evaluator runs on Python 2.7; TableVQA-Bench holds a copy of it that runs on Python 3. The
-same lines decide differently there, so what is shared here is told which Python it stands for.
+The official evaluator of WikiTableQuestions runs on Python 2.7. TableVQA-Bench has a copy of it that runs on Python 3.
+The same code decides differently there, so the shared functions take the version of Python to imitate.
 """
 
 import math
@@ -19,9 +19,9 @@ _SAME_NUMBER = 1e-6
 _UNKNOWN = -1
 
 _QUOTES = str.maketrans(dict.fromkeys("‘’´`", "'") | dict.fromkeys("“”", '"') | dict.fromkeys("‐‑‒–—−", "-"))
-# At the end: brackets with anything in them, or with digits where the text has nothing before them; and footnote marks.
-# The official expression lets digits in brackets match in two ways, and takes exponential time over many of them. To
-# Python 2's, only ASCII's digits are digits.
+# Citations at the end of a text: brackets with any content, brackets with digits at the start, and footnote marks. In
+# the official expression, digits in brackets match in two ways, which takes exponential time for many of them. In
+# Python 2, only ASCII digits are digits.
 _CITATIONS = {
     python: re.compile(rf"(?:(?<!^)\[[^\]]*\]|^\[{digit}+\]|[•♦†‡*#+])*$")
     for python, digit in ((2, "[0-9]"), (3, r"\d"))
@@ -34,7 +34,7 @@ _UNITS = re.compile(
     r"\b(?:dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)s?\b", re.IGNORECASE
 )
 _POWERS = (("thousand", "e3"), ("million", "e6"), ("billion", "e9"))
-# In this order: first those after a blank, with the blank.
+# The order matters: unit words after a blank are replaced first, together with the blank.
 _SCALES = (
     *((re.compile(rf" \b{word}\b"), power) for word, power in _POWERS),
     *((re.compile(rf"\b{word}\b"), power) for word, power in _POWERS),
@@ -45,33 +45,37 @@ _SCALES = (
 def wtq_denotation(
     predicted_items: Sequence[str], targets: Sequence[str], target_canon: Sequence[str] | None = None
 ) -> bool:
-    """Whether the predicted items are the target ones, as a set: WikiTableQuestions.
+    """Returns whether the predicted items equal the target items as a set, for WikiTableQuestions.
 
-    ppasupat/WikiTableQuestions, evaluator.py 1.0.2, run on Python 2.7. There must be as many distinct items as targets,
-    and each target must equal an item: in its normalised text, as a number within 1e-6, or as a date. Normalised: no
-    accents, plain quotes and dashes, no citations, footnote marks, details in brackets or quotes at the ends, no final
-    period, single blanks, lower case. Traps:
+    Reproduces evaluator.py 1.0.2 in ppasupat/WikiTableQuestions, run on Python 2.7. The number of distinct items must
+    equal the number of distinct targets, and each target must equal an item: as normalized text, as a number within
+    1e-6, or as a date. Normalized text has no accents, plain quotes and dashes, no citations, footnote marks or details
+    in brackets at its end, no outer quotes, no final period, single blanks, and lower case.
 
-    - Give `target_canon`: through it "4" is right for "4 events", and "1990-01-02" for "January 2, 1990". DUE's,
-      mPLUG-DocOwl's and TableVQA-Bench's copies go without.
-    - "1,000", "50%" and "$5" are texts, not numbers; "nan" and "inf" too. "3-2-1" is a date, "1990-xx-xx"
+    Details that affect scores:
+
+    - `target_canon` matters: with it, "4" is right for "4 events", and "1990-01-02" for "January 2, 1990". The copies
+      in DUE, mPLUG-DocOwl and TableVQA-Bench do not use it.
+    - "1,000", "50%" and "$5" are texts, not numbers, and so are "nan" and "inf". "3-2-1" is a date, and "1990-xx-xx" is
       the number 1990.
-    - A number within 1e-6 of a whole one is cut, not rounded: 3.9999999 is 3.
-    - "C++" is "C"; "Italy (ITA)." keeps its bracket, the period being looked at last.
-    - Equal numbers are one item: "1" and "1.0". No items at all are wrong, an empty one fits only an empty target.
-    - A model's answer is not split here. DUE's baselines split at " | ", TableVQA-Bench at "|" and "||", mPLUG-DocOwl
-      never: it loses every question with several targets.
-    - Python 2 knows no "1_000" but reads "- 5", and lowers Σ always to σ. What cannot be had here are its older Unicode
-      tables (5.2).
+    - A number within 1e-6 of an integer is truncated, not rounded: 3.9999999 is 3.
+    - "C++" equals "C". "Italy (ITA)." keeps its bracket, because the final period is removed last.
+    - Equal numbers such as "1" and "1.0" are one item. An empty list is wrong. An empty item matches only an empty
+      target.
+    - The answer of a model is not split here. The DUE baselines split at " | ", TableVQA-Bench at "|" and "||".
+      mPLUG-DocOwl never splits, so questions with several targets score 0.
+    - Python 2 rejects "1_000", accepts "- 5", and always lower-cases Σ to σ. Its older Unicode tables (5.2) are not
+      imitated.
 
     Args:
-      predicted_items: the model's, split.
+      predicted_items: items of the model's answer.
       targets: `targetValue` of the data set, split and unescaped.
-      target_canon: `targetCanon`, likewise: the targets as numbers or dates. An empty one is as its target.
+      target_canon: `targetCanon` of the data set, split and unescaped: the targets as numbers or dates. An empty string
+        stands for the target itself.
 
     Raises:
-      ScorerAborted: where the official evaluator would, at numbers too large for a float, or if there are not as many
-        canonical values as targets.
+      ScorerAborted: if a number is too large for a float, where the official evaluator fails too, or if the number of
+        canonical values differs from the number of targets.
     """
     check_texts("predicted_items", predicted_items)
     check_texts("targets", targets)
@@ -79,20 +83,22 @@ def wtq_denotation(
         target_canon = targets
     check_texts("target_canon", target_canon)
     if len(target_canon) != len(targets):
-        raise ScorerAborted(f"there are {len(targets)} targets, but {len(target_canon)} canonical values of them")
+        raise ScorerAborted(f"target_canon: expected {len(targets)} values, one per target, got {len(target_canon)}")
     return _is_same_set(_read(predicted_items, predicted_items, 2), _read(targets, target_canon, 2))
 
 
 def tabfact_accuracy(prediction: str, reference: str) -> float:
-    """Whether the verdict is the right one, "True" or "False": TabFact.
+    """Returns 1 if a verdict equals the reference, "True" or "False", for TabFact.
 
-    X-PLUG/mPLUG-DocOwl, DocOwl1.5/evaluation, metric ExactAccuracy: the same text once both are stripped and their
-    newlines deleted. Traps:
+    Reproduces the metric ExactAccuracy in X-PLUG/mPLUG-DocOwl, DocOwl1.5/evaluation: newlines are deleted and both
+    texts are stripped before the comparison.
+
+    Details that affect scores:
 
     - Case counts: "true" is wrong.
-    - One final period is dropped from the reference only: "True." is wrong even for "True."
-    - The DUE route instead ignores case and stops at any other answer; TableVQA-Bench looks for the word within the
-      answer. Scores of models that answer at length differ widely between them.
+    - A final period is dropped from the reference only: "True." is wrong even for "True."
+    - The scorers differ widely for models with long answers. The DUE evaluation ignores case and fails at any other
+      answer; TableVQA-Bench searches for the word within the answer.
     """
     reference = _one_line(reference).removesuffix(".")
     return float(_one_line(prediction) == reference)
@@ -103,54 +109,58 @@ def _one_line(text: str) -> str:
 
 
 def tablevqa_correct(subset: str, prediction: str, reference: str | int) -> bool:
-    """Whether one answer of TableVQA-Bench is right.
+    """Returns whether one answer to TableVQA-Bench is right.
 
-    naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py. By subset, with its traps:
+    Reproduces src/evaluate_tablevqa_dataset.py in naver-ai/tablevqabench. The rules differ by subset:
 
     - vwtq, vwtq_syn: items are split at "|" (in the answer also at "||") and compared as in `wtq_denotation`, but
-      without canonical values, and on Python 3: "1_000" is a number, and "nan" or "inf" as an item ends the official
+      without canonical values and as on Python 3. "1_000" is a number, and an item "nan" or "inf" ends the official
       run.
-    - vtabfact: the answer contains "true" or "false", in any case, and not both: "untrue" and "not true" are true. The
-      reference is 1 or 0.
-    - fintabnetqa: the headline score, which also lets numbers match without their unit: "$3,852 billion" is right for
-      "$3,852 million" (the strict score is the bench's second one). $ ( ) and commas are deleted, so "(1,234)" is not
-      negative; words like "shares" or "years" go; "million" becomes e6, but not in "3million"; % becomes e-2.
+    - vtabfact: the answer must contain "true" or "false", in any case, but not both. "untrue" and "not true" count as
+      true. The reference is 1 or 0.
+    - fintabnetqa: the headline ("relieved") score, for which numbers may also match without their unit: "$3,852
+      billion" is right for "$3,852 million". $ ( ) and commas are deleted, so "(1,234)" is not negative. Words like
+      "shares" or "years" are deleted. "million" becomes e6, but not in "3million"; % becomes e-2.
 
-    VLMEvalKit drops a leading "Answer: " first; it is kept here. The bench's overall accuracy weighs subsets by their
-    questions.
+    VLMEvalKit drops a leading "Answer: " first; it is kept here. The overall accuracy of the benchmark weights the
+    subsets by their number of questions.
 
     Raises:
-      ScorerAborted: where the official scorer would.
+      ScorerAborted: if the official scorer would fail.
+      UserError: if the subset or the reference is unknown.
     """
     if subset in ("vwtq", "vwtq_syn"):
         predicted, expected = _unescaped(prediction.replace("||", "|")), _unescaped(str(reference))
         return _is_same_set(_read(predicted, predicted, 3), _read(expected, expected, 3))
     if subset == "vtabfact":
         if reference not in (0, 1, "0", "1"):
-            raise UserError(f"reference {reference!r} of vtabfact: 1 and 0 are known")
+            raise UserError(f"reference {reference!r} of vtabfact: expected 1 or 0")
         says_true, says_false = "true" in prediction.lower(), "false" in prediction.lower()
         return says_true != says_false and says_true == bool(int(reference))
     if subset == "fintabnetqa":
         expected = _amounts(str(reference))
         return any(amount == other for amount in _amounts(prediction) for other in expected)
-    raise UserError(f"subset {subset!r} of TableVQA-Bench: vwtq, vwtq_syn, vtabfact and fintabnetqa are known")
+    raise UserError(
+        f"unknown subset {subset!r} of TableVQA-Bench: expected one of vwtq, vwtq_syn, vtabfact and fintabnetqa"
+    )
 
 
 def fintabnetqa_strictly_correct(prediction: str, reference: str | int) -> bool:
-    """Whether an answer of TableVQA-Bench's fintabnetqa is right with its unit: the bench's second, strict score.
+    """Returns whether an answer to TableVQA-Bench's fintabnetqa is right including its unit.
 
-    As `tablevqa_correct`, but numbers must be equal as they are scaled: "$641.8 million" is wrong for "$641.8".
+    This is the benchmark's second, strict score. It differs from `tablevqa_correct` in that the scaled numbers must be
+    equal: "$641.8 million" is wrong for "$641.8".
     """
     return _amounts(str(reference))[0] == _amounts(prediction)[0]
 
 
 def _unescaped(text: str) -> list[str]:
-    r"""The items of a list as the data set writes it: joined by bars, with \n, \p for a bar, and \\."""
+    r"""Returns the items of a list in the data set's notation: joined by bars, with \n, \p for a bar, and \\."""
     return [item.replace(r"\n", "\n").replace(r"\p", "|").replace(r"\\", "\\") for item in text.split("|")]
 
 
 def _amounts(text: str) -> tuple[float, float] | tuple[str, str]:
-    """The text as a number, with its scale and without; as texts if either is none."""
+    """Returns the text as a number with and without its scale, or both as texts if either is not a number."""
     scaled = _UNITS.sub("", re.sub(r"[$(),]", "", _normalize(text, 3)))
     bare = scaled
     for scale, power in _SCALES:
@@ -165,9 +175,9 @@ class _Value(NamedTuple):
     """An item of a denotation.
 
     Attributes:
-      kind: what it was read as.
-      content: the number; the date as year, month and day, some unknown; or the normalised text.
-      text: the normalised text.
+      kind: type of the value.
+      content: the number; the date as year, month and day, where -1 is unknown; or the normalized text.
+      text: normalized text.
     """
 
     kind: Literal["number", "date", "text"]
@@ -176,11 +186,11 @@ class _Value(NamedTuple):
 
 
 def _read(texts: Sequence[str], canonical: Sequence[str], python: _Python) -> list[_Value]:
-    """The distinct values of texts. Of equal ones the first stays, and with it its spelling."""
+    """Returns the distinct values of texts. Of equal values, the first one and its spelling are kept."""
     try:
         values = [_value(text, canon or text, python) for text, canon in zip(texts, canonical, strict=True)]
     except OverflowError as error:
-        raise ScorerAborted(f"the official scorer fails at a number in {list(texts)}: {error}") from error
+        raise ScorerAborted(f"the official scorer fails on a number in {list(texts)}: {error}") from error
     distinct = {}
     for value in values:
         distinct.setdefault((value.kind, value.content), value)
@@ -203,10 +213,11 @@ def _is_same(target: _Value, predicted: _Value) -> bool:
     try:
         return abs(target.content - predicted.content) < _SAME_NUMBER
     except OverflowError as error:
-        raise ScorerAborted(f"the official scorer fails at the number {predicted.text}: {error}") from error
+        raise ScorerAborted(f"the official scorer fails on the number {predicted.text}: {error}") from error
 
 
 def _value(text: str, canonical: str, python: _Python) -> _Value:
+    """Reads a text as a number, a date or a text, by its canonical value."""
     number, date = _number(canonical, python), None
     if number is None:
         date = _date(canonical, python)
@@ -214,23 +225,26 @@ def _value(text: str, canonical: str, python: _Python) -> _Value:
             number, date = date[0], None
     if number is not None:
         if python == 2:
-            float(number)  # Python 2 rounds through floats: a number too long for one is an OverflowError there too.
+            float(number)  # Python 2 rounds through floats, and raises OverflowError if a number is too large for one.
         if abs(number - round(number)) < _SAME_NUMBER:
             number = int(number)
         return _Value("number", number, _normalize(text, python) if text else str(number))
     if date:
         if python == 2 and date[0] >= 2**63:
-            raise ScorerAborted(f"the official scorer fails at {canonical!r}: its year is a Python 2 long")
-        year, month = ("xx" if part == _UNKNOWN else part for part in date[:2])  # as there, and not the day
+            raise ScorerAborted(f"the official scorer fails on {canonical!r}: its year is a Python 2 long")
+        # Like the official code, this replaces an unknown year and month, but not the day.
+        year, month = ("xx" if part == _UNKNOWN else part for part in date[:2])
         return _Value("date", date, _normalize(text, python) if text else f"{year}-{month}-{date[2]}")
     normalized = _normalize(text, python)
     return _Value("text", normalized, normalized)
 
 
 def _normalize(text: str, python: _Python) -> str:
-    """The text without what the evaluator holds for decoration."""
+    """Returns the text as the evaluator normalizes it."""
+    # Accents are separate characters of category Mn after NFKD.
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
     text = text.translate(_QUOTES)
+    # Removing one kind of decoration can reveal another.
     before = None
     while text != before:
         before = text
@@ -238,12 +252,13 @@ def _normalize(text: str, python: _Python) -> str:
         text = _DETAILS.sub("", text.strip())
         text = _QUOTED.sub(r"\1", text.strip())
     text = re.sub(r"\s+", " ", text.removesuffix("."))
-    # Python 2 lowers letter by letter; Python 3 turns a Σ that ends a word into ς.
+    # Python 2 lower-cases each letter alone. Python 3 turns a Σ at the end of a word into ς.
     text = "".join(c.lower() for c in text) if python == 2 else text.lower()
     return text.strip()
 
 
 def _number(text: str, python: _Python) -> int | float | None:
+    """Returns the finite number that a text denotes, or None."""
     try:
         return _integer(text, python)
     except ValueError:
@@ -258,13 +273,14 @@ def _number(text: str, python: _Python) -> int | float | None:
     if math.isfinite(number):
         return number
     if python == 3:
-        # The copy forgot to catch its own assertion.
-        raise ScorerAborted(f"the official scorer fails at {text!r}: neither a finite number nor a text to it")
+        # TableVQA-Bench's copy does not catch its own assertion.
+        raise ScorerAborted(f"the official scorer fails on {text!r}: it accepts it neither as a number nor as a text")
     return None
 
 
 def _integer(text: str, python: _Python) -> int:
-    """int(text) of that Python: 2 knows no underscores, and lets blanks follow the sign."""
+    """Returns int(text) as that Python version computes it."""
+    # Python 2 rejects underscores, and allows blanks after the sign.
     if python == 3:
         return int(text)
     if not _PYTHON2_INTEGER.fullmatch(text):
@@ -273,7 +289,7 @@ def _integer(text: str, python: _Python) -> int:
 
 
 def _date(text: str, python: _Python) -> tuple[int, int, int] | None:
-    """Year, month and day of y-m-d, where xx is unknown; None if it is no such text, or nothing is known."""
+    """Returns year, month and day of a text y-m-d, where xx is unknown; None for other texts and xx-xx-xx."""
     parts = text.lower().split("-")
     if len(parts) != 3:
         return None

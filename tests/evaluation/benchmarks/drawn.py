@@ -1,4 +1,4 @@
-"""Drawn pages laid out as DocDownstream: every third as ChartQA's test split, the others as DocVQA's validation."""
+"""Generated pages in DocDownstream's layout: a third as ChartQA test, the others as DocVQA validation."""
 
 import pathlib
 
@@ -8,6 +8,7 @@ from tests.evaluation.benchmarks.stub import write_lines
 
 
 def write_docdownstream(folder: pathlib.Path, scratch: pathlib.Path, pages: int) -> None:
+    """Writes generated pages to a folder, using another folder for the corpus."""
     build_corpus(scratch / "documents", seed=0, sizes={"heldout": pages}, progress=False)
     lines = {"DocVQA": [], "ChartQA": []}
     (folder / "imgs").mkdir(parents=True)
@@ -17,8 +18,8 @@ def write_docdownstream(folder: pathlib.Path, scratch: pathlib.Path, pages: int)
         name, dataset = f"./imgs/{record['id']}.png", "ChartQA" if i % 3 == 0 else "DocVQA"
         (folder / name).write_bytes(record["image"])
         for question, answer in zip(record["questions"], record["answers"], strict=True):
-            asked = {"role": "user", "content": f"<|image|>{question}"}
-            messages = [asked, {"role": "assistant", "content": answer}]
+            user_message = {"role": "user", "content": f"<|image|>{question}"}
+            messages = [user_message, {"role": "assistant", "content": answer}]
             lines[dataset].append(
                 {"image": [name], "messages": messages, "task_name": "qa_sft", "dataset_name": dataset}
             )

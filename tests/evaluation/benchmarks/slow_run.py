@@ -1,4 +1,4 @@
-"""A run over a benchmark whose reader takes its time: `python slow_run.py DATA PREDICTIONS`, to be killed."""
+"""A benchmark run with a slow reader, for tests that kill it: `python slow_run.py DATA PREDICTIONS`."""
 
 import pathlib
 import sys
@@ -13,6 +13,7 @@ IDENTITY = {"checkpoint": "stub", "step": 3}
 
 
 def main(data: str, predictions_file: str) -> None:
+    """Answers ChartQA's questions at 20 per second."""
     runner._QUESTIONS_AT_ONCE = 2
 
     def answer(text: str) -> str:

@@ -1,4 +1,4 @@
-"""DocDownstream as mPLUG publishes it: lines, images, and the references in meta/."""
+"""Tests of the reader of DocDownstream: lines, images, and the references in meta/."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.evaluation.benchmarks.stub import evaluate, write_image, write_json, 
 
 
 def line(dataset: str, image: str, question: str, answer: str) -> dict:
-    """A record with the fields of the real files."""
+    """Returns a record with the fields of the real files."""
     return {
         "image": [image],
         "messages": [
@@ -28,15 +28,15 @@ def metadata(document: str, question: str, answer: str) -> dict:
 
 
 def due(name: str, *annotations: tuple[str, list[list[str]]]) -> dict:
-    """A document of DUE's reference file: keys with values, each of several spellings."""
+    """Returns a document of DUE's reference file: keys with values, each with several spellings."""
     values = [
-        {"key": key, "values": [{"value": spellings[0], "value_variants": spellings} for spellings in found]}
-        for key, found in annotations
+        {"key": key, "values": [{"value": spellings[0], "value_variants": spellings} for spellings in key_values]}
+        for key, key_values in annotations
     ]
     return {"name": name, "language": "en", "split": "test", "annotations": values}
 
 
-def test_docvqa_of_the_file_of_all_data_sets(tmp_path):
+def test_docvqa_is_read_from_the_file_of_all_data_sets(tmp_path):
     image = "./imgs/DUE_Benchmark/DocVQA/pngs/xnbl0037_1.png"
     write_image(tmp_path / image, 7)
     records = [
@@ -46,13 +46,13 @@ def test_docvqa_of_the_file_of_all_data_sets(tmp_path):
     ]
     write_lines(tmp_path / "val.jsonl", records)
     outcome, stub = evaluate("docvqa", tmp_path, lambda text: "1/8/93")
-    assert stub.seen == ["[7]What is the date?", "[7]Who wrote it?"], "the question as it stands, after its image"
+    assert stub.seen == ["[7]What is the date?", "[7]Who wrote it?"], "the plain question, after its image"
     assert outcome.scores.primary.value == 0.5 and outcome.scores.primary.count == 2
     assert list(outcome.answers) == ["DocVQA:1", "DocVQA:3"]
-    assert "meta/ is not there (2 questions)" in summary.format_notes([outcome])
+    assert "meta/ is missing (2 questions)" in summary.format_notes([outcome])
 
 
-def test_docvqa_with_all_the_answers_that_count(tmp_path):
+def test_docvqa_with_all_accepted_answers(tmp_path):
     image = "./imgs/rnbx0223_193.png"
     write_image(tmp_path / image, 1)
     write_lines(tmp_path / "test" / "DocVQA_test.jsonl", [line("DocVQA", image, "what is the date?", "1/8/93")])
@@ -67,7 +67,7 @@ def test_docvqa_with_all_the_answers_that_count(tmp_path):
         evaluate("docvqa", tmp_path, lambda text: "", split="test")
 
 
-def test_forms_are_scored_by_document_with_none_dropped_and_without(tmp_path):
+def test_forms_are_scored_by_document_with_and_without_dropping_none(tmp_path):
     asked = [
         ("a.pdf", "advertiser", "ACME"),
         ("a.pdf", "gross_amount", "None"),
@@ -84,13 +84,13 @@ def test_forms_are_scored_by_document_with_none_dropped_and_without(tmp_path):
         meta / "document.jsonl",
         [
             due("a", ("advertiser", [["ACME", "Acme Inc"]])),
-            # Nobody asks for b's contract: it is missed all the same.
+            # No question asks for b's contract number, which still counts as missed.
             due("b", ("gross_amount", [["1,000", "1000"]]), ("contract_num", [["77"]])),
         ],
     )
     replies = iter(["acme inc", "None", "None", "1000"])
     outcome, _ = evaluate("deepform", tmp_path, lambda text: next(replies))
-    # Dropped: 2 of 2 predicted, 2 of 3 expected. Plain: 2 of 4 predicted.
+    # With None dropped, 2 of 2 predicted and 2 of 3 expected values are right. In plain DUE, 2 of 4 predicted are.
     assert outcome.scores.primary.value == pytest.approx(2 * 2 / (2 + 3))
     assert outcome.scores.others[0].value == pytest.approx(2 * 2 / (4 + 3))
     assert len(outcome.problems) == 1 and "contract_num" in str(outcome.problems)
@@ -98,10 +98,10 @@ def test_forms_are_scored_by_document_with_none_dropped_and_without(tmp_path):
     (meta / "document.jsonl").unlink()
     replies = iter(["acme", "None", "None", "1000"])
     outcome, _ = evaluate("deepform", tmp_path, lambda text: next(replies))
-    assert outcome.scores.primary.value == pytest.approx(2 * 1 / (2 + 2)), "by the messages' own answers"
+    assert outcome.scores.primary.value == pytest.approx(2 * 1 / (2 + 2)), "scored against the messages' answers"
 
 
-def test_several_targets_of_wtq_and_the_cases_of_tabfact(tmp_path):
+def test_wtq_with_several_targets_and_the_case_of_tabfact(tmp_path):
     write_image(tmp_path / "imgs" / "t.png", 1)
     write_lines(
         tmp_path / "test" / "WikiTableQuestions_test.jsonl",
@@ -123,7 +123,7 @@ def test_textvqa_needs_ten_answers(tmp_path):
     write_image(tmp_path / "imgs" / "TextVQA" / "003a8ae2ef43b901.jpg", 1)
     question = "what is the brand of this camera?"
     write_lines(tmp_path / "val.jsonl", [line("TextVQA", "imgs/TextVQA/003a8ae2ef43b901.jpg", question, "dakota")])
-    with pytest.raises(UserError, match="TextVQA_0.5.1_val.json is not there"):
+    with pytest.raises(UserError, match="TextVQA_0.5.1_val.json is missing"):
         evaluate("textvqa", tmp_path, lambda text: "dakota")
     original = {"image_id": "003a8ae2ef43b901", "question_id": 34602, "question": question}
     answers = ["dakota"] * 3 + ["nous"] * 7
@@ -132,16 +132,16 @@ def test_textvqa_needs_ten_answers(tmp_path):
     assert outcome.scores.primary.value == pytest.approx(0.9) and list(outcome.answers) == ["34602"]
 
 
-def test_what_is_wrong_is_named_and_counted(tmp_path):
+def test_damaged_records_are_named_and_counted(tmp_path):
     write_image(tmp_path / "imgs" / "a.png", 1)
     (tmp_path / "imgs" / "torn.png").write_bytes(b"\x89PNG no more")
-    sound = line("ChartQA", "imgs/a.png", "How many?", "12")
+    valid = line("ChartQA", "imgs/a.png", "How many?", "12")
     records = [
-        sound,
+        valid,
         line("ChartQA", "imgs/lost.png", "How many?", "12"),
         line("ChartQA", "imgs/torn.png", "How many?", "12"),
-        {**sound, "messages": sound["messages"][:1]},
-        {key: value for key, value in sound.items() if key != "image"},
+        {**valid, "messages": valid["messages"][:1]},
+        {key: value for key, value in valid.items() if key != "image"},
     ]
     file = tmp_path / "test" / "ChartQA_test.jsonl"
     write_lines(file, records)
@@ -151,7 +151,13 @@ def test_what_is_wrong_is_named_and_counted(tmp_path):
     reasons = list(outcome.problems.values())
     for reason, part in zip(
         reasons,
-        ("'messages' must be", "no field 'image' (its fields: messages,", "not valid JSON", "lost.png", "torn.png"),
+        (
+            "expected 'messages' of a user and then an assistant",
+            "no field 'image' (available fields: messages,",
+            "not valid JSON",
+            "lost.png",
+            "torn.png",
+        ),
         strict=True,
     ):
         assert part in reason
@@ -170,16 +176,16 @@ def test_what_is_wrong_is_named_and_counted(tmp_path):
         ("chartqa", []),
     ],
 )
-def test_of_meta_only_what_is_read_is_asked_for(tmp_path, name, meta):
+def test_only_files_of_meta_that_are_read_are_named_as_expected(tmp_path, name, meta):
     with pytest.raises(UserError, match="DIR/imgs/") as error:
         evaluate(name, tmp_path, lambda text: "")
-    own = str(error.value).partition("It is read from: ")[2].partition("; ")[0]
+    own = str(error.value).partition("Expected files: ")[2].partition("; ")[0]
     assert [part.removeprefix("and ") for part in own.split(", ") if "meta/" in part] == [
         f"for all accepted answers {part}" if "document" in part else part for part in meta
     ]
 
 
-def test_files_that_are_not_there_are_described(tmp_path):
+def test_missing_files_are_described(tmp_path):
     with pytest.raises(
         UserError, match=r"DIR/val/DocVQA_val.jsonl or DIR/val.jsonl.*val_v1.0.json.*DIR/DocVQA/validation-\*.parquet"
     ):
@@ -187,5 +193,5 @@ def test_files_that_are_not_there_are_described(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         evaluate("docvqa", tmp_path / "nowhere", lambda text: "")
     write_lines(tmp_path / "test" / "ChartQA_test.jsonl", [line("ChartQA", "imgs/a.png", "How many?", "12")])
-    with pytest.raises(UserError, match="none of the 1 images of ChartQA is there.*DIR/imgs"):
+    with pytest.raises(UserError, match="none of the 1 images of ChartQA exists.*DIR/imgs"):
         evaluate("chartqa", tmp_path, lambda text: "")

@@ -1,4 +1,4 @@
-"""The benchmarks as their authors give them out: JSON beside folders of images."""
+"""Tests of the readers of the authors' own files: JSON and folders of images."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_docvqa_of_the_robust_reading_competition(tmp_path):
     assert stub.seen == ["[5]What is the ‘actual’ value per 1000?"]
     assert outcome.scores.primary.value == pytest.approx(0.75)
 
-    # The test split has no answers: a file for the server instead of a score.
+    # The test split has no answers. It gives a file for the server instead of a score.
     del question["answers"]
     write_json(tmp_path / "test_v1.0.json", {**header, "data": [question]})
     outcome, _ = evaluate("docvqa", tmp_path, lambda text: "0.29", split="test")
@@ -35,7 +35,7 @@ def test_docvqa_of_the_robust_reading_competition(tmp_path):
     assert outcome.benchmark.submission(outcome.questions, outcome.answers) == [{"questionId": 49153, "answer": "0.29"}]
 
     write_json(tmp_path / "val_v1.0_withQT.json", [question])
-    with pytest.raises(UserError, match="a list 'data', this one has none"):
+    with pytest.raises(UserError, match="in a list 'data', as in RRC's files; there is no such list"):
         evaluate("docvqa", tmp_path, lambda text: "")
 
 
@@ -109,7 +109,7 @@ def test_seed_bench_of_its_authors(tmp_path):
     assert len(outcome.questions) == 1 and outcome.questions[0].group == "Instances Counting"
 
 
-def test_mmvet_writes_what_its_judge_takes(tmp_path):
+def test_mmvet_writes_the_file_for_its_judge(tmp_path):
     write_image(tmp_path / "mm-vet" / "images" / "v1_0.png", 1)
     entry = {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5", "capability": ["ocr", "math"]}
     write_json(tmp_path / "mm-vet" / "mm-vet.json", {"v1_0": {**entry, "imagesource": "https://"}})
@@ -137,12 +137,12 @@ def test_pope_of_its_authors(tmp_path):
         "pope", tmp_path, lambda text: "No, there is no." if "cat" in text or "car" in text else "Yes."
     )
     assert stub.seen[0] == "[1]Is there a dog?\nAnswer the question using a single word or phrase."
-    # Each part: 1 right yes, 1 missed, 1 false alarm.
+    # Each part has one right yes, one missed yes and one false yes.
     assert outcome.scores.primary.value == pytest.approx(0.5)
     others = {score.name: score.value for score in outcome.scores.others}
     assert others["accuracy"] == others["share of yes"] == others["popular, F1"] == others["random, accuracy"] == 0.5
     (tmp_path / "coco" / "coco_pope_popular.json").unlink()
-    with pytest.raises(UserError, match="of POPE the parts popular are not there"):
+    with pytest.raises(UserError, match="POPE lacks the parts popular "):
         evaluate("pope", tmp_path, lambda text: "")
 
 

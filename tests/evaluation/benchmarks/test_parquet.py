@@ -1,4 +1,4 @@
-"""The benchmarks that are published in Parquet, with the columns that their files have."""
+"""Tests of the readers of Parquet files, with the columns of the published files."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_chartqa_in_both_forms(tmp_path):
     ]
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     outcome, _ = evaluate("chartqa", tmp_path, lambda text: "2019" if "year" in text else "yes")
-    assert outcome.scores.primary.value == pytest.approx(2 / 3), "years have 5 % too"
+    assert outcome.scores.primary.value == pytest.approx(2 / 3), "the tolerance of 5 % holds for years too"
     assert {score.name: (score.value, score.count) for score in outcome.scores.others} == {
         "augmented": (1.0, 2),
         "human": (0.0, 1),
@@ -74,7 +74,7 @@ def test_tablevqa_as_the_authors_scored_gpt4v(tmp_path):
     ]
     answers = {f"q{i}": answer for i, (_, answer, *_) in enumerate(official)}
     write_parquet(tmp_path / "data" / "fintabnetqa-00000-of-00001.parquet", rows)
-    with pytest.raises(UserError, match="the parts vwtq, vwtq_syn, vtabfact are not there"):
+    with pytest.raises(UserError, match="lacks the parts vwtq, vwtq_syn, vtabfact "):
         evaluate("tablevqa", tmp_path, lambda text: "")
     wtq = {"qa_id": "nu-1", "question": "who", "gt": "Anna|Eve", "image": cell(99), **table}
     write_parquet(tmp_path / "data" / "vwtq-00000-of-00001.parquet", [wtq])
@@ -99,12 +99,14 @@ def test_tablevqa_as_the_authors_scored_gpt4v(tmp_path):
 
     write_parquet(tmp_path / "data" / "vtabfact-00000-of-00001.parquet", [{**fact, "gt": 2}])
     outcome, _ = evaluate("tablevqa", tmp_path, rule)
-    assert "'2', not 1 or 0" in str(outcome.problems) and outcome.scores.primary.value == pytest.approx((8 + 1) / 13)
+    assert "expected 1 or 0 as the answer to a statement, got '2'" in str(
+        outcome.problems
+    ) and outcome.scores.primary.value == pytest.approx((8 + 1) / 13)
 
-    # "nan" as an item ends the official run: counted as wrong, and said.
+    # An item "nan" makes the official scorer fail. Here it counts as wrong and is reported.
     outcome, _ = evaluate("tablevqa", tmp_path, lambda text: "nan" if "Question: who\n" in text else rule(text))
     assert [id for id, _ in outcome.scores.aborted] == ["vwtq:nu-1", "vwtq_syn:nu-1"]
-    assert "official scorer would end with an error at 2 answers" in summary.format_notes([outcome])
+    assert "official scorer would fail with an error on 2 answers" in summary.format_notes([outcome])
 
 
 def test_vcr_asks_once_for_all_covered_texts(tmp_path):
@@ -115,14 +117,14 @@ def test_vcr_asks_once_for_all_covered_texts(tmp_path):
     ]
     names = ("stacked_image", *images)
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{**row, **images} for row in rows], names)
-    said = {"[7]": "the old city and in 1999", "[8]": "Lake Victoria"}
-    outcome, stub = evaluate("vcr_en_easy", tmp_path, lambda text: said[text[:3]])
+    answer_by_image = {"[7]": "the old city and in 1999", "[8]": "Lake Victoria"}
+    outcome, stub = evaluate("vcr_en_easy", tmp_path, lambda text: answer_by_image[text[:3]])
     assert stub.seen[0].startswith("[7]What is the covered texts in the image? Please restore")
     assert outcome.scores.primary.value == pytest.approx(2 / 3), "two of three texts, not the mean over images"
     assert outcome.scores.others[0].value == pytest.approx((2 / 4 + 2) / 3)
 
 
-def test_mmmu_shows_images_where_they_are_named(tmp_path):
+def test_mmmu_places_images_at_their_mentions(tmp_path):
     empty = {f"image_{i}": None for i in range(1, 8)}
     common = {"explanation": "", "img_type": "['Tables']", "topic_difficulty": "Easy", "subfield": "x"}
     rows = [
@@ -167,7 +169,9 @@ def test_mmmu_shows_images_where_they_are_named(tmp_path):
     choose = "Answer with the option's letter from the given choices directly."
     assert stub.seen[0] == f"Compare [1] with [2].\nA. [2]\nB. neither\n\n{choose}"
     assert stub.seen[1] == "How much is it? [3]\n\nAnswer the question using a single word or phrase."
-    assert stub.seen[2] == f"[4]Who painted this?\nA. Klee\nB. Miro\n\n{choose}", "an image nobody names comes first"
+    assert stub.seen[2] == f"[4]Who painted this?\nA. Klee\nB. Miro\n\n{choose}", (
+        "an image without a mention comes first"
+    )
     assert outcome.scores.primary.value == pytest.approx(2 / 3)
     others = {score.name: score.value for score in outcome.scores.others}
     assert others == {"Accounting": 1.0, "Art Theory": 0.5, "answers that name no option": 0.5}
@@ -188,7 +192,7 @@ def test_seed_pope_and_gqa(tmp_path):
     ]
     write_parquet(tmp_path / "seed" / "data" / "test-00000-of-00001.parquet", rows)
     outcome, stub = evaluate("seed", tmp_path, lambda text: "A. One")
-    assert outcome.scores.primary.value == 1 and len(stub.seen) == 1, "questions about videos are left out"
+    assert outcome.scores.primary.value == 1 and len(stub.seen) == 1, "questions about videos are skipped"
     assert stub.seen[0].startswith("[5]How many towels?\nA. One\nB. Two\n")
 
     pope = {"id": "0", "question": "Is there a dog?", "image_source": "COCO_1"}
@@ -202,20 +206,20 @@ def test_seed_pope_and_gqa(tmp_path):
 
     rows = [{"id": "201307251", "imageId": "n2", "question": "Is it overcast?", "answer": "no", "fullAnswer": "No."}]
     write_parquet(tmp_path / "gqa" / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
-    shown = [{"id": "n1", "image": cell(1)}, {"id": "n2", "image": cell(9)}]
-    write_parquet(tmp_path / "gqa" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", shown)
+    images = [{"id": "n1", "image": cell(1)}, {"id": "n2", "image": cell(9)}]
+    write_parquet(tmp_path / "gqa" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
     outcome, stub = evaluate("gqa", tmp_path, lambda text: "No.")
     assert outcome.scores.primary.value == 1 and stub.seen[0].startswith("[9]Is it overcast?\n")
 
 
-def test_what_is_wrong_with_a_row_or_a_file(tmp_path):
+def test_damaged_rows_and_files_are_reported(tmp_path):
     file = tmp_path / "data" / "test-00000-of-00001.parquet"
-    sound = {"type": "human_test", "question": "How many?", "answer": "14", "image": cell(1)}
-    write_parquet(file, [sound, {**sound, "image": None}, {**sound, "image": {"bytes": b"no picture", "path": None}}])
+    valid = {"type": "human_test", "question": "How many?", "answer": "14", "image": cell(1)}
+    write_parquet(file, [valid, {**valid, "image": None}, {**valid, "image": {"bytes": b"not an image", "path": None}}])
     outcome, _ = evaluate("chartqa", tmp_path, lambda text: "14")
     assert outcome.scores.primary.count == 3 and outcome.scores.primary.value == pytest.approx(1 / 3)
-    no_image, no_picture = outcome.problems.values()
-    assert "row 2: it has no field 'image'" in no_image and "row group 1, row 0" in no_picture
+    no_image, not_an_image = outcome.problems.values()
+    assert "row 2: no field 'image'" in no_image and "row group 1, row 0" in not_an_image
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot be read as Parquet.*fetch it again"):
         evaluate("chartqa", tmp_path, lambda text: "14")

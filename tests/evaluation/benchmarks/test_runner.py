@@ -1,4 +1,4 @@
-"""Runs that are stopped and gone on with, what is refused, and the shipped model on drawn pages."""
+"""Tests of stopped and resumed runs, of refused commands, and of the shipped model on generated pages."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ NUMBER = 200
 
 @pytest.fixture
 def charts(tmp_path) -> pathlib.Path:
-    """ChartQA with questions that end in the last digit of their number, which is the answer."""
+    """ChartQA with numbered questions, each answered by its last digit."""
     folder = tmp_path / "charts"
     for i in range(2):
         write_image(folder / "test" / "png" / f"{i}.png", i)
@@ -35,14 +35,17 @@ def charts(tmp_path) -> pathlib.Path:
     return folder
 
 
-def go_on(charts, file, *, benchmark=CHARTQA, identity=slow_run.IDENTITY, rule=lambda text: text[-1], **options):
+def run_or_resume(
+    charts, file, *, benchmark=CHARTQA, identity=slow_run.IDENTITY, rule=lambda text: text[-1], **options
+):
+    """Runs a benchmark with a file of predictions; returns the outcome and the stub that answered."""
     stub = StubReader(rule)
     questions = runner.read_questions(benchmark, charts, "test")
     with Predictions(file) as predictions:
         return runner.run(benchmark, "test", questions, lambda: stub, predictions, identity, **options), stub
 
 
-def test_a_killed_run_goes_on_and_asks_nothing_twice(charts, tmp_path):
+def test_a_killed_run_resumes_and_asks_no_question_twice(charts, tmp_path):
     file, root = tmp_path / "predictions.jsonl", pathlib.Path(__file__).parents[3]
     command = [sys.executable, "-m", "tests.evaluation.benchmarks.slow_run", str(charts), str(file)]
     with subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}) as process:
@@ -56,16 +59,16 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(charts, tmp_path):
     answered = file.read_bytes().count(b"\n") - 1
     assert 9 <= answered < NUMBER
     with file.open("ab") as torn:
-        torn.write(b'{"benchmark": "chartqa", "id": "human:19')  # As a crash within a write would leave it.
+        torn.write(b'{"benchmark": "chartqa", "id": "human:19')  # A crash during a write leaves a partial line.
 
-    outcome, stub = go_on(charts, file)
+    outcome, stub = run_or_resume(charts, file)
     assert len(stub.seen) == NUMBER - answered
     assert outcome.scores.primary.value == 1 and outcome.scores.primary.count == NUMBER
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 1 + NUMBER and len({line.get("id") for line in lines}) == 1 + NUMBER
 
     def nothing_left():
-        raise AssertionError("the model is loaded for nothing")
+        raise AssertionError("the model is loaded without need")
 
     questions = runner.read_questions(CHARTQA, charts, "test")
     with Predictions(file) as predictions:
@@ -73,68 +76,68 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(charts, tmp_path):
     assert again.scores == outcome.scores
 
 
-def test_limit_is_lifted_without_asking_again(charts, tmp_path):
-    outcome, stub = go_on(charts, tmp_path / "p.jsonl", limit=30)
+def test_a_higher_limit_asks_only_the_new_questions(charts, tmp_path):
+    outcome, stub = run_or_resume(charts, tmp_path / "p.jsonl", limit=30)
     assert outcome.scores.primary.count == len(stub.seen) == 30
-    outcome, stub = go_on(charts, tmp_path / "p.jsonl")
+    outcome, stub = run_or_resume(charts, tmp_path / "p.jsonl")
     assert outcome.scores.primary.count == NUMBER and len(stub.seen) == NUMBER - 30
 
 
-def test_answers_to_something_else_are_refused(charts, tmp_path):
+def test_answers_made_with_other_settings_are_refused(charts, tmp_path):
     file = tmp_path / "p.jsonl"
-    go_on(charts, file, limit=3)
+    run_or_resume(charts, file, limit=3)
     with pytest.raises(UserError, match="step was 3 and is 4.*Name another --predictions file"):
-        go_on(charts, file, identity={**slow_run.IDENTITY, "step": 4})
+        run_or_resume(charts, file, identity={**slow_run.IDENTITY, "step": 4})
     with pytest.raises(UserError, match=r"prompt was '\{question\}' and is 'Q: \{question\}'"):
-        go_on(charts, file, benchmark=dataclasses.replace(CHARTQA, prompt="Q: {question}"))
+        run_or_resume(charts, file, benchmark=dataclasses.replace(CHARTQA, prompt="Q: {question}"))
     records = json.loads((charts / "test" / "test_human.json").read_text())
     write_json(charts / "test" / "test_human.json", [*records[:-1], {**records[-1], "label": "other"}])
     with pytest.raises(UserError, match="questions was"):
-        go_on(charts, file)
+        run_or_resume(charts, file)
     file.write_text("what is this\n" + file.read_text())
-    with pytest.raises(UserError, match="line 1 is none"):
-        go_on(charts, file)
+    with pytest.raises(UserError, match="line 1 was not written by"):
+        run_or_resume(charts, file)
 
 
-def test_an_image_that_is_put_right_is_asked_about_in_the_end(charts, tmp_path):
+def test_a_restored_image_is_asked_about_by_the_next_run(charts, tmp_path):
     lost = (charts / "test" / "png" / "1.png").rename(tmp_path / "lost.png")
-    outcome, _ = go_on(charts, tmp_path / "p.jsonl")
+    outcome, _ = run_or_resume(charts, tmp_path / "p.jsonl")
     assert len(outcome.problems) == NUMBER // 2 and outcome.scores.primary.value == 0.5
     lost.rename(charts / "test" / "png" / "1.png")
-    outcome, stub = go_on(charts, tmp_path / "p.jsonl")
+    outcome, stub = run_or_resume(charts, tmp_path / "p.jsonl")
     assert not outcome.problems and len(stub.seen) == NUMBER // 2 and outcome.scores.primary.value == 1
 
 
-def test_what_the_command_refuses_at_once(tmp_path, capsys):
-    with pytest.raises(UserError, match="no benchmark 'docqva': there are docvqa, infovqa"):
+def test_bad_commands_are_refused_at_once(tmp_path, capsys):
+    with pytest.raises(UserError, match="unknown benchmark 'docqva'. Available: docvqa, infovqa"):
         find_benchmarks(["docvqa", "docqva"])
     assert cli.main(["eval", "--checkpoint", "nano", "--benchmark", "docvqa"]) == 2
     assert "needs --data" in capsys.readouterr().err
     for empty in ("", " ,"):
         assert cli.main(["eval", "--checkpoint", "nano", "--benchmark", empty]) == 2
-        assert "--benchmark names none: there are docvqa, infovqa" in capsys.readouterr().err
+        assert "--benchmark names no benchmark. Available: docvqa, infovqa" in capsys.readouterr().err
     command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa", "--data", str(tmp_path)]
     assert cli.main([*command, "--control", "blank"]) == 2
     assert cli.main(command) == 2
-    assert "no files of DocVQA, split val. It is read from: DocDownstream-1.0" in capsys.readouterr().err
+    assert "no files of DocVQA, split val. Expected files: DocDownstream-1.0" in capsys.readouterr().err
 
 
-def test_twice_the_same_id_is_a_problem(tmp_path):
+def test_a_repeated_id_is_a_problem(tmp_path):
     write_image(tmp_path / "images" / "a.png", 1)
     entry = {"imageId": "n1", "question": "?", "answer": "no"}
     write_json(tmp_path / "testdev_balanced_questions.json", {"1": entry})
     question = BENCHMARKS["gqa"].layouts[0].read(tmp_path, "test")
-    doubled = runner._unique([*question] * 2)
-    assert [bool(one.problem) for one in doubled] == [False, True]
+    unique = runner._unique([*question] * 2)
+    assert [bool(one.problem) for one in unique] == [False, True]
 
 
-def test_images_and_texts_in_a_message():
+def test_parts_of_a_message():
     parts = runner.content("Is \ufffc like \ufffc?", 3)
     image = {"type": "image"}
     assert parts == [image, {"type": "text", "text": "Is "}, image, {"type": "text", "text": " like "}, image] + [
         {"type": "text", "text": "?"}
     ]
-    with pytest.raises(UserError, match="places 2 images, and there are 1"):
+    with pytest.raises(UserError, match="has places for 2 images, got 1"):
         runner.content("\ufffc\ufffc", 1)
 
 
@@ -144,13 +147,13 @@ def test_every_row_of_the_table_can_be_asked(tmp_path):
     for benchmark in BENCHMARKS.values():
         kinds = [""] if isinstance(benchmark.prompt, str) else list(benchmark.prompt)
         for kind in kinds:
-            asked = benchmark.ask(Question("1", "here", "what {is} it?", kind=kind, choices=("yes", "{no}")))
-            assert benchmark.name.startswith("vcr") or "what {is} it?" in asked
+            prompt = benchmark.ask(Question("1", "here", "what {is} it?", kind=kind, choices=("yes", "{no}")))
+            assert benchmark.name.startswith("vcr") or "what {is} it?" in prompt
         with pytest.raises(UserError, match=f"no files of .*{benchmark.split}"):
             evaluate(benchmark.name, tmp_path, lambda text: "")
 
 
-def test_the_shipped_model_reads_drawn_pages(tmp_path, capsys):
+def test_the_shipped_model_reads_generated_pages(tmp_path, capsys):
     write_docdownstream(tmp_path / "data", tmp_path, pages=8)
     command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa,chartqa", "--data", str(tmp_path / "data")]
     assert cli.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
@@ -158,18 +161,18 @@ def test_the_shipped_model_reads_drawn_pages(tmp_path, capsys):
     assert "ALIGN 3B" in printed and "79.63" in printed and "DocVQA val, ANLS" in printed
     figures = json.loads((tmp_path / "scores.json").read_text())
     docvqa, chartqa = figures["benchmarks"]
-    # Random weights, or the wrong page, score below 10.
+    # Random weights or wrong pages score below 10.
     assert docvqa["score"] > 60 and chartqa["score"] > 30
     assert docvqa["paper"]["ALIGN 3B"] == 79.63 and docvqa["prompt"] == "{question}"
     assert docvqa["num_not_asked"] == 0 and "jax" in figures["versions"]
     lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 + docvqa["num_questions"] + chartqa["num_questions"]
 
-    looks = [*command, "--views", "2", "--limit", "3"]
-    assert cli.main([*looks, "--json", str(tmp_path / "scores.json")]) == 2
+    two_views = [*command, "--views", "2", "--limit", "3"]
+    assert cli.main([*two_views, "--json", str(tmp_path / "scores.json")]) == 2
     assert "views was None and is 2" in capsys.readouterr().err
-    assert cli.main([*looks, "--json", str(tmp_path / "looks.json")]) == 0
-    figures = json.loads((tmp_path / "looks.json").read_text())
+    assert cli.main([*two_views, "--json", str(tmp_path / "views.json")]) == 0
+    figures = json.loads((tmp_path / "views.json").read_text())
     assert figures["views"] == 2 and figures["benchmarks"][0]["score"] > 30
 
 

@@ -1,4 +1,4 @@
-"""Scores and their intervals; the verdicts that scoring.py takes from the official code."""
+"""Tests of scores and their intervals, and of the verdicts of the official code of the general benchmarks."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from alignvlm_jax.evaluation import metrics
 from alignvlm_jax.evaluation.benchmarks.scores import mean, ratio
 
 
-def test_an_interval_covers_as_often_as_it_says():
+def test_intervals_cover_the_true_value_as_often_as_they_claim():
     rng = np.random.default_rng(0)
-    # The share of right values of forms: few documents with many values each.
+    # As for forms: few documents, with many values each.
     inside = 0
     for _ in range(60):
         sizes = rng.integers(1, 9, 80)
@@ -25,7 +25,7 @@ def test_an_interval_covers_as_often_as_it_says():
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    # What MMMU's parse_multi_choice_response (lmms-eval 0.7.3) says, None where it guesses.
+    # Results of MMMU's parse_multi_choice_response (lmms-eval 0.7.3), with None where it guesses.
     [
         ("B", "B"),
         ("(B) because (A) is wrong", "A"),
@@ -46,7 +46,7 @@ def test_mmmu_options(answer, letter):
 
 @pytest.mark.parametrize(
     ("answer", "references", "right"),
-    # What MMMU's parse_open_response and eval_open (lmms-eval 0.7.3) say.
+    # Results of MMMU's parse_open_response and eval_open (lmms-eval 0.7.3).
     [
         ("The answer is 1,234.", ["1234"], True),
         ("x = 3 so y = 6.004", ["6"], True),

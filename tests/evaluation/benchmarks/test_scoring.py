@@ -1,4 +1,4 @@
-"""What benchmarks make of answers beyond the metrics: units that are no plain mean, and questions that are damaged."""
+"""Tests of scores over all answers: ratios that are not a mean over questions, and damaged questions."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_a_value_asked_for_on_two_pages_is_expected_once():
         Question("3", "", document="a", group="town", values=(("Rome",), ("Pisa",))),
     ]
     scores = scoring.forms(questions, {"1": "Anna", "2": "anna", "3": "Pisa"})
-    # 2 of 3 predictions are right (one is a duplicate), 2 of 3 values found.
+    # 2 of 3 predictions are right (the other is a duplicate), and 2 of 3 values are found.
     assert scores.primary.value == pytest.approx(2 / 3)
 
 
@@ -26,7 +26,7 @@ def test_a_question_without_ten_answers_counts_as_wrong_and_is_named():
     assert scores.primary.value == 0.5 and [id for id, _ in scores.aborted] == ["2"]
 
 
-def test_a_picture_without_covered_texts_counts_for_nothing():
+def test_an_image_without_covered_texts_does_not_count():
     questions = [Question("1", "", references=("red",)), Question("2", "", references=())]
     answers = {"1": "red", "2": "red"}
     assert scoring.vcr("en")(questions, answers).primary.value == 1

@@ -1,4 +1,4 @@
-"""The table beside the paper's."""
+"""Tests of the printed table and its comparison with the paper."""
 
 import json
 import shutil
@@ -14,55 +14,56 @@ from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
 from alignvlm_jax.evaluation.identity import is_pruned
 
 
-def outcomes(names):
+def make_outcomes(names):
+    """Returns outcomes of benchmarks with the scores 0, 10, 20, ..."""
     return [
         Outcome(BENCHMARKS[name], "test", [], {}, {}, Scores(Score("x", i / 10, None, 7)), None, 0.0)
         for i, name in enumerate(names)
     ]
 
 
-def test_the_average_stands_under_all_nine_and_the_papers_beside():
-    found = outcomes([*AVERAGED, "vcr_en_easy"])
-    assert summary.average_of(AVERAGED, found) == pytest.approx(40)
-    last = summary.format_table(found).splitlines()[-1].split()
+def test_the_average_of_all_nine_is_the_last_row_with_the_papers():
+    outcomes = make_outcomes([*AVERAGED, "vcr_en_easy"])
+    assert summary.average_of(AVERAGED, outcomes) == pytest.approx(40)
+    last = summary.format_table(outcomes).splitlines()[-1].split()
     assert last == ["average", "of", "the", "nine", "40.00", "52.14", "58.81", "62.88", "53.06", "50.68", "54.72"]
 
 
-def test_the_papers_average_is_its_nine_scores():
+def test_the_papers_average_is_that_of_its_nine_scores():
     for model, average in AVERAGE.items():
         assert sum(PAPER[name][model] for name in AVERAGED) / 9 == pytest.approx(average, abs=0.01)
 
 
-def test_no_average_of_fewer():
-    assert summary.average_of(AVERAGED, outcomes(AVERAGED[1:])) is None
-    assert "average" not in summary.format_table(outcomes(AVERAGED[1:]))
+def test_fewer_benchmarks_have_no_average():
+    assert summary.average_of(AVERAGED, make_outcomes(AVERAGED[1:])) is None
+    assert "average" not in summary.format_table(make_outcomes(AVERAGED[1:]))
 
 
-def test_a_pruned_model_stands_beside_the_papers_pruned_one():
-    table = summary.format_table(outcomes(AVERAGED), pruned=True).splitlines()
+def test_a_pruned_model_is_compared_with_the_papers_pruned_one():
+    table = summary.format_table(make_outcomes(AVERAGED), pruned=True).splitlines()
     assert table[0].endswith("ALIGN 3B pruned") and "79.40" in table[1] and table[-1].endswith("58.69")
-    assert "79.40" not in summary.format_table(outcomes(AVERAGED))
+    assert "79.40" not in summary.format_table(make_outcomes(AVERAGED))
 
 
-def test_figures_of_other_models_say_so():
-    found = outcomes(["mmvet", "docvqa", "vcr_en_easy"])
-    table, notes = summary.format_table(found), summary.format_notes(found).splitlines()[1:]
+def test_scores_of_other_models_are_marked():
+    outcomes = make_outcomes(["mmvet", "docvqa", "vcr_en_easy"])
+    table, notes = summary.format_table(outcomes), summary.format_notes(outcomes).splitlines()[1:]
     assert "35.32*" in table and "79.63*" not in table and "65.84**" in table
-    assert [note[:6] for note in notes] == ["* of t", "  thei", "** of "]
+    assert [note[:6] for note in notes] == ["* scor", "  aver", "** sco"]
     assert "low-resource" in notes[0] and "ALIGN 56.88, MLP 53.59" in notes[1]
-    assert "low-resource" in summary.to_json(found[0])["paper_note"]
-    assert summary.to_json(found[1])["paper_note"] is None and not summary.format_notes(found[1:2])
+    assert "low-resource" in summary.to_json(outcomes[0])["paper_note"]
+    assert summary.to_json(outcomes[1])["paper_note"] is None and not summary.format_notes(outcomes[1:2])
 
 
-def test_the_average_of_four_stands_beside_the_low_resource_models():
-    notes = summary.format_notes(outcomes(FOUR))
-    assert "15.00; of the paper's low-resource models" in notes and "ALIGN 59.32, MLP 40.61" in notes
-    theirs = sum(PAPER[name]["ALIGN 3B"] for name in GENERAL) / 5
-    assert LOW_RESOURCE[GENERAL]["ALIGN"] == pytest.approx(theirs, abs=0.01)
+def test_the_average_of_four_is_compared_with_the_low_resource_models():
+    notes = summary.format_notes(make_outcomes(FOUR))
+    assert "15.00; the paper's low-resource models" in notes and "ALIGN 59.32, MLP 40.61" in notes
+    paper_average = sum(PAPER[name]["ALIGN 3B"] for name in GENERAL) / 5
+    assert LOW_RESOURCE[GENERAL]["ALIGN"] == pytest.approx(paper_average, abs=0.01)
 
 
 @pytest.mark.parametrize("kept_words", [None, 3])
-def test_which_checkpoints_are_pruned(tmp_path, kept_words):
+def test_pruned_checkpoints_are_detected(tmp_path, kept_words):
     config = json.loads((NANO_MODEL / "config.json").read_text())
     config["connector_config"]["kept_words"] = kept_words
     folder = tmp_path / "model"
