@@ -1,1 +1,1 @@
-"""From a checkpoint and an image to words."""
+"""Inference: loading a checkpoint, answering questions about images, and pruning the vocabulary."""

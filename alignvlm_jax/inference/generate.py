@@ -3,18 +3,19 @@
 Axes: B prompts, R = K B rows, K views, L positions of the padded prompt, A positions of the answer, M tiles per row, S
 tile side, V vocabulary.
 
-Prompts are padded on the right and read at once (prefill); the answers then grow in one compiled loop that stops when
-every row has ended. All rows write the same slots of the cache, and a slot that is padding in its row is never seen:
+Prompts are padded on the right and processed at once (prefill). One compiled loop then decodes all answers, and stops
+when every row has ended. All rows write to the same slots of the cache, and padding slots of a row are masked:
 
     slots      | prompt of 5, padded to L = 8 | answer
     row 0      | p p p p p . . .              | a a <end>
     row 1      | p p p p p p p .              | a a a <end>
-    positions  | 0 1 2 3 4 . . .              | 5 6 7         (row 0: they go on where the prompt ended)
+    positions  | 0 1 2 3 4 . . .              | 5 6 7         (row 0: they continue from the end of the prompt)
 
-so an answer does not depend on what else is in the batch. B, L and M are rounded up to few values, to compile rarely.
+An answer therefore does not depend on the other prompts in the batch. B, L and M are rounded up to a few values, to
+compile rarely.
 
-A prompt may bring its images in K views (`inference/views.py`): then K rows beside each other are one prompt, and the
-next token of all of them is the one that is likeliest to them together.
+The images of a prompt may come in K views (`inference/views.py`). K adjacent rows then form one prompt, and the next
+token of all of them is the one with the highest mean log-probability.
 """
 
 import contextlib
@@ -43,15 +44,15 @@ _LENGTH_STEP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One conversation up to where the model speaks.
+    """A conversation up to the model's next turn.
 
     Attributes:
-      tokens: ids, with placeholders where visual tokens go.
-      visual_index: which of this prompt's visual tokens goes at each position, -1 = text.
-      tiles: pixels of all tiles of all images; there may be none.
-      tile_valid_hw: the part of each tile that is picture.
-      resampling: under the tiling rule anyres_max_9, what each visual token is made of.
-      moved: the same tiles in all views but the first, which is `tiles`; None if there is no other.
+      tokens: token ids, with placeholders at the positions of visual tokens.
+      visual_index: index of the visual token at each position; -1 for text.
+      tiles: pixels of the tiles of all images, in the first view. There may be none.
+      tile_valid_hw: height and width of the image's part of each tile.
+      resampling: sources and weights of each visual token, for the tiling rule anyres_max_9.
+      other_views: pixels of the tiles in all views but the first; None for a single view.
     """
 
     tokens: Int[np.ndarray, " L"]
@@ -59,21 +60,21 @@ class Prompt:
     tiles: UInt8[np.ndarray, "M S S 3"]
     tile_valid_hw: Int[np.ndarray, "M 2"]
     resampling: Resampling | None = None
-    moved: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
+    other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
 
     @property
     def num_views(self) -> int:
-        """K."""
-        return 1 if self.moved is None else 1 + len(self.moved)
+        """Number of views K."""
+        return 1 if self.other_views is None else 1 + len(self.other_views)
 
     def views(self) -> "list[Prompt]":
-        """The same conversation with each view of its images, as prompts of one view."""
-        others = () if self.moved is None else self.moved
-        return [dataclasses.replace(self, tiles=tiles, moved=None) for tiles in (self.tiles, *others)]
+        """Returns one prompt per view, each with a single view of the images."""
+        others = () if self.other_views is None else self.other_views
+        return [dataclasses.replace(self, tiles=tiles, other_views=None) for tiles in (self.tiles, *others)]
 
 
 class Generator:
-    """A model with its parameters, ready to answer batches of prompts."""
+    """Greedy decoder of batches of prompts, with a model and its parameters."""
 
     def __init__(
         self,
@@ -85,18 +86,20 @@ class Generator:
         batch_size: int = 32,
         mesh: Mesh | None = None,
     ):
-        """Args:
-        config: of the model.
-        params: of the model, boxed in logical axis names or not.
-        end_ids: tokens that end an answer.
-        pad_id: fills prompts up; any valid id will do.
-        batch_size: most prompts decoded at once; prompts of K views count K times.
-        mesh: of the devices that `params` lie on, over which the prompts are spread; None is the one device that they
-          are on. With several processes each must be asked the same, and hears all answers.
+        """Prepares a model for decoding.
+
+        Args:
+          config: configuration of the model.
+          params: parameters of the model, with or without boxes of logical axis names.
+          end_ids: tokens that end an answer.
+          pad_id: token that pads prompts; any valid id works.
+          batch_size: maximum number of prompts decoded at once. A prompt with K views counts K times.
+          mesh: mesh that `params` are placed on, and over which prompts are distributed. None stands for the single
+            device of `params`. With several processes, each has to pass the same prompts, and gets all answers.
         """
         self.config = config
         self.mesh = mesh
-        # The weights are frozen from here on: what ALIGN needs to know of W2 is computed once.
+        # The weights do not change from here on, so ALIGN's statistics of W2 are computed only once.
         with self._on_mesh():
             self.variables = cache_vocabulary(config, params)
         self.end_ids = tuple(end_ids)
@@ -104,7 +107,7 @@ class Generator:
         self.batch_size = batch_size
 
     def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
-        """One of the same weights that adds noise to what the connector reads; see `models/feature_noise.py`."""
+        """Returns a generator with the same weights and noise on the connector's input (`models/feature_noise.py`)."""
         noisy = copy.copy(self)
         noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.of(sigma, seed)}}
         return noisy
@@ -112,43 +115,46 @@ class Generator:
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None
     ) -> list[Int[np.ndarray, " A"]]:
-        """The answers' ids, in the order of the prompts, without the end token.
+        """Returns the token ids of the answers, in the order of the prompts, without the end token.
 
         Args:
-          prompts: any number of them.
-          max_new_tokens: A, where an answer that does not end is cut off.
-          on_batch: called after each batch with the number of prompts it answered, for progress bars.
+          prompts: any number of prompts.
+          max_new_tokens: maximum length A of an answer.
+          on_batch: function called after each batch with the number of prompts it answered, for progress bars.
         """
         answers: list = [None] * len(prompts)
-        for chosen in self._batches(prompts):
-            views = prompts[chosen[0]].num_views
+        for indices in self._batches(prompts):
+            views = prompts[indices[0]].num_views
             batch = pad_prompts(
-                [view for i in chosen for view in prompts[i].views()],
-                rows=views * self._num_rows(len(chosen), views),
+                [view for i in indices for view in prompts[i].views()],
+                rows=views * self._num_rows(len(indices), views),
                 tile_size=self.config.vision.image_size,
                 pad_id=self.pad_id,
             )
             decoded = self._decode(batch, max_new_tokens, views)
-            for i, row in zip(chosen, decoded[: len(chosen)], strict=True):
+            # Rows beyond the prompts are padding of the batch.
+            for i, row in zip(indices, decoded[: len(indices)], strict=True):
                 ends = np.flatnonzero(np.isin(row, self.end_ids))
                 answers[i] = row[: ends[0]] if len(ends) else row
             if on_batch is not None:
-                on_batch(len(chosen))
+                on_batch(len(indices))
         return answers
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Which prompts share a batch: those of like size, so that little of it is padding, and of as many views."""
+        """Yields the indices of the prompts of each batch."""
+        # Prompts of similar size share a batch, which keeps padding small. A batch has one number of views.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
         for views in sorted({prompt.num_views for prompt in prompts}):
-            alike, size = [i for i in order if prompts[i].num_views == views], self._most_prompts(views)
-            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+            indices, size = [i for i in order if prompts[i].num_views == views], self._max_prompts(views)
+            yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
-    def _most_prompts(self, views: int) -> int:
+    def _max_prompts(self, views: int) -> int:
         return max(1, self.batch_size // views)
 
     def _num_rows(self, prompts: int, views: int) -> int:
-        """B: prompts of a batch, padding included; each device has all views of its prompts."""
-        rows = min(self._most_prompts(views), _power_of_two(prompts))
+        """Returns B, the number of prompts of a batch including padding."""
+        rows = min(self._max_prompts(views), _power_of_two(prompts))
+        # All views of a prompt are on one device, so B itself must be divisible by the number of shards.
         shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
         return -(-rows // shards) * shards
 
@@ -159,11 +165,12 @@ class Generator:
                 return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, **options))
             batch = sharding.shard_rows(batch, self.mesh)
             answers = greedy_decode(AlignVLM(self.config), self.variables, batch, **options)
+            # Replicated, so that every process gets all answers.
             return np.asarray(jax.device_put(answers, NamedSharding(self.mesh, PartitionSpec())))
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
-        """Where the model's names of axes mean axes of the mesh, if there is one."""
+        """Maps the model's logical axes to those of the mesh, if there is one."""
         if self.mesh is None:
             yield
         else:
@@ -172,14 +179,14 @@ class Generator:
 
 
 def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:
-    """Prompts as the rows of a batch; rows beyond them are all padding.
+    """Returns a batch with one prompt per row. Further rows are padding.
 
     before: tokens of lengths 5 and 7, rows=4
     after:  tokens [4, 64], segment_ids 1 at the first 5 and 7 positions of rows 0 and 1, else 0
     """
     longest = max(len(prompt.tokens) for prompt in prompts)
     length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    # At least one tile, so that gathering visual tokens has something to gather from.
+    # At least one tile, because gathering visual tokens from an empty array fails.
     num_tiles = _power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
     batch = {
         "tokens": np.full((rows, length), pad_id, np.int32),
@@ -216,15 +223,16 @@ def greedy_decode(
     pad_id: int,
     views: int = 1,
 ) -> Int[Array, "B A"]:
-    """Answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`.
+    """Decodes answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`.
 
     Args:
-      model, variables: the model.
-      batch: the prompts, R rows.
-      max_new_tokens: A.
+      model: the model.
+      variables: variables of the model.
+      batch: batch of prompts with R rows.
+      max_new_tokens: length A of the answers.
       end_ids: tokens that end an answer.
-      pad_id: what comes after.
-      views: K; each K rows are views of one prompt.
+      pad_id: token that fills an answer after its end.
+      views: number of views K; every K adjacent rows are the views of one prompt.
     """
     rows, length = batch["tokens"].shape
     cache = empty_cache(model.config.language, rows, length + max_new_tokens)
@@ -240,15 +248,17 @@ def greedy_decode(
         answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
         ended |= jnp.isin(token, jnp.array(end_ids))
         logits, cache = model.apply(variables, token, prompt_lengths + step, cache, method="decode_step")
-        return step + 1, _likeliest(logits, views), ended, answers, cache
+        return step + 1, _next_tokens(logits, views), ended, answers, cache
 
     answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
-    start = (0, _likeliest(logits, views), prompt_lengths == 0, answers, cache)
+    # Rows without a prompt have ended from the start, so that they do not keep the loop running.
+    start = (0, _next_tokens(logits, views), prompt_lengths == 0, answers, cache)
+    # All views of a prompt have the same answer.
     return jax.lax.while_loop(unfinished, decode, start)[3][::views]
 
 
-def _likeliest(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
-    """The next token of each row: of the views of one prompt the same, by their mean log-probability."""
+def _next_tokens(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
+    """Returns the most likely token of each row, by the mean log-probability over the views of its prompt."""
     if views == 1:
         return jnp.argmax(logits, axis=-1)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -1,15 +1,16 @@
-"""Prompts as the vectors that the decoder reads, for engines that run the decoder alone.
+"""Prompts as input vectors of the decoder, for engines that run only the decoder.
 
 Axes: L positions of one prompt, D decoder width.
 
-vLLM, SGLang and others serve a plain Llama and accept its inputs as vectors in place of token ids. Encoder and
-connector then run here, the decoder there (the folder of `tools/export_pytorch.py --language-only`):
+vLLM, SGLang and other engines serve a plain Llama and accept vectors in place of token ids. The encoder and the
+connector then run here, and the decoder in the engine, from the folder that `tools/export_pytorch.py --language-only`
+writes:
 
     reader = alignvlm_jax.load("runs/demo/checkpoint")
     prompts = reader.prompts("page.png", ["What is the total?"])
     (vectors,) = prompt_embeds(reader.generator, prompts)
 
-`docs/pytorch.md` has the other side.
+`docs/pytorch.md` describes the engine's side.
 """
 
 import functools
@@ -25,10 +26,14 @@ from alignvlm_jax.models.alignvlm import AlignVLM, Batch
 
 
 def prompt_embeds(generator: Generator, prompts: Sequence[Prompt]) -> list[Float32[np.ndarray, "L D"]]:
-    """Embeds text and puts the visual tokens in their places; all prompts are read as one batch."""
+    """Returns the input vectors of each prompt: embedded text, with the visual tokens in their places.
+
+    All prompts are processed as one batch.
+    """
     config = generator.config
     batch = pad_prompts(prompts, rows=len(prompts), tile_size=config.vision.image_size, pad_id=generator.pad_id)
     vectors = np.asarray(_embed(AlignVLM(config), generator.variables, batch), np.float32)
+    # Without the padding of the batch.
     return [row[: len(prompt.tokens)] for row, prompt in zip(vectors, prompts, strict=True)]
 
 

@@ -1,8 +1,10 @@
-"""A trained model as something to ask: images and questions in, answers out.
+"""A trained model that answers questions about images.
 
-import alignvlm_jax
-reader = alignvlm_jax.load("runs/demo/checkpoint")
-print(reader.ask("page.png", "What is the total?"))
+    import alignvlm_jax
+    reader = alignvlm_jax.load("runs/demo/checkpoint")
+    print(reader.ask("page.png", "What is the total?"))
+
+Axes: M tiles, S tile side, K views.
 """
 
 import copy
@@ -33,16 +35,31 @@ ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
 
 class CutImage(NamedTuple):
-    """An image as the model sees it: M tiles, side S, and the same in each further view of K."""
+    """An image cut into tiles.
+
+    Attributes:
+      plan: sizes and places of the tiles.
+      tiles: pixels of the tiles, in the first view.
+      valid_hw: height and width of the image's part of each tile.
+      other_views: pixels of the tiles in all views but the first; None for a single view.
+    """
 
     plan: TilePlan
     tiles: UInt8[np.ndarray, "M S S 3"]
     valid_hw: Int[np.ndarray, "M 2"]
-    moved: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
+    other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
 
 
 class Reader:
-    """A model, its tokenizer and its way of cutting tiles."""
+    """A model with its tokenizer and its tiling.
+
+    Attributes:
+      config: configuration of the model.
+      tokenizer: tokenizer of chats.
+      tiling: settings of the tiles.
+      num_views: number of views of each image.
+      generator: decoder of prompts, with the model's parameters.
+    """
 
     def __init__(
         self,
@@ -63,103 +80,136 @@ class Reader:
         )
 
     def with_feature_noise(self, sigma: float, seed: int = 0) -> "Reader":
-        """A reader of the same weights whose connector reads noisy features, to be scored beside this one.
+        """Returns a reader with the same weights whose connector reads noisy features.
 
         Args:
-          sigma: standard deviation of the Gaussian noise, in the features' own units.
-          seed: what noise; of one seed a page always has the same (`models/feature_noise.py`).
+          sigma: standard deviation of the Gaussian noise, in units of the features.
+          seed: seed of the noise. With the same seed, a page always gets the same noise (`models/feature_noise.py`).
         """
         noisy = copy.copy(self)
         noisy.generator = self.generator.with_feature_noise(sigma, seed)
         return noisy
 
     def with_views(self, number: int) -> "Reader":
-        """A reader of the same weights that looks at every image `number` times, moved each time by a part of a patch.
+        """Returns a reader with the same weights that sees every image `number` times, shifted by parts of a patch.
 
-        It reads print better, and takes so many times the work (`inference/views.py`).
+        It reads small print better, and takes `number` times the work (see `inference/views.py`).
+
+        Raises:
+          UserError: if `number` is less than 1.
         """
         if number < 1:
-            raise UserError(f"an image is looked at once or more often, not {number} times")
+            raise UserError(f"the number of views must be at least 1, got {number}")
         other = copy.copy(self)
         other.num_views = number
         return other
 
     def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
-        """The model's answer, decoded greedily.
+        """Answers a question about an image by greedy decoding.
 
         Args:
-          image: a path, the bytes of an image file, or a PIL image.
-          question: what you want to know.
-          max_new_tokens: where an answer that does not end is cut off.
+          image: path or bytes of an image file, or a PIL image.
+          question: question about the image.
+          max_new_tokens: maximum length of the answer.
+
+        Returns:
+          The answer, without blanks at its ends.
         """
         return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
 
     def ask_batch(
         self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
     ) -> list[str]:
-        """Answers to many questions, one image each; the same as asking one by one, but faster."""
+        """Answers many questions on one image each.
+
+        The answers are the same as those of single calls of `ask`, but batches are faster.
+
+        Args:
+          images: one image per question, as for `ask`.
+          questions: one question per image.
+          max_new_tokens: maximum length of each answer.
+
+        Returns:
+          The answers, in the order of the questions.
+        """
         if len(images) != len(questions):
-            raise UserError(f"{len(images)} images for {len(questions)} questions: there must be one for each")
+            raise UserError(f"expected one image per question, got {len(images)} images and {len(questions)} questions")
         prompts = [self.prompts(image, [question])[0] for image, question in zip(images, questions, strict=True)]
         return self.answer(prompts, max_new_tokens=max_new_tokens)
 
     def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
-        """What the model is given for each question about one image, which is cut into tiles once."""
+        """Returns a prompt for each question about one image. The image is cut into tiles only once."""
         questions = [check_question(question) for question in questions]
-        shown = [self.cut(image)]
+        cut_images = [self.cut(image)]
         prompts = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompts.append(self.chat_prompt([{"role": "user", "content": content}], shown))
+            prompts.append(self.chat_prompt([{"role": "user", "content": content}], cut_images))
         return prompts
 
     def cut(self, image: ImageSource) -> CutImage:
-        """An image cut into tiles, to be shown in any number of prompts."""
+        """Cuts an image into tiles, for use in any number of prompts."""
         image = _open(image)
         plan = plan_tiles(*image.size, self.tiling)
         if self.num_views == 1:
             return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
         offsets = views.offsets(self.num_views, plan, self.config.vision.patch_size).tolist()
-        looks = [cut_tiles(views.moved(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
-        (tiles, valid_hw), *others = looks
+        tiles_per_view = [cut_tiles(views.shift(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
+        # The frame does not move, so the valid parts are the same in all views.
+        (tiles, valid_hw), *others = tiles_per_view
         return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]))
 
-    def chat_prompt(self, messages: Sequence[Message], shown: Sequence[CutImage]) -> Prompt:
-        """A conversation up to where the model is to go on, with any number of images.
+    def chat_prompt(self, messages: Sequence[Message], cut_images: Sequence[CutImage]) -> Prompt:
+        """Returns the prompt for the model's next turn in a conversation, with any number of images.
 
         Args:
-          messages: as `chat.ChatTokenizer` takes them; the i-th {"type": "image"} stands for `shown[i]`.
-          shown: images from `cut`.
+          messages: messages as for `chat.ChatTokenizer`; the i-th {"type": "image"} stands for `cut_images[i]`.
+          cut_images: images from `cut`.
+
+        Raises:
+          UserError: if the conversation is too long for the model.
         """
-        plans, grid = [image.plan for image in shown], token_grid(self.config)
+        plans, grid = [image.plan for image in cut_images], token_grid(self.config)
         tokens_per_image = [num_visual_tokens(plan, self.tiling, grid) for plan in plans]
         chat = self.tokenizer.encode_prompt(messages, tokens_per_image)
         limit = self.config.language.max_position_embeddings
         if len(chat.tokens) >= limit:
-            images = "image" if len(shown) == 1 else f"{len(shown)} images"
+            images = "image" if len(cut_images) == 1 else f"{len(cut_images)} images"
             raise UserError(
-                f"{images} and question take {len(chat.tokens)} tokens ({sum(tokens_per_image)} of them visual), "
-                f"the model has room for {limit}: shorten the question"
+                f"{images} and question take {len(chat.tokens)} tokens ({sum(tokens_per_image)} of them visual), but "
+                f"the model has room for {limit}. Shorten the question"
             )
-        tiles, valid_hw, moved = self._joined(shown)
-        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resample_images(plans, self.tiling, grid), moved)
+        tiles, valid_hw, other_views = self._concatenate(cut_images)
+        resampling = resample_images(plans, self.tiling, grid)
+        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling, other_views)
 
-    def _joined(
-        self, shown: Sequence[CutImage]
+    def _concatenate(
+        self, cut_images: Sequence[CutImage]
     ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"], UInt8[np.ndarray, "K-1 M S S 3"] | None]:
-        """Tiles, their valid parts and their further views, of all images one after the other."""
-        if len(shown) == 1:
-            return shown[0].tiles, shown[0].valid_hw, shown[0].moved  # shared by all prompts about it
+        """Returns the tiles of all images, their valid parts and their other views."""
+        # A single image is not copied: all prompts about it share its tiles.
+        if len(cut_images) == 1:
+            return cut_images[0].tiles, cut_images[0].valid_hw, cut_images[0].other_views
+        # The empty arrays make this work without any images.
         side = self.tiling.tile_size
-        tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in shown)])
-        valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in shown)])
-        moved = [image.moved for image in shown if image.moved is not None]
-        return tiles, valid_hw, np.concatenate(moved, axis=1) if moved else None
+        tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in cut_images)])
+        valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in cut_images)])
+        other_views = [image.other_views for image in cut_images if image.other_views is not None]
+        return tiles, valid_hw, np.concatenate(other_views, axis=1) if other_views else None
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None
     ) -> list[str]:
-        """The answers to prompts from `prompts`; `on_batch` hears how many more are done."""
+        """Answers prompts.
+
+        Args:
+          prompts: prompts from `prompts` or `chat_prompt`.
+          max_new_tokens: maximum length of each answer.
+          on_batch: function called after each batch with the number of prompts it answered.
+
+        Returns:
+          The answers, in the order of the prompts, without blanks at their ends.
+        """
         answers = self.generator.generate(prompts, max_new_tokens, on_batch=on_batch)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
@@ -167,25 +217,31 @@ class Reader:
 def load(
     checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Reader:
-    """A trained model, ready to be asked.
+    """Loads a trained model.
 
     Args:
-      checkpoint: the workdir of a training run (its newest step is taken), one of its step folders, a folder that
-        `tools/export_pytorch.py` wrote, or "nano" for the trained model that is shipped with the package.
-      batch_size: most questions answered at once.
-      dtype: of the weights. None keeps bfloat16 weights as they are stored if the model computes in bfloat16, and makes
-        all others float32.
-      mesh: the devices that the weights and each batch are spread over; None takes the first device alone.
+      checkpoint: folder of a training run (its newest step is loaded), one of its step folders, a folder written by
+        `tools/export_pytorch.py`, or "nano" for the trained model in the package.
+      batch_size: maximum number of questions answered at once.
+      dtype: data type of the weights. By default, weights stored in bfloat16 stay so if the model computes in bfloat16,
+        and all others become float32.
+      mesh: devices for the weights and each batch. The default is the first device alone.
+
+    Returns:
+      A reader for questions about images.
+
+    Raises:
+      UserError: if there is no usable checkpoint.
     """
     folder = trained_model(checkpoint)
     if is_alignvlm_folder(folder):
-        found = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
-        config, params, tokenizer = found.config, found.params, found.tokenizer
+        exported = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
+        config, params, tokenizer = exported.config, exported.params, exported.tokenizer
     else:
         source = ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
-        narrow = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
-        params = restore_params(folder, mesh, dtype=dtype or ("bfloat16" if narrow else "float32"))
+        is_bfloat16 = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
+        params = restore_params(folder, mesh, dtype=dtype or ("bfloat16" if is_bfloat16 else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size, mesh=mesh)
 
 
@@ -196,7 +252,11 @@ def _open(image: ImageSource) -> PIL.Image.Image:
 
 
 def check_question(question: str) -> str:
-    """The question without spaces at its ends; an empty one is refused."""
+    """Returns the question without spaces at its ends.
+
+    Raises:
+      UserError: if the question is empty.
+    """
     if not question.strip():
-        raise UserError("the question is empty: say what you want to know about the image")
+        raise UserError("the question is empty; ask something about the image")
     return question.strip()

@@ -1,4 +1,4 @@
-"""The reader: every kind of image source, one at a time or many, and what it refuses."""
+"""Tests of the reader: kinds of image sources, single and batched questions, several images, and refusals."""
 
 import copy
 import dataclasses
@@ -53,6 +53,7 @@ def reader(tmp_path_factory) -> Reader:
 
 
 def page(seed: int, width: int = 16, height: int = 30) -> PIL.Image.Image:
+    """Returns an image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return PIL.Image.fromarray(pixels)
 
@@ -66,7 +67,7 @@ def test_path_bytes_and_image_give_the_same_answer(reader, tmp_path):
     assert len(answers) == 1 and isinstance(answers.pop(), str)
 
 
-def test_a_batch_is_the_same_as_one_by_one(reader):
+def test_batched_answers_equal_single_ones(reader):
     images = [page(1), page(2, 16, 16), page(3)]
     questions = [QUESTION, "Read the page.", "Date?"]
     one_by_one = [
@@ -75,7 +76,7 @@ def test_a_batch_is_the_same_as_one_by_one(reader):
     assert reader.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
 
 
-def test_a_prompt_has_its_tiles_and_its_visual_tokens(reader):
+def test_a_prompt_has_the_tiles_and_visual_tokens_of_its_image(reader):
     first, second = reader.prompts(page(0), [QUESTION, "Date?"])
     assert first.tiles.shape == (2, 16, 16, 3)
     assert first.tiles is second.tiles, "tiles are cut once"
@@ -90,18 +91,18 @@ def test_spaces_around_a_question_do_not_matter(reader):
     np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
-def test_what_it_refuses(reader):
+def test_invalid_questions_and_images_are_refused(reader):
     with pytest.raises(UserError, match="empty"):
         reader.ask(page(0), " ")
-    with pytest.raises(UserError, match="shorten the question"):
+    with pytest.raises(UserError, match="Shorten the question"):
         reader.ask(page(0), "total " * 200)
-    with pytest.raises(UserError, match="one for each"):
+    with pytest.raises(UserError, match="expected one image per question, got 1 images and 2 questions"):
         reader.ask_batch([page(0)], [QUESTION, QUESTION])
     with pytest.raises(UserError, match="no such image"):
         reader.ask("nowhere.png", QUESTION)
 
 
-def test_weights_stay_narrow_where_they_are_stored_and_used_so(reader, tmp_path):
+def test_weights_stay_bfloat16_if_stored_and_used_in_it(reader, tmp_path):
     for part in ("vision", "language"):
         assert hardware.resolve(getattr(reader.config, part)).dtype == "float32"
     model = dataclasses.replace(
@@ -125,15 +126,16 @@ def test_weights_stay_narrow_where_they_are_stored_and_used_so(reader, tmp_path)
         assert isinstance(loaded.ask(page(0), QUESTION, max_new_tokens=2), str)
 
 
-def test_pages_whose_tiles_are_joined(reader):
-    """anyres_max_9: pages of several sizes in one batch are read as each alone, down to the border of one."""
+def test_pages_with_joined_tiles(reader):
+    """anyres_max_9: pages of several sizes give the same answers in a batch as alone, up to the edge of each."""
     config = dataclasses.replace(reader.config, newline=True)
     params = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(config, rng)))(jax.random.key(0))
     tiling = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2, grid_side=3)
     joined = Reader(config, params, reader.tokenizer, tiling, batch_size=4)
     pages = [page(0), page(1, 48, 48), page(2, 40, 17)]
-    # Four tokens a tile, and the whole page first. 2 x 1 cells are 4 rows of 2; 3 x 3 cells, 36 tokens for the room of
-    # 8, are shrunk by 2.12 to 2 rows of 2; 40 x 17 takes 2 of the 4 rows of 2 x 3 cells, shrunk by 1.22 to 1 row of 4.
+    # Four tokens per tile, and four for the whole page first. 2 x 1 cells are 4 rows of 2 tokens. 3 x 3 cells have 36
+    # tokens where 8 fit, and are shrunk by 2.12 to 2 rows of 2. 40 x 17 pixels cover 2 of the 4 rows of 2 x 3 cells,
+    # and are shrunk by 1.22 to 1 row of 4.
     counts = [int((prompt.visual_index >= 0).sum()) for p in pages for prompt in joined.prompts(p, [QUESTION])]
     assert counts == [4 + 4 * 3, 4 + 2 * 3, 4 + 1 * 5]
     together = joined.ask_batch(pages, [QUESTION] * 3, max_new_tokens=MAX_NEW)
@@ -142,55 +144,55 @@ def test_pages_whose_tiles_are_joined(reader):
 
 
 def test_several_images_in_one_prompt(reader):
-    shown = [reader.cut(page(0)), reader.cut(page(1, 16, 16))]
+    cut_images = [reader.cut(page(0)), reader.cut(page(1, 16, 16))]
     parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " like "}, {"type": "image"}]
     messages = [{"role": "user", "content": parts}]
-    both = reader.chat_prompt(messages, shown)
-    np.testing.assert_array_equal(both.tiles, np.concatenate([shown[0].tiles, shown[1].tiles]))
+    both = reader.chat_prompt(messages, cut_images)
+    np.testing.assert_array_equal(both.tiles, np.concatenate([cut_images[0].tiles, cut_images[1].tiles]))
     assert both.tiles.shape[0] == len(both.tile_valid_hw) == 3
     np.testing.assert_array_equal(both.visual_index[both.visual_index >= 0], np.arange(3 * 4))
     runs = np.flatnonzero(np.diff(both.visual_index >= 0))
     assert len(runs) == 4, "text, image, text, image, text"
 
-    swapped = reader.chat_prompt(messages, shown[::-1])
+    swapped = reader.chat_prompt(messages, cut_images[::-1])
     alone = [reader.answer([prompt], max_new_tokens=MAX_NEW)[0] for prompt in (both, swapped)]
     one = reader.prompts(page(2), [QUESTION])[0]
     assert reader.answer([both, one, swapped], max_new_tokens=MAX_NEW)[::2] == alone
 
     anyres = copy.copy(reader)
     anyres.tiling = TilingConfig(tile_size=16, max_tiles=4, rule="anyres_max_9", thumbnail=True)
-    shown = [anyres.cut(page(0)), anyres.cut(page(1, 16, 16))]
-    single = [anyres.chat_prompt([{"role": "user", "content": parts[1:2]}], [image]) for image in shown]
-    both = anyres.chat_prompt(messages, shown)
+    cut_images = [anyres.cut(page(0)), anyres.cut(page(1, 16, 16))]
+    single = [anyres.chat_prompt([{"role": "user", "content": parts[1:2]}], [image]) for image in cut_images]
+    both = anyres.chat_prompt(messages, cut_images)
     assert np.sum(both.visual_index >= 0) == sum(len(prompt.resampling.sources) for prompt in single)
     first = len(single[0].resampling.sources)
-    moved = single[1].resampling.sources
-    moved = np.where(moved >= 0, moved + 4 * len(shown[0].tiles), -1)
-    np.testing.assert_array_equal(both.resampling.sources[first:], moved)
+    second_sources = single[1].resampling.sources
+    second_sources = np.where(second_sources >= 0, second_sources + 4 * len(cut_images[0].tiles), -1)
+    np.testing.assert_array_equal(both.resampling.sources[first:], second_sources)
 
     with pytest.raises(UserError, match="2 images and question take"):
-        reader.chat_prompt([{"role": "user", "content": [*parts, {"type": "text", "text": "long " * 99}]}], shown)
+        reader.chat_prompt([{"role": "user", "content": [*parts, {"type": "text", "text": "long " * 99}]}], cut_images)
 
 
 def test_several_views_of_an_image(reader):
-    looking = reader.with_views(4)
-    image = page(0, 32, 60)  # two of its pixels to one of a tile: a quarter of a patch is 4
-    cut, plain = looking.cut(image), reader.cut(image)
-    assert plain.moved is None and cut.plan == plain.plan
-    expected = [reader.cut(views.moved(image, x, y)).tiles for y in (-4, 4) for x in (-4, 4)]
-    np.testing.assert_array_equal(np.stack([cut.tiles, *cut.moved]), np.stack(expected))
+    multi_view_reader = reader.with_views(4)
+    image = page(0, 32, 60)  # Two pixels of the image per pixel of a tile: a quarter of a patch is 4.
+    cut, plain = multi_view_reader.cut(image), reader.cut(image)
+    assert plain.other_views is None and cut.plan == plain.plan
+    expected = [reader.cut(views.shift(image, x, y)).tiles for y in (-4, 4) for x in (-4, 4)]
+    np.testing.assert_array_equal(np.stack([cut.tiles, *cut.other_views]), np.stack(expected))
     np.testing.assert_array_equal(cut.valid_hw, plain.valid_hw)
 
     images, questions = [image, page(1), page(2, 16, 16)], [QUESTION, "Read the page.", "Date?"]
-    one_by_one = [looking.ask(*pair, max_new_tokens=MAX_NEW) for pair in zip(images, questions, strict=True)]
-    assert looking.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
+    one_by_one = [multi_view_reader.ask(*pair, max_new_tokens=MAX_NEW) for pair in zip(images, questions, strict=True)]
+    assert multi_view_reader.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
     assert one_by_one != reader.ask_batch(images, questions, max_new_tokens=MAX_NEW)
 
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
-    both = looking.chat_prompt([{"role": "user", "content": content}], [cut, looking.cut(page(1))])
-    assert both.num_views == 4 and both.moved.shape == (3, *both.tiles.shape)
-    np.testing.assert_array_equal(both.moved[:, : len(cut.tiles)], cut.moved)
-    text = looking.chat_prompt([{"role": "user", "content": QUESTION}], [])
+    both = multi_view_reader.chat_prompt([{"role": "user", "content": content}], [cut, multi_view_reader.cut(page(1))])
+    assert both.num_views == 4 and both.other_views.shape == (3, *both.tiles.shape)
+    np.testing.assert_array_equal(both.other_views[:, : len(cut.tiles)], cut.other_views)
+    text = multi_view_reader.chat_prompt([{"role": "user", "content": QUESTION}], [])
     assert text.num_views == 1
-    with pytest.raises(UserError, match="once or more often"):
+    with pytest.raises(UserError, match="must be at least 1, got 0"):
         reader.with_views(0)

@@ -1,4 +1,4 @@
-"""Views: evenly over a patch, never far from where the page is, and what is in the frame moved with it."""
+"""Tests of views: shifts spread evenly over a patch, their limits, and shifted images."""
 
 import numpy as np
 import PIL.Image
@@ -10,12 +10,12 @@ from alignvlm_jax.inference import views
 RULES = ("ovis", "internvl", "anyres_max_9")
 
 
-def plan_of(width: int, height: int, rule: str = "ovis"):
+def make_plan(width: int, height: int, rule: str = "ovis"):
     return plan_tiles(width, height, TilingConfig(rule=rule, tile_size=80, max_tiles=4, grid_side=2))
 
 
-def test_views_lie_evenly_over_a_patch():
-    plan = plan_of(80, 160)  # cut into two tiles, pixel for pixel
+def test_views_are_spread_evenly_over_a_patch():
+    plan = make_plan(80, 160)  # Two tiles, with one pixel of the image per pixel of a tile.
     assert views.offsets(1, plan, 8).tolist() == [[0, 0]]
     assert views.offsets(2, plan, 8).tolist() == [[-2, 0], [2, 0]]
     assert views.offsets(4, plan, 8).tolist() == [[-2, -2], [2, -2], [-2, 2], [2, 2]]
@@ -25,27 +25,27 @@ def test_views_lie_evenly_over_a_patch():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_offsets_are_in_pixels_of_the_image(rule):
-    # Ten times as large, cut into the same tiles: a patch has ten times as many pixels of the image.
-    small, large = plan_of(80, 160, rule), plan_of(800, 1600, rule)
+    # The larger image is cut into the same tiles, so a patch covers ten times as many of its pixels per side.
+    small, large = make_plan(80, 160, rule), make_plan(800, 1600, rule)
     for number in (2, 3, 4, 9):
         np.testing.assert_array_equal(views.offsets(number, large, 24), 10 * views.offsets(number, small, 24))
 
 
 @pytest.mark.parametrize("number", range(1, 13))
-def test_no_view_is_further_than_half_a_patch(number):
-    found = views.offsets(number, plan_of(800, 1600), 8)
-    assert found.shape == (number, 2) and len(np.unique(found, axis=0)) == number
-    assert np.abs(found).max() <= 40 and np.abs(found.mean(axis=0)).max() <= 0.5
+def test_no_view_is_shifted_by_more_than_half_a_patch(number):
+    result = views.offsets(number, make_plan(800, 1600), 8)
+    assert result.shape == (number, 2) and len(np.unique(result, axis=0)) == number
+    assert np.abs(result).max() <= 40 and np.abs(result.mean(axis=0)).max() <= 0.5
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_moved_image(mode):
+def test_a_shifted_image(mode):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3) if mode == "RGB" else (6, 5)).astype(np.uint8)
     image = PIL.Image.fromarray(pixels)
-    found = views.moved(image, 2, -1)
-    assert found.mode == mode and found.size == image.size
-    found = np.asarray(found)
-    np.testing.assert_array_equal(found[:5, 2:], pixels[1:, :3])
-    np.testing.assert_array_equal(found[:5, 0], pixels[1:, 0])  # the left edge, repeated
-    np.testing.assert_array_equal(found[5], found[4])  # and the bottom one
-    np.testing.assert_array_equal(views.moved(image, 0, 0), pixels)
+    result = views.shift(image, 2, -1)
+    assert result.mode == mode and result.size == image.size
+    result = np.asarray(result)
+    np.testing.assert_array_equal(result[:5, 2:], pixels[1:, :3])
+    np.testing.assert_array_equal(result[:5, 0], pixels[1:, 0])  # The left edge is repeated,
+    np.testing.assert_array_equal(result[5], result[4])  # and so is the bottom one.
+    np.testing.assert_array_equal(views.shift(image, 0, 0), pixels)
