@@ -1,4 +1,4 @@
-"""`python -m alignvlm_jax` is the `alignvlm` command."""
+"""Runs the `alignvlm` command as `python -m alignvlm_jax`."""
 
 import sys
 

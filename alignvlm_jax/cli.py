@@ -1,9 +1,14 @@
 """The `alignvlm` command: train, eval, ask, inspect, analyze, demo, reproduce.
 
-Here is what all have in common; each has its arguments and its help in a file of `commands/`.
+This module has the parts that all commands share. The arguments and the help of each command are in `commands/`.
 
-Exit codes: 0 done, 2 the user can fix it (one line on stderr; `--debug` shows the traceback), 4 another process of the
-run died (`parallel/watch.py`), 75 preempted (SIGTERM; the run was saved), 130 interrupted.
+Exit codes:
+
+    0    success
+    2    an error that the user can fix (one line on stderr; `--debug` shows the traceback)
+    4    another process of the run died (`parallel/watch.py`)
+    75   preempted by SIGTERM, with the run saved
+    130  interrupted
 """
 
 import argparse
@@ -18,39 +23,45 @@ from collections.abc import Sequence
 import alignvlm_jax
 from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
 from alignvlm_jax.commands.arguments import Commands, style
-from alignvlm_jax.commands.terminal import lasting_output
+from alignvlm_jax.commands.terminal import ignore_output_errors
 from alignvlm_jax.errors import UserError
 
 DESCRIPTION = """\
-AlignVLM in JAX: a vision-language model for documents whose connector says what it
-sees in the language model's own words.
+AlignVLM in JAX: vision-language models for documents. Their connector turns each image
+patch into a mixture of the language model's own word embeddings.
 
-start here:
-  alignvlm demo                       draw documents, train a nano model on them, score it
-  alignvlm ask --checkpoint runs/demo/checkpoint PAGE.png --question "What is the total?"
+get started:
+  alignvlm ask --checkpoint nano PAGE.png --question "What is the total?"
+  alignvlm demo    # train a small model on generated documents, on a CPU
+"""
+
+EPILOG = """\
+`alignvlm COMMAND --help` shows the options and examples of a command.
 """
 
 _COMMANDS = (train, evaluate, ask, inspect, analyze, demo, reproduce)
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
-"""Where Linux shows TPUs and GPUs."""
+"""Device files of TPUs and GPUs on Linux."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     _quiet_logs(args.debug)
-    with lasting_output():
+    with ignore_output_errors():
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Runs a parsed command, and prints errors that the user can fix as one line."""
     try:
         args.run(args)
         return 0
     except UserError as error:
         if args.debug:
             traceback.print_exc()
+        # Messages may have line breaks.
         line = " ".join(str(error).split())
         print(f"alignvlm: error: {line}", file=sys.stderr)
         return 2
@@ -62,8 +73,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line; `overrides` collects the --config.key=value pairs as "key=value"."""
+    """Parses the command line. `overrides` of the result has the --config.key=value pairs as "key=value"."""
     parser, commands = _parsers()
+    # argparse does not know --config.key options: they are taken from the arguments that it leaves.
     args, rest = parser.parse_known_args(argv)
     args.debug = getattr(args, "debug", False)
     command = commands[args.command]
@@ -71,13 +83,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.overrides and not args.takes_overrides:
-        command.error(f"`alignvlm {args.command}` takes no --config.{args.overrides[0]}")
+        command.error(f"`alignvlm {args.command}` does not accept --config.{args.overrides[0]}")
     return args
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(prog="alignvlm", description=DESCRIPTION, **style())
-    parser.add_argument("--version", action="version", version=f"alignvlm_jax {alignvlm_jax.__version__}")
+    """Returns the parser of the command line, and the parsers of the commands by name."""
+    parser = argparse.ArgumentParser(prog="alignvlm", description=DESCRIPTION, epilog=EPILOG, **style())
+    version = f"alignvlm_jax {alignvlm_jax.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = Commands(parser, title="commands", dest="command", metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
@@ -85,7 +99,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits what argparse did not know into config overrides ("key=value") and the truly unknown.
+    """Splits arguments that argparse does not know into config overrides ("key=value") and unknown arguments.
 
     before: ["--config.seed=1", "--config.mesh.data", "2", "--bogus"]
     after:  ["seed=1", "mesh.data=2"], ["--bogus"]
@@ -97,6 +111,7 @@ def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
             unknown.append(word)
             continue
         key = word.removeprefix("--config.")
+        # The value may also be the next argument.
         if "=" not in key and rest and not rest[0].startswith("--"):
             key = f"{key}={rest.pop(0)}"
         (overrides if "=" in key else unknown).append(key if "=" in key else word)
@@ -104,14 +119,15 @@ def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _quiet_logs(debug: bool) -> None:
-    """Keeps the libraries' notes off the terminal, where the tables and progress bars are."""
+    """Keeps log messages of libraries off the terminal, which shows tables and progress bars."""
     if debug:
         logging.basicConfig(level=logging.INFO)
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
-        # libtpu can be there without a TPU, to compile for one. Where JAX looks for TPUs, it complains of having none.
+        # libtpu may be installed without a TPU, to compile for one. JAX would then search for TPUs, and libtpu would
+        # print warnings that there are none.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The command line: help that teaches, one clear line for what the user can fix, `--debug` for the rest."""
+"""Tests of the command line: help with examples, one line for errors that the user can fix, and `--debug`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ COMMANDS = ("train", "eval", "ask", "inspect", "analyze", "reproduce", "demo")
 
 
 def error_line(capsys, *argv: str) -> str:
-    """Runs a command that must fail for a reason the user can fix; returns the one line it says."""
+    """Runs a command that must fail with an error that the user can fix, and returns its one line."""
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -30,24 +30,24 @@ def page(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches_by_example(command, capsys):
+def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     assert f"  alignvlm {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("analysis", ["noise", "vocabulary", "geometry", "names"])
-def test_help_of_each_analysis_teaches_by_example(analysis, capsys):
+def test_help_of_each_analysis_has_examples(analysis, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["analyze", analysis, "--help"])
     assert f"  alignvlm analyze {analysis}" in capsys.readouterr().out
 
 
-def test_help_names_the_commands(capsys):
+def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(command in out for command in COMMANDS)
+    assert all(f"\n    {command} " in out for command in COMMANDS), "one line per command"
 
 
 def test_version(capsys):
@@ -96,7 +96,7 @@ def test_debug_shows_the_traceback(capsys, tmp_path):
     assert "Traceback" in err and err.splitlines()[-1].startswith("alignvlm: error: ")
 
 
-def test_config_that_does_not_exist(capsys, tmp_path):
+def test_missing_config(capsys, tmp_path):
     line = error_line(capsys, "train", "--config", "configs/nona.py", "--workdir", str(tmp_path / "w"))
     assert "configs/nona.py" in line and "nano.py" in line
 
@@ -132,23 +132,23 @@ def test_not_a_checkpoint(capsys, page, tmp_path, command, kind):
 
 
 @pytest.mark.parametrize("text", ["def get_config(:\n", "x = 1\n", "import no_such_module\n"])
-def test_config_that_does_not_parse(capsys, tmp_path, text):
+def test_invalid_config_file(capsys, tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
     line = error_line(capsys, "train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"))
     assert "mine.py" in line
     assert not (tmp_path / "w").exists()
 
 
-def test_config_key_that_does_not_exist(capsys, tmp_path):
+def test_unknown_config_key(capsys, tmp_path):
     argv = ["train", "--config", "configs/nano.py", "--workdir", str(tmp_path / "w"), "--config.sed=1"]
     line = error_line(capsys, *argv)
     assert "sed" in line and "seed" in line
     assert not (tmp_path / "w").exists()
 
 
-def test_a_machine_without_tpus_hears_nothing_of_them():
-    """libtpu is among what the tests need (`setup.py`); it must not greet every command."""
+def test_no_warnings_about_tpus_on_a_machine_without_them():
+    """The tests install libtpu (`setup.py`); it must not print warnings at every command."""
     code = "from alignvlm_jax import cli; cli._quiet_logs(debug=False); import jax; print(jax.devices()[0])"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout and done.stderr == ""
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout and process.stderr == ""

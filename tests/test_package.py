@@ -1,4 +1,4 @@
-"""What is installed: bounded dependencies, every module, every shipped file, and imports that stay light."""
+"""Tests of the installed package: bounded dependencies, all modules and data files, and light imports."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def setup_arguments() -> dict:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> pathlib.Path:
-    """A copy of what a non-editable `pip install` puts into site-packages."""
+    """A copy of the files that a non-editable `pip install` puts into site-packages."""
     folder = tmp_path_factory.mktemp("installed")
     command = [
         sys.executable,
@@ -40,18 +40,18 @@ def installed(tmp_path_factory) -> pathlib.Path:
 
 
 def run_installed(installed: pathlib.Path, *arguments: str) -> str:
-    """Runs Python away from the clone, with the installed copy before everything else."""
+    """Runs Python outside the clone, with the installed copy first on its path."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *arguments], cwd=installed.parent, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound(setup_arguments):
-    everything = setup_arguments["install_requires"] + sum(setup_arguments["extras_require"].values(), [])
-    for line in everything:
+    requirements = setup_arguments["install_requires"] + sum(setup_arguments["extras_require"].values(), [])
+    for line in requirements:
         operators = {specifier.operator for specifier in Requirement(line).specifier}
         assert operators in ({">=", "<"}, {"=="}), f"{line} is not bounded on both sides"
     assert {"tpu", "cuda", "torch", "dev"} <= setup_arguments["extras_require"].keys()
@@ -70,26 +70,26 @@ def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
     assert not missing
     assert (installed / "alignvlm_jax" / "configs" / "nano.py").is_file()
 
-    where = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
-    assert pathlib.Path(where.strip()).is_relative_to(installed)
+    path = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
+    assert pathlib.Path(path.strip()).is_relative_to(installed)
     program = "from alignvlm_jax.config.loading import find_config; print(find_config('configs/nano.py'))"
     assert pathlib.Path(run_installed(installed, "-c", program).strip()).is_relative_to(installed)
 
 
 def test_the_model_needs_jax_flax_and_optax_only(installed):
-    """So that it can be read, and run, on a machine that has nothing else."""
+    """The model can be read and run on a machine without the other packages."""
     unwanted = ["grain", "tensorflow_datasets", "ml_collections", "orbax", "tokenizers", "PIL", "matplotlib", "torch"]
     program = f"""
 import sys
 for name in {unwanted}:
-    sys.modules[name] = None  # makes `import name` fail
+    sys.modules[name] = None  # Makes `import name` fail.
 import alignvlm_jax.models.alignvlm, alignvlm_jax.ops
 import alignvlm_jax.training.train_step, alignvlm_jax.inference.vocabulary
 """
     run_installed(installed, "-c", program)
 
 
-def test_help_does_not_wait_for_jax(installed):
+def test_help_does_not_import_jax(installed):
     program = """
 import sys
 import alignvlm_jax.cli

@@ -1,2 +1,4 @@
-"""The commands of `alignvlm`, a file each: what its help says, its arguments, and the call of the function that does
-the work. jax and its friends are imported when a command runs, so that help and mistyped options answer at once."""
+"""The commands of `alignvlm`, one per module: help text, arguments, and the call of the function that does the work.
+
+JAX and other large packages are imported when a command runs, so that help and errors in options appear at once.
+"""

@@ -1,12 +1,12 @@
-"""`alignvlm analyze`: noise, vocabulary, geometry, names."""
+"""`alignvlm analyze`: noise, vocabulary, geometry and names."""
 
 import argparse
 
-from alignvlm_jax.commands.arguments import Commands, add_views, at_least_0, numbers, positive, sizes
+from alignvlm_jax.commands.arguments import Commands, add_views, non_negative, number_list, positive, size_list
 
 DESCRIPTION = """\
-Measure what a checkpoint does, on the pages of a data set. Each analysis writes its
-figures as JSON, a picture, and a paragraph that reads the picture, into OUT.
+Analyze a checkpoint on the pages of a data set. Each analysis writes its figures as
+JSON, a plot, and a paragraph that explains the plot to OUT.
 """
 
 EPILOG = """\
@@ -14,14 +14,15 @@ examples:
   alignvlm analyze noise --checkpoint nano --data data/synthetic/documents --out runs/noise
   alignvlm analyze noise --checkpoint runs/align --checkpoint runs/mlp --data DIR --out runs/noise
 
-`alignvlm analyze ANALYSIS --help` says more of each; docs/analyses.md shows what they find.
+`alignvlm analyze ANALYSIS --help` explains an analysis; docs/analyses.md shows results.
 """
 
 NOISE_DESCRIPTION = """\
-How much noise a connector stands. Gaussian noise of growing sigma on the encoder's
-features, just before the connector: how far the score falls, and how far the visual
-tokens move (cosine distance, as in the paper and less the mean text embedding). Then
-noise on the page itself: blur, JPEG, rotation, resolution.
+Measure the robustness of a connector to noise. Gaussian noise with increasing sigma is
+added to the encoder's features, just before the connector. The analysis reports the loss
+of score, and the shift of the visual tokens (cosine distance as in the paper, and after
+subtraction of the mean text embedding). It then corrupts the pages themselves: blur,
+JPEG, rotation and resolution.
 """
 
 NOISE_EPILOG = """\
@@ -31,14 +32,14 @@ examples:
   alignvlm analyze noise --checkpoint runs/8b --data DIR --out runs/noise --sigmas 0,3 --corruptions none
   alignvlm analyze noise --checkpoint nano --data DIR --out runs/noise --corruptions blur=0.5,1 --corruptions jpeg=20
 
-Every sigma and every level is one evaluation of LIMIT questions.
+Every sigma and every level takes one evaluation on LIMIT questions.
 """
 
 VOCABULARY_DESCRIPTION = """\
-Which words ALIGN uses: the mean of P over the patches of many pages, how many words
-carry its mass, and the score of models pruned to the words used most. --prune and
---save write such a model as a checkpoint of its own, smaller, for `alignvlm ask`,
-`alignvlm eval` and tools/export_pytorch.py (not for training).
+Find the words that ALIGN uses: the mean of P over the patches of many pages, the number
+of words that carry its mass, and the score of models pruned to the most used words.
+--prune and --save write a pruned model as a smaller checkpoint for `alignvlm ask`,
+`alignvlm eval` and tools/export_pytorch.py. It cannot be trained.
 """
 
 VOCABULARY_EPILOG = """\
@@ -47,15 +48,15 @@ examples:
   alignvlm analyze vocabulary --checkpoint runs/1b --data DIR --out runs/words --sizes 1000,3400,128256
   alignvlm analyze vocabulary --checkpoint runs/1b --data DIR --out runs/words --sizes none --prune 3400 --save runs/3k
 
-Words are counted on --usage-split and pruned models scored on --split: not on the
-same pages. Every size is one evaluation of LIMIT questions, or two: with LN_V's
-statistics of all words, and of the words kept.
+Words are counted on --usage-split, and pruned models are scored on --split, so that the
+pages differ. Every size takes one or two evaluations on LIMIT questions: with LN_V's
+statistics of all words, and of the kept words.
 """
 
 GEOMETRY_DESCRIPTION = """\
-Where visual tokens lie among the text embeddings: both in the plane in which they vary
-most (PCA), and the distance of visual tokens to the nearest text embedding and to the
-convex hull of all of them, each with a proof (a plane that separates, or a mixture).
+Locate visual tokens among the text embeddings: both in the plane in which they vary most
+(PCA), and the distance of visual tokens to the nearest text embedding and to the convex
+hull of all text embeddings, with a proof for each (a separating plane or a mixture).
 """
 
 GEOMETRY_EPILOG = """\
@@ -63,82 +64,110 @@ examples:
   alignvlm analyze geometry --checkpoint nano --data DIR --out runs/geometry
   alignvlm analyze geometry --checkpoint runs/align --checkpoint runs/mlp --data DIR --out runs/geometry
 
-Asks no questions: --limit and --batch-size have nothing to limit here.
+This analysis asks no questions: --limit and --batch-size have no effect.
 """
 
 NAMES_DESCRIPTION = """\
-Whether rare names are pulled to commoner ones, the failure that the paper names. DATA is
-a corpus whose names differ in rarity by lot and in nothing else: error against rarity,
-how often a name is taken for a commoner look-alike, and whose fault it is: the same
-questions to the decoder alone, and what the visual tokens said.
+Test whether rare names are pulled to more common ones, the failure that the paper
+describes. DATA is a corpus whose names differ only in their random rarity. The analysis
+reports the error by rarity, and how often a name is taken for a more common look-alike.
+To locate the cause, it asks the decoder alone the same questions, and reads the visual
+tokens.
 """
 
 NAMES_EPILOG = """\
 examples:
   python -c 'from alignvlm_jax.data.synthetic import names; names.build_names_corpus("data/names")'
   alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names
-  alignvlm analyze names --checkpoint runs/align --checkpoint runs/extra --data data/names --out runs/names
+  alignvlm analyze names --checkpoint runs/align --checkpoint runs/mlp --data data/names --out runs/names
   alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names --views 4
 
-The figures say something of a model that was trained on the corpus's training pages; `alignvlm reproduce --only names`
-trains some. With --views each checkpoint is asked twice: as it is, and with every page looked at K times.
+The figures are meaningful for models trained on the corpus's training pages; `alignvlm
+reproduce --only names` trains some. With --views, each checkpoint is scored twice: with
+one view and with K views of every page.
 """
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    analyze = commands.add("analyze", None, "noise, and what else a checkpoint does", DESCRIPTION, EPILOG)
+    analyze = commands.add("analyze", None, "measure noise, vocabulary, geometry and rare names", DESCRIPTION, EPILOG)
     analyses = Commands(analyze, title="analyses", dest="analysis", metavar="ANALYSIS")
 
     def add_analysis(*args):
-        """One of `alignvlm analyze`, with the arguments that all of them take."""
+        """Adds an analysis with the arguments that all of them take."""
         command = analyses.add(*args)
         command.add_argument(
             "--checkpoint",
             required=True,
             action="append",
             metavar="DIR",
-            help='a workdir, an exported folder, or "nano"; several may be given, to be compared',
+            help='folder of a training run, exported folder, or "nano"; repeat it to compare several',
         )
         command.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
-        command.add_argument("--split", default="heldout", help="which split of it (default: heldout)")
-        command.add_argument("--out", required=True, metavar="DIR", help="where figures, pictures and text go")
-        command.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
-        command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once")
-        command.add_argument("--seed", type=at_least_0, default=0, metavar="N", help="of what is random (default: 0)")
+        command.add_argument("--split", default="heldout", metavar="NAME", help="split to use (default: heldout)")
+        command.add_argument("--out", required=True, metavar="DIR", help="output folder for figures, plots and text")
+        command.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions")
+        command.add_argument(
+            "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"
+        )
+        command.add_argument("--seed", type=non_negative, default=0, metavar="N", help="random seed (default: 0)")
         return command
 
-    summary = "noise on the features and on the page"
+    summary = "noise on the features and on the pages"
     noise = add_analysis("noise", _analyze_noise, summary, NOISE_DESCRIPTION, NOISE_EPILOG)
-    noise.add_argument("--sigmas", type=numbers, metavar="S[,S]", help="default: 0,0.5,1,2,3,5")
+    noise.add_argument(
+        "--sigmas",
+        type=number_list,
+        metavar="S[,S]",
+        help="standard deviations of the noise on the features (default: 0,0.5,1,2,3,5)",
+    )
     noise.add_argument(
         "--corruptions",
         action="append",
         metavar="KIND=LEVEL[,LEVEL]",
-        help="of the page: blur, jpeg, rotation, resolution; or none (default: all four, each at four levels)",
+        help="corruptions of the pages: blur, jpeg, rotation, resolution, or none (default: all, at four levels each)",
     )
 
-    summary = "the words ALIGN uses, and how many it can do without"
-    words = add_analysis("vocabulary", _analyze_vocabulary, summary, VOCABULARY_DESCRIPTION, VOCABULARY_EPILOG)
-    words.add_argument("--usage-split", default="train", help="which split words are counted on (default: train)")
-    words.add_argument("--pages", type=positive, default=100, metavar="N", help="on how many pages (default: 100)")
-    words.add_argument("--sizes", type=sizes, metavar="K[,K]", help="words kept, or none (default: by their mass)")
-    words.add_argument("--prune", type=positive, metavar="K", help="write a checkpoint pruned to K words ...")
-    words.add_argument("--save", metavar="DIR", help="... here")
-    words.add_argument(
+    summary = "the words ALIGN uses, and the score with fewer words"
+    vocabulary = add_analysis("vocabulary", _analyze_vocabulary, summary, VOCABULARY_DESCRIPTION, VOCABULARY_EPILOG)
+    vocabulary.add_argument(
+        "--usage-split", default="train", metavar="NAME", help="split on which words are counted (default: train)"
+    )
+    vocabulary.add_argument(
+        "--pages", type=positive, default=100, metavar="N", help="pages on which words are counted (default: 100)"
+    )
+    vocabulary.add_argument(
+        "--sizes",
+        type=size_list,
+        metavar="K[,K]",
+        help="numbers of kept words to score, or none (default: chosen by the mass of P)",
+    )
+    vocabulary.add_argument(
+        "--prune", type=positive, metavar="K", help="write a checkpoint pruned to K words (with --save)"
+    )
+    vocabulary.add_argument("--save", metavar="DIR", help="folder of the pruned checkpoint (with --prune)")
+    vocabulary.add_argument(
         "--statistics",
         choices=("full", "kept"),
         default="full",
-        help="of which words LN_V takes mean and variance in the pruned checkpoint (default: full)",
+        help="in the pruned checkpoint, LN_V uses mean and variance of all words or of the kept ones (default: full)",
     )
 
-    summary = "where visual tokens lie among the text embeddings"
-    where = add_analysis("geometry", _analyze_geometry, summary, GEOMETRY_DESCRIPTION, GEOMETRY_EPILOG)
-    where.add_argument("--pages", type=positive, default=20, metavar="N", help="pages looked at (default: 20)")
-    where.add_argument("--tokens", type=positive, default=1000, metavar="N", help="of their visual tokens (1000)")
-    where.add_argument("--hull-tokens", type=positive, default=64, metavar="N", help="... to the hull (64)")
+    summary = "the position of visual tokens among the text embeddings"
+    geometry = add_analysis("geometry", _analyze_geometry, summary, GEOMETRY_DESCRIPTION, GEOMETRY_EPILOG)
+    geometry.add_argument("--pages", type=positive, default=20, metavar="N", help="number of pages (default: 20)")
+    geometry.add_argument(
+        "--tokens", type=positive, default=1000, metavar="N", help="number of visual tokens (default: 1000)"
+    )
+    geometry.add_argument(
+        "--hull-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="number of visual tokens whose distance to the hull is computed (default: 64)",
+    )
 
-    summary = "rare names, and their commoner look-alikes"
+    summary = "rare names and their more common look-alikes"
     names = add_analysis("names", _analyze_names, summary, NAMES_DESCRIPTION, NAMES_EPILOG)
     add_views(names)
 

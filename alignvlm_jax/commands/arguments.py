@@ -1,6 +1,6 @@
-"""What the commands share: how one is added, arguments that several have, and how their values are read.
+"""Shared parts of the commands: how a command is added, common arguments, and the types of argument values.
 
-A function that reads a value raises `argparse.ArgumentTypeError` with what was expected.
+A type function raises `argparse.ArgumentTypeError` with the expected form.
 """
 
 import argparse
@@ -10,24 +10,39 @@ from collections.abc import Callable
 from typing import Any
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions, and lists commands with their summaries on the same line."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # argparse forgets that commands are indented by one more level than options.
+            self._action_max_length += self._indent_increment
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        # The first line repeats the metavar, which the usage line already has.
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+
+
 def style() -> dict[str, Any]:
-    """What all parsers are made with: help as it is written, nothing abbreviated, and --debug."""
-    # --debug is accepted before and after the command; SUPPRESS keeps the second from resetting the first.
+    """Returns the arguments that all parsers are made with: the format of help, no abbreviations, and --debug."""
+    # --debug is accepted before and after the command. SUPPRESS keeps the second parser from resetting the first.
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument(
         "--debug",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="show the traceback behind an error, and the log lines of the libraries",
+        help="show tracebacks of errors and log messages of libraries",
     )
-    return {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
+    return {"formatter_class": _HelpFormatter, "allow_abbrev": False, "parents": [debug]}
 
 
 class Commands:
-    """The commands under a parser, of which one must be given.
+    """The commands of a parser, one of which is required.
 
     Attributes:
-      parsers: of those added, by name.
+      parsers: parsers of the added commands, by name.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, *, title: str, dest: str, metavar: str):
@@ -43,22 +58,21 @@ class Commands:
         epilog: str,
         *,
         takes_overrides: bool = False,
-        distributed: bool = False,
     ) -> argparse.ArgumentParser:
-        """Adds a command; its own arguments are to be added to what comes back.
+        """Adds a command.
 
         Args:
-          name: of the command.
-          run: does it; None if it has commands of its own.
+          name: name of the command.
+          run: function that executes it; None if it has commands of its own.
           summary: its line in the list of commands.
-          description: what its help says before the arguments.
-          epilog: what its help says after them, examples first.
-          takes_overrides: whether it takes --config.key=value.
-          distributed: whether it can be run by several processes as one (`joined`).
+          description: help text before the arguments.
+          epilog: help text after the arguments, which starts with examples.
+          takes_overrides: whether it accepts --config.key=value.
+
+        Returns:
+          The parser of the command, for its own arguments.
         """
         command = self._subparsers.add_parser(name, help=summary, description=description, epilog=epilog, **style())
-        if distributed:
-            _add_distributed_arguments(command)
         command.set_defaults(run=run, takes_overrides=takes_overrides)
         return command
 
@@ -70,67 +84,68 @@ def add_views(command: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="K",
-        help="look at each image K times, moved by parts of a patch: reads better, takes K times the work (default: 1)",
+        help="read K views of each image, shifted by parts of a patch; more accurate, at K times the work (default: 1)",
     )
 
 
+def add_distributed(command: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `distributed_run`."""
+    group = command.add_argument_group(
+        "distributed runs",
+        "Run the same command on each host. The options below are not needed on TPU pods,\n"
+        "GKE and Slurm, which are detected; elsewhere they say which processes take part.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
+    group.add_argument("--num-processes", type=positive, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=non_negative, metavar="I", help="index of this process, from 0")
+
+
+def distributed_run(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Returns a context in which this process takes part in a distributed run; it has no effect on a single process."""
+    from alignvlm_jax.parallel import distributed
+
+    return distributed.initialized(args.coordinator, args.num_processes, args.process_id)
+
+
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parses a positive integer."""
     value = int(text) if text.isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return value
 
 
-def names(text: str) -> tuple[str, ...]:
-    """ "a,b" as its names."""
+def non_negative(text: str) -> int:
+    """Parses an integer that is not negative."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, got {text!r}")
+    return int(text)
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Parses names separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def pair(text: str) -> tuple[str, str]:
-    """ "NAME=VALUE" as its two sides."""
+def name_and_value(text: str) -> tuple[str, str]:
+    """Parses NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return name, value
 
 
-def at_least_0(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
-    return int(text)
-
-
-def numbers(text: str) -> list[float]:
-    """ "0,0.5,1" as its numbers, each 0 or more."""
+def number_list(text: str) -> list[float]:
+    """Parses numbers of 0 or more, separated by commas."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, 0 or more, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected numbers of 0 or more, separated by commas, got {text!r}")
     return values
 
 
-def sizes(text: str) -> list[int]:
-    """ "1000,3400" as its whole numbers above 0; "none" as no number."""
+def size_list(text: str) -> list[int]:
+    """Parses positive integers separated by commas, or "none" for an empty list."""
     return [] if text == "none" else [positive(part) for part in text.split(",")]
-
-
-def joined(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """The run as one of the processes that take part in it; what it does alone is not changed."""
-    from alignvlm_jax.parallel import distributed
-
-    return distributed.initialized(args.coordinator, args.num_processes, args.process_id)
-
-
-def _add_distributed_arguments(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "several processes",
-        "One runs on each host, all with the same command. TPU pods, GKE and Slurm are recognised and need none of "
-        "these; elsewhere each host is told who takes part.",
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, and a port that is free there")
-    group.add_argument("--num-processes", type=positive, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=at_least_0, metavar="I", help="which of them this is, from 0")

@@ -1,4 +1,4 @@
-"""`alignvlm ask`."""
+"""`alignvlm ask`: answers a question about an image."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
 
 DESCRIPTION = """\
-Ask a trained model about an image and print its answer.
+Answer a question about an image with a trained model.
 """
 
 EPILOG = """\
@@ -14,7 +14,7 @@ examples:
   alignvlm ask --checkpoint nano PAGE.png --question "What is the total?"
   alignvlm ask --checkpoint runs/demo/checkpoint runs/demo/example.png --question "What is the total?"
 
-the same in Python:
+In Python:
   import alignvlm_jax
   reader = alignvlm_jax.load("runs/demo/checkpoint")
   print(reader.ask("runs/demo/example.png", "What is the total?"))
@@ -23,17 +23,17 @@ the same in Python:
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    command = commands.add("ask", run, "ask about an image", DESCRIPTION, EPILOG)
-    command.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
+    command = commands.add("ask", run, "answer a question about an image", DESCRIPTION, EPILOG)
+    command.add_argument("image", metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
     command.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help='the workdir of a training run, an exported folder, or "nano": the trained model shipped with the package',
+        help='folder of a training run, exported folder, or "nano" for the trained model in the package',
     )
-    command.add_argument("--question", required=True, help="what you want to know")
+    command.add_argument("--question", required=True, metavar="TEXT", help="question about the image")
     command.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="maximum length of the answer (default: 128)"
     )
     add_views(command)
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax.data import images
     from alignvlm_jax.inference import reader
 
-    # What can be wrong with the question and the image is said before the model is loaded.
+    # Errors in the question or the image are reported before the model is loaded, which takes long.
     question = reader.check_question(args.question)
     image = images.open_image(args.image)
     model = alignvlm_jax.load(args.checkpoint).with_views(args.views)

@@ -1,4 +1,4 @@
-"""`alignvlm demo`."""
+"""`alignvlm demo`: creates data, trains a small model and scores it, in one command."""
 
 import argparse
 import pathlib
@@ -6,13 +6,13 @@ import pathlib
 from alignvlm_jax.commands.arguments import Commands
 
 DESCRIPTION = """\
-The whole path in one command, on a CPU, in about a quarter of an hour: draw a corpus of
-synthetic documents, start from the shipped nano backbones (a vision encoder that sees,
-a language model that speaks), align and train them in three stages, and score the
-result on held-out documents beside its honest controls.
+Run everything in one command, on a CPU, in about 15 minutes: generate a corpus of
+synthetic documents, start from the pretrained nano backbones in the package, train
+the model in three stages, and score it on held-out documents, with blank and wrong
+images as controls.
 
-Writes OUT/results.json, OUT/example.png and OUT/checkpoint. The same command again
-resumes: what is done is not done twice.
+The results are OUT/results.json, OUT/example.png and OUT/checkpoint. Run the same
+command again to resume; finished steps are not repeated.
 """
 
 EPILOG = """\
@@ -24,15 +24,16 @@ examples:
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    command = commands.add(
-        "demo", run, "the whole path, on a CPU, in minutes", DESCRIPTION, EPILOG, takes_overrides=True
+    summary = "generate documents, train a small model and score it"
+    command = commands.add("demo", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
+    command.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)")
+    command.add_argument(
+        "--config", default="configs/nano.py", metavar="FILE", help="config file (default: configs/nano.py)"
     )
-    command.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (default: runs/demo)")
-    command.add_argument("--config", default="configs/nano.py", metavar="FILE", help="default: configs/nano.py")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws, trains and scores."""
+    """Generates the documents, trains the model and scores it."""
     from alignvlm_jax import demo
     from alignvlm_jax.config.loading import load_config
 

@@ -1,18 +1,18 @@
-"""`alignvlm eval`."""
+"""`alignvlm eval`: scores a checkpoint on held-out documents or published benchmarks."""
 
 import argparse
 
-from alignvlm_jax.commands.arguments import Commands, add_views, joined, positive
+from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, positive
 from alignvlm_jax.errors import UserError
 
 DESCRIPTION = """\
-Score a checkpoint on documents it has not seen: every question is answered by free
-greedy decoding and counts as right only if the answer matches exactly. The table has
-a row for each family of documents, one for the font that training never saw, and 95 %
-confidence intervals.
+Score a checkpoint on held-out documents. Answers are decoded greedily, and only exact
+matches count. The table has rows for each family of documents and for the font that is
+not in the training data, with 95 % confidence intervals.
 
-With --benchmark: on published benchmarks, by their official scores, beside the paper's.
-Answers are kept as they come; the same command goes on where it was stopped.
+With --benchmark, score it on published benchmarks with their official metrics, next to
+the paper's scores. Answers are stored as they come; run the same command again to
+resume.
 """
 
 EPILOG = """\
@@ -23,15 +23,14 @@ examples:
   alignvlm eval --checkpoint runs/demo/checkpoint --mesh data=2,fsdp=4
   alignvlm eval --checkpoint runs/3b --benchmark docvqa,chartqa --data DocDownstream-1.0 --json scores.json
 
-controls, which an honest reader fails:
-  blank   a white page of the same size: what can be guessed from the question alone
-  wrong   another document of the same family: what can be guessed from the family
+controls (a model that reads the page fails them):
+  blank   a white page of the same size; shows what can be guessed from the question
+  wrong   another document of the same family; shows what can be guessed from the family
 
-Tune on --split validation only; heldout is for the final word.
+Use --split validation for tuning, and heldout only for the final score.
 
-docs/benchmarks.md says for each benchmark where it is published and how its files must lie.
+docs/benchmarks.md lists where each benchmark is published and how to arrange its files.
 """
-
 
 CONTROLS = ("none", "blank", "wrong")
 
@@ -39,41 +38,53 @@ CONTROLS = ("none", "blank", "wrong")
 def add(commands: Commands) -> None:
     """Adds the command."""
     summary = "score a checkpoint on held-out documents"
-    command = commands.add("eval", run, summary, DESCRIPTION, EPILOG, distributed=True)
+    command = commands.add("eval", run, summary, DESCRIPTION, EPILOG)
     command.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help='the workdir of a training run, an exported folder, or "nano"',
+        help='folder of a training run, exported folder, or "nano" for the trained model in the package',
     )
     command.add_argument(
-        "--data", metavar="DIR", help="folder of the data set (default: the run's own; an exported folder has none)"
+        "--data",
+        metavar="DIR",
+        help="folder of the data set (default: the data set of the run; required for exported folders)",
     )
     command.add_argument(
         "--benchmark",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
         metavar="NAME[,NAME]",
-        help="score these published benchmarks, whose files are in --data (an unknown name lists them)",
+        help="score these published benchmarks, whose files are in --data (an unknown name prints the list)",
     )
-    command.add_argument("--split", help="which split to score (default: heldout, or the benchmark's own)")
-    command.add_argument("--control", choices=CONTROLS, default="none", help="replace the images (default: none)")
-    command.add_argument("--limit", type=positive, metavar="N", help="score the first N questions (of each benchmark)")
-    command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once")
-    add_views(command)
-    command.add_argument("--json", metavar="FILE", help="write the figures here")
     command.add_argument(
-        "--predictions", metavar="FILE", help="write one JSON line per question here; of benchmarks, gone on with"
+        "--split", metavar="NAME", help="split to score (default: heldout, or the benchmark's default split)"
     )
-
+    command.add_argument(
+        "--control", choices=CONTROLS, default="none", help="replace the images, see below (default: none)"
+    )
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="score only the first N questions (of each benchmark)"
+    )
+    command.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"
+    )
+    add_views(command)
+    command.add_argument("--json", metavar="FILE", help="write the scores to this file")
+    command.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="write the answers to this file, one JSON line per question; benchmarks resume from it",
+    )
     command.add_argument(
         "--mesh",
         metavar="data=2,fsdp=2,tensor=2",
-        help="spread weights and questions over all devices so (default: one device; with several processes, fsdp)",
+        help="distribute weights and questions over all devices (default: one device; fsdp with several processes)",
     )
+    add_distributed(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scores the checkpoint on its own documents or on benchmarks."""
+    """Scores the checkpoint on documents or on benchmarks."""
     from alignvlm_jax.evaluation import runner
     from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
     from alignvlm_jax.evaluation.benchmarks.table import find_benchmarks
@@ -83,10 +94,10 @@ def run(args: argparse.Namespace) -> None:
     if args.benchmark is not None:
         find_benchmarks(args.benchmark)
         if not args.data:
-            raise UserError("--benchmark needs --data: the folder that the benchmark's files are in")
+            raise UserError("--benchmark needs --data, the folder with the benchmark's files")
         if args.control != "none":
-            raise UserError("--control is for the run's own documents, not for benchmarks")
-        with joined(args):
+            raise UserError("--control cannot be used with --benchmark; it is for documents only")
+        with distributed_run(args):
             evaluate_benchmarks(
                 args.checkpoint,
                 args.benchmark,
@@ -100,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
                 mesh=mesh,
             )
         return
-    with joined(args):
+    with distributed_run(args):
         runner.evaluate_checkpoint(
             args.checkpoint,
             data=args.data,

@@ -1,4 +1,4 @@
-"""`alignvlm inspect`."""
+"""`alignvlm inspect`: writes an HTML page about what a model reads in an image."""
 
 import argparse
 import pathlib
@@ -6,9 +6,9 @@ import pathlib
 from alignvlm_jax.commands.arguments import Commands, positive
 
 DESCRIPTION = """\
-Write one HTML page that shows what a model sees: point at a patch and read the words
-ALIGN makes of it, type a word and see where on the page it is, ask a question and see
-which patches the answer leaned on. The page needs no network and no server.
+Write an HTML page that shows what a model reads in an image. Point at a patch to see the
+words that ALIGN maps it to, type a word to see where it occurs, or select an answer to
+see which patches it depends on. The page works offline and without a server.
 """
 
 EPILOG = """\
@@ -17,41 +17,49 @@ examples:
   alignvlm inspect --checkpoint runs/demo/checkpoint runs/demo/example.png \\
       --question "What is the total?" --question "Which date is given?" --out page.html
 
-docs/inspector.md says how to read the page and what its numbers are.
+docs/inspector.md explains the page and its numbers.
 """
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    summary = "a page that shows what words the patches of an image become"
+    summary = "write an HTML page that shows the words of each patch"
     command = commands.add("inspect", run, summary, DESCRIPTION, EPILOG)
-    command.add_argument("image", metavar="IMAGE", help="a picture of a page (PNG, JPEG, ...)")
+    command.add_argument("image", metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
     command.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="as for `alignvlm ask`; its connector must be ALIGN"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="checkpoint as for `alignvlm ask`; its connector must be ALIGN",
     )
     command.add_argument(
-        "--question", action="append", default=[], help="what to ask, and to attribute; may be given several times"
+        "--question",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="question to answer and to attribute to patches; may be repeated",
     )
-    command.add_argument("--out", default="page.html", metavar="FILE", help="the page (default: page.html)")
+    command.add_argument("--out", default="page.html", metavar="FILE", help="output file (default: page.html)")
     command.add_argument(
-        "--words", type=positive, default=32, metavar="K", help="likeliest words kept of each patch (default: 32)"
+        "--words", type=positive, default=32, metavar="K", help="number of most likely words per patch (default: 32)"
     )
     command.add_argument(
         "--attribution",
         choices=("tokens", "answer", "none"),
         default="tokens",
-        help="which patches each token of an answer leaned on, or (faster) the answer as a whole (default: tokens)",
+        help="attribute each token of an answer to patches, or the answer as a whole, which is faster "
+        "(default: tokens)",
     )
     command.add_argument(
-        "--steps", type=positive, default=32, metavar="N", help="gradients taken for an attribution (default: 32)"
+        "--steps", type=positive, default=32, metavar="N", help="number of gradients per attribution (default: 32)"
     )
     command.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="maximum length of an answer (default: 128)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page."""
+    """Writes the HTML page."""
     from alignvlm_jax import inspector
     from alignvlm_jax.data import images
     from alignvlm_jax.inference import reader

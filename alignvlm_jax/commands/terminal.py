@@ -1,7 +1,7 @@
-"""What is printed must not end what prints it.
+"""Keeps a closed or broken stdout or stderr from ending a run.
 
-A signal to a whole job ends the `tee` that reads it too, and a log file may lie on the disk that is full. What is said
-then is lost, and a run that was about to save does so.
+A signal to a whole job also ends the `tee` that reads its output, and a log file may be on a full disk. The output is
+then lost, but the run can still save its state.
 """
 
 import contextlib
@@ -13,23 +13,24 @@ from typing import Any, TextIO
 
 
 @contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """While in force, text that standard output and standard error cannot take is dropped, and raises nothing."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Lasting, before)
+def ignore_output_errors() -> Iterator[None]:
+    """Drops text that stdout and stderr cannot accept, instead of raising an error, while the context is active."""
+    originals = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_TolerantStream, originals)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
-        for stream in before:
+        sys.stdout, sys.stderr = originals
+        for stream in originals:
             try:
                 stream.flush()
             except OSError:
-                _silence(stream)  # else Python's own last flush would fail, and change the exit code to 120
+                # Otherwise Python's own flush at exit would fail, and change the exit code to 120.
+                _redirect_to_null(stream)
 
 
-class _Lasting:
-    """A stream whose `write` and `flush` do not raise OSError; in all else the stream itself."""
+class _TolerantStream:
+    """Stream whose `write` and `flush` do not raise OSError; everything else is passed to the original stream."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -38,23 +39,25 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._do(self._stream.write, text)
+        self._call(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        self._do(self._stream.flush)
+        self._call(self._stream.flush)
 
-    def _do(self, method: Any, *arguments: str) -> None:
+    def _call(self, method: Any, *arguments: str) -> None:
         try:
             method(*arguments)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # for good, where a full disk may have room again
-                _silence(self._stream)
+            # A closed pipe stays closed, while a full disk may have space again later.
+            if error.errno == errno.EPIPE:
+                _redirect_to_null(self._stream)
 
 
-def _silence(stream: TextIO) -> None:
-    """From here on what is written to the stream goes nowhere."""
-    with contextlib.suppress(OSError, ValueError):  # no file behind it
+def _redirect_to_null(stream: TextIO) -> None:
+    """Discards everything that is written to the stream from now on."""
+    # A stream without a file descriptor raises one of these errors.
+    with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)

@@ -1,17 +1,17 @@
-"""`alignvlm train`."""
+"""`alignvlm train`: trains a model through the stages of a config file."""
 
 import argparse
 import pathlib
 
-from alignvlm_jax.commands.arguments import Commands, joined
+from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run
 
 DESCRIPTION = """\
-Train a model through the stages of a config file. A stage says what is trainable, on
-which data, for how long and how fast. Before each stage a table of the parts of the
-model shows how many parameters each has and whether it is trained or frozen.
+Train a model through the stages of a config file. A stage sets the trainable parts, the
+data, the number of steps and the learning rates. Each stage starts with a table of the
+model's parts, with their numbers of parameters and whether they are trained or frozen.
 
-The same command again resumes where it stopped: from the last checkpoint in WORKDIR,
-with the data in the same order.
+Run the same command again to resume from the last checkpoint in WORKDIR, with the data
+in the same order.
 """
 
 EPILOG = """\
@@ -22,37 +22,40 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
   alignvlm train --config configs/nano.py --workdir runs/scored --config.evaluation.every_steps=100
 
-Any field of the config can be set with --config.path.to.key=value; a name that does not
-exist is refused with the nearest right one. `configs/nano.py` is looked for here first,
-then among the configs shipped with the package.
+--config.path.to.key=value sets any field of the config. An unknown name is refused, with
+the closest valid one. A path such as configs/nano.py is searched in the current folder
+first, and then among the configs in the package.
 
-WORKDIR then holds config.json, tokenizer/, the checkpoints and TensorBoard event files
-(`pip install tensorboard`, `tensorboard --logdir WORKDIR`); it is what --checkpoint of `eval` and `ask` wants.
+WORKDIR gets config.json, tokenizer/, checkpoints and TensorBoard event files (`pip
+install tensorboard`, `tensorboard --logdir WORKDIR`). Pass it to `eval` and `ask` as
+--checkpoint.
 """
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    summary = "train through the stages of a config"
-    command = commands.add("train", run, summary, DESCRIPTION, EPILOG, takes_overrides=True, distributed=True)
-    command.add_argument("--config", required=True, metavar="FILE", help="the experiment, such as configs/nano.py")
-    command.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; resumed if it exists")
+    summary = "train a model through the stages of a config"
+    command = commands.add("train", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
+    command.add_argument("--config", required=True, metavar="FILE", help="config file, such as configs/nano.py")
+    command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; resumed if it exists")
     command.add_argument(
         "--allow-config-change",
         type=lambda text: [key.strip().removeprefix("config.") for key in text.split(",") if key.strip()],
         default=[],
         metavar="KEY[,KEY]",
-        help="resume although these keys of the config, which change what is computed, are not what they were",
+        help="resume even if these keys of the config, which change the computation, have new values",
     )
     command.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="start with this checkpoint's weights and tokenizer, not with the backbones (same as --config.init_from)",
+        help="start from the weights and the tokenizer of this checkpoint instead of the backbones (same as "
+        "--config.init_from)",
     )
+    add_distributed(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, or goes on where the same command stopped."""
+    """Trains a model, or resumes a run."""
     from alignvlm_jax import demo
     from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.evaluation.during_training import during_training
@@ -62,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
     if args.init_from:
         args.overrides.append(f"init_from={args.init_from}")
     experiment = load_config(args.config, args.overrides)
-    with joined(args):
+    with distributed_run(args):
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
+        # The other processes wait here until the primary one has generated the corpus.
         distributed.gather_json("drawn")
         progress = loop.train(
             experiment,
@@ -73,5 +77,5 @@ def run(args: argparse.Namespace) -> None:
             allow_config_change=args.allow_config_change,
         ).progress
         if distributed.is_primary():
-            print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s; score it with:")
+            print(f"trained {progress.step} steps in {progress.train_seconds:.0f} s. Score the model with:")
             print(f"  alignvlm eval --checkpoint {args.workdir}")

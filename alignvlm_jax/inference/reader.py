@@ -93,7 +93,7 @@ class Reader:
     def with_views(self, number: int) -> "Reader":
         """Returns a reader with the same weights that sees every image `number` times, shifted by parts of a patch.
 
-        It reads small print better, and takes `number` times the work (see `inference/views.py`).
+        It reads print better, and takes `number` times the work (see `inference/views.py`).
 
         Raises:
           UserError: if `number` is less than 1.

@@ -1,4 +1,4 @@
-"""Output that cannot be written ends nothing."""
+"""Tests that output which cannot be written does not end a program."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 PROGRAM = """
 import sys
 from tqdm import tqdm
-from alignvlm_jax.commands.terminal import lasting_output
+from alignvlm_jax.commands.terminal import ignore_output_errors
 
-with lasting_output():
+with ignore_output_errors():
     sys.stdin.readline()
     with tqdm(total=2, file=sys.stderr) as bar:
         tqdm.write("a line")
@@ -22,10 +22,10 @@ sys.exit(75)
 """
 
 
-@pytest.mark.parametrize("how", ["pipe", "full disk"])
-def test_a_program_whose_output_is_lost_ends_as_it_would(how):
+@pytest.mark.parametrize("output", ["pipe", "full disk"])
+def test_a_program_whose_output_is_lost_keeps_its_exit_code(output):
     read, write = os.pipe()
-    out = write if how == "pipe" else os.open("/dev/full", os.O_WRONLY)
+    out = write if output == "pipe" else os.open("/dev/full", os.O_WRONLY)
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=out, stderr=out)
     for handle in {read, write, out}:
         os.close(handle)
@@ -33,8 +33,8 @@ def test_a_program_whose_output_is_lost_ends_as_it_would(how):
     assert process.returncode == 75
 
 
-def test_what_can_be_written_is(tmp_path):
-    file = tmp_path / "said"
+def test_other_output_is_written(tmp_path):
+    file = tmp_path / "output"
     with file.open("w") as out:
         process = subprocess.run([sys.executable, "-c", PROGRAM], input=b"go\n", stdout=out, stderr=out, timeout=120)
     assert process.returncode == 75

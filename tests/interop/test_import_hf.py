@@ -226,7 +226,7 @@ def test_bad_arguments(backbones, tmp_path, capsys):
         (["--out", str(tmp_path / "out"), "--chat-template", "gone.jinja"], "gone.jinja: cannot be read"),
         (["--out", str(tmp_path / "out"), "--mesh", "data=2,model=4"], "such as data=1"),
         (["--out", str(tmp_path / "out"), "--mesh", "data=3"], "does not fit 8 device"),
-        (["--out", str(tmp_path / "out"), "--max-tiles", "0"], "a whole number above 0"),
+        (["--out", str(tmp_path / "out"), "--max-tiles", "0"], "expected a positive integer"),
     ):
         with pytest.raises(SystemExit) as ended:
             run_tool(*start, *arguments)
