@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Measures the library against its bars; figures go to a JSON file, plots to docs/.
 
-    tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement against
-                                                          dense JAX and eager PyTorch, and the cost of decoding
-    tools/benchmark.py vocab --quick                      the same at small sizes, in seconds: does everything run
-    tools/benchmark.py vocab --parts agreement memory     some of it
-    tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
-    tools/benchmark.py data --json data.json              pictures into tiles, beside transformers' image processors
-    tools/benchmark.py packing --json packing.json        how full bins are, beside padding and bucketing
+tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement against
+                                                      dense JAX and eager PyTorch, and the cost of decoding
+tools/benchmark.py vocab --quick                      the same at small sizes, in seconds: does everything run
+tools/benchmark.py vocab --parts agreement memory     some of it
+tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
+tools/benchmark.py data --json data.json              pictures into tiles, beside transformers' image processors
+tools/benchmark.py packing --json packing.json        how full bins are, beside padding and bucketing
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""An exported folder as something that answers conversations: what the adapters for evaluation harnesses share.
+"""An exported model that answers messages; shared by the adapters for evaluation harnesses.
 
-Needs torch and transformers 5, and neither JAX nor alignvlm_jax.
+Needs torch and transformers 5, but neither JAX nor alignvlm_jax.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 class ExportedModel:
-    """A folder that `tools/export_pytorch.py` wrote."""
+    """Model and processor of a folder written by `tools/export_pytorch.py`."""
 
     def __init__(self, pretrained: str, *, device: str = "auto", dtype: str = "auto"):
-        """Args:
-        pretrained: the folder, or where it was uploaded to.
-        device: as torch names them; auto takes the first CUDA device, or else the CPU.
-        dtype: of the weights; auto leaves them as they are stored.
+        """Loads the model.
+
+        Args:
+          pretrained: the folder, or the name of its upload on the Hugging Face Hub.
+          device: torch device; auto is the first CUDA device, or else the CPU.
+          dtype: data type of the weights; auto keeps the stored one.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,12 +29,15 @@ class ExportedModel:
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
 
     def answer(self, contents: Sequence[list[dict[str, Any]]], *, max_new_tokens: int) -> list[str]:
-        """The model's answers, decoded greedily in one batch.
+        """Answers messages by greedy decoding, in one batch.
 
         Args:
-          contents: of each user's message its parts, {"type": "text", "text"} and {"type": "image"} with a PIL "image"
-            or a "path".
-          max_new_tokens: where an answer that does not end is cut off.
+          contents: parts of each user message: {"type": "text", "text"}, and {"type": "image"} with a PIL "image" or a
+            "path".
+          max_new_tokens: maximum length of an answer.
+
+        Returns:
+          The answers, in the order of the messages, without blanks at their ends.
         """
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in contents],
@@ -45,5 +50,6 @@ class ExportedModel:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        # `generate` returns the prompts too; they all have the same padded length.
         texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Runs an exported model in lmms-eval: registers it there as `alignvlm`, then is lmms-eval's own command.
+"""Runs an exported model in lmms-eval: registers it as `alignvlm`, and then calls lmms-eval's own command.
 
     tools/export_pytorch.py --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
     pip install lmms-eval
     tools/lmms_eval_alignvlm.py --model alignvlm --model_args pretrained=alignvlm-3b --tasks docvqa_val,chartqa \
         --batch_size 8 --output_path logs
 
-model_args: pretrained=FOLDER[,device=cuda:1][,dtype=bfloat16][,bare_questions=True]. With `bare_questions` a question
-is asked as it stands, without what the task adds behind it (its `post_prompt`): as DocDownstream does, on which the
-paper's main models are fine-tuned. Decoding is greedy, whatever temperature a task asks for; tasks that compare
-likelihoods or have several rounds are refused. Written against lmms-eval 0.7.3 (its `simple` interface of models).
+model_args: pretrained=FOLDER[,device=cuda:1][,dtype=bfloat16][,bare_questions=True]. `bare_questions` asks the question
+without the text that the task adds (its `post_prompt`). Questions in DocDownstream, on which the paper's main models
+are fine-tuned, do not have such a text either. Decoding is always greedy, whatever temperature a task sets. Tasks that
+compare likelihoods or have several rounds are refused. Written for lmms-eval 0.7.3 and its `simple` model interface.
 """
 
 import pathlib
@@ -17,7 +17,8 @@ import sys
 from itertools import groupby
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # where exported_model is, and where lmms-eval will find this
+# For exported_model, and for lmms-eval, which imports this file by name.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from exported_model import ExportedModel
 from lmms_eval.api.model import lmms
@@ -27,7 +28,7 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 
 class AlignVLM(lmms):
-    """The model as lmms-eval wants it: requests in, texts out, in the same order."""
+    """Model of lmms-eval's `simple` interface: takes requests, and returns texts in the same order."""
 
     def __init__(
         self,
@@ -46,24 +47,25 @@ class AlignVLM(lmms):
         self.bare_questions = str(bare_questions).lower() == "true"
 
     def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers requests in batches."""
         answers = []
         with tqdm(total=len(requests), desc="alignvlm", unit="question", disable=self.rank != 0) as progress:
-            # Of neighbours only: they are of one task, which asks all its questions with the same options.
-            for options, alike in groupby(requests, key=lambda request: _options(request.args[1])):
-                alike = list(alike)
-                for start in range(0, len(alike), self.batch_size):
-                    batch = alike[start : start + self.batch_size]
+            # A batch has the same options. Adjacent requests are usually of one task, whose options are all the same.
+            for (max_new_tokens, until), group in groupby(requests, key=lambda request: _options(request.args[1])):
+                group = list(group)
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
                     texts = self.exported.answer(
-                        [self._content(request) for request in batch], max_new_tokens=options[0]
+                        [self._content(request) for request in batch], max_new_tokens=max_new_tokens
                     )
                     for request, text in zip(batch, texts, strict=True):
-                        answers.append(_cut(text, options[1]))
+                        answers.append(_truncate(text, until))
                         self.cache_hook.add_partial("generate_until", (request.args[0], request.args[1]), answers[-1])
                     progress.update(len(batch))
         return answers
 
     def _content(self, request: Any) -> list[dict[str, Any]]:
-        """Images first, then the text."""
+        """Returns the parts of the message: images first, then the text."""
         text, _, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         visuals = [] if doc_to_visual is None else doc_to_visual(doc)
@@ -72,26 +74,30 @@ class AlignVLM(lmms):
         return [{"type": "image", "image": visual} for visual in visuals or []] + [{"type": "text", "text": text}]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Refuses tasks that compare likelihoods."""
         raise NotImplementedError("alignvlm: tasks that compare likelihoods are not supported, only generate_until")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("alignvlm: tasks of several rounds are not supported, only generate_until")
+        """Refuses tasks with several rounds."""
+        raise NotImplementedError("alignvlm: tasks with several rounds are not supported, only generate_until")
 
 
 def _options(generation_kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """How long an answer may get, and what ends it."""
+    """Returns the maximum length of an answer, and the texts that end it."""
     until = generation_kwargs.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
     return int(generation_kwargs.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)), until
 
 
-def _cut(text: str, until: tuple[str, ...]) -> str:
+def _truncate(text: str, until: tuple[str, ...]) -> str:
+    """Returns the text before the first of the texts that end it."""
     for stop in until:
         text = text.split(stop)[0] if stop else text
     return text
 
 
 def main() -> None:
+    """Registers the model and runs lmms-eval."""
     from lmms_eval.__main__ import cli_evaluate
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest

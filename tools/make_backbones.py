@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the nano backbones again from nothing (`make backbones`).
+"""Trains the nano backbones from scratch (`make backbones`).
 
     tools/make_backbones.py                       both, one after the other
-    tools/make_backbones.py --only vision         one of them; both can run side by side, a core each
+    tools/make_backbones.py --only vision         one of them; the two can run in parallel, on one core each
     tools/make_backbones.py --only vision --objective transcription --out /tmp/vision_transcription
-                                                  an encoder that never saw labels per patch
+                                                  an encoder trained without labels per patch
 
-Resumable: the same command goes on from its last checkpoint in --workdir. Progress and scores are printed; scores are
-also written to `scores.json` beside each backbone's checkpoints.
+Run the same command again to resume from the last checkpoint in --workdir. Progress and scores are printed, and the
+scores are also written to `scores.json` in the folder of each backbone's checkpoints.
 """
 
 import argparse
@@ -23,14 +23,32 @@ LANGUAGE = PretrainConfig(steps=4000, batch_size=8)
 
 
 def main() -> None:
+    """Trains the selected backbones and reports their scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("vision", "language"), help="make one of the two")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="patches", help="what the encoder learns from")
+    parser.add_argument("--only", choices=("vision", "language"), help="train one of the two (default: both)")
     parser.add_argument(
-        "--out", type=Path, default=Path("alignvlm_jax/backbones/nano"), help="where folders are written"
+        "--objective",
+        choices=OBJECTIVES,
+        default="patches",
+        help="training objective of the encoder (default: patches)",
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/backbones"), help="checkpoints of unfinished work")
-    parser.add_argument("--steps", type=int, help="fewer or more optimizer steps than the shipped ones were made with")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("alignvlm_jax/backbones/nano"),
+        help="output folder (default: alignvlm_jax/backbones/nano)",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/backbones"),
+        help="folder of checkpoints, to resume from (default: runs/backbones)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"number of optimizer steps (default: {VISION.steps} for vision, {LANGUAGE.steps} for language)",
+    )
     args = parser.parse_args()
 
     def configure(config: PretrainConfig) -> PretrainConfig:
@@ -47,7 +65,7 @@ def main() -> None:
 
 
 def report(name: str, scores: dict[str, float], workdir: Path) -> None:
-    """Prints a backbone's scores on validation pages and keeps them."""
+    """Prints a backbone's scores on validation pages, and writes them to its working folder."""
     (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 

@@ -26,10 +26,8 @@ ROWS = {
     " --mesh data=2,fsdp=64,tensor=2",
     "8b-stage3-v5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3"
     " --mesh data=2,fsdp=64,tensor=2",
-    "8b-stage1-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 1"
-    " --mesh data=1,fsdp=64",
-    "8b-stage3-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 3"
-    " --mesh data=1,fsdp=64",
+    "8b-stage1-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 1 --mesh data=1,fsdp=64",
+    "8b-stage3-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 3 --mesh data=1,fsdp=64",
     "8b-stage1-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 1"
     " --mesh data=4,fsdp=64,tensor=2",
     "8b-stage3-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 3"
@@ -38,18 +36,12 @@ ROWS = {
     " --mesh data=1,fsdp=64 --rows-per-device 2",
     "8b-stage3-v5p-4x4x4": "--config configs/alignvlm_8b.py --topology v5p:4x4x4 --stage 3"
     " --mesh data=1,fsdp=64 --rows-per-device 2",
-    "1b-stage1-v5e-16x16": "--config configs/alignvlm_1b.py --topology v5e:16x16 --stage 1"
-    " --mesh data=4,fsdp=64",
-    "1b-stage1-v5e-2x2": "--config configs/alignvlm_1b.py --topology v5e:2x2 --stage 1"
-    " --mesh data=1,fsdp=4",
-    "3b-stage1-v5e-16x16": "--config configs/alignvlm_3b.py --topology v5e:16x16 --stage 1"
-    " --mesh data=4,fsdp=64",
-    "3b-stage1-v5e-2x4": "--config configs/alignvlm_3b.py --topology v5e:2x4 --stage 1"
-    " --mesh data=1,fsdp=8",
-    "1b-stage1-v5e-2x4": "--config configs/alignvlm_1b.py --topology v5e:2x4 --stage 1"
-    " --mesh data=1,fsdp=8",
-    "3b-stage1-v5e-4x4": "--config configs/alignvlm_3b.py --topology v5e:4x4 --stage 1"
-    " --mesh data=1,fsdp=8,tensor=2",
+    "1b-stage1-v5e-16x16": "--config configs/alignvlm_1b.py --topology v5e:16x16 --stage 1 --mesh data=4,fsdp=64",
+    "1b-stage1-v5e-2x2": "--config configs/alignvlm_1b.py --topology v5e:2x2 --stage 1 --mesh data=1,fsdp=4",
+    "3b-stage1-v5e-16x16": "--config configs/alignvlm_3b.py --topology v5e:16x16 --stage 1 --mesh data=4,fsdp=64",
+    "3b-stage1-v5e-2x4": "--config configs/alignvlm_3b.py --topology v5e:2x4 --stage 1 --mesh data=1,fsdp=8",
+    "1b-stage1-v5e-2x4": "--config configs/alignvlm_1b.py --topology v5e:2x4 --stage 1 --mesh data=1,fsdp=8",
+    "3b-stage1-v5e-4x4": "--config configs/alignvlm_3b.py --topology v5e:4x4 --stage 1 --mesh data=1,fsdp=8,tensor=2",
 }
 FITS, DOES_NOT_FIT = 0, 3
 

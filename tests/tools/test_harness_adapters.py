@@ -1,7 +1,7 @@
-"""The adapters for lmms-eval and VLMEvalKit, over stand-ins for what they use of the two (neither is installed here).
+"""Tests of the adapters for lmms-eval and VLMEvalKit, with fakes of both packages, which are not installed here.
 
-The stand-ins have the signatures of lmms-eval 0.7.3's `lmms_eval.api.model.lmms` and `api.instance.Instance.args`, and
-of VLMEvalKit's `vlmeval.vlm.base.BaseModel`; docs/benchmarks.md says what was tried with the real ones.
+The fakes have the signatures of lmms-eval 0.7.3's `lmms_eval.api.model.lmms` and `api.instance.Instance.args`, and of
+VLMEvalKit's `vlmeval.vlm.base.BaseModel`. docs/benchmarks.md says what was tried with the real packages.
 """
 
 import abc
@@ -23,7 +23,7 @@ TOOLS = pathlib.Path(__file__).parents[2] / "tools"
 
 
 class Lmms(abc.ABC):
-    """Of lmms-eval: `lmms_eval.api.model.lmms`."""
+    """Fake of lmms-eval's `lmms_eval.api.model.lmms`."""
 
     def __init__(self):
         self._rank, self._world_size, self.task_dict = 0, 1, {}
@@ -44,7 +44,7 @@ class Lmms(abc.ABC):
 
 
 class BaseModel:
-    """Of VLMEvalKit: `vlmeval.vlm.base.BaseModel`, which asks `generate` and dumps images through the data set."""
+    """Fake of VLMEvalKit's `vlmeval.vlm.base.BaseModel`, which calls `generate` and saves images via the data set."""
 
     allowed_types = ["text", "image", "video"]
 
@@ -71,8 +71,8 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """Questions with pages and answers, nearly all of which the shipped model answers right (`test_trained_nano`)."""
+def rows():
+    """Questions with pages and answers; the shipped model answers most of them correctly (`test_trained_nano`)."""
     rows = []
     for record in draw_records(0, "heldout", 0, 2):
         data = record["image"].getvalue() if isinstance(record["image"], io.BytesIO) else record["image"]
@@ -83,8 +83,9 @@ def asked():
     return rows[:5]
 
 
-def load_tool(monkeypatch, name: str, **stand_ins: object):
-    for module, content in stand_ins.items():
+def load_tool(monkeypatch, name: str, **fakes: object):
+    """Imports a tool with fake modules, given as attributes by module name with __ for each dot."""
+    for module, content in fakes.items():
         parts = module.split("__")
         for i in range(1, len(parts) + 1):
             monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
@@ -94,32 +95,32 @@ def load_tool(monkeypatch, name: str, **stand_ins: object):
     return importlib.import_module(name)
 
 
-def test_lmms_eval_asks_and_is_answered(monkeypatch, exported, asked):
+def test_lmms_eval_gets_answers(monkeypatch, exported, rows):
     tool = load_tool(monkeypatch, "lmms_eval_alignvlm", lmms_eval__api__model={"lmms": Lmms})
     model = tool.AlignVLM(pretrained=str(exported), device="cpu", batch_size="4", bare_questions="True")
-    model.task_dict = {"drawn": {"test": asked}}
+    model.task_dict = {"drawn": {"test": rows}}
     options = {"max_new_tokens": 24, "until": ["\n\n"], "temperature": 0}
     requests = [
         types.SimpleNamespace(
             args=(f"{row['question']}\nShortly.", options, lambda doc: [doc["image"]], i, "drawn", "test")
         )
-        for i, row in enumerate(asked)
+        for i, row in enumerate(rows)
     ]
     answers = model.generate_until(requests)
-    right = [answer == row["answer"] for answer, row in zip(answers, asked, strict=True)]
+    right = [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) >= 0.6 * len(right)
-    assert model.generate_until(requests[2:3]) == answers[2:3], "whatever else is in the batch"
-    assert tool._cut("12.50\n\nBecause", ("\n\n",)) == "12.50"
+    assert model.generate_until(requests[2:3]) == answers[2:3], "independent of the batch"
+    assert tool._truncate("12.50\n\nBecause", ("\n\n",)) == "12.50"
     with pytest.raises(NotImplementedError, match="likelihoods"):
         model.loglikelihood(requests)
     with pytest.raises(ValueError, match="unknown colour"):
         tool.AlignVLM(pretrained=str(exported), colour="red")
 
 
-def test_vlmevalkit_asks_and_is_answered(monkeypatch, exported, asked, tmp_path):
+def test_vlmevalkit_gets_answers(monkeypatch, exported, rows, tmp_path):
     tool = load_tool(monkeypatch, "vlmeval_alignvlm", vlmeval__vlm__base={"BaseModel": BaseModel})
     model = tool.AlignVLM(str(exported), device="cpu", max_new_tokens=24, bare_questions=True)
-    row = asked[1]
+    row = rows[1]
     row["image"].save(tmp_path / "page.png")
     model.set_dump_image(lambda line: [str(tmp_path / "page.png")])
     assert model.use_custom_prompt("DocVQA_VAL") and not model.use_custom_prompt("MMMU_DEV_VAL")

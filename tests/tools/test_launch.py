@@ -1,9 +1,9 @@
-"""The launch scripts, without a cloud: linted, validated, and run against fake `gcloud`, `docker`, `srun` on the PATH.
+"""Tests of the launch scripts without a cloud: linted, validated, and run with fake `gcloud`, `docker` and `srun`.
 
-The JobSet is validated with `jobset_schema.json`: the fields of JobSet v1alpha2, Job and Pod that the manifest uses
-(and their nearest neighbours), with every other field an error, as `kubectl apply --validate=strict` has it. It was
-written after kubernetes-sigs/jobset's jobset_types.go and the API reference of Kubernetes; it knows nothing of rules
-that only the cluster checks (quota, names in use, whether the topology exists in the zone).
+The JobSet is validated with `jobset_schema.json`. It has the fields of JobSet v1alpha2, Job and Pod that the manifest
+uses, and related ones; every other field is an error, as with `kubectl apply --validate=strict`. The schema follows
+kubernetes-sigs/jobset's jobset_types.go and the API reference of Kubernetes. It does not know rules that only the
+cluster checks (quota, names in use, existence of the topology in the zone).
 """
 
 import argparse
@@ -34,15 +34,16 @@ SCRIPTS = ["tpu_pod.sh", "tpu_worker.sh", "gpu_cluster.sbatch"]
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script):
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([shellcheck, LAUNCH / script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run([shellcheck, LAUNCH / script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
     assert os.access(LAUNCH / script, os.X_OK)
 
 
 class Fakes:
-    """Commands on the PATH that write down how they were called, and answer as told.
+    """Fake commands on the PATH that record their calls and give prepared answers.
 
-    A fake `name` prints the next line of its answers (the last one for ever), and exits with the code before the "|".
+    Each call of a fake prints the next of its answers, and repeats the last one. An answer is "CODE|TEXT" with the exit
+    code.
     """
 
     def __init__(self, folder):
@@ -117,7 +118,7 @@ import json, pathlib, sys
 folder, arguments = pathlib.Path({folder!r}), sys.argv[1:]
 entry = ["gcloud", *arguments]
 for word in arguments:
-    if word.startswith("startup-script="):  # what the metadata files held
+    if word.startswith("startup-script="):  # Record the content of the metadata files.
         files = dict(pair.split("=", 1) for pair in word.split(","))
         entry.append({{key: pathlib.Path(file).read_text() for key, file in files.items()}})
 with open(folder / "calls", "a") as calls:
@@ -136,7 +137,7 @@ MISSING = "1|ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: R
 
 
 def fake_gcloud(fakes, *, describe, ssh=(), create=()):
-    """States of the queued resource and words of the first worker, in the order in which they are asked for."""
+    """Installs a fake `gcloud` with successive states of the queued resource and of the first worker."""
     fakes.write("gcloud", GCLOUD.format(python=sys.executable, folder=str(fakes.folder)))
     for name, answers in (("describe", describe), ("ssh", ssh), ("create", create)):
         if answers:
@@ -144,58 +145,58 @@ def fake_gcloud(fakes, *, describe, ssh=(), create=()):
 
 
 def verbs(fakes):
-    """What was asked of gcloud, without questions."""
+    """Returns the calls of gcloud that change something."""
     calls = [call[4] if "queued-resources" in call else "ssh" for call in fakes.calls("gcloud")]
     return [verb for verb in calls if verb not in ("describe", "ssh")]
 
 
-def test_a_pod_is_asked_for_watched_and_given_back(fakes):
+def test_a_pod_is_requested_monitored_and_released(fakes):
     fake_gcloud(
         fakes,
         describe=[MISSING, "0|WAITING_FOR_RESOURCES", "0|PROVISIONING", "0|ACTIVE"],
         ssh=["255|connection refused", "0|running (attempt 1)", "0|done"],
     )
-    done = tpu_pod(fakes, "--spot")
-    assert done.returncode == 0, done.stderr
+    process = tpu_pod(fakes, "--spot")
+    assert process.returncode == 0, process.stderr
     assert verbs(fakes) == ["create", "delete"]
     (create,) = [call for call in fakes.calls("gcloud") if "create" in call]
     metadata = create.pop()
-    wanted = "compute tpus queued-resources create eight --project mine --zone us-west4-a --quiet"
-    wanted += " --accelerator-type v5litepod-256 --runtime-version v2-alpha-tpuv5-lite --node-id eight --spot"
-    assert create[1 : 1 + len(wanted.split())] == wanted.split()
+    expected = "compute tpus queued-resources create eight --project mine --zone us-west4-a --quiet"
+    expected += " --accelerator-type v5litepod-256 --runtime-version v2-alpha-tpuv5-lite --node-id eight --spot"
+    assert create[1 : 1 + len(expected.split())] == expected.split()
     assert metadata["startup-script"] == (LAUNCH / "tpu_worker.sh").read_text()
     assert metadata["alignvlm-image"] == POD["--image"] and metadata["alignvlm-share"] == POD["--share"]
     assert shlex.split(metadata["alignvlm-command"]) == TRAIN
 
 
-def test_after_a_preemption_the_chips_are_asked_for_again(fakes):
+def test_after_a_preemption_the_chips_are_requested_again(fakes):
     fake_gcloud(
         fakes,
         describe=[MISSING, "0|ACTIVE", "0|SUSPENDING", "0|SUSPENDED", MISSING, "0|PROVISIONING", "0|ACTIVE"],
         ssh=["0|running (attempt 1)", "0|done"],
     )
-    done = tpu_pod(fakes, "--spot")
-    assert done.returncode == 0, done.stderr
+    process = tpu_pod(fakes, "--spot")
+    assert process.returncode == 0, process.stderr
     assert verbs(fakes) == ["create", "delete", "create", "delete"]
-    assert "asking for them again" in done.stdout
+    assert "requesting them again" in process.stdout
 
 
 def test_several_slices_are_one_queued_resource(fakes):
     fake_gcloud(fakes, describe=[MISSING, "0|ACTIVE"], ssh=["0|done"])
-    done = tpu_pod(fakes, "--keep", "--num-slices", "2", **{"--accelerator-type": "v6e-64"})
-    assert done.returncode == 0, done.stderr
+    process = tpu_pod(fakes, "--keep", "--num-slices", "2", **{"--accelerator-type": "v6e-64"})
+    assert process.returncode == 0, process.stderr
     (create,) = [call for call in fakes.calls("gcloud") if "create" in call]
     joined = " ".join(map(str, create))
     assert "--runtime-version v2-alpha-tpuv6e --node-count 2 --node-prefix eight" in joined and "--spot" not in joined
     (ssh,) = [call for call in fakes.calls("gcloud") if "ssh" in call]
     assert "eight-0" in ssh
-    assert verbs(fakes) == ["create"] and "the chips are kept" in done.stdout
+    assert verbs(fakes) == ["create"] and "the chips are kept" in process.stdout
 
 
-def test_a_command_that_fails_gives_the_chips_back_and_says_why(fakes):
+def test_a_failed_command_releases_the_chips_and_reports_its_error(fakes):
     fake_gcloud(fakes, describe=["0|ACTIVE"], ssh=["0|failed: alignvlm: error: config.sed: no such key"])
-    done = tpu_pod(fakes)
-    assert done.returncode == 2 and "config.sed: no such key" in done.stdout
+    process = tpu_pod(fakes)
+    assert process.returncode == 2 and "config.sed: no such key" in process.stdout
     assert verbs(fakes) == ["delete"]
 
 
@@ -213,22 +214,23 @@ def test_a_request_that_cannot_be_served_is_not_repeated(fakes, describe, create
     [
         ({"--name": None}, "usage: tpu_pod.sh"),
         ({"--share": "bucket"}, "expected HOST:/PATH of an NFS export, got bucket"),
-        ({"--num-slices": "0"}, "expected a whole number above 0, got 0"),
-        ({"--accelerator-type": "v9-16"}, "--runtime-version: not known for v9-16"),
+        ({"--num-slices": "0"}, "expected a positive integer, got 0"),
+        ({"--accelerator-type": "v9-16"}, "no default --runtime-version for v9-16"),
         ({"--bogus": "1"}, "unknown option --bogus"),
     ],
 )
-def test_a_wrong_call_asks_for_nothing(fakes, changes, message):
+def test_a_wrong_call_requests_nothing(fakes, changes, message):
     fake_gcloud(fakes, describe=[MISSING])
-    done = tpu_pod(fakes, **changes)
-    assert done.returncode == 2 and message in done.stderr
+    process = tpu_pod(fakes, **changes)
+    assert process.returncode == 2 and message in process.stderr
     assert not fakes.calls()
 
 
-# What a worker does at boot
+# The startup script of a worker
 
 
 def tpu_worker(fakes, *, docker):
+    """Runs the startup script of a worker; returns its process and its last status."""
     fakes.write(
         "curl",
         f"#!/bin/sh\nfor word; do :; done\ncase $word in\n*-image) printf '%s' {POD['--image']};;\n"
@@ -245,13 +247,13 @@ def tpu_worker(fakes, *, docker):
         ALIGNVLM_SHARE_FOLDER=str(fakes.folder / "share"),
         ALIGNVLM_RETRY_SECONDS="0",
     )
-    done = subprocess.run([LAUNCH / "tpu_worker.sh"], env=environment, capture_output=True, text=True, timeout=60)
-    return done, (fakes.folder / "status" / "status").read_text().strip()
+    process = subprocess.run([LAUNCH / "tpu_worker.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    return process, (fakes.folder / "status" / "status").read_text().strip()
 
 
 def test_a_worker_mounts_the_share_and_runs_the_command(fakes):
-    done, status = tpu_worker(fakes, docker=["0|", "0|step 1"])
-    assert done.returncode == 0 and status == "done", done.stderr
+    process, status = tpu_worker(fakes, docker=["0|", "0|step 1"])
+    assert process.returncode == 0 and status == "done", process.stderr
     (mount,) = fakes.calls("mount")
     assert mount[1:3] == ["-t", "nfs"] and mount[-2:] == [POD["--share"], str(fakes.folder / "share")]
     pull, run = fakes.calls("docker")
@@ -262,13 +264,13 @@ def test_a_worker_mounts_the_share_and_runs_the_command(fakes):
     assert (fakes.folder / "share" / "logs" / "eight" / "worker-3.log").read_text() == "step 1\n"
 
 
-def test_a_worker_whose_peers_died_tries_again(fakes):
+def test_a_worker_whose_peers_died_runs_the_command_again(fakes):
     _, status = tpu_worker(fakes, docker=["0|", "1|a host is gone", "0|", "0|step 2"])
     assert status == "done"
     assert [call[1] for call in fakes.calls("docker")] == ["pull", "run", "rm", "run"]
 
 
-def test_a_command_that_a_person_must_mend_is_not_tried_again(fakes):
+def test_a_command_with_a_user_error_is_not_run_again(fakes):
     _, status = tpu_worker(fakes, docker=["0|", "2|alignvlm: error: no such file"])
     assert status == "failed: alignvlm: error: no such file"
     assert [call[1] for call in fakes.calls("docker")] == ["pull", "run"]
@@ -339,7 +341,7 @@ def test_the_jobset_fills_its_slices(manifests):
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
     assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
-    # A pod failure policy wants pods that Kubernetes itself does not restart; its rule names the one container.
+    # A pod failure policy requires pods that Kubernetes does not restart. Its rule names the only container.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
@@ -349,13 +351,13 @@ def test_the_jobset_fills_its_slices(manifests):
     assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_command_of_the_jobset_is_one(manifests):
+def test_the_command_of_the_jobset_is_valid(manifests):
     (container,) = job_of(manifests[1])["template"]["spec"]["containers"]
     assert_trains(container["args"])
 
 
 def assert_trains(words):
-    """That alignvlm takes these arguments, and the config what is set in it."""
+    """Asserts that alignvlm accepts these arguments, and the config their values."""
     arguments = cli.parse(words)
     assert arguments.command == "train"
     load_config(ROOT / arguments.config, arguments.overrides)
@@ -365,7 +367,7 @@ def assert_trains(words):
 
 
 def sbatch_options():
-    """The #SBATCH lines as sbatch reads them: up to the first command; an unknown option is an error."""
+    """Returns the options in the #SBATCH lines, up to the first command as for sbatch; unknown options are errors."""
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     for name in ("--job-name", "--time", "--output", "--signal", "--open-mode", "--mem"):
         parser.add_argument(name)
@@ -382,12 +384,12 @@ def sbatch_options():
     return parser.parse_args(words)
 
 
-def test_sbatch_options_give_each_gpu_a_task():
+def test_sbatch_options_give_each_gpu_its_own_task():
     options = sbatch_options()
     assert options.nodes > 1 and options.ntasks_per_node == options.gpus_per_node == 8
     assert options.requeue and options.exclusive and options.open_mode == "append"
     assert re.fullmatch(r"\d+:\d\d:\d\d", options.time)
-    # The script alone gets the signal, and has two minutes.
+    # Only the script gets the signal, two minutes before the time limit.
     assert options.signal == "B:TERM@120"
     text = (LAUNCH / "gpu_cluster.sbatch").read_text()
     assert text.count("\n#SBATCH ") == sum(line.startswith("#SBATCH") for line in text.splitlines())
@@ -404,14 +406,14 @@ def slurm(fakes):
 @pytest.mark.parametrize("code", [0, 2])
 def test_the_job_runs_the_command_in_every_task(fakes, slurm, code):
     fakes.add("srun", f"{code}|")
-    done = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
-    assert done.returncode == code
+    process = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
+    assert process.returncode == code
     (srun,) = fakes.calls("srun")
     assert srun[srun.index("alignvlm") + 1 :] == TRAIN
     assert not fakes.calls("scontrol")
 
 
-def test_before_the_time_is_up_the_run_saves_and_is_queued_again(fakes, slurm):
+def test_before_the_time_limit_the_run_is_saved_and_requeued(fakes, slurm):
     saved, started = fakes.folder / "saved", fakes.folder / "started"
     fakes.write(
         "srun",
@@ -427,10 +429,10 @@ def test_before_the_time_is_up_the_run_saves_and_is_queued_again(fakes, slurm):
     assert fakes.calls("scontrol") == [["scontrol", "requeue", "77"]]
 
 
-# The image and the page
+# The container image and the documentation
 
 
-def test_the_image_has_what_it_takes():
+def test_the_image_has_all_files():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     setup = (ROOT / "setup.py").read_text()
     for line in lines:
@@ -443,7 +445,7 @@ def test_the_image_has_what_it_takes():
 
 
 def commands_in(text):
-    """The command lines of a page's fenced blocks, continued lines joined."""
+    """Returns the command lines in the fenced blocks of a page, with continued lines joined."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -451,9 +453,9 @@ def commands_in(text):
 def test_the_commands_of_the_page_are_right():
     page = (ROOT / "docs" / "launch.md").read_text()
     commands = commands_in(page)
-    trained = [command.partition(" train ")[2] for command in commands if " train " in command]
-    assert len(trained) == 4
-    for arguments in trained:
+    train_arguments = [command.partition(" train ")[2] for command in commands if " train " in command]
+    assert len(train_arguments) == 4
+    for arguments in train_arguments:
         assert_trains(["train", *shlex.split(arguments)])
     for path in re.findall(r"(?:tools|configs|docs|tests|alignvlm_jax)/[\w/.]+\w", page):
         assert (ROOT / path).exists(), path

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs one alignvlm command on all workers of a TPU pod slice, or of several slices, as a queued resource of Cloud TPU.
+# Runs one alignvlm command on all workers of one or several TPU pod slices, as a queued resource of Cloud TPU.
 #
 #   tools/launch/tpu_pod.sh --name eight --project my-project --zone us-west4-a --accelerator-type v5litepod-256 \
 #       --image IMAGE --share 10.0.0.2:/share --spot -- \
 #       train --config configs/alignvlm_8b.py --workdir /share/runs/eight --config.data.root=/share/data
 #
-# It asks for the chips, waits until they are there, and watches. Every worker starts the command by itself when it boots
-# (tpu_worker.sh), so nothing depends on this terminal but the restart after a preemption: then the queued resource is
-# deleted and asked for again, and the same command goes on from its last checkpoint. When the command has ended, for good
-# or ill, the chips are given back. The same call again goes on watching. docs/launch.md has the whole way.
+# It requests the chips, waits for them, and monitors the command. Each worker starts the command at boot
+# (tpu_worker.sh). Only the restart after a preemption depends on this terminal: the queued resource is then deleted and
+# requested again, and the command resumes from its last checkpoint. When the command has ended, successfully or not, the
+# chips are released. Run the same call again to resume monitoring. docs/launch.md has the details.
 #
-# exit codes: 0 the command ended well; 1 Cloud TPU refused the request; 2 the call, or the command, needs you
+# Exit codes: 0 the command succeeded; 1 Cloud TPU refused the request; 2 the user has to fix the call or the command
 set -euo pipefail
 
 usage() {
@@ -19,19 +19,21 @@ usage: tpu_pod.sh --name NAME --project PROJECT --zone ZONE --accelerator-type T
                   [--runtime-version VERSION] [--num-slices N] [--spot | --reserved] [--service-account ACCOUNT] [--keep]
                   -- ALIGNVLM-COMMAND...
 
-  --name             of the queued resource and of its nodes
-  --accelerator-type such as v5litepod-256 (v5e), v5p-128, v6e-64
-  --image            a container image with alignvlm (tools/launch/Dockerfile)
-  --share            an NFS export that the workers mount as /share, for checkpoints and data
-  --runtime-version  of the TPU VM (default: what Google recommends for the type)
-  --num-slices       slices of this type, connected by the data centre's network (default: 1)
-  --spot             cheaper chips, which may be taken away: then they are asked for again
-  --keep             leave the chips running, and paid for, when the command has ended
+  --name             name of the queued resource and of its nodes
+  --accelerator-type accelerator type, such as v5litepod-256 (v5e), v5p-128 or v6e-64
+  --image            container image with alignvlm (tools/launch/Dockerfile)
+  --share            NFS export that the workers mount as /share, for checkpoints and data
+  --runtime-version  runtime version of the TPU VM (default: Google's recommendation for the type)
+  --num-slices       number of slices of this type, connected by the data center network (default: 1)
+  --spot             use spot chips, which are cheaper but may be preempted; they are then requested again
+  --reserved         use reserved chips
+  --service-account  service account of the workers
+  --keep             keep the chips, and their costs, after the command has ended
 END
   exit 2
 }
 
-say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
+log() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
 fail() { printf 'tpu_pod.sh: error: %s\n' "$*" >&2; exit 2; }
 
 name='' project='' zone='' type='' image='' share='' runtime='' slices=1 keep='' service_account='' tier=()
@@ -61,17 +63,17 @@ while (($#)); do
 done
 [[ $name && $project && $zone && $type && $image && $share && $# -gt 0 ]] || usage
 [[ $share == *:/* ]] || fail "--share: expected HOST:/PATH of an NFS export, got $share"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--num-slices: expected a whole number above 0, got $slices"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--num-slices: expected a positive integer, got $slices"
 if [[ ! $runtime ]]; then
   case $type in
     v4-*) runtime=tpu-ubuntu2204-base ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
-    *) fail "--runtime-version: not known for $type, give it" ;;
+    *) fail "no default --runtime-version for $type; pass it" ;;
   esac
 fi
-command -v gcloud > /dev/null || fail "gcloud is not on the PATH"
+command -v gcloud > /dev/null || fail "gcloud not found on the PATH; install the Google Cloud CLI"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 place=(--project "$project" --zone "$zone" --quiet)
@@ -81,14 +83,14 @@ trap 'rm -rf "$scratch"' EXIT
 printf '%s' "$image" > "$scratch/image"
 printf '%s' "$share" > "$scratch/share"
 printf '%s' "$name" > "$scratch/name"
-printf '%q ' "$@" > "$scratch/command" # quoted, for the workers' shell
+printf '%q ' "$@" > "$scratch/command" # Quoted for the shell of the workers.
 if ((slices == 1)); then
   nodes=(--node-id "$name") first_node=$name
 else
   nodes=(--node-count "$slices" --node-prefix "$name") first_node=$name-0
 fi
 
-# The state of the queued resource, MISSING without one, UNKNOWN if Google does not answer.
+# Prints the state of the queued resource: MISSING if there is none, UNKNOWN if Cloud TPU does not respond.
 state() {
   local answer
   if answer=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format 'value(state.state)' 2>&1); then
@@ -110,17 +112,17 @@ create() {
 
 delete() { gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force; }
 
-# What the first worker says of the command: nothing yet, running, done or failed.
+# Prints the status of the command on the first worker: running, done, failed, or nothing yet.
 progress() {
   gcloud compute tpus tpu-vm ssh "$first_node" "${place[@]}" --worker 0 --command 'cat /run/alignvlm/status' 2> /dev/null || true
 }
 
 finish() {
   if [[ $keep ]]; then
-    say "the chips are kept, and paid for: gcloud compute tpus queued-resources delete $name ${place[*]} --force"
+    log "the chips are kept and cost money; release them with: gcloud compute tpus queued-resources delete $name ${place[*]} --force"
   else
     delete
-    say "the chips are given back"
+    log "the chips are released"
   fi
   exit "$1"
 }
@@ -128,28 +130,28 @@ finish() {
 last='' held=''
 while true; do
   now=$(state)
-  [[ $now == "$last" ]] || say "$name: $now"
+  [[ $now == "$last" ]] || log "$name: $now"
   case $now in
     MISSING)
-      create || { say "Cloud TPU refused the request"; exit 1; }
+      create || { log "Cloud TPU refused the request"; exit 1; }
       ;;
     FAILED | SUSPENDED)
-      # A preempted slice is SUSPENDED. A request that failed before it held chips will fail the next time, too.
+      # A preempted slice is SUSPENDED. A request that failed before it got any chips would fail again.
       if [[ $now == FAILED && ! $held ]]; then
         gcloud compute tpus queued-resources describe "$name" "${place[@]}" >&2 || true
-        say "Cloud TPU could not serve the request; when it is clear why: gcloud compute tpus queued-resources delete" \
+        log "Cloud TPU could not serve the request; fix the cause, then run: gcloud compute tpus queued-resources delete" \
           "$name ${place[*]} --force"
         exit 1
       fi
-      say "the chips were taken away; asking for them again"
+      log "the chips were preempted; requesting them again"
       delete
       ;;
     ACTIVE)
       held=1
-      said=$(progress)
-      case $said in
-        done*) say "the command has ended well"; finish 0 ;;
-        failed*) say "the command has failed: $said (log: $share, logs/$name)"; finish 2 ;;
+      status=$(progress)
+      case $status in
+        done*) log "the command succeeded"; finish 0 ;;
+        failed*) log "the command failed: $status (log: $share, logs/$name)"; finish 2 ;;
       esac
       ;;
   esac
