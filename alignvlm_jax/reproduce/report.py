@@ -1,4 +1,4 @@
-"""report.md and its plots, from nothing but the results of the jobs: whatever came out, that is what it says."""
+"""Writes report.md and its plots from the results of the jobs alone, whichever way they turned out."""
 
 from pathlib import Path
 
@@ -9,24 +9,22 @@ from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options
 from alignvlm_jax.reproduce.part import Results
 
 REPORT_FILE = "report.md"
+_TITLE = "Connectors under one recipe"
 
 
 def write_report(options: Options, out: Path) -> Path:
-    """Writes the report on what is there so far, and returns its file."""
+    """Writes the report on the results so far, and returns its file."""
     results = Results(options, out)
-    sections = [f"# {_TITLE}", _head(options, out), "## What the paper claims and what shows here", claims(results)]
+    sections = [f"# {_TITLE}", _head(options, out), "## The paper's claims and the results here", claims(results)]
     for part in parts.PARTS:
         if part.section is not None:
             sections += [f"## {part.title}", part.section(results, out).strip()]
-    sections += ["## What is equal, and what favours whom", _fairness(options)]
+    sections += ["## Fairness of the comparison", _fairness(options)]
     file = out / REPORT_FILE
-    new = file.with_name(f".{file.name}")
-    new.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    new.replace(file)
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    temporary.replace(file)
     return file
-
-
-_TITLE = "Connectors under one recipe"
 
 
 def _head(options: Options, out: Path) -> str:
@@ -42,26 +40,26 @@ def _head(options: Options, out: Path) -> str:
     )
     return (
         f"Written by `alignvlm reproduce` from {len(done)} of {num_runs} runs ({seconds / 3600:.1f} hours of "
-        f"training, code {', '.join(revisions) or 'not run yet'}). A run: {stages}. Every figure below is "
-        "made from the runs' `result.json`; nothing is left out but what is said to be."
+        f"training, code {', '.join(revisions) or 'not run yet'}). Each run trains {stages}. Every number below is "
+        "computed from the `result.json` files of the runs. Excluded runs are named."
     )
 
 
 def claims(results: Results) -> str:
-    """What shows of the paper's claims, a line each."""
+    """Returns a list of the paper's claims with a verdict on each, as Markdown."""
     lines = [line for part in parts.PARTS if part.claims is not None for line in part.claims(results)]
     if not lines:
-        return "Nothing can be said yet: no two connectors have been compared."
+        return "No verdict is possible yet: no two connectors have been compared."
     return (
-        '"Shows" and "The opposite shows": the 95 % interval of the difference leaves 0 out (each comparison by '
-        'itself, not corrected for their number). "Undecided": it does not. The interval of one seed alone counts what '
-        "other pages would change, not what another seed would.\n\n" + "\n".join(f"- {line}" for line in lines)
+        'Each number is a difference of shares with its 95 % interval. "Confirmed" and "Contradicted" mean that the '
+        'interval excludes 0; "Undecided" means that it contains 0. The intervals are not corrected for the number of '
+        "comparisons. With a single seed, they cover the variation between pages but not between seeds.\n\n"
+        + "\n".join(f"- {line}" for line in lines)
     )
 
 
 def _fairness(options: Options) -> str:
     config = load_config(options.config, options.overrides)
-    page = config.data.packing.tiles_per_bin
     rows = []
     for connector in options.connectors:
         run = recipe.experiment(options, Path("data"), connector=connector, encoder=options.encoders[-1], seed=0)
@@ -70,9 +68,8 @@ def _fairness(options: Options) -> str:
         sizes = ", ".join(f"{name} {value}" for name, value in recipe.NANO_SIZES[connector].items()) or "none"
         rows.append(f"| {TITLES[connector]} | {tokens} | {sizes} |")
     learning = ", ".join(f"{stage.name} {stage.learning_rates.language:g}" for stage in config.stages)
-    table = "\n".join(["| connector | visual tokens a page | sizes set here |", "|---|---:|---|", *rows])
+    table = "\n".join(["| connector | visual tokens per page | sizes set here |", "|---|---:|---|", *rows])
     return _FAIRNESS.format(
-        page=page,
         trials=len(recipe.RATE_FACTORS),
         learning=learning,
         table=table,
@@ -81,25 +78,33 @@ def _fairness(options: Options) -> str:
 
 
 _FAIRNESS = """\
-Equal for all connectors: the backbones ({encoders}), the pages of every step and their order (a bin holds one page, so
-that the number of visual tokens cannot change which pages share a step), the number of steps, schedule, warm-up,
-optimizer, the rates of encoder and decoder ({learning}), and {trials} trials for the connector's rate. Equal in steps
-is not equal in seconds or parameters: see the costs.
+Equal for all connectors:
 
-Not equal, and in whose favour:
+- the backbones ({encoders});
+- the pages of every step and their order (a bin holds one page, so the number of visual tokens cannot change which
+  pages share a step);
+- the number of steps, the schedule, the warm-up and the optimizer;
+- the learning rates of encoder and decoder ({learning});
+- {trials} trials for the connector's learning rate.
 
-- **The decoder favours ALIGN, and next MLP and Ovis.** It was pre-trained on pages written as text, one character for
-  each patch, in the place where the visual tokens go: that is what ALIGN can say from its first step, in the decoder's
-  own embeddings. The paper's decoders never saw such text, and its comparison has no such advantage. Connectors with
-  one token for each patch find the positions of that pre-training; those that reduce do not.
-- **ALIGN alone starts from the decoder's weights**: W2 is a copy of the LM head, as the paper says. It is ALIGN's idea,
-  and not a favour done here; the others have nothing to copy.
-- **The shipped encoder favours ALIGN more**: it was trained to name the character under each patch, which supervises
-  what ALIGN says. The other encoder learned from whole transcriptions; that comparison is the fair one.
-- **Fewer tokens are cheaper**: Perceiver, H-Reducer and C-Abstractor give the decoder fewer tokens a page, and their
-  steps are quicker. On pages with a character in nearly every patch, reducing also loses more than on photographs.
-- The rates of encoder and decoder come from the demo's recipe, which was developed with ALIGN.
-- Nano scale: characters of a synthetic print, a decoder of a million parameters. What shows here need not show at 3B,
+Equal steps are not equal seconds or parameters: see "Seconds and memory".
+
+Not equal, and in whose favor:
+
+- **The decoder favors ALIGN, and next MLP and Ovis.** It was pre-trained on pages written as text, with one character
+  for each patch in the position of the visual token. ALIGN can express exactly that from its first step, in the
+  decoder's own embeddings. The paper's decoders never saw such text, so its comparison has no such advantage.
+  Connectors with one token per patch find the positions of that pre-training; those that reduce the number of tokens
+  do not.
+- **Only ALIGN starts from the decoder's weights.** W2 is a copy of the LM head, as in the paper. This is ALIGN's idea
+  and not a favor done here; the other connectors have nothing to copy.
+- **The shipped encoder favors ALIGN more.** It was trained to name the character under each patch, which supervises
+  what ALIGN expresses. The other encoder learned from whole transcriptions; the comparison on it is the fair one.
+- **Fewer tokens are cheaper.** Perceiver, H-Reducer and C-Abstractor give the decoder fewer tokens per page, and
+  their steps are faster. On pages with a character in nearly every patch, reducing also loses more than on
+  photographs.
+- The learning rates of encoder and decoder come from the demo's recipe, which was developed with ALIGN.
+- Nano scale: characters of a synthetic print, a decoder of a million parameters. What holds here need not hold at 3B,
   nor the reverse.
 
 {table}

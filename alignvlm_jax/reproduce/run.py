@@ -1,4 +1,4 @@
-"""`alignvlm reproduce`: draws the data, does the jobs that are left, writes the report."""
+"""Entry point of `alignvlm reproduce`: draws the data, runs the remaining jobs, writes the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,36 +13,38 @@ from alignvlm_jax.reproduce.parts import names, restoration
 from alignvlm_jax.reproduce.report import write_report
 
 _CORPUS_SEED = 0
-# Results and reports are small and kept; these are not.
+# Results and reports are small and can be committed; these files are not.
 _IGNORED = "data/\ncache/\nworkdir/\nlog.txt\n.lock\n"
 
 
 def reproduce(
     options: Options, out: Path, *, at_once: int = 1, only: Sequence[str] = (), report_only: bool = False
 ) -> None:
-    """Does what is left to do, or only writes the report on what is done.
+    """Runs the remaining jobs and writes the report, or only writes the report on the existing results.
 
     Args:
-      options: what to compare.
-      out: where everything goes.
-      at_once: jobs side by side.
-      only: names of parts; what they need is done too.
-      report_only: do no job.
+      options: the comparison to run.
+      out: output folder.
+      at_once: number of jobs that run at the same time.
+      only: names of parts to run; the jobs that they need run too.
+      report_only: if True, no job runs.
 
     Raises:
-      UserError: some jobs failed; the report on the others is written.
-      distributed.Interrupted: a signal came; the report on what is done is written.
+      UserError: if some jobs failed. The report on the others is written.
+      distributed.Interrupted: on a signal. The report on the existing results is written.
     """
     jobs = parts.all_jobs(options, only)
     if report_only:
         print(f"report: {write_report(options, out)}")
         return
+    # A missing vision folder is reported before any data is drawn.
     base = load_config(options.config, options.overrides)
     for encoder in options.encoders:
-        recipe.vision_folder(options, encoder, base)  # said before anything is drawn
+        recipe.vision_folder(options, encoder, base)
     out.mkdir(parents=True, exist_ok=True)
     options.save(out)
     (out / ".gitignore").write_text(_IGNORED, encoding="utf-8")
+
     data = out / "data"
     if options.data is None:
         build_corpus(data / "documents", seed=_CORPUS_SEED, sizes=dict(options.sizes))
@@ -53,19 +55,23 @@ def reproduce(
     if any(job.part == names.PART.name for job in jobs):
         names.build(data, options.seeds)
     try:
-        problems = scheduler.do_all(options, out, jobs, at_once=at_once)
+        problems = scheduler.run_all(options, out, jobs, at_once=at_once)
     finally:
         print(f"report: {write_report(options, out)}")
     if problems:
-        raise UserError(f"{len(problems)} of {len(jobs)} jobs have no figures, the first: {problems[0]}")
+        raise UserError(f"{len(problems)} of {len(jobs)} jobs have no results. The first: {problems[0]}")
 
 
-def _link(here: Path, there: Path) -> None:
-    """The documents drawn elsewhere, under the name they have here; nothing is ever written there."""
-    store.open_dataset(there, "heldout")
-    here.parent.mkdir(parents=True, exist_ok=True)
-    if here.is_symlink():
-        here.unlink()
-    elif here.exists():
-        raise UserError(f"{here} exists already: leave out --data, or choose another --out")
-    here.symlink_to(there.absolute(), target_is_directory=True)
+def _link(link: Path, target: Path) -> None:
+    """Links the existing documents into the output folder; nothing is written to the target.
+
+    Raises:
+      UserError: if the link's path is taken by something else.
+    """
+    store.open_dataset(target, "heldout")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        raise UserError(f"{link} exists already: omit --data, or choose another --out")
+    link.symlink_to(target.absolute(), target_is_directory=True)

@@ -1,7 +1,8 @@
-"""Does all jobs, so many at once, each in a process of its own; stopped at any time, and continued by the same call.
+"""Runs all jobs, several at once, each in its own process. Can be stopped at any time and resumed by the same call.
 
-A job that is done has a result and is left alone. One that fails is named at the end, and what needs it is left out;
-the others go on. Ctrl-C and SIGTERM reach the processes as SIGTERM: each saves where it is.
+A job that is done has a result and is not run again. A job that fails is reported at the end, and the jobs that need it
+are skipped; the others continue. Ctrl-C and SIGTERM are passed to the processes as SIGTERM, on which each saves its
+state.
 """
 
 import contextlib
@@ -25,19 +26,19 @@ from alignvlm_jax.reproduce.options import Options
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
-# glibc then asks Linux for pages of 2 MB: XLA allocates all that a step needs anew, and page by page of 4 kB that is a
-# fifth of the step.
+# Makes glibc ask Linux for pages of 2 MB. XLA allocates the memory of a step anew every time, and with pages of 4 kB
+# that takes a fifth of the step.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_PATIENCE = 120.0  # seconds for a process to save
-_TICK = 0.5  # seconds between looks
+_SAVE_TIMEOUT = 120.0  # seconds for a process to save its state
+_POLL_INTERVAL = 0.5  # seconds
 
 
 def worker_command(out: Path, job: Job, share: int) -> list[str]:
-    """What starts the process of a job; `share` jobs run at the same time."""
+    """Returns the command that starts the process of a job; `share` jobs run at the same time."""
     return [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share)]
 
 
-def do_all(
+def run_all(
     options: Options,
     out: Path,
     jobs: Sequence[Job],
@@ -45,34 +46,34 @@ def do_all(
     at_once: int = 1,
     command: Callable[[Path, Job, int], list[str]] = worker_command,
 ) -> list[str]:
-    """Does the jobs that are not done, in their order, and again those that are but whose weights are gone and needed.
+    """Runs the jobs that are not done, in order, and repeats done jobs whose weights are needed but gone.
 
     Args:
-      options: as saved in `out`.
-      out: where everything goes.
-      jobs: each after those it needs.
-      at_once: processes side by side; with two or more each is given its share of the cores.
-      command: that does a job.
+      options: the options saved in `out`.
+      out: output folder.
+      jobs: the jobs, each after those it needs.
+      at_once: number of processes at the same time; with two or more, each is given its share of the cores.
+      command: returns the command that runs a job.
 
     Returns:
-      For each job that failed or was left out, a line that says why.
+      For each job that failed or was skipped, a line with the reason.
 
     Raises:
-      distributed.Interrupted: a signal came, and all processes have saved.
-      UserError: another process is at work on `out`.
+      distributed.Interrupted: on a signal, after all processes have saved.
+      UserError: if another process works on `out`.
     """
-    before = {job: read_result(out, job) for job in jobs}
-    undone = [job for job in jobs if not is_done(before[job], options.minutes)]
-    again = _without_weights(out, undone, before)
-    waiting = [job for job in jobs if job in undone or job.name in again]
-    finished = {job.name for job, result in before.items() if result is not None and result["status"] == COMPLETE}
-    finished -= again
+    previous = {job: read_result(out, job) for job in jobs}
+    undone = [job for job in jobs if not is_done(previous[job], options.minutes)]
+    repeated = _without_weights(out, undone, previous)
+    waiting = [job for job in jobs if job in undone or job.name in repeated]
+    finished = {job.name for job, result in previous.items() if result is not None and result["status"] == COMPLETE}
+    finished -= repeated
     problems = {
-        job.name: _stopped(job, result)
-        for job, result in before.items()
+        job.name: _describe_stop(job, result)
+        for job, result in previous.items()
         if job not in waiting and job.name not in finished
     }
-    running: dict[int, _Process] = {}  # by place
+    running: dict[int, _Process] = {}  # by slot
     total = sum(job.weight for job in jobs)
     with (
         _locked(out),
@@ -84,39 +85,45 @@ def do_all(
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}",
         ) as bar,
     ):
-        while running or (waiting and not interruption.came):
+        while running or (waiting and not interruption.signal_number):
+            # Skip jobs that need a failed one; the next iteration skips those that need a skipped one.
             for job in [job for job in waiting if not problems.keys().isdisjoint(job.needs)]:
                 waiting.remove(job)
-                problems[job.name] = f"{job.name}: left out, it needs {next(n for n in job.needs if n in problems)}"
-            for place in range(at_once):
-                job = None if place in running or interruption.came else _next(waiting, running, finished)
+                problems[job.name] = f"{job.name}: skipped, it needs {next(n for n in job.needs if n in problems)}"
+            # Fill the free slots.
+            for slot in range(at_once):
+                is_free = slot not in running and not interruption.signal_number
+                job = _next(waiting, running, finished) if is_free else None
                 if job:
                     waiting.remove(job)
-                    running[place] = _Process(options, out, job, place, at_once, command)
+                    running[slot] = _Process(options, out, job, slot, at_once, command)
             bar.set_description_str(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs", refresh=False)
             bar.set_postfix_str(", ".join(process.job.name for process in running.values()))
-            time.sleep(_TICK)
-            for place, process in list(running.items()):
+            time.sleep(_POLL_INTERVAL)
+            # Collect the processes that have ended.
+            for slot, process in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
-                del running[place]
+                del running[slot]
                 bar.update(process.job.weight)
                 problem = process.problem(code)
                 if problem is None:
                     finished.add(process.job.name)
-                elif not interruption.came:
+                elif not interruption.signal_number:
                     problems[process.job.name] = problem
                     tqdm.write(problem)
-    if interruption.came:
-        raise distributed.Preempted if interruption.came == signal.SIGTERM else distributed.Interrupted
+    if interruption.signal_number:
+        is_terminated = interruption.signal_number == signal.SIGTERM
+        raise distributed.Preempted if is_terminated else distributed.Interrupted
     return list(problems.values())
 
 
 def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Result | None]) -> set[str]:
-    """Jobs that are done, but whose weights are needed and gone: results are kept with the code, weights are not.
+    """Returns the names of the jobs that are done but whose weights are needed and gone.
 
-    What a training again had saved when it was stopped are not those weights either.
+    Results are kept with the code, weights are not. The checkpoint of an interrupted repetition does not count: only
+    the weights of the last step are those of the result.
     """
     needed = {name for job in undone if job.needs_weights for name in job.needs}
     done = {job: result for job, result in results.items() if job.name in needed and job not in undone}
@@ -128,25 +135,25 @@ def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Res
 
 
 def _next(waiting: Sequence[Job], running: dict[int, Any], finished: set[str]) -> Job | None:
-    """The first job that may start now."""
+    """Returns the first job that may start now, or None."""
     if any(process.job.runs_alone for process in running.values()):
         return None
     for job in waiting:
         if finished.issuperset(job.needs):
-            # A job that wants to be alone is not overtaken for ever: it starts when the others have ended.
+            # Later jobs must not overtake a job that runs alone, or it would never start.
             return None if job.runs_alone and running else job
     return None
 
 
 class _Process:
-    """A job in its process."""
+    """The process of a job."""
 
     def __init__(
         self,
         options: Options,
         out: Path,
         job: Job,
-        place: int,
+        slot: int,
         at_once: int,
         command: Callable[[Path, Job, int], list[str]],
     ):
@@ -156,7 +163,8 @@ class _Process:
         self._log = folder / LOG_FILE
         share = 1 if job.runs_alone else at_once
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        mine = set(cores[place::share]) if share <= len(cores) else set(cores)
+        # Every slot has its own cores; with more slots than cores, all processes share all cores.
+        own_cores = set(cores[slot::share]) if share <= len(cores) else set(cores)
         with open(self._log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command(out, job, share),
@@ -164,50 +172,59 @@ class _Process:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env={**_ENVIRONMENT, **os.environ},
-                start_new_session=True,  # Ctrl-C is for this process, which passes it on
+                start_new_session=True,  # the terminal sends Ctrl-C to the scheduler only, which passes it on
             )
-        if mine:
-            os.sched_setaffinity(self._process.pid, mine)
+        if own_cores:
+            os.sched_setaffinity(self._process.pid, own_cores)
 
     def poll(self) -> int | None:
+        """Returns the exit code, or None while the process runs."""
         return self._process.poll()
 
     def stop(self) -> None:
+        """Asks the process to save and end."""
         self._process.terminate()
 
     def kill(self) -> None:
+        """Ends the process without saving."""
         self._process.kill()
 
     def problem(self, code: int) -> str | None:
-        """What went wrong, in a line; None if nothing did."""
+        """Returns a line that describes the failure, or None if the job is complete."""
         result = read_result(self._out, self.job)
         if code == 0 and result is not None and result["status"] == COMPLETE:
             return None
         if code == 0 and result is not None:
-            return _stopped(self.job, result)
+            return _describe_stop(self.job, result)
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing printed"]
         return f"{self.job.name}: failed with code {code}: {lines[-1][-200:]} ({self._log})"
 
 
-def _stopped(job: Job, result: Result) -> str:
+def _describe_stop(job: Job, result: Result) -> str:
     return f"{job.name}: not done in {result['minutes']:g} minutes, stopped at step {result['steps']}"
 
 
 class _Interruption:
-    """While in force, SIGINT and SIGTERM are passed on to the running processes; a second one kills them."""
+    """Context in which SIGINT and SIGTERM are passed on to the running processes. A second signal kills them.
+
+    Attributes:
+      signal_number: the signal that was received, or None.
+    """
 
     def __init__(self, running: dict[int, _Process]):
-        self.came: int | None = None
-        self._running, self._before = running, {}
+        self.signal_number: int | None = None
+        self._running, self._previous_handlers = running, {}
 
     def __enter__(self) -> "_Interruption":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._previous_handlers = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        deadline = time.monotonic() + _PATIENCE
+        # Normally nothing is running here; after an exception, processes may be.
+        deadline = time.monotonic() + _SAVE_TIMEOUT
         for process in self._running.values():
             process.stop()
         while any(process.poll() is None for process in self._running.values()):
@@ -216,16 +233,21 @@ class _Interruption:
                     process.kill()
             time.sleep(0.1)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         for process in self._running.values():
-            process.kill() if self.came else process.stop()
-        if not self.came:
+            process.kill() if self.signal_number else process.stop()
+        if not self.signal_number:
             tqdm.write("interrupted: the runs are saving (once more to stop at once)")
-        self.came = number
+        self.signal_number = number
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    """Holds the lock of the output folder.
+
+    Raises:
+      UserError: if another process holds it.
+    """
     with open(out / _LOCK_FILE, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

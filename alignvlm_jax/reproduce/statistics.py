@@ -1,6 +1,7 @@
-"""Means with intervals that count two chances at once: another seed, and other pages.
+"""Means with intervals that cover two sources of chance: another seed, and other pages.
 
-Axes: S seeds, Q questions, P pages (a page's questions go together: who misreads a page misreads all of it).
+Axes: S seeds, Q questions, P pages. The questions of a page count together: a model that misreads a page misreads all
+of it.
 """
 
 import dataclasses
@@ -16,10 +17,14 @@ _CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Attributes:
-    mean: over seeds and questions.
-    low, high: of the 95 % interval.
-    seeds, questions: how many it is made of.
+    """A mean with its interval.
+
+    Attributes:
+      mean: mean over seeds and questions.
+      low: lower end of the 95 % interval.
+      high: upper end of the 95 % interval.
+      seeds: number of seeds.
+      questions: number of questions.
     """
 
     mean: float
@@ -32,35 +37,36 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def signed(self) -> str:
-        """For differences."""
+        """Returns the estimate of a difference as text, with signs."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def estimate(values: Shaped[np.ndarray, "S Q"], questions: Sequence[int]) -> Estimate:
-    """The mean of a score, or of the difference of two, with its interval.
+    """Returns the mean of a score, or of the difference of two scores, with its interval.
 
-    Two of Student's margins, one for what differs from seed to seed (three seeds: two degrees of freedom) and one for
-    what differs from page to page, added in squares. What differs between seeds and pages at once is in both, so the
-    interval is a little too wide rather than too narrow. With one seed it is about pages alone.
+    Two margins of Student's t are added in squares: one for the variation between seeds (with three seeds, two degrees
+    of freedom), and one for the variation between pages. Variation between seeds and pages at once is in both, so the
+    interval is slightly too wide rather than too narrow. With one seed it covers pages only.
 
     Args:
-      values: of every seed and question.
-      questions: how many questions each page has, in the order of `values`.
+      values: the score of every seed and question.
+      questions: the number of questions on each page, in the order of `values`.
     """
     values = np.asarray(values, np.float64)
     num_seeds, num_questions = values.shape
     mean = float(values.mean())
-    if np.ptp(values) == 0:  # all right or all wrong: the pages show no spread, which does not mean that there is none
+    # All right or all wrong: these pages show no variation, but other pages may. Use the exact binomial bound.
+    if np.ptp(values) == 0:
         margin = 1 - (1 - _CONFIDENCE) ** (1 / len(questions))
         return Estimate(mean, mean - margin * (mean > 0), mean + margin * (mean < 1), num_seeds, num_questions)
     starts = np.concatenate([[0], np.cumsum(questions)[:-1]])
-    by_page = np.add.reduceat(values - mean, starts, axis=1) / values.size  # [S, P]
-    margin = math.hypot(_margin(by_page.sum(1)), _margin(by_page.sum(0)))
+    page_sums = np.add.reduceat(values - mean, starts, axis=1) / values.size  # [S, P]
+    margin = math.hypot(_margin(page_sums.sum(1)), _margin(page_sums.sum(0)))
     return Estimate(mean, mean - margin, mean + margin, num_seeds, num_questions)
 
 
 def _margin(sums: Shaped[np.ndarray, " n"]) -> float:
-    """Of the total of these sums, each of which stands for a draw; nothing can be said of a single one."""
+    """Returns the margin of the total of these sums, each of which is one draw; 0 for a single draw."""
     count = len(sums)
     if count == 1:
         return 0.0
@@ -68,7 +74,7 @@ def _margin(sums: Shaped[np.ndarray, " n"]) -> float:
 
 
 def verdict(difference: Estimate) -> str:
-    """What a difference that the paper says is above 0 says here."""
+    """Returns the verdict on a claim that this difference is above 0."""
     if difference.low > 0:
-        return "Shows"
-    return "The opposite shows" if difference.high < 0 else "Undecided"
+        return "Confirmed"
+    return "Contradicted" if difference.high < 0 else "Undecided"

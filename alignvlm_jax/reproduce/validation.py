@@ -1,7 +1,7 @@
-"""The loss on validation questions: what the connectors' learning rates are chosen by.
+"""Validation loss, by which the connectors' learning rates are chosen.
 
-Exact match is 0 until a run reads, and tells a run that nearly does from one that never will as little as a coin; the
-loss of the right answers does tell, from the first step on.
+Exact match is 0 until a run can read, so it cannot distinguish a run that nearly reads from one that never will. The
+loss of the right answers can, from the first step on.
 """
 
 import dataclasses
@@ -19,18 +19,19 @@ from alignvlm_jax.training.train_step import FIELDS
 PAGES = 64
 
 
-class OnePageABin(ExperimentData):
-    """The data of a recipe whose bins hold one page each: there is nothing to be measured before it is planned."""
+class OnePagePerBin(ExperimentData):
+    """Data of a recipe whose bins hold one page each. Such a plan needs no measurement of the data."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
+        """Returns the plan of a stage: the configured steps, with one example per bin."""
         microbatches = stage.bins_per_step // self._config.data.packing.bins_per_microbatch
         return StagePlan(stage.steps, microbatches, examples_per_bin=1.0)
 
 
 class ValidationLoss:
-    """Mean loss of the answers' tokens over the first `PAGES` pages of the validation split, all of their questions.
+    """Mean loss of the answer tokens over the first `PAGES` pages of the validation split, with all their questions.
 
-    The same pages and questions, in the same order, for every connector and seed.
+    The pages and questions and their order are the same for every connector and seed.
     """
 
     def __init__(self, config: ExperimentConfig, dataset: str | None = None):
@@ -38,8 +39,9 @@ class ValidationLoss:
         part = MixturePart(dataset or last.mixture[0].dataset, "validation", "qa")
         stage = dataclasses.replace(last, mixture=(part,), steps=max(1, PAGES // last.bins_per_step))
         config = dataclasses.replace(config, stages=(stage,), seed=0, init_from=None)
-        data = OnePageABin(config)
+        data = OnePagePerBin(config)
         rows = range(config.data.packing.bins_per_microbatch)
+        # The batches are small enough to keep in memory, and every evaluation uses them again.
         batches = data.batches(0, stage, data.plan(0, stage), None, rows)
         try:
             self._batches = [
@@ -51,6 +53,7 @@ class ValidationLoss:
         self._loss = jax.jit(lambda params, rows: model.apply({"params": params}, rows, method="loss"))
 
     def __call__(self, params: Params) -> float:
+        """Returns the loss in nats per answer token."""
         total = weight = 0.0
         for batch in self._batches:
             for microbatch in range(len(batch["tokens"])):

@@ -1,4 +1,4 @@
-"""Doing one job: train to the end or to the cap, resume, score, and leave the result.
+"""Runs one job: trains to the end or to the time limit, resumes, scores, and writes the result.
 
 Axes: S stages, Q questions.
 """
@@ -34,27 +34,27 @@ from alignvlm_jax.models.alignvlm import PARTS, Params, tokens_per_tile
 from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job, Result
 from alignvlm_jax.reproduce.options import Options, write_json
-from alignvlm_jax.reproduce.validation import OnePageABin, ValidationLoss
+from alignvlm_jax.reproduce.validation import OnePagePerBin, ValidationLoss
 from alignvlm_jax.training import loop
 
 CURVE_FILE = "curve.json"
-_POINTS = 5  # of a learning curve
+_CURVE_POINTS = 5
 
 
 class OverTimeError(Exception):
-    """The run took longer than it may; it can go on under a higher cap."""
+    """Raised when a run exceeds its time limit. It can be resumed under a higher one."""
 
 
 class Work:
-    """One job being done.
+    """One job in progress.
 
     Attributes:
-      options: of the whole.
-      out: the output folder of the whole.
-      job: which job.
-      folder: the job's own.
-      share: jobs that share the machine at the same time: the cap is of the machine's time.
-      figures: what goes into the result besides what the part measures.
+      options: options of the command.
+      out: output folder of the command.
+      job: the job.
+      folder: folder of the job.
+      share: number of jobs that share the machine. The time limit counts time of the whole machine.
+      figures: entries of the result besides the part's own measurements.
     """
 
     def __init__(self, options: Options, out: Path, job: Job, share: int = 1):
@@ -64,46 +64,50 @@ class Work:
 
     @property
     def data(self) -> Path:
+        """Folder of the data sets."""
         return self.out / "data"
 
     def experiment(self, **changes: Any) -> ExperimentConfig:
-        """The recipe for this job; `changes` as of `recipe.experiment`."""
+        """Returns the config of this job; `changes` are arguments of `recipe.experiment`."""
         job = self.job
         arguments = dict(connector=job.connector, encoder=job.encoder, seed=job.seed) | changes
         return recipe.experiment(self.options, self.data, **arguments)
 
     def on_pages(self, config: ExperimentConfig, fraction: float) -> ExperimentConfig:
-        """The config with so much of the run's pages to train on: 1 is as many as the recipe's steps take, seen once.
+        """Returns the config restricted to a fraction of the run's pages.
 
-        A share of them is seen more often, in as many steps.
+        1 stands for as many pages as the recipe's steps consume when each is seen once. The number of steps stays the
+        same, so fewer pages are seen more often.
         """
         seen = recipe.pages_seen(self.experiment().stages)
         pages = min(max(1, round(fraction * seen)), len(self.records("train")))
         return recipe.on_split(config, f"train[:{pages}]")
 
     def records(self, split: str, dataset: str = "documents") -> store.RecordSource:
+        """Returns the records of a split."""
         return store.open_dataset(self.data / dataset, split)
 
     def train(self, config: ExperimentConfig) -> Params:
-        """Trains, or goes on; the figures of it go into the result.
+        """Trains or resumes, and adds the measurements of the training to `figures`.
 
         Raises:
-          OverTimeError: after the job's minutes.
-          distributed.Interrupted: a signal came; the run was saved.
+          OverTimeError: if the job exceeds its minutes.
+          distributed.Interrupted: on a signal, after the run is saved.
         """
         workdir = self.job.workdir(self.out)
-        every = max(1, sum(stage.steps for stage in config.stages) // _POINTS)
+        every = max(1, sum(stage.steps for stage in config.stages) // _CURVE_POINTS)
         evaluation = dataclasses.replace(config.evaluation, every_steps=every)
         config = dataclasses.replace(config, evaluation=evaluation)
         clock = _Clock(workdir, config, 60 * self.options.minutes * self.share)
         loss = ValidationLoss(config)
         curve = _Curve(self.folder / CURVE_FILE)
-        last = sum(stage.steps for stage in config.stages)
+        last_step = sum(stage.steps for stage in config.stages)
 
         def score(params: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
             with clock.paused():
-                curve.add(clock.step, found := loss(params))
-            return {"loss": found}
+                value = loss(params)
+                curve.add(clock.step, value)
+            return {"loss": value}
 
         self.figures |= {
             "config": config_to_dict(config),
@@ -114,42 +118,46 @@ class Work:
             params = loop.train(
                 config,
                 workdir,
-                open_data=OnePageABin,
+                open_data=OnePagePerBin,
                 on_stage_start=clock.start_stage,
                 on_step=clock.tick,
                 score=score,
             ).params
         finally:
+            # Also recorded for a run that is stopped, which continues from here.
             self.figures |= {
                 "steps": clock.step,
-                "steps_asked": last,
+                "steps_asked": last_step,
                 "train_seconds": round(clock.seconds, 1),
                 "seconds_per_step": clock.seconds_per_step(),
                 "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "curve": curve.points,
             }
-        if not curve.points or curve.points[-1][0] != last:
-            curve.add(last, loss(params))
+        # The steps need not be a multiple of the interval between the points of the curve.
+        if not curve.points or curve.points[-1][0] != last_step:
+            curve.add(last_step, loss(params))
         self.figures["parameters"] = {
             part: int(sum(leaf.size for leaf in jax.tree.leaves(params[part]))) for part in PARTS
         }
         self.figures["validation_loss"] = curve.points[-1][1]
         return params
 
-    def reader(self, of: Job | None = None) -> Reader:
-        """The trained model of this job, or of another."""
-        return alignvlm_jax.load((of or self.job).workdir(self.out))
+    def reader(self, job: Job | None = None) -> Reader:
+        """Returns the trained model of this job, or of another."""
+        return alignvlm_jax.load((job or self.job).workdir(self.out))
 
     def score(self, reader: Reader, records: Sequence[Any], limit: int | None, **arguments: Any) -> dict[str, Any]:
-        """Asks the questions; see `scores`."""
+        """Asks the questions and returns `scores` of the answers."""
         return scores(runner.evaluate(reader, records, limit=limit, unseen_fonts=(HELD_OUT_FONT,), **arguments))
 
     def finish(self, found: dict[str, Any], status: str) -> None:
         """Writes the job's result.
 
-        job, status        which, and whether it is complete; "over time" ran into the cap of `minutes`
-        found              what the part measured
-        config, steps, seconds, parameters, curve, ...   of the training, if it trains
+        Keys of the file:
+          job: the name of the job.
+          status: "complete", or "over time" if it reached the time limit of `minutes`.
+          found: the measurements of the part.
+          config, steps, parameters, curve, ...: facts about the training, if it trains.
         """
         result: Result = {
             "job": self.job.name,
@@ -166,8 +174,8 @@ class Work:
         write_json(result, self.folder / RESULT_FILE)
 
 
-def do(work: Work, run: Callable[[Work], dict[str, Any]]) -> None:
-    """Does a job, as its part's `run` says, and writes the result, also if it ran out of time."""
+def run_job(work: Work, run: Callable[[Work], dict[str, Any]]) -> None:
+    """Runs a job with the `run` of its part and writes the result, even if it runs out of time."""
     try:
         found = run(work)
     except OverTimeError:
@@ -177,11 +185,12 @@ def do(work: Work, run: Callable[[Work], dict[str, Any]]) -> None:
 
 
 def scores(report: Report) -> dict[str, Any]:
-    """An evaluation, small enough to be kept for good and whole enough for intervals over pages.
+    """Returns an evaluation in a form small enough to commit, with enough detail for intervals over pages.
 
-    right: a digit a question, 1 if the answer matches exactly.
-    anls: the mean similarity of the answers, DocVQA's score.
-    questions: how many there were on each page, in the same order.
+    Some of the keys:
+      right: one digit per question, 1 if the answer matches exactly.
+      anls: mean similarity of the answers, the score of DocVQA.
+      questions: number of questions on each page, in the same order.
     """
     answers = report.answers
     similarity = [anls(answer.predicted, [answer.expected]) for answer in answers]
@@ -204,60 +213,68 @@ def scores(report: Report) -> dict[str, Any]:
 
 
 def digits(score: dict[str, Any]) -> Int[np.ndarray, " Q"]:
-    """Which questions were right, 0 or 1, of what `scores` made."""
+    """Returns the digits of a result of `scores`: 1 for each question answered right, 0 for the others."""
     return np.array([int(digit) for digit in score["right"]])
 
 
 class _Clock:
-    """Seconds of training over all sittings, without those of scoring; ends the run at the cap."""
+    """Measures the seconds of training over all sessions of the run, without scoring, and ends it at the limit."""
 
     def __init__(self, workdir: Path, config: ExperimentConfig, limit: float):
         with Checkpointer(workdir, config) as checkpointer:
             progress = checkpointer.latest()
         self.step = progress.step if progress else 0
-        self._before = progress.train_seconds if progress else 0.0
+        self._previous_seconds = progress.train_seconds if progress else 0.0
         self._limit = limit
-        self._started = self._last = None
+        self._start_time = self._last_time = None
         self._stage = 0
         self._names = [stage.name for stage in config.stages]
         self._seconds: dict[str, list[float]] = {}
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.monotonic() - self._started if self._started else 0.0)
+        """Seconds of training so far."""
+        return self._previous_seconds + (time.monotonic() - self._start_time if self._start_time else 0.0)
 
     def start_stage(self, index: int, params: Params) -> None:
-        self._stage, self._last = index, None  # the first step compiles
-        self._started = self._started or time.monotonic()
+        """Starts the clock, or a new stage."""
+        self._stage, self._last_time = index, None  # the first step compiles and is not timed
+        self._start_time = self._start_time or time.monotonic()
 
     def tick(self, step: int) -> None:
+        """Records the end of a step.
+
+        Raises:
+          OverTimeError: if the limit is exceeded.
+        """
         now, self.step = time.monotonic(), step
-        if self._last is not None:
-            self._seconds.setdefault(self._names[self._stage], []).append(now - self._last)
-        self._last = now
+        if self._last_time is not None:
+            self._seconds.setdefault(self._names[self._stage], []).append(now - self._last_time)
+        self._last_time = now
         if self.seconds > self._limit:
             raise OverTimeError
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.monotonic()
+        """Excludes the time of this context, and times no step across it."""
+        pause_start = time.monotonic()
         yield
-        self._started += time.monotonic() - began
-        self._last = None
+        self._start_time += time.monotonic() - pause_start
+        self._last_time = None
 
     def seconds_per_step(self) -> dict[str, float]:
-        """The median of each stage."""
+        """Returns the median seconds of a step, by stage."""
         return {stage: round(statistics.median(seconds), 4) for stage, seconds in self._seconds.items()}
 
 
 class _Curve:
-    """Validation loss by step, kept in a file because a run may take several sittings."""
+    """Validation loss by step, stored in a file because a run may take several sessions."""
 
     def __init__(self, file: Path):
         self._file = file
         self.points: list[list[float]] = json.loads(file.read_text()) if file.is_file() else []
 
     def add(self, step: int, loss: float) -> None:
-        """A point; what was measured beyond it, before the run went back to a checkpoint, is measured again."""
+        """Adds a point. Later points, from before the run resumed from a checkpoint, are dropped and measured again."""
         self.points = [point for point in self.points if point[0] < step] + [[step, round(loss, 5)]]
         write_json(self.points, self._file)

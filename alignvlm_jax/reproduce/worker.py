@@ -1,7 +1,7 @@
 """The process of one job: `python -m alignvlm_jax.reproduce.worker OUT JOB [SHARE]`, started by `scheduler.py`.
 
-Exit codes are those of `alignvlm`: 0 done (or out of time: the result says which), 2 the user can fix it, 75 and 130
-stopped, to be gone on with.
+The exit codes are those of `alignvlm`: 0 done (or out of time, as the result says), 2 an error that the user can fix,
+75 and 130 stopped and resumable.
 """
 
 import os
@@ -14,20 +14,23 @@ from alignvlm_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the job and returns the exit code."""
     out, name, share = Path(arguments[0]), arguments[1], int(arguments[2])
     _stop_with(os.getppid())
-    # Jobs differ in little: what one has compiled, the next need not.
+    # These imports take seconds, because they import jax. They come after the parent's process id has been read: a
+    # parent that ends in the meantime would otherwise be missed, and this process would run on alone.
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     from alignvlm_jax.reproduce import parts, work
     from alignvlm_jax.reproduce.options import Options
 
+    # Jobs differ in few programs, so most of what one job compiles serves the others.
+    jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     options = Options.load(out)
     job = next(job for job in parts.all_jobs(options) if job.name == name)
     try:
-        work.do(work.Work(options, out, job, share), parts.named(job.part).run)
+        work.run_job(work.Work(options, out, job, share), parts.named(job.part).run)
         return 0
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -37,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _stop_with(parent: int) -> None:
-    """Ends, as on SIGTERM, when the process that started this one is gone, be it killed."""
+    """Ends this process as SIGTERM does when the process that started it is gone, even if it was killed."""
 
     def watch():
         while os.getppid() == parent:

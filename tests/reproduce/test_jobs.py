@@ -1,4 +1,4 @@
-"""Which jobs there are, and in which order: a function of the options alone."""
+"""Tests of the list of jobs and its order, which depend on the options only."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from alignvlm_jax.reproduce.options import Options
 OPTIONS = Options(seeds=3)
 
 
-def test_the_list():
+def test_the_list_of_jobs():
     jobs = parts.all_jobs(OPTIONS)
     assert jobs == parts.all_jobs(OPTIONS)
     names = [job.name for job in jobs]
@@ -32,20 +32,20 @@ def test_the_list():
 
 def test_as_many_trials_for_every_connector():
     trials = [job for job in parts.all_jobs(OPTIONS) if job.part == "tuning"]
-    of = {
+    factors_by_connector = {
         (job.connector, job.encoder): sorted(other["factor"] for other in trials if other.connector == job.connector)
         for job in trials
     }
-    assert len({tuple(factors) for factors in of.values()}) == 1
+    assert len({tuple(factors) for factors in factors_by_connector.values()}) == 1
 
 
-def test_needs_come_first_and_first_seeds_before_second_ones():
+def test_jobs_come_after_their_needs_and_first_seeds_before_second_ones():
     jobs = parts.all_jobs(OPTIONS)
-    place = {job.name: index for index, job in enumerate(jobs)}
-    assert all(place[need] < place[job.name] for job in jobs for need in job.needs)
-    last_of_first = max(place[job.name] for job in jobs if job.seed == 0)
-    assert last_of_first < min(place[job.name] for job in jobs if job.seed == 1)
-    # Stopped after the first table, there is a figure for every connector on the fair encoder.
+    position = {job.name: index for index, job in enumerate(jobs)}
+    assert all(position[need] < position[job.name] for job in jobs for need in job.needs)
+    last_of_first = max(position[job.name] for job in jobs if job.seed == 0)
+    assert last_of_first < min(position[job.name] for job in jobs if job.seed == 1)
+    # A run that is stopped after the first table has a result for every connector on the fair encoder.
     main = [job for job in jobs if job.part == "accuracy"]
     assert {job.connector for job in main[:6]} == set(OPTIONS.connectors)
     assert {job.encoder for job in main[:6]} == {"transcription"}
@@ -56,7 +56,7 @@ def test_more_seeds_and_connectors_only_add():
     assert set(few) < set(parts.all_jobs(OPTIONS))
 
 
-def test_only_brings_what_it_needs():
+def test_selected_parts_bring_the_jobs_they_need():
     jobs = parts.all_jobs(dataclasses.replace(OPTIONS, seeds=1, encoders=("patches",)), ["vocabulary"])
     assert [job.part for job in jobs] == ["tuning"] * 4 + ["accuracy", "vocabulary"]
     with pytest.raises(UserError, match="no part 'nosie'"):
@@ -65,7 +65,7 @@ def test_only_brings_what_it_needs():
         parts.all_jobs(dataclasses.replace(OPTIONS, connectors=("align", "mpl")))
 
 
-def test_done():
+def test_jobs_that_are_done():
     assert not is_done(None, 3.0)
     assert is_done({"status": COMPLETE, "minutes": 1.0}, 3.0)
     assert is_done({"status": OVER_TIME, "minutes": 3.0}, 3.0)

@@ -1,4 +1,4 @@
-"""The part about rare names: its jobs, the pages they train on, and what the report says of made-up answers."""
+"""Tests of the part about rare names: its jobs, the pages they train on, and its section on fake answers."""
 
 import dataclasses
 
@@ -10,32 +10,32 @@ from alignvlm_jax.reproduce import recipe
 from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.part import Results
 from alignvlm_jax.reproduce.parts import names
-from tests.reproduce.made_up import write_result, write_results
+from tests.reproduce.fake_results import write_result, write_results
 
 OPTIONS = Options(seeds=2, connectors=("align", "mlp"), vision=(("transcription", "somewhere"),))
 
 
-def test_jobs_are_align_and_mlp_with_and_without_the_options():
+def test_jobs_are_align_and_mlp_with_one_view_and_several():
     jobs = names.jobs(OPTIONS)
     assert [job.name for job in names.closed_jobs(OPTIONS)] == [
         f"names/transcription/align/words128-seed{seed}" for seed in range(2)
     ]
-    align, looks, mlp, mlp_looks = jobs[:4]
+    align, align_views, mlp, mlp_views = jobs[:4]
     assert [job.name for job in jobs[:4]] == [
         "names/transcription/align/seed0",
         "names/transcription/align/views4-seed0",
         "names/transcription/mlp/seed0",
         "names/transcription/mlp/views4-seed0",
     ]
-    assert len(jobs) == 8 and looks["asked"].views == names.VIEWS
-    # The rates are those of the same trials, and who looks several times is the model that looks once.
+    assert len(jobs) == 8 and align_views["variant"].views == names.VIEWS
+    # Several views are measured on the model that was trained with one view.
     assert align.needs != mlp.needs
-    assert looks.needs == (align.name,) and mlp_looks.needs == (mlp.name,) and looks.needs_weights
+    assert align_views.needs == (align.name,) and mlp_views.needs == (mlp.name,) and align_views.needs_weights
     alone = names.jobs(dataclasses.replace(OPTIONS, connectors=("mlp",)))
     assert [job.name for job in alone] == [job.name for job in jobs if job.connector == "mlp"]
 
 
-def test_a_job_that_looks_several_times_asks_the_trained_model(monkeypatch, tmp_path):
+def test_a_job_with_several_views_asks_the_trained_model(monkeypatch, tmp_path):
     asked = []
 
     class Reader:
@@ -48,8 +48,8 @@ def test_a_job_that_looks_several_times_asks_the_trained_model(monkeypatch, tmp_
     class FakeWork:
         options, out, data, job = OPTIONS, tmp_path, tmp_path / "data", names.jobs(OPTIONS)[5]
 
-        def reader(self, of):
-            asked.append(of.name)
+        def reader(self, job):
+            asked.append(job.name)
             return Reader()
 
         def records(self, split):
@@ -100,7 +100,7 @@ def test_the_report_tells_who_is_better_on_rare_names(tmp_path):
     write_results(OPTIONS, tmp_path, {"align": 0.5, "mlp": 0.7}, only=("names",))
     # The runs with words of ALIGN's own are no longer made, but results of earlier versions are still reported.
     for job in [*names.jobs(OPTIONS), *names.closed_jobs(OPTIONS)]:
-        if job["asked"].words or job["asked"].views > 1:
+        if job["variant"].words or job["variant"].views > 1:
             write_result(tmp_path, job, 0.9 if job.connector == "align" else 0.7)
     results = Results(OPTIONS, tmp_path)
     text = names.section(results, tmp_path)
@@ -110,13 +110,13 @@ def test_the_report_tells_who_is_better_on_rare_names(tmp_path):
     assert [float(row.split("|")[2].split()[0]) for row in rows] == pytest.approx([0.5, 0.1, 0.1, 0.3, 0.3], abs=0.06)
     assert [row.count("as with one") for row in rows] == [0, 0, 2, 0, 2]
     compared = [line[2:].split(": ")[0] for line in text.splitlines() if line.startswith("- ")]
-    assert compared == [*(f"{title} less ALIGN" for title in titles[1:4]), "MLP, 4 views less MLP"]
+    assert compared == [*(f"{title} minus ALIGN" for title in titles[1:4]), "MLP, 4 views minus MLP"]
     assert (tmp_path / "names.svg").is_file()
     assert "missing" not in text
-    gap, words, looks = names.claims(results)
-    assert gap.startswith("Undecided: ALIGN errs more on rare")  # made up without an effect of rarity
-    assert words.startswith("Shows: words of its own")
-    assert looks.startswith("Shows: looking at each page 4 times")
+    gap, words, views = names.claims(results)
+    assert gap.startswith("Undecided: ALIGN's error is larger on rare")  # the fake results have no effect of rarity
+    assert words.startswith("Confirmed: words of its own")
+    assert views.startswith("Confirmed: 4 views of each page")
 
 
 def test_without_results(tmp_path):

@@ -1,4 +1,4 @@
-"""Equal for all connectors: the pages of every step, in their order, and every weight that is not the connector's."""
+"""Tests that all connectors get the same pages in every step and the same weights outside the connector."""
 
 import pathlib
 
@@ -24,7 +24,7 @@ def out(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def experiment(out):
-    """A function from connector, seed and changes to the config of a run."""
+    """Function that returns the config of a run, given connector, seed and changes."""
     options = make_options(out, connectors=CONNECTORS)
 
     def make(connector, seed=0, fraction=1.0, **changes):
@@ -49,11 +49,11 @@ def test_the_same_pages_in_the_same_steps(experiment):
         assert order[connector, 0] == order["align", 0]
         assert order[connector, 1] == order["align", 1]
     assert order["align", 0] != order["align", 1]
-    pages = np.array(order["align", 0])  # [steps, 1, bins, 1]: one page a bin, none of them empty
+    pages = np.array(order["align", 0])  # [steps, 1, bins, 1]: one page per bin, no bin empty
     assert pages.shape == (4, 1, 8, 1) and pages.min() >= 0
 
 
-def test_the_same_weights_but_for_the_connector(experiment):
+def test_the_same_weights_except_for_the_connector(experiment):
     start = {connector: initial_parameters(experiment(connector)) for connector in CONNECTORS}
     for params in start.values():
         for part in ("vision", "language"):
@@ -61,7 +61,7 @@ def test_the_same_weights_but_for_the_connector(experiment):
     np.testing.assert_array_equal(start["align"]["connector"]["w2"], start["align"]["language"]["embedding"])
 
 
-def test_nothing_else_differs(experiment):
+def test_all_else_is_equal(experiment):
     configs = {connector: config_to_dict(experiment(connector)) for connector in CONNECTORS}
     for connector, config in configs.items():
         assert config["model"]["connector"].pop("name") == connector
@@ -73,7 +73,7 @@ def test_nothing_else_differs(experiment):
         assert config == configs["align"] or connector == "align"
 
 
-def test_a_factor_moves_the_rates_of_the_connector_alone(experiment):
+def test_a_factor_changes_the_learning_rates_of_the_connector_only(experiment):
     plain, fast = (experiment("mlp", factor=factor) for factor in (1.0, 4.0))
     for before, after in zip(plain.stages, fast.stages, strict=True):
         assert after.learning_rates.connector == 4 * before.learning_rates.connector

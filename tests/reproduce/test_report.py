@@ -1,4 +1,4 @@
-"""The report says what the figures say, whichever way they fall, and names what is not there."""
+"""Tests that the report follows the results, whichever way they turn out, and names what is missing."""
 
 import pytest
 
@@ -8,30 +8,30 @@ from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.part import Results
 from alignvlm_jax.reproduce.parts import accuracy, tuning
 from alignvlm_jax.reproduce.report import claims, write_report
-from tests.reproduce.made_up import write_result, write_results
+from tests.reproduce.fake_results import write_result, write_results
 
 OPTIONS = Options(seeds=3, connectors=("align", "mlp", "ovis"), vision=(("transcription", "somewhere"),))
 
 
 def test_without_results(tmp_path):
     text = write_report(OPTIONS, tmp_path).read_text()
-    assert "Nothing can be said yet" in text
-    assert "18 of 18 runs are still missing" in text  # of the main table: 3 connectors, 2 encoders, 3 seeds
+    assert "No verdict is possible yet" in text
+    assert "18 of 18 runs are still missing" in text  # in the main table: 3 connectors, 2 encoders, 3 seeds
     assert not list(tmp_path.glob("*.svg"))
 
 
 @pytest.mark.parametrize(
-    ("align", "mlp", "verdict"), [(0.8, 0.2, "Shows"), (0.2, 0.8, "The opposite shows"), (0.5, 0.5, "Undecided")]
+    ("align", "mlp", "verdict"), [(0.8, 0.2, "Confirmed"), (0.2, 0.8, "Contradicted"), (0.5, 0.5, "Undecided")]
 )
-def test_the_verdict_follows_the_figures(tmp_path, align, mlp, verdict):
+def test_the_verdict_follows_the_results(tmp_path, align, mlp, verdict):
     write_results(OPTIONS, tmp_path, {"align": align, "mlp": mlp, "ovis": 0.5})
     lines = claims(Results(OPTIONS, tmp_path)).splitlines()
     about_mlp = [line for line in lines if line.startswith("- ") and "MLP" in line]
     assert len(about_mlp) == 2 + 2 + 2 + 2 + 1  # accuracy, noise, low resource, restoration, cost
-    of_accuracy = [line for line in about_mlp if "answers more than MLP, " in line]
-    assert [line.startswith(f"- {verdict}: ") for line in of_accuracy] == [True, True]
-    of_restoration = [line for line in about_mlp if "ALIGN restores more of what is covered" in line]
-    assert [line.startswith(f"- {verdict}: ") for line in of_restoration] == [True, True]
+    accuracy_lines = [line for line in about_mlp if "answers more questions than MLP (" in line]
+    assert [line.startswith(f"- {verdict}: ") for line in accuracy_lines] == [True, True]
+    restoration_lines = [line for line in about_mlp if "ALIGN restores more covered answers" in line]
+    assert [line.startswith(f"- {verdict}: ") for line in restoration_lines] == [True, True]
 
 
 def test_every_part_has_its_table_and_its_plot(tmp_path):
@@ -44,26 +44,26 @@ def test_every_part_has_its_table_and_its_plot(tmp_path):
     assert all(f"({name}.svg)" in text for name in plots)
     assert "missing" not in text
     row = next(line for line in text.splitlines() if line.startswith("| ALIGN | 0."))
-    # The three seeds' scores are named, and lie about the mean.
+    # The scores of the three seeds are listed, and their mean is the score.
     seeds = [float(value) for value in row.split("|")[3].split(",")]
     assert len(seeds) == 3 and float(row.split("|")[2].split()[0]) == pytest.approx(sum(seeds) / 3, abs=1e-3)
 
 
-def test_runs_that_ran_out_of_time_are_named_and_left_out(tmp_path):
+def test_runs_that_ran_out_of_time_are_named_and_excluded(tmp_path):
     jobs = write_results(OPTIONS, tmp_path, {"align": 0.8, "mlp": 0.2, "ovis": 0.5})
     stopped = next(job for job in jobs if job.part == "accuracy" and job.connector == "mlp" and job.seed == 1)
     before = accuracy.section(Results(OPTIONS, tmp_path), tmp_path)
     write_result(tmp_path, stopped, 1.0, status=OVER_TIME)
     text = accuracy.section(Results(OPTIONS, tmp_path), tmp_path)
-    assert f"Stopped at the time limit and left out: {stopped.name} (step 350)." in text
-    rows = [next(line for line in of.splitlines() if line.startswith("| MLP |")) for of in (before, text)]
+    assert f"Stopped at the time limit and excluded: {stopped.name} (step 350)." in text
+    rows = [next(line for line in section.splitlines() if line.startswith("| MLP |")) for section in (before, text)]
     assert [len(row.split("|")[3].split(",")) for row in rows] == [3, 2]
 
 
-def test_the_factor_with_the_least_validation_loss_is_taken(tmp_path):
+def test_the_factor_with_the_lowest_validation_loss_is_chosen(tmp_path):
     write_results(OPTIONS, tmp_path, {"align": 0.8, "mlp": 0.2, "ovis": 0.5}, only=("tuning",))
     assert tuning.chosen_factor(tmp_path, "mlp", "patches") == 1.0
     trial = next(trial for trial in tuning.trials("mlp", "patches") if trial["factor"] == 4.0)
-    write_result(tmp_path, trial, 3.0)  # a made-up loss below all others
+    write_result(tmp_path, trial, 3.0)  # a loss below all others
     assert tuning.chosen_factor(tmp_path, "mlp", "patches") == 4.0
     assert tuning.chosen_factor(tmp_path, "mlp", "transcription") == 1.0

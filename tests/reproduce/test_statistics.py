@@ -1,4 +1,4 @@
-"""Intervals over seeds and pages."""
+"""Tests of the intervals over seeds and pages."""
 
 import numpy as np
 import pytest
@@ -16,23 +16,23 @@ def test_one_seed_one_question_a_page_is_students_interval():
 
 
 def test_questions_of_a_page_count_as_one_draw():
-    of_pages = np.random.default_rng(1).normal(size=(1, 30))
-    once, thrice = estimate(of_pages, [1] * 30), estimate(np.repeat(of_pages, 3, axis=1), [3] * 30)
+    page_values = np.random.default_rng(1).normal(size=(1, 30))
+    once, thrice = estimate(page_values, [1] * 30), estimate(np.repeat(page_values, 3, axis=1), [3] * 30)
     assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
 
 
-def test_seeds_that_agree_say_nothing_new_and_seeds_that_differ_widen():
+def test_seeds_that_agree_change_nothing_and_seeds_that_differ_widen_the_interval():
     values = np.random.default_rng(2).random((1, 50)) < 0.5
     one, same = estimate(values, [1] * 50), estimate(np.repeat(values, 3, axis=0), [1] * 50)
     assert (same.low, same.high) == pytest.approx((one.low, one.high))
-    # All pages alike: what is left is Student's interval of the seeds' means, with two degrees of freedom.
+    # With equal pages, only Student's interval of the seeds' means remains, with two degrees of freedom.
     differing = np.repeat([[0.2], [0.5], [0.9]], 50, axis=1)
     interval = stats.ttest_1samp([0.2, 0.5, 0.9], 0).confidence_interval(0.95)
     found = estimate(differing, [1] * 50)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_contain_the_truth_in_about_95_percent_of_cases():
     rng, hits, rounds = np.random.default_rng(3), 0, 400
     for _ in range(rounds):
         pages = np.repeat(rng.normal(0, 1, 40), 3)
@@ -49,6 +49,6 @@ def test_all_wrong_is_not_certainly_zero():
 
 
 def test_verdicts():
-    assert verdict(Estimate(0.2, 0.1, 0.3, 3, 10)) == "Shows"
+    assert verdict(Estimate(0.2, 0.1, 0.3, 3, 10)) == "Confirmed"
     assert verdict(Estimate(0.2, -0.1, 0.5, 3, 10)) == "Undecided"
-    assert verdict(Estimate(-0.2, -0.3, -0.1, 3, 10)) == "The opposite shows"
+    assert verdict(Estimate(-0.2, -0.3, -0.1, 3, 10)) == "Contradicted"

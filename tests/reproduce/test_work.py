@@ -1,4 +1,4 @@
-"""Jobs done, from training to the report, with a tiny model. Every job compiles its own programs: minutes in all."""
+"""Tests of whole jobs, from training to the report, with a tiny model. Every job compiles: minutes in all."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def options(shared) -> Options:
 
 @pytest.fixture
 def out(shared, tmp_path) -> pathlib.Path:
-    """A fresh output folder with the data in it."""
+    """Fresh output folder that contains the data."""
     (tmp_path / "data").symlink_to(shared[1] / "data")
     return tmp_path
 
@@ -44,17 +44,17 @@ def one_trial(monkeypatch):
     monkeypatch.setattr(recipe, "RATE_FACTORS", (1.0,))
 
 
-def do(options, out, job) -> dict:
-    work.do(work.Work(options, out, job), parts.named(job.part).run)
+def run_job(options, out, job) -> dict:
+    work.run_job(work.Work(options, out, job), parts.named(job.part).run)
     return read_result(out, job)
 
 
 def test_tuning_and_the_main_run(options, out):
     options = dataclasses.replace(options, connectors=("mlp",))
     tuning, main = parts.all_jobs(options, ["accuracy"])
-    trial = do(options, out, tuning)
+    trial = run_job(options, out, tuning)
     assert trial["status"] == COMPLETE and trial["validation_loss"] > 0
-    result = do(options, out, main)
+    result = run_job(options, out, main)
     assert (result["status"], result["steps"], result["pages"]) == (COMPLETE, 4, 32)
     assert [step for step, _ in result["curve"]] == [1, 2, 3, 4]
     assert set(result["parameters"]) == {"vision", "connector", "language"}
@@ -62,31 +62,31 @@ def test_tuning_and_the_main_run(options, out):
     assert len(heldout["right"]) == sum(heldout["questions"]) == 6
     assert result["config"]["model"]["connector"] == {"name": "mlp"}
     assert "| MLP |" in write_report(options, out).read_text()
-    # Small enough to be committed.
+    # The result is small enough to commit.
     assert (main.folder(out) / "result.json").stat().st_size < 20_000
 
 
-def test_what_builds_upon_a_run(options, out):
-    """The other parts of one connector, on the run of the main table."""
+def test_parts_that_build_upon_a_run(options, out):
+    """Covers the other parts of one connector, on the run of the main table."""
     options = dataclasses.replace(options, connectors=("align",))
     for job in parts.all_jobs(options, ["noise", "vocabulary", "restoration", "cost"]):
-        assert do(options, out, job)["status"] == COMPLETE
+        assert run_job(options, out, job)["status"] == COMPLETE
     text = write_report(options, out).read_text()
     for plot in ("noise", "vocabulary", "restoration"):
         assert (out / f"{plot}.svg").is_file() and f"({plot}.svg)" in text
     assert "nan" not in text
 
 
-def test_a_run_past_its_minutes_is_marked_and_can_go_on(options, out):
+def test_a_run_past_its_minutes_is_marked_and_can_be_resumed(options, out):
     tuning = parts.all_jobs(options, ["tuning"])[1]
-    stopped = do(dataclasses.replace(options, minutes=1e-6), out, tuning)
+    stopped = run_job(dataclasses.replace(options, minutes=1e-6), out, tuning)
     assert (stopped["status"], stopped["steps"]) == (OVER_TIME, 1)
-    result = do(options, out, tuning)
+    result = run_job(options, out, tuning)
     assert (result["status"], result["steps"]) == (COMPLETE, result["steps_asked"])
 
 
-def test_everything_by_processes_killed_and_continued(options, out):
-    """All parts, by the command's own processes, the first of which is killed while it trains."""
+def test_all_parts_in_processes_of_which_one_is_killed(options, out):
+    """Covers all parts in the command's own processes, the first of which is killed during training."""
     options.save(out)
     names.build(out / "data", options.seeds)
     jobs = parts.all_jobs(options)
@@ -101,17 +101,17 @@ def test_everything_by_processes_killed_and_continued(options, out):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert read_result(out, trial) is None
-    assert scheduler.do_all(options, out, jobs) == []
+    assert scheduler.run_all(options, out, jobs) == []
     results = [read_result(out, job) for job in jobs]
     assert {result["status"] for result in results} == {COMPLETE}
     text = write_report(options, out).read_text()
     assert "missing" not in text and "nan" not in text
     stamps = {job: (job.folder(out) / "result.json").stat().st_mtime_ns for job in jobs}
-    assert scheduler.do_all(options, out, jobs) == []
+    assert scheduler.run_all(options, out, jobs) == []
     assert stamps == {job: (job.folder(out) / "result.json").stat().st_mtime_ns for job in jobs}
 
 
-def test_a_worker_ends_when_the_one_that_started_it_is_killed(options, out):
+def test_a_worker_ends_when_its_parent_is_killed(options, out):
     options.save(out)
     trial = parts.all_jobs(options)[0]
     trial.folder(out).mkdir(parents=True)
@@ -131,4 +131,4 @@ def test_a_worker_ends_when_the_one_that_started_it_is_killed(options, out):
         except ProcessLookupError:
             return
         time.sleep(0.2)
-    raise AssertionError(f"process {worker} is still there")
+    raise AssertionError(f"process {worker} is still running")

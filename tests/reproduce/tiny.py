@@ -1,4 +1,4 @@
-"""A recipe that takes seconds: a tiny model on backbones of random weights, two steps a stage, a few pages."""
+"""A recipe that takes seconds: a tiny model on random backbones, two steps per stage, a few pages."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ MODEL = [
 
 
 def make_options(folder: pathlib.Path, **changes) -> Options:
-    """Options for the tiny recipe, with its backbones and data in the folder, which is the output folder as well."""
+    """Returns options of the tiny recipe and writes its backbones and data into `folder`, also the output folder."""
     build_corpus(folder / "data" / "documents", seed=0, sizes=SIZES, progress=False)
     restoration.build(folder / "data", SIZES)
     overrides = (*MODEL, *STAGES, f"backbones.vision={folder / 'vision'}", f"backbones.language={folder / 'language'}")

@@ -1,4 +1,4 @@
-"""The parts of the report, in its order. A new part is a file with its `PART`, and a place in this list."""
+"""The parts of the report, in its order. A new part is a file with a `PART` and an entry in `PARTS`."""
 
 from collections.abc import Sequence
 
@@ -21,33 +21,38 @@ PARTS: tuple[Part, ...] = (
 
 
 def named(name: str) -> Part:
-    """The part of this name."""
+    """Returns the part of this name.
+
+    Raises:
+      UserError: if there is none.
+    """
     for part in PARTS:
         if part.name == name:
             return part
-    raise UserError(f"--only: no part {name!r}: one of {', '.join(part.name for part in PARTS)}")
+    raise UserError(f"--only: no part {name!r}: expected one of {', '.join(part.name for part in PARTS)}")
 
 
 def closed_jobs(options: Options) -> list[Job]:
-    """Jobs of closed experiments: never run, and reported only where they have results."""
+    """Returns the jobs of closed experiments, which are never run and reported only if they have results."""
     return [job for part in PARTS if part.closed_jobs is not None for job in part.closed_jobs(options)]
 
 
 def all_jobs(options: Options, only: Sequence[str] = ()) -> list[Job]:
-    """Every job there is, or those of some parts with what they need, in the order in which they are done.
+    """Returns all jobs, or those of some parts with the jobs they need, in the order in which they run.
 
-    Wave by wave, and what is needed before who needs it: all connectors' first runs come before any second one.
+    The order is wave by wave, so the first runs of all connectors come before any second run. Within a wave, a job
+    comes after the jobs that it needs.
     """
     jobs = {job.name: job for part in PARTS for job in part.jobs(options)}
-    asked = [named(name).name for name in only] or [part.name for part in PARTS]
+    selected = [named(name).name for name in only] or [part.name for part in PARTS]
     chosen: dict[str, Job] = {}
 
-    def take(job: Job) -> None:
+    def add_with_needs(job: Job) -> None:
         for name in job.needs:
-            take(jobs[name])
+            add_with_needs(jobs[name])
         chosen.setdefault(job.name, job)
 
-    for job in sorted(jobs.values(), key=lambda job: job.wave):  # stable: within a wave as the parts have it
-        if job.part in asked:
-            take(job)
+    for job in sorted(jobs.values(), key=lambda job: job.wave):  # stable: keeps the order of the parts within a wave
+        if job.part in selected:
+            add_with_needs(job)
     return list(chosen.values())

@@ -1,10 +1,11 @@
-"""The main table: every connector under the recipe, on held-out questions, and on the controls that catch guessing."""
+"""The main table: every connector under the recipe, on held-out questions and on controls that reveal guessing."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from alignvlm_jax.reproduce import plots, recipe
 from alignvlm_jax.reproduce.jobs import Job
@@ -18,12 +19,13 @@ _CONTROLS = ("blank", "wrong")
 
 
 def job(connector: str, encoder: str, seed: int) -> Job:
-    """The run that other parts build upon."""
+    """Returns the run that other parts build upon."""
     needs = tuple(trial.name for trial in tuning.trials(connector, encoder))
     return Job("accuracy", encoder, connector, seed, needs=needs, wave=seed, weight=1.3)
 
 
 def jobs(options: Options) -> list[Job]:
+    """Returns the runs of all connectors and encoders, seed by seed."""
     return [
         job(connector, encoder, seed)
         for seed in range(options.seeds)
@@ -33,6 +35,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
+    """Trains with the tuned learning rate and scores the held-out questions and the controls."""
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
     work.train(work.on_pages(work.experiment(factor=factor), 1.0))
     reader, heldout = work.reader(), work.records("heldout")
@@ -42,22 +45,24 @@ def run(work: Work) -> dict[str, Any]:
     return found
 
 
-def rightness(results: Results, connector: str, encoder: str) -> tuple[np.ndarray, list[int]] | None:
-    """Which questions each seed answered right, [seeds, questions] of 0 and 1, and the questions on each page."""
-    all_seeds = [job(connector, encoder, seed) for seed in range(results.options.seeds)]
-    found = [result["found"]["heldout"] for result in results.complete(all_seeds).values()]
-    if not found:
+def right_answers(
+    results: Results, connector: str, encoder: str
+) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
+    """Returns 1 for each seed and question answered right and 0 for the others, and the questions on each page."""
+    runs = results.by_seed(lambda seed: job(connector, encoder, seed))
+    scores = [result["found"]["heldout"] for result in runs.values()]
+    if not scores:
         return None
-    return np.array([digits(score) for score in found]), found[0]["questions"]
+    return np.array([digits(score) for score in scores]), scores[0]["questions"]
 
 
 def difference(results: Results, first: str, second: str, encoder: str) -> Estimate | None:
-    """By how much the first connector is better, over the seeds that both have: same seeds, same questions."""
-    found = [
-        results.complete([job(connector, encoder, seed) for connector in (first, second)])
-        for seed in range(results.options.seeds)
-    ]
-    pairs = [[result["found"]["heldout"] for result in pair.values()] for pair in found if len(pair) == 2]
+    """Returns the lead of the first connector over the second, paired over the seeds that both have."""
+    pairs = []
+    for seed in range(results.options.seeds):
+        pair = results.complete([job(connector, encoder, seed) for connector in (first, second)])
+        if len(pair) == 2:
+            pairs.append([result["found"]["heldout"] for result in pair.values()])
     if not pairs:
         return None
     right = np.array([[digits(score) for score in pair] for pair in pairs])
@@ -65,6 +70,7 @@ def difference(results: Results, first: str, second: str, encoder: str) -> Estim
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report and writes its plots."""
     options = results.options
     lines, bars = [], {}
     for encoder in options.encoders:
@@ -76,7 +82,7 @@ def section(results: Results, folder: Path) -> str:
         plots.bars(folder / "accuracy.svg", bars, "held-out questions answered exactly right")
         lines += ["![Share of held-out questions answered right, by connector and encoder](accuracy.svg)", ""]
         curves = {encoder: _curves(results, encoder) for encoder in options.encoders}
-        titled = {ENCODER_TITLES[encoder]: found for encoder, found in curves.items() if found}
+        titled = {ENCODER_TITLES[encoder]: by_name for encoder, by_name in curves.items() if by_name}
         plots.curves(
             folder / "learning.svg",
             titled,
@@ -84,26 +90,29 @@ def section(results: Results, folder: Path) -> str:
             "validation loss, nats per answer token",
             logarithmic=(False, True),
         )
-        lines += ["![Validation loss while training, mean of the seeds](learning.svg)", ""]
-    return "\n".join([_WHAT.format(seeds=options.seeds), "", *lines, results.missing(jobs(options))])
+        lines += ["![Validation loss during training, mean of the seeds](learning.svg)", ""]
+    return "\n".join([_INTRODUCTION.format(seeds=options.seeds), "", *lines, results.missing(jobs(options))])
 
 
-_WHAT = (
-    "Exact match by free greedy decoding on held-out pages, whose values training never saw. Intervals are 95 % and "
-    "count both what another seed and what other pages would change ({seeds} seeds at most; Student's t for each, "
-    "added in squares). ANLS is DocVQA's score of the same answers. Blank page and another page of its family are the "
-    "same questions with the picture exchanged: what can be had without reading."
+_INTRODUCTION = (
+    "Exact match of free greedy decoding on held-out pages, whose values training never saw.\n\n"
+    "- Intervals are 95 % and cover both other seeds and other pages ({seeds} seeds at most; Student's t for each, "
+    "added in squares).\n"
+    "- *ANLS* is DocVQA's score of the same answers.\n"
+    "- *Blank page* and *another page* ask the same questions with the image replaced by a white page or by another "
+    "page of the same family. They measure what can be guessed without reading."
 )
 _HEADER = "| connector | exact match | seeds | ANLS | unseen font | blank page | another page | validation loss |"
 _RULE = "|---|---|---|---:|---:|---:|---:|---:|"
 
 
 def _row(results: Results, connector: str, encoder: str) -> tuple[str, tuple[str, Estimate]] | None:
-    found = rightness(results, connector, encoder)
-    if found is None:
+    """Returns a row of the table with the name and estimate for the plot, or None without results."""
+    answers = right_answers(results, connector, encoder)
+    if answers is None:
         return None
-    value = estimate(*found)
-    runs = list(results.complete([job(connector, encoder, seed) for seed in range(results.options.seeds)]).values())
+    value = estimate(*answers)
+    runs = list(results.by_seed(lambda seed: job(connector, encoder, seed)).values())
     seeds = ", ".join(f"{run['found']['heldout']['exact_match']:.3f}" for run in runs)
     means = [
         _mean([run["found"]["heldout"]["anls"] for run in runs]),
@@ -120,25 +129,27 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _curves(results: Results, encoder: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns the steps and the mean validation loss of each connector."""
     curves = {}
     for connector in results.options.connectors:
-        all_seeds = [job(connector, encoder, seed) for seed in range(results.options.seeds)]
-        found = [result["curve"] for result in results.complete(all_seeds).values()]
-        if found:
-            steps = [point[0] for point in found[0]]
-            curves[TITLES[connector]] = steps, np.mean([[point[1] for point in curve] for curve in found], 0).tolist()
+        runs = results.by_seed(lambda seed, connector=connector: job(connector, encoder, seed))
+        points = [result["curve"] for result in runs.values()]
+        if points:
+            steps = [point[0] for point in points[0]]
+            curves[TITLES[connector]] = steps, np.mean([[point[1] for point in curve] for curve in points], 0).tolist()
     return curves
 
 
 def claims(results: Results) -> list[str]:
+    """Returns the claims that ALIGN answers more questions than each other connector."""
     lines = []
     for encoder in results.options.encoders:
         for other in results.options.connectors:
-            found = None if other == "align" else difference(results, "align", other, encoder)
-            if found is not None:
+            lead = None if other == "align" else difference(results, "align", other, encoder)
+            if lead is not None:
                 lines.append(
-                    f"{verdict(found)}: ALIGN answers more than {TITLES[other]}, {ENCODER_TITLES[encoder]}: "
-                    f"{found.signed()} of the questions."
+                    f"{verdict(lead)}: ALIGN answers more questions than {TITLES[other]} ({ENCODER_TITLES[encoder]}): "
+                    f"{lead.signed()}."
                 )
     return lines
 

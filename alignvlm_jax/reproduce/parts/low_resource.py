@@ -1,9 +1,10 @@
-"""Fewer pages, seen more often, in as many steps: what each connector makes of a sixteenth and a quarter of them."""
+"""Fewer pages, seen more often, in the same number of steps: a sixteenth and a quarter of them."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.reproduce import plots, recipe
@@ -19,7 +20,7 @@ _CONNECTORS = ("align", "mlp", "ovis")
 
 
 def job(connector: str, encoder: str, fraction: float, seed: int) -> Job:
-    """The run on so much of the data; on all of it, that of the main table."""
+    """Returns the run on a fraction of the data; for all of it, the run of the main table."""
     if fraction == 1:
         return accuracy.job(connector, encoder, seed)
     needs = tuple(trial.name for trial in tuning.trials(connector, encoder))
@@ -33,7 +34,7 @@ def _connectors(options: Options) -> list[str]:
 
 
 def jobs(options: Options) -> list[Job]:
-    """On the first encoder alone: the fair one, if it is asked for."""
+    """Returns the runs on the first encoder: the fair one, if it is among the options."""
     return [
         job(connector, options.encoders[0], fraction, seed)
         for seed in range(options.seeds)
@@ -43,6 +44,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
+    """Trains on the fraction with the tuned learning rate and scores the held-out questions."""
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
     work.train(work.on_pages(work.experiment(factor=factor), work.job["fraction"]))
     return {"heldout": work.score(work.reader(), work.records("heldout"), work.options.questions)}
@@ -50,17 +52,18 @@ def run(work: Work) -> dict[str, Any]:
 
 def _runs(results: Results, connector: str, fraction: float) -> dict[int, Result]:
     encoder = results.options.encoders[0]
-    seeds = {job(connector, encoder, fraction, seed): seed for seed in range(results.options.seeds)}
-    return {seeds[one]: result["found"]["heldout"] for one, result in results.complete(list(seeds)).items()}
+    runs = results.by_seed(lambda seed: job(connector, encoder, fraction, seed))
+    return {seed: result["found"]["heldout"] for seed, result in runs.items()}
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report and writes its plot."""
     options, curves, lines = results.options, {}, []
     for connector in _connectors(options):
-        found = {fraction: _runs(results, connector, fraction) for fraction in (*FRACTIONS, 1)}
+        runs_by_fraction = {fraction: _runs(results, connector, fraction) for fraction in (*FRACTIONS, 1)}
         values = {
             fraction: estimate(np.array([digits(run) for run in runs.values()]), next(iter(runs.values()))["questions"])
-            for fraction, runs in found.items()
+            for fraction, runs in runs_by_fraction.items()
             if runs
         }
         cells = [str(values.get(fraction, "")) for fraction in (*FRACTIONS, 1)]
@@ -76,16 +79,17 @@ def section(results: Results, folder: Path) -> str:
         plots.curves(
             folder / "low_resource.svg", panels, label, "questions answered exactly right", logarithmic=(True, False)
         )
-        table += ["![Share of held-out questions answered right, by how much data there was](low_resource.svg)", ""]
-    what = (
-        "The steps stay as many: fewer pages are seen more often. All of them is what a run of the main table sees, "
-        f"once a stage. On the {ENCODER_TITLES[options.encoders[0]]}, with the learning rates chosen on all the pages."
+        table += ["![Share of held-out questions answered right, by amount of data](low_resource.svg)", ""]
+    introduction = (
+        "The number of steps stays the same, so fewer pages are seen more often. The last column is the run of the "
+        f"main table, which sees each page once per stage. Measured on the {ENCODER_TITLES[options.encoders[0]]}, "
+        "with the learning rates chosen on all pages."
     )
-    return "\n".join([what, "", *table, results.missing(jobs(options))])
+    return "\n".join([introduction, "", *table, results.missing(jobs(options))])
 
 
-def _lead(results: Results, other: str, fraction: float) -> tuple[np.ndarray, list[int]] | None:
-    """ALIGN's rightness less that of another connector, [seeds, questions]."""
+def _lead(results: Results, other: str, fraction: float) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
+    """Returns ALIGN's right answers minus those of another connector, and the questions on each page."""
     first, second = _runs(results, "align", fraction), _runs(results, other, fraction)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
@@ -94,6 +98,7 @@ def _lead(results: Results, other: str, fraction: float) -> tuple[np.ndarray, li
 
 
 def claims(results: Results) -> list[str]:
+    """Returns the claims about ALIGN's lead on little data, and its growth."""
     lines = []
     for other in ("mlp", "ovis"):
         few, all_pages = _lead(results, other, FRACTIONS[0]), _lead(results, other, 1)
@@ -101,7 +106,8 @@ def claims(results: Results) -> list[str]:
             continue
         lead = estimate(*few)
         lines.append(
-            f"{verdict(lead)}: with a sixteenth of the data ALIGN answers more than {TITLES[other]}: {lead.signed()}."
+            f"{verdict(lead)}: with a sixteenth of the data, ALIGN answers more questions than {TITLES[other]}: "
+            f"{lead.signed()}."
         )
         if len(few[0]) == len(all_pages[0]):
             growth: Estimate = estimate(few[0] - all_pages[0], few[1])

@@ -1,9 +1,9 @@
-"""Rare names: are they pulled to commoner ones, does MLP do the same, and what helps?
+"""Rare names: whether ALIGN and MLP read them as more common ones, and what helps.
 
-Every run is one of the recipe's, from the backbones on, but on pages of names and ordinary documents mixed; every page
-of names comes once. Which name is common is drawn by lot anew for each seed, so the seeds' names are different names.
-One option is compared: several looks at each page, which the trained models are asked with once more. Another, words
-of ALIGN's own, has been removed: its results, where there are some, are still reported, and no new ones are made.
+Every run follows the recipe from the backbones on, but on a mixture of pages of names and ordinary documents. Each page
+of names occurs once. The names and their rarity are drawn again for each seed, so different seeds have different names.
+One option is compared: several views of each page, with which the trained models are asked once more. Another option,
+words of ALIGN's own, has been removed: its existing results are still reported, and no new ones are made.
 """
 
 import dataclasses
@@ -34,15 +34,16 @@ from alignvlm_jax.reproduce.work import Work, digits
 
 VIEWS = 4
 GROUPS = 12
-_LARGEST_SHARE = 0.6  # of the pages; with the recipe's 2,400 all of the names' fit
+_MAX_SHARE = 0.6  # of the pages; in the recipe's 2,400 pages all pages of names fit
 
 
 class Variant(NamedTuple):
-    """Who is asked.
+    """A row of the table.
 
-    connector: which.
-    words: of its own, beside the vocabulary; an experiment that is closed (docs/rare_names.md).
-    views: how often each page is looked at; beyond once, the model is that of the variant that looks once.
+    Attributes:
+      connector: the connector.
+      words: number of ALIGN's own words besides the vocabulary; a closed experiment (docs/rare_names.md).
+      views: number of views of each page. With several views, the model is that of the variant with one view.
     """
 
     connector: str
@@ -51,20 +52,22 @@ class Variant(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Name in tables and plots."""
         title = TITLES[self.connector]
         if self.words:
             title += f" with {self.words} words of its own"
         return f"{title}, {self.views} views" if self.views > 1 else title
 
 
-# In the order of the table, each after the one whose model it asks.
-_ALIGN, _WORDS, _LOOKS = Variant("align"), Variant("align", words=128), Variant("align", views=VIEWS)
-_MLP, _MLP_LOOKS = Variant("mlp"), Variant("mlp", views=VIEWS)
-_VARIANTS = (_ALIGN, _WORDS, _LOOKS, _MLP, _MLP_LOOKS)
-_COMPARED = ((_WORDS, _ALIGN), (_LOOKS, _ALIGN), (_MLP, _ALIGN), (_MLP_LOOKS, _MLP))
+# In the order of the table. A variant with several views comes after the one whose model it uses.
+_ALIGN, _WORDS, _ALIGN_VIEWS = Variant("align"), Variant("align", words=128), Variant("align", views=VIEWS)
+_MLP, _MLP_VIEWS = Variant("mlp"), Variant("mlp", views=VIEWS)
+_VARIANTS = (_ALIGN, _WORDS, _ALIGN_VIEWS, _MLP, _MLP_VIEWS)
+_COMPARED = ((_WORDS, _ALIGN), (_ALIGN_VIEWS, _ALIGN), (_MLP, _ALIGN), (_MLP_VIEWS, _MLP))
 
 
 def dataset(seed: int) -> str:
+    """Returns the name of the data set of a seed."""
     return f"{FAMILY}-{seed}"
 
 
@@ -75,6 +78,7 @@ def build(data: Path, seeds: int) -> None:
 
 
 def job(variant: Variant, encoder: str, seed: int) -> Job:
+    """Returns the run of a variant."""
     connector, words, views = variant
     base = Job(
         "names",
@@ -82,7 +86,7 @@ def job(variant: Variant, encoder: str, seed: int) -> Job:
         connector,
         seed,
         variant=f"words{words}" if words else "",
-        setting=(("asked", variant),),
+        setting=(("variant", variant),),
         needs=tuple(trial.name for trial in tuning.trials(connector, encoder)),
         wave=seed,
         weight=1.3,
@@ -94,13 +98,13 @@ def job(variant: Variant, encoder: str, seed: int) -> Job:
 
 
 def jobs(options: Options) -> list[Job]:
-    """On the first encoder alone: the fair one, if it is asked for."""
-    return [job for job in _all_jobs(options) if not job["asked"].words]
+    """Returns the runs on the first encoder: the fair one, if it is among the options."""
+    return [job for job in _all_jobs(options) if not job["variant"].words]
 
 
 def closed_jobs(options: Options) -> list[Job]:
-    """The jobs with words of ALIGN's own, an option that has been removed."""
-    return [job for job in _all_jobs(options) if job["asked"].words]
+    """Returns the runs with words of ALIGN's own, an option that has been removed."""
+    return [job for job in _all_jobs(options) if job["variant"].words]
 
 
 def _all_jobs(options: Options) -> list[Job]:
@@ -109,10 +113,11 @@ def _all_jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    variant, folder, limit = work.job["asked"], work.data / dataset(work.job.seed), work.options.questions
+    """Trains, unless the variant uses another's model, and asks for names and about documents."""
+    variant, folder, limit = work.job["variant"], work.data / dataset(work.job.seed), work.options.questions
     if variant.views > 1:
-        once = job(variant._replace(views=1), work.job.encoder, work.job.seed)
-        reader = work.reader(once).with_views(variant.views)
+        single_view = job(variant._replace(views=1), work.job.encoder, work.job.seed)
+        reader = work.reader(single_view).with_views(variant.views)
         return {
             "answers": pack(ask_names(reader, folder, limit=limit)),
             "documents": work.score(reader, work.records("heldout"), limit),
@@ -132,31 +137,33 @@ def run(work: Work) -> dict[str, Any]:
 
 
 def mixed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
-    """The recipe with names mixed in, each page of them once."""
+    """Returns the recipe with names mixed in, so that each page of names occurs once."""
     pages, names = recipe.pages_seen(config.stages), num_documents("train", GROUPS)
-    share, start, stages = min(names / pages, _LARGEST_SHARE), 0, []
+    share, start, stages = min(names / pages, _MAX_SHARE), 0, []
     for stage in config.stages:
+        # Every stage gets its own slice of the names; the last one gets the remainder.
         stop = start + round(share * recipe.pages_seen((stage,)))
-        (ordinary,) = stage.mixture
+        (documents,) = stage.mixture
         stop = min(stop, names) if stage is not config.stages[-1] else names
-        some = MixturePart(dataset(seed), f"train[{start}:{stop}]", ordinary.task, share)
-        stages.append(dataclasses.replace(stage, mixture=(dataclasses.replace(ordinary, weight=1 - share), some)))
+        slice_of_names = MixturePart(dataset(seed), f"train[{start}:{stop}]", documents.task, share)
+        mixture = (dataclasses.replace(documents, weight=1 - share), slice_of_names)
+        stages.append(dataclasses.replace(stage, mixture=mixture))
         start = stop
     return dataclasses.replace(config, stages=tuple(stages))
 
 
 def pack(answers: Sequence[NameAnswer]) -> list[str]:
-    """A line an answer: the name, what was answered, its kind, and the letter that the visual tokens said."""
+    """Returns a line per answer: the name, the answer, its kind, and the letter nearest to the visual tokens."""
     return ["\t".join([a.name.text, " ".join(a.predicted.split()), a.kind, a.letter or ""]) for a in answers]
 
 
 def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
-    """The answers; groups get numbers of their seed's, since another seed's are other names."""
+    """Returns the answers of `pack`. Their group numbers are unique over seeds, whose names are different."""
     lexicon, answers = draw_lexicon(seed, GROUPS), []
     names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
     for line in lines:
         text, predicted, kind, letter = line.split("\t")
-        if kind == "garble":  # runs from before endings were told apart
+        if kind == "garble":  # in results that are older than the kinds of endings
             kind = classify_ending(names[text], predicted, endings)
         name = dataclasses.replace(names[text], group=names[text].group + seed * GROUPS)
         answers.append(NameAnswer("", name, predicted, kind, letter or None))
@@ -165,42 +172,30 @@ def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
 
 def _runs(results: Results, variant: Variant) -> dict[int, Result]:
     encoder = results.options.encoders[0]
-    seeds = {job(variant, encoder, seed): seed for seed in range(results.options.seeds)}
-    return {seeds[one]: result["found"] for one, result in results.complete(list(seeds)).items()}
+    runs = results.by_seed(lambda seed: job(variant, encoder, seed))
+    return {seed: result["found"] for seed, result in runs.items()}
 
 
-def _answers(runs: dict[int, Result], which: str = "answers") -> list[NameAnswer]:
-    return [answer for seed, found in runs.items() for answer in unpack(found[which], seed)]
+def _answers(runs: dict[int, Result], key: str = "answers") -> list[NameAnswer]:
+    return [answer for seed, found in runs.items() for answer in unpack(found[key], seed)]
 
 
 def section(results: Results, folder: Path) -> str:
-    options, lines, curves = results.options, [], {"with look-alikes": {}, "like no other name": {}}
+    """Returns the section of the report and writes its plot."""
+    options, lines, curves = results.options, [], {"with look-alikes": {}, "without look-alikes": {}}
     for variant in _VARIANTS:
         runs = _runs(results, variant)
         if not runs:
             continue
         summary = summarize(_answers(runs))
-        rare, common = (_errors_on(_answers(runs), counts) for counts in (RARE, COMMON))
-        trained = variant.views == 1
-        alone = _number(summarize(_answers(runs, "spelled"))["all"]["error"]) if trained else "as with one"
-        right = estimate(
-            np.array([digits(found["documents"]) for found in runs.values()]),
-            next(iter(runs.values()))["documents"]["questions"],
-        )
-        whole, pull = summary["all"], summary["look-alikes"]["pull"]
-        endings = whole["pull_of_endings"]
-        pulls = [f"{kind['commoner']} : {kind['rarer']}" for kind in (pull, endings)]
-        cells = [_number(whole["error"]), rare, common, _number(whole["rarity_gap"], "+")]
-        cells += [pulls[0], f"{pulls[1]}; {_number(endings)}"]
-        cells += [alone, _letters(runs) if trained else "as with one", str(right), str(len(runs))]
-        lines.append(f"| {variant.title} | {' | '.join(cells)} |")
-        for panel, which in zip(curves, ("look-alikes", "loners"), strict=True):
-            rows = summary[which]["by_count"]
+        lines.append(f"| {variant.title} | {' | '.join(_cells(variant, runs, summary))} |")
+        for panel, subset in zip(curves, ("look-alikes", "loners"), strict=True):
+            rows = summary[subset]["by_count"]
             values = [_estimate(row["error"], len(runs), row["questions"]) for row in rows]
-            curves[panel][variant.title] = [_place(count) for count in COUNTS], values
-    closed = " (with words of its own: as for ALIGN)" if _runs(results, _WORDS) else ""
-    what = _WHAT.format(encoder=ENCODER_TITLES[options.encoders[0]], views=VIEWS, closed=closed)
-    parts = [what, "", *_HEADER, *lines, ""]
+            curves[panel][variant.title] = [_position(count) for count in COUNTS], values
+    closed = " (with words of its own, the factor of ALIGN)" if _runs(results, _WORDS) else ""
+    introduction = _INTRODUCTION.format(encoder=ENCODER_TITLES[options.encoders[0]], views=VIEWS, closed=closed)
+    parts = [introduction, "", *_HEADER, *lines, ""]
     if lines:
         plots.curves(
             folder / "names.svg",
@@ -209,43 +204,78 @@ def section(results: Results, folder: Path) -> str:
             "names answered wrong",
             logarithmic=(True, False),
         )
-        parts += ["![Error on names by how many training pages print them](names.svg)", ""]
+        parts += ["![Error on names by the number of training pages that print them](names.svg)", ""]
     parts += [f"- {line}" for line in _differences(results)]
     return "\n".join([*parts, "", results.missing(jobs(options))])
 
 
-_WHAT = (
-    "The paper's stated failure: rare names are pulled to commoner ones. Names of six letters or fewer, each printed "
-    "on 0, 1, 4, 16, 64 or 256 training pages by lot, half of them with look-alikes one letter apart; held-out pages "
-    "ask for all equally often. From the backbones on, on the {encoder}, the recipe's steps on names and documents "
-    "mixed, the rate as tuned for the connector in the main table{closed}. *{views} "
-    "views*: the same models, each page looked at {views} times, moved by parts of a patch, in {views} times the work. "
-    "*Rare*: at most once, *common*: 64 times and more. *Taken for*: a name taken for a commoner look-alike : for a "
-    "rarer one. *Ends like*: an answer that is no name, but ends as a commoner name does : as a rarer one; and the "
-    "share of the former, a half if rarity did not matter. *Decoder alone*: error with the letters themselves in the "
-    "place of the visual tokens. *Letter said*: how often the visual tokens are nearest to the true one of the letters "
-    "that tell look-alikes apart, in all answers and in those pulled to a commoner name. Intervals: 95 %, a bootstrap "
-    "over groups of names (it does not count what else differs between seeds)."
+_INTRODUCTION = (
+    "The paper's stated failure: rare names are read as more common ones. Names of at most six letters are each "
+    "printed on 0, 1, 4, 16, 64 or 256 training pages, at random. Half of them have look-alikes one letter apart. "
+    "Held-out pages ask for all names equally often.\n\nAll runs start from the backbones, on the {encoder}. They "
+    "take the recipe's steps on names and documents mixed, with the learning rate chosen for the connector in the "
+    "main table{closed}.\n\n"
+    "- *{views} views*: the same models, with {views} views of each page, shifted by parts of a patch, for {views} "
+    "times the work.\n"
+    "- *Rare*: error on names seen at most once. *Common*: error on names seen 64 times and more. *Gap*: the "
+    "difference.\n"
+    "- *Taken for*: names taken for a more common look-alike : for a rarer one.\n"
+    "- *Ends like*: answers that are not names, but end as a more common name does : as a rarer one; then the share "
+    "of the former, 1/2 if rarity did not matter.\n"
+    "- *Decoder alone*: error with the letters themselves in place of the visual tokens.\n"
+    "- *Letter of the tokens*: how often the visual tokens are nearest to the true one of the letters that distinguish "
+    "look-alikes, in all answers and in those pulled to a more common name.\n"
+    "- Intervals are 95 %, from a bootstrap over groups of names. They do not cover other differences between seeds."
 )
 _HEADER = (
-    "| connector | names wrong | rare | common | gap | taken for | ends like | decoder alone | letter said "
+    "| connector | names wrong | rare | common | gap | taken for | ends like | decoder alone | letter of the tokens "
     "| documents right | seeds |",
     "|---|---|---|---|---|---:|---|---|---|---|---:|",
 )
 
 
+def _cells(variant: Variant, runs: dict[int, Result], summary: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row of the table."""
+    overall, pull = summary["all"], summary["look-alikes"]["pull"]
+    endings = overall["pull_of_endings"]
+    rare, common = (_errors_on(_answers(runs), counts) for counts in (RARE, COMMON))
+    pulls = [f"{kind['commoner']} : {kind['rarer']}" for kind in (pull, endings)]
+    right = estimate(
+        np.array([digits(found["documents"]) for found in runs.values()]),
+        next(iter(runs.values()))["documents"]["questions"],
+    )
+    # A model that is asked with several views is the trained model of the variant with one view.
+    if variant.views == 1:
+        decoder, letters = _number(summarize(_answers(runs, "spelled"))["all"]["error"]), _letters(runs)
+    else:
+        decoder = letters = "as with one"
+    return [
+        _number(overall["error"]),
+        rare,
+        common,
+        _number(overall["rarity_gap"], "+"),
+        pulls[0],
+        f"{pulls[1]}; {_number(endings)}",
+        decoder,
+        letters,
+        str(right),
+        str(len(runs)),
+    ]
+
+
 def _differences(results: Results) -> list[str]:
-    """Variants against each other, over the seeds that both have."""
+    """Returns a line for each pair of `_COMPARED`, over the seeds that both variants have."""
     lines = []
     for variant, reference in _COMPARED:
         seeds, first, other = _paired(results, reference, variant)
         if not seeds:
             continue
+        # `compare` and the documents both give the variant minus its reference.
         found = compare(*(_answers(runs) for runs in (first, other)))
         right = np.array([[digits(runs[seed]["documents"]) for seed in seeds] for runs in (other, first)])
         documents = estimate(right[0] - right[1], first[seeds[0]]["documents"]["questions"])
         lines.append(
-            f"{variant.title} less {reference.title}: names wrong {_number(found['error'], '+')}, rare "
+            f"{variant.title} minus {reference.title}: names wrong {_number(found['error'], '+')}, rare "
             f"{_number(found['error_on_rare'], '+')}, common {_number(found['error_on_common'], '+')}, gap "
             f"{_number(found['rarity_gap'], '+')}; documents right {documents.signed()}."
         )
@@ -253,28 +283,29 @@ def _differences(results: Results) -> list[str]:
 
 
 def claims(results: Results) -> list[str]:
+    """Returns the claims about rare names and the options against their errors."""
     lines, align = [], _runs(results, _ALIGN)
     if align:
-        whole = summarize(_answers(align))["all"]
-        gap = _estimate(whole["rarity_gap"], len(align), whole["questions"])
-        lines.append(f"{verdict(gap)}: ALIGN errs more on rare names than on common ones: {gap.signed()} of them.")
+        overall = summarize(_answers(align))["all"]
+        gap = _estimate(overall["rarity_gap"], len(align), overall["questions"])
+        lines.append(f"{verdict(gap)}: ALIGN's error is larger on rare names than on common ones: {gap.signed()}.")
     options = {
         _WORDS: "words of its own (not in the paper) lower ALIGN's error on rare names",
-        _LOOKS: f"looking at each page {VIEWS} times (not in the paper) lowers ALIGN's error on rare names",
+        _ALIGN_VIEWS: f"{VIEWS} views of each page (not in the paper) lower ALIGN's error on rare names",
     }
-    for variant, what in options.items():
-        seeds, once, other = _paired(results, _ALIGN, variant)
+    for variant, claim in options.items():
+        seeds, baseline, other = _paired(results, _ALIGN, variant)
         if seeds:
-            answers = _answers(other), _answers(once)
-            fewer = _estimate(compare(*answers)["error_on_rare"], len(seeds), len(answers[0]))
-            lines.append(f"{verdict(fewer)}: {what}: by {fewer.signed()} of them.")
+            answers = _answers(other), _answers(baseline)
+            reduction = _estimate(compare(*answers)["error_on_rare"], len(seeds), len(answers[0]))
+            lines.append(f"{verdict(reduction)}: {claim}: {reduction.signed()}.")
     return lines
 
 
 def _paired(
     results: Results, first: Variant, second: Variant
 ) -> tuple[list[int], dict[int, Result], dict[int, Result]]:
-    """The seeds that both have, and the runs of both with these."""
+    """Returns the seeds that both variants have, and the runs of each with these seeds."""
     both = _runs(results, first), _runs(results, second)
     seeds = sorted(both[0].keys() & both[1].keys())
     return seeds, *({seed: runs[seed] for seed in seeds} for runs in both)
@@ -285,20 +316,22 @@ def _errors_on(answers: Sequence[NameAnswer], counts: Sequence[int]) -> str:
 
 
 def _letters(runs: dict[int, Result]) -> str:
-    """The share of answers, and of pulled ones, at which the visual tokens said the true letter."""
-    said = []
+    """Returns the share of answers, and of pulled answers, whose visual tokens are nearest to the true letter."""
+    agreements = []
     for seed, found in runs.items():
         letters = distinguishing_letters(draw_lexicon(seed, GROUPS))
         for answer in unpack(found["answers"], seed):
             if answer.letter is not None:
-                place, _ = letters[answer.name.group - seed * GROUPS]
-                said.append((answer.letter == answer.name.text[place], answer.kind == "commoner look-alike"))
-    pulled = [true for true, is_pulled in said if is_pulled]
-    whole = f"{np.mean([true for true, _ in said]):.3f}" if said else ""
-    return f"{whole}; {np.mean(pulled):.2f} of {len(pulled)}" if pulled else whole
+                position, _ = letters[answer.name.group - seed * GROUPS]
+                is_true = answer.letter == answer.name.text[position]
+                agreements.append((is_true, answer.kind == "commoner look-alike"))
+    pulled = [is_true for is_true, is_pulled in agreements if is_pulled]
+    overall = f"{np.mean([is_true for is_true, _ in agreements]):.3f}" if agreements else ""
+    return f"{overall}; {np.mean(pulled):.2f} of {len(pulled)}" if pulled else overall
 
 
-def _place(count: int) -> float:
+def _position(count: int) -> float:
+    """Returns the position of a count on the logarithmic axis, which has no 0."""
     return count or 0.25
 
 

@@ -1,9 +1,10 @@
-"""Noise on the vision features just before the connector: how far each connector's score falls."""
+"""Noise on the vision features just before the connector: the loss of score of each connector."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from alignvlm_jax.analysis.noise.measure import feature_distances
 from alignvlm_jax.reproduce import plots, recipe
@@ -14,20 +15,23 @@ from alignvlm_jax.reproduce.parts import accuracy
 from alignvlm_jax.reproduce.statistics import Estimate, estimate, verdict
 from alignvlm_jax.reproduce.work import Work, digits
 
-# Encoders, and one encoder trained with different connectors, have features of different spread: the same sigma is not
-# the same noise. So curves go by sigma over the features' own deviation; the paper's sigma is a point of its own.
+# The spread of the features differs between encoders, and between trainings of one encoder with different connectors,
+# so the same sigma is not the same noise. The curves therefore use sigma relative to the deviation of the features. The
+# paper's absolute sigma is an additional point.
 RELATIVE_SIGMAS = (0.25, 0.5, 1.0, 2.0)
 PAPER_SIGMA = 3.0
-_CLAIM = 1.0
+_CLAIM_SIGMA = 1.0
 _PAGES = 32
 
 
 def job(connector: str, encoder: str, seed: int) -> Job:
+    """Returns the measurement on the trained model of the main table."""
     needs = (accuracy.job(connector, encoder, seed).name,)
     return Job("noise", encoder, connector, seed, needs=needs, needs_weights=True, wave=seed, weight=0.4)
 
 
 def jobs(options: Options) -> list[Job]:
+    """Returns the measurements of all connectors and encoders, seed by seed."""
     return [
         job(connector, encoder, seed)
         for seed in range(options.seeds)
@@ -37,45 +41,47 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
+    """Measures scores and distances at every sigma."""
     reader = work.reader(accuracy.job(work.job.connector, work.job.encoder, work.job.seed))
     records = work.records("heldout")
     deviation = feature_distances(reader, records, (), pages=_PAGES).feature_deviation
     sigmas = {f"{share:g}": share * deviation for share in (0.0, *RELATIVE_SIGMAS)} | {"paper": PAPER_SIGMA}
     distances = feature_distances(reader, records, list(sigmas.values()), pages=_PAGES)
     points = {}
-    for (name, sigma), (plain, centred, of_tokens) in zip(sigmas.items(), distances.by_sigma, strict=True):
+    for (name, sigma), (plain, text_centered, token_centered) in zip(sigmas.items(), distances.by_sigma, strict=True):
         noisy = reader.with_feature_noise(sigma) if sigma else reader
         points[name] = {
             "sigma": round(sigma, 4),
             **work.score(noisy, records, work.options.analysed, title=f"noise of sigma {sigma:.2f}"),
             "cosine_distance": round(float(plain), 5),
-            "centred_cosine_distance": round(float(centred), 5),
-            "token_centred_cosine_distance": round(float(of_tokens), 5),
+            "centred_cosine_distance": round(float(text_centered), 5),
+            "token_centred_cosine_distance": round(float(token_centered), 5),
         }
     return {"feature_deviation": round(deviation, 4), "points": points}
 
 
 def _runs(results: Results, connector: str, encoder: str) -> dict[int, Result]:
-    seeds = {job(connector, encoder, seed): seed for seed in range(results.options.seeds)}
-    return {seeds[one]: result["found"] for one, result in results.complete(list(seeds)).items()}
+    runs = results.by_seed(lambda seed: job(connector, encoder, seed))
+    return {seed: result["found"] for seed, result in runs.items()}
 
 
-def _drop(results: Results, connector: str, encoder: str, point: str, against: str | None = None) -> Estimate | None:
-    """What the noise costs the connector; with `against`, how much less than it costs that one."""
+def _loss(results: Results, connector: str, encoder: str, point: str, against: str | None = None) -> Estimate | None:
+    """Returns the loss of score at a point; with `against`, the loss of that connector minus the loss of this one."""
     runs = _runs(results, connector, encoder)
     others = runs if against is None else _runs(results, against, encoder)
     seeds = sorted(runs.keys() & others.keys())
     if not seeds:
         return None
 
-    def loss(of: dict[int, Result]) -> np.ndarray:
-        return np.array([digits(of[seed]["points"]["0"]) - digits(of[seed]["points"][point]) for seed in seeds])
+    def losses(runs: dict[int, Result]) -> Int[np.ndarray, "seeds questions"]:
+        return np.array([digits(runs[seed]["points"]["0"]) - digits(runs[seed]["points"][point]) for seed in seeds])
 
-    values = loss(runs) if against is None else loss(others) - loss(runs)
+    values = losses(runs) if against is None else losses(others) - losses(runs)
     return estimate(values, runs[seeds[0]]["points"]["0"]["questions"])
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report and writes its plot."""
     options, panels, lines = results.options, {}, []
     for encoder in options.encoders:
         curves, rows = {}, []
@@ -97,25 +103,28 @@ def section(results: Results, folder: Path) -> str:
         label = "sigma / deviation of the features"
         plots.curves(folder / "noise.svg", panels, label, "questions answered exactly right")
         lines += ["![Share of questions answered right under noise on the features](noise.svg)", ""]
-    what = _WHAT.format(questions=options.analysed)
-    return "\n".join([what, "", *lines, results.missing(jobs(options))])
+    introduction = _INTRODUCTION.format(questions=options.analysed)
+    return "\n".join([introduction, "", *lines, results.missing(jobs(options))])
 
 
-_WHAT = (
+_INTRODUCTION = (
     "Gaussian noise on the features before the connector, on the first {questions} held-out questions, with the models "
-    "of the table above. The features of different models have different spread, so sigma is given in units of their "
-    "own standard deviation; the paper's absolute 3 has a column of its own. Cosine distances are of visual tokens "
-    "with noise to those without, at sigma 1 and at the paper's 3: as the paper has it; less the mean text embedding; "
-    "and less the connector's own mean visual token. The first two flatter a connector whose tokens all lie near one "
-    "vector, as ALIGN's do: what they share hides what changes. The last does not."
+    "of the table above.\n\n"
+    "- The spread of the features differs between models. Sigma is therefore in units of their own standard deviation. "
+    "The paper's absolute sigma of 3 has its own column.\n"
+    "- *Cosine distance* is between visual tokens with and without noise, at sigma 1 and at the paper's 3. It is "
+    "given as in the paper, after subtracting the mean text embedding, and after subtracting the connector's own "
+    "mean visual token.\n"
+    "- The first two distances flatter a connector whose tokens all lie near one vector, as ALIGN's do: the shared "
+    "part hides the changes. The last one does not."
 )
 _DISTANCES = {
     "cosine_distance": "cosine distance",
-    "centred_cosine_distance": "less mean text embedding",
-    "token_centred_cosine_distance": "less mean visual token",
+    "centred_cosine_distance": "minus mean text embedding",
+    "token_centred_cosine_distance": "minus mean visual token",
 }
 _HEADER = (
-    "| connector | without noise | lost at sigma 1 | lost at the paper's 3 | 3 is, in deviations | "
+    "| connector | without noise | lost at sigma 1 | lost at the paper's 3 | 3 in deviations | "
     f"{' | '.join(_DISTANCES.values())} |"
 )
 _RULE = "|---|---|---|---|---:|---:|---:|---:|"
@@ -128,8 +137,8 @@ def _row(results: Results, connector: str, encoder: str, runs: dict[int, Result]
 
     cells = [
         str(clean),
-        _drop(results, connector, encoder, "1"),
-        _drop(results, connector, encoder, "paper"),
+        _loss(results, connector, encoder, "1"),
+        _loss(results, connector, encoder, "paper"),
         f"{PAPER_SIGMA / np.mean([run['feature_deviation'] for run in runs.values()]):.2f}",
         *map(distance, _DISTANCES),
     ]
@@ -137,13 +146,14 @@ def _row(results: Results, connector: str, encoder: str, runs: dict[int, Result]
 
 
 def claims(results: Results) -> list[str]:
+    """Returns the claims that noise costs ALIGN less than MLP."""
     lines = []
     for encoder in results.options.encoders:
-        saved = _drop(results, "align", encoder, f"{_CLAIM:g}", against="mlp")
+        saved = _loss(results, "align", encoder, f"{_CLAIM_SIGMA:g}", against="mlp")
         if saved is not None:
             lines.append(
-                f"{verdict(saved)}: noise as large as the features' own deviation costs ALIGN less than MLP, "
-                f"{ENCODER_TITLES[encoder]}: by {saved.signed()} of the questions."
+                f"{verdict(saved)}: noise as large as the deviation of the features costs ALIGN fewer questions than "
+                f"MLP ({ENCODER_TITLES[encoder]}): {saved.signed()}."
             )
     return lines
 

@@ -1,4 +1,4 @@
-"""Covered print restored, after VCR: by every model of the main table as it is, and once it has gone on to learn it."""
+"""Restoration of covered print, after VCR: by the models of the main table, before and after training for it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import MixturePart
@@ -24,33 +25,35 @@ from alignvlm_jax.reproduce.work import Work
 DATASET = "restoration"
 DIFFICULTIES = ("easy", "hard")
 SHARE = 1 / 2
-"""Steps, as a share of those of the recipe's last stage, of which this is a continuation."""
+"""Steps of the additional training, as a share of those of the recipe's last stage."""
 
 BEFORE = "before "
-"""What stands before a difficulty's name, of a model that has not been trained for it."""
+"""Prefix of a difficulty's name for the scores of a model before it is trained for restoration."""
 
 _SEED = 1  # other pages than the main corpus
 _MAX_NEW_TOKENS = 48
 
 
 def build(folder: Path, sizes: dict[str, int]) -> None:
-    """Draws the pages, as many a split as the main corpus has."""
+    """Draws the pages, as many per split as in the main corpus."""
     restoration.build_restoration_corpus(folder / DATASET, seed=_SEED, sizes=sizes)
 
 
 def job(connector: str, encoder: str, seed: int) -> Job:
+    """Returns the run that continues from the model of the main table."""
     needs = (accuracy.job(connector, encoder, seed).name,)
     return Job("restoration", encoder, connector, seed, needs=needs, needs_weights=True, wave=seed, weight=0.5)
 
 
 def jobs(options: Options) -> list[Job]:
-    """On the first encoder alone: the fair one, if it is asked for."""
+    """Returns the runs on the first encoder: the fair one, if it is among the options."""
     encoder = options.encoders[0]
     return [job(name, encoder, seed) for seed in range(options.seeds) for name in recipe.connectors(options)]
 
 
 def run(work: Work) -> dict[str, Any]:
-    vcr_scores("", ["a"], "en")  # said before it is trained, if the scorer is not installed
+    """Scores the model of the main table, trains it for restoration, and scores it again."""
+    vcr_scores("", ["a"], "en")  # fails here, before any training, if the scorer is not installed
     start = accuracy.job(work.job.connector, work.job.encoder, work.job.seed)
     found = {BEFORE + difficulty: scores for difficulty, scores in _ask(work, work.reader(start)).items()}
     work.train(continued(work.experiment(), start.workdir(work.out)))
@@ -58,17 +61,17 @@ def run(work: Work) -> dict[str, Any]:
 
 
 def _ask(work: Work, reader: Reader) -> dict[str, Result]:
-    """The scores of a model, by difficulty."""
+    """Returns the scores of a model, by difficulty."""
     records = work.records("heldout", DATASET)
     report = runner.evaluate(reader, records, limit=work.options.questions, max_new_tokens=_MAX_NEW_TOKENS)
     return {difficulty: _scores([a for a in report.answers if a.family == difficulty]) for difficulty in DIFFICULTIES}
 
 
 def continued(config: ExperimentConfig, start: Path) -> ExperimentConfig:
-    """A last stage behind the recipe's, of covered pages and of questions about plain ones, half and half.
+    """Returns the config of an additional stage: half covered pages, half questions about plain pages.
 
-    The connector, which speaks by now, has the rate of the other parts: at those it was tuned to learn by, it would
-    have to begin again.
+    The connector has the learning rate of the decoder. At the rate that was tuned for training from scratch, it would
+    lose what it has learned.
     """
     last = config.stages[-1]
     mixture = (MixturePart(DATASET, "train", "qa", 1.0), MixturePart("documents", "train", "qa", 1.0))
@@ -79,11 +82,11 @@ def continued(config: ExperimentConfig, start: Path) -> ExperimentConfig:
 
 
 def _scores(answers: Sequence[runner.Answer]) -> dict[str, Any]:
-    """VCR's two scores, one entry for each page; of the intervals a page is one draw."""
+    """Returns the two scores of VCR, with one entry per page; for the intervals, a page is one draw."""
     exact, jaccard = [], []
     for answer in answers:
-        of_exact, of_jaccard = vcr_scores(answer.predicted, [answer.expected], "en")
-        exact, jaccard = exact + of_exact, jaccard + of_jaccard
+        answer_exact, answer_jaccard = vcr_scores(answer.predicted, [answer.expected], "en")
+        exact, jaccard = exact + answer_exact, jaccard + answer_jaccard
     return {
         "exact_match": round(float(np.mean(exact)), 4),
         "jaccard": round(float(np.mean(jaccard)), 4),
@@ -95,15 +98,16 @@ def _scores(answers: Sequence[runner.Answer]) -> dict[str, Any]:
 
 def _runs(results: Results, connector: str) -> dict[int, Result]:
     encoder = results.options.encoders[0]
-    seeds = {job(connector, encoder, seed): seed for seed in range(results.options.seeds)}
-    return {seeds[one]: result["found"] for one, result in results.complete(list(seeds)).items()}
+    runs = results.by_seed(lambda seed: job(connector, encoder, seed))
+    return {seed: result["found"] for seed, result in runs.items()}
 
 
-def _exact(found: Result) -> np.ndarray:
-    return np.array([int(digit) for digit in found["exact"]])
+def _exact(scores: Result) -> Int[np.ndarray, " pages"]:
+    return np.array([int(digit) for digit in scores["exact"]])
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report and writes its plot."""
     options, lines, bars = results.options, [], {difficulty: {} for difficulty in DIFFICULTIES}
     for connector in options.connectors:
         runs = _runs(results, connector)
@@ -111,25 +115,27 @@ def section(results: Results, folder: Path) -> str:
             continue
         cells = []
         for difficulty in DIFFICULTIES:
-            found = [run[difficulty] for run in runs.values()]
+            after = [run[difficulty] for run in runs.values()]
             before = [run[BEFORE + difficulty] for run in runs.values()]
-            exact = estimate(np.array([_exact(one) for one in found]), found[0]["questions"])
-            jaccard = estimate(np.array([one["jaccards"] for one in found]), found[0]["questions"])
+            exact = estimate(np.array([_exact(scores) for scores in after]), after[0]["questions"])
+            jaccard = estimate(np.array([scores["jaccards"] for scores in after]), after[0]["questions"])
             bars[difficulty][TITLES[connector]] = exact
-            untrained = estimate(np.array([_exact(one) for one in before]), before[0]["questions"])
+            untrained = estimate(np.array([_exact(scores) for scores in before]), before[0]["questions"])
             cells += [str(untrained), str(exact), str(jaccard)]
         lines.append(f"| {TITLES[connector]} | {' | '.join(cells)} |")
-    columns = [f"{difficulty}, {what}" for difficulty in DIFFICULTIES for what in ("as it was", "trained", "Jaccard")]
+    columns = [f"{difficulty}, {name}" for difficulty in DIFFICULTIES for name in ("before", "trained", "Jaccard")]
     table = [f"| connector | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    what = (
-        "The answer to one of a page's questions struck through by bars of the paper's colour, an eighth (easy) or "
-        "a quarter (hard) of a capital's height, to be read all the same. *As it was*: exact match of the models of "
-        "the main table, which never saw covered print. *Trained*: each goes on from there, for "
-        f"{SHARE:.0%} of its last stage's steps, on covered pages and plain questions half and half, all parts at the "
-        "rate of the decoder; one training for both difficulties. Exact match and Jaccard (once trained) by VCR's own "
-        f"rules. On the {ENCODER_TITLES[options.encoders[0]]}."
+    introduction = (
+        "Bars in the paper's color strike through the answer to one question of each page, with a height of an eighth "
+        "(easy) or a quarter (hard) of a capital. The model has to read the answer all the same.\n\n"
+        "- *Before*: exact match of the models of the main table, which never saw covered print.\n"
+        f"- *Trained*: each model continues for {SHARE:.0%} of the steps of its last stage, half on covered pages and "
+        "half on plain questions, with all parts at the learning rate of the decoder. One training covers both "
+        "difficulties.\n"
+        "- Exact match and Jaccard (after training) follow the rules of VCR.\n"
+        f"- Measured on the {ENCODER_TITLES[options.encoders[0]]}."
     )
-    parts = [what, "", *table, *lines, ""]
+    parts = [introduction, "", *table, *lines, ""]
     if lines:
         plots.bars(folder / "restoration.svg", bars, "covered answers restored exactly")
         parts += ["![Share of covered answers restored, by connector](restoration.svg)", ""]
@@ -137,13 +143,13 @@ def section(results: Results, folder: Path) -> str:
 
 
 def claims(results: Results) -> list[str]:
+    """Returns the claims that ALIGN restores more than MLP."""
     lines, first, second = [], _runs(results, "align"), _runs(results, "mlp")
     seeds = sorted(first.keys() & second.keys())
     for difficulty in DIFFICULTIES if seeds else ():
         values = np.array([_exact(first[seed][difficulty]) - _exact(second[seed][difficulty]) for seed in seeds])
         lead = estimate(values, first[seeds[0]][difficulty]["questions"])
-        says = f"ALIGN restores more of what is covered ({difficulty}) than MLP: {lead.signed()}."
-        lines.append(f"{verdict(lead)}: {says}")
+        lines.append(f"{verdict(lead)}: ALIGN restores more covered answers ({difficulty}) than MLP: {lead.signed()}.")
     return lines
 
 

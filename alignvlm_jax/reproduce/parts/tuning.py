@@ -1,4 +1,4 @@
-"""The connector's learning rate: as many trials for each connector, over the same grid, judged on validation pages."""
+"""The connector's learning rate: equally many trials for each connector, on the same grid, by validation loss."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from alignvlm_jax.reproduce.work import Work
 
 
 def trials(connector: str, encoder: str) -> list[Job]:
-    """The trials of a connector on an encoder."""
+    """Returns the trials of a connector on an encoder."""
     return [
         Job(
             "tuning",
@@ -28,6 +28,7 @@ def trials(connector: str, encoder: str) -> list[Job]:
 
 
 def jobs(options: Options) -> list[Job]:
+    """Returns the trials of all connectors and encoders."""
     return [
         job
         for encoder in options.encoders
@@ -37,54 +38,57 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
+    """Trains for a share of the steps; the validation loss is part of every training's result."""
     config = work.experiment(factor=work.job["factor"], steps=recipe.TUNING_SHARE)
     work.train(work.on_pages(config, 1.0))
     return {}
 
 
 def chosen_factor(out: Path, connector: str, encoder: str) -> float:
-    """The factor of the trial with the least validation loss.
+    """Returns the factor of the trial with the lowest validation loss.
 
     Raises:
-      UserError: none of them ended in a finite loss.
+      UserError: if no trial has a finite loss.
     """
-    found = {job["factor"]: read_result(out, job) for job in trials(connector, encoder)}
-    losses = {factor: _loss(result) for factor, result in found.items()}
+    results = {job["factor"]: read_result(out, job) for job in trials(connector, encoder)}
+    losses = {factor: _loss(result) for factor, result in results.items()}
     best = min(losses, key=losses.__getitem__)
     if not math.isfinite(losses[best]):
-        raise UserError(f"no trial of {connector} on {encoder} came to a finite loss: see {out}/runs/tuning")
+        raise UserError(f"no trial of {connector} on {encoder} reached a finite loss: see {out}/runs/tuning")
     return best
 
 
 def _loss(result: Result | None) -> float:
+    """Returns the validation loss; infinity for a missing result and for NaN, which `min` cannot order."""
     loss = math.inf if result is None else result.get("validation_loss", math.inf)
     return loss if math.isfinite(loss) else math.inf
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report."""
     lines = [
         f"{len(recipe.RATE_FACTORS)} trials for every connector on every encoder, each with {recipe.TUNING_SHARE:.0%} "
-        "of a run's steps, with seed 0: the recipe's learning rates of the connector times a factor, all else equal. "
-        "The trial with the least loss on validation questions (nats per answer token) is taken; held-out pages are "
-        "not looked at.",
+        "of the steps of a run and seed 0. A trial multiplies the recipe's learning rates of the connector by a "
+        "factor; all else is equal.\n\nThe factor with the lowest loss on validation questions (nats per answer "
+        "token, in bold) is used. Held-out pages play no part in the choice.",
         "",
         "| encoder | connector | " + " | ".join(f"x {factor:g}" for factor in recipe.RATE_FACTORS) + " |",
         "|---|---|" + "---:|" * len(recipe.RATE_FACTORS),
     ]
     for encoder in results.options.encoders:
         for connector in results.options.connectors:
-            found = results.complete(trials(connector, encoder))
-            losses = {job["factor"]: _loss(result) for job, result in found.items()}
-            least = min(losses.values(), default=None)
-            cells = [_cell(losses.get(factor), least) for factor in recipe.RATE_FACTORS]
+            complete = results.complete(trials(connector, encoder))
+            losses = {job["factor"]: _loss(result) for job, result in complete.items()}
+            lowest = min(losses.values(), default=None)
+            cells = [_cell(losses.get(factor), lowest) for factor in recipe.RATE_FACTORS]
             lines.append(f"| {ENCODER_TITLES[encoder]} | {TITLES[connector]} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", results.missing(jobs(results.options))])
 
 
-def _cell(loss: float | None, least: float | None) -> str:
+def _cell(loss: float | None, lowest: float | None) -> str:
     if loss is None:
         return ""
-    return f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
+    return f"**{loss:.3f}**" if loss == lowest else f"{loss:.3f}"
 
 
 PART = Part("tuning", "How the learning rates were chosen", jobs, run, section)

@@ -1,4 +1,4 @@
-"""ALIGN with fewer words: the score against how many of the decoder's words its connector keeps."""
+"""ALIGN with fewer words: the score by the number of the decoder's words that its connector keeps."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from alignvlm_jax.reproduce.parts import accuracy
 from alignvlm_jax.reproduce.statistics import estimate
 from alignvlm_jax.reproduce.work import Work, digits
 
-# A sixteenth to all of the nano decoder's 512 words; the pages print 69 different characters.
+# From a sixteenth of the nano decoder's 512 words up; the pages print 69 different characters.
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 1 / 2)
 _MASSES = (0.9, 0.99, 0.999)
 _PAGES = 100
 
 
 def jobs(options: Options) -> list[Job]:
+    """Returns the measurements on ALIGN's trained models of the main table."""
     return [
         Job(
             "vocabulary",
@@ -39,8 +40,8 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
+    """Counts the words on validation pages and scores the pruned models on held-out ones."""
     reader = work.reader(accuracy.job("align", work.job.encoder, work.job.seed))
-    # What is used is counted on validation pages, what it is worth is measured on held-out ones.
     usage = mean_distribution(reader, work.records("validation"), pages=_PAGES)
     kept = np.cumsum(np.sort(usage)[::-1])
     records, size = work.records("heldout"), len(usage)
@@ -62,35 +63,35 @@ def run(work: Work) -> dict[str, Any]:
 
 
 def section(results: Results, folder: Path) -> str:
+    """Returns the section of the report and writes its plot."""
     options, curves, lines = results.options, {}, []
     for encoder in options.encoders:
-        found = [
-            result["found"]
-            for result in results.complete([job for job in jobs(options) if job.encoder == encoder]).values()
-        ]
-        if not found:
+        encoder_jobs = [job for job in jobs(options) if job.encoder == encoder]
+        runs = [result["found"] for result in results.complete(encoder_jobs).values()]
+        if not runs:
             continue
         names = [*(f"{share:g}" for share in SHARES), "1"]
         values = [
-            estimate(np.array([digits(run["points"][name]) for run in found]), found[0]["points"][name]["questions"])
+            estimate(np.array([digits(run["points"][name]) for run in runs]), runs[0]["points"][name]["questions"])
             for name in names
         ]
-        words = [found[0]["points"][name]["words"] for name in names]
+        words = [runs[0]["points"][name]["words"] for name in names]
         curves[ENCODER_TITLES[encoder]] = {"ALIGN": (words, values)}
         lines += [f"### {ENCODER_TITLES[encoder].capitalize()}", "", "| words kept | mass kept | exact match | loss |"]
         lines.append("|---:|---:|---|---|")
         for name, number, value in zip(names, words, values, strict=True):
-            mass = np.mean([run["points"][name].get("mass", 1.0) for run in found])
-            lost = estimate(
-                np.array([digits(run["points"]["1"]) - digits(run["points"][name]) for run in found]),
-                found[0]["points"][name]["questions"],
+            mass = np.mean([run["points"][name].get("mass", 1.0) for run in runs])
+            loss = estimate(
+                np.array([digits(run["points"]["1"]) - digits(run["points"][name]) for run in runs]),
+                runs[0]["points"][name]["questions"],
             )
-            lines.append(f"| {number} | {mass:.4f} | {value} | {lost.signed() if name != '1' else ''} |")
+            lines.append(f"| {number} | {mass:.4f} | {value} | {loss.signed() if name != '1' else ''} |")
         carrying = ", ".join(
-            f"{np.mean([run['words_carrying'][f'{mass:g}'] for run in found]):.0f} words {mass:.1%}" for mass in _MASSES
+            f"{np.mean([run['words_carrying'][f'{mass:g}'] for run in runs]):.0f} words carry {mass:.1%}"
+            for mass in _MASSES
         )
-        largest = np.mean([run["largest_probability"] for run in found])
-        lines += ["", f"Of the mean distribution's mass {carrying} carry; the commonest word has {largest:.3f}.", ""]
+        largest = np.mean([run["largest_probability"] for run in runs])
+        lines += ["", f"Of the mass of the mean distribution, {carrying}. The most common word has {largest:.3f}.", ""]
     if curves:
         plots.curves(
             folder / "vocabulary.svg",
@@ -100,12 +101,13 @@ def section(results: Results, folder: Path) -> str:
             logarithmic=(True, False),
         )
         lines += ["![Share of questions answered right by ALIGN with fewer words](vocabulary.svg)", ""]
-    what = (
-        "ALIGN's connector cut down to its most used words after training, without training it again; usage is the "
-        f"mean of P over {_PAGES} validation pages, the score that of the first {options.analysed} held-out questions. "
-        "The paper: 3.4K of 128K words carry the mass, and keeping only those costs 0.12 points of 58.81."
+    introduction = (
+        "ALIGN's connector pruned to its most used words after training, without further training. Usage is the mean "
+        f"of P over {_PAGES} validation pages; the score is that of the first {options.analysed} held-out "
+        "questions.\n\nIn the paper, 3.4K of 128K words carry the mass, and keeping only those costs 0.12 points of "
+        "58.81."
     )
-    return "\n".join([what, "", *lines, results.missing(jobs(options))])
+    return "\n".join([introduction, "", *lines, results.missing(jobs(options))])
 
 
 PART = Part("vocabulary", "ALIGN with fewer words", jobs, run, section)

@@ -1,4 +1,4 @@
-"""Results as the jobs write them, with figures made up: how often each connector is right is given."""
+"""Fake results in the format of the jobs, in which each connector is right at a given rate."""
 
 import zlib
 from pathlib import Path
@@ -16,7 +16,7 @@ PAGES = [3, 4] * 20
 
 
 def write_results(options: Options, out: Path, rates: dict[str, float], only: tuple[str, ...] = ()) -> list[Job]:
-    """A result for every job; `rates` are the shares of right answers by connector, whatever the job measures."""
+    """Writes a result for every job; `rates` are the shares of right answers by connector, for all kinds of jobs."""
     jobs = parts.all_jobs(options, only)
     for job in jobs:
         write_result(out, job, rates[job.connector])
@@ -24,6 +24,7 @@ def write_results(options: Options, out: Path, rates: dict[str, float], only: tu
 
 
 def write_result(out: Path, job: Job, rate: float, status: str = COMPLETE) -> None:
+    """Writes the result of a job with this share of right answers."""
     rng = np.random.default_rng(zlib.crc32(job.name.encode()))
     trained = {
         "steps": 350,
@@ -32,7 +33,7 @@ def write_result(out: Path, job: Job, rate: float, status: str = COMPLETE) -> No
         "validation_loss": 1.0 - rate + abs(np.log(job["factor"]) if job.part == "tuning" else 0.0),
         "parameters": {"vision": 10, "connector": 5, "language": 10},
     }
-    figures = {
+    result = {
         "job": job.name,
         "status": status,
         "minutes": 3.0,
@@ -41,10 +42,11 @@ def write_result(out: Path, job: Job, rate: float, status: str = COMPLETE) -> No
         "versions": {"git": "abc"},
         "cores": 2,
     }
-    write_json(figures, job.folder(out) / RESULT_FILE)
+    write_json(result, job.folder(out) / RESULT_FILE)
 
 
 def score(rng: np.random.Generator, rate: float) -> dict:
+    """Returns the scores of an evaluation with this share of right answers."""
     right = rng.random(sum(PAGES)) < rate
     return {
         "exact_match": round(float(right.mean()), 4),
@@ -62,7 +64,7 @@ def _accuracy(rng, rate):
 def _noise(rng, rate):
     names = ["0", *(f"{share:g}" for share in noise.RELATIVE_SIGMAS), "paper"]
     distances = {"cosine_distance": 0.1, "centred_cosine_distance": 0.2, "token_centred_cosine_distance": 0.3}
-    # A connector's loss is the larger, the worse it is.
+    # The worse a connector is, the more it loses.
     points = {name: {**score(rng, rate if name == "0" else rate**2), **distances} for name in names}
     return {"feature_deviation": 1.5, "points": points}
 
@@ -79,7 +81,7 @@ def _vocabulary(rng, rate):
 
 
 def _restoration(rng, rate):
-    def of(share):
+    def fake_scores(share):
         exact = rng.random(sum(PAGES)) < share
         return {
             "exact": "".join("01"[int(value)] for value in exact),
@@ -88,11 +90,13 @@ def _restoration(rng, rate):
         }
 
     names = restoration.DIFFICULTIES
-    return {name: of(rate) for name in names} | {restoration.BEFORE + name: of(rate / 2) for name in names}
+    return {name: fake_scores(rate) for name in names} | {
+        restoration.BEFORE + name: fake_scores(rate / 2) for name in names
+    }
 
 
 def _names(rng, rate, seed):
-    """Wrong ones are garble, whatever the name; the decoder alone makes no mistakes."""
+    """Returns answers whose errors are garble at the same rate for every name; the decoder alone is always right."""
     lexicon = draw_lexicon(seed, names.GROUPS)
     wrong = rng.random(len(lexicon) * 4) >= rate
     answers = [
