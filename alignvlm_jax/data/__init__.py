@@ -1,1 +1,4 @@
-"""From documents to packed batches: drawing, storing, tiling, tokenizing, packing. Nothing here knows of models."""
+"""Data pipeline: from documents to packed batches.
+
+Examples are ordered, read from disk, tokenized, cut into tiles and packed. This package does not depend on the models.
+"""

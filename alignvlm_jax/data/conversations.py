@@ -1,13 +1,13 @@
-"""What is said about the pictures of a record: from its fields to messages and images.
+"""Conversations from records: the messages and images that a task makes of a record's fields.
 
-A task names the fields it reads:
+The tasks and the fields they read:
 
-    conversation   `conversation` (messages as JSON) and `images`, as `tools/prepare_data.py` writes them: none, one or
-                   several images, one or several turns; the i-th {"type": "image"} stands for images[i]
-    transcribe     `image`, `transcription`: the page is to be written out
-    qa             `image`, `questions`, `answers`: its questions, in random order
-    mixed          one of the last two, by a fair coin: a conversation holding both would let the questions be answered
-                   from the transcription instead of the page
+    conversation   `conversation` (messages as JSON) and `images`, as `tools/prepare_data.py` writes them: any number of
+                   images and turns; the i-th {"type": "image"} stands for images[i]
+    transcribe     `image`, `transcription`: the answer is the text of the page
+    qa             `image`, `questions`, `answers`: the questions of the page, in random order
+    mixed          either `transcribe` or `qa`, with equal probability. A conversation with both would let the questions
+                   be answered from the transcription instead of the page.
 """
 
 import json
@@ -34,7 +34,7 @@ TRANSCRIBE_INSTRUCTION = "Read the page."
 
 
 class Conversation(NamedTuple):
-    """Messages as `chat.ChatTokenizer` takes them, and the files of the images they show, in order."""
+    """Messages in the form that `chat.ChatTokenizer` takes, and the encoded images they show, in order."""
 
     messages: list[Message]
     images: list[bytes]
@@ -43,17 +43,17 @@ class Conversation(NamedTuple):
 def make_conversation(
     record: Record, task: Task, rng: np.random.Generator, max_turns: int | None = None
 ) -> Conversation:
-    """The conversation that a task makes of a record.
+    """Returns the conversation that a task makes of a record.
 
     Args:
-      record: its fields; see the module docstring.
-      task: which of them to read.
-      rng: for what is random in the task.
-      max_turns: at most so many questions with their answers: of a conversation the first ones (later ones may speak of
-        earlier ones), with the images shown in them, of a page's questions any. None keeps all.
+      record: The record; see the module docstring for its fields.
+      task: Name of the task.
+      rng: Source of the task's random choices.
+      max_turns: Largest number of questions, each with its answer; None keeps all. A conversation keeps its first turns
+        (later ones may refer to earlier ones) and the images shown in them. A page's questions are drawn at random.
 
     Raises:
-      UserError: the record has not what the task needs.
+      UserError: if the record lacks a field that the task needs, or the field is not valid.
     """
     if task == "conversation":
         messages = _first_turns(_parse(_field(record, "conversation")), max_turns)
@@ -69,7 +69,10 @@ def make_conversation(
     elif task == "qa":
         questions, answers = _field(record, "questions"), _field(record, "answers")
         if len(questions) != len(answers) or not len(questions):
-            raise UserError(f"the record has {len(questions)} questions and {len(answers)} answers")
+            raise UserError(
+                f"expected as many answers as questions and at least one, got {len(questions)} questions and "
+                f"{len(answers)} answers"
+            )
         turns = [(questions[i], answers[i]) for i in rng.permutation(len(questions))[:max_turns]]
     else:
         raise ValueError(f"task: expected one of {', '.join(FIELDS)}, got {task!r}")
@@ -77,12 +80,13 @@ def make_conversation(
     for question, answer in turns:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": answer})
-    messages[0]["content"].insert(0, {"type": "image"})  # Vision first.
+    # The page comes before the first question.
+    messages[0]["content"].insert(0, {"type": "image"})
     return Conversation(messages, [_field(record, "image")])
 
 
 def _first_turns(messages: list[Message], max_turns: int | None) -> list[Message]:
-    """The messages through the answer to the `max_turns`-th question."""
+    """Returns the messages up to and including the answer to question number `max_turns`."""
     if max_turns is None:
         return messages
     answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
@@ -99,11 +103,12 @@ def _parse(text: str) -> list[Message]:
     for message in messages:
         for part in _parts(message):
             if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
-                raise UserError(f"a part of a message is neither an image nor text: {str(part)[:60]}")
+                raise UserError(f"a part of a message is neither an image nor a text: {str(part)[:60]}")
     return messages
 
 
 def _parts(message: Message) -> Sequence[Any]:
+    """Returns the parts of a message; a message of plain text has none."""
     content = message.get("content")
     return content if isinstance(content, list) else ()
 

@@ -1,8 +1,9 @@
-"""How far two texts are apart: Levenshtein's distance."""
+"""Levenshtein distance between two texts."""
 
 
 def edit_distance(left: str, right: str) -> int:
-    """The fewest insertions, deletions and substitutions of code points between two texts."""
+    """Returns the smallest number of code points to insert, delete or replace to turn one text into the other."""
+    # One row of the distance matrix is kept: row[j] is the distance between the letters of `left` so far and right[:j].
     row = list(range(len(right) + 1))
     for i, letter in enumerate(left, start=1):
         diagonal, row[0] = row[0], i

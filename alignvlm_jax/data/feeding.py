@@ -1,19 +1,20 @@
-"""Batches for the training loop, made ahead by threads or processes, and gone on with exactly.
+"""Prefetched batches for the training loop, with exact resumption.
 
-Axis letters: K microbatches, B rows of a microbatch, b those of them that this process makes.
+Axis letters: K microbatches, B rows of a microbatch, b of these rows that this process makes.
 
-The order of examples (`order.py`) is dealt out to B rows: row r takes the positions r, r + B, r + 2 B, ... of it and
-packs them by itself (`window.py`). Its bin number t * K + k is row r of microbatch k of step t. So a row's bins are a
-function of the config and the seed alone, and any process can make any rows: on one host or on many, with few workers
-or many, step t is the same batch. What a row is at is its `Window`: its state, of all rows, is all there is to keep.
+The order of examples (`order.py`) is dealt out to B rows. Row r takes the positions r, r + B, r + 2 B, ... and packs
+them independently of the other rows (`window.py`). Its bin number t * K + k becomes row r of microbatch k of step t.
+The bins of a row are therefore a function of the config and the seed alone, and any process can make any row: step t
+is the same batch on one host or on many, with few workers or many. A row's `Window` holds the row's position, so the
+states of all windows are the complete state of the data.
 
     order   0  1  2  3  4  5  6  7 ...         B = 2
     row 0   0     2     4     6    ...    ->   bins [0 4] [2] [6 8] ...
     row 1      1     3     5     7 ...    ->   bins [1 3 5] [7 9] ...
 
-One thread plans: it has examples measured, fills the windows, takes out bins and has their examples made; a pool of
-threads or processes does both kinds of work. Pictures are in memory only for the few batches that are being made or
-ready.
+One thread plans: it requests the sizes of examples, fills the windows, takes bins from them and requests their
+examples. A pool of threads or processes does the measuring and the making. Images are in memory only for the few
+batches that are being made or are ready.
 """
 
 import collections
@@ -33,34 +34,34 @@ from alignvlm_jax.data.workers import DeafContext, end_with_parent
 from alignvlm_jax.errors import UserError
 
 RowStates = Mapping[str, Any]
-"""Of rows by their number: where each is. JSON can hold it."""
+"""The state of each row, by row number; serializable as JSON."""
 
-# Positions that are measured in one go: a message to a process and back costs as much as measuring one example.
+# Positions measured per task: a message to a process and back costs as much as measuring one example.
 _MEASURED_TOGETHER = 16
 
-# So many examples must have come before a share of refused ones says anything about the whole.
+# The share of refused examples is judged only after this number of examples: earlier it is too noisy.
 ENOUGH_TO_JUDGE = 1000
 
 
 class BatchIterator(Protocol):
-    """Batches one after the other, and where that leaves the data."""
+    """An iterator over batches that reports its position in the data."""
 
     def __iter__(self) -> "BatchIterator": ...
 
     def __next__(self) -> Batch:
-        """The next batch, [K, b, ...]."""
+        """Returns the next batch, [K, b, ...]."""
 
     def state(self) -> RowStates:
-        """Where the rows are after the batches handed out so far."""
+        """Returns the state of the rows after the batches returned so far."""
 
     def refused(self) -> list[Refused]:
-        """The examples that were refused for these batches and not yet asked after."""
+        """Returns, once, the examples refused for the batches returned since the previous call."""
 
     def name(self, number: int) -> str:
-        """What a user knows an example by, given its entry in `example_ids`."""
+        """Returns the readable name of the example with this entry in `example_ids`."""
 
     def close(self) -> None:
-        """Ends the threads and processes behind it."""
+        """Ends the threads and processes behind the iterator."""
 
 
 class Pool:
@@ -69,7 +70,8 @@ class Pool:
     def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
         self._reader = reader
         if workers:
-            # Whatever stops the training process, it finishes its step and saves, for which it may need these.
+            # On Ctrl-C or SIGTERM the training process still finishes its step and saves. It may need these workers
+            # for that, so the signals must not end them.
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 workers, DeafContext(), initializer=_begin_worker, initargs=(reader,)
             )
@@ -79,11 +81,11 @@ class Pool:
             self._submit = lambda function, items: self._executor.submit(function, items, reader)
 
     def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[Waiting | Refused]]":
-        """Begins to look up how large the examples at these positions are."""
+        """Starts measuring the examples at these positions."""
         return self._submit(_measure, positions)
 
     def make(self, examples: Sequence[Waiting]) -> "concurrent.futures.Future[list[Example | Refused]]":
-        """Begins to make tiles and tokens of the examples."""
+        """Starts making the tokens and tiles of the examples."""
         return self._submit(_make, examples)
 
     def close(self) -> None:
@@ -91,17 +93,19 @@ class Pool:
 
 
 class Feed:
-    """The batches of a stage, some rows of each; a `BatchIterator`. Close it when it is no longer wanted.
+    """Makes the batches of a stage, or some of their rows; a `BatchIterator`. Call `close` when done.
 
     Args:
-      reader: of the stage's examples.
-      rows: which rows of a microbatch to make, in the order they have in the batch.
+      reader: Reader of the stage's examples.
+      rows: Rows of a microbatch to make, in the order they have in the batch.
       microbatches: K.
-      state: of these rows (more are ignored): where to go on; None from the start.
-      num_examples: the order ends after so many, and bins are empty from then on; None for an endless one.
-      workers: processes to make examples in; 0 takes `threads` of this process.
-      prefetch: batches that are being made or ready.
-      max_refused: stop with a `UserError` when a larger share of the examples of this sitting is refused.
+      state: State of these rows to resume from (other rows are ignored); None starts at the beginning.
+      num_examples: Number of examples after which the order ends and bins are empty; None means an endless order.
+      workers: Number of processes that make examples; 0 uses `threads` threads of this process.
+      threads: Number of threads that make examples if there are no worker processes.
+      prefetch: Number of batches that are being made or are ready.
+      max_refused: Largest share of refused examples since this feed was created; above it, the feed raises a
+        `UserError`.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class Feed:
         self._reasons: collections.Counter[str] = collections.Counter()
         self._state = self._row_states()
         self._refused: list[Refused] = []
+        # One slot is enough: `prefetch` bounds the batches in the making, and the queue only hands them over.
         self._ready: queue.Queue = queue.Queue(1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
@@ -137,7 +142,7 @@ class Feed:
     def __next__(self) -> Batch:
         made = self._ready.get()
         if isinstance(made, BaseException):
-            self._ready.put(made)  # for whoever asks again
+            self._ready.put(made)  # the planning thread has ended: a later call must raise again, not block
             raise made
         batch, self._state, refused = made
         self._refused += refused
@@ -161,8 +166,9 @@ class Feed:
         self._pool.close()
 
     def _run(self) -> None:
-        """The planning thread: hands over batches until it is closed or something goes wrong."""
+        """Runs in the planning thread: delivers batches until the feed is closed or an error occurs."""
         try:
+            # Plan `prefetch` steps ahead, then finish the oldest step and plan a new one in turn.
             planned = (self._plan() for _ in itertools.count())
             ahead = collections.deque(itertools.islice(planned, self._prefetch))
             while self._hand_over(self._finish(*ahead.popleft())):
@@ -170,15 +176,16 @@ class Feed:
         except concurrent.futures.process.BrokenProcessPool:
             self._hand_over(
                 UserError(
-                    "a process that reads data was killed (was it out of memory?): try fewer of them "
-                    "(config.data.workers) or fewer batches ahead (config.data.prefetch_batches)"
+                    "a process that reads data was killed, perhaps because memory ran out: use fewer processes "
+                    "(config.data.workers) or fewer prefetched batches (config.data.prefetch_batches)"
                 )
             )
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that asks for the next batch
             self._hand_over(error)
 
     def _hand_over(self, made: Any) -> bool:
-        """Whether it was taken, and not given up because nobody wants it any more."""
+        """Puts a batch or an error in the queue; returns False if the feed was closed before there was room."""
+        # A plain put() would block forever, and with it close(), once nobody takes batches any more.
         while not self._closed.is_set():
             try:
                 self._ready.put(made, timeout=0.1)
@@ -188,16 +195,17 @@ class Feed:
         return False
 
     def _plan(self) -> tuple[list[Any], RowStates]:
-        """Takes the bins of one step out of the windows and has their examples made."""
+        """Takes the bins of one step from the windows and requests their examples."""
         bins = []
         for k in range(self._microbatches):
             for place, source in enumerate(self._sources):
                 taken, refused = source.take_bin()
                 bins.append(((k, place), self._pool.make(taken) if taken else None, refused))
+        # The state belongs to the batch: it is the state after this step, however far ahead the planning is.
         return bins, self._row_states()
 
     def _finish(self, bins: list[Any], state: RowStates) -> tuple[Batch, RowStates, list[Refused]]:
-        """Waits for the examples of a step and writes them into a batch."""
+        """Waits for the examples of a step and writes them to a batch."""
         reader, all_refused = self._reader, []
         batch = empty_batch(
             self._microbatches,
@@ -209,6 +217,7 @@ class Feed:
         )
         for at, making, refused in bins:
             made = making.result() if making else []
+            # Some damage shows only when an image is decoded, after the example was measured and given a bin.
             spoilt = [example for example in made if isinstance(example, Refused)]
             for example in spoilt:
                 self._check_refusals(example)
@@ -223,19 +232,20 @@ class Feed:
         return {str(row): source.window.state() for row, source in zip(self._rows, self._sources, strict=True)}
 
     def _check_refusals(self, refused: Refused) -> None:
-        """Called with every example that is refused: are these too many?"""
+        """Counts a refused example and raises a `UserError` if there are too many of them."""
+        # Reasons that differ only in numbers are counted together.
         self._reasons[re.sub(r"\d+", "N", refused.reason)] += 1
         seen, lost = sum(source.num_seen for source in self._sources), self._reasons.total()
         if lost > self._max_refused * max(seen, ENOUGH_TO_JUDGE):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self._reasons.most_common(5))
             raise UserError(
                 f"{lost} of {seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
-                f"({reasons}). Put the data right, or raise config.data.max_refused"
+                f"({reasons}). Fix the data, or raise config.data.max_refused"
             )
 
 
 class _Row:
-    """One row: its window, and the examples that are being measured for it."""
+    """One row: its window and the examples that are being measured for it."""
 
     def __init__(
         self,
@@ -254,12 +264,12 @@ class _Row:
         )
         self._measuring: collections.deque = collections.deque()
         self._measured: Iterator[Waiting | Refused] = iter(())
-        # As far ahead as a window is wide: a bin takes no more out of it.
+        # Measure one window width ahead: a bin takes at most that many examples from the window.
         self._chunks_ahead = max(1, window.config.window // _MEASURED_TOGETHER)
         self._look_ahead()
 
     def take_bin(self) -> tuple[list[Waiting], list[Refused]]:
-        """The examples of the row's next bin, and those refused since the bin before."""
+        """Returns the examples of the row's next bin, and the examples refused since the previous bin."""
         refused = []
         while self.window.has_room and (example := self._next()) is not None:
             self.window.next_position += self._stride
@@ -272,7 +282,7 @@ class _Row:
         return self.window.take_bin(), refused
 
     def _next(self) -> Waiting | Refused | None:
-        """The next example of the row's part of the order; None at its end."""
+        """Returns the next example of the row's part of the order, or None at its end."""
         while (example := next(self._measured, None)) is None:
             if not self._measuring:
                 return None
@@ -281,6 +291,7 @@ class _Row:
         return example
 
     def _look_ahead(self) -> None:
+        """Keeps the next chunks of positions in the pool's queue."""
         while len(self._measuring) < self._chunks_ahead:
             positions = list(itertools.islice(self._positions, _MEASURED_TOGETHER))
             if not positions:
@@ -289,13 +300,18 @@ class _Row:
 
 
 def _window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
+    """Returns the window of a row, at the beginning or as `state` describes it."""
     if state is None:
         return Window(reader.packing, row)
     if str(row) not in state:
-        raise UserError(f"the checkpoint does not say where row {row} of the data was: it has {', '.join(state)}")
+        raise UserError(
+            f"the checkpoint has no data state for row {row}, only for rows {', '.join(state)}: was it written with "
+            "another number of rows (config.data.packing.bins_per_microbatch)?"
+        )
     return Window.from_state(reader.packing, state[str(row)])
 
 
+# In a worker process: the reader, which is sent once and not with every task.
 _worker_reader: ExampleReader | None = None
 
 

@@ -1,10 +1,10 @@
-"""Write examples into rows of static shape, within two budgets: text positions and tiles.
+"""Writes examples into rows of static shape, within two budgets: text positions and tiles.
 
 Axis letters: K microbatches, b rows of a microbatch, L positions per bin, M tiles per bin, S tile side, N visual tokens
 per tile (after the connector), X examples per bin, n tokens and m tiles of one example.
 
-A bin is one row: whole examples behind each other, never a part of one (which of them, `window.py` decides). Two
-examples, N = 2, as the tokenizer left them (i: image placeholder, letters: text; weights belong to targets, see
+A bin is one row. It holds complete examples, one after the other; `window.py` decides which ones. Here are two examples
+with N = 2 as the tokenizer returns them (i: image placeholder, letters: text; loss weights belong to targets, see
 `chat.py`):
 
     example 4, two tiles  tokens         b  u  i  i  i  i  s  y  e
@@ -14,7 +14,7 @@ examples, N = 2, as the tokenizer left them (i: image placeholder, letters: text
                           visual_index   -  -  0  1  -  -  -  -
                           loss_weights   0  0  0  0  0  1  1  0
 
-and in a bin of L = 20, M = 4, where p is padding:
+packed into a bin of L = 20, M = 4, where p is padding:
 
     tokens          b  u  i  i  i  i  s  y  e  b  u  i  i  q  s  x  e  p  p  p
     targets         u  i  i  i  i  s  y  e  p  u  i  i  q  s  x  e  p  p  p  p
@@ -25,7 +25,7 @@ and in a bin of L = 20, M = 4, where p is padding:
     tiles           [4's first, 4's second, 7's, empty]       tile m's visual tokens are m * N ... m * N + N - 1
     example_ids     4  7 -1 -1 ...
 
-The last target of an example would be the first token of the next: it has no target, and weight 0.
+The last target of an example would be the first token of the next example, so it is padding and has weight 0.
 """
 
 import dataclasses
@@ -45,12 +45,13 @@ Batch = dict[str, np.ndarray]
 class PackingConfig:
     """The static shapes of a batch.
 
-    tokens_per_bin: L, text and visual tokens together.
-    tiles_per_bin: M.
-    bins_per_microbatch: B; a multiple of the devices a batch is spread over. The examples are dealt out to so many
-      rows, each of which is packed by itself: see `feeding.py`.
-    examples_per_bin: X, the most examples in a bin.
-    window: how many examples of a row wait at a time to be put together; see `window.py`.
+    Attributes:
+      tokens_per_bin: L, text and visual tokens together.
+      tiles_per_bin: M.
+      bins_per_microbatch: B, a multiple of the number of devices that a batch is sharded over. The examples are dealt
+        out to this number of rows, and each row is packed independently; see `feeding.py`.
+      examples_per_bin: X, the largest number of examples in a bin.
+      window: Number of examples of a row that wait to be packed together; see `window.py`.
     """
 
     tokens_per_bin: int = 8192
@@ -61,17 +62,24 @@ class PackingConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name == "tiles_per_bin" else 1):
-                raise ValueError(f"PackingConfig.{field.name}: too small: {getattr(self, field.name)}")
+            value, least = getattr(self, field.name), 0 if field.name == "tiles_per_bin" else 1
+            if value < least:
+                raise ValueError(f"PackingConfig.{field.name}: expected at least {least}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One conversation with its tiles, ready to be packed.
 
-    number: identifies it in `example_ids`.
-    was_cut: turns at its end were left out to keep within the limit on text.
-    resampling: under the tiling rule anyres_max_9, what each visual token is made of.
+    Attributes:
+      number: Number of the example in `example_ids`.
+      tokens: Token ids; an image placeholder stands for each visual token.
+      loss_weights: Weight of the target that follows each token.
+      visual_index: Index of the visual token at each position; -1 for text.
+      tiles: Pixels of all images' tiles.
+      valid_hw: Height and width of the image inside each tile.
+      was_cut: Whether turns at the end were dropped to stay within the limit on text.
+      resampling: Sources of each visual token, under the tiling rule anyres_max_9.
     """
 
     number: int
@@ -86,10 +94,12 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """An example that cannot be used: unreadable, or too large for any bin.
+    """An example that cannot be used: unreadable, or too large for a bin.
 
-    id, source: what the record and its data set are called.
-    reason: for people.
+    Attributes:
+      id: Id of the record.
+      source: Name of its data set.
+      reason: Readable explanation.
     """
 
     id: str
@@ -98,42 +108,46 @@ class Refused:
 
 
 def cut_text(chat: EncodedChat, max_text_tokens: int) -> EncodedChat:
-    """An example's tokens, at most so many of them text (visual tokens are not counted).
+    """Returns an example's tokens, truncated to `max_text_tokens` text tokens (visual tokens are not counted).
 
-    What is longer is cut at the end of the last answer that fits. Images are kept or left out whole.
+    Longer conversations are truncated at the end of the last answer that fits. An image is kept or dropped as a whole.
 
     Raises:
-      UserError: no answer ends within the limit.
+      UserError: if no answer ends within the limit.
     """
     text_so_far = np.cumsum(chat.visual_index < 0)
     if text_so_far[-1] <= max_text_tokens:
         return chat
-    # Position i ends an answer if it was a weighted target (of i - 1) and the token after it is not.
+    # Position i ends an answer if token i is a weighted target (of position i - 1) and token i + 1 is not.
     weighted = chat.loss_weights > 0
     ends = np.append(False, weighted[:-1]) & ~weighted
     fitting = np.flatnonzero(ends & (text_so_far <= max_text_tokens))
     if not len(fitting):
-        raise UserError(f"{text_so_far[-1]} text tokens, the limit is {max_text_tokens} and no answer ends before it")
+        raise UserError(
+            f"the example has {text_so_far[-1]} text tokens and no answer ends within the limit of {max_text_tokens}"
+        )
     return EncodedChat(*(field[: fitting[-1] + 1] for field in chat))
 
 
 def check_fits(chat: EncodedChat, num_tiles: int, config: PackingConfig) -> None:
-    """Refuses, with a `UserError`, what an empty bin has no room for."""
+    """Raises a `UserError` if an example does not fit into an empty bin."""
     if len(chat.tokens) > config.tokens_per_bin:
         num_visual = int(np.sum(chat.visual_index >= 0))
-        raise UserError(f"{len(chat.tokens)} tokens ({num_visual} visual), a bin holds {config.tokens_per_bin}")
+        raise UserError(
+            f"the example has {len(chat.tokens)} tokens ({num_visual} visual), a bin holds {config.tokens_per_bin}"
+        )
     if num_tiles > config.tiles_per_bin:
-        raise UserError(f"{num_tiles} tiles, a bin holds {config.tiles_per_bin}")
+        raise UserError(f"the example has {num_tiles} tiles, a bin holds {config.tiles_per_bin}")
 
 
 def empty_batch(
     microbatches: int, rows: int, config: PackingConfig, *, tile_size: int, pad_id: int, resampled: bool = False
 ) -> Batch:
-    """Bins without examples: [K, b, ...].
+    """Returns a batch of bins without examples, [K, b, ...].
 
-    Beside the fields of the contract there are counters for the training log, for each bin: `num_examples`, `num_cut`,
-    and `num_refused`, those that were refused while the bin was made. `resampled` adds what the tiling rule
-    anyres_max_9 needs: `visual_sources` and `visual_weights` (`resampling.py`).
+    Besides the model's inputs, each bin has counters for the training log: `num_examples`, `num_cut` and `num_refused`,
+    the number of examples refused while the bin was made. `resampled` adds the inputs of the tiling rule anyres_max_9:
+    `visual_sources` and `visual_weights` (see `resampling.py`).
     """
     lead = (microbatches, rows)
     bin_of_tokens, bin_of_tiles = (*lead, config.tokens_per_bin), (*lead, config.tiles_per_bin)
@@ -159,16 +173,19 @@ def empty_batch(
 
 
 def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], tokens_per_tile: int) -> None:
-    """Writes examples, which must fit, into the empty bin of microbatch and row `at`."""
+    """Writes examples to the empty bin `at` = (microbatch, row); they must fit."""
     start = tile = token = 0
     for slot, example in enumerate(examples):
         n, m, visual = len(example.tokens), len(example.tiles), example.visual_index
+        # The example's positions and tiles in the bin.
         here, here_tiles = (*at, slice(start, start + n)), (*at, slice(tile, tile + m))
         batch["tokens"][here] = example.tokens
+        # One position shorter: the last token of an example has no target.
         batch["targets"][*at, start : start + n - 1] = example.tokens[1:]
         batch["loss_weights"][here] = example.loss_weights
         batch["segment_ids"][here] = slot + 1
         batch["positions"][here] = np.arange(n)
+        # Visual tokens are numbered through the whole bin.
         batch["visual_index"][here] = np.where(visual >= 0, visual + token, -1)
         batch["tiles"][here_tiles] = example.tiles
         batch["tile_valid_hw"][here_tiles] = example.valid_hw
@@ -182,7 +199,7 @@ def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], to
 
 
 def fill(batch: Batch) -> dict[str, float]:
-    """How much of a packed batch is real: the fraction of its token slots and of its tile slots."""
+    """Returns the fractions of a packed batch's token slots and tile slots that are in use."""
     return {
         "tokens": float(np.mean(batch["segment_ids"] > 0)),
         "tiles": float(np.mean(batch["tile_valid_hw"][..., 0] > 0)) if batch["tile_valid_hw"].size else 1.0,

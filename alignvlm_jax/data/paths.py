@@ -1,4 +1,4 @@
-"""Files on this machine or in a bucket (`gs://`, `s3://`), read and written alike."""
+"""Access to files on the local machine or in a bucket (`gs://`, `s3://`)."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,19 @@ from alignvlm_jax.errors import UserError
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Whether the path is one of this machine's."""
+    """Returns whether a path is on the local machine."""
     return "://" not in os.fspath(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Of a file: its size, when it was last changed (0 where a bucket does not say), and whether it is one at all."""
+    """Metadata of a file.
+
+    Attributes:
+      size: Size in bytes.
+      changed: Time of the last change; 0 if a bucket does not report it.
+      is_regular: Whether the path is a regular file.
+    """
 
     size: int
     changed: int
@@ -31,9 +37,9 @@ class Status:
 
 
 def status(path: str | os.PathLike) -> Status:
-    """What is known of a file without opening it."""
+    """Returns the metadata of a file without opening it."""
     if is_local(path):
-        # Not by epath, which fails for a user id without a name: common in containers.
+        # epath's stat() fails for a user id without a name, which is common in containers.
         local = os.stat(path)
         return Status(local.st_size, local.st_mtime_ns, stat.S_ISREG(local.st_mode))
     remote = epath.Path(path).stat()
@@ -42,7 +48,7 @@ def status(path: str | os.PathLike) -> Status:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """The file, open for reading."""
+    """Opens a file for reading."""
     try:
         with epath.Path(path).open("rb") as file:
             yield file
@@ -52,13 +58,13 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def appearing_whole(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
-    """A local file to write to that takes its name, here or in a bucket, only if all went well.
+    """Yields a local file to write to, which gets its final name, local or in a bucket, only if no error occurs.
 
-    Until then it is in the folder `scratch`, which must be on the same disk, or for a bucket in a temporary one.
+    Until then it is in the folder `scratch`, which must be on the same disk; a bucket uses a temporary folder.
     """
     with contextlib.ExitStack() as stack:
         folder = scratch if is_local(path) else stack.enter_context(tempfile.TemporaryDirectory())
-        # No two writers share a name: of a run that was killed, a worker may still be at the same file.
+        # Names are unique, because a worker of a killed run may still be writing the same file.
         partial = Path(folder, f"{path.name}.{uuid.uuid4().hex}")
         try:
             yield partial
@@ -68,18 +74,24 @@ def appearing_whole(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
 
 
 def put(source: Path, path: epath.Path) -> None:
-    """Move a complete local file to its place; whoever looks there sees all of it or nothing."""
+    """Moves a complete local file to its final place, where it appears at once and complete."""
     with source.open("rb") as file:
         if is_local(path):
-            os.fsync(file.fileno())  # or a power cut may leave the name on an empty file
+            # Without fsync, a power failure may leave the final name on an empty file.
+            os.fsync(file.fileno())
             os.replace(source, path)
         else:
-            with path.open("wb") as copy:  # which a bucket shows when it is closed
+            # A bucket shows a file only when it is closed.
+            with path.open("wb") as copy:
                 shutil.copyfileobj(file, copy, 2**20)
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    """A file; the files of a folder with such endings, however deep; or those that match a pattern with `*`."""
+    """Returns the files that `pattern` names, in order.
+
+    The pattern is a file, a folder (all files below it that end with one of `suffixes`), or a path with `*`, `?` or
+    `[...]` in it.
+    """
     path = epath.Path(pattern)
     if path.is_dir():
         return sorted(str(file) for file in _files_in(path, suffixes))
@@ -88,17 +100,19 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     if wild is None or "**" in path.parts:
         return []
+    # Glob below the longest folder without wildcards.
     start = epath.Path(*path.parts[:wild]) if wild else epath.Path(".")
     return sorted(str(file) for file in start.glob("/".join(path.parts[wild:])))
 
 
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:
+    """Yields the files at any depth of a folder that end with one of `suffixes`."""
     if is_local(folder):  # os.walk does not follow links, which may lead back to the folder.
         yield from (
             epath.Path(at) / name for at, _, names in os.walk(folder) for name in names if name.endswith(suffixes)
         )
         return
-    for entry in folder.iterdir():  # epath's own walk forgets the gs:// of what it finds.
+    for entry in folder.iterdir():  # epath's own walk() drops the gs:// of the paths it returns.
         if entry.name.endswith(suffixes):
             yield entry
         elif entry.is_dir():

@@ -1,14 +1,16 @@
-"""From data sets to packed batches, all of it: what a config says about data, and a stage's feed made of it.
+"""The data part of a config, and the reader of a stage's examples built from it.
+
+The stages of the pipeline:
 
     open_dataset     records                 `store.py`
-    ExampleOrder     which comes when        `order.py`       mixture by weight, a new order every epoch
+    ExampleOrder     order of the records    `order.py`       mixture by weight, a new order every epoch
     ExampleReader    examples                `examples.py`    conversation -> tokens, images -> tiles
-    Window           which share a bin       `window.py`
-    Feed             batches                 `feeding.py`     ahead of the device, resumed exactly
-    plan_stage       how many bins a step    `planning.py`
+    Window           bins of examples        `window.py`
+    Feed             batches                 `feeding.py`     prefetched, resumed exactly
+    plan_stage       bins per step           `planning.py`
 
-A record that cannot be used (unreadable picture, larger than a bin) never ends a run: it is named in the workdir's
-`data_refused.jsonl` (`refusals.py`) and counted in the training log. Too many of them do end it.
+A record that cannot be used (unreadable image, larger than a bin) does not end a run. It is named in
+`data_refused.jsonl` in the workdir (`refusals.py`) and counted in the training log. Too many such records do end it.
 """
 
 import dataclasses
@@ -28,16 +30,19 @@ from alignvlm_jax.data.tiling import TilingConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the data are and how they become batches.
+    """Location of the data and how they become batches.
 
-    root: the folder that holds the data sets.
-    tiling, packing: how pages are cut and rows are filled.
-    max_turns: ask at most so many of a record's questions at a time, with their images; None asks all.
-    max_image_pixels: refuse larger pictures.
-    max_refused: end the run when a larger share of the examples cannot be used (judged from the thousandth on).
-    workers: processes that make examples; 0 takes `read_threads` of the training process, which serves small models.
-    read_threads: threads that make examples where there are no workers.
-    prefetch_batches: batches being made or ready at a time.
+    Attributes:
+      root: Folder that holds the data sets.
+      tiling: How pages are cut into tiles.
+      packing: How rows are filled.
+      max_turns: Largest number of questions used per record, with their images; None uses all.
+      max_image_pixels: Larger images are refused.
+      max_refused: Share of refused examples above which the run ends (judged from the thousandth example on).
+      workers: Number of processes that make examples; 0 uses `read_threads` threads of the training process, which
+        is enough for small models.
+      read_threads: Number of threads that make examples if there are no workers.
+      prefetch_batches: Number of batches that are being made or are ready at a time.
     """
 
     root: str = "data"
@@ -61,7 +66,7 @@ class MixtureComponent(Protocol):
 
 
 def source_name(part: MixtureComponent) -> str:
-    """The key of a part's records among the sources."""
+    """Returns the key of a component's records among the sources."""
     return f"{part.dataset}/{part.split}"
 
 
@@ -75,19 +80,19 @@ def make_reader(
     token_grid: TokenGrid,
     max_text_tokens: int,
 ) -> ExampleReader:
-    """The examples of a stage.
+    """Returns the reader of a stage's examples.
 
     Args:
-      sources: random-access records by `source_name`: "dataset/split".
-      mixture: the parts that examples are drawn from, by weight.
-      chat: how a conversation becomes tokens.
-      data: all else that a config says.
-      seed: hashed into the seed of the stage; give every stage its own.
-      token_grid: rows and columns of one tile's visual tokens, after the connector.
-      max_text_tokens: text tokens of an example (visual ones not counted); see `packing.cut_text`.
+      sources: Random-access records by `source_name`: "dataset/split".
+      mixture: Components to draw examples from, by weight.
+      chat: Tokenizer of conversations.
+      data: Other settings of the data.
+      seed: Hashed to the seed of the stage; use another one for every stage.
+      token_grid: Rows and columns of one tile's visual tokens, after the connector.
+      max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
 
     Raises:
-      UserError: a data set is empty, or its records have not what the task needs.
+      UserError: if a data set is empty, or its records lack a field that the task needs.
     """
     parts = [Part(source_name(part), sources[source_name(part)], part.task, part.weight) for part in mixture]
     reader = ExampleReader(

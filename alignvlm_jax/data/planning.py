@@ -1,8 +1,8 @@
-"""How many bins a step has and how many steps a stage, found by measuring examples before the stage begins.
+"""Plans the number of bins per step and of steps per stage by measuring examples before the stage begins.
 
-A step has a fixed number of bins, because every other number compiles the training step anew. The batch that a stage
-asks for is in examples, as papers give it; how many of those share a bin is measured, with the windows and bins of
-training. The answer holds for the whole stage and is kept with its checkpoints.
+The number of bins per step is fixed, because every other number would compile the training step again. A stage states
+its batch size in examples, as papers do. How many examples share a bin is measured with the windows and bins of
+training. The plan holds for the whole stage and is saved in its checkpoints.
 """
 
 import dataclasses
@@ -18,20 +18,23 @@ from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.window import Waiting, Window
 from alignvlm_jax.errors import UserError
 
+# Positions measured per task.
 _MEASURED_TOGETHER = 16
-# To know how many examples share a bin to a few per cent; to know how many bins an epoch is, to about one.
+# Examples to measure. The first number gives the examples per bin to a few percent; the second gives the bins per epoch
+# to about one percent.
 _SAMPLE = 512
 _SAMPLE_OF_EPOCHS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What is fixed as a stage begins.
+    """The sizes that are fixed when a stage begins.
 
-    steps: how many there are.
-    microbatches: K of every step.
-    examples_per_bin: as measured, on average.
-    num_examples: after so many the order of examples ends; None for an endless one.
+    Attributes:
+      steps: Number of steps.
+      microbatches: K of every step.
+      examples_per_bin: Measured average.
+      num_examples: Number of examples after which the order ends; None for an endless order.
     """
 
     steps: int
@@ -52,20 +55,21 @@ def plan_stage(
 ) -> StagePlan:
     """Measures examples and plans a stage.
 
-    A stage of so many epochs that are short enough to be measured whole ends with its last example: each is seen once
-    an epoch, and the last bins may be empty. Longer epochs are as many steps as their examples need on average; what
-    is still in a window at the end is not seen.
+    If the epochs of a stage are short enough to be measured completely, the stage ends with their last example: every
+    example is used once per epoch, and the last bins may be empty. Longer epochs get the number of steps that their
+    examples need on average; examples still in a window at the end are not used.
 
     Args:
-      reader: of the stage's examples.
-      global_batch: examples a step, about; a step has whole microbatches.
-      bins_per_step: fixes the bins instead, a multiple of `bins_per_microbatch`.
-      steps, epochs: how long the stage is: one of the two.
-      threads: how many examples to measure at a time.
-      progress: show a bar if it takes seconds.
+      reader: Reader of the stage's examples.
+      global_batch: Approximate number of examples per step; it is rounded to a whole number of microbatches.
+      bins_per_step: Fixed number of bins per step instead, a multiple of `bins_per_microbatch`.
+      steps: Length of the stage in steps; pass either this or `epochs`.
+      epochs: Length of the stage in epochs.
+      threads: Number of examples to measure at a time.
+      progress: Whether to show a progress bar if measuring takes seconds.
 
     Raises:
-      UserError: not one of the examples can be used.
+      UserError: if none of the measured examples can be used.
     """
     rows = reader.packing.bins_per_microbatch
     total = None if epochs is None else max(1, round(epochs * reader.num_records))
@@ -75,14 +79,17 @@ def plan_stage(
     if not usable:
         first = measured[0]
         raise UserError(
-            f"none of {number} examples can be used, of which the first is {first.id} of {first.source}: {first.reason}"
+            f"none of the {number} examples measured can be used. The first is {first.id} of {first.source}: "
+            f"{first.reason}"
         )
     bins = _count_bins(reader, iter(usable))
     microbatches = bins_per_step // rows if bins_per_step else max(1, round(global_batch * bins / len(usable) / rows))
     if number == total:
+        # All examples are known: pack each row exactly as training will, and let the longest row set the steps.
         of_rows = ([e for e in measured[row::rows] if isinstance(e, Waiting)] for row in range(rows))
         most = max(_count_bins(reader, iter(examples)) for examples in of_rows)
         return StagePlan(math.ceil(most / microbatches), microbatches, len(usable) / bins, total)
+    # Otherwise extrapolate from the sample, refused examples included.
     if total is not None:
         steps = math.ceil(total * bins / len(measured) / (microbatches * rows))
     return StagePlan(steps, microbatches, len(usable) / bins)
@@ -101,7 +108,7 @@ def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -
 
 
 def _count_bins(reader: ExampleReader, examples: Iterator[Waiting]) -> int:
-    """The bins that one row makes of these examples."""
+    """Returns the number of bins that one row packs these examples into."""
     window = Window(reader.packing, 0)
     for bins in itertools.count():
         window.waiting += itertools.islice(examples, reader.packing.window - len(window.waiting))

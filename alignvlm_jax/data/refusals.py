@@ -1,4 +1,4 @@
-"""`data_refused.jsonl`: the examples that training could not use, each named once."""
+"""`data_refused.jsonl`: the examples that training could not use, each listed once."""
 
 import json
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ from alignvlm_jax.data.packing import Refused
 
 
 class RefusalLog:
-    """Appends to a file, over all epochs and sittings of a run: {"id": ..., "source": ..., "reason": ...} a line.
+    """Appends refused examples to a file, over all epochs and restarts of a run.
 
-    The file appears with the first refusal.
+    Each line has the form {"id": ..., "source": ..., "reason": ...}. The file is created at the first refusal.
     """
 
     def __init__(self, path: Path):
@@ -19,7 +19,7 @@ class RefusalLog:
         self._named = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
 
     def add(self, refused: Iterable[Refused]) -> None:
-        """Appends those that are not in it yet; one that is refused in every epoch stands there once."""
+        """Appends the examples that are not in the file yet; an example refused in every epoch is listed once."""
         new = {(example.source, example.id): example for example in refused}
         new = {name: example for name, example in new.items() if name not in self._named}
         if not new:
@@ -29,7 +29,7 @@ class RefusalLog:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        except OSError:  # a full disk is no reason to end a run: they are named when they are met again
+        except OSError:  # A full disk must not end a run. The examples are added when they are refused again.
             return
         self._named |= new.keys()
 
@@ -37,5 +37,5 @@ class RefusalLog:
 def _parse(line: str) -> dict[str, str] | None:
     try:
         return json.loads(line)
-    except ValueError:  # of a run that was killed while it wrote
+    except ValueError:  # a line truncated when a run was killed
         return None

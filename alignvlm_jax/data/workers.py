@@ -1,4 +1,4 @@
-"""Tasks done by several processes, results as they come; no process outlives the one that started it."""
+"""Worker processes that end with the process that started them, and tasks spread over several of them."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(Exception):
-    """A process was killed; `tasks` are those that were begun, one of which it was at."""
+    """A worker process was killed; `tasks` are the started tasks, one of which it was working on."""
 
     def __init__(self, tasks: Sequence[Task]):
         super().__init__(f"a worker process died at one of {len(tasks)} tasks")
@@ -26,7 +26,7 @@ class WorkerDied(Exception):
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with what the function makes of it, in any order."""
+    """Yields every task with the function's result, in the order in which they finish."""
     processes = min(processes, len(tasks))
     if processes <= 1:
         for task in tasks:
@@ -37,6 +37,7 @@ def run_tasks(
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=end_with_parent)
     remaining, running = iter(tasks), {}
     try:
+        # Keep two tasks per process submitted, so that no process waits while results are consumed.
         while True:
             for task in remaining:
                 running[pool.submit(function, task)] = task
@@ -54,34 +55,40 @@ def run_tasks(
 
 
 class _DeafProcess(multiprocessing.context.SpawnProcess):
-    """Takes no notice of SIGINT and SIGTERM, from its first moment on: it is ended by SIGKILL."""
+    """A process that blocks SIGINT and SIGTERM from its first moment on; only SIGKILL ends it."""
 
     def start(self) -> None:
-        multiprocessing.resource_tracker.ensure_running()  # would unblock them when it is started
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # which the child inherits
+        # Starting the resource tracker unblocks these signals, so it must run before they are blocked.
+        multiprocessing.resource_tracker.ensure_running()
+        # A child inherits the signal mask. Blocking in the child itself would leave a gap while it starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
+        # SIGTERM, which terminate() sends by default, is blocked.
         self.kill()
 
 
 class DeafContext(multiprocessing.context.SpawnContext):
-    """Starts processes that the signals to a job do not end.
+    """Starts processes that do not end on the signals sent to a job.
 
-    Ctrl-C reaches all processes of a terminal, and Slurm and others send SIGTERM to all of a job. The process that
-    started these may have to finish something with their help; they are ended by it, or with it (`end_with_parent`).
-    "spawn": a fork of a process in which jax has started its threads can hang.
+    Ctrl-C reaches every process of a terminal, and Slurm and other schedulers send SIGTERM to every process of a job.
+    The parent process may need these workers to finish a step. It ends them itself, or they end when it does
+    (`exit_with_parent`).
+
+    Processes are spawned, because a fork of a process in which JAX has started its threads can hang.
     """
 
     Process = _DeafProcess
 
 
 def end_with_parent() -> None:
-    """Have the process end with the one that started it: it would wait for tasks from a killed one forever."""
+    """Makes the current process exit when its parent does."""
 
+    # A worker whose parent was killed would otherwise wait for tasks forever.
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
