@@ -1,27 +1,27 @@
-"""From a conversation to token ids: a Hugging Face tokenizer folder without transformers.
+"""Tokenizes conversations with a Hugging Face tokenizer folder, without transformers.
 
 Axis letters: n tokens of one example, T visual tokens of one example.
 
-A folder holds `tokenizer.json` (the `tokenizers` library), `tokenizer_config.json` (which of its tokens begin and end a
-text, pad, and stand for an image) and `chat_template.jinja` (how a conversation is written down). A conversation is
+A folder holds `tokenizer.json` (read by the `tokenizers` library), `tokenizer_config.json` (the tokens that begin and
+end a text, pad, and stand for an image) and `chat_template.jinja` (the text form of a conversation). A conversation is
 
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Total?"}]},
      {"role": "assistant", "content": "12.50"}]
 
-where content may also be a plain string. The template writes the image token once per image; `encode` repeats it once
-per visual token and numbers the repetitions. With the nano template and a picture of 3 visual tokens:
+where content may also be a plain string. The template writes the image token once per image. `encode` repeats it once
+per visual token and numbers the repetitions. With the nano template and an image of 3 visual tokens:
 
     rendered       <|begin|><|user|><|image|>Total?<|assistant|>12.50<|end|>
     tokens         <|begin|> <|user|> <|image|> <|image|> <|image|> Tot al ? <|assistant|> 12 .50 <|end|>
     visual_index       -1       -1        0         1         2      -1  -1 -1     -1      -1  -1    -1
     loss_weights        0        0        0         0         0       0   0  0      1       1   1     0
 
-`loss_weights` belong to *targets*: position i predicts tokens[i + 1], so its weight is 1 where tokens[i + 1] is part of
-an answer or the token that ends one.
+`loss_weights` belong to *targets*: position i predicts tokens[i + 1], so its weight is 1 if tokens[i + 1] is part of an
+answer or is the token that ends it.
 
-Text typed by a user stays text, even if it reads like a special token. Every such passage is hidden behind a mark of
-private-use characters before the template is rendered, so that all special tokens found afterwards are the template's.
-A conversation without such passages (nearly all) is tokenized exactly as transformers' `apply_chat_template` does it.
+Text typed by a user stays text, even if it reads like a special token. Every such passage is replaced by a mark of
+private-use characters before the template is rendered, so all special tokens in the rendered text are the template's.
+A conversation without such passages (nearly all) is tokenized exactly as by transformers' `apply_chat_template`.
 """
 
 import functools
@@ -46,18 +46,19 @@ Message = Mapping[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# Our own entry of tokenizer_config.json: further tokens that end an answer, which Hugging Face folders list elsewhere.
+# An entry of tokenizer_config.json that only this project uses: further tokens that end an answer. Hugging Face folders
+# list them in other files.
 END_TOKENS = "end_tokens"
 
-# A hidden passage is rendered as OPEN, its number, CLOSE. Either character in a user's text is hidden as well.
+# A hidden passage is rendered as OPEN, its number, CLOSE. These characters are hidden too if a user's text has them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-# Stands before a passage that is encoded apart from what precedes it, so that it is not taken for the start.
+# Put before a passage that is encoded separately, so that the tokenizer does not treat it as the start of a text.
 _BREAK = "\ue002\ue003\ue002"
 
 
 class EncodedChat(NamedTuple):
-    """One conversation in tokens; the module docstring has a worked example."""
+    """One conversation as tokens; the module docstring has a worked example."""
 
     tokens: Int32[np.ndarray, " n"]
     loss_weights: Float32[np.ndarray, " n"]
@@ -65,13 +66,14 @@ class EncodedChat(NamedTuple):
 
 
 class ChatTokenizer:
-    """Encodes conversations, decodes answers.
+    """Encodes conversations and decodes answers.
 
     Attributes:
-      pad_id, image_id: ids of the padding and image placeholder tokens.
-      end_ids: the tokens that end an answer: what the template writes after one, the end of text, and those that
-        the configuration lists besides.
-      vocab_size: one more than the largest id.
+      pad_id: Id of the padding token.
+      image_id: Id of the image placeholder.
+      end_ids: Ids of the tokens that end an answer: the token that the template writes after one, the end of text, and
+        further tokens listed in the configuration.
+      vocab_size: Largest token id plus one.
     """
 
     def __init__(self, tokenizer_json: str, tokenizer_config: Mapping[str, Any], chat_template: str):
@@ -81,26 +83,27 @@ class ChatTokenizer:
         self._names = special_names(tokenizer_config)
         self._end_tokens = tuple(tokenizer_config.get(END_TOKENS, ()))
         added = self._tokenizer.get_added_tokens_decoder()
+        # Longest first: an alternation takes its first match, and one token may be the beginning of another.
         specials = sorted((token for token in added.values() if token.special), key=lambda t: -len(t.content))
         if not specials:
-            raise UserError(f"{TOKENIZER_FILE}: it has no special tokens; a chat template needs some")
-        # Some take the white space beside them along.
+            raise UserError(f"{TOKENIZER_FILE}: no special tokens found; a chat template needs them")
+        # Special tokens may include the white space around them (lstrip, rstrip).
         self._special = re.compile(
             "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in specials)
         )
-        self._hide = re.compile("|".join([*(re.escape(t.content) for t in specials), _OPEN, _CLOSE]))
+        self._hidden_pattern = re.compile("|".join([*(re.escape(t.content) for t in specials), _OPEN, _CLOSE]))
         self.image_id = self._named_id("image_token")
-        # Padding never enters attention or loss, so the end of text can stand in for a padding token.
+        # The padding token never enters attention or loss, so the end of text can replace a missing one.
         self.pad_id = self._named_id("pad_token" if "pad_token" in self._names else "eos_token")
         self.end_ids = self._find_end_ids()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "ChatTokenizer":
-        """What `save`, or transformers, wrote.
+        """Reads a folder written by `save` or by transformers.
 
         Raises:
-          UserError: the folder is not a chat model's tokenizer.
+          UserError: if the folder does not hold the tokenizer of a chat model.
         """
         folder = pathlib.Path(folder)
         config_text = _read(folder / CONFIG_FILE)
@@ -110,7 +113,7 @@ class ChatTokenizer:
             raise UserError(f"{folder / CONFIG_FILE}: not valid JSON: {error}") from error
         template = folder / TEMPLATE_FILE
         if not template.exists() and isinstance(config.get("chat_template"), str):
-            chat_template = config["chat_template"]  # Where older folders keep it.
+            chat_template = config["chat_template"]  # older folders keep it here
         else:
             chat_template = _read(template)
         try:
@@ -119,7 +122,7 @@ class ChatTokenizer:
             raise UserError(f"{folder}: {error}") from error
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the three files, so that a checkpoint can be read without the folder it came from."""
+        """Writes the three files, so that a checkpoint can be read without the original folder."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer_json, config, chat_template = self._files
@@ -129,52 +132,62 @@ class ChatTokenizer:
 
     @property
     def chat_template(self) -> str:
-        """The template's text."""
+        """The text of the template."""
         return self._files[2]
 
     def __reduce__(self):
-        # Compiled templates do not pickle; worker processes compile their own.
+        # Compiled templates cannot be pickled; worker processes compile their own.
         return ChatTokenizer, self._files
 
     def encode(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:
-        """A whole conversation for training; `tokens_per_image` counts the visual tokens of each image in order."""
+        """Encodes a complete conversation for training.
+
+        Args:
+          messages: The conversation.
+          tokens_per_image: Number of visual tokens of each image, in order.
+
+        Raises:
+          UserError: if the conversation is not valid or has no answer.
+        """
         hidden = []
-        messages = [_hide_message(message, self._hide, hidden) for message in messages]
+        messages = [_hide_message(message, self._hidden_pattern, hidden) for message in messages]
         rendered = self._render(messages, add_generation_prompt=False)
-        answers = self._answers(messages, rendered)
+        answers = self._find_answers(messages, rendered)
         if not answers:
             raise UserError("the conversation has no answer to learn from")
         ids, offsets = self._tokenize(rendered, hidden)
         is_answer = np.zeros(len(ids), bool)
         for start, end in answers:
-            start, end = len(_shown(rendered[:start], hidden)), len(_shown(rendered[:end], hidden))
-            # Any overlap counts: a token across the border is one the model has to predict to begin its answer.
+            # The spans are in the text with marks, the offsets in the text with the original passages.
+            start, end = len(_unhide(rendered[:start], hidden)), len(_unhide(rendered[:end], hidden))
+            # Any overlap counts: the model must also predict a token that crosses the border to begin its answer.
             is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return self._expand(ids, is_answer, tokens_per_image)
 
     def encode_prompt(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:
-        """A conversation up to where the assistant is to go on; no position has weight."""
+        """Encodes a conversation up to the point where the assistant continues; all loss weights are zero."""
         hidden = []
-        messages = [_hide_message(message, self._hide, hidden) for message in messages]
+        messages = [_hide_message(message, self._hidden_pattern, hidden) for message in messages]
         ids, _ = self._tokenize(self._render(messages, add_generation_prompt=True), hidden)
         return self._expand(ids, np.zeros(len(ids), bool), tokens_per_image)
 
     def encode_text(self, text: str) -> Int32[np.ndarray, " n"]:
-        """Plain text alone: no template, nothing in it is special."""
-        return np.asarray(self._plain.encode(text, add_special_tokens=False).ids, np.int32)
+        """Encodes plain text without a template; nothing in it is treated as a special token."""
+        return np.asarray(self._plain_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids as text, special tokens left out."""
+        """Returns the text of token ids, without special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token as the tokenizer's file has it; None if there is none."""
+        """Returns the id of a token in the tokenizer's file, or None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def token_text(self, token_id: int) -> str:
-        """A token as a text would show it, blank before it included; special ones, and parts of a character, by name.
+        """Returns a token as it appears in a text, including a space before it.
 
-        An id without a token (rows that pad an embedding table) is "<id>".
+        Special tokens and tokens that are a part of a character are returned by name. An id without a token (a row that
+        pads an embedding table) is "<id>".
         """
         name = self._tokenizer.id_to_token(token_id)
         if name is None:
@@ -182,19 +195,19 @@ class ChatTokenizer:
         text = self.decode([token_id])
         if not text or "\ufffd" in text:
             return name
-        # Sentencepiece marks a blank so, and decoding drops it where a text begins.
+        # SentencePiece marks a space with U+2581, and decoding drops it at the beginning of a text.
         return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
 
     @functools.cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, blind to special tokens."""
+    def _plain_tokenizer(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but treating special tokens as ordinary text."""
         plain = _load_tokenizer(self._files[0])
         plain.encode_special_tokens = True
         return plain
 
     @functools.cached_property
-    def _plain_later(self) -> tokenizers.Tokenizer | None:
-        """`_plain` that knows `_BREAK`, for a tokenizer that puts a blank before a text's first word, there only."""
+    def _continuation_tokenizer(self) -> tokenizers.Tokenizer | None:
+        """`_plain_tokenizer` with `_BREAK` added; None unless the tokenizer puts a space before the first word of a text only."""
         if not re.search(r'"prepend_scheme":\s*"first"', self._files[0]):
             return None
         plain = _load_tokenizer(self._files[0])
@@ -203,42 +216,48 @@ class ChatTokenizer:
         return plain
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Writes a conversation as text, with the chat template."""
         try:
-            # As in transformers, tools and documents are defined, if only as None.
+            # transformers always defines `tools` and `documents`, so templates may test them.
             variables = {"messages": messages, "tools": None, "documents": None, **self._names}
             return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template cannot write this conversation: {error}") from error
 
-    def _answers(self, messages: Sequence[Message], rendered: str) -> list[tuple[int, int]]:
-        """Where the answers stand in the rendered text: from the end of the prompt through the token that ends it."""
+    def _find_answers(self, messages: Sequence[Message], rendered: str) -> list[tuple[int, int]]:
+        """Returns the spans of the answers in the rendered text, each including the special token that ends it."""
         answers = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            # An answer begins where the prompt before it ends.
             prompt = self._render(messages[:i], add_generation_prompt=True)
             end = self._special.search(rendered, len(prompt))
             if not rendered.startswith(prompt) or end is None:
                 raise UserError(
-                    f"the chat template does not let the answer in message {i + 1} be located: it must "
-                    "write what add_generation_prompt writes, the answer, and a special token"
+                    f"the answer in message {i + 1} cannot be located in the text that the chat template writes: a "
+                    "template must write what add_generation_prompt writes, the answer, and a special token"
                 )
             answers.append((len(prompt), end.end()))
         return answers
 
     def _tokenize(self, rendered: str, hidden: Sequence[str]) -> tuple[Int32[np.ndarray, " n"], np.ndarray]:
-        """Ids and their (start, end) in the text as it reads once the hidden passages are back."""
+        """Returns token ids and their (start, end) offsets in the rendered text with the hidden passages restored."""
+        # The common case: nothing is hidden, and the tokenizer itself finds the special tokens.
         if not hidden:
             encoding = self._tokenizer.encode(rendered, add_special_tokens=False)
             return np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        # Otherwise the text between the template's special tokens is encoded as plain text, piece by piece.
         ids, offsets, cursor = [], [], 0
 
         def add_text(text):
             nonlocal cursor
-            if cursor and text and self._plain_later and _BREAK not in text:
-                encoding, skip = self._plain_later.encode(_BREAK + text, add_special_tokens=False), 1
+            # A text in the middle must not get the space that the tokenizer puts before a text's first word. _BREAK
+            # takes it instead, and its token is dropped.
+            if cursor and text and self._continuation_tokenizer and _BREAK not in text:
+                encoding, skip = self._continuation_tokenizer.encode(_BREAK + text, add_special_tokens=False), 1
             else:
-                encoding, skip = self._plain.encode(text, add_special_tokens=False), 0
+                encoding, skip = self._plain_tokenizer.encode(text, add_special_tokens=False), 0
             shift = cursor - skip * len(_BREAK)
             ids.extend(encoding.ids[skip:])
             offsets.extend((start + shift, end + shift) for start, end in encoding.offsets[skip:])
@@ -246,15 +265,16 @@ class ChatTokenizer:
 
         at = 0
         for special in self._special.finditer(rendered):
-            add_text(_shown(rendered[at : special.start()], hidden))
+            add_text(_unhide(rendered[at : special.start()], hidden))
             ids.append(self._tokenizer.token_to_id(special.group().strip()))
             offsets.append((cursor, cursor + len(special.group())))
             cursor += len(special.group())
             at = special.end()
-        add_text(_shown(rendered[at:], hidden))
+        add_text(_unhide(rendered[at:], hidden))
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
     def _expand(self, ids: np.ndarray, is_answer: np.ndarray, tokens_per_image: Sequence[int]) -> EncodedChat:
+        """Repeats each image token once per visual token and numbers the repetitions."""
         images = np.flatnonzero(ids == self.image_id)
         if len(images) != len(tokens_per_image):
             raise UserError(f"the conversation has {len(images)} image marks for {len(tokens_per_image)} images")
@@ -264,10 +284,12 @@ class ChatTokenizer:
         visual = np.repeat(ids == self.image_id, repeats)
         visual_index = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
         loss_weights = np.zeros(len(tokens), np.float32)
+        # Weights belong to targets, so they are shifted by one position.
         loss_weights[:-1] = np.repeat(is_answer, repeats)[1:]
         return EncodedChat(tokens, loss_weights, visual_index)
 
     def _named_id(self, name: str) -> int:
+        """Returns the id of the special token that the configuration names `name`."""
         token = self._names.get(name)
         if token is None:
             raise UserError(f"{CONFIG_FILE}: it names no {name}")
@@ -277,10 +299,14 @@ class ChatTokenizer:
         return token_id
 
     def _find_end_ids(self) -> tuple[int, ...]:
-        """What the template writes after an answer, tried on a small conversation; end of text; those listed."""
+        """Returns the ids of the tokens that end an answer.
+
+        They are the token that the template writes after the answer of a small conversation, the end of text, and the
+        listed `END_TOKENS`.
+        """
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = self._render(messages, add_generation_prompt=False)
-        ((start, end),) = self._answers(messages, rendered)
+        ((start, end),) = self._find_answers(messages, rendered)
         ids = [self._tokenizer.token_to_id(self._special.findall(rendered[start:end])[-1].strip())]
         if "eos_token" in self._names and (eos := self._named_id("eos_token")) not in ids:
             ids.append(eos)
@@ -294,7 +320,7 @@ class ChatTokenizer:
 
 
 def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> dict[str, Any]:
-    """A copy whose texts carry marks instead of passages that read like special tokens; those go to `hidden`."""
+    """Returns a copy with marks for the passages that read like special tokens, which are appended to `hidden`."""
 
     def hide(text):
         if not isinstance(text, str):
@@ -314,23 +340,28 @@ def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> d
     return {"role": role, "content": hide(content)}
 
 
-def _shown(text: str, hidden: Sequence[str]) -> str:
+def _unhide(text: str, hidden: Sequence[str]) -> str:
+    """Returns the text with its marks replaced by the hidden passages."""
     return _MARK.sub(lambda match: hidden[int(match.group(1))], text)
 
 
 def _load_tokenizer(tokenizer_json: str) -> tokenizers.Tokenizer:
+    """Reads a tokenizer from the text of `tokenizer.json`."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # The library raises plain Exception.
-        raise UserError(f"{TOKENIZER_FILE}: not a tokenizer the `tokenizers` library reads: {error}") from error
-    # Some files carry the settings of their last training run.
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{TOKENIZER_FILE}: not a tokenizer that the `tokenizers` library reads: {error}") from error
+    # Some files carry the padding and truncation of their last training run.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
 def special_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """{"bos_token": "<|begin|>", ...}: plain strings, AddedToken dicts, and the extra ones transformers nests."""
+    """Returns the named special tokens of a configuration, for example {"bos_token": "<|begin|>"}.
+
+    Values may be plain strings or AddedToken dicts; extra tokens that transformers nests are included.
+    """
     entries = dict(config)
     for nested in ("extra_special_tokens", "model_specific_special_tokens"):
         entries.update(config[nested] if isinstance(config.get(nested), Mapping) else {})
@@ -343,20 +374,21 @@ def special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
-    """Accepts `{% generation %}`, with which some templates mark answers for transformers; it changes no text."""
+    """Accepts `{% generation %}`, which some templates use to mark answers for transformers; the text is unchanged."""
 
     tags = {"generation"}
 
     def parse(self, parser):
+        """Parses the block as its contents."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def compile_template(chat_template: str) -> jinja2.Template:
-    """The environment of transformers' apply_chat_template.
+    """Compiles a chat template in the environment of transformers' `apply_chat_template`.
 
-    `strftime_now` is left out on purpose: templates that would write today's date fall back to a fixed one, and the
-    data stay the same from day to day.
+    `strftime_now` is missing on purpose: templates that would write today's date fall back to a fixed one, so the data
+    do not change from day to day.
     """
 
     def raise_exception(message):
@@ -377,6 +409,7 @@ def compile_template(chat_template: str) -> jinja2.Template:
 
 
 def _read(path: pathlib.Path) -> str:
+    """Returns the text of a file in a tokenizer folder."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -1,11 +1,11 @@
-"""From a place in the order to an example: read, ask, tokenize, cut into tiles.
+"""Examples by their position in the order: records are read, tokenized and cut into tiles.
 
-It is done twice. `measure` says what an example takes of a bin, for which a picture's size is read but not the picture;
-that is enough to decide which examples share a bin. `make` then decodes those. Both are functions of the position
-alone, so any process can be asked for any example, and nothing but sizes has to be remembered of those that wait.
+This is done in two passes. `measure` returns the size of an example, for which it reads the size of each image but not
+its pixels; this is enough to decide which examples share a bin. `make` then decodes the images. Both are functions of
+the position alone. Any process can therefore make any example, and waiting examples need no memory beyond their sizes.
 
-What cannot be used (unreadable, no answer within the limit on text, larger than a bin) comes back as `Refused`: one
-bad record never ends a run.
+An example that cannot be used (unreadable, no answer within the limit on text, larger than a bin) is returned as
+`Refused`, so that one bad record does not end a run.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from alignvlm_jax.data.order import ExampleOrder
 from alignvlm_jax.data.packing import Example, PackingConfig, Refused, check_fits, cut_text
 from alignvlm_jax.data.resampling import TokenGrid, num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
-from alignvlm_jax.data.window import Waiting
+from alignvlm_jax.data.window import MeasuredExample
 from alignvlm_jax.errors import UserError
 
 
@@ -30,11 +30,12 @@ from alignvlm_jax.errors import UserError
 class Part:
     """One data set of a mixture.
 
-    name: what it is called in messages.
-    records: random access to dicts with `id` and the fields that the task reads.
-    task: see `conversations.py`.
-    weight: its share of the examples, relative to the other parts.
-    first_number: of its first record in `example_ids`.
+    Attributes:
+      name: Name of the data set in messages.
+      records: Random access to dicts with `id` and the fields that the task reads.
+      task: Task of the examples; see `conversations.py`.
+      weight: Share of the examples, relative to the other parts.
+      first_number: Number of its first record in `example_ids`.
     """
 
     name: str
@@ -48,12 +49,16 @@ class Part:
 class ExampleReader:
     """All examples of a stage, by their position in its order. It can be pickled if the records can.
 
-    parts: the mixture.
-    chat, tiling, packing: how a record becomes tokens and tiles, and the limits of a bin.
-    token_grid: rows and columns of one tile's visual tokens, after the connector.
-    seed: everything random follows from it; give every stage its own.
-    max_text_tokens: text tokens of an example (visual ones not counted); see `packing.cut_text`.
-    max_turns, max_image_pixels: see `pipeline.DataConfig`.
+    Attributes:
+      parts: The mixture.
+      chat: Tokenizer of conversations.
+      tiling: How images are cut into tiles.
+      packing: Limits of a bin.
+      token_grid: Rows and columns of one tile's visual tokens, after the connector.
+      seed: Seed of everything random; use another one for every stage.
+      max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
+      max_turns: See `pipeline.DataConfig`.
+      max_image_pixels: See `pipeline.DataConfig`.
     """
 
     parts: tuple[Part, ...]
@@ -77,41 +82,41 @@ class ExampleReader:
 
     @functools.cached_property
     def order(self) -> ExampleOrder:
-        """Which record of which part each position of the endless stage has."""
+        """The endless order of the stage: a part and a record for each position."""
         lengths = tuple(len(part.records) for part in self.parts)
         return ExampleOrder(lengths, tuple(part.weight for part in self.parts), self.seed)
 
     @property
     def tokens_per_tile(self) -> int:
-        """N, after the connector."""
+        """N, the number of visual tokens per tile after the connector."""
         return math.prod(self.token_grid)
 
     @property
     def num_records(self) -> int:
-        """Of all parts together: the examples of one epoch."""
+        """Number of records of all parts together: the examples of one epoch."""
         return sum(len(part.records) for part in self.parts)
 
     def check_fields(self) -> None:
-        """Refuses, with a `UserError`, a task that reads fields which the first record of its data set lacks."""
+        """Raises a `UserError` if the first record of a data set lacks a field that its task reads."""
         for part in self.parts:
             there = part.records[0]
             for field in FIELDS[part.task]:
                 if field not in there:
                     fitting = [task for task, fields in FIELDS.items() if all(name in there for name in fields)]
                     raise UserError(
-                        f"{part.name}: the task {part.task!r} reads the field {field!r} of its records, which have "
-                        f"{', '.join(there)}; tasks for such records: {', '.join(fitting) or 'none'}"
+                        f"{part.name}: the task {part.task!r} reads the field {field!r}, but the records have only "
+                        f"{', '.join(there)}. Tasks for such records: {', '.join(fitting) or 'none'}"
                     )
 
-    def measure(self, position: int) -> Waiting | Refused:
-        """What the example at this position takes of a bin."""
+    def measure(self, position: int) -> MeasuredExample | Refused:
+        """Returns the size of the example at this position."""
         prepared = self._prepare(position)
         if isinstance(prepared, Refused):
             return prepared
-        return Waiting(position, len(prepared.chat.tokens), sum(plan.num_tiles for plan in prepared.plans))
+        return MeasuredExample(position, len(prepared.chat.tokens), sum(plan.num_tiles for plan in prepared.plans))
 
-    def make(self, measured: Waiting) -> Example | Refused:
-        """The example that was measured."""
+    def make(self, measured: MeasuredExample) -> Example | Refused:
+        """Returns the example that was measured."""
         prepared = self._prepare(measured.position)
         if isinstance(prepared, Refused):
             return prepared
@@ -122,37 +127,45 @@ class ExampleReader:
         resampling = resample_images(prepared.plans, self.tiling, self.token_grid)
         return Example(prepared.number, *prepared.chat, tiles, valid_hw, prepared.was_cut, resampling)
 
-    def _prepare(self, position: int) -> "_Prepared | Refused":
+    def _prepare(self, position: int) -> "_PreparedExample | Refused":
+        """Returns everything about an example except its pixels."""
         part_index, index = self.order[position]
         part = self.parts[part_index]
         record = part.records[index]
         refused = Refused(str(record.get("id", index)), part.name, "")
         try:
+            # The position seeds the random choices, so that `measure` and `make` see the same conversation.
             rng = np.random.default_rng((self.seed, position))
             messages, images = make_conversation(record, part.task, rng, self.max_turns)
             plans = [
-                plan_tiles(*image_size(image, name=_name(i, images), max_pixels=self.max_image_pixels), self.tiling)
+                plan_tiles(
+                    *image_size(image, name=_image_name(i, images), max_pixels=self.max_image_pixels), self.tiling
+                )
                 for i, image in enumerate(images)
             ]
             tokens_per_image = [num_visual_tokens(plan, self.tiling, self.token_grid) for plan in plans]
             whole = self.chat.encode(messages, tokens_per_image)
             chat = cut_text(whole, self.max_text_tokens)
-            # Where text was cut, whole images may have gone with it.
+            # Images whose tokens were cut off with the text are dropped. An image is cut off as a whole.
             kept = int(np.searchsorted(np.cumsum(tokens_per_image), np.sum(chat.visual_index >= 0), side="right"))
             check_fits(chat, sum(plan.num_tiles for plan in plans[:kept]), self.packing)
         except UserError as error:
             return dataclasses.replace(refused, reason=str(error))
         was_cut = len(chat.tokens) < len(whole.tokens)
-        return _Prepared(part.first_number + index, chat, was_cut, plans[:kept], images[:kept], refused)
+        return _PreparedExample(part.first_number + index, chat, was_cut, plans[:kept], images[:kept], refused)
 
-    def _cut_images(self, prepared: "_Prepared") -> tuple[np.ndarray, np.ndarray]:
+    def _cut_images(self, prepared: "_PreparedExample") -> tuple[np.ndarray, np.ndarray]:
+        """Decodes the images and cuts their tiles."""
         side = self.tiling.tile_size
+        # The empty arrays are for examples without images.
         tiles, valid_hw = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros((0, 2), np.int32)]
         for i, (data, plan) in enumerate(zip(prepared.images, prepared.plans, strict=True)):
-            name = _name(i, prepared.images)
+            name = _image_name(i, prepared.images)
             image = open_image(data, name=name, max_pixels=self.max_image_pixels, keep_grey=True)
             if image.size != plan.image_size:
-                raise UserError(f"{name}: decoded it has {image.size} pixels, its file says {plan.image_size}")
+                raise UserError(
+                    f"{name}: the decoded image has {image.size} pixels, but its header says {plan.image_size}"
+                )
             more, valid = cut_tiles(image, plan, side)
             tiles.append(more)
             valid_hw.append(valid)
@@ -160,8 +173,8 @@ class ExampleReader:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """An example but for its pixels; `refused` is what to say, completed by a reason, should these be unusable."""
+class _PreparedExample:
+    """An example without its pixels; `refused` lacks only the reason, for images that turn out to be unusable."""
 
     number: int
     chat: EncodedChat
@@ -172,7 +185,7 @@ class _Prepared:
 
 
 def number_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts with their records numbered on from data set to data set; two parts of one data set share numbers."""
+    """Returns the parts with `first_number` set: records are numbered through, parts of one data set share numbers."""
     first: dict[str, int] = {}
     following = 0
     for part in parts:
@@ -183,12 +196,13 @@ def number_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def locate_example(parts: Sequence[Part], number: int) -> tuple[str, int]:
-    """The data set and the index there of the record that an entry of `example_ids` stands for."""
+    """Returns the name of the data set, and the index in it, of the record with this entry in `example_ids`."""
     for part in parts:
         if part.first_number <= number < part.first_number + len(part.records):
             return part.name, number - part.first_number
     raise ValueError(f"no example has the number {number}")
 
 
-def _name(index: int, images: Sequence[bytes]) -> str:
+def _image_name(index: int, images: Sequence[bytes]) -> str:
+    """Returns the name of an image in error messages."""
     return "image" if len(images) == 1 else f"image {index + 1}"

@@ -29,18 +29,18 @@ from typing import Any, Protocol
 
 from alignvlm_jax.data.examples import ExampleReader, locate_example
 from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
-from alignvlm_jax.data.window import Waiting, Window
-from alignvlm_jax.data.workers import DeafContext, end_with_parent
+from alignvlm_jax.data.window import MeasuredExample, Window
+from alignvlm_jax.data.workers import SignalBlockingContext, exit_with_parent
 from alignvlm_jax.errors import UserError
 
 RowStates = Mapping[str, Any]
 """The state of each row, by row number; serializable as JSON."""
 
 # Positions measured per task: a message to a process and back costs as much as measuring one example.
-_MEASURED_TOGETHER = 16
+_POSITIONS_PER_TASK = 16
 
 # The share of refused examples is judged only after this number of examples: earlier it is too noisy.
-ENOUGH_TO_JUDGE = 1000
+MIN_EXAMPLES_TO_JUDGE = 1000
 
 
 class BatchIterator(Protocol):
@@ -73,22 +73,23 @@ class Pool:
             # On Ctrl-C or SIGTERM the training process still finishes its step and saves. It may need these workers
             # for that, so the signals must not end them.
             self._executor = concurrent.futures.ProcessPoolExecutor(
-                workers, DeafContext(), initializer=_begin_worker, initargs=(reader,)
+                workers, SignalBlockingContext(), initializer=_init_worker, initargs=(reader,)
             )
             self._submit = self._executor.submit
         else:
             self._executor = concurrent.futures.ThreadPoolExecutor(threads, "read")
             self._submit = lambda function, items: self._executor.submit(function, items, reader)
 
-    def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[Waiting | Refused]]":
+    def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[MeasuredExample | Refused]]":
         """Starts measuring the examples at these positions."""
         return self._submit(_measure, positions)
 
-    def make(self, examples: Sequence[Waiting]) -> "concurrent.futures.Future[list[Example | Refused]]":
+    def make(self, examples: Sequence[MeasuredExample]) -> "concurrent.futures.Future[list[Example | Refused]]":
         """Starts making the tokens and tiles of the examples."""
         return self._submit(_make, examples)
 
     def close(self) -> None:
+        """Ends the threads or processes; tasks that have not started are dropped."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -123,7 +124,7 @@ class Feed:
     ):
         self._reader, self._rows, self._microbatches = reader, tuple(rows), microbatches
         self._max_refused, self._prefetch = max_refused, prefetch
-        windows = [_window(reader, row, state) for row in rows]
+        windows = [_make_window(reader, row, state) for row in rows]
         self._pool = Pool(reader, workers=workers, threads=threads)
         stride = reader.packing.bins_per_microbatch
         self._sources = [_Row(self._pool, window, stride, num_examples, self._check_refusals) for window in windows]
@@ -149,18 +150,22 @@ class Feed:
         return batch
 
     def state(self) -> RowStates:
+        """Returns the state of the rows after the batches returned so far."""
         return self._state
 
     def refused(self) -> list[Refused]:
+        """Returns, once, the examples refused for the batches returned since the previous call."""
         refused, self._refused = self._refused, []
         return refused
 
     def name(self, number: int) -> str:
+        """Returns the readable name of the example with this entry in `example_ids`."""
         source, index = locate_example(self._reader.parts, number)
         records = next(part.records for part in self._reader.parts if part.name == source)
         return f"{records[index].get('id', index)} of {source}"
 
     def close(self) -> None:
+        """Ends the planning thread and the pool."""
         self._closed.set()
         self._thread.join()
         self._pool.close()
@@ -171,19 +176,19 @@ class Feed:
             # Plan `prefetch` steps ahead, then finish the oldest step and plan a new one in turn.
             planned = (self._plan() for _ in itertools.count())
             ahead = collections.deque(itertools.islice(planned, self._prefetch))
-            while self._hand_over(self._finish(*ahead.popleft())):
+            while self._deliver(self._finish(*ahead.popleft())):
                 ahead.append(next(planned))
         except concurrent.futures.process.BrokenProcessPool:
-            self._hand_over(
+            self._deliver(
                 UserError(
                     "a process that reads data was killed, perhaps because memory ran out: use fewer processes "
                     "(config.data.workers) or fewer prefetched batches (config.data.prefetch_batches)"
                 )
             )
         except BaseException as error:  # raised again in the thread that asks for the next batch
-            self._hand_over(error)
+            self._deliver(error)
 
-    def _hand_over(self, made: Any) -> bool:
+    def _deliver(self, made: Any) -> bool:
         """Puts a batch or an error in the queue; returns False if the feed was closed before there was room."""
         # A plain put() would block forever, and with it close(), once nobody takes batches any more.
         while not self._closed.is_set():
@@ -199,7 +204,7 @@ class Feed:
         bins = []
         for k in range(self._microbatches):
             for place, source in enumerate(self._sources):
-                taken, refused = source.take_bin()
+                taken, refused = source.pop_bin()
                 bins.append(((k, place), self._pool.make(taken) if taken else None, refused))
         # The state belongs to the batch: it is the state after this step, however far ahead the planning is.
         return bins, self._row_states()
@@ -218,12 +223,12 @@ class Feed:
         for at, making, refused in bins:
             made = making.result() if making else []
             # Some damage shows only when an image is decoded, after the example was measured and given a bin.
-            spoilt = [example for example in made if isinstance(example, Refused)]
-            for example in spoilt:
+            unreadable = [example for example in made if isinstance(example, Refused)]
+            for example in unreadable:
                 self._check_refusals(example)
             examples = [example for example in made if isinstance(example, Example)]
             write_bin(batch, at, examples, reader.tokens_per_tile)
-            refused = refused + spoilt
+            refused = refused + unreadable
             batch["num_refused"][at] = len(refused)
             all_refused += refused
         return batch, state, all_refused
@@ -236,7 +241,7 @@ class Feed:
         # Reasons that differ only in numbers are counted together.
         self._reasons[re.sub(r"\d+", "N", refused.reason)] += 1
         seen, lost = sum(source.num_seen for source in self._sources), self._reasons.total()
-        if lost > self._max_refused * max(seen, ENOUGH_TO_JUDGE):
+        if lost > self._max_refused * max(seen, MIN_EXAMPLES_TO_JUDGE):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self._reasons.most_common(5))
             raise UserError(
                 f"{lost} of {seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
@@ -263,12 +268,12 @@ class _Row:
             else iter(range(window.next_position, num_examples, stride))
         )
         self._measuring: collections.deque = collections.deque()
-        self._measured: Iterator[Waiting | Refused] = iter(())
+        self._measured: Iterator[MeasuredExample | Refused] = iter(())
         # Measure one window width ahead: a bin takes at most that many examples from the window.
-        self._chunks_ahead = max(1, window.config.window // _MEASURED_TOGETHER)
+        self._chunks_ahead = max(1, window.config.window // _POSITIONS_PER_TASK)
         self._look_ahead()
 
-    def take_bin(self) -> tuple[list[Waiting], list[Refused]]:
+    def pop_bin(self) -> tuple[list[MeasuredExample], list[Refused]]:
         """Returns the examples of the row's next bin, and the examples refused since the previous bin."""
         refused = []
         while self.window.has_room and (example := self._next()) is not None:
@@ -279,9 +284,9 @@ class _Row:
                 self._on_refused(example)
             else:
                 self.window.waiting.append(example)
-        return self.window.take_bin(), refused
+        return self.window.pop_bin(), refused
 
-    def _next(self) -> Waiting | Refused | None:
+    def _next(self) -> MeasuredExample | Refused | None:
         """Returns the next example of the row's part of the order, or None at its end."""
         while (example := next(self._measured, None)) is None:
             if not self._measuring:
@@ -293,13 +298,13 @@ class _Row:
     def _look_ahead(self) -> None:
         """Keeps the next chunks of positions in the pool's queue."""
         while len(self._measuring) < self._chunks_ahead:
-            positions = list(itertools.islice(self._positions, _MEASURED_TOGETHER))
+            positions = list(itertools.islice(self._positions, _POSITIONS_PER_TASK))
             if not positions:
                 return
             self._measuring.append(self._pool.measure(positions))
 
 
-def _window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
+def _make_window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
     """Returns the window of a row, at the beginning or as `state` describes it."""
     if state is None:
         return Window(reader.packing, row)
@@ -315,15 +320,15 @@ def _window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
 _worker_reader: ExampleReader | None = None
 
 
-def _begin_worker(reader: ExampleReader) -> None:
+def _init_worker(reader: ExampleReader) -> None:
     global _worker_reader
     _worker_reader = reader
-    end_with_parent()
+    exit_with_parent()
 
 
-def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[Waiting | Refused]:
+def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[MeasuredExample | Refused]:
     return [(reader or _worker_reader).measure(position) for position in positions]
 
 
-def _make(examples: Sequence[Waiting], reader: ExampleReader | None = None) -> list[Example | Refused]:
+def _make(examples: Sequence[MeasuredExample], reader: ExampleReader | None = None) -> list[Example | Refused]:
     return [(reader or _worker_reader).make(example) for example in examples]

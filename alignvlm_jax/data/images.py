@@ -1,8 +1,8 @@
-"""Open a picture as documents really come, as plain RGB.
+"""Opens the image files of real documents as plain RGB.
 
-Rotated by EXIF, with a palette, transparent (laid on white, like paper), grey of 1, 8 or 16 bits, CMYK, floating point;
-of a multi-page TIFF the first page, of an animation the first frame, and a log says so. Whatever cannot be read is a
-`UserError` that names the file, so that one bad file never ends a run.
+Handles EXIF rotation, palettes, transparency (on white, like paper), grayscale of 1, 8 or 16 bits, CMYK and floating
+point. Of a multi-page TIFF only the first page is read and of an animation only the first frame; a log line says so. A
+file that cannot be read raises a `UserError` that names it, so that callers can skip one bad file.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 
 __all__ = ["DEFAULT_MAX_PIXELS", "image_size", "open_image", "to_rgb"]
 
-# Formats whose header says how the picture will lie once it is decoded, and what in the bytes may say otherwise: a PNG
-# may carry its EXIF or XMP data behind the pixels, where only decoding finds them.
+# Formats whose header states the final size of the image, with the byte sequences that mark exceptions: a PNG may have
+# EXIF or XMP data after its pixels, where only decoding finds them.
 _SIZED_BY_HEADER = {"JPEG": (), "MPO": (), "WEBP": (), "PNG": (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")}
 _EXIF_ORIENTATION = 0x0112
-_LYING = (5, 6, 7, 8)  # orientations that swap width and height
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def open_image(
@@ -38,44 +38,49 @@ def open_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     keep_grey: bool = False,
 ) -> PIL.Image.Image:
-    """Read a file, or the bytes of one, as an upright RGB image.
+    """Reads an image file, or the bytes of one, as an upright RGB image.
 
     Args:
-      source: a path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
-      name: what to call the picture in errors; by default the path.
-      max_pixels: refuse larger pictures before decoding them (a small file can claim a billion pixels).
-      keep_grey: as for `to_rgb`.
+      source: Path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
+      name: Name of the image in error messages; by default the path.
+      max_pixels: Larger images are refused before they are decoded (a small file can claim a billion pixels).
+      keep_grey: As for `to_rgb`.
+
+    Raises:
+      UserError: if the image cannot be read or is too large.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), name or "image"
     else:
         name = name or os.fspath(source)
         data = _read(source, name)
-    with _opened(data, name, max_pixels) as image:
-        _tell_of_more_pages(image, name)
+    with _open_checked(data, name, max_pixels) as image:
+        _warn_about_more_pages(image, name)
         image.load()
         return to_rgb(image, keep_grey=keep_grey)
 
 
 def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of what `open_image` would return, where possible without decoding it.
+    """Returns the width and height of the image that `open_image` would return, without decoding it where possible.
 
-    A picture that is damaged behind its header has a size all the same.
+    An image that is damaged after its header still has a size.
 
     Args:
-      data: the encoded bytes.
-      name, max_pixels: as for `open_image`.
+      data: The encoded bytes.
+      name: As for `open_image`.
+      max_pixels: As for `open_image`.
     """
-    with _opened(data, name, max_pixels) as image:
+    with _open_checked(data, name, max_pixels) as image:
         if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):
             width, height = image.size
-            return (height, width) if _orientation(image) in _LYING else (width, height)
+            return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+    # Unknown or ambiguous header: decode the image to find out.
     return open_image(data, name=name, max_pixels=max_pixels).size
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image.Image]:
-    """The picture, its header read; what goes wrong, here or while it is in use, is a `UserError`."""
+def _open_checked(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image.Image]:
+    """Opens an image and reads its header; errors, here or while the image is in use, become a `UserError`."""
     if not data:
         raise UserError(f"{name}: the image file is empty")
     try:
@@ -90,34 +95,37 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image.Image
         raise UserError(f"{name}: not an image in a format that can be read ({len(data)} bytes)") from error
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name}: too many pixels: {error}") from error
-    except Exception as error:  # Decoders meet damage with every exception there is: struct.error, IndexError, ...
+    except Exception as error:  # Decoders raise any exception on damaged data: struct.error, IndexError, ...
         raise UserError(f"{name}: the image cannot be read, it may be damaged ({error})") from error
 
 
-_told_of: set[str] = set()
+_warned_about: set[str] = set()
 
 
-def _tell_of_more_pages(image: PIL.Image.Image, name: str) -> None:
-    """Logs, once for pages and once for frames, that there is more in the file than is read."""
+def _warn_about_more_pages(image: PIL.Image.Image, name: str) -> None:
+    """Logs, once for pages and once for frames, that the file has more of them than are read."""
     if image.format == "TIFF":
-        what, more = "pages", image.tag_v2.next != 0  # where the next page begins; counting them would visit them all
+        # The offset of the next page. Counting the pages would visit all of them.
+        what, more = "pages", image.tag_v2.next != 0
     else:
         what, more = "frames", getattr(image, "is_animated", False)
-    if more and what not in _told_of:
-        _told_of.add(what)
-        _log.warning("%s has several %s: of such files only the first is read (this is said once)", name, what)
+    if more and what not in _warned_about:
+        _warned_about.add(what)
+        _log.warning("%s has several %s: only the first is read, as in all such files (logged once)", name, what)
 
 
 def _orientation(image: PIL.Image.Image) -> int | None:
+    """Returns the EXIF orientation, or None if there is none or it cannot be read."""
     if image.format == "PNG":
-        return None  # it was looked for
+        return None  # `image_size` has already ruled out EXIF data
     try:
         return image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # as in `to_rgb`: damaged EXIF beside a sound picture
+    except Exception:  # an intact image with damaged EXIF data, as in `to_rgb`
         return None
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:
+    """Returns the bytes of an image file."""
     try:
         return pathlib.Path(path).read_bytes()
     except FileNotFoundError as error:

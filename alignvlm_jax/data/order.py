@@ -23,7 +23,7 @@ import numpy as np
 _BLOCK = 1024
 # Permutations up to this size are stored as arrays. `index_shuffle` computes single entries of larger ones; it is slow
 # for small ones.
-_WRITTEN_OUT = 2**16
+_MAX_STORED_SIZE = 2**16
 _ROUNDS = 4  # rounds of the cipher behind `index_shuffle`; grain's own default
 
 
@@ -56,8 +56,8 @@ class ExampleOrder:
         count = block * _BLOCK + _shuffled(place, _BLOCK, (self.seed, len(self.lengths), block))
         # Split the first part from all others, then the second part from the rest, and so on. Of the first c
         # positions, c * weight // rest belong to the part. Integers keep this exact at any position.
-        rest = sum(self._whole_weights)
-        for part, weight in enumerate(self._whole_weights):
+        rest = sum(self._integer_weights)
+        for part, weight in enumerate(self._integer_weights):
             before, after = count * weight // rest, (count + 1) * weight // rest
             if after > before:
                 return part, before
@@ -65,7 +65,7 @@ class ExampleOrder:
         raise AssertionError("the last part takes all that is left")
 
     @functools.cached_property
-    def _whole_weights(self) -> tuple[int, ...]:
+    def _integer_weights(self) -> tuple[int, ...]:
         """The weights scaled to integers; exact, because every float is a fraction."""
         weights = [Fraction(weight) for weight in self.weights]
         unit = math.lcm(*(weight.denominator for weight in weights))
@@ -74,7 +74,7 @@ class ExampleOrder:
 
 def _shuffled(place: int, size: int, seed: tuple[int, ...]) -> int:
     """Returns the image of `place` under a random permutation of 0 ... size - 1."""
-    if size <= _WRITTEN_OUT:
+    if size <= _MAX_STORED_SIZE:
         return int(_permutation(size, _hash(seed))[place])
     return grain.experimental.index_shuffle(place, max_index=size - 1, seed=_hash(seed), rounds=_ROUNDS)
 

@@ -198,7 +198,7 @@ def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], to
     batch["num_examples"][at] = len(examples)
 
 
-def fill(batch: Batch) -> dict[str, float]:
+def fill_fractions(batch: Batch) -> dict[str, float]:
     """Returns the fractions of a packed batch's token slots and tile slots that are in use."""
     return {
         "tokens": float(np.mean(batch["segment_ids"] > 0)),

@@ -47,7 +47,7 @@ def status(path: str | os.PathLike) -> Status:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def open_binary(path: str) -> Iterator[BinaryIO]:
     """Opens a file for reading."""
     try:
         with epath.Path(path).open("rb") as file:
@@ -57,7 +57,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def appearing_whole(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
+def atomic_file(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
     """Yields a local file to write to, which gets its final name, local or in a bucket, only if no error occurs.
 
     Until then it is in the folder `scratch`, which must be on the same disk; a bucket uses a temporary folder.
@@ -68,12 +68,12 @@ def appearing_whole(path: epath.Path, scratch: epath.Path) -> Iterator[Path]:
         partial = Path(folder, f"{path.name}.{uuid.uuid4().hex}")
         try:
             yield partial
-            put(partial, path)
+            move_into_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def put(source: Path, path: epath.Path) -> None:
+def move_into_place(source: Path, path: epath.Path) -> None:
     """Moves a complete local file to its final place, where it appears at once and complete."""
     with source.open("rb") as file:
         if is_local(path):
@@ -97,12 +97,12 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         return sorted(str(file) for file in _files_in(path, suffixes))
     if path.exists():
         return [pattern]
-    wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
-    if wild is None or "**" in path.parts:
+    first_wildcard = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
+    if first_wildcard is None or "**" in path.parts:
         return []
     # Glob below the longest folder without wildcards.
-    start = epath.Path(*path.parts[:wild]) if wild else epath.Path(".")
-    return sorted(str(file) for file in start.glob("/".join(path.parts[wild:])))
+    start = epath.Path(*path.parts[:first_wildcard]) if first_wildcard else epath.Path(".")
+    return sorted(str(file) for file in start.glob("/".join(path.parts[first_wildcard:])))
 
 
 def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.Path]:

@@ -15,15 +15,15 @@ from tqdm import tqdm
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import Pool
 from alignvlm_jax.data.packing import Refused
-from alignvlm_jax.data.window import Waiting, Window
+from alignvlm_jax.data.window import MeasuredExample, Window
 from alignvlm_jax.errors import UserError
 
 # Positions measured per task.
-_MEASURED_TOGETHER = 16
+_POSITIONS_PER_TASK = 16
 # Examples to measure. The first number gives the examples per bin to a few percent; the second gives the bins per epoch
 # to about one percent.
-_SAMPLE = 512
-_SAMPLE_OF_EPOCHS = 8192
+_SAMPLE_SIZE = 512
+_EPOCH_SAMPLE_SIZE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ def plan_stage(
     """
     rows = reader.packing.bins_per_microbatch
     total = None if epochs is None else max(1, round(epochs * reader.num_records))
-    number = _SAMPLE if total is None else min(total, _SAMPLE_OF_EPOCHS)
+    number = _SAMPLE_SIZE if total is None else min(total, _EPOCH_SAMPLE_SIZE)
     measured = _measure(reader, number, threads, progress)
-    usable = [example for example in measured if isinstance(example, Waiting)]
+    usable = [example for example in measured if isinstance(example, MeasuredExample)]
     if not usable:
         first = measured[0]
         raise UserError(
@@ -86,31 +86,31 @@ def plan_stage(
     microbatches = bins_per_step // rows if bins_per_step else max(1, round(global_batch * bins / len(usable) / rows))
     if number == total:
         # All examples are known: pack each row exactly as training will, and let the longest row set the steps.
-        of_rows = ([e for e in measured[row::rows] if isinstance(e, Waiting)] for row in range(rows))
-        most = max(_count_bins(reader, iter(examples)) for examples in of_rows)
-        return StagePlan(math.ceil(most / microbatches), microbatches, len(usable) / bins, total)
+        row_examples = ([e for e in measured[row::rows] if isinstance(e, MeasuredExample)] for row in range(rows))
+        most_bins = max(_count_bins(reader, iter(examples)) for examples in row_examples)
+        return StagePlan(math.ceil(most_bins / microbatches), microbatches, len(usable) / bins, total)
     # Otherwise extrapolate from the sample, refused examples included.
     if total is not None:
         steps = math.ceil(total * bins / len(measured) / (microbatches * rows))
     return StagePlan(steps, microbatches, len(usable) / bins)
 
 
-def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -> list[Waiting | Refused]:
+def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -> list[MeasuredExample | Refused]:
     pool = Pool(reader, threads=threads)
     try:
-        starts = range(0, number, _MEASURED_TOGETHER)
-        measuring = [pool.measure(range(start, min(start + _MEASURED_TOGETHER, number))) for start in starts]
-        bar = tqdm(measuring, desc="measuring examples", unit_scale=_MEASURED_TOGETHER, unit="example", delay=2)
+        starts = range(0, number, _POSITIONS_PER_TASK)
+        measuring = [pool.measure(range(start, min(start + _POSITIONS_PER_TASK, number))) for start in starts]
+        bar = tqdm(measuring, desc="measuring examples", unit_scale=_POSITIONS_PER_TASK, unit="example", delay=2)
         bar.disable = not progress
         return list(itertools.chain.from_iterable(future.result() for future in bar))
     finally:
         pool.close()
 
 
-def _count_bins(reader: ExampleReader, examples: Iterator[Waiting]) -> int:
+def _count_bins(reader: ExampleReader, examples: Iterator[MeasuredExample]) -> int:
     """Returns the number of bins that one row packs these examples into."""
     window = Window(reader.packing, 0)
     for bins in itertools.count():
         window.waiting += itertools.islice(examples, reader.packing.window - len(window.waiting))
-        if not window.take_bin():
+        if not window.pop_bin():
             return bins

@@ -36,7 +36,7 @@ from alignvlm_jax.data import store
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
-from alignvlm_jax.data.paths import appearing_whole, find_files, status
+from alignvlm_jax.data.paths import atomic_file, find_files, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
@@ -47,7 +47,7 @@ REJECTS_FILE = "rejects.jsonl"
 DEFAULT_MAX_REJECTS = 0.01
 
 # So many records must have been seen before a share of refused ones says anything about the whole.
-_ENOUGH_TO_JUDGE = 1000
+_MIN_RECORDS_TO_JUDGE = 1000
 
 FEATURES = {
     "id": tfds.features.Text(),
@@ -197,7 +197,7 @@ def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects:
             bar.set_postfix(rejected=summary.num_rejected, refresh=False)
             bar.update(part.total)
             # Of a known total the limit is then certain to be passed. Else it is a guess, but not one from little.
-            if summary.num_rejected > max_rejects * (total or max(summary.total, _ENOUGH_TO_JUDGE)):
+            if summary.num_rejected > max_rejects * (total or max(summary.total, _MIN_RECORDS_TO_JUDGE)):
                 break
     return summary
 
@@ -270,7 +270,7 @@ def _input_files(recipe: Recipe) -> list[str]:
 def _write_rejects(job: Job) -> None:
     notes = job.notes
     with (
-        appearing_whole(epath.Path(job.out) / REJECTS_FILE, notes.folder) as partial,
+        atomic_file(epath.Path(job.out) / REJECTS_FILE, notes.folder) as partial,
         partial.open("w") as lines,
     ):
         lines.writelines(json.dumps(reject) + "\n" for reject in notes.rejects())

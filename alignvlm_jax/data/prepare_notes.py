@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from alignvlm_jax.data.formats.conversation import Refused, Slice
-from alignvlm_jax.data.paths import appearing_whole
+from alignvlm_jax.data.paths import atomic_file
 from alignvlm_jax.data.shards import Shard
 
 _FOLDER = "progress"
@@ -109,5 +109,5 @@ class Notes:
         return json.loads(self._path(index).read_text())
 
     def _write(self, path: epath.Path, content: dict[str, Any]) -> None:
-        with appearing_whole(path, self.folder) as partial:
+        with atomic_file(path, self.folder) as partial:
             partial.write_text(json.dumps(content))

@@ -16,12 +16,12 @@ class RefusalLog:
     def __init__(self, path: Path):
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self._named = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
+        self._logged = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
 
     def add(self, refused: Iterable[Refused]) -> None:
         """Appends the examples that are not in the file yet; an example refused in every epoch is listed once."""
         new = {(example.source, example.id): example for example in refused}
-        new = {name: example for name, example in new.items() if name not in self._named}
+        new = {name: example for name, example in new.items() if name not in self._logged}
         if not new:
             return
         entries = ({"id": e.id, "source": e.source, "reason": e.reason} for e in new.values())
@@ -31,7 +31,7 @@ class RefusalLog:
                 file.writelines(lines)
         except OSError:  # A full disk must not end a run. The examples are added when they are refused again.
             return
-        self._named |= new.keys()
+        self._logged |= new.keys()
 
 
 def _parse(line: str) -> dict[str, str] | None:

@@ -1,28 +1,29 @@
-"""Which visual tokens stand for an image, made of which features: one feature each, or under `anyres_max_9` four.
+"""The features that make up each visual token: one feature, or four under the tiling rule `anyres_max_9`.
 
-Axis letters: T visual tokens of an image, M its tiles, N visual tokens of one tile after the connector, n rows and
-columns of them (N = n * n; the two may differ).
+Axis letters: T visual tokens of an image, M tiles of an image, N visual tokens of one tile after the connector, n rows
+and n columns of them (N = n * n; rows and columns may differ).
 
-Under `ovis` and `internvl` a page's visual tokens are its tiles' tokens, tile after tile: T = M * N. LLaVA-NeXT's
-`anyres_max_9` lays the tokens of the cells side by side as the cells lie on the page, and then:
+Under `ovis` and `internvl` the visual tokens of a page are the tokens of its tiles, tile after tile: T = M * N.
+LLaVA-NeXT's `anyres_max_9` puts the tokens of the cells side by side as the cells are on the page. Then:
 
-1. unpad: rows or columns that show only the black border are left out, as many on one side as on the other;
-2. reduce: what remains, h by w, is shrunk bilinearly by r = sqrt(h w / (max_tiles N)) both ways, if r > 1.1;
-3. every row ends with a learned `newline`; the thumbnail's N tokens come first, without any.
+1. Unpad: rows or columns that show only the black border are removed, the same number on both sides.
+2. Reduce: the remaining h by w tokens are shrunk bilinearly by r = sqrt(h w / (max_tiles N)) both ways, if r > 1.1.
+3. Every row ends with a learned `newline`. The thumbnail's N tokens come first, without newlines.
 
-All of it is linear in the features, with at most four of them in a token, and depends on the image's size alone. So it
-is worked out here, on the host, as numbers: four sources and four weights for every token, and -1 for the newline. The
-model gathers and adds; its shapes stay static.
+All of this is linear in the features, uses at most four features per token, and depends only on the size of the image.
+It is therefore computed here, on the host, as numbers: four sources and four weights per token, with source -1 for the
+newline. The model only gathers and adds, with static shapes.
 
 Example: S = 2 n, a page 2 S wide and S high, no thumbnail, n = 2: one row of two cells, tokens 0-3 and 4-7.
 
     cells side by side    0 1 4 5        tokens   0 1 4 5 newline 2 3 6 7 newline
                           2 3 6 7        sources  0 1 4 5   -1    2 3 6 7   -1      each with weight 1
 
-The original's tolerance is kept: up to 1.1^2 * 9 = 10.9 tiles of tokens stay as they are. One thing differs: of a page
-so narrow that unpadding leaves nothing (1 x 1000), a row or column is kept.
-Source: LLaVA-NeXT `prepare_inputs_labels_for_multimodal`, and LLaVA-OneVision in transformers, which rounds like here.
-A copy of this file travels with every exported PyTorch model (`interop/pytorch`): numpy and the standard library.
+The original's tolerance is kept: up to 1.1^2 * 9 = 10.9 tiles of tokens are not reduced. One thing differs: if a page
+is so narrow that unpadding would leave nothing (1 x 1000), one row or column is kept.
+Sources: LLaVA-NeXT `prepare_inputs_labels_for_multimodal`, and LLaVA-OneVision in transformers, which rounds as here.
+A copy of this file is part of every exported PyTorch model (`interop/pytorch`), so it imports only numpy and the
+standard library.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ try:
     from jaxtyping import Float32, Int32
 
     from alignvlm_jax.data.tiling import TilePlan, TilingConfig
-except ImportError:  # beside an exported model, where annotations stay strings that nobody reads
+except ImportError:  # in an exported model, where annotations stay strings that are never evaluated
     pass
 
-# Shrinking by less is not worth the blur (LLaVA-NeXT).
+# A smaller reduction is not worth the blur (LLaVA-NeXT).
 _MIN_REDUCTION = 1.1
 
 TokenGrid = tuple[int, int]
@@ -48,9 +49,11 @@ TokenGrid = tuple[int, int]
 
 
 class Resampling(NamedTuple):
-    """A token is the sum over k of weights[:, k] * feature[sources[:, k]].
+    """Sources of visual tokens: a token is the sum over k of weights[:, k] * feature[sources[:, k]].
 
-    sources: which of the M * N features of the image, -1 for the newline, whose weight is 1 in k = 0.
+    Attributes:
+      sources: Indices among the M * N features of the image; -1 for the newline, which has weight 1 in k = 0.
+      weights: Weights of the sources.
     """
 
     sources: Int32[np.ndarray, "T 4"]
@@ -58,16 +61,16 @@ class Resampling(NamedTuple):
 
 
 def num_visual_tokens(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> int:
-    """T."""
+    """Returns T, the number of visual tokens of an image."""
     per_tile = token_grid[0] * token_grid[1]
     if config.rule != "anyres_max_9":
         return plan.num_tiles * per_tile
-    height, width = _reduced_size(*_unpadded(plan, token_grid)[1], config.max_tiles, per_tile)
+    height, width = _reduced_size(*_unpad(plan, token_grid)[1], config.max_tiles, per_tile)
     return height * (width + 1) + (per_tile if plan.thumbnail is not None else 0)
 
 
 def max_visual_tokens(config: TilingConfig, token_grid: TokenGrid) -> int:
-    """A bound on T, over all images; under anyres_max_9 none reaches it."""
+    """Returns an upper bound of T over all images; under anyres_max_9 no image reaches it."""
     rows, cols = token_grid
     if config.rule != "anyres_max_9":
         return config.max_tiles_per_image * rows * cols
@@ -77,13 +80,14 @@ def max_visual_tokens(config: TilingConfig, token_grid: TokenGrid) -> int:
 
 
 def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Resampling:
-    """How the visual tokens of an image under anyres_max_9 are made; the module docstring has the rule."""
+    """Returns the sources of an image's visual tokens under anyres_max_9; the module docstring states the rule."""
     rows, cols = token_grid
-    (top, left), (height, width) = _unpadded(plan, token_grid)
+    (top, left), (height, width) = _unpad(plan, token_grid)
     reduced_height, reduced_width = _reduced_size(height, width, config.max_tiles, rows * cols)
     y, y_weight = _two_taps(height, reduced_height)
     x, x_weight = _two_taps(width, reduced_width)
-    # The features of the cells, numbered as they lie on the page.
+    # Map positions on the page to features, which are numbered tile by tile. The axes are the token's row and column
+    # and its two vertical and two horizontal taps.
     row, col = (y + top)[:, None, :, None], (x + left)[None, :, None, :]  # [h', 1, 2, 1], [1, w', 1, 2]
     cell = row // rows * plan.grid[1] + col // cols + plan.first_cell
     inside = cell * (rows * cols) + row % rows * cols + col % cols  # [h', w', 2, 2]
@@ -100,26 +104,26 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
 
 
 def resample_images(plans: Sequence[TilePlan], config: TilingConfig, token_grid: TokenGrid) -> Resampling | None:
-    """All images of an example, its features numbered on from image to image; None under the other rules."""
+    """Returns the sources of all images of an example, with features numbered through; None under other rules."""
     if config.rule != "anyres_max_9":
         return None
     sources, weights = [np.zeros((0, 4), np.int32)], [np.zeros((0, 4), np.float32)]
     first = 0
     for plan in plans:
-        of_image = resample(plan, config, token_grid)
-        sources.append(np.where(of_image.sources >= 0, of_image.sources + first, -1))
-        weights.append(of_image.weights)
+        image_resampling = resample(plan, config, token_grid)
+        sources.append(np.where(image_resampling.sources >= 0, image_resampling.sources + first, -1))
+        weights.append(image_resampling.weights)
         first += plan.num_tiles * token_grid[0] * token_grid[1]
     return Resampling(np.concatenate(sources), np.concatenate(weights))
 
 
 def at_positions(visual_index: Int32[np.ndarray, " L"], resampling: Resampling, first_feature: int = 0) -> Resampling:
-    """`visual_sources` and `visual_weights` [L, 4] of an example: zeros where there is text.
+    """Returns `visual_sources` and `visual_weights` [L, 4] of an example, zeros at text positions.
 
     Args:
-      visual_index: which of the example's visual tokens goes at each position, -1 = text.
-      resampling: of the example's visual tokens; there may be more of them than positions ask for.
-      first_feature: what number the example's first feature has in the bin.
+      visual_index: Index of the example's visual token at each position; -1 for text.
+      resampling: Sources of the example's visual tokens; it may have more tokens than `visual_index` refers to.
+      first_feature: Index in the bin of the example's first feature.
     """
     number, is_visual = np.maximum(visual_index, 0), (visual_index >= 0)[:, None]
     if not len(resampling.sources):
@@ -132,13 +136,13 @@ def at_positions(visual_index: Int32[np.ndarray, " L"], resampling: Resampling, 
     )
 
 
-def _unpadded(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(top, left) and (height, width), in tokens, of what the border leaves of the cells side by side."""
+def _unpad(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns (top, left) and (height, width), in tokens, of the cells without the black border."""
     (rows, cols), (width, height) = plan.grid, plan.image_size
     tall, wide = rows * token_grid[0], cols * token_grid[1]
-    # In units of which a canvas has as many across as its cells have columns: tokens need not be square.
+    # Compare in units of a token's width: a token need not be square.
     if width / height > (cols * token_grid[0]) / tall:
-        kept = int(round(height * (cols * token_grid[0] / width), 7))  # against 26.999999 for 27
+        kept = int(round(height * (cols * token_grid[0] / width), 7))  # a quotient of 26.999999 means 27
         border = (tall - max(kept, 1)) // 2
         return (border, 0), (tall - 2 * border, wide)
     kept = int(round(width * (rows * token_grid[1] / height), 7))
@@ -147,6 +151,7 @@ def _unpadded(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], t
 
 
 def _reduced_size(height: int, width: int, max_tiles: int, per_tile: int) -> tuple[int, int]:
+    """Returns (height, width) in tokens after the reduction."""
     factor = math.sqrt(height * width / (max_tiles * per_tile))
     if factor <= _MIN_REDUCTION:
         return height, width
@@ -154,9 +159,10 @@ def _reduced_size(height: int, width: int, max_tiles: int, per_tile: int) -> tup
 
 
 def _two_taps(size: int, reduced: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear interpolation along one axis without antialiasing, pixels' centres at halves: [reduced, 2] each.
+    """Returns sources and weights, [reduced, 2] each, of bilinear interpolation along one axis, without antialiasing.
 
-    before: 3 values a b c    after, reduced = 2: sources [0 1] [1 2], weights [.75 .25] [.25 .75]
+    Pixel centers are at halves. Example: 3 values a b c and reduced = 2 give the sources [0 1] [1 2] and the weights
+    [.75 .25] [.25 .75].
     """
     at = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
     first = np.minimum(at.astype(np.int64), size - 1)

@@ -1,16 +1,17 @@
-"""Any picture in memory as plain RGB: upright, transparent parts white like paper, nothing clipped.
+"""Converts images of any mode to plain RGB: upright, with transparent parts white like paper, and nothing clipped.
 
-Rotated by EXIF, with a palette, an alpha channel or a transparent colour, grey of 1, 8 or 16 bits, CMYK, floating
-point. A copy of this file travels with every exported PyTorch model (`interop/pytorch`): numpy and PIL only.
+Handles EXIF rotation, palettes, alpha channels, transparent colors, grayscale of 1, 8 or 16 bits, CMYK and floating
+point. A copy of this file is part of every exported PyTorch model (`interop/pytorch`), so it imports only numpy and
+PIL.
 """
 
 import numpy as np
 import PIL.Image
 
-# What pages and photographs come in. Not every format PIL knows: EPS, for one, would run a PostScript interpreter.
+# The formats of pages and photographs. PIL reads others too, but EPS, for one, would run a PostScript interpreter.
 _FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "GIF", "WEBP", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
+_TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
     4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,32 +23,34 @@ _UPRIGHT = {
 
 
 def formats() -> list[str]:
-    """What `PIL.Image.open` may take a file for; a build of PIL need not have all of them."""
+    """Returns the formats that `PIL.Image.open` may try; a build of PIL may lack some of them."""
     PIL.Image.init()
     return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
 def to_rgb(image: PIL.Image.Image, *, keep_grey: bool = False) -> PIL.Image.Image:
-    """An image already in memory, upright and in RGB, transparent parts white.
+    """Converts an image in memory to upright RGB, with transparent parts white.
 
     Args:
-      image: of any mode.
-      keep_grey: leave a picture without colours in one channel (mode L), which is faster to resize.
+      image: Image of any mode.
+      keep_grey: Whether an image without colors stays in one channel (mode L), which is faster to resize.
     """
-    image = _plain(image)
+    image = _to_opaque(image)
     return image if keep_grey and image.mode == "L" else image.convert("RGB")
 
 
-def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Upright, opaque, in mode RGB or L."""
+def _to_opaque(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Returns the image upright and opaque, in mode RGB or L."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits a pixel, which convert() would clip at 255.
+    if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits per pixel, which convert() would clip at 255
         return _from_grey(np.asarray(image).astype(np.float64) / 257.0)
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float64))
+        # Floating-point images come in the range 0 ... 1 or 0 ... 255; the largest value tells which.
         return _from_grey(values * 255.0 if values.max() <= 1.0 else values)
+    # Lower-case "a": premultiplied alpha (La, RGBa). A palette or RGB image may name one transparent color.
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = PIL.Image.new("RGBA", image.size, "white")
@@ -56,12 +59,14 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Applies the EXIF orientation."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # Damaged EXIF beside a sound picture: take the picture as it lies.
+    except Exception:  # An intact image with damaged EXIF data: ignore the orientation.
         return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
 
 
 def _from_grey(values: np.ndarray) -> PIL.Image.Image:
+    """Returns an 8-bit grayscale image of values in 0 ... 255."""
     return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from alignvlm_jax.data.paths import appearing_whole
+from alignvlm_jax.data.paths import atomic_file
 from alignvlm_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -49,7 +49,7 @@ class ShardedDataset:
         """Write a shard; a file half written is in the folder `scratch`, on the same disk."""
         serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
         number, size, path = 0, 0, self.shard_path(index)
-        with appearing_whole(path, scratch) as partial, _array_record(partial, path) as writer:
+        with atomic_file(path, scratch) as partial, _array_record(partial, path) as writer:
             for record in records:
                 example = serializer.get_tf_example(self.features.encode_example(record))
                 # Else the order of the fields, and so the file, would change from process to process.
@@ -86,7 +86,7 @@ class ShardedDataset:
             info.write_to_directory(written)
             # The mark of completeness comes last.
             for file in sorted(os.listdir(written), key=lambda name: name == INFO_FILE):
-                with appearing_whole(self.folder / file, scratch) as partial:
+                with atomic_file(self.folder / file, scratch) as partial:
                     shutil.copy(Path(written, file), partial)
 
     @property

@@ -122,7 +122,7 @@ def write_dataset(
         raise UserError(f"{folder} exists already: remove it or choose another folder")
     if "all" in splits:
         raise UserError("'all' cannot be the name of a split: TFDS means every split by it")
-    with _appearing_whole(folder) as partial:
+    with _atomic_folder(folder) as partial:
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
                 name=name, version=tfds.core.Version(_VERSION), data_dir=str(partial), module_name=__name__
@@ -163,7 +163,7 @@ def _lots(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, An
 
 
 @contextlib.contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to that takes its name only if all went well."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,40 +1,43 @@
-"""Cut a page into tiles by a predefined grid, and know where every pixel of the page went.
+"""Cuts a page into a grid of tiles and maps points of the page to tiles.
 
 Axis letters: M tiles, S tile side in pixels, P points. Boxes are (left, top, right, bottom) in pixels of the page.
 
 `ovis` ("coverage ratio"), the rule of Ovis, which the paper uses:
 
-* every grid of rows x cols with rows * cols <= max_tiles is tried; a cell is h // rows by w // cols pixels and the last
-  row and column take what is left over;
-* a cell covers the area it has after its long side is shrunk (never enlarged) to S; the coverage of a grid is the sum
-  over its cells, over the area of the image: the share of detail that survives;
-* if any grid covers more than 0.9, the one with the fewest tiles wins (ties: the larger coverage); otherwise the
-  largest coverage wins (ties: fewer tiles);
-* every cell is resized, up or down, until its long side is S, keeping its aspect; with more than one cell the whole
-  image comes first as a thumbnail.
+* All grids of rows x cols with rows * cols <= max_tiles are compared. A cell is h // rows by w // cols pixels; the last
+  row and column also take the remainder.
+* A cell covers the area it has after its long side is shrunk (never enlarged) to S. The coverage of a grid is the sum
+  over its cells divided by the area of the image: the share of detail that is kept.
+* If any grid covers more than 0.9, the one with the fewest tiles is used (ties: the larger coverage). Otherwise the
+  largest coverage is used (ties: fewer tiles).
+* Every cell is resized, up or down, until its long side is S, keeping its aspect ratio. With more than one cell, the
+  complete image comes first as a thumbnail.
 
 Example, S = 96: a page 96 wide and 180 high. One tile would shrink it to 51 x 96, coverage 0.28. Two rows of 96 x 90
 lose nothing, coverage 1: two tiles.
 
-The original centres a cell in its tile. Here it sits in the top left corner and `valid_hw` says which part of the
-tile is picture: the rest must become zero *after* normalisation, and a uint8 has no value that normalises to zero.
+The original centers a cell in its tile. Here the cell is in the top left corner, and `valid_hw` is the size of the
+image inside the tile: the rest must become zero *after* normalization, and no uint8 value normalizes to zero.
 
 `internvl`, the rule of InternVL 1.5 and later ("dynamic preprocessing"):
 
-* of the grids with rows * cols <= max_tiles the one whose cols / rows is nearest to width / height, tried from the
-  fewest tiles up; on an exact tie the later, larger one is taken only if the image has more than half its pixels;
-* the image is stretched to cols * S by rows * S and cut; with more than one cell the whole image, stretched to S by S,
-  comes last.
+* Of the grids with rows * cols <= max_tiles, the one whose cols / rows is nearest to width / height is used. Grids are
+  compared from the fewest tiles up. On an exact tie the later, larger grid is used only if the image has more than half
+  its pixels.
+* The image is stretched to cols * S by rows * S and cut. With more than one cell, the complete image, stretched to S by
+  S, comes last.
 
 `anyres_max_9`, the rule of LLaVA-NeXT and LLaVA-OneVision:
 
-* of the canvases of cols * S by rows * S, both at most `grid_side`, the one on which the image, fitted in with its
-  aspect kept, has the most pixels (no more than its own); ties: the smaller canvas;
-* the image is fitted in, up or down, centred on black, and the canvas is cut; the whole image, stretched to S by S,
-  always comes first. The black border is part of the tiles, as in the original: black before normalisation.
-* what the decoder sees of those tiles, at most about `max_tiles` tiles of tokens, is the matter of `resampling.py`.
+* A canvas has cols * S by rows * S pixels, with cols and rows at most `grid_side`. The canvas is used on which the
+  image, resized to fit with its aspect ratio kept, has the most pixels (but no more than its own). Ties: the smaller
+  canvas.
+* The image is resized to fit, up or down, centered on black, and the canvas is cut. The complete image, stretched to S
+  by S, always comes first. As in the original, the black border is part of the tiles and is black before normalization.
+* `resampling.py` reduces the visual tokens of these tiles to at most about those of `max_tiles` tiles.
 
-A copy of this file travels with every exported PyTorch model (`interop/pytorch`): numpy, PIL and the standard library.
+A copy of this file is part of every exported PyTorch model (`interop/pytorch`), so it imports only numpy, PIL and the
+standard library.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ import PIL.Image
 
 try:
     from jaxtyping import Float, Int, UInt8
-except ImportError:  # beside an exported model, where annotations stay strings that nobody reads
+except ImportError:  # in an exported model, where annotations stay strings that are never evaluated
     pass
 
 Rule = Literal["ovis", "internvl", "anyres_max_9"]
@@ -61,14 +64,15 @@ _GOOD_COVERAGE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class TilingConfig:
-    """How a page becomes tiles.
+    """Rule and sizes for cutting a page into tiles.
 
-    rule: the name of the rule; see the module docstring.
-    tile_size: side S of a tile in pixels; the `image_size` of the vision encoder.
-    max_tiles: cells of the largest grid (the thumbnail is not counted). Under anyres_max_9: how many tiles of tokens
-      the cells are reduced to, however many they are.
-    thumbnail: add the whole image when the grid has more than one cell; under anyres_max_9 always.
-    grid_side: most rows, and most columns, of a grid of anyres_max_9; the other rules do not look at it.
+    Attributes:
+      rule: Name of the rule; see the module docstring.
+      tile_size: Side S of a tile in pixels; equals the `image_size` of the vision encoder.
+      max_tiles: Largest number of cells of a grid (without the thumbnail). Under anyres_max_9: the number of tiles to
+        whose tokens the cells are reduced, however many cells there are.
+      thumbnail: Whether to add the complete image if the grid has more than one cell; under anyres_max_9, always.
+      grid_side: Largest number of rows and of columns of an anyres_max_9 grid; the other rules ignore it.
     """
 
     rule: Rule = "ovis"
@@ -85,7 +89,7 @@ class TilingConfig:
 
     @property
     def max_tiles_per_image(self) -> int:
-        """The most tiles an image can take, thumbnail included."""
+        """Largest number of tiles of an image, thumbnail included."""
         if self.rule == "anyres_max_9":
             return self.grid_side**2 + int(self.thumbnail)
         return self.max_tiles + (1 if self.thumbnail and self.max_tiles > 1 else 0)
@@ -93,9 +97,9 @@ class TilingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """A picture resized to `size` and laid with its top left corner at `origin`; both (x, y) in pixels of the canvas.
+    """An image resized to `size`, with its top left corner at `origin`; both are (x, y) in pixels of the canvas.
 
-    The canvas has the area of the grid's cells, S by S each; what the picture leaves of it is black.
+    The canvas has the area of the grid's cells, S by S each. Pixels outside the image are black.
     """
 
     size: tuple[int, int]
@@ -104,15 +108,16 @@ class Canvas:
 
 @dataclasses.dataclass(frozen=True)
 class TilePlan:
-    """Where the tiles of one image come from.
+    """The positions of the tiles of one image.
 
-    image_size: (width, height) of the image.
-    boxes: for every tile, in order, the part of the page it shows. Whole pixels under ovis; a tile with a black border
-      reaches beyond the page.
-    sizes: for every tile the (height, width) in pixels its picture (or canvas) has inside the tile.
-    grid: (rows, cols) of the cells.
-    thumbnail: which tile is the whole page, or None; the others are the cells, row by row.
-    canvas: where the cells are cut from; None if each is cropped from the page and resized for itself.
+    Attributes:
+      image_size: (width, height) of the image.
+      boxes: The part of the page that each tile shows, in order. Whole pixels under ovis; the box of a tile with a
+        black border extends beyond the page.
+      sizes: (height, width) in pixels of the image (or canvas) inside each tile.
+      grid: (rows, cols) of the cells.
+      thumbnail: Index of the tile that shows the complete page, or None. The other tiles are the cells, row by row.
+      canvas: Canvas that the cells are cut from; None if each cell is cropped from the page and resized separately.
     """
 
     image_size: tuple[int, int]
@@ -124,27 +129,28 @@ class TilePlan:
 
     @property
     def num_tiles(self) -> int:
+        """Number of tiles, thumbnail included."""
         return len(self.boxes)
 
     @property
     def first_cell(self) -> int:
-        """The tile that is the grid's top left cell."""
+        """Index of the tile that is the grid's top left cell."""
         return 1 if self.thumbnail == 0 else 0
 
     def map_points(self, xy: Float[np.ndarray, "P 2"]) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, "P 2"]]:
-        """The cell each point (x, y) of the page falls in, and its coordinates there; thumbnails are not considered.
+        """Returns the cell of each point (x, y) of the page, and the point's coordinates in it; never the thumbnail.
 
         Coordinates are continuous: pixel i spans [i, i + 1). A point outside the page belongs to the nearest cell and
-        keeps its offset, so its coordinates fall outside that cell's picture.
+        keeps its offset, so its coordinates are outside that cell's image.
 
-        Example: page 96 x 180, S = 96, two rows, no thumbnail. (10, 100) lies in the second cell, 10 pixels below its
+        Example: page 96 x 180, S = 96, two rows, no thumbnail. (10, 100) is in the second cell, 10 pixels below its
         top, and that cell is not scaled: tile 1, (10, 10).
         """
         xy = np.asarray(xy, np.float64).reshape(-1, 2)
         rows, cols = self.grid
         cells = np.asarray(self.boxes[self.first_cell :][: rows * cols], np.float64)  # [rows * cols, 4], row by row
-        # The left edges of the first row's cells and the top edges of the first column's; a point belongs to the last
-        # cell that starts at or before it.
+        # Search among the left edges of the first row's cells and the top edges of the first column's cells. A point
+        # belongs to the last cell that starts at or before it.
         col = np.searchsorted(cells[:cols, 0], xy[:, 0], side="right") - 1
         row = np.searchsorted(cells[::cols, 1], xy[:, 1], side="right") - 1
         cell = np.clip(row, 0, rows - 1) * cols + np.clip(col, 0, cols - 1)
@@ -156,9 +162,9 @@ class TilePlan:
 
 @functools.lru_cache(maxsize=65536)
 def plan_tiles(width: int, height: int, config: TilingConfig) -> TilePlan:
-    """Choose the grid for an image of `width` x `height` pixels."""
+    """Returns the tiles of an image of `width` x `height` pixels."""
     if width < 1 or height < 1:
-        raise ValueError(f"an image has at least one pixel, got {width} x {height}")
+        raise ValueError(f"expected an image of at least one pixel, got {width} x {height}")
     plan = {"ovis": _plan_ovis, "internvl": _plan_internvl, "anyres_max_9": _plan_anyres}[config.rule]
     return plan(width, height, config)
 
@@ -166,48 +172,51 @@ def plan_tiles(width: int, height: int, config: TilingConfig) -> TilePlan:
 def cut_tiles(
     image: PIL.Image.Image, plan: TilePlan, tile_size: int
 ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"]]:
-    """Cut an image as planned: (tiles, valid_hw), picture top left, zeros around it.
+    """Cuts an image as planned and returns (tiles, valid_hw); images are top left in their tiles, with zeros around.
 
-    The image is RGB, or grey (mode L), which takes a third of the arithmetic and gives the very same tiles.
+    The image is RGB or grayscale (mode L). Grayscale takes a third of the arithmetic and gives identical tiles.
     """
     tiles = np.zeros((plan.num_tiles, tile_size, tile_size, 3), np.uint8)
     if plan.canvas is None:
         alone = range(plan.num_tiles)
     else:
         alone = [] if plan.thumbnail is None else [plan.thumbnail]
-        _cut_canvas(_resized(image, *plan.canvas.size), plan, tiles[plan.first_cell :])
+        _cut_canvas(_resize(image, *plan.canvas.size), plan, tiles[plan.first_cell :])
     for i in alone:
-        # Cropped first: resize(box=...) would let pixels across the cell's border into the filter.
+        # Crop before resizing: resize(box=...) would let the filter read pixels beyond the cell's border.
         crop = image if plan.boxes[i] == (0, 0, *image.size) else image.crop(plan.boxes[i])
         height, width = plan.sizes[i]
-        tiles[i, :height, :width] = _resized(crop, width, height)
+        tiles[i, :height, :width] = _resize(crop, width, height)
     return tiles, np.asarray(plan.sizes, np.int32)
 
 
 def _cut_canvas(
     picture: UInt8[np.ndarray, "height width 3"], plan: TilePlan, tiles: UInt8[np.ndarray, "M S S 3"]
 ) -> None:
-    """Puts into each cell its part of the picture, without a canvas ever being made."""
+    """Copies each cell's part of the resized image into its tile, without allocating the canvas."""
     (rows, cols), (left, top), side = plan.grid, plan.canvas.origin, tiles.shape[1]
     for cell in range(rows * cols):
-        y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner in the picture
+        y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner, relative to the image
+        # A negative corner is in the border: the image then begins inside the tile.
         y0, x0 = max(y, 0), max(x, 0)
         part = picture[y0 : max(y + side, 0), x0 : max(x + side, 0)]
         tiles[cell, y0 - y : y0 - y + part.shape[0], x0 - x : x0 - x + part.shape[1]] = part
 
 
-def _resized(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Bicubic and antialiased, as the public code of all three rules has it."""
+def _resize(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the pixels of an image after a bicubic, antialiased resize, as in the public code of all three rules."""
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
+    # A view without a copy: all three channels of a grayscale image are the same.
     return pixels if pixels.ndim == 3 else np.broadcast_to(pixels[..., None], (height, width, 3))
 
 
-# ovis
+# Rule ovis.
 
 
 def _plan_ovis(width: int, height: int, config: TilingConfig) -> TilePlan:
+    """Returns the tiles under the rule ovis."""
     rows, cols = _best_grid(width, height, config)
     boxes = list(_cells(width, height, rows, cols))
     thumbnail = 0 if config.thumbnail and len(boxes) > 1 else None
@@ -218,7 +227,8 @@ def _plan_ovis(width: int, height: int, config: TilingConfig) -> TilePlan:
 
 
 def _best_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
-    # Cells of no width or height can only be had on images a few pixels wide; they would be empty tiles.
+    """Returns the (rows, cols) that the rule ovis chooses."""
+    # Images a few pixels wide or high could get cells without width or height, which would be empty tiles.
     grids = [
         (rows, cols)
         for rows in range(1, min(config.max_tiles, height) + 1)
@@ -232,16 +242,17 @@ def _best_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]
 
 
 def _coverage(width: int, height: int, rows: int, cols: int, side: int) -> float:
-    """The share of the image's area that is left when every cell has been shrunk to fit a tile."""
+    """Returns the share of the image's area that is left after every cell has been shrunk to fit a tile."""
     covered = 0.0
     for left, top, right, bottom in _cells(width, height, rows, cols):
         long, short = max(right - left, bottom - top), min(right - left, bottom - top)
-        # The order of operations is that of the public code, so that ties fall the same way.
+        # The same order of operations as in the public code, so that rounding breaks ties the same way.
         covered += side * (short / long * side) if long > side else long * short
     return covered / (width * height)
 
 
 def _cells(width: int, height: int, rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields the boxes of the cells, row by row; the last row and column take the remainder."""
     row_height, col_width = height // rows, width // cols
     for row in range(rows):
         for col in range(cols):
@@ -251,31 +262,33 @@ def _cells(width: int, height: int, rows: int, cols: int) -> Iterator[tuple[int,
 
 
 def _fit(width: int, height: int, side: int) -> tuple[int, int]:
-    """(height, width) once the long side is `side`; at least one pixel each way."""
+    """Returns (height, width) after resizing the long side to `side`; at least one pixel each."""
     if width >= height:
         return max(1, int(height / width * side)), side
     return side, max(1, int(width / height * side))
 
 
-# internvl
+# Rule internvl.
 
 
 def _plan_internvl(width: int, height: int, config: TilingConfig) -> TilePlan:
+    """Returns the tiles under the rule internvl."""
     rows, cols = _nearest_grid(width, height, config)
     canvas = Canvas((cols * config.tile_size, rows * config.tile_size))
     boxes = _canvas_boxes(width, height, rows, cols, canvas, config.tile_size)
     thumbnail = len(boxes) if config.thumbnail and len(boxes) > 1 else None
     if thumbnail is not None:
         boxes.append((0, 0, width, height))
-    return TilePlan((width, height), tuple(boxes), _full(boxes, config), (rows, cols), thumbnail, canvas)
+    return TilePlan((width, height), tuple(boxes), _full_sizes(boxes, config), (rows, cols), thumbnail, canvas)
 
 
 def _nearest_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
+    """Returns the (rows, cols) that the rule internvl chooses."""
     grids = [(rows, cols) for rows in range(1, config.max_tiles + 1) for cols in range(1, config.max_tiles // rows + 1)]
     nearest, best = math.inf, (1, 1)
     for rows, cols in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[1])):
         distance = abs(width / height - cols / rows)
-        # Half of the canvas's pixels: an image that has fewer would only be blown up.
+        # On a tie: an image with fewer than half of the canvas's pixels would only be enlarged.
         if distance < nearest or (
             distance == nearest and width * height > 0.5 * config.tile_size * config.tile_size * rows * cols
         ):
@@ -283,13 +296,15 @@ def _nearest_grid(width: int, height: int, config: TilingConfig) -> tuple[int, i
     return best
 
 
-# anyres_max_9
+# Rule anyres_max_9.
 
 
 def _plan_anyres(width: int, height: int, config: TilingConfig) -> TilePlan:
+    """Returns the tiles under the rule anyres_max_9."""
     side = config.tile_size
     rows, cols = _best_canvas(width, height, config)
     across, down = cols * side / width, rows * side / height
+    # Fit the image to the tighter side, then center it on the canvas.
     if across < down:
         size = cols * side, min(math.ceil(height * across), rows * side)
     else:
@@ -299,10 +314,12 @@ def _plan_anyres(width: int, height: int, config: TilingConfig) -> TilePlan:
     if config.thumbnail:
         boxes.insert(0, (0, 0, width, height))
     thumbnail = 0 if config.thumbnail else None
-    return TilePlan((width, height), tuple(boxes), _full(boxes, config), (rows, cols), thumbnail, canvas)
+    return TilePlan((width, height), tuple(boxes), _full_sizes(boxes, config), (rows, cols), thumbnail, canvas)
 
 
 def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
+    """Returns the (rows, cols) that the rule anyres_max_9 chooses."""
+
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         canvas_height, canvas_width = grid[0] * config.tile_size, grid[1] * config.tile_size
         scale = min(canvas_width / width, canvas_height / height)
@@ -313,11 +330,11 @@ def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, in
     return max(((rows, cols) for rows in sides for cols in sides), key=merit)
 
 
-# of both
+# Rules with a canvas.
 
 
 def _canvas_boxes(width: int, height: int, rows: int, cols: int, canvas: Canvas, side: int) -> list[Box]:
-    """The part of the page (and of what lies around it) that each cell of the canvas shows."""
+    """Returns the part of the page (and of the border around it) that each cell of the canvas shows."""
 
     def edges(cells: int, picture: int, origin: int, page: int) -> list[float]:
         return [(cell * side - origin) * page / picture for cell in range(cells + 1)]
@@ -327,5 +344,6 @@ def _canvas_boxes(width: int, height: int, rows: int, cols: int, canvas: Canvas,
     return [(xs[col], ys[row], xs[col + 1], ys[row + 1]) for row in range(rows) for col in range(cols)]
 
 
-def _full(boxes: list[Box], config: TilingConfig) -> tuple[tuple[int, int], ...]:
+def _full_sizes(boxes: list[Box], config: TilingConfig) -> tuple[tuple[int, int], ...]:
+    """Returns (height, width) of tiles that their images fill completely."""
     return ((config.tile_size, config.tile_size),) * len(boxes)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from alignvlm_jax.data.packing import PackingConfig
 
 
-class Waiting(NamedTuple):
+class MeasuredExample(NamedTuple):
     """The position of an example in the order, and its size."""
 
     position: int
@@ -47,18 +47,18 @@ class Window:
 
     config: PackingConfig
     next_position: int
-    waiting: list[Waiting] = dataclasses.field(default_factory=list)
+    waiting: list[MeasuredExample] = dataclasses.field(default_factory=list)
 
     @property
     def has_room(self) -> bool:
         """Returns whether more examples must enter the window before the next bin is chosen."""
         return len(self.waiting) < self.config.window
 
-    def take_bin(self) -> list[Waiting]:
+    def pop_bin(self) -> list[MeasuredExample]:
         """Removes the examples of the next bin and returns them, oldest first; returns [] if none wait."""
         if not self.waiting:
             return []
-        chosen = choose(self.waiting, self.config)
+        chosen = choose_bin(self.waiting, self.config)
         taken = [self.waiting[i] for i in chosen]
         self.waiting = [example for i, example in enumerate(self.waiting) if i not in chosen]
         return taken
@@ -70,10 +70,10 @@ class Window:
     @classmethod
     def from_state(cls, config: PackingConfig, state: Mapping[str, Any]) -> "Window":
         """Returns the window that `state` was taken from."""
-        return cls(config, state["next"], [Waiting(*example) for example in state["waiting"]])
+        return cls(config, state["next"], [MeasuredExample(*example) for example in state["waiting"]])
 
 
-def choose(waiting: Sequence[Waiting], config: PackingConfig) -> list[int]:
+def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> list[int]:
     """Returns the indices of the examples that share the next bin, in increasing order; index 0 is always included.
 
     Every example must fit into an empty bin.
@@ -83,7 +83,7 @@ def choose(waiting: Sequence[Waiting], config: PackingConfig) -> list[int]:
     # examples find room nearly anywhere and can wait.
     others = sorted(
         (i for i in range(1, len(waiting)) if waiting[i].tokens <= tokens and waiting[i].tiles <= tiles),
-        key=lambda i: (_share(waiting[i].tokens, waiting[i].tiles, config), -i),
+        key=lambda i: (_fill_share(waiting[i].tokens, waiting[i].tiles, config), -i),
     )
     fitting = (1 << tokens + 1) - 1  # mask of the sums that do not exceed the free tokens
     sums = [1] + [0] * tiles
@@ -93,7 +93,7 @@ def choose(waiting: Sequence[Waiting], config: PackingConfig) -> list[int]:
         sums_before.append(sums)
         sums = [found | (sums[j - m] << n & fitting if j >= m else 0) for j, found in enumerate(sums)]
     best = ((found.bit_length() - 1, j) for j, found in enumerate(sums) if found)
-    n, m = max(best, key=lambda total: _share(*total, config))
+    n, m = max(best, key=lambda total: _fill_share(*total, config))
     # Walk back from the best sum: an example is part of it if the rest is reachable without this example.
     chosen = [0]
     for i, before in zip(reversed(others), reversed(sums_before), strict=True):
@@ -105,6 +105,6 @@ def choose(waiting: Sequence[Waiting], config: PackingConfig) -> list[int]:
     return sorted(chosen[: config.examples_per_bin])
 
 
-def _share(tokens: int, tiles: int, config: PackingConfig) -> float:
+def _fill_share(tokens: int, tiles: int, config: PackingConfig) -> float:
     """Returns the share of a bin's tokens plus the share of its tiles."""
     return tokens / config.tokens_per_bin + tiles / max(config.tiles_per_bin, 1)

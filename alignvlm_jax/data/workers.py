@@ -34,7 +34,7 @@ def run_tasks(
         return
     # "spawn": a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=exit_with_parent)
     remaining, running = iter(tasks), {}
     try:
         # Keep two tasks per process submitted, so that no process waits while results are consumed.
@@ -54,7 +54,7 @@ def run_tasks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _DeafProcess(multiprocessing.context.SpawnProcess):
+class _SignalBlockingProcess(multiprocessing.context.SpawnProcess):
     """A process that blocks SIGINT and SIGTERM from its first moment on; only SIGKILL ends it."""
 
     def start(self) -> None:
@@ -72,7 +72,7 @@ class _DeafProcess(multiprocessing.context.SpawnProcess):
         self.kill()
 
 
-class DeafContext(multiprocessing.context.SpawnContext):
+class SignalBlockingContext(multiprocessing.context.SpawnContext):
     """Starts processes that do not end on the signals sent to a job.
 
     Ctrl-C reaches every process of a terminal, and Slurm and other schedulers send SIGTERM to every process of a job.
@@ -82,10 +82,10 @@ class DeafContext(multiprocessing.context.SpawnContext):
     Processes are spawned, because a fork of a process in which JAX has started its threads can hang.
     """
 
-    Process = _DeafProcess
+    Process = _SignalBlockingProcess
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Makes the current process exit when its parent does."""
 
     # A worker whose parent was killed would otherwise wait for tasks forever.

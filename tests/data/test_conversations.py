@@ -63,7 +63,7 @@ def test_turns_are_left_out_with_their_images():
         ({"conversation": None, "images": []}, "not valid JSON"),
         ({"conversation": '{"role": "user"}', "images": []}, "not a list of messages"),
         ({"conversation": '["hello"]', "images": []}, "not a list of messages"),
-        ({"conversation": '[{"role": "user", "content": ["x"]}]', "images": []}, "neither an image nor text"),
+        ({"conversation": '[{"role": "user", "content": ["x"]}]', "images": []}, "neither an image nor a text"),
         ({"conversation": '[{"role": "user", "content": [{"type": "video"}]}]', "images": []}, "neither an image"),
         (prepared(1, turn("Two?", "yes", 2), sizes=((9, 9),)), "2 image marks for 1 images"),
         (prepared(1, turn("One?", "yes", 1), sizes=((9, 9), (9, 9))), "1 image marks for 2 images"),

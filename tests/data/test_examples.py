@@ -12,7 +12,7 @@ import pytest
 from alignvlm_jax.data.examples import Part, locate_example, number_parts
 from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.tiling import TilingConfig
-from alignvlm_jax.data.window import Waiting
+from alignvlm_jax.data.window import MeasuredExample
 from alignvlm_jax.errors import UserError
 from tests.data.pages import PACKING, PER_TILE, mixed_records, page, pages, picture, prepared, reader, turn
 
@@ -92,7 +92,7 @@ def test_bad_records_are_refused_by_name(chat):
         5: dict(questions=[None], answers=["a"]),
         6: dict(image=picture(0, (64, 64))),
     }
-    reasons = ["not an image", "0 questions", "9 answers", "limit is 120", "damaged", "NoneType", "4 tiles, a bin"]
+    reasons = ["not an image", "0 questions", "9 answers", "limit of 120", "damaged", "NoneType", "4 tiles, a bin"]
     reasons.append("no field 'questions'")
     records = [{**record, **bad.get(i, {})} for i, record in enumerate(records)]
     del records[7]["questions"]
@@ -100,7 +100,7 @@ def test_bad_records_are_refused_by_name(chat):
     refused = {}
     for position in range(12):
         found = examples.measure(position)
-        if isinstance(found, Waiting):
+        if isinstance(found, MeasuredExample):
             found = examples.make(found)  # where a damaged picture shows itself
         if isinstance(found, Refused):
             refused[found.id] = found
@@ -115,7 +115,7 @@ def test_a_picture_that_is_not_of_the_size_it_said(chat, monkeypatch):
     measured = examples.measure(0)
     other = PIL.Image.open(io.BytesIO(picture(0, (21, 99)))).convert("RGB")
     monkeypatch.setattr("alignvlm_jax.data.examples.open_image", lambda *_, **__: other)
-    assert "decoded it has (21, 99) pixels" in examples.make(measured).reason
+    assert "the decoded image has (21, 99) pixels" in examples.make(measured).reason
 
 
 def test_numbers_of_records(chat):
@@ -182,7 +182,7 @@ def test_two_thousand_damaged_records_end_in_an_example_or_a_refusal(chat):
     used = refused = 0
     for position in range(len(records)):
         found = examples.measure(position)
-        if isinstance(found, Waiting):
+        if isinstance(found, MeasuredExample):
             measured, found = found, examples.make(found)
         if isinstance(found, Refused):
             refused += 1

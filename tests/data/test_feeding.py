@@ -13,7 +13,7 @@ import pytest
 
 from alignvlm_jax.data.examples import Part
 from alignvlm_jax.data.feeding import Feed
-from alignvlm_jax.data.packing import fill
+from alignvlm_jax.data.packing import fill_fractions
 from alignvlm_jax.errors import UserError
 from tests.data.pages import PACKING, PER_TILE, mixed_records, page, pages, reader
 
@@ -87,7 +87,7 @@ def test_steps_are_of_one_shape_and_well_filled(reference):
     batches, _ = reference
     assert {batch["tokens"].shape for batch in batches} == {(MICROBATCHES, len(ROWS), PACKING.tokens_per_bin)}
     assert {batch["tiles"].dtype for batch in batches} == {np.dtype(np.uint8)}
-    assert np.mean([max(fill(batch).values()) for batch in batches]) > 0.85
+    assert np.mean([max(fill_fractions(batch).values()) for batch in batches]) > 0.85
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -221,7 +221,7 @@ def test_closing_ends_the_threads(examples):
 
 
 def test_a_state_of_other_rows_is_no_place_to_go_on(examples, reference):
-    with pytest.raises(UserError, match="does not say where row 2 of the data was: it has 0, 1"):
+    with pytest.raises(UserError, match="no data state for row 2, only for rows 0, 1"):
         Feed(examples, [2], 1, {row: reference[1][0][row] for row in "01"})
 
 

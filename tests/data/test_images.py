@@ -119,7 +119,7 @@ def test_exif_orientation(orientation, format):
 @pytest.mark.parametrize("format, what", [("TIFF", "pages"), ("GIF", "frames"), ("WEBP", "frames"), ("PNG", "frames")])
 def test_first_page_and_first_frame(format, what, caplog, monkeypatch):
     """Three in a file: the first is read, and that there are more is said once, for the first such file."""
-    monkeypatch.setattr(images, "_told_of", set())
+    monkeypatch.setattr(images, "_warned_about", set())
     first, second = PIL.Image.fromarray(_scene()), PIL.Image.fromarray(_scene()[::-1].copy())
     options = {"lossless": True} if format == "WEBP" else {}
     several = _encode(first, format, save_all=True, append_images=[second, first], **options)

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.data.chat import EncodedChat
-from alignvlm_jax.data.packing import Example, PackingConfig, check_fits, cut_text, empty_batch, fill, write_bin
+from alignvlm_jax.data.packing import (
+    Example,
+    PackingConfig,
+    check_fits,
+    cut_text,
+    empty_batch,
+    fill_fractions,
+    write_bin,
+)
 from alignvlm_jax.data.resampling import Resampling
-from alignvlm_jax.data.window import Waiting, choose
+from alignvlm_jax.data.window import MeasuredExample, choose_bin
 from alignvlm_jax.errors import UserError
 
 SIDE, PAD = 4, 99
@@ -58,7 +66,7 @@ def test_worked_example():
     np.testing.assert_array_equal(row["visual_index"], expected)
     np.testing.assert_array_equal(row["tiles"][:, 0, 0, 0], [4, 4, 7, 0])
     np.testing.assert_array_equal(row["tile_valid_hw"], [[3, SIDE]] * 3 + [[0, 0]])
-    assert fill(batch) == {"tokens": 17 / 20, "tiles": 3 / 4}
+    assert fill_fractions(batch) == {"tokens": 17 / 20, "tiles": 3 / 4}
     assert batch["num_examples"].tolist() == [[2]]
 
 
@@ -105,10 +113,10 @@ def test_properties_of_random_batches():
             examples_per_bin=int(rng.integers(2, 8)),
         )
         examples = [_example(i, _random_layout(rng, per_tile), per_tile) for i in range(1, rng.integers(2, 40))]
-        waiting = [Waiting(e.number, len(e.tokens), len(e.tiles)) for e in examples]
+        waiting = [MeasuredExample(e.number, len(e.tokens), len(e.tiles)) for e in examples]
         packed = []
         while waiting:
-            chosen = choose(waiting, config)
+            chosen = choose_bin(waiting, config)
             packed.append([examples[waiting[i].position - 1] for i in chosen])
             waiting = [example for i, example in enumerate(waiting) if i not in chosen]
         batch = _pack(packed, config, per_tile)
@@ -161,7 +169,7 @@ def test_text_is_cut_after_the_last_answer_that_fits():
         np.testing.assert_array_equal(cut.loss_weights, _chat(expected).loss_weights)
     # A later picture goes with its turn, whole.
     np.testing.assert_array_equal(cut_text(_chat("uiiqABuiiiiCDuiiEF"), 7).tokens, _chat("uiiqABuiiiiCD").tokens)
-    with pytest.raises(UserError, match="6 text tokens, the limit is 5 and no answer ends before it"):
+    with pytest.raises(UserError, match="6 text tokens and no answer ends within the limit of 5"):
         cut_text(_chat("buiiqsXE"), 5)
 
 

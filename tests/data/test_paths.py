@@ -3,7 +3,7 @@
 import pytest
 from etils import epath
 
-from alignvlm_jax.data.paths import appearing_whole, find_files, is_local, opened, status
+from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
 from alignvlm_jax.errors import UserError
 from tests.data.bucket import bucket_in
 
@@ -20,12 +20,12 @@ def folder(request, tmp_path):
 def test_a_file_appears_whole_or_not_at_all(folder, tmp_path):
     scratch = folder / "scratch"
     scratch.mkdir()
-    with appearing_whole(folder / "a.txt", scratch) as partial:
+    with atomic_file(folder / "a.txt", scratch) as partial:
         partial.write_text("half")
         assert not (folder / "a.txt").exists()
         partial.write_text("whole")
     assert (folder / "a.txt").read_text() == "whole"
-    with pytest.raises(KeyboardInterrupt), appearing_whole(folder / "a.txt", scratch) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_file(folder / "a.txt", scratch) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert (folder / "a.txt").read_text() == "whole"
@@ -46,14 +46,14 @@ def test_files_are_found(folder):
     assert found("more/*") == ["more/c.tar", "more/deep"]
     assert found("m*/?.tar") == ["more/c.tar"]
     assert found("no/*.tar") == found("nothing.tar") == found("**/c.tar") == []
-    with opened(find_files(f"{folder}/a*", ())[0]) as file:
+    with open_binary(find_files(f"{folder}/a*", ())[0]) as file:
         assert file.read() == b"a.tar"
     assert status(folder / "a.tar").size == 5 and status(folder / "a.tar").is_regular
     assert not status(folder / "more").is_regular
 
 
 def test_what_cannot_be_read_is_named(folder):
-    with pytest.raises(UserError, match="gone.json: cannot be read"), opened(str(folder / "gone.json")):
+    with pytest.raises(UserError, match="gone.json: cannot be read"), open_binary(str(folder / "gone.json")):
         pass
     assert is_local(folder) == (not str(folder).startswith("gs:"))
 

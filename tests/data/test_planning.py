@@ -71,5 +71,7 @@ def test_refused_examples_are_no_part_of_the_plan(chat):
 def test_data_of_which_nothing_can_be_used(chat):
     records = [{**page(i, np.random.default_rng(i)), "image": b""} for i in range(5)]
     for length in ({"steps": 3}, {"epochs": 1.0}):
-        with pytest.raises(UserError, match="none of .* examples can be used.* page-. of documents/train: .* is empty"):
+        with pytest.raises(
+            UserError, match="none of the .* examples measured can be used.* page-. of documents/train: .* is empty"
+        ):
             _plan(reader(records, chat), **length)

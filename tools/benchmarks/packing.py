@@ -27,7 +27,7 @@ import numpy as np
 
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data.packing import PackingConfig
-from alignvlm_jax.data.window import Waiting, Window
+from alignvlm_jax.data.window import MeasuredExample, Window
 from alignvlm_jax.models.alignvlm import tokens_per_tile
 
 LENGTHS = Path(__file__).parent / "packing_lengths.json"
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict:
     return figures
 
 
-def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_000) -> list[Waiting]:
+def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_000) -> list[MeasuredExample]:
     """Sizes of examples of a mixture of which `share` is DocVQA."""
     rng = np.random.default_rng(seed)
     lengths = json.loads(LENGTHS.read_text())
@@ -91,27 +91,27 @@ def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_00
         ranges = rng.choice(len(low), chosen.sum(), p=share_of_range)
         tiles[chosen] = rng.choice(np.array(counts, int), chosen.sum(), p=weights)
         text[chosen] = rng.integers(low[ranges], high[ranges])
-    return [Waiting(i, int(m * per_tile + t), int(m)) for i, (m, t) in enumerate(zip(tiles, text, strict=True))]
+    return [MeasuredExample(i, int(m * per_tile + t), int(m)) for i, (m, t) in enumerate(zip(tiles, text, strict=True))]
 
 
-def pack(examples: list[Waiting], packing: PackingConfig, bins: int) -> dict[str, float]:
+def pack(examples: list[MeasuredExample], packing: PackingConfig, bins: int) -> dict[str, float]:
     """Rows with a window each, as in training."""
     rows = [(Window(packing, row), iter(examples[row::_ROWS])) for row in range(_ROWS)]
     filled, started = [], time.perf_counter()
     for window, coming in itertools.islice(itertools.cycle(rows), bins):
         window.waiting += itertools.islice(coming, packing.window - len(window.waiting))
-        filled.append(window.take_bin())
+        filled.append(window.pop_bin())
     seconds = time.perf_counter() - started
     shape = [(packing.tokens_per_bin, packing.tiles_per_bin)] * bins
     return _fill(filled, shape) | {"seconds_per_bin": seconds / bins}
 
 
-def pad(examples: list[Waiting], bins: int, tiles: int, tokens: int) -> dict[str, float]:
+def pad(examples: list[MeasuredExample], bins: int, tiles: int, tokens: int) -> dict[str, float]:
     """One example a row, all rows of one size."""
     return _fill([[example] for example in examples[:bins]], [(tokens, tiles)] * bins)
 
 
-def bucket(examples: list[Waiting], bins: int, buckets: int) -> dict[str, float]:
+def bucket(examples: list[MeasuredExample], bins: int, buckets: int) -> dict[str, float]:
     """One example a row, rows of a few sizes: of each class of lengths, all have that of its longest."""
     by_length = sorted(examples[:bins], key=lambda example: example.tokens)
     classes = [part for part in _split(by_length, buckets) if part]
@@ -119,12 +119,12 @@ def bucket(examples: list[Waiting], bins: int, buckets: int) -> dict[str, float]
     return _fill([[example] for part in classes for example in part], shapes)
 
 
-def _split(examples: list[Waiting], parts: int) -> Iterator[list[Waiting]]:
+def _split(examples: list[MeasuredExample], parts: int) -> Iterator[list[MeasuredExample]]:
     for part in range(parts):
         yield examples[part * len(examples) // parts : (part + 1) * len(examples) // parts]
 
 
-def _fill(rows: list[list[Waiting]], shapes: list[tuple[int, int]]) -> dict[str, float]:
+def _fill(rows: list[list[MeasuredExample]], shapes: list[tuple[int, int]]) -> dict[str, float]:
     tokens, tiles = np.array(shapes).sum(axis=0)
     return {
         "tokens": sum(example.tokens for row in rows for example in row) / int(tokens),

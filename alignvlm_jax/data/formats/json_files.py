@@ -27,7 +27,7 @@ from alignvlm_jax.data.formats.conversation import (
     expect_object,
     name_of,
 )
-from alignvlm_jax.data.paths import is_local, opened
+from alignvlm_jax.data.paths import is_local, open_binary
 
 Buffer = bytes | mmap.mmap
 
@@ -110,7 +110,7 @@ def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
 
 @contextlib.contextmanager
 def _mapped(path: str) -> Iterator[Buffer]:
-    with opened(path) as file:
+    with open_binary(path) as file:
         if not is_local(path) or file.seek(0, 2) == 0:
             yield file.read()  # What is in a bucket, or empty, cannot be mapped.
             return

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice, expect_text
-from alignvlm_jax.data.paths import opened
+from alignvlm_jax.data.paths import open_binary
 
 # Rows hold images: few at a time.
 _ROWS_AT_A_TIME = 16
@@ -72,7 +72,7 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    with opened(path) as handle:
+    with open_binary(path) as handle:
         size = handle.seek(0, 2)
         handle.seek(0)
         try:

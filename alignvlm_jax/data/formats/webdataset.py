@@ -30,7 +30,7 @@ from alignvlm_jax.data.formats.conversation import (
     expect_text,
     text_part,
 )
-from alignvlm_jax.data.paths import opened
+from alignvlm_jax.data.paths import open_binary
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -168,7 +168,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 
 @contextlib.contextmanager
 def _unpacked(path: str) -> Iterator[BinaryIO]:
-    with opened(path) as file:
+    with open_binary(path) as file:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         with gzip.open(file) if compressed else contextlib.nullcontext(file) as unpacked:
