@@ -207,7 +207,7 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _continuation_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """`_plain_tokenizer` with `_BREAK` added; None unless the tokenizer puts a space before the first word of a text only."""
+        """`_plain_tokenizer` with `_BREAK` added; None unless a space is put before the first word of a text only."""
         if not re.search(r'"prepend_scheme":\s*"first"', self._files[0]):
             return None
         plain = _load_tokenizer(self._files[0])
