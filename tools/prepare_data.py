@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Turns conversations about images into a data set to train on.
+r"""Converts conversations about images to a data set for training.
 
     tools/prepare_data.py --format llava --input llava_v1_5_mix665k.json --images playground/data --out data/llava
 
-    tools/prepare_data.py --format webdataset --input 'gs://bucket/cc12m/*.tar' --out gs://bucket/data/cc12m \\
+    tools/prepare_data.py --format webdataset --input 'gs://bucket/cc12m/*.tar' --out gs://bucket/data/cc12m \
         --runner DataflowRunner --project ... --region ... --temp_location gs://bucket/tmp
 
-OUT is then a TFDS data set in ArrayRecord files. Records that cannot be used are named in OUT/rejects.jsonl with the
-reason. Interrupted or killed, the same command goes on where it stopped. With --runner the work is an Apache Beam
-pipeline, and arguments not listed here are Beam's; its workers need this package, by a container or --setup_file.
+OUT becomes a TFDS data set in ArrayRecord files. Records that cannot be used are listed in OUT/rejects.jsonl with the
+reason. If the command is interrupted or killed, run it again to resume. With --runner the conversion is an Apache Beam
+pipeline, and arguments that are not listed here are passed to Beam. Its workers need this package, in a container or by
+--setup_file.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from alignvlm_jax.errors import UserError
 
 
 def main() -> int:
+    """Runs the conversion and returns the exit status."""
     args, beam_arguments = parse()
     recipe = prepare.Recipe(
         args.format,
@@ -43,7 +45,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     print(f"{args.out}: {summary.accepted} of {summary.total} records, {summary.num_rejected} refused")
     for kind, number in summary.rejected.items():
@@ -52,34 +54,45 @@ def main() -> int:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Returns the arguments of this command, and the remaining ones, which are for Beam."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     options = {field.name: field.default for field in dataclasses.fields(FormatOptions)}
     limits = {field.name: field.default for field in dataclasses.fields(Limits)}
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what the input looks like")
-    parser.add_argument("--input", required=True, nargs="+", help="files, folders of them, or quoted patterns with *")
-    parser.add_argument("--images", help="the folder that image paths start from; by default that of the input file")
-    parser.add_argument("--out", required=True, help="the folder of the data set")
-    parser.add_argument("--split", default="train", help="the name of the split (default: %(default)s)")
-    parser.add_argument("--source", help="the name of the data set, in place of what the records say")
-    parser.add_argument("--instruction", default="", help="what the user asks of an image that has only a caption")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="format of the input")
+    parser.add_argument("--input", required=True, nargs="+", help="files, folders of files, or quoted patterns with *")
+    parser.add_argument("--images", help="folder that image paths start from (default: folder of the input file)")
+    parser.add_argument("--out", required=True, help="folder of the data set")
+    parser.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    parser.add_argument("--source", help="name of the data set (default: as stated in the records)")
+    parser.add_argument("--instruction", default="", help="user's message with an image that has only a caption")
     parser.add_argument(
         "--max-rejects",
         type=float,
         default=prepare.DEFAULT_MAX_REJECTS,
-        help="stop when a larger share of the records is refused (default: %(default)s)",
+        help="stop if a larger share of the records is refused (default: %(default)s)",
     )
-    parser.add_argument("--max-pixels", type=int, default=limits["max_pixels"], help="refuse larger images")
     parser.add_argument(
-        "--max-record-bytes", type=int, default=limits["max_record_bytes"], help="refuse larger records"
+        "--max-pixels", type=int, default=limits["max_pixels"], help="refuse larger images (default: %(default)s)"
     )
-    parser.add_argument("--follow-links", action="store_true", help="let links in the image folder lead out of it")
     parser.add_argument(
-        "--records-per-shard", type=int, default=options["records_per_shard"], help="(default: %(default)s)"
+        "--max-record-bytes",
+        type=int,
+        default=limits["max_record_bytes"],
+        help="refuse larger records (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one a core)")
-    parser.add_argument("--runner", help="do it in Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, ...")
+    parser.add_argument("--follow-links", action="store_true", help="allow links in the image folder to lead out of it")
+    parser.add_argument(
+        "--records-per-shard",
+        type=int,
+        default=options["records_per_shard"],
+        help="approximate number of records per shard (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="number of processes (default: one per CPU core)"
+    )
+    parser.add_argument("--runner", help="convert with Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, ...")
     args, rest = parser.parse_known_args()
     if rest and not args.runner:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -1,21 +1,21 @@
-"""Users' data become a data set: read, checked and written in parallel, and gone on with where it stopped.
+"""Converts users' data to a data set: reads, checks and writes records in parallel, and resumes interrupted work.
 
     recipe = Recipe("llava", ("llava_v1_5_mix665k.json",), limits=Limits(image_root="playground/data"))
     prepare(recipe, "data/llava")          -> data/llava, which store.open_dataset reads
 
-The input is cut into slices, each of which becomes one shard (`shards.py`), noted when it is finished
-(`prepare_notes.py`). A run that is killed and started again ends with the same files as one that is not. A record of
-the data set is
+The input is divided into slices. Each slice becomes one shard (`shards.py`), with a note when it is finished
+(`prepare_notes.py`). A run that is killed and restarted writes the same files as an uninterrupted one. A record of the
+data set has the fields
 
     id, source      text
-    images          a list of the bytes of image files, as they were
+    images          a list of the bytes of image files, unchanged
     conversation    JSON text: messages as `chat.ChatTokenizer` takes them
 
-The conversation is one JSON text and not a sequence of roles and texts, because TFDS without TensorFlow reads it a
-quarter faster (114 against 149 microseconds a record of eight messages and 60 kB, parsing included), and because an
-image's place and the word `<image>` typed by a user remain two things.
+The conversation is one JSON text and not a sequence of roles and texts for two reasons. TFDS without TensorFlow reads
+it a quarter faster (114 against 149 microseconds for a record of eight messages and 60 kB, parsing included). And the
+position of an image stays distinct from the word `<image>` typed by a user.
 
-Every record of the input is either in the data set or a line of `OUT/rejects.jsonl`, which says where it was and why.
+Every record of the input is either in the data set or a line of `OUT/rejects.jsonl` with its place and the reason.
 """
 
 import dataclasses
@@ -46,26 +46,28 @@ NAME = "conversations"
 REJECTS_FILE = "rejects.jsonl"
 DEFAULT_MAX_REJECTS = 0.01
 
-# So many records must have been seen before a share of refused ones says anything about the whole.
+# The share of refused records is judged only after this number of records: earlier it is too noisy.
 _MIN_RECORDS_TO_JUDGE = 1000
 
 FEATURES = {
     "id": tfds.features.Text(),
     "source": tfds.features.Text(),
     "conversation": tfds.features.Text(),
-    # Not tfds.features.Image, whose readers would decode to pixels and fail at a TIFF or a palette.
+    # tfds.features.Image would decode to pixels when read, and fails on TIFF files and palettes.
     "images": tfds.features.Sequence(tfds.features.Scalar(dtype=np.object_)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is to be converted and how; the data set depends on this alone.
+    """Input and settings of a conversion; the data set depends only on these.
 
-    format: one of `formats.FORMATS`.
-    inputs: files, folders of them, or patterns with `*`.
-    split: the name of the split to write.
-    options, limits: see there; `limits.image_root` is where image paths start from.
+    Attributes:
+      format: One of `formats.FORMATS`.
+      inputs: Files, folders of files, or patterns with `*`.
+      split: Name of the split to write.
+      options: Settings of the format.
+      limits: Settings of the checks; image paths start at `limits.image_root`.
     """
 
     format: str
@@ -77,17 +79,19 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be done, and where the outcome goes."""
+    """A recipe and the folder of its data set."""
 
     recipe: Recipe
     out: str
 
     @property
     def notes(self) -> Notes:
+        """Notes about the progress of the job."""
         return Notes(epath.Path(self.out))
 
     @property
     def dataset(self) -> ShardedDataset:
+        """The data set that the job writes."""
         return ShardedDataset(epath.Path(self.out), NAME, self.recipe.split, tfds.features.FeaturesDict(FEATURES))
 
 
@@ -103,14 +107,18 @@ def prepare(
     progress: bool = True,
     convert: Converter | None = None,
 ) -> Summary:
-    """Convert the input to a data set in the folder `out`, or go on with converting it.
+    """Converts the input to a data set in the folder `out`, or resumes the conversion.
 
     Args:
-      recipe: what and how.
-      out: the folder of the data set; one that holds the same work, finished or not, or nothing.
-      max_rejects: stop if a larger share of the records is refused.
-      progress: show a bar.
-      convert: has slices converted, and yields the summary of each when it is done; by default `in_processes()`.
+      recipe: Input and settings.
+      out: Folder of the data set; empty, or with the same conversion, finished or not.
+      max_rejects: Largest share of refused records; above it, the conversion stops.
+      progress: Whether to show a progress bar.
+      convert: Converts slices and yields the summary of each when it is done; by default `in_processes()`.
+
+    Raises:
+      UserError: if the settings or the input are not valid, the folder holds something else, or too many records are
+        refused.
     """
     job = Job(recipe, os.fspath(out))
     _check(recipe, max_rejects)
@@ -121,6 +129,7 @@ def prepare(
     slices = _plan(job, files, fingerprint)
     summary = _convert(job, slices, convert or in_processes(), max_rejects, progress)
     notes = job.notes
+    # The rejects are written before the limit is checked, so that the user can look at them.
     _write_rejects(job)
     if summary.num_rejected > max_rejects * summary.total:
         notes.forget_rejected()
@@ -138,7 +147,7 @@ def prepare(
 
 
 def in_processes(processes: int | None = None) -> Converter:
-    """Converts on this machine, in so many processes; by default one a core."""
+    """Returns a converter that uses processes on this machine; by default one per CPU core."""
 
     def convert(job: Job, tasks: Sequence[Task]) -> Iterator[Summary]:
         try:
@@ -148,14 +157,15 @@ def in_processes(processes: int | None = None) -> Converter:
         except WorkerDied as error:
             files = ", ".join(sorted({piece.file for _, piece in error.tasks}))
             raise UserError(
-                f"a process died (was it out of memory?) at work on one of {files}; the same command goes on from here"
+                f"a process was killed, perhaps because memory ran out, while it converted one of {files}. Run the "
+                "same command again to resume"
             ) from error
 
     return convert
 
 
 def convert_slice(job: Job, task: Task) -> Summary:
-    """Write the shard of a slice, and note that it is there and what was refused."""
+    """Writes the shard of a slice and a note of its size and its refused records."""
     (index, piece), recipe = task, job.recipe
     root = recipe.limits.image_root or str(epath.Path(piece.file).parent)
     rejects = []
@@ -173,17 +183,19 @@ def convert_slice(job: Job, task: Task) -> Summary:
                 yield record
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # about pictures that it reads all the same
+        warnings.filterwarnings("ignore", module="PIL")  # about images that it can read nevertheless
         shard = job.dataset.write_shard(index, accepted(), job.notes.folder)
     seen = shard.records + len(rejects)
     if piece.records not in (None, seen):
-        raise UserError(f"{piece.file}: it has changed since the work was begun ({seen} records for {piece.records})")
+        raise UserError(
+            f"{piece.file} has changed since the conversion was started: expected {piece.records} records, got {seen}"
+        )
     job.notes.write(index, shard, rejects)
     return job.notes.summary(index)
 
 
 def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects: float, progress: bool) -> Summary:
-    """Convert what is not done; stop once too many records are refused."""
+    """Converts the slices that are not finished, and stops when too many records are refused."""
     summary, finished = Summary(0, {}), set(job.notes.finished())
     for index in finished:
         summary += job.notes.summary(index)
@@ -196,19 +208,22 @@ def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects:
             summary += part
             bar.set_postfix(rejected=summary.num_rejected, refresh=False)
             bar.update(part.total)
-            # Of a known total the limit is then certain to be passed. Else it is a guess, but not one from little.
+            # If the total is known, the limit is certain to be exceeded. Otherwise this is an estimate, from at least
+            # `_MIN_RECORDS_TO_JUDGE` records.
             if summary.num_rejected > max_rejects * (total or max(summary.total, _MIN_RECORDS_TO_JUDGE)):
                 break
     return summary
 
 
 def _plan(job: Job, files: Sequence[str], fingerprint: str) -> list[Slice]:
-    """The slices, as planned now or when the work was begun."""
+    """Returns the slices, as planned when the conversion was started."""
     notes = job.notes
+    # Resume with the saved plan: the finished shards belong to its slices.
     if (plan := notes.read_plan()) is not None:
         if plan[0] != fingerprint:
             raise UserError(
-                f"{job.out} holds work begun with other settings or input files: remove it or choose another folder"
+                f"{job.out} holds a conversion started with other settings or input files: remove it or choose another "
+                "folder"
             )
         return plan[1]
     if not notes.stand_alone():
@@ -219,18 +234,18 @@ def _plan(job: Job, files: Sequence[str], fingerprint: str) -> list[Slice]:
 
 
 def _finished(job: Job, fingerprint: str) -> Summary | None:
-    """What came of this very work, if it is done."""
+    """Returns the summary of this conversion if it is finished, otherwise None."""
     if not (epath.Path(job.out) / INFO_FILE).exists():
         return None
     metadata = store.read_metadata(job.out)
     if metadata.get("fingerprint") != fingerprint:
         return None
-    job.notes.clear()  # of a run that was killed while it cleared away
+    job.notes.clear()  # if an earlier run was killed before it removed them
     return Summary(metadata["accepted"], metadata["rejected"])
 
 
 def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
-    """Tells works apart: by what is to be done, and by which state of which files."""
+    """Returns a hash of the recipe and of the state (size and time) of all input files."""
     states = []
     for file in [*files, *FORMATS[recipe.format].files_behind(files)]:
         found = status(file)
@@ -239,24 +254,27 @@ def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:
+    """Returns the recipe as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _check(recipe: Recipe, max_rejects: float) -> None:
+    """Raises a `UserError` if a setting is not valid."""
     if recipe.format not in FORMATS:
-        raise UserError(f"no format {recipe.format!r}: one of {', '.join(FORMATS)}")
+        raise UserError(f"no format {recipe.format!r}: expected one of {', '.join(FORMATS)}")
     if not 0 <= max_rejects <= 1:
-        raise UserError(f"max_rejects is a share, from 0 to 1, not {max_rejects}")
+        raise UserError(f"max_rejects: expected a share from 0 to 1, got {max_rejects}")
     if recipe.options.records_per_shard < 1:
-        raise UserError(f"records_per_shard must be positive, not {recipe.options.records_per_shard}")
+        raise UserError(f"records_per_shard: expected at least 1, got {recipe.options.records_per_shard}")
     if not recipe.split.isidentifier() or recipe.split == "all":
-        raise UserError(f"the split cannot be called {recipe.split!r}: a word, but not 'all'")
+        raise UserError(f"the split cannot be called {recipe.split!r}: expected an identifier other than 'all'")
     root = recipe.limits.image_root
     if root is not None and not epath.Path(root).is_dir():
         raise UserError(f"the image root {root} is not a folder")
 
 
 def _input_files(recipe: Recipe) -> list[str]:
+    """Returns the files that the recipe's inputs name."""
     suffixes = FORMATS[recipe.format].suffixes
     files = []
     for entry in recipe.inputs:
@@ -268,6 +286,7 @@ def _input_files(recipe: Recipe) -> list[str]:
 
 
 def _write_rejects(job: Job) -> None:
+    """Writes all refused records, from the notes, to `rejects.jsonl`."""
     notes = job.notes
     with (
         atomic_file(epath.Path(job.out) / REJECTS_FILE, notes.folder) as partial,
@@ -277,9 +296,10 @@ def _write_rejects(job: Job) -> None:
 
 
 def _too_many_rejects(summary: Summary, max_rejects: float, job: Job) -> str:
+    """Returns the message about too many refused records."""
     kinds = ", ".join(f"{number} {kind}" for kind, number in summary.rejected.items())
     return (
         f"{summary.num_rejected} of {summary.total} records so far were refused, more than the limit of "
-        f"{max_rejects:.1%}: {kinds}. {epath.Path(job.out) / REJECTS_FILE} says which and why: put it right, or raise "
-        "--max-rejects, and run the same command again."
+        f"{max_rejects:.1%}: {kinds}. {epath.Path(job.out) / REJECTS_FILE} lists them with the reasons. Fix the data, "
+        "or raise --max-rejects, and run the same command again."
     )

@@ -1,7 +1,7 @@
-"""What is done of a data set that is being prepared: the plan, and a note of every finished shard.
+"""Progress of a conversion: the plan, and a note for every finished shard.
 
-They are small files in `OUT/progress`, each of which appears whole or not at all. A shard without its note is not done,
-whatever is on the disk: a run that is killed, at whatever point, is gone on with by reading the notes.
+These are small files in `OUT/progress`, each written atomically. A shard without a note does not count as finished,
+whatever is on disk. A run that was killed at any point is therefore resumed by reading the notes.
 """
 
 import collections
@@ -22,19 +22,19 @@ _PLAN = "plan.json"
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How many records were accepted, and how many refused for each kind of reason."""
+    """Number of accepted records, and of refused records for each kind of reason."""
 
     accepted: int
     rejected: Mapping[str, int]
 
     @property
     def num_rejected(self) -> int:
-        """Of all kinds."""
+        """Number of refused records, all kinds together."""
         return sum(self.rejected.values())
 
     @property
     def total(self) -> int:
-        """The records that were looked at."""
+        """Number of records read."""
         return self.accepted + self.num_rejected
 
     def __add__(self, other: "Summary") -> "Summary":
@@ -43,63 +43,67 @@ class Summary:
 
 
 class Notes:
-    """The notes in a data set's folder; any number of processes write different ones at the same time."""
+    """The notes in a data set's folder; several processes may write different notes at the same time."""
 
     def __init__(self, out: epath.Path):
         self.out, self.folder = out, out / _FOLDER
 
     def stand_alone(self) -> bool:
-        """Whether there is nothing else in the data set's folder, or no such folder."""
+        """Returns whether the data set's folder is missing or holds nothing but notes."""
         return not self.out.exists() or all(path.name == _FOLDER for path in self.out.iterdir())
 
     def read_plan(self) -> tuple[str, list[Slice]] | None:
-        """The fingerprint of the work begun here and its slices, if there is any."""
+        """Returns the fingerprint and the slices of the conversion started here, or None if there is none."""
         path = self.folder / _PLAN
         if not path.exists():
             return None
         plan = json.loads(path.read_text())
+        # JSON has no tuples, and a Slice must be hashable and equal to the original.
         return plan["fingerprint"], [
             Slice(**{**piece, "picks": piece["picks"] and tuple(piece["picks"])}) for piece in plan["slices"]
         ]
 
     def write_plan(self, fingerprint: str, slices: Sequence[Slice]) -> None:
-        """Writes down what is to be done, and of which input and options that is the plan."""
+        """Saves the slices, with the fingerprint of the input and the settings they were planned for."""
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = {"fingerprint": fingerprint, "slices": [dataclasses.asdict(piece) for piece in slices]}
         self._write(self.folder / _PLAN, plan)
 
     def finished(self) -> list[int]:
-        """The numbers of the slices that have their note."""
+        """Returns the numbers of the slices that have a note."""
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
 
     def write(self, index: int, shard: Shard, rejects: Sequence[Refused]) -> None:
-        """Note that a shard is there, and what was refused for it."""
+        """Saves the note of a finished shard and its refused records."""
         note = {"shard": dataclasses.asdict(shard), "rejects": [dataclasses.asdict(reject) for reject in rejects]}
         self._write(self._path(index), note)
 
     def summary(self, index: int) -> Summary:
-        """What became of the records of a finished slice."""
+        """Returns the counts of a finished slice."""
         note = self._read(index)
         kinds = collections.Counter(reject["kind"] for reject in note["rejects"])
         return Summary(note["shard"]["records"], dict(kinds))
 
     def shard(self, index: int) -> Shard:
-        """The shard that a finished slice became."""
+        """Returns the shard of a finished slice."""
         return Shard(**self._read(index)["shard"])
 
     def rejects(self) -> Iterator[dict[str, Any]]:
-        """All refused records in the order of the input."""
+        """Yields all refused records in the order of the input."""
         for index in self.finished():
             yield from self._read(index)["rejects"]
 
     def forget_rejected(self) -> None:
-        """Have the slices with refused records done again: the user may have seen to the reasons by then."""
+        """Deletes the notes of slices with refused records, so that they are converted again.
+
+        By then the user may have fixed the data.
+        """
         for index in self.finished():
             if self._read(index)["rejects"]:
                 self._path(index).unlink()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Deletes all notes."""
         self.folder.rmtree(missing_ok=True)
 
     def _path(self, index: int) -> epath.Path:

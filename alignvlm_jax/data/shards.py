@@ -1,7 +1,7 @@
-"""A data set written shard by shard, by any number of processes, and finished when all shards are there.
+"""Data sets written shard by shard, by any number of processes.
 
-A shard appears under its name once it is complete. What makes a folder of shards a data set, `dataset_info.json`, is
-written last: until then no reader takes the folder for one.
+A shard gets its final name when it is complete. `dataset_info.json`, which makes a folder of shards a data set, is
+written last: until then no reader accepts the folder.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """How many records are in a shard, and their bytes."""
+    """Size of a shard: number of records and bytes."""
 
     records: int
     bytes: int
@@ -37,7 +37,11 @@ class Shard:
 class ShardedDataset:
     """A data set of one split that is being written.
 
-    folder: where. split, name: of the data set; features: the fields of a record.
+    Attributes:
+      folder: Folder of the data set.
+      name: Name of the data set.
+      split: Name of the split.
+      features: Fields of a record.
     """
 
     folder: epath.Path
@@ -46,26 +50,32 @@ class ShardedDataset:
     features: tfds.features.FeaturesDict
 
     def write_shard(self, index: int, records: Iterable[Mapping[str, Any]], scratch: epath.Path) -> Shard:
-        """Write a shard; a file half written is in the folder `scratch`, on the same disk."""
+        """Writes a shard and returns its size.
+
+        Args:
+          index: Number of the shard.
+          records: The records of the shard.
+          scratch: Folder for the incomplete file, on the same disk.
+        """
         serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
         number, size, path = 0, 0, self.shard_path(index)
         with atomic_file(path, scratch) as partial, _array_record(partial, path) as writer:
             for record in records:
                 example = serializer.get_tf_example(self.features.encode_example(record))
-                # Else the order of the fields, and so the file, would change from process to process.
+                # Without `deterministic`, the order of fields, and so the file, would differ between processes.
                 encoded = example.SerializeToString(deterministic=True)
                 writer.write(encoded)
                 number, size = number + 1, size + len(encoded)
         return Shard(number, size)
 
     def shard_path(self, index: int) -> epath.Path:
-        """The file of a shard."""
+        """Returns the path of a shard."""
         return epath.Path(self._template.sharded_filepath(shard_index=index, num_shards=None))
 
     def finish(
         self, shards: Sequence[Shard], scratch: epath.Path, *, description: str, metadata: Mapping[str, Any]
     ) -> None:
-        """Make the folder a data set that consists of these shards."""
+        """Writes the metadata that make the folder a data set of these shards."""
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
                 name=self.name, version=tfds.core.Version(VERSION), data_dir=str(self.folder), module_name=__name__
@@ -84,13 +94,14 @@ class ShardedDataset:
         info.set_splits(tfds.core.splits.SplitDict([split]))
         with tempfile.TemporaryDirectory() as written:
             info.write_to_directory(written)
-            # The mark of completeness comes last.
+            # INFO_FILE comes last, because it marks the data set as complete.
             for file in sorted(os.listdir(written), key=lambda name: name == INFO_FILE):
                 with atomic_file(self.folder / file, scratch) as partial:
                     shutil.copy(Path(written, file), partial)
 
     @property
     def _template(self) -> tfds.core.ShardedFileTemplate:
+        """Names of the shard files."""
         return tfds.core.ShardedFileTemplate(
             dataset_name=self.name,
             data_dir=self.folder,
@@ -102,7 +113,7 @@ class ShardedDataset:
 
 @contextlib.contextmanager
 def _array_record(partial: Path, path: epath.Path) -> Iterator[array_record_module.ArrayRecordWriter]:
-    """A writer; what goes wrong with the disk, which may show only at the end, is an error that names the file."""
+    """Yields a writer; a disk error, which may show only on closing, becomes a `UserError` that names the file."""
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     try:
         try:
@@ -110,4 +121,4 @@ def _array_record(partial: Path, path: epath.Path) -> Iterator[array_record_modu
         finally:
             writer.close()
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot be written, is the disk full? ({error})") from error
+        raise UserError(f"{path}: cannot be written, the disk may be full ({error})") from error

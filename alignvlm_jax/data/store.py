@@ -1,13 +1,13 @@
-"""Records on disk: TFDS data sets in ArrayRecord files, written and read without TensorFlow.
+r"""Reads and writes records as TFDS data sets in ArrayRecord files, without TensorFlow.
 
-A data set is a folder with named splits of dict records. Nothing here knows what the records are about: the features
-say what each field is, and reading goes by them.
+A data set is a folder with named splits of dict records. This module does not interpret the records: the features state
+the type of each field, and reading follows them.
 
     open_dataset("data/synthetic", "train")[0]
-    -> {"image": b"\\x89PNG...", "id": "...", "questions": ["What is the total?", ...], ...}
+    -> {"image": b"\x89PNG...", "id": "...", "questions": ["What is the total?", ...], ...}
 
-Text comes back as `str`, a sequence of texts as a list, an image as the encoded bytes it was stored as (decoding is the
-work of `examples.py`, and most of its cost). A source has a length and random access, and can be pickled.
+A text is returned as `str`, a sequence of texts as a list, and an image as the encoded bytes that were stored
+(`examples.py` decodes images, which is most of the work). A source has a length and random access, and can be pickled.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from alignvlm_jax.errors import UserError
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
-_RECORDS_AT_A_TIME = 512  # the writer brings its metadata up to date after each lot
+_RECORDS_AT_A_TIME = 512  # the writer updates its metadata after every write, so records are written in chunks
 
 
 class _ShardPart(NamedTuple):
-    """`take` records of one file, all of whose records are number `first` to `after` - 1 of the `total` of a split."""
+    """`take` records of one file; the complete file has the records `first` to `after` - 1 of the split's `total`."""
 
     file: str
     take: int
@@ -39,7 +39,7 @@ class _ShardPart(NamedTuple):
 
 
 class RecordSource:
-    """One split of a data set, or parts of one ("train[:90%]"), random access."""
+    """Random access to the records of one split of a data set, or of parts of splits ("train[:90%]")."""
 
     def __init__(self, source: Any, features: tfds.features.FeaturesDict, shards: Sequence[_ShardPart]):
         self._source, self._shards = source, tuple(shards)
@@ -56,7 +56,7 @@ class RecordSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             record = self._source[index]
-        except (RuntimeError, ValueError, OSError) as error:  # array_record finds damage by its checksums
+        except (RuntimeError, ValueError, OSError) as error:  # array_record detects damage by checksums
             raise UserError(self._explain(index, error)) from error
         for key in self._texts:
             record[key] = record[key].decode()
@@ -65,21 +65,29 @@ class RecordSource:
         return record
 
     def _explain(self, index: int, error: Exception) -> str:
-        """Which file it was, and how to go on without it."""
+        """Returns a message that names the damaged file and the split without it."""
+        # Find the file: the parts are in the order of the records.
         for shard in self._shards:
             if index < shard.take:
                 break
             index -= shard.take
         others = [f"{shard.split}[:{shard.first}]"] * (shard.first > 0)
         others += [f"{shard.split}[{shard.after}:]"] * (shard.after < shard.total)
-        without = f", or go on without it: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
-        return f"{shard.file}: a record cannot be read, is the file damaged? ({error}) Put it back from a copy{without}"
+        without = f", or leave it out: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
+        return (
+            f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy{without}"
+        )
 
 
 def open_dataset(folder: str | Path, split: str) -> RecordSource:
-    """A split of the data set in this folder; parts of splits as TFDS names them: "train[:1000]+train[2000:]"."""
+    """Opens a split of a data set, or parts of splits in the notation of TFDS: "train[:1000]+train[2000:]".
+
+    Raises:
+      UserError: if the folder is not a data set, or it has no such split.
+    """
     builder = _open_builder(folder)
     splits = builder.info.splits
+    # Check the names first: TFDS would report an unknown split only by its own internal error.
     if any(part.partition("[")[0].strip() not in splits for part in split.split("+")):
         raise UserError(f"no split {split!r} in {folder}: it has {', '.join(sorted(splits))}")
     features = builder.info.features
@@ -93,13 +101,13 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
 
 
 def is_occupied(folder: str | Path) -> bool:
-    """Whether something is there that a data set of this name would take the place of."""
+    """Returns whether the path is a file or a folder with contents, which writing a data set would replace."""
     folder = Path(folder)
     return folder.is_file() or folder.is_dir() and any(folder.iterdir())
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """What `write_dataset` was told to remember of this data set."""
+    """Returns the metadata that `write_dataset` stored with a data set."""
     return dict(_open_builder(folder).info.metadata or {})
 
 
@@ -112,16 +120,19 @@ def write_dataset(
     description: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write records, split by split and in the order given; images as encoded bytes in an `io.BytesIO`.
+    """Writes records, split by split and in the given order; images are encoded bytes in an `io.BytesIO`.
 
-    The folder appears once everything is in it: an interrupted run leaves at most `FOLDER.partial`, which the next one
-    clears away. A folder that holds something already is not touched.
+    The folder appears only when it is complete. An interrupted run leaves at most `FOLDER.partial`, which the next run
+    removes.
+
+    Raises:
+      UserError: if the folder is not empty, or a split is called "all".
     """
     folder = Path(folder)
     if is_occupied(folder):
         raise UserError(f"{folder} exists already: remove it or choose another folder")
     if "all" in splits:
-        raise UserError("'all' cannot be the name of a split: TFDS means every split by it")
+        raise UserError("'all' cannot be the name of a split: in TFDS it means all splits together")
     with _atomic_folder(folder) as partial:
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
@@ -140,7 +151,8 @@ def write_dataset(
 
 
 def _shards(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPart]:
-    """The files that the records of a split, or of its parts, are in, in their order."""
+    """Yields the files that hold the records of a split, or of parts of splits, in the order of the records."""
+    # Records of each file: the split's name, the first one, the one after the last, and the split's total.
     places = {}
     for name, info in splits.items():
         ends = list(itertools.accumulate(info.shard_lengths))
@@ -151,12 +163,14 @@ def _shards(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPa
 
 
 def _open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:
+    """Opens a data set; raises a `UserError` if the folder is not one."""
     if not (epath.Path(folder) / "dataset_info.json").is_file():
         raise UserError(f"{folder} is not a data set: it holds no dataset_info.json")
     return tfds.builder_from_directory(str(folder))
 
 
 def _lots(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yields the records in lists of `_RECORDS_AT_A_TIME`."""
     records = iter(records)
     while lot := list(itertools.islice(records, _RECORDS_AT_A_TIME)):
         yield lot
@@ -164,7 +178,7 @@ def _lots(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, An
 
 @contextlib.contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes its name only if all went well."""
+    """Yields a folder to write to, which gets its final name only if no error occurs."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

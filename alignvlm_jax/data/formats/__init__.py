@@ -1,8 +1,8 @@
-"""What users' data look like on disk, one module a format, all turned into the same `Conversation`.
+"""Input formats for users' data, one module each; all of them yield the same `Conversation`.
 
-A format has two functions. `plan` looks at the input files and cuts them into slices, each of which becomes one shard;
-`read` yields what is in a slice, a `Conversation` or a `Refused` for every record that is there. Neither opens an
-image: `checks.check` does, in one place for all formats.
+A format has two functions. `plan` divides the input files into slices, each of which becomes one shard. `read` yields a
+`Conversation` or a `Refused` for every record of a slice. Neither opens an image: `checks.check` does this for all
+formats.
 """
 
 import dataclasses
@@ -13,16 +13,19 @@ from alignvlm_jax.data.formats.conversation import Conversation, FormatOptions, 
 
 
 def _nothing_behind(files: Sequence[str]) -> list[str]:
+    """Returns no files: most formats do not name other files."""
     return []
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A way to store conversations.
+    """An input format.
 
-    plan, read: see above.
-    suffixes: which files of a folder are taken as input.
-    files_behind: further files that the input files name.
+    Attributes:
+      plan: Divides input files into slices.
+      read: Yields the conversations of a slice.
+      suffixes: Endings of the files that are read if the input is a folder.
+      files_behind: Returns further files that the input files name.
     """
 
     plan: Callable[[Sequence[str], FormatOptions], list[Slice]]

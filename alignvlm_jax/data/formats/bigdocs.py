@@ -2,9 +2,9 @@
 
     sample_id | image {bytes, path} | queries ["What is the total?", ...] | annotations ["12.50", ...]
 
-The columns differ a little between subsets: `identifier` or `img_id` may stand for sample_id, `images` (a list) for
-image, `query` for queries. Subsets without image bytes (COCO-Text, TextOCR) name a file under the image root. One
-question with several annotations has several right answers: the first is taken.
+The columns differ slightly between subsets: `identifier` or `img_id` instead of sample_id, `images` (a list) instead of
+image, `query` instead of queries. Subsets without image bytes (COCO-Text, TextOCR) name a file under the image root. If
+one question has several annotations, all of them are correct answers, and the first is used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,12 +34,12 @@ _SOURCES = ("dataset_name", "source")
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Slices of row groups."""
+    """Returns slices of row groups."""
     return parquet_files.plan_files(files, options)
 
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
-    """The conversations of a slice."""
+    """Yields the conversations of a slice."""
     columns = (*_IDS, *_IMAGES, *_QUERIES, *_ANSWERS, *_SOURCES)
     stem = Path(piece.file).stem
     for number, row in parquet_files.read_slice(piece, columns):
@@ -61,12 +61,13 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 
 def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
+    """Returns the messages of a row, with all images before the first question."""
     queries = [expect_text(query, "a query") for query in _listed(_first(row, _QUERIES))] or [""]
     answers = [expect_text(answer, "an annotation") for answer in _listed(_first(row, _ANSWERS))]
-    if len(queries) == 1:
+    if len(queries) == 1:  # several annotations are alternatives
         answers = answers[:1]
     if len(queries) != len(answers):
-        raise Refusal("unreadable record", f"{len(queries)} queries for {len(answers)} annotations")
+        raise Refusal("unreadable record", f"the row has {len(queries)} queries for {len(answers)} annotations")
     messages = []
     for query, answer in zip(queries, answers, strict=True):
         messages.append({"role": "user", "content": [text_part(query)] if query else []})
@@ -76,11 +77,12 @@ def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
-    """The value of the first of these columns that the row has."""
+    """Returns the value of the first of these columns that the row has."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _listed(value: Any) -> list[Any]:
+    """Returns the value as a list."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
-"""May this conversation be trained on? The one place where records of every format are checked, and images opened.
+"""Checks of conversations before they are stored, the same for all formats, including opening every image.
 
-Whatever is wrong is a `Refusal` that says so; what passes is a record as it is stored, its images byte for byte what
-they were.
+A problem is raised as a `Refusal`. A conversation without problems becomes the record to store; its images stay
+unchanged byte for byte.
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What is refused although it could be read.
+    """Limits beyond which readable records are refused.
 
-    image_root: the folder that image paths start from and may not lead out of; by default that of the input file.
-    follow_links: let symbolic links lead out of it.
-    max_pixels: refuse larger images.
-    max_record_bytes: refuse conversations that are larger, texts and images together.
+    Attributes:
+      image_root: Folder that image paths start from and must stay in; by default the folder of the input file.
+      follow_links: Whether symbolic links may lead out of it.
+      max_pixels: Larger images are refused.
+      max_record_bytes: Larger conversations are refused, texts and images together.
     """
 
     image_root: str | None = None
@@ -38,13 +39,17 @@ class Limits:
 
 
 def check(conversation: Conversation, image_root: str, limits: Limits) -> Record:
-    """The record to store: id, source, conversation (as JSON) and the images' bytes."""
+    """Returns the record to store: id, source, conversation (as JSON) and the bytes of the images.
+
+    Raises:
+      Refusal: if the conversation cannot be used.
+    """
     _check_turns(conversation.messages)
     text = json.dumps([_plain(message) for message in conversation.messages], ensure_ascii=False)
     _check_text([conversation.id, conversation.source, *_texts(conversation.messages)])
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
-        raise Refusal("image marks", f"{marks} image marks for {len(conversation.images)} images")
+        raise Refusal("image marks", f"the conversation has {marks} image marks for {len(conversation.images)} images")
     budget = _spend(limits.max_record_bytes, len(text.encode()))
     images = []
     for i, image in enumerate(conversation.images, 1):
@@ -56,64 +61,69 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """An optional word of the system, then user and assistant in turn, the assistant last."""
+    """Checks the roles: an optional system message, then user and assistant in turn, ending with the assistant."""
     if not messages:
         raise Refusal("empty conversation", "the conversation has no messages")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns:
-        raise Refusal("empty conversation", "the conversation has no user and no answer")
+        raise Refusal("empty conversation", "the conversation has no question and no answer")
     if turns[-1] != "assistant":
-        raise Refusal("roles", f"the last message is the {turns[-1]}'s, not an answer")
+        raise Refusal("roles", f"the last message has the role {turns[-1]}, expected an answer")
     for i, role in enumerate(turns):
         if role != ("user", "assistant")[i % 2]:
             raise Refusal("roles", f"user and assistant do not take turns: {', '.join(roles[:20])}")
     for i, message in enumerate(messages, 1):
         if not any(part == IMAGE or part["text"].strip() for part in message["content"]):
-            raise Refusal("empty conversation", f"message {i}, the {message['role']}'s, is empty")
+            raise Refusal("empty conversation", f"message {i} (role {message['role']}) is empty")
         if message["role"] != "user" and IMAGE in message["content"]:
-            raise Refusal("image marks", f"message {i}, the {message['role']}'s, shows an image")
+            raise Refusal("image marks", f"message {i} (role {message['role']}) shows an image; only a user can")
 
 
 def _spend(budget: int, size: int) -> int:
+    """Returns the bytes that are left of the budget."""
     if size > budget:
-        raise Refusal("too large", f"{size} bytes of text or image, where the limit leaves {budget}")
+        raise Refusal("too large", f"a text or image of {size} bytes exceeds the limit, which leaves {budget} bytes")
     return budget - size
 
 
 def _plain(message: Message) -> Message:
-    """Only a user's message keeps its parts: many chat templates expect answers to be plain text."""
+    """Returns a message as it is stored; only a user's message keeps its parts."""
+    # Many chat templates expect answers to be plain text.
     if message["role"] == "user":
         return message
     return {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}
 
 
 def _texts(messages: Sequence[Message]) -> list[str]:
+    """Returns all texts of the messages."""
     return [part["text"] for message in messages for part in message["content"] if part != IMAGE]
 
 
 def _check_text(texts: Sequence[str]) -> None:
+    """Raises a `Refusal` if a text cannot be stored and tokenized."""
     for text in texts:
         if "\0" in text:
-            raise Refusal("text encoding", f"a NUL character in {text[:40]!r}")
+            raise Refusal("text encoding", f"the text has a NUL character: {text[:40]!r}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Refusal("text encoding", f"half a surrogate pair, no character, in {text[:40]!r}") from error
+            raise Refusal("text encoding", f"the text has half a surrogate pair: {text[:40]!r}") from error
 
 
 def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> bytes:
+    """Returns the bytes of an image file under the root."""
     try:
         path = _find_image(name, image_root, limits.follow_links)
         found = status(path)
         if not found.is_regular:
-            raise Refusal("image path", f"{name}: not an image file but a folder or a device")
-        _spend(max_bytes, found.size)
+            raise Refusal("image path", f"{name}: expected an image file, got a folder or a device")
+        _spend(max_bytes, found.size)  # before reading, which a huge file would make expensive
         return path.read_bytes()
     except FileNotFoundError as error:
         raise Refusal("missing image", f"{name}: no such file in {image_root}") from error
     except UnicodeEncodeError as error:
-        raise Refusal("image path", f"{name!r}: not a path") from error
+        raise Refusal("image path", f"{name!r}: not a valid path") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Refusal("image path", f"{name}: a loop of symbolic links") from error
@@ -121,9 +131,9 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
 
 
 def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
-    """The path of an image, which may not lie outside the root, be it by `..`, by an absolute path or by a link."""
+    """Returns the path of an image, which must not leave the root by `..`, an absolute path or a link."""
     if "\0" in name:
-        raise Refusal("image path", f"a NUL character in the image path {name!r}")
+        raise Refusal("image path", f"the image path has a NUL character: {name!r}")
     relative = os.path.normpath(os.path.relpath(name, image_root) if os.path.isabs(name) else name)
     if relative.split(os.sep)[0] == os.pardir:
         raise Refusal("image path", f"{name}: outside the image root {image_root}")
@@ -132,12 +142,13 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
         real, root = os.path.realpath(path), os.path.realpath(image_root)
         if os.path.commonpath([real, root]) != root:
             raise Refusal(
-                "image path", f"{name}: a link leads out of the image root to {real} (--follow-links allows it)"
+                "image path", f"{name}: a link leads out of the image root, to {real} (--follow-links allows it)"
             )
     return path
 
 
 def _check_image(data: bytes, name: str, max_pixels: int) -> None:
+    """Raises a `Refusal` if an image cannot be opened."""
     if not data:
         raise Refusal("unreadable image", f"{name}: the file is empty")
     try:

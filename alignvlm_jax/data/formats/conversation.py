@@ -1,9 +1,9 @@
-"""What every format yields: a conversation not yet checked, or a record refused.
+r"""The output of every format: conversations that are not checked yet, and refused records.
 
-Messages have the shape that `chat.ChatTokenizer` takes, so nothing has to be translated when they are read for
-training, and an image's place is a part of its own: whatever a user typed, `<image>` or `<|eot_id|>`, stays text.
+Messages have the form that `chat.ChatTokenizer` takes, so they need no translation when they are read for training. An
+image's position is a part of its own: text typed by a user, such as `<image>` or `<|eot_id|>`, stays text.
 
-    "<image>\\nWhat is the total?"
+    "<image>\nWhat is the total?"
     -> {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the total?"}]}
 """
 
@@ -30,7 +30,7 @@ ROLES = {
 
 
 class Refusal(UserError):
-    """Why a record cannot be used; `kind` is a word or two under which reasons are counted."""
+    """The reason why a record cannot be used; `kind` is a short category under which reasons are counted."""
 
     def __init__(self, kind: str, why: str):
         super().__init__(why)
@@ -39,12 +39,14 @@ class Refusal(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One example as its format has it.
+    """One example as its format describes it.
 
-    where: the file and the record in it, for reports.
-    id, source: what the example is called, and the data set that it is from.
-    messages: see the module docstring.
-    images: the bytes of image files, or their paths under the image root, in the order of the marks.
+    Attributes:
+      where: File and record, for reports.
+      id: Id of the example.
+      source: Name of its data set.
+      messages: See the module docstring.
+      images: Bytes of image files, or their paths under the image root, in the order of the image marks.
     """
 
     where: str
@@ -56,7 +58,14 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """One record that is left out: where it is, what it is called if it says so, and why, in brief and in full."""
+    """One refused record.
+
+    Attributes:
+      where: File and record.
+      id: Id of the record, if it has one.
+      kind: Short category of the reason.
+      why: Full reason.
+    """
 
     where: str
     id: str
@@ -68,11 +77,13 @@ class Refused:
 class Slice:
     """Records that are converted together.
 
-    file: the file they are in.
-    start, stop: where in it, in the format's own unit: bytes of a JSON file, row groups of a Parquet file.
-    first: the number of the first of them in the file.
-    records: how many will be used or refused, where that is known before reading.
-    picks: the numbers of those wanted; None for all.
+    Attributes:
+      file: File of the records.
+      start: Where they begin in the file, in a unit of the format: bytes of a JSON file, row groups of a Parquet file.
+      stop: Where they end.
+      first: Number of the first record in the file.
+      records: Number of records to be used or refused, if it is known before reading.
+      picks: Numbers of the selected records; None selects all.
     """
 
     file: str
@@ -85,12 +96,13 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class FormatOptions:
-    """What `plan` and `read` want to know.
+    """Settings of `plan` and `read`.
 
-    records_per_shard: cut slices of about so many records.
-    source: the name of the data set; by default what the records say, or else the name of the file.
-    instruction: what the user says beside the image where the data are image and caption only; by default nothing.
-    max_record_bytes: do not even parse larger records.
+    Attributes:
+      records_per_shard: Approximate number of records per slice.
+      source: Name of the data set; by default as stated in the records, otherwise the name of the file.
+      instruction: Text of the user beside the image in data that have only images and captions; by default none.
+      max_record_bytes: Larger records are refused without parsing them.
     """
 
     records_per_shard: int = 2000
@@ -100,13 +112,21 @@ class FormatOptions:
 
 
 def text_message(role: Any, text: Any, mark: str = IMAGE_MARK) -> Message:
-    """A message written as a role and one text, in which marks stand for images.
+    """Returns the message of a role and one text in which marks stand for images.
 
-    Only the user shows images: in an answer, and in the system's words, a mark is text like any other. White space that
-    merely sets images apart from the text before or after them is dropped; between images and text it is kept.
+    Only the user shows images. In an answer or a system message a mark is ordinary text. White space that only
+    separates images from the text before or after them is dropped; white space in the middle is kept.
+
+    Args:
+      role: Role as the record states it.
+      text: Text of the message.
+      mark: Text that stands for an image.
+
+    Raises:
+      Refusal: if the role is unknown or the text is not text.
     """
     if not isinstance(role, str) or role not in ROLES:
-        raise Refusal("roles", f"a message's role is {role!r}, not one of {', '.join(ROLES)}")
+        raise Refusal("roles", f"a message has the role {role!r}, expected one of {', '.join(ROLES)}")
     role = ROLES[role]
     text = expect_text(text, "a message's text")
     if role != "user":
@@ -115,40 +135,42 @@ def text_message(role: Any, text: Any, mark: str = IMAGE_MARK) -> Message:
 
 
 def text_part(text: str) -> Part:
-    """A piece of text within a message."""
+    """Returns the part of a message that is this text."""
     return {"type": "text", "text": text}
 
 
 def expect_text(value: Any, what: str) -> str:
-    """The value, if it is text."""
+    """Returns the value if it is text, otherwise raises a `Refusal`."""
     if not isinstance(value, str):
-        raise Refusal("unreadable record", f"{what} is {_kind(value)}, not text")
+        raise Refusal("unreadable record", f"{what} is {_kind(value)}, expected text")
     return value
 
 
 def expect_list(value: Any, what: str) -> list[Any]:
-    """The value, if it is a list."""
+    """Returns the value if it is a list, otherwise raises a `Refusal`."""
     if not isinstance(value, list):
-        raise Refusal("unreadable record", f"{what} is {_kind(value)}, not a list")
+        raise Refusal("unreadable record", f"{what} is {_kind(value)}, expected a list")
     return value
 
 
 def expect_object(value: Any, what: str) -> dict[str, Any]:
-    """The value, if it is an object of named fields."""
+    """Returns the value if it is an object with named fields, otherwise raises a `Refusal`."""
     if not isinstance(value, dict):
-        raise Refusal("unreadable record", f"{what} is {_kind(value)}, not an object with named fields")
+        raise Refusal("unreadable record", f"{what} is {_kind(value)}, expected an object with named fields")
     return value
 
 
 def name_of(value: Any, otherwise: str) -> str:
-    """An id or a source as text: data sets number or name their records."""
+    """Returns an id or a source as text (data sets number or name their records), or the default if there is none."""
     if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return str(value)
     return otherwise
 
 
 def _split(text: str, mark: str) -> list[Part]:
+    """Returns the parts of a text in which marks stand for images."""
     mark = re.escape(mark)
+    # Drop the white space around a run of marks at the beginning, then at the end.
     text = re.sub(rf"\A\s*(?:{mark}\s*)+", lambda run: re.sub(r"\s+", "", run.group()), text)
     text = re.sub(rf"(?:\s*{mark})+\s*\Z", lambda run: re.sub(r"\s+", "", run.group()), text)
     parts = []
@@ -161,4 +183,5 @@ def _split(text: str, mark: str) -> list[Part]:
 
 
 def _kind(value: Any) -> str:
+    """Returns a description of a value that has the wrong type."""
     return "missing" if value is None else f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""mPLUG's DocDownstream (and its sisters DocStruct, DocReason): a record a line, images marked `<|image|>`.
+"""mPLUG's DocDownstream (also DocStruct and DocReason): one record per line, with images marked `<|image|>`.
 
 {"image": ["./imgs/DocVQA/1.png"], "task_name": "qa_sft", "dataset_name": "DocVQA", "messages": [
     {"role": "user", "content": "<|image|>What is the date?"}, {"role": "assistant", "content": "1/8/93"}]}
@@ -26,12 +26,12 @@ IMAGE_MARK = "<|image|>"
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Slices of lines."""
+    """Returns slices of lines."""
     return [piece for file in files for piece in json_files.plan_file(file, options)]
 
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
-    """The conversations of a slice."""
+    """Yields the conversations of a slice."""
     stem = Path(piece.file).stem
 
     def convert(record: dict[str, Any], where: str, number: int) -> Conversation:
@@ -41,6 +41,7 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 
 def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:
+    """Returns the conversation of a record."""
     messages = [expect_object(message, "a message") for message in expect_list(record.get("messages"), "'messages'")]
     return Conversation(
         where=where,

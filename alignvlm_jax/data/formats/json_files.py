@@ -1,13 +1,13 @@
-"""Records in JSON files, a list of them or one a line, found without parsing the whole file.
+"""Records in JSON files, as a list or one per line, found without parsing the complete file.
 
-Files of a gigabyte are common. The list's elements are found by their brackets alone, so that a slice is a range of
-bytes which a worker reads by itself, and damage in one record (bytes that are not UTF-8, a missing comma) costs that
-record and no other.
+Files of a gigabyte are common. The elements of a list are found by their brackets alone. A slice is therefore a range
+of bytes that a worker reads independently, and damage in one record (bytes that are not UTF-8, a missing comma) costs
+only that record.
 
     [{"id": 1, "x": "}"}, {"id": 2}]        two elements: bytes 1-20 and 22-31
 
-After a lost quotation mark brackets and texts change places to the end of the file. A record that does not close where
-another seems to begin, by its first name (`}, {"id":`), and is not valid JSON either, is therefore cut there.
+After a lost quotation mark, brackets and texts are swapped up to the end of the file. A record is therefore cut where
+the next record seems to begin, judged by the first key (`}, {"id":`), if it is not valid JSON or has no end there.
 """
 
 import contextlib
@@ -33,22 +33,23 @@ Buffer = bytes | mmap.mmap
 
 _BYTE_ORDER_MARK = re.compile(rb"(?:\xef\xbb\xbf)?")
 _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
-# A string ends with its line at the latest: after a lost quotation mark the next line is understood again.
+# A string ends at the latest with its line: after a lost quotation mark, the next line is read correctly again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
-# In a record longer than this another is looked for, then again whenever it has doubled.
+# A record longer than this may contain the next one: it is searched for then, and again whenever the length doubles.
 _PATIENCE = 2**20
 
 
 def count_records(file: str) -> int:
-    """How many records are in the file."""
+    """Returns the number of records in a file."""
     with _mapped(file) as buffer:
         return sum(1 for _ in _spans(buffer))
 
 
 def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None) -> list[Slice]:
-    """Slices of the file; of those records only that `picks` names, if it is given."""
+    """Returns slices of a file; with `picks`, only of the records with these numbers."""
     with _mapped(file) as buffer:
+        # Compact arrays: a file may have millions of records.
         starts, stops = array("q"), array("q")
         for start, stop in _spans(buffer):
             starts.append(start)
@@ -66,7 +67,7 @@ def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None)
 
 
 def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any | Refusal]]:
-    """The records of a slice, parsed, with their numbers; in place of one that cannot be parsed, why."""
+    """Yields the records of a slice with their numbers: parsed, or the `Refusal` of a record that cannot be parsed."""
     wanted = None if piece.picks is None else set(piece.picks)
     with _mapped(piece.file) as buffer:
         for number, (start, stop) in enumerate(_spans(buffer, piece.start), piece.first):
@@ -83,7 +84,7 @@ def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any 
 def read_conversations(
     piece: Slice, options: FormatOptions, convert: Callable[[dict[str, Any], str, int], Conversation]
 ) -> Iterator[Conversation | Refused]:
-    """The conversations of a slice: of each record `convert(record, where, number)`, unless it raises a `Refusal`."""
+    """Yields the conversations of a slice: `convert(record, where, number)` of each record, or its refusal."""
     for number, record in read_slice(piece, options):
         where = f"{piece.file}: record {number + 1}"
         try:
@@ -96,34 +97,37 @@ def read_conversations(
 
 
 def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
+    """Returns the record in a range of bytes."""
     if stop - start > max_bytes:
         raise Refusal("too large", f"the record has {stop - start} bytes, more than the limit of {max_bytes}")
     try:
         text = buffer[start:stop].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refusal("text encoding", f"not UTF-8 at byte {error.start} of the record ({error.reason})") from error
+        raise Refusal("text encoding", f"byte {error.start} of the record is not UTF-8 ({error.reason})") from error
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: ten thousand nested lists.
-        raise Refusal("unreadable record", f"not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
+        raise Refusal("unreadable record", f"the record is not valid JSON: {error}") from error
 
 
 @contextlib.contextmanager
 def _mapped(path: str) -> Iterator[Buffer]:
+    """Yields the bytes of a file, mapped to memory where possible."""
     with open_binary(path) as file:
         if not is_local(path) or file.seek(0, 2) == 0:
-            yield file.read()  # What is in a bucket, or empty, cannot be mapped.
+            yield file.read()  # neither a file in a bucket nor an empty file can be mapped
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             yield buffer
 
 
 def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Where each record of the file starts and stops, from the one that starts there on."""
+    """Yields the start and stop of each record, beginning with the record at `start`."""
     beginning = _LIST.match(buffer)
     if beginning is None:
         yield from _lines(buffer, start or _BYTE_ORDER_MARK.match(buffer).end(), len(buffer))
         return
+    # A list: strip the closing bracket and the white space around it.
     stop = len(buffer)
     while buffer[stop - 1 : stop] in (b" ", b"\t", b"\r", b"\n"):
         stop -= 1
@@ -133,12 +137,13 @@ def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _border(buffer: Buffer, start: int) -> re.Pattern | None:
-    """What stands between two records, if all begin with the same name as the first."""
+    """Returns the pattern between two records if all begin with the same key as the first record, otherwise None."""
     name = re.compile(rb'\s*\{\s*("[^"\\]*")\s*:').match(buffer, start)
     return name and re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(name[1]) + rb"\s*:)")
 
 
 def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yields the lines that are not blank."""
     while start < stop:
         end = buffer.find(b"\n", start, stop)
         end = stop if end < 0 else end
@@ -148,9 +153,9 @@ def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> Iterator[tuple[int, int]]:
-    """The elements of a list, its own brackets left out.
+    """Yields the elements of a list, without the list's own brackets.
 
-    Whatever stands between two bracketed elements and is not a comma is an element too, and no conversation.
+    Anything else between two bracketed elements, except a comma, is also an element; it is refused later.
     """
     while start < stop:
         opening = next((t.start() for t in _tokens(buffer, start, stop) if t[0] in (b"{", b"[")), stop)
@@ -163,7 +168,9 @@ def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) 
 
 
 def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> int:
+    """Returns the end of the element that begins at `start`."""
     end, depth, patience = None, 0, _PATIENCE
+    # Find the closing bracket. A very long element may have lost a quotation mark: look for the next record in it.
     for token in _tokens(buffer, start, stop):
         if token[0] in (b"{", b"["):
             depth += 1
@@ -176,6 +183,7 @@ def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | 
             if border.search(buffer, start, token.start()):
                 break
             patience *= 2
+    # Cut the element before the next record if it has no end or is not valid JSON.
     next_one = border and border.search(buffer, start, end or stop)
     if next_one and (end is None or not _is_json(buffer[start:end])):
         return next_one.start() + 1
@@ -183,10 +191,12 @@ def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | 
 
 
 def _tokens(buffer: Buffer, start: int, stop: int) -> Iterator[re.Match]:
+    """Yields the brackets outside of strings, and the strings."""
     return _BRACKET_OR_STRING.finditer(buffer, start, stop)
 
 
 def _is_json(text: bytes) -> bool:
+    """Returns whether the bytes are valid JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -195,6 +205,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _between(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yields what is between two elements if it is more than commas and white space."""
     between = buffer[start:stop]
     if content := between.strip(_SPACE + b","):
         start += between.index(content)

@@ -1,9 +1,9 @@
-"""LLaVA's JSON: a list (or one a line) of records with turns in them, and the mixtures of such files in YAML.
+r"""LLaVA's JSON: a list of records with turns, or one record per line; and YAML mixtures of such files.
 
     {"id": "17", "image": "coco/000.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]}
+        {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]}
 
-`image` may be a list (also under the name `images`), or be missing from a conversation without images.
+`image` may be a list (also under the name `images`). It is missing if a conversation has no images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,13 +30,13 @@ SUFFIXES = (".json", ".jsonl", *_MIXTURES)
 
 
 def files_behind(files: Sequence[str]) -> list[str]:
-    """The files that mixtures name."""
+    """Returns the files that mixtures name."""
     mixtures = [file for file in files if file.endswith(_MIXTURES)]
     return [part.file for file in mixtures for part in mixture.read_mixture(file)]
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Slices of JSON files, and of those that mixtures name."""
+    """Returns slices of JSON files, including those that mixtures name."""
     slices = []
     for file in files:
         if file.endswith(_MIXTURES):
@@ -49,7 +49,7 @@ def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
-    """The conversations of a slice."""
+    """Yields the conversations of a slice."""
     stem = Path(piece.file).stem
 
     def convert(record: dict[str, Any], where: str, number: int) -> Conversation:
@@ -59,14 +59,15 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 
 def turns(conversations: Any) -> list[Message]:
-    """LLaVA's turns as messages."""
+    """Returns the messages of LLaVA's turns."""
     turns = [expect_object(turn, "a turn") for turn in expect_list(conversations, "'conversations'")]
     return [text_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
 
 
 def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:
+    """Returns the conversation of a record."""
     if "video" in record:
-        raise Refusal("unreadable record", "the record is about a video")
+        raise Refusal("unreadable record", "the record is about a video; only images are supported")
     return Conversation(
         where=where,
         id=name_of(record.get("id"), f"{stem}:{number}"),
@@ -77,6 +78,7 @@ def _conversation(record: dict[str, Any], where: str, stem: str, number: int, op
 
 
 def _image_paths(record: dict[str, Any]) -> list[str]:
+    """Returns the paths of a record's images."""
     images = record.get("image", record.get("images"))
     if images is None or images == "":
         return []

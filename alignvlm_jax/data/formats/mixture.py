@@ -1,4 +1,4 @@
-"""Mixtures of LLaVA files, as LLaVA-NeXT and LLaVA-OneVision write them in YAML.
+"""YAML mixtures of LLaVA files, as written by LLaVA-NeXT and LLaVA-OneVision.
 
     datasets:
       - json_path: chartqa.json
@@ -6,7 +6,7 @@
       - json_path: docvqa.jsonl
         sampling_strategy: all
 
-A path is looked for beside the YAML file, then from the folder one stands in.
+A path is resolved relative to the YAML file; if there is no such file, relative to the working directory.
 """
 
 import dataclasses
@@ -26,11 +26,13 @@ _KNOWN_KEYS = {"json_path", "sampling_strategy"}
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Which records of a file are wanted.
+    """A selection of a file's records.
 
-    strategy: the "first" ones, those at the "end", or some drawn at "random".
-    amount: how many; a percentage (rounded up) if is_percentage.
-    seed: what "random" is drawn from; the file's path, so that every run draws the same.
+    Attributes:
+      strategy: "first", "end" or "random".
+      amount: Number of records, or a percentage (rounded up).
+      is_percentage: Whether `amount` is a percentage.
+      seed: Seed of "random": the file's path, so that every run selects the same records.
     """
 
     strategy: str
@@ -39,7 +41,7 @@ class Sampling:
     seed: str
 
     def choose(self, total: int) -> list[int]:
-        """The numbers of the records wanted out of so many, in order."""
+        """Returns the numbers of the selected records out of `total`, in order."""
         amount = math.ceil(self.amount * total / 100) if self.is_percentage else self.amount
         amount = min(amount, total)
         if self.strategy == "first":
@@ -51,14 +53,18 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureEntry:
-    """One file of a mixture; without a sampling all its records are wanted."""
+    """One file of a mixture; without a sampling, all its records are used."""
 
     file: str
     sampling: Sampling | None
 
 
 def read_mixture(file: str) -> list[MixtureEntry]:
-    """The files that a mixture names, in its order."""
+    """Returns the files that a mixture names, in its order.
+
+    Raises:
+      UserError: if the file is not a valid mixture.
+    """
     try:
         content = yaml.safe_load(epath.Path(file).read_bytes())
     except OSError as error:
@@ -67,20 +73,21 @@ def read_mixture(file: str) -> list[MixtureEntry]:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"{file}: a mixture is a list of json_path and sampling_strategy under the name 'datasets'")
+        raise UserError(f"{file}: expected a list of json_path and sampling_strategy under the name 'datasets'")
     return [_part(entry, file, i) for i, entry in enumerate(datasets, 1)]
 
 
 def _part(entry: Any, file: str, position: int) -> MixtureEntry:
+    """Returns one entry of a mixture."""
     where = f"{file}: data set {position}"
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
-        raise UserError(f"{where}: it has no json_path")
+        raise UserError(f"{where}: json_path is missing")
     if unknown := sorted(map(str, set(entry) - _KNOWN_KEYS)):
-        raise UserError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(_KNOWN_KEYS))}")
+        raise UserError(f"{where}: unknown {', '.join(unknown)}; expected only {', '.join(sorted(_KNOWN_KEYS))}")
     beside = epath.Path(file).parent / entry["json_path"]
     path = str(beside) if beside.exists() else entry["json_path"]
     if not epath.Path(path).is_file():
-        raise UserError(f"{where}: there is no file {path}")
+        raise UserError(f"{where}: no such file: {path}")
     strategy = entry.get("sampling_strategy", "all")
     if strategy == "all":
         return MixtureEntry(path, None)

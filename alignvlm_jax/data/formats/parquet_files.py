@@ -1,4 +1,4 @@
-"""Rows of Parquet files, by row groups, one bad row or damaged group at a time."""
+"""Rows of Parquet files by row groups; damage costs only the row or the row group that has it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice, expect_text
 from alignvlm_jax.data.paths import open_binary
 
-# Rows hold images: few at a time.
+# Rows hold images, so only a few are read at a time.
 _ROWS_AT_A_TIME = 16
 _BYTES_PER_SLICE = 512 * 2**20
 
 
 def plan_files(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Slices of whole row groups; a file that cannot be read is one slice with one record, to be refused."""
+    """Returns slices of complete row groups; a file that cannot be read is one slice of one record to be refused."""
     return [piece for file in files for piece in _plan_file(file, options)]
 
 
 def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Refusal]]:
-    """The rows of a slice with their numbers, of those columns that there are; in place of one unreadable, why."""
+    """Yields the rows of a slice with their numbers: the existing `columns`, or the `Refusal` of an unreadable row."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(_parquet(piece.file))
@@ -32,7 +32,7 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
         number = piece.first
         for group in range(piece.start, piece.stop):
             stop = number + file.metadata.row_group(group).num_rows
-            problem = "it has fewer rows than it claims"
+            problem = "it has fewer rows than its metadata state"
             try:
                 for batch in file.iter_batches(_ROWS_AT_A_TIME, [group], present):
                     for i in range(batch.num_rows):
@@ -40,19 +40,21 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
                         number += 1
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 problem = _brief(error)
+            # Every row is accounted for: the rest of a damaged group is refused row by row.
             for lost in range(number, stop):
                 yield lost, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
             number = stop
 
 
 def image_source(value: Any) -> bytes | str:
-    """An image as Hugging Face's `datasets` stores it: {"bytes", "path"}, bytes alone, or a path."""
+    """Returns an image as `datasets` of Hugging Face stores it: {"bytes", "path"}, bytes alone, or a path."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes) else expect_text(value, "an image")
 
 
 def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
+    """Yields the slices of a file."""
     try:
         with _parquet(path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
@@ -60,6 +62,7 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
     except Refusal:
         yield Slice(path, records=1)
         return
+    # Collect row groups until a slice has enough rows or bytes.
     start, first, rows, size = 0, 0, 0, 0
     for group, (group_rows, group_size) in enumerate(sizes):
         if rows and (rows + group_rows > options.records_per_shard or size + group_size > _BYTES_PER_SLICE):
@@ -72,22 +75,24 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file; raises a `Refusal` if its metadata are damaged."""
     with open_binary(path) as handle:
         size = handle.seek(0, 2)
         handle.seek(0)
         try:
             file = pq.ParquetFile(handle)
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            file.schema_arrow  # noqa: B018, which is where an impossible schema shows.
+            file.schema_arrow  # noqa: B018  # raises an error if the schema is impossible
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-            raise Refusal("damaged file", f"not a Parquet file that can be read ({_brief(error)})") from error
-        # A row with an image takes more than a byte: what claims otherwise was damaged.
+            raise Refusal("damaged file", f"the file cannot be read as Parquet ({_brief(error)})") from error
+        # A row with an image takes more than a byte, so larger numbers come from damaged metadata.
         if min(rows, default=0) < 0 or sum(rows) > size:
-            raise Refusal("damaged file", f"it claims {sum(rows)} rows")
+            raise Refusal("damaged file", f"the metadata state {sum(rows)} rows in a file of {size} bytes")
         yield file
 
 
 def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | Refusal:
+    """Returns a row, or the reason why it cannot be read."""
     try:
         return batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
@@ -97,4 +102,5 @@ def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | Refusal:
 
 
 def _brief(error: BaseException) -> str:
+    """Returns the beginning of an error message."""
     return str(error).split("\n")[0][:200]

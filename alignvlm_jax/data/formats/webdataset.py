@@ -1,10 +1,10 @@
-"""WebDataset archives of images and captions, such as CC-12M as img2dataset writes it. Nothing is unpacked to disk.
+"""WebDataset archives of images and captions, such as CC-12M as written by img2dataset, read without unpacking them.
 
     00000.tar: 000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
 
-Files in a row whose names are the same up to the first dot are a sample: its images, and its caption in a `.txt` file
-or under "caption" in a `.json` file. An archive is one slice; it may be compressed by gzip. The user shows the image
-and says `FormatOptions.instruction`, by default nothing, as in LLaVA's pre-training; the caption is the answer.
+Consecutive files whose names are equal up to the first dot form a sample: its images, and its caption in a `.txt` file
+or under "caption" in a `.json` file. An archive is one slice and may be compressed with gzip. The user's message is the
+image and `FormatOptions.instruction`, by default empty, as in LLaVA's pre-training. The caption is the answer.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXTS = ("txt", "caption")
 _WANTED = (*_IMAGES, *_TEXTS, "json")
-# WebDataset's rule; files that it does not match (hidden ones) belong to no sample.
+# WebDataset's rule. Files that do not match it (hidden files) belong to no sample.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 @dataclasses.dataclass
 class _Sample:
-    """The files of one sample, by the endings of their names; problem says why it cannot be used."""
+    """The files of one sample, by file name extension; `problem` is the reason if it cannot be used."""
 
     key: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -50,12 +50,12 @@ class _Sample:
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """A slice an archive: how many samples are in it is seen when it is read."""
+    """Returns one slice per archive; the number of samples is known only after reading."""
     return [Slice(file) for file in files]
 
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
-    """The captioned images of an archive; what follows damage in it is one more record, and refused."""
+    """Yields the captioned images of an archive; if it is damaged, the rest of it is one refused record."""
     source = options.source or posixpath.basename(posixpath.dirname(os.path.abspath(piece.file)))
     try:
         for sample in _samples(piece.file, options.max_record_bytes):
@@ -74,7 +74,7 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 
 class _Damaged(Exception):
-    """The archive cannot be read any further."""
+    """The rest of the archive cannot be read."""
 
     def __init__(self, offset: int, why: str):
         super().__init__(f"the archive cannot be read from here on: {why}")
@@ -82,6 +82,7 @@ class _Damaged(Exception):
 
 
 def _conversation(sample: _Sample, where: str, record_id: str, source: str, instruction: str) -> Conversation:
+    """Returns the conversation of a sample."""
     images = [data for ending, data in sample.files.items() if ending in _IMAGES]
     if not images:
         raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
@@ -94,6 +95,7 @@ def _conversation(sample: _Sample, where: str, record_id: str, source: str, inst
 
 
 def _caption(files: dict[str, bytes]) -> str:
+    """Returns the caption of a sample."""
     try:
         for ending in _TEXTS:
             if ending in files:
@@ -105,10 +107,11 @@ def _caption(files: dict[str, bytes]) -> str:
         raise Refusal("text encoding", f"the caption is not UTF-8 ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         raise Refusal("unreadable record", f"the sample's .json is not valid JSON: {error}") from error
-    raise Refusal("empty conversation", "the sample has no caption: no .txt file, and none in .json")
+    raise Refusal("empty conversation", "the sample has no caption, neither in a .txt file nor in a .json file")
 
 
 def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
+    """Yields the samples of an archive; one that damage interrupts has a `problem`."""
     sample = None
     try:
         for name, size, data in _members(path, max_bytes):
@@ -123,14 +126,14 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
             if ending not in _WANTED:
                 continue
             if ending in sample.files:
-                sample.problem = Refusal("unreadable record", f"two files {name}")
+                sample.problem = Refusal("unreadable record", f"the sample has two files {name}")
             elif size > max_bytes:
                 sample.problem = Refusal("too large", f"{name} has {size} bytes, more than the limit of {max_bytes}")
             elif data is not None:
                 sample.files[ending] = data
     except _Damaged as damage:
         if sample is not None:
-            sample.problem = Refusal("damaged file", f"{damage}; the sample may not be all there")
+            sample.problem = Refusal("damaged file", f"{damage}; the sample may be incomplete")
             yield sample
         raise
     if sample is not None:
@@ -138,7 +141,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
 
 
 def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None]]:
-    """Name, size and content of each file; of links, devices and what is too large no content."""
+    """Yields name, size and content of each file; links, devices and files that are too large have no content."""
     with _unpacked(path) as file:
         offset = 0
         try:
@@ -155,20 +158,23 @@ def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """tarfile takes damage for the end of the archive, which is a block of zeros with nothing after it."""
+    """Raises `_Damaged` unless the archive ends properly, with a block of zeros and nothing after it."""
+    # tarfile takes a damaged header for the end of the archive.
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise _Damaged(offset, "it stops without the mark of an archive's end")
+        raise _Damaged(offset, "it is truncated, the end-of-archive mark is missing")
     while block:
         if block.strip(b"\0"):
-            raise _Damaged(offset, "neither a file nor the end of the archive begins here")
+            raise _Damaged(offset, "expected a file or the end of the archive here")
         block = file.read(2**20)
 
 
 @contextlib.contextmanager
 def _unpacked(path: str) -> Iterator[BinaryIO]:
+    """Opens an archive, decompressing gzip."""
     with open_binary(path) as file:
+        # The first bytes tell, not the name.
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         with gzip.open(file) if compressed else contextlib.nullcontext(file) as unpacked:
