@@ -124,7 +124,7 @@ def prepare(
     _check(recipe, max_rejects)
     files = _input_files(recipe)
     fingerprint = _fingerprint(recipe, files)
-    if (done := _finished(job, fingerprint)) is not None:
+    if (done := _finished_summary(job, fingerprint)) is not None:
         return done
     slices = _plan(job, files, fingerprint)
     summary = _convert(job, slices, convert or in_processes(), max_rejects, progress)
@@ -132,7 +132,7 @@ def prepare(
     # The rejects are written before the limit is checked, so that the user can look at them.
     _write_rejects(job)
     if summary.num_rejected > max_rejects * summary.total:
-        notes.forget_rejected()
+        notes.discard_rejected()
         raise UserError(_too_many_rejects(summary, max_rejects, job))
     if not summary.accepted:
         raise UserError(f"{', '.join(recipe.inputs)}: no records to make a data set of")
@@ -140,7 +140,7 @@ def prepare(
         [notes.shard(index) for index in range(len(slices))],
         notes.folder,
         description="Conversations about images, prepared by alignvlm_jax.",
-        metadata={"fingerprint": fingerprint, "recipe": _plain(recipe)} | dataclasses.asdict(summary),
+        metadata={"fingerprint": fingerprint, "recipe": _to_json(recipe)} | dataclasses.asdict(summary),
     )
     notes.clear()
     return summary
@@ -226,14 +226,14 @@ def _plan(job: Job, files: Sequence[str], fingerprint: str) -> list[Slice]:
                 "folder"
             )
         return plan[1]
-    if not notes.stand_alone():
+    if not notes.is_alone():
         raise UserError(f"{job.out} exists already: remove it or choose another folder")
     slices = FORMATS[job.recipe.format].plan(files, job.recipe.options)
     notes.write_plan(fingerprint, slices)
     return slices
 
 
-def _finished(job: Job, fingerprint: str) -> Summary | None:
+def _finished_summary(job: Job, fingerprint: str) -> Summary | None:
     """Returns the summary of this conversion if it is finished, otherwise None."""
     if not (epath.Path(job.out) / INFO_FILE).exists():
         return None
@@ -247,13 +247,13 @@ def _finished(job: Job, fingerprint: str) -> Summary | None:
 def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
     """Returns a hash of the recipe and of the state (size and time) of all input files."""
     states = []
-    for file in [*files, *FORMATS[recipe.format].files_behind(files)]:
+    for file in [*files, *FORMATS[recipe.format].referenced_files(files)]:
         found = status(file)
         states.append((file, found.size, found.changed))
-    return hashlib.sha256(json.dumps([_plain(recipe), states]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_to_json(recipe), states]).encode()).hexdigest()[:16]
 
 
-def _plain(recipe: Recipe) -> Mapping[str, Any]:
+def _to_json(recipe: Recipe) -> Mapping[str, Any]:
     """Returns the recipe as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 

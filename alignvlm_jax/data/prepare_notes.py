@@ -48,7 +48,7 @@ class Notes:
     def __init__(self, out: epath.Path):
         self.out, self.folder = out, out / _FOLDER
 
-    def stand_alone(self) -> bool:
+    def is_alone(self) -> bool:
         """Returns whether the data set's folder is missing or holds nothing but notes."""
         return not self.out.exists() or all(path.name == _FOLDER for path in self.out.iterdir())
 
@@ -93,7 +93,7 @@ class Notes:
         for index in self.finished():
             yield from self._read(index)["rejects"]
 
-    def forget_rejected(self) -> None:
+    def discard_rejected(self) -> None:
         """Deletes the notes of slices with refused records, so that they are converted again.
 
         By then the user may have fixed the data.

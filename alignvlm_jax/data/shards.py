@@ -22,7 +22,7 @@ from alignvlm_jax.errors import UserError
 
 VERSION = "1.0.0"
 INFO_FILE = "dataset_info.json"
-_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+_FILE_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ShardedDataset:
             data_dir=self.folder,
             split=self.split,
             filetype_suffix="array_record",
-            template=_NAMES,
+            template=_FILE_NAMES,
         )
 
 

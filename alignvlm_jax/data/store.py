@@ -24,7 +24,7 @@ from alignvlm_jax.errors import UserError
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
-_RECORDS_AT_A_TIME = 512  # the writer updates its metadata after every write, so records are written in chunks
+_RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, so records are written in chunks
 
 
 class _ShardPart(NamedTuple):
@@ -42,7 +42,7 @@ class RecordSource:
     """Random access to the records of one split of a data set, or of parts of splits ("train[:90%]")."""
 
     def __init__(self, source: Any, features: tfds.features.FeaturesDict, shards: Sequence[_ShardPart]):
-        self._source, self._shards = source, tuple(shards)
+        self._source, self._shard_parts = source, tuple(shards)
         self._texts = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
         self._text_sequences = tuple(
             key
@@ -57,17 +57,17 @@ class RecordSource:
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, OSError) as error:  # array_record detects damage by checksums
-            raise UserError(self._explain(index, error)) from error
+            raise UserError(self._describe_damage(index, error)) from error
         for key in self._texts:
             record[key] = record[key].decode()
         for key in self._text_sequences:
             record[key] = [text.decode() for text in record[key]]
         return record
 
-    def _explain(self, index: int, error: Exception) -> str:
+    def _describe_damage(self, index: int, error: Exception) -> str:
         """Returns a message that names the damaged file and the split without it."""
         # Find the file: the parts are in the order of the records.
-        for shard in self._shards:
+        for shard in self._shard_parts:
             if index < shard.take:
                 break
             index -= shard.take
@@ -94,7 +94,7 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
-        source, shards = builder.as_data_source(split, decoders=decoders), _shards(splits, split)
+        source, shards = builder.as_data_source(split, decoders=decoders), _shard_parts(splits, split)
     except ValueError as error:
         raise UserError(f"{folder}: no such part of a split: {split!r} ({error})") from error
     return RecordSource(source, features, shards)
@@ -145,12 +145,12 @@ def write_dataset(
         writer = tfds.core.SequentialWriter(info, _RECORDS_PER_SHARD, file_format="array_record")
         writer.initialize_splits(list(splits))
         for split, records in splits.items():
-            for lot in _lots(records):
-                writer.add_examples({split: lot})
+            for chunk in _chunks(records):
+                writer.add_examples({split: chunk})
             writer.close_splits([split])
 
 
-def _shards(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPart]:
+def _shard_parts(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPart]:
     """Yields the files that hold the records of a split, or of parts of splits, in the order of the records."""
     # Records of each file: the split's name, the first one, the one after the last, and the split's total.
     places = {}
@@ -169,11 +169,11 @@ def _open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:
     return tfds.builder_from_directory(str(folder))
 
 
-def _lots(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """Yields the records in lists of `_RECORDS_AT_A_TIME`."""
+def _chunks(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yields the records in lists of `_RECORDS_PER_WRITE`."""
     records = iter(records)
-    while lot := list(itertools.islice(records, _RECORDS_AT_A_TIME)):
-        yield lot
+    while chunk := list(itertools.islice(records, _RECORDS_PER_WRITE)):
+        yield chunk
 
 
 @contextlib.contextmanager

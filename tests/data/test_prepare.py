@@ -251,7 +251,7 @@ def die(job, task):
 def test_a_killed_worker_is_an_error_that_names_the_files(pages, tmp_path, monkeypatch):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
     monkeypatch.setattr(prepare_module, "convert_slice", die)
-    with pytest.raises(UserError, match="a process died .*a.json; the same command goes on"):
+    with pytest.raises(UserError, match="a process was killed.*a.json. Run the same command again to resume"):
         prepare(recipe_for(pages, records_per_shard=4), tmp_path / "out", convert=in_processes(2), progress=False)
 
 
@@ -264,9 +264,9 @@ def test_mistakes_are_named(pages, tmp_path):
     write_json(pages / "a.json", [])
     with pytest.raises(UserError, match="no records to make a data set of"):
         prepare(recipe_for(pages), out, progress=False)
-    with pytest.raises(UserError, match="share, from 0 to 1, not 5"):
+    with pytest.raises(UserError, match="max_rejects: expected a share from 0 to 1, got 5"):
         prepare(recipe_for(pages), out, max_rejects=5)
-    with pytest.raises(UserError, match="records_per_shard must be positive, not 0"):
+    with pytest.raises(UserError, match="records_per_shard: expected at least 1, got 0"):
         prepare(recipe_for(pages, records_per_shard=0), out)
     with pytest.raises(UserError, match="split cannot be called 'all'"):
         prepare(Recipe("llava", (str(pages / "a.json"),), split="all"), out)

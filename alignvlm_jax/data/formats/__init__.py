@@ -12,7 +12,7 @@ from alignvlm_jax.data.formats import bigdocs, docdownstream, llava, messages, w
 from alignvlm_jax.data.formats.conversation import Conversation, FormatOptions, Refused, Slice
 
 
-def _nothing_behind(files: Sequence[str]) -> list[str]:
+def _no_files(files: Sequence[str]) -> list[str]:
     """Returns no files: most formats do not name other files."""
     return []
 
@@ -25,17 +25,17 @@ class Format:
       plan: Divides input files into slices.
       read: Yields the conversations of a slice.
       suffixes: Endings of the files that are read if the input is a folder.
-      files_behind: Returns further files that the input files name.
+      referenced_files: Returns further files that the input files name.
     """
 
     plan: Callable[[Sequence[str], FormatOptions], list[Slice]]
     read: Callable[[Slice, FormatOptions], Iterator[Conversation | Refused]]
     suffixes: tuple[str, ...]
-    files_behind: Callable[[Sequence[str]], list[str]] = _nothing_behind
+    referenced_files: Callable[[Sequence[str]], list[str]] = _no_files
 
 
 FORMATS = {
-    "llava": Format(llava.plan, llava.read, llava.SUFFIXES, llava.files_behind),
+    "llava": Format(llava.plan, llava.read, llava.SUFFIXES, llava.referenced_files),
     "docdownstream": Format(docdownstream.plan, docdownstream.read, docdownstream.SUFFIXES),
     "bigdocs": Format(bigdocs.plan, bigdocs.read, bigdocs.SUFFIXES),
     "messages": Format(messages.plan, messages.read, messages.SUFFIXES),

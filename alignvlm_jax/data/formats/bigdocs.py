@@ -21,7 +21,7 @@ from alignvlm_jax.data.formats.conversation import (
     Refused,
     Slice,
     expect_text,
-    name_of,
+    text_or_default,
     text_part,
 )
 
@@ -47,12 +47,12 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
         try:
             if isinstance(row, Refusal):
                 raise row
-            record_id = name_of(_first(row, _IDS), record_id)
-            images = [parquet_files.image_source(image) for image in _listed(_first(row, _IMAGES))]
+            record_id = text_or_default(_first_value(row, _IDS), record_id)
+            images = [parquet_files.image_source(image) for image in _as_list(_first_value(row, _IMAGES))]
             yield Conversation(
                 where=where,
                 id=record_id,
-                source=options.source or name_of(_first(row, _SOURCES), stem),
+                source=options.source or text_or_default(_first_value(row, _SOURCES), stem),
                 messages=_messages(row, len(images)),
                 images=images,
             )
@@ -62,8 +62,8 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
     """Returns the messages of a row, with all images before the first question."""
-    queries = [expect_text(query, "a query") for query in _listed(_first(row, _QUERIES))] or [""]
-    answers = [expect_text(answer, "an annotation") for answer in _listed(_first(row, _ANSWERS))]
+    queries = [expect_text(query, "a query") for query in _as_list(_first_value(row, _QUERIES))] or [""]
+    answers = [expect_text(answer, "an annotation") for answer in _as_list(_first_value(row, _ANSWERS))]
     if len(queries) == 1:  # several annotations are alternatives
         answers = answers[:1]
     if len(queries) != len(answers):
@@ -76,12 +76,12 @@ def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
     return messages
 
 
-def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
+def _first_value(row: dict[str, Any], names: Sequence[str]) -> Any:
     """Returns the value of the first of these columns that the row has."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     """Returns the value as a list."""
     if value is None:
         return []

@@ -45,16 +45,16 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
       Refusal: if the conversation cannot be used.
     """
     _check_turns(conversation.messages)
-    text = json.dumps([_plain(message) for message in conversation.messages], ensure_ascii=False)
+    text = json.dumps([_stored_message(message) for message in conversation.messages], ensure_ascii=False)
     _check_text([conversation.id, conversation.source, *_texts(conversation.messages)])
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
         raise Refusal("image marks", f"the conversation has {marks} image marks for {len(conversation.images)} images")
-    budget = _spend(limits.max_record_bytes, len(text.encode()))
+    budget = _spend_bytes(limits.max_record_bytes, len(text.encode()))
     images = []
     for i, image in enumerate(conversation.images, 1):
         data = image if isinstance(image, bytes) else _read_image(image, image_root, limits, budget)
-        budget = _spend(budget, len(data))
+        budget = _spend_bytes(budget, len(data))
         _check_image(data, f"image {i}" if isinstance(image, bytes) else image, limits.max_pixels)
         images.append(data)
     return {"id": conversation.id, "source": conversation.source, "conversation": text, "images": images}
@@ -80,14 +80,14 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise Refusal("image marks", f"message {i} (role {message['role']}) shows an image; only a user can")
 
 
-def _spend(budget: int, size: int) -> int:
+def _spend_bytes(budget: int, size: int) -> int:
     """Returns the bytes that are left of the budget."""
     if size > budget:
         raise Refusal("too large", f"a text or image of {size} bytes exceeds the limit, which leaves {budget} bytes")
     return budget - size
 
 
-def _plain(message: Message) -> Message:
+def _stored_message(message: Message) -> Message:
     """Returns a message as it is stored; only a user's message keeps its parts."""
     # Many chat templates expect answers to be plain text.
     if message["role"] == "user":
@@ -118,7 +118,7 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
         found = status(path)
         if not found.is_regular:
             raise Refusal("image path", f"{name}: expected an image file, got a folder or a device")
-        _spend(max_bytes, found.size)  # before reading, which a huge file would make expensive
+        _spend_bytes(max_bytes, found.size)  # before reading, which a huge file would make expensive
         return path.read_bytes()
     except FileNotFoundError as error:
         raise Refusal("missing image", f"{name}: no such file in {image_root}") from error

@@ -160,11 +160,11 @@ def expect_object(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def name_of(value: Any, otherwise: str) -> str:
+def text_or_default(value: Any, default: str) -> str:
     """Returns an id or a source as text (data sets number or name their records), or the default if there is none."""
     if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return str(value)
-    return otherwise
+    return default
 
 
 def _split(text: str, mark: str) -> list[Part]:

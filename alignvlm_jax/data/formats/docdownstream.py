@@ -17,8 +17,8 @@ from alignvlm_jax.data.formats.conversation import (
     expect_list,
     expect_object,
     expect_text,
-    name_of,
     text_message,
+    text_or_default,
 )
 
 SUFFIXES = (".jsonl",)
@@ -45,8 +45,8 @@ def _conversation(record: dict[str, Any], where: str, stem: str, number: int, op
     messages = [expect_object(message, "a message") for message in expect_list(record.get("messages"), "'messages'")]
     return Conversation(
         where=where,
-        id=name_of(record.get("id"), f"{stem}:{number}"),
-        source=options.source or name_of(record.get("dataset_name"), stem),
+        id=text_or_default(record.get("id"), f"{stem}:{number}"),
+        source=options.source or text_or_default(record.get("dataset_name"), stem),
         messages=[text_message(message.get("role"), message.get("content"), IMAGE_MARK) for message in messages],
         images=[expect_text(image, "the name of an image") for image in expect_list(record.get("image"), "'image'")],
     )

@@ -25,7 +25,7 @@ from alignvlm_jax.data.formats.conversation import (
     Refused,
     Slice,
     expect_object,
-    name_of,
+    text_or_default,
 )
 from alignvlm_jax.data.paths import is_local, open_binary
 
@@ -42,13 +42,13 @@ _PATIENCE = 2**20
 
 def count_records(file: str) -> int:
     """Returns the number of records in a file."""
-    with _mapped(file) as buffer:
+    with _map_file(file) as buffer:
         return sum(1 for _ in _spans(buffer))
 
 
 def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None) -> list[Slice]:
     """Returns slices of a file; with `picks`, only of the records with these numbers."""
-    with _mapped(file) as buffer:
+    with _map_file(file) as buffer:
         # Compact arrays: a file may have millions of records.
         starts, stops = array("q"), array("q")
         for start, stop in _spans(buffer):
@@ -59,21 +59,21 @@ def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None)
     for at in range(0, len(numbers), options.records_per_shard):
         chosen = numbers[at : at + options.records_per_shard]
         first, last = chosen[0], chosen[-1]
-        everything = last - first + 1 == len(chosen)
+        is_contiguous = last - first + 1 == len(chosen)
         slices.append(
-            Slice(file, starts[first], stops[last], first, len(chosen), None if everything else tuple(chosen))
+            Slice(file, starts[first], stops[last], first, len(chosen), None if is_contiguous else tuple(chosen))
         )
     return slices
 
 
 def read_slice(piece: Slice, options: FormatOptions) -> Iterator[tuple[int, Any | Refusal]]:
     """Yields the records of a slice with their numbers: parsed, or the `Refusal` of a record that cannot be parsed."""
-    wanted = None if piece.picks is None else set(piece.picks)
-    with _mapped(piece.file) as buffer:
+    picks = None if piece.picks is None else set(piece.picks)
+    with _map_file(piece.file) as buffer:
         for number, (start, stop) in enumerate(_spans(buffer, piece.start), piece.first):
             if start >= piece.stop:
                 return
-            if wanted is not None and number not in wanted:
+            if picks is not None and number not in picks:
                 continue
             try:
                 yield number, _parse(buffer, start, stop, options.max_record_bytes)
@@ -92,7 +92,7 @@ def read_conversations(
                 raise record
             yield convert(expect_object(record, "the record"), where, number)
         except Refusal as refusal:
-            record_id = name_of(record.get("id"), "") if isinstance(record, dict) else ""
+            record_id = text_or_default(record.get("id"), "") if isinstance(record, dict) else ""
             yield Refused(where, record_id, refusal.kind, str(refusal))
 
 
@@ -111,7 +111,7 @@ def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
 
 
 @contextlib.contextmanager
-def _mapped(path: str) -> Iterator[Buffer]:
+def _map_file(path: str) -> Iterator[Buffer]:
     """Yields the bytes of a file, mapped to memory where possible."""
     with open_binary(path) as file:
         if not is_local(path) or file.seek(0, 2) == 0:
@@ -123,20 +123,20 @@ def _mapped(path: str) -> Iterator[Buffer]:
 
 def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
     """Yields the start and stop of each record, beginning with the record at `start`."""
-    beginning = _LIST.match(buffer)
-    if beginning is None:
+    opening_bracket = _LIST.match(buffer)
+    if opening_bracket is None:
         yield from _lines(buffer, start or _BYTE_ORDER_MARK.match(buffer).end(), len(buffer))
         return
     # A list: strip the closing bracket and the white space around it.
     stop = len(buffer)
     while buffer[stop - 1 : stop] in (b" ", b"\t", b"\r", b"\n"):
         stop -= 1
-    if buffer[stop - 1 : stop] == b"]" and stop > beginning.end():
+    if buffer[stop - 1 : stop] == b"]" and stop > opening_bracket.end():
         stop -= 1
-    yield from _elements(buffer, start or beginning.end(), stop, _border(buffer, beginning.end()))
+    yield from _elements(buffer, start or opening_bracket.end(), stop, _separator(buffer, opening_bracket.end()))
 
 
-def _border(buffer: Buffer, start: int) -> re.Pattern | None:
+def _separator(buffer: Buffer, start: int) -> re.Pattern | None:
     """Returns the pattern between two records if all begin with the same key as the first record, otherwise None."""
     name = re.compile(rb'\s*\{\s*("[^"\\]*")\s*:').match(buffer, start)
     return name and re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(name[1]) + rb"\s*:)")
@@ -152,7 +152,7 @@ def _lines(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start = end + 1
 
 
-def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> Iterator[tuple[int, int]]:
+def _elements(buffer: Buffer, start: int, stop: int, separator: re.Pattern | None) -> Iterator[tuple[int, int]]:
     """Yields the elements of a list, without the list's own brackets.
 
     Anything else between two bracketed elements, except a comma, is also an element; it is refused later.
@@ -161,13 +161,13 @@ def _elements(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) 
         opening = next((t.start() for t in _tokens(buffer, start, stop) if t[0] in (b"{", b"[")), stop)
         yield from _between(buffer, start, opening)
         if opening < stop:
-            start = _end_of_element(buffer, opening, stop, border)
+            start = _end_of_element(buffer, opening, stop, separator)
             yield opening, start
         else:
             start = stop
 
 
-def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | None) -> int:
+def _end_of_element(buffer: Buffer, start: int, stop: int, separator: re.Pattern | None) -> int:
     """Returns the end of the element that begins at `start`."""
     end, depth, patience = None, 0, _PATIENCE
     # Find the closing bracket. A very long element may have lost a quotation mark: look for the next record in it.
@@ -179,14 +179,14 @@ def _end_of_element(buffer: Buffer, start: int, stop: int, border: re.Pattern | 
         if depth == 0:
             end = token.end()
             break
-        if border and token.start() - start > patience:
-            if border.search(buffer, start, token.start()):
+        if separator and token.start() - start > patience:
+            if separator.search(buffer, start, token.start()):
                 break
             patience *= 2
     # Cut the element before the next record if it has no end or is not valid JSON.
-    next_one = border and border.search(buffer, start, end or stop)
-    if next_one and (end is None or not _is_json(buffer[start:end])):
-        return next_one.start() + 1
+    next_record = separator and separator.search(buffer, start, end or stop)
+    if next_record and (end is None or not _is_json(buffer[start:end])):
+        return next_record.start() + 1
     return end or stop
 
 

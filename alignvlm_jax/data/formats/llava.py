@@ -21,15 +21,15 @@ from alignvlm_jax.data.formats.conversation import (
     expect_list,
     expect_object,
     expect_text,
-    name_of,
     text_message,
+    text_or_default,
 )
 
 _MIXTURES = (".yaml", ".yml")
 SUFFIXES = (".json", ".jsonl", *_MIXTURES)
 
 
-def files_behind(files: Sequence[str]) -> list[str]:
+def referenced_files(files: Sequence[str]) -> list[str]:
     """Returns the files that mixtures name."""
     mixtures = [file for file in files if file.endswith(_MIXTURES)]
     return [part.file for file in mixtures for part in mixture.read_mixture(file)]
@@ -70,8 +70,8 @@ def _conversation(record: dict[str, Any], where: str, stem: str, number: int, op
         raise Refusal("unreadable record", "the record is about a video; only images are supported")
     return Conversation(
         where=where,
-        id=name_of(record.get("id"), f"{stem}:{number}"),
-        source=options.source or name_of(record.get("data_source"), stem),
+        id=text_or_default(record.get("id"), f"{stem}:{number}"),
+        source=options.source or text_or_default(record.get("data_source"), stem),
         messages=turns(record.get("conversations")),
         images=_image_paths(record),
     )

@@ -28,8 +28,8 @@ from alignvlm_jax.data.formats.conversation import (
     expect_list,
     expect_object,
     expect_text,
-    name_of,
     text_message,
+    text_or_default,
     text_part,
 )
 
@@ -50,7 +50,7 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
         try:
             if isinstance(row, Refusal):
                 raise row
-            record_id = name_of(row.get("id"), record_id)
+            record_id = text_or_default(row.get("id"), record_id)
             images = [parquet_files.image_source(image) for image in _images(row)]
             messages, order = _messages(row, len(images))
             yield Conversation(
@@ -70,11 +70,11 @@ def _messages(row: dict[str, Any], num_images: int) -> tuple[list[Message], list
     if row.get("messages") is not None:
         messages = [expect_object(entry, "a message") for entry in expect_list(row["messages"], "'messages'")]
         numbers = [part.get("index") for message in messages for part in _image_parts(message)]
-        return [_message(message) for message in messages], _order(numbers, num_images)
+        return [_message(message) for message in messages], _image_order(numbers, num_images)
     if row.get("conversations") is not None:
         return llava.turns(row["conversations"]), in_order
     if row.get("texts") is not None:
-        return _cauldron(expect_list(row["texts"], "'texts'"), num_images), in_order
+        return _cauldron_messages(expect_list(row["texts"], "'texts'"), num_images), in_order
     raise Refusal("unreadable record", "the row has neither messages, nor conversations, nor texts")
 
 
@@ -106,7 +106,7 @@ def _image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
 
 
-def _order(numbers: Sequence[Any], num_images: int) -> list[int]:
+def _image_order(numbers: Sequence[Any], num_images: int) -> list[int]:
     """Returns the image indices of the marks, from the numbers in the parts if all of them have one."""
     if not numbers or any(number is None for number in numbers):
         return list(range(num_images))
@@ -115,7 +115,7 @@ def _order(numbers: Sequence[Any], num_images: int) -> list[int]:
     return list(numbers)
 
 
-def _cauldron(texts: Sequence[Any], num_images: int) -> list[Message]:
+def _cauldron_messages(texts: Sequence[Any], num_images: int) -> list[Message]:
     """Returns the messages of the Cauldron's texts, with all images before the first question."""
     messages = []
     for turn in (expect_object(turn, "a text") for turn in texts):

@@ -74,18 +74,18 @@ def read_mixture(file: str) -> list[MixtureEntry]:
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets:
         raise UserError(f"{file}: expected a list of json_path and sampling_strategy under the name 'datasets'")
-    return [_part(entry, file, i) for i, entry in enumerate(datasets, 1)]
+    return [_read_entry(entry, file, i) for i, entry in enumerate(datasets, 1)]
 
 
-def _part(entry: Any, file: str, position: int) -> MixtureEntry:
+def _read_entry(entry: Any, file: str, position: int) -> MixtureEntry:
     """Returns one entry of a mixture."""
     where = f"{file}: data set {position}"
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
         raise UserError(f"{where}: json_path is missing")
     if unknown := sorted(map(str, set(entry) - _KNOWN_KEYS)):
         raise UserError(f"{where}: unknown {', '.join(unknown)}; expected only {', '.join(sorted(_KNOWN_KEYS))}")
-    beside = epath.Path(file).parent / entry["json_path"]
-    path = str(beside) if beside.exists() else entry["json_path"]
+    sibling = epath.Path(file).parent / entry["json_path"]
+    path = str(sibling) if sibling.exists() else entry["json_path"]
     if not epath.Path(path).is_file():
         raise UserError(f"{where}: no such file: {path}")
     strategy = entry.get("sampling_strategy", "all")

@@ -39,7 +39,7 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
                         yield number, _row(batch, i)
                         number += 1
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-                problem = _brief(error)
+                problem = _first_line(error)
             # Every row is accounted for: the rest of a damaged group is refused row by row.
             for lost in range(number, stop):
                 yield lost, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
@@ -84,7 +84,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             file.schema_arrow  # noqa: B018  # raises an error if the schema is impossible
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-            raise Refusal("damaged file", f"the file cannot be read as Parquet ({_brief(error)})") from error
+            raise Refusal("damaged file", f"the file cannot be read as Parquet ({_first_line(error)})") from error
         # A row with an image takes more than a byte, so larger numbers come from damaged metadata.
         if min(rows, default=0) < 0 or sum(rows) > size:
             raise Refusal("damaged file", f"the metadata state {sum(rows)} rows in a file of {size} bytes")
@@ -98,9 +98,9 @@ def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | Refusal:
     except UnicodeDecodeError as error:
         return Refusal("text encoding", f"a column is not UTF-8 ({error.reason})")
     except (pa.ArrowException, ValueError) as error:
-        return Refusal("unreadable record", f"the row cannot be read ({_brief(error)})")
+        return Refusal("unreadable record", f"the row cannot be read ({_first_line(error)})")
 
 
-def _brief(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """Returns the beginning of an error message."""
     return str(error).split("\n")[0][:200]

@@ -35,7 +35,7 @@ from alignvlm_jax.data.paths import open_binary
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXTS = ("txt", "caption")
-_WANTED = (*_IMAGES, *_TEXTS, "json")
+_USED_ENDINGS = (*_IMAGES, *_TEXTS, "json")
 # WebDataset's rule. Files that do not match it (hidden files) belong to no sample.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
@@ -69,11 +69,11 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
                 yield _conversation(sample, where, record_id, source, options.instruction)
             except Refusal as refusal:
                 yield Refused(where, record_id, refusal.kind, str(refusal))
-    except _Damaged as damage:
+    except _DamagedArchive as damage:
         yield Refused(f"{piece.file}: byte {damage.offset}", "", "damaged file", str(damage))
 
 
-class _Damaged(Exception):
+class _DamagedArchive(Exception):
     """The rest of the archive cannot be read."""
 
     def __init__(self, offset: int, why: str):
@@ -123,7 +123,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
                 if sample is not None:
                     yield sample
                 sample = _Sample(key)
-            if ending not in _WANTED:
+            if ending not in _USED_ENDINGS:
                 continue
             if ending in sample.files:
                 sample.problem = Refusal("unreadable record", f"the sample has two files {name}")
@@ -131,7 +131,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
                 sample.problem = Refusal("too large", f"{name} has {size} bytes, more than the limit of {max_bytes}")
             elif data is not None:
                 sample.files[ending] = data
-    except _Damaged as damage:
+    except _DamagedArchive as damage:
         if sample is not None:
             sample.problem = Refusal("damaged file", f"{damage}; the sample may be incomplete")
             yield sample
@@ -142,7 +142,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
 
 def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None]]:
     """Yields name, size and content of each file; links, devices and files that are too large have no content."""
-    with _unpacked(path) as file:
+    with _open_archive(path) as file:
         offset = 0
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -154,24 +154,24 @@ def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None
                 offset = archive.offset
             _check_end(file, offset)
         except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            raise _Damaged(offset, str(error)) from error
+            raise _DamagedArchive(offset, str(error)) from error
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """Raises `_Damaged` unless the archive ends properly, with a block of zeros and nothing after it."""
+    """Raises `_DamagedArchive` unless the archive ends properly, with a block of zeros and nothing after it."""
     # tarfile takes a damaged header for the end of the archive.
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise _Damaged(offset, "it is truncated, the end-of-archive mark is missing")
+        raise _DamagedArchive(offset, "it is truncated, the end-of-archive mark is missing")
     while block:
         if block.strip(b"\0"):
-            raise _Damaged(offset, "expected a file or the end of the archive here")
+            raise _DamagedArchive(offset, "expected a file or the end of the archive here")
         block = file.read(2**20)
 
 
 @contextlib.contextmanager
-def _unpacked(path: str) -> Iterator[BinaryIO]:
+def _open_archive(path: str) -> Iterator[BinaryIO]:
     """Opens an archive, decompressing gzip."""
     with open_binary(path) as file:
         # The first bytes tell, not the name.

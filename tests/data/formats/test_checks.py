@@ -58,15 +58,15 @@ def test_what_a_user_typed_stays_text(tmp_path):
     ("turns", "kind", "why"),
     [
         ((), "empty conversation", "no messages"),
-        (("Hello?",), "roles", "last message is the user's"),
-        (("Hello?", "Yes.", "And?"), "roles", "last message is the user's"),
-        (("Hello?", ""), "empty conversation", "message 2, the assistant's, is empty"),
+        (("Hello?",), "roles", "the last message has the role user"),
+        (("Hello?", "Yes.", "And?"), "roles", "the last message has the role user"),
+        (("Hello?", ""), "empty conversation", "message 2 (role assistant) is empty"),
         (("Hello?", " \n"), "empty conversation", "message 2"),
-        (([], "Yes."), "empty conversation", "message 1, the user's"),
+        (([], "Yes."), "empty conversation", "message 1 (role user) is empty"),
         ((" ", "Yes."), "empty conversation", "message 1"),
         (("Hel\0lo?", "Yes."), "text encoding", "NUL"),
         (("Hello?", "Y\ud800s."), "text encoding", "surrogate"),
-        (("Hello?", [IMAGE, text_part("see")]), "image marks", "the assistant's, shows an image"),
+        (("Hello?", [IMAGE, text_part("see")]), "image marks", "(role assistant) shows an image"),
         (([IMAGE], "Yes."), "image marks", "1 image marks for 0 images"),
     ],
 )
@@ -93,7 +93,7 @@ def test_ids_and_sources_are_texts_too(tmp_path):
 
 def test_more_or_fewer_marks_than_images(tmp_path):
     found = conversation([IMAGE, text_part("What?")], "This.", images=[image_bytes(0), image_bytes(1)])
-    assert refusal(found, tmp_path) == ("image marks", "1 image marks for 2 images")
+    assert refusal(found, tmp_path) == ("image marks", "the conversation has 1 image marks for 2 images")
 
 
 def bomb(width, height):
@@ -162,7 +162,7 @@ def root(tmp_path):
         ("x/../../0.png", "image path", "outside the image root"),
         ("/etc/passwd", "image path", "outside the image root"),
         ("a\0b.png", "image path", "NUL"),
-        ("\ud800.png", "image path", "not a path"),
+        ("\ud800.png", "image path", "not a valid path"),
         ("x" * 5000, "unreadable image", "File name too long"),
         ("0.png/1.png", "unreadable image", "Not a directory"),
     ],

@@ -46,7 +46,7 @@ def test_records_left_out_by_random_sampling_are_not_read(tmp_path):
 def test_the_files_of_a_mixture_are_part_of_the_input(tmp_path):
     write_json(tmp_path / "a.json", [])
     (tmp_path / "mix.yaml").write_text("datasets: [{json_path: a.json}]")
-    assert llava.files_behind([str(tmp_path / "mix.yaml"), "other.json"]) == [str(tmp_path / "a.json")]
+    assert llava.referenced_files([str(tmp_path / "mix.yaml"), "other.json"]) == [str(tmp_path / "a.json")]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_the_files_of_a_mixture_are_part_of_the_input(tmp_path):
         ("datasets: [", "not valid YAML"),
         ("[1, 2]", "under the name 'datasets'"),
         ("datasets: {}", "under the name 'datasets'"),
-        ("datasets: [{path: a.json}]", "data set 1: it has no json_path"),
+        ("datasets: [{path: a.json}]", "data set 1: json_path is missing"),
         ("datasets: [{json_path: a.json, samplng: all}]", "unknown samplng"),
-        ("datasets: [{json_path: a.json}, {json_path: b.json}]", "data set 2: there is no file b.json"),
+        ("datasets: [{json_path: a.json}, {json_path: b.json}]", "data set 2: no such file: b.json"),
         ("datasets: [{json_path: a.json, sampling_strategy: some}]", "'some'; expected something like 'all'"),
         ("datasets: [{json_path: a.json, sampling_strategy: 'first:101%'}]", "first:101%"),
         ("datasets: [{json_path: a.json, sampling_strategy: 'random:-1'}]", "random:-1"),
