@@ -1,13 +1,13 @@
-"""Synthetic documents small enough to learn to read in minutes: receipts, forms, tables and charts.
+"""Synthetic documents, small enough to learn to read in minutes: receipts, forms, tables and charts.
 
-`draw_document(seed, split, index)` is a pure function; everything about document `index` follows from those three.
+`draw_document(seed, split, index)` is a pure function: the document depends only on these three values.
 
     from alignvlm_jax.data.synthetic import draw_document
     document = draw_document(0, "train", 7)
     document.image.show(); print(document.transcription, document.questions, document.answers)
 
-What keeps the held-out set honest is decided here and nowhere else: which values a split may print (`values.split_of`)
-and which font only the held-out split may use (`fonts.HELD_OUT_FONT`).
+Two rules keep the held-out set separate, and only these: which values a split may print (`values.split_of`), and which
+font only the held-out split may use (`fonts.HELD_OUT_FONT`).
 """
 
 from alignvlm_jax.data.synthetic.document import FAMILIES, Document, Glyph, draw_document

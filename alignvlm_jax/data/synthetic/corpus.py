@@ -33,7 +33,7 @@ FEATURES = {
 
 _KIND = "synthetic documents"
 _DOCUMENTS_PER_CALL = 64
-_WORTH_A_PROCESS = 1_000  # documents; fewer are drawn before a second process has started
+_WORTH_A_PROCESS = 1_000  # documents; a second process takes longer to start than to draw fewer
 _MOST_PROCESSES = 8
 
 
@@ -45,10 +45,20 @@ def build_corpus(
     progress: bool = True,
     processes: int | None = None,
 ) -> Path:
-    """A data set of so many documents a split in this folder, for `store.open_dataset(folder, split)`.
+    """Writes a data set of synthetic documents, for `store.open_dataset(folder, split)`.
 
-    A corpus drawn there before with the same parameters is kept as it is; one drawn with others is drawn afresh. The
-    records do not depend on the number of processes.
+    An existing corpus with the same parameters is kept; one with other parameters is replaced. The records do not
+    depend on the number of processes.
+
+    Args:
+      folder: Folder of the data set.
+      seed: Seed of the documents.
+      sizes: Number of documents of each split.
+      progress: Whether to show a progress bar.
+      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
+
+    Raises:
+      UserError: if a split or size is not valid, or the folder holds another kind of data set.
     """
     _check(sizes)
     recipe = {"kind": _KIND, "seed": seed, "sizes": dict(sizes), "drawing": _fingerprint(seed)}
@@ -65,16 +75,20 @@ def write_corpus(
     progress: bool = True,
     processes: int | None = None,
 ) -> Path:
-    """A data set of drawn documents of any kind; one that is there already and has the same recipe is kept as it is.
+    """Writes a data set of drawn documents of any kind; an existing one with the same recipe is kept.
 
     Args:
-      folder: where to; what it holds must be of the same kind.
-      recipe: what the records follow from, JSON; "kind" says what they are. The data set keeps it as its metadata.
-      drawings: for each split, a function (first, one after the last) -> records, which other processes may call, and
-        the number of records.
-      description: of the data set.
-      progress: whether to show a bar.
-      processes: that draw; None takes as many as there are cores and work for.
+      folder: Folder of the data set. Existing contents must be of the same kind, and are replaced.
+      recipe: All parameters that the records depend on, as JSON values; "kind" names the kind of data set. It is stored
+        as metadata.
+      drawings: For each split, a function of a range (first, one after the last) that returns records, and the number
+        of records. Other processes may call the function.
+      description: Description of the data set.
+      progress: Whether to show a progress bar.
+      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
+
+    Raises:
+      UserError: if the folder holds another kind of data set.
     """
     folder = Path(folder)
     if store.is_occupied(folder):
@@ -98,15 +112,16 @@ def write_corpus(
 
 
 def _check(sizes: Mapping[str, int]) -> None:
+    """Raises a `UserError` if a split or a size is not valid."""
     for split, size in sizes.items():
         if split not in SPLITS:
-            raise UserError(f"sizes: no split {split!r} of synthetic documents: one of {', '.join(SPLITS)}")
+            raise UserError(f"sizes: no split {split!r} of synthetic documents: expected one of {', '.join(SPLITS)}")
         if size < 1:
             raise UserError(f"sizes.{split}: expected at least one document, got {size}")
 
 
 def _fingerprint(seed: int) -> str:
-    """Tells drawings apart: a changed program must not go on with the pages of the old one."""
+    """Returns a hash of what the program draws, so that a changed program replaces existing pages."""
     digest = hashlib.sha256()
     for index in range(16):
         document = draw_document(seed, "train", index, render=False)
@@ -116,18 +131,20 @@ def _fingerprint(seed: int) -> str:
 
 
 class _Here(concurrent.futures.Executor):
-    """Draws in this process, when asked for the result."""
+    """Draws in this process, when a task is submitted."""
 
     def submit(self, function, /, *arguments):
+        """Calls the function and returns its result as a finished future."""
         future = concurrent.futures.Future()
         future.set_result(function(*arguments))
         return future
 
 
 def _drawing(processes: int) -> concurrent.futures.Executor:
+    """Returns an executor for drawing."""
     if processes == 1:
         return _Here()
-    # "spawn": a fork of a process in which jax has started its threads can hang.
+    # Spawned, because a fork of a process in which JAX has started its threads can hang.
     return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
 
@@ -138,7 +155,7 @@ def _records(
     processes: int,
     bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    """The documents of a split in order, drawn a few calls ahead of the writing."""
+    """Yields the documents of a split in order; a few calls are drawn ahead of the writing."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     ahead = collections.deque()
     while True:

@@ -1,7 +1,7 @@
 """Random choices for one document, fast and reproducible.
 
-NumPy's scalar draws cost microseconds each and a document needs a few hundred (a held-out value is redrawn about eight
-times), so uniforms are drawn in blocks and every choice is arithmetic on one of them.
+NumPy's scalar draws cost microseconds each, and a document needs a few hundred of them (a held-out value is redrawn
+about eight times). Uniform numbers are therefore drawn in blocks, and every choice is arithmetic on one of them.
 """
 
 from collections.abc import Sequence
@@ -14,32 +14,32 @@ _BLOCK = 256
 
 
 class Dice:
-    """Choices from one Philox stream, named by a tuple of integers."""
+    """Random choices from one Philox stream, which is selected by a tuple of integers."""
 
     def __init__(self, *key: int):
         self.generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
         self._pool: list[float] = []
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number from low to high."""
+        """Returns a number from low to high."""
         if not self._pool:
             self._pool = self.generator.random(_BLOCK).tolist()
         return low + (high - low) * self._pool.pop()
 
     def integer(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Returns an integer from low to high, both included."""
         return low + int(self.uniform() * (high - low + 1))
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of the options, all alike likely."""
+        """Returns one of the options, all with equal probability."""
         return options[int(self.uniform() * len(options))]
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Returns True with this probability."""
         return self.uniform() < probability
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """The items in random order (Fisher and Yates)."""
+        """Returns the items in random order (Fisher-Yates shuffle)."""
         items = list(items)
         for last in range(len(items) - 1, 0, -1):
             other = int(self.uniform() * (last + 1))

@@ -1,4 +1,4 @@
-"""One document from (seed, split, index): family, font and layout are drawn, then the page is printed and scanned."""
+"""Draws a document from (seed, split, index): chooses family, font and layout, then prints and scans the page."""
 
 import dataclasses
 import math
@@ -19,19 +19,19 @@ _COMPOSERS = {"receipt": receipt.compose, "form": form.compose, "table": table.c
 FAMILIES = tuple(_COMPOSERS)
 
 _WIDTHS, _HEIGHTS = (68, 80), (96, 160)  # px
-_LEAST_LINE = 9.9  # digits: what every family can be laid out in
-_MARGIN = 2.0  # px, the least
+_LEAST_LINE = 9.9  # width in digits that is enough for every family
+_MARGIN = 2.0  # px, minimum
 _TALLEST_CONTENT = _HEIGHTS[1] - 2 * _MARGIN - 2
 _ATTEMPTS = 200
 _PLACES = 12
 _HELD_OUT_FONT_SHARE = 1 / 6
-_REVERSE_SHARE = 0.25  # documents in which one question asks from the value to its name
+_REVERSE_SHARE = 0.25  # documents with one question from a value to its name
 
 
 class Glyph(NamedTuple):
-    """A printed character and its cell (its pitch wide, a capital high) in px of the finished page.
+    """A printed character and its cell (as wide as its pitch, as high as a capital) in px of the finished page.
 
-    On a turned page the box stays upright, about the turned centre.
+    On a rotated page the box stays upright, around the rotated center.
     """
 
     char: str
@@ -43,14 +43,14 @@ class Glyph(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A page, what is printed on it, and questions it answers."""
+    """A page, its text, and questions that it answers."""
 
     id: str
     family: str
     font: str
     size: tuple[int, int]  # width and height in px, known without an image
     image: Image.Image | None
-    glyphs: tuple[Glyph, ...]  # in reading order, spaces left out
+    glyphs: tuple[Glyph, ...]  # in reading order, without spaces
     lines: tuple[str, ...]  # in reading order
     transcription: str
     questions: tuple[str, ...]
@@ -60,14 +60,28 @@ class Document:
 def draw_document(
     seed: int, split: str, index: int, *, family: str | None = None, font: str | None = None, render: bool = True
 ) -> Document:
-    """Document `index` of a split: a pure function of its arguments. Without `render`, the same but for the image."""
+    """Returns document `index` of a split.
+
+    A pure function of its arguments.
+
+    Args:
+      seed: Seed of the corpus.
+      split: Split of the document; it decides about values and fonts.
+      index: Number of the document.
+      family: Family of the document; None draws one.
+      font: Font to print with; None draws one.
+      render: Whether to make the image. Everything else is the same without it.
+
+    Raises:
+      UserError: if split, family or font is unknown, or the font is not for this split.
+    """
     if split not in SPLITS:
-        raise UserError(f"no split {split!r} of synthetic documents: one of {', '.join(SPLITS)}")
+        raise UserError(f"no split {split!r} of synthetic documents: expected one of {', '.join(SPLITS)}")
     if family is not None and family not in FAMILIES:
-        raise UserError(f"no family {family!r} of synthetic documents: one of {', '.join(FAMILIES)}")
+        raise UserError(f"no family {family!r} of synthetic documents: expected one of {', '.join(FAMILIES)}")
     fonts = (*TRAINING_FONTS, HELD_OUT_FONT) if split == "heldout" else TRAINING_FONTS
     if font is not None and font not in fonts:
-        raise UserError(f"font {font!r} is not for split {split!r}: one of {', '.join(fonts)}")
+        raise UserError(f"font {font!r} is not for split {split!r}: expected one of {', '.join(fonts)}")
 
     dice = Dice(seed, SPLITS.index(split), index)
     family = family or dice.pick(FAMILIES)
@@ -93,22 +107,23 @@ def print_document(
     font: str,
     render: bool = True,
 ) -> Document:
-    """A document of any family: laid out, placed on its page, asked about, printed and scanned.
+    """Returns a document of any family: laid out, placed on its page, with questions, printed and scanned.
 
     Args:
-      dice: for everything that is random.
-      compose: lays out a page as `families/` do; called again, on a fresh page, if its values do not fit.
-      choose: which of the questions to ask, and in which words: (question, answer) pairs.
-      id: of the document.
-      family: its name.
-      font: to print with.
-      render: whether to make the image.
+      dice: Source of all random choices.
+      compose: Lays out a page, as in `families/`. It is called again with a fresh page if its values do not fit.
+      choose: Selects questions and phrasings; returns (question, answer) pairs.
+      id: Id of the document.
+      family: Name of the family.
+      font: Font to print with.
+      render: Whether to make the image.
     """
     page, questions, width = _lay_out(dice, compose, family, font)
     left = dice.uniform(_MARGIN, width - _MARGIN - page.width)
     height, top = _place_vertically(dice, page)
     angle = dice.uniform(-2, 2)
     glyphs = _place_glyphs(page, (left, top), (width, height), angle)
+    # Halve the angle until every glyph is on the page.
     while not _inside(glyphs, width, height):
         angle /= 2
         glyphs = _place_glyphs(page, (left, top), (width, height), angle)
@@ -134,7 +149,7 @@ def print_document(
 
 
 def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font: str) -> tuple[Page, Questions, int]:
-    """Lay a page out; what does not fit is laid out afresh, with other values."""
+    """Lays out a page; if the values do not fit, starts again with other values."""
     for _ in range(_ATTEMPTS):
         face = get_face(font, dice.uniform(*advance_range(font)))
         narrowest = max(_WIDTHS[0], math.ceil(_LEAST_LINE * face.digit + 2 * _MARGIN))
@@ -151,10 +166,10 @@ def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font
 
 
 def _place_vertically(dice: Dice, page: Page) -> tuple[int, float]:
-    """Height of the page and where its content starts.
+    """Returns the height of the page and the top of its content.
 
-    A page is read as two tiles, cut at half its height, and no thumbnail: a line of print lying on the cut could not be
-    read by anyone who sees the halves apart. So of a few places the first that leaves the cut clear of print is taken.
+    A page is read as two tiles, cut at half its height, without a thumbnail. A line of text across the cut could not be
+    read from the separate halves. The first of a few random positions without text on the cut is therefore used.
     """
     spare = min(24.0, _HEIGHTS[1] - 2 * _MARGIN - page.y)
     for _ in range(_PLACES):
@@ -167,7 +182,7 @@ def _place_vertically(dice: Dice, page: Page) -> tuple[int, float]:
 
 
 def _place_glyphs(page: Page, origin: tuple[float, float], size: tuple[int, int], angle: float) -> list[Glyph]:
-    """Cells of the printed characters after the page was turned by `angle` degrees about its middle."""
+    """Returns the cells of the printed characters after rotating the page by `angle` degrees around its center."""
     pitches, cap_height = page.face.pitches, page.face.cap_height
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     middle_x, middle_y = size[0] / 2, size[1] / 2
@@ -180,6 +195,7 @@ def _place_glyphs(page: Page, origin: tuple[float, float], size: tuple[int, int]
             pitch = pitches[character]
             if character != " ":
                 half = pitch / 2
+                # Image coordinates point down, so a counter-clockwise rotation has this sign.
                 centre_x = middle_x + cosine * (x + half) + sine * y
                 centre_y = middle_y - sine * (x + half) + cosine * y
                 glyphs.append(
@@ -190,6 +206,7 @@ def _place_glyphs(page: Page, origin: tuple[float, float], size: tuple[int, int]
 
 
 def _inside(glyphs: list[Glyph], width: int, height: int) -> bool:
+    """Returns whether all glyphs are on the page."""
     return (
         min([g.left for g in glyphs]) >= 0
         and min([g.top for g in glyphs]) >= 0
@@ -199,10 +216,11 @@ def _inside(glyphs: list[Glyph], width: int, height: int) -> bool:
 
 
 def _choose(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
-    """Three or four questions, now and then one of them reversed; each in one of its phrasings."""
+    """Returns three or four questions, sometimes one of them reversed, each in one of its phrasings."""
     count = dice.integer(3, 4)
     direct, reverse = dice.shuffled(questions.direct), dice.shuffled(questions.reverse)
     turned = 1 if reverse and dice.chance(_REVERSE_SHARE) else 0
+    # A document with few direct questions gets more reversed ones.
     turned = max(turned, min(count - len(direct), len(reverse)))
     chosen = dice.shuffled(direct[: count - turned] + reverse[:turned])
     return [(dice.pick(phrasings), answer) for phrasings, answer in chosen]

@@ -1,7 +1,7 @@
-"""Faces to print with: real fonts (those matplotlib ships), set at a pitch near one character per vision patch.
+"""Faces for printing: real fonts (those included in matplotlib), at about one character per vision patch.
 
-A face is a font at a digit advance of 6.3 to 7.6 px. Narrow characters (`I`, `.`, `l`) get a cell of at least 0.9 of a
-digit, as on a typewriter, so a patch of 8 px never holds more than about one; wide ones (`W`, `M`) keep their advance.
+A face is a font with a digit advance of 6.3 to 7.6 px. A narrow character (`I`, `.`, `l`) gets a cell of at least 0.9
+digits, as on a typewriter, so a patch of 8 px never holds much more than one. Wide ones (`W`, `M`) keep their advance.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Digit advances a font may be set at: fonts whose capitals are wide for their digits stop earlier.
+# Range of digit advances of a font. It ends earlier for fonts whose capitals are wide compared to their digits.
 _NORMAL, _WIDE_CAPITALS = (6.5, 7.6), (6.3, 7.0)
 _ADVANCES = {
     "DejaVuSans": _NORMAL,
@@ -29,42 +29,46 @@ TRAINING_FONTS = tuple(font for font in _ADVANCES if font != HELD_OUT_FONT)
 
 _CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHARACTERS = _CAPITALS + "abcdefghijklmnopqrstuvwxyz0123456789.-/%$#:"
-_NARROWEST_CELL = 0.9  # of a digit
-_STEP = 0.1  # advances come in steps of this, so that glyph pictures can be kept
+_NARROWEST_CELL = 0.9  # in digits
+_STEP = 0.1  # step between digit advances, so that glyph images can be cached
 _REFERENCE_SIZE = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-    """A font at one size. Lengths in px; a glyph sits in a cell as wide as its pitch and as tall as a capital."""
+    """A font at one size; lengths in px. A glyph has a cell as wide as its pitch and as high as a capital."""
 
     font: str
     size: float
     digit: float
     space: float
-    capital: float  # the mean capital's pitch
+    capital: float  # mean pitch of the capitals
     cap_height: float
     pitches: dict[str, float]
     advances: dict[str, float]
 
     def width(self, text: str) -> float:
+        """Returns the width of a text."""
         pitches = self.pitches
         return sum([pitches[character] for character in text])
 
 
 def advance_range(font: str) -> tuple[float, float]:
-    """The digit advances, in px, this font may be set at."""
+    """Returns the range of digit advances of a font, in px."""
     return _ADVANCES[font]
 
 
 def get_face(font: str, digit_advance: float) -> Face:
-    """The face whose digits advance by about so many px."""
+    """Returns the face with approximately this digit advance in px."""
     return _face(font, round(digit_advance / _STEP))
 
 
 @functools.cache
 def glyph_picture(font: str, size: float, character: str) -> tuple[Image.Image, int, int]:
-    """Coverage of one glyph (mode L, cropped to its ink) and where its corner lies from the pen on the baseline."""
+    """Returns the coverage of a glyph (mode L, cropped to its ink) and its corner relative to the pen on the baseline.
+
+    The values are (image, dx, dy).
+    """
     side = int(2 * size) + 4
     pen = side // 2
     canvas = Image.new("L", (side, side), 0)
@@ -94,7 +98,7 @@ def _face(font: str, steps: int) -> Face:
 
 @functools.cache
 def _reference_metrics(font: str) -> tuple[dict[str, float], float]:
-    """Advance of each character and height of a capital, for a font of size 1."""
+    """Returns the advance of each character and the height of a capital, for a font of size 1."""
     loaded = _load(font, _REFERENCE_SIZE)
     _, top, _, bottom = loaded.getbbox("H", anchor="ls")
     return {c: loaded.getlength(c) / _REFERENCE_SIZE for c in CHARACTERS}, (bottom - top) / _REFERENCE_SIZE
@@ -102,11 +106,11 @@ def _reference_metrics(font: str) -> tuple[dict[str, float], float]:
 
 @functools.cache
 def _load(font: str, size: float) -> ImageFont.FreeTypeFont:
-    # BASIC layout: one glyph at a time needs no shaping, and Raqm is not in every Pillow build.
+    # BASIC layout: single glyphs need no shaping, and not every build of Pillow has Raqm.
     return ImageFont.truetype(str(_font_folder() / f"{font}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @functools.cache
 def _font_folder() -> Path:
-    # Found without importing matplotlib, which would cost every worker process half a second.
+    # find_spec does not import matplotlib, which would cost every worker process half a second.
     return Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"

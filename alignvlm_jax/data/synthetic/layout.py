@@ -1,7 +1,7 @@
-"""A page before it is a picture: runs of text with their places, and the rules, bars and curves around them.
+"""Layout of a page before it is rendered: text at its positions, with rules, bars and curves around it.
 
-Coordinates are px from the top left of the *content*; the page adds its margins and its rotation afterwards
-(`document.py`). Text is given in reading order, line by line, because the transcription is read off from it.
+Coordinates are px from the top left of the *content*; `document.py` adds margins and rotation afterwards. Text is added
+in reading order, line by line, because the transcription is made from it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from alignvlm_jax.data.synthetic.fonts import Face
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Text printed without a break, its pen starting at (x, baseline)."""
+    """Continuous text whose pen starts at (x, baseline)."""
 
     text: str
     x: float
@@ -22,19 +22,23 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Something drawn under the text.
+    """A shape drawn under the text.
 
-    kind is "line" (through points), "fill" or "frame" (two corners) or "dot" (centre and radius).
+    Attributes:
+      kind: "line" (through points), "fill" or "frame" (two corners) or "dot" (center and radius).
+      points: Coordinates of the points, x and y alternating; a dot has x, y and its radius.
+      colour: "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper".
+      width: Width of a line in px.
     """
 
     kind: str
     points: tuple[float, ...]
-    colour: str = "rule"  # "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper"
+    colour: str = "rule"
     width: int = 1
 
 
 class Page:
-    """Collects runs and shapes from the top down, within a given width."""
+    """Collects text and shapes from the top down, within a given width."""
 
     def __init__(self, dice: Dice, face: Face, width: float, pitch: float):
         self.dice = dice
@@ -47,44 +51,45 @@ class Page:
         self.lines: list[str] = []
 
     def fits(self, *texts: str) -> bool:
-        """Whether these texts go side by side, a word space between each two."""
+        """Returns whether these texts fit side by side, with a space between them."""
         return self.room(*texts) + self.face.space >= 0
 
     def room(self, *texts: str) -> float:
-        """What these texts leave on their line for one more."""
+        """Returns the width that these texts leave on their line for one more."""
         face = self.face
         return self.width - sum([face.width(text) + face.space for text in texts])
 
     def put(self, text: str, x: float, baseline: float) -> None:
-        """Print text somewhere, leaving the cursor and the transcription alone."""
+        """Prints text at a position, without changing the cursor or the transcription."""
         self.runs.append(Run(text, x, baseline))
 
     def next_baseline(self) -> float:
-        """Move the cursor down a line: where its baseline is. Capitals sit in the middle of the pitch."""
+        """Moves the cursor down by one line and returns its baseline; capitals are in the middle of the pitch."""
         baseline = self.y + (self.pitch + self.face.cap_height) / 2
         self.y += self.pitch
         return baseline
 
     def line(self, *cells: tuple[str, float]) -> None:
-        """Print a line of (text, x) cells, left to right."""
+        """Prints a line of (text, x) cells, from left to right."""
         baseline = self.next_baseline()
         for text, x in cells:
             self.runs.append(Run(text, x, baseline))
         self.lines.append(" ".join([text for text, _ in cells]))
 
     def aligned(self, text: str, where: float) -> tuple[str, float]:
-        """A cell at the left (0), the middle (0.5) or the right (1) of the page, or anywhere between."""
+        """Returns a cell at the left (0), in the middle (0.5) or at the right (1) of the page, or anywhere between."""
         return text, where * (self.width - self.face.width(text))
 
     def spread(self, left: str, right: str) -> None:
-        """Print one text at the left and one at the right of the same line."""
+        """Prints one text at the left and one at the right of the same line."""
         self.line((left, 0.0), self.aligned(right, 1.0))
 
     def gap(self, low: float, high: float) -> None:
+        """Moves the cursor down by a random distance."""
         self.y += self.dice.uniform(low, high)
 
     def rule(self, style: str | None = None) -> None:
-        """A separator: "solid", "double", "dashed", "dotted" or "blank", at random if not said."""
+        """Draws a separator: "solid", "double", "dashed", "dotted" or "blank"; None draws one at random."""
         style = style or self.dice.pick(("solid", "double", "dashed", "dotted", "blank"))
         y = self.y + 2.0
         if style in ("solid", "double"):
@@ -100,9 +105,9 @@ class Page:
         self.y += 6.0 if style == "double" else 4.0
 
     def columns(self, rows: Sequence[Sequence[str]], last_right: bool) -> list[list[float]] | None:
-        """Where each cell of a grid starts, columns spread over the page; None if they do not fit.
+        """Returns the start of each cell of a grid, with columns spread over the page; None if they do not fit.
 
-        The first column is set flush left, the others flush right or left together.
+        The first column is aligned left, all others either right or left.
         """
         widths = [[self.face.width(cell) for cell in row] for row in rows]
         column_widths = [max(column) for column in zip(*widths, strict=True)]

@@ -1,15 +1,15 @@
-"""Documents about people and places whose names come from a fixed lexicon: what rarity alone does to reading.
+"""Documents about people and places with names from a fixed lexicon, to measure how rarity alone affects reading.
 
-A lexicon is made of groups of six names of one pattern. Which of the six is printed on 0, 1, 4, 16, 64 and 256 training
-pages is decided by lot, so that names of different rarity differ in nothing else:
+A lexicon consists of groups of six names of one pattern. The six names of a group are printed on 0, 1, 4, 16, 64 and
+256 training pages, assigned at random, so that names of different rarity differ in nothing else:
 
-    look-alikes   LANOR  TANOR  KANOR  SANOR  VANOR  RANOR     one letter apart, each from each
+    look-alikes   LANOR  TANOR  KANOR  SANOR  VANOR  RANOR     any two differ in one letter
     loners        DIKUBE  SOLARI  ...                          three edits or more from every other name
     printed          16      0    256      1      4     64
 
-No ordinary document of training prints any of them (`values.split_of` puts them in "validation"), so the counts hold
-also where both corpora are mixed, and what is held out for ordinary documents stays held out. A page is a form with
-three names of three groups, and asks for all of them. Held-out and validation pages print every name equally often.
+No ordinary training document prints any of these names (`values.split_of` puts them in "validation"). The counts
+therefore also hold if both corpora are mixed, and ordinary held-out values stay held out. A page is a form with three
+names of three groups and asks for all of them. Held-out and validation pages print every name equally often.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ from alignvlm_jax.data.synthetic.values import (
 from alignvlm_jax.errors import UserError
 
 COUNTS = (0, 1, 4, 16, 64, 256)
-"""Training pages that print a name; one name of each group has each."""
+"""Numbers of training pages that print a name; each group has one name for each number."""
 
 LOOK_ALIKE = 2
-"""Names at most so many edits apart look alike."""
+"""Names at most this many edits apart look alike."""
 
 FAMILY = "names"
 _KIND = "synthetic names"
 _PER_PAGE = 3
-_ASKED = {"validation": 4, "heldout": 12}  # pages that print each name
+_ASKED = {"validation": 4, "heldout": 12}  # number of pages that print each name
 _PATTERNS = (*NAME_PATTERNS[5], *NAME_PATTERNS[6])
-_STREAM = 3  # of the dice, beside those of the ordinary documents' splits
+_STREAM = 3  # stream of the dice, after those of the ordinary documents' splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Name:
     """A word of the lexicon.
 
     Attributes:
-      text: in capitals.
-      group: of six; the names of a group differ in rarity by lot.
-      has_look_alikes: whether the rest of its group looks like it; else nothing does.
-      seen: training pages that print it, once each.
+      text: The name, in capitals.
+      group: Number of its group of six; the rarity within a group is random.
+      has_look_alikes: Whether the other names of its group look like it. If not, no name of the lexicon does.
+      seen: Number of training pages that print it, once each.
     """
 
     text: str
@@ -72,11 +72,14 @@ class Name:
 
 @functools.cache
 def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
-    """Groups of six names, the first half look-alikes, the others loners.
+    """Returns groups of six names; the first half of the groups are look-alikes, the others loners.
 
     Args:
-      seed: of everything random, the lots among it.
-      groups: a multiple of six.
+      seed: Seed of everything random, including the rarities.
+      groups: Number of groups, a multiple of six.
+
+    Raises:
+      UserError: if `groups` is not a positive multiple of six.
     """
     if groups < 6 or groups % 6:
         raise UserError(f"groups: expected a multiple of 6, got {groups}")
@@ -90,7 +93,7 @@ def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
 
 
 def draw_names_document(seed: int, split: str, index: int, *, groups: int = 24, render: bool = True) -> Document:
-    """Document `index` of a split, a pure function of its arguments; without `render`, the same but for the image."""
+    """Returns document `index` of a split, a pure function of its arguments; `render` adds the image."""
     names = _deal(seed, groups, split)[index]
     dice = Dice(seed, _STREAM, SPLITS.index(split), index)
     labels = dice.shuffled(form.NAME_LABELS)[:_PER_PAGE]
@@ -106,7 +109,7 @@ def draw_names_document(seed: int, split: str, index: int, *, groups: int = 24, 
 
 
 def num_documents(split: str, groups: int = 24) -> int:
-    """Pages of a split."""
+    """Returns the number of pages of a split."""
     return groups * (sum(COUNTS) if split == "train" else len(COUNTS) * _ASKED[split]) // _PER_PAGE
 
 
@@ -119,15 +122,16 @@ def build_names_corpus(
     progress: bool = True,
     processes: int | None = None,
 ) -> Path:
-    """Splits in a folder, for `store.open_dataset`; kept if they lie there already.
+    """Writes splits of the corpus to a folder, for `store.open_dataset`; an existing corpus is kept.
 
     Args:
-      folder: where to.
-      seed: of the lexicon and of the pages.
-      groups: of names, a multiple of six; 24 make 2,728 training, 192 validation and 576 held-out pages.
-      splits: which to draw.
-      progress: whether to show a bar.
-      processes: that draw; None takes as many as there are cores and work for.
+      folder: Folder of the data set.
+      seed: Seed of the lexicon and of the pages.
+      groups: Number of groups of names, a multiple of six; 24 give 2,728 training, 192 validation and 576 held-out
+        pages.
+      splits: Splits to draw.
+      progress: Whether to show a progress bar.
+      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
     """
     lexicon = draw_lexicon(seed, groups)
     recipe = {
@@ -145,7 +149,11 @@ def build_names_corpus(
 
 
 def read_lexicon(folder: str | Path) -> tuple[Name, ...]:
-    """The lexicon of a corpus on disk."""
+    """Returns the lexicon of a corpus on disk.
+
+    Raises:
+      UserError: if the folder holds another kind of data set.
+    """
     recipe = store.read_metadata(folder)
     if recipe.get("kind") != _KIND:
         raise UserError(
@@ -156,19 +164,24 @@ def read_lexicon(folder: str | Path) -> tuple[Name, ...]:
 
 
 def redraw(document_id: str, groups: int) -> Document:
-    """The document of this id without its image: where its glyphs are."""
+    """Returns the document with this id, with its glyphs but without its image."""
     _, seed, split, index = document_id.split("-")
     return draw_names_document(int(seed), split, int(index), groups=groups, render=False)
 
 
 class _GivenNames(Values):
-    """Values of a split, but the names are these, in order."""
+    """Values of a split, except that names are taken from a given sequence."""
 
     def __init__(self, dice: Dice, split: str, names: Iterable[str]):
         super().__init__(dice, split)
         self._names = iter(names)
 
     def name(self, shortest: int, longest: int, face: Face, room: float) -> str:
+        """Returns the next name, whatever its length.
+
+        Raises:
+          DoesNotFitError: if the name is wider than `room`.
+        """
         name = next(self._names)
         if face.width(name) > room:
             raise DoesNotFitError
@@ -176,7 +189,7 @@ class _GivenNames(Values):
 
 
 def _look_alikes(dice: Dice, others: list[Name]) -> list[str]:
-    """Six names that differ in one consonant."""
+    """Returns six names that differ in one consonant."""
     while True:
         pattern = dice.pick(_PATTERNS)
         stem = spell_name(dice, pattern)
@@ -188,7 +201,7 @@ def _look_alikes(dice: Dice, others: list[Name]) -> list[str]:
 
 
 def _loners(dice: Dice, others: list[Name]) -> list[str]:
-    """Six names of one pattern, unlike each other and all others."""
+    """Returns six names of one pattern, unlike each other and all others."""
     pattern = dice.pick(_PATTERNS)
     texts: list[str] = []
     while len(texts) < len(COUNTS):
@@ -200,15 +213,16 @@ def _loners(dice: Dice, others: list[Name]) -> list[str]:
 
 
 def _is_taken(text: str, others: list[Name]) -> bool:
+    """Returns whether a text looks like one of the other names."""
     return any(edit_distance(text, other.text) <= LOOK_ALIKE for other in others)
 
 
 @functools.cache
 def _deal(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
-    """The names of each page of a split, never two of one group.
+    """Returns the names of each page of a split; no page has two names of one group.
 
-    The groups are dealt into as many columns as a page has names; each column is shuffled, and page i takes what is in
-    row i.
+    The groups are divided into columns, one for each name on a page. Every column is shuffled, and page i has the names
+    in row i.
     """
     dice = Dice(seed, _STREAM, SPLITS.index(split))
     order = dice.shuffled(range(groups))
@@ -221,15 +235,17 @@ def _deal(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _ask_everything(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
+    """Returns all questions in random order, each in one of its phrasings."""
     return [(dice.pick(phrasings), answer) for phrasings, answer in dice.shuffled(questions.direct)]
 
 
 def _draw_records(seed: int, groups: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
+    """Returns the records of documents `start` to `stop - 1` of a split."""
     return [to_record(draw_names_document(seed, split, index, groups=groups)) for index in range(start, stop)]
 
 
 def _fingerprint(seed: int, groups: int) -> str:
-    """Tells drawings apart: a changed program must not go on with the pages of the old one."""
+    """Returns a hash of what the program draws, so that a changed program replaces existing pages."""
     digest = hashlib.sha256()
     for index in range(8):
         document = draw_names_document(seed, "train", index, groups=groups, render=False)

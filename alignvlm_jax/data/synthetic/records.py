@@ -1,15 +1,15 @@
-"""A drawn document as a record to be stored. Apart from `corpus.py` so that drawing processes need not import TFDS."""
+"""Drawn documents as records. Separate from `corpus.py` so that drawing processes need not import TFDS."""
 
 import io
 from typing import Any
 
 from alignvlm_jax.data.synthetic.document import Document, draw_document
 
-_COMPRESSION = 1  # scan noise hardly compresses: more effort takes thrice the time for a tenth of the size
+_COMPRESSION = 1  # scan noise hardly compresses: a higher level takes three times as long for a tenth less size
 
 
 def to_record(document: Document) -> dict[str, Any]:
-    """The fields the store keeps; the image as PNG."""
+    """Returns the record of a document, with its image as PNG."""
     encoded = io.BytesIO()
     document.image.save(encoded, "PNG", compress_level=_COMPRESSION)
     return {
@@ -24,5 +24,5 @@ def to_record(document: Document) -> dict[str, Any]:
 
 
 def draw_records(seed: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
-    """Documents `start` to `stop - 1` of a split."""
+    """Returns the records of documents `start` to `stop - 1` of a split."""
     return [to_record(draw_document(seed, split, index)) for index in range(start, stop)]

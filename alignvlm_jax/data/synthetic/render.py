@@ -1,4 +1,4 @@
-"""From a laid-out page to pixels: ink on tinted paper, turned a degree or two, as a scanner would see it."""
+"""Renders a page: ink on tinted paper, rotated by a degree or two, as from a scanner."""
 
 import dataclasses
 
@@ -15,7 +15,18 @@ _MARKS = ((90, 120, 190), (200, 120, 90), (110, 170, 120), (150, 150, 155), (190
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a page was printed and scanned. Angle in degrees, counter-clockwise."""
+    """Colors and scan defects of a page.
+
+    Attributes:
+      paper: Color of the paper.
+      ink: Color of the text.
+      mark: Color of bars and curves.
+      grey: Whether the scan has no colors.
+      noise: Standard deviation of the grain.
+      blur: Radius of the blur in px.
+      shade: Change of brightness from the middle to the bottom of the page.
+      speckles: Number of specks of dust.
+    """
 
     paper: tuple[int, int, int]
     ink: tuple[int, int, int]
@@ -28,7 +39,7 @@ class Look:
 
 
 def draw_look(dice: Dice) -> Look:
-    """Paper, ink and mark of one document, by lot."""
+    """Returns random colors and scan defects."""
     light = dice.integer(228, 255)
     tint = dice.pick(((0, 0, 0), (0, 0, 0), (0, 3, 14), (0, 5, 5), (10, 4, 0), (6, 0, 8)))
     return Look(
@@ -53,7 +64,18 @@ def render(
     look: Look,
     generator: np.random.Generator,
 ) -> Image.Image:
-    """The page as an RGB picture of this (width, height)."""
+    """Returns the page as an RGB image.
+
+    Args:
+      size: Width and height.
+      origin: Position of the content.
+      angle: Rotation in degrees, counter-clockwise.
+      face: Face of the text.
+      runs: Text.
+      shapes: Shapes under the text.
+      look: Colors and scan defects.
+      generator: Source of the scan noise.
+    """
     page = Image.new("RGB", size, look.paper)
     draw = ImageDraw.Draw(page)
     _draw_shapes(draw, origin, shapes, look)
@@ -73,6 +95,7 @@ def render(
 
 
 def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes: list[Shape], look: Look) -> None:
+    """Draws the shapes, with their content coordinates moved to `origin`."""
     colours = {
         "rule": look.ink,
         "faint": tuple((p + i) // 2 for p, i in zip(look.paper, look.ink, strict=True)),
@@ -98,7 +121,7 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
 
 
 def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Image.Image:
-    """Grain, uneven light, specks of dust; a grey scan half the time."""
+    """Adds grain, uneven light and specks of dust; some scans are without colors."""
     pixels = np.asarray(page.convert("L") if look.grey else page, np.float32)
     height, width = pixels.shape[:2]
     grain = generator.standard_normal((height, width), np.float32) * np.float32(look.noise)

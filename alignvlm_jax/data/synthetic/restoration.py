@@ -1,14 +1,14 @@
-"""Pages on which the print of an answer is partly covered, after VCR (arXiv 2406.06462): to be read off what is left.
+"""Pages on which the text of an answer is partly covered, after VCR (arXiv 2406.06462): a test of reading the rest.
 
-A document of the corpus gets the answer to one of its own questions struck through, glyph by glyph, by bars of the
-paper's colour:
+In a document of the corpus, the answer to one of its own questions is struck through, glyph by glyph, with bars of the
+paper's color:
 
-    easy   an eighth of a capital's height, its middle: one px, and people read on
-    hard   a quarter of it: two px or three of some eight, and people guess
+    easy   the middle eighth of a capital's height: one px, and people still read it
+    hard   a quarter of it: two or three px of about eight, and people guess
 
-The question is the document's, so that what is to be restored is found as ever, by its label: what is asked for anew is
-to read it. Every document comes twice, easy and then hard, with the same print covered: `source` of the record says
-which it is. `evaluation.metrics.vcr_scores` scores it.
+The question is one of the document's questions, so the answer is still found by its label; only reading it is harder.
+Every document comes twice, first easy and then hard, with the same text covered; the record's `source` is the
+difficulty. `evaluation.metrics.vcr_scores` scores the answers.
 """
 
 import functools
@@ -27,31 +27,34 @@ from alignvlm_jax.data.synthetic.values import SPLITS
 Difficulty = Literal["easy", "hard"]
 
 COVERED = {"easy": 1 / 8, "hard": 1 / 4}
-"""Share of a capital's height that the bar takes."""
+"""Share of a capital's height that the bar covers."""
 
-# Charts print marks, not lines.
+# Charts print single marks and not lines of text.
 _FAMILIES = ("receipt", "form", "table")
 
 
 def draw_restoration(seed: int, split: str, index: int, difficulty: Difficulty) -> tuple[Document, str, str]:
-    """A document with covered print, the question and its answer: a pure function of its arguments."""
-    dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))  # a stream of its own beside the document's
+    """Returns a document with covered text, the question and its answer; a pure function of its arguments."""
+    # A stream separate from the document's, so that the document is the one of the ordinary corpus.
+    dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))
     document = draw_document(seed, split, index, family=dice.pick(_FAMILIES))
     places = [(len(printed), question, answer, printed) for question, answer, printed in _printed(document)]
-    fewest = min(count for count, *_ in places)  # once, as a rule: what stands twice is covered twice
+    # Usually an answer is printed once. If all are printed more often, every copy is covered.
+    fewest = min(count for count, *_ in places)
     _, question, answer, printed = dice.pick([place for place in places if place[0] == fewest])
     _cover(document, [glyph for glyphs in printed for glyph in glyphs], COVERED[difficulty])
     return document, question, answer
 
 
 def _printed(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
-    """The questions whose answers are on the page, with the glyphs of the answer wherever it is."""
+    """Returns the questions whose answers are printed, with the glyphs of each copy of the answer."""
     glyphs_by_line, found = glyphs_of_lines(document), []
     for question, answer in zip(document.questions, document.answers, strict=True):
         printed = []
         for line, glyphs in zip(document.lines, glyphs_by_line, strict=True):
             start = line.find(answer)
             while start >= 0:
+                # Glyphs do not include spaces, so the text is indexed without them.
                 before = len(line[:start].replace(" ", ""))
                 printed.append(glyphs[before : before + len(answer.replace(" ", ""))])
                 start = line.find(answer, start + 1)
@@ -61,7 +64,7 @@ def _printed(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
 
 
 def draw_restoration_records(seed: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
-    """Records `start` to `stop - 1` of a split: 2i is document i easy, 2i + 1 the same one hard."""
+    """Returns records `start` to `stop - 1` of a split: 2i is document i easy, 2i + 1 the same document hard."""
     records = []
     for number in range(start, stop):
         difficulty = ("easy", "hard")[number % 2]
@@ -72,7 +75,14 @@ def draw_restoration_records(seed: int, split: str, start: int, stop: int) -> li
 
 
 def build_restoration_corpus(folder: str | Path, *, seed: int, sizes: Mapping[str, int], progress: bool = True) -> Path:
-    """A data set of so many records a split, for `store.open_dataset(folder, split)`; kept if it is there already."""
+    """Writes a data set of these records, for `store.open_dataset(folder, split)`; an existing one is kept.
+
+    Args:
+      folder: Folder of the data set.
+      seed: Seed of the documents.
+      sizes: Number of records of each split.
+      progress: Whether to show a progress bar.
+    """
     recipe = {"kind": "restoration", "seed": seed, "sizes": dict(sizes), "covered": COVERED}
     drawings = {
         split: (functools.partial(draw_restoration_records, seed, split), size) for split, size in sizes.items()
@@ -81,17 +91,18 @@ def build_restoration_corpus(folder: str | Path, *, seed: int, sizes: Mapping[st
 
 
 def glyphs_of_lines(document: Document) -> list[list[Glyph]]:
-    """The glyphs of each line: a document has both in reading order, spaces left out of the glyphs."""
+    """Returns the glyphs of each line; both are in reading order, and spaces have no glyphs."""
     glyphs, lines = iter(document.glyphs), []
     for line in document.lines:
         lines.append([next(glyphs) for character in line if character != " "])
         if "".join(glyph.char for glyph in lines[-1]) != line.replace(" ", ""):
-            raise ValueError(f"{document.id}: its glyphs are not in the order of its lines")
+            raise ValueError(f"{document.id}: the glyphs are not in the order of the lines")
     return lines
 
 
 def _cover(document: Document, glyphs: list[Glyph], share: float) -> None:
-    """Draws the bars over the picture. The paper's colour is the commonest: most of a page is paper."""
+    """Draws the bars over the image."""
+    # The most frequent color is the paper's: most of a page is paper.
     image = document.image
     _, paper = max(image.getcolors(image.width * image.height))
     draw = ImageDraw.Draw(image)

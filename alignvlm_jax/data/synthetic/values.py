@@ -1,9 +1,9 @@
-"""The values a document prints: invented names, amounts, dates, codes; and the split each one belongs to.
+"""Values that documents print (invented names, amounts, dates, codes) and the split that each value belongs to.
 
-A value belongs to a split by a hash of its letters and digits, for every seed and every corpus ("$48.20" and "48.20" go
-together). A document of a split redraws a
-value until it belongs there, so no value printed in a held-out document was ever printed in a training one: a right
-answer on held-out documents was read, not remembered. Labels ("Total", "City") are few, fixed and shared.
+A value belongs to a split by a hash of its letters and digits, for every seed and every corpus ("$48.20" and "48.20"
+belong to the same split). A document redraws a value until it belongs to the document's split. No value printed in a
+held-out document was therefore ever printed in a training document: a correct answer on held-out documents was read,
+not remembered. Labels ("Total", "City") are few, fixed and shared.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ _TRIES = 200
 
 
 def spell_name(dice: Dice, pattern: str) -> str:
-    """A name of this pattern of consonants (C) and vowels (V)."""
+    """Returns a random name with this pattern of consonants (C) and vowels (V)."""
     return "".join([dice.pick(CONSONANTS if letter == "C" else _VOWELS) for letter in pattern])
 
 
 class DoesNotFitError(Exception):
-    """No such value fits where it should go: the page is laid out afresh."""
+    """No value of this kind fits the available space; the page is laid out again."""
 
 
 def split_of(value: str) -> str:
-    """The one split whose documents may print this value."""
+    """Returns the only split whose documents may print this value."""
     share = int.from_bytes(hashlib.sha256(value.translate(_PUNCTUATION).encode()).digest()[:4], "big") / 2**32
     if share < _TRAIN_SHARE:
         return "train"
@@ -46,18 +46,26 @@ def split_of(value: str) -> str:
 
 
 class Values:
-    """Draws values of one split, no two alike on a page."""
+    """Draws values of one split, without repetitions on a page."""
 
     def __init__(self, dice: Dice, split: str):
         self._dice = dice
         self._split = split
         self._printed: set[str] = set()
-        # One page writes its amounts and dates one way.
+        # A page writes all its amounts and dates in the same way.
         self._dollar = dice.chance(0.35)
         self._date_separator = dice.pick("//-.")
 
     def draw(self, kind: Callable[[], str], fits: Callable[[str], bool] = lambda value: True) -> str:
-        """A value of this kind (`values.amount`, `values.date`, ...) of the split, new on the page, that fits."""
+        """Returns a fitting value of this kind (`values.amount`, `values.date`, ...) that is new on the page.
+
+        Args:
+          kind: Draws a value.
+          fits: Returns whether a value fits.
+
+        Raises:
+          DoesNotFitError: if no value of the split fits after many tries.
+        """
         for _ in range(_TRIES):
             value = kind()
             if value not in self._printed and fits(value) and split_of(value) == self._split:
@@ -66,9 +74,9 @@ class Values:
         raise DoesNotFitError
 
     def name(self, shortest: int, longest: int, face: Face, room: float) -> str:
-        """TORVAL, MEB: an invented name of so many letters, printed in no more than `room` px."""
+        """Returns an invented name like TORVAL or MEB, of `shortest` to `longest` letters and at most `room` px."""
         dice = self._dice
-        # Lengths that will hardly ever fit are not tried: trying is most of what drawing a document costs.
+        # Skip lengths that hardly ever fit: drawing values again is most of the cost of a document.
         longest = min(longest, max(shortest, int(room / face.capital)))
         if room < 0.85 * shortest * face.capital:
             raise DoesNotFitError
@@ -79,18 +87,18 @@ class Values:
         return self.draw(make, lambda name: face.width(name) <= room)
 
     def amount(self) -> str:
-        """48.20, 128.40 or, on a page in dollars, $7.35."""
+        """Returns an amount like 48.20 or 128.40 or, on a page in dollars, $7.35."""
         units = self._dice.integer(1, 99) if self._dice.chance(0.8) else self._dice.integer(100, 999)
         return f"{'$' if self._dollar else ''}{units}.{self._dice.integer(0, 99):02d}"
 
     def date(self) -> str:
-        """21.03.19, in the separator of this document."""
+        """Returns a date like 21.03.19, with the document's separator."""
         dice, separator = self._dice, self._date_separator
         day, month, year = dice.integer(1, 28), dice.integer(1, 12), dice.integer(0, 49)
         return f"{day:02d}{separator}{month:02d}{separator}{year:02d}"
 
     def code(self) -> str:
-        """RQ-5821, #48215 or K7-204."""
+        """Returns a code like RQ-5821, #48215 or K7-204."""
         dice = self._dice
         form = dice.integer(0, 2)
         if form == 0:
@@ -100,38 +108,38 @@ class Values:
         return f"{self._letter()}{dice.integer(0, 9)}-{dice.integer(100, 999)}"
 
     def phone(self) -> str:
-        """555-0142."""
+        """Returns a phone number like 555-0142."""
         return f"{self._dice.integer(200, 999)}-{self._dice.integer(0, 9999):04d}"
 
     def time(self) -> str:
-        """08:45."""
+        """Returns a time like 08:45."""
         return f"{self._dice.integer(0, 23):02d}:{self._dice.integer(0, 59):02d}"
 
     def quantity(self) -> str:
-        """Four digits as a rule, three or five now and then."""
+        """Returns an integer of three to five digits."""
         digits = self._dice.pick((3, 4, 4, 5, 5))
         return str(self._dice.integer(10 ** (digits - 1), 10**digits - 1))
 
     def count(self) -> str:
-        """Three digits: for narrow columns."""
+        """Returns an integer of three digits, for narrow columns."""
         return str(self._dice.integer(100, 999))
 
     def percent(self) -> str:
-        """12.5%."""
+        """Returns a percentage like 12.5%."""
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}%"
 
     def whole_percent(self) -> str:
-        """45%."""
+        """Returns a percentage like 45%."""
         return f"{self._dice.integer(10, 99)}%"
 
     def tenths(self) -> str:
-        """4.5."""
+        """Returns a number like 4.5."""
         return f"{self._dice.integer(1, 9)}.{self._dice.integer(0, 9)}"
 
     def decimal(self) -> str:
-        """37.2."""
+        """Returns a number like 37.2."""
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"
 
     def _letter(self) -> str:
-        # No I and no O: beside digits nobody could tell them from 1 and 0.
+        # Without I and O, which cannot be told from 1 and 0 among digits.
         return self._dice.pick("ABCDEFGHJKLMNPQRSTUVWXYZ")

@@ -1,11 +1,19 @@
-"""One file a family. Each has `compose(page, values) -> Questions`: print a document, say what may be asked of it."""
+"""Families of documents, one file each.
+
+Each family has `compose(page, values) -> Questions`, which prints a document and returns the questions it can answer.
+"""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """(phrasings, answer) pairs. `reverse` holds the ones that ask from the value back to its name: asked rarely."""
+    """Questions about a document, as (phrasings, answer) pairs.
+
+    Attributes:
+      direct: Questions from a name to its value.
+      reverse: Questions from a value to its name, which are asked rarely.
+    """
 
     direct: tuple[tuple[tuple[str, ...], str], ...]
     reverse: tuple[tuple[tuple[str, ...], str], ...] = ()

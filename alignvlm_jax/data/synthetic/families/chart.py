@@ -1,6 +1,6 @@
-"""Charts: bars across or upright, or a curve with markers; every mark carries its name and its value.
+"""Charts: horizontal or upright bars, or a curve with markers; every mark has a name and a value.
 
-A chart is read mark by mark, "MAR 4821", from the top or from the left: what a person would say aloud.
+A chart is transcribed mark by mark, "MAR 4821", from the top or from the left, as a person would read it aloud.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ _KINDS = ("quantity", "percent", "decimal", "quantity")
 
 
 def compose(page: Page, values: Values) -> Questions:
+    """Prints a chart."""
     dice = page.dice
     direct = []
     if dice.chance(0.5):
@@ -35,7 +36,7 @@ def compose(page: Page, values: Values) -> Questions:
 
 
 def _bars_across(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
-    """Name, bar and value in one row; the value stands right of the longest bar, or at the end of its own."""
+    """Prints name, bar and value in one row; values are right of the longest bar, or each at the end of its bar."""
     dice, face = page.dice, page.face
     names, numbers = _draw_marks(page, values, kind, dice.integer(3, 5), dice.pick((3, 4)), 5)
     name_width, number_width = (max(face.width(text) for text in texts) for texts in (names, numbers))
@@ -59,7 +60,7 @@ def _bars_across(page: Page, values: Values, kind: Callable[[], str]) -> list[tu
 
 
 def _bars_under(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
-    """Name and value on a line, the bar across the page below it."""
+    """Prints name and value on a line, with a horizontal bar below it."""
     dice = page.dice
     names, numbers = _draw_marks(page, values, kind, dice.integer(3, 5), 5, 6)
     thickness = dice.uniform(2, 5)
@@ -71,7 +72,7 @@ def _bars_under(page: Page, values: Values, kind: Callable[[], str]) -> list[tup
 
 
 def _bars_upright(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
-    """Bars on an axis, the value above its bar and the name below the axis."""
+    """Prints bars on an axis, each with its value above and its name below the axis."""
     names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
     half = page.dice.uniform(5, min(11, page.width / len(names) / 2 - 2))
     for centre, top in zip(centres, tops, strict=True):
@@ -81,13 +82,13 @@ def _bars_upright(page: Page, values: Values, kind: Callable[[], str]) -> list[t
 
 
 def _curve(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
-    """Markers joined by a line, each with its value above it and its name below the axis."""
+    """Prints markers joined by a line, each with its value above and its name below the axis."""
     dice, face = page.dice, page.face
     names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
     points = [coordinate for point in zip(centres, tops, strict=True) for coordinate in point]
     page.shapes.append(Shape("line", tuple(points), "mark", width=dice.integer(1, 2)))
     for number, centre, top in zip(numbers, centres, tops, strict=True):
-        # A steep stroke would run through its neighbour's number.
+        # Clear the paper behind the number, or a steep line would run through it.
         half = face.width(number) / 2
         page.shapes.append(Shape("fill", (centre - half, top - 5 - face.cap_height, centre + half, top - 3), "paper"))
         page.shapes.append(Shape("dot", (centre, top, dice.uniform(1.6, 2.6)), "mark"))
@@ -100,9 +101,10 @@ def _curve(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[st
 def _upright_marks(
     page: Page, values: Values, kind: Callable[[], str]
 ) -> tuple[list[str], list[str], list[float], list[float], float]:
-    """Two or three names under an axis, their values at heights in proportion.
+    """Prints two or three names under an axis, with their values at proportional heights.
 
-    Gives names, numbers, the x of each mark and the y of its top, and the y of the axis.
+    Returns:
+      Names, numbers, the x of each mark, the y of its top, and the y of the axis.
     """
     dice, face = page.dice, page.face
     count = 3 if dice.chance(0.6) else 2
@@ -126,12 +128,12 @@ def _upright_marks(
 def _draw_marks(
     page: Page, values: Values, kind: Callable[[], str], count: int, longest_name: int, longest_number: int
 ) -> tuple[list[str], list[str]]:
-    """Names and numbers that fit on lines of their own, two by two."""
+    """Returns names and numbers that fit on lines of their own in pairs."""
     numbers = [values.draw(kind, lambda number: len(number) <= longest_number) for _ in range(count)]
     return [values.name(3, longest_name, page.face, page.room(number)) for number in numbers], numbers
 
 
 def _shares(numbers: list[str]) -> list[float]:
-    """Each value as a share of the largest, small ones kept visible."""
+    """Returns each value as a share of the largest; small values are kept visible."""
     amounts = [float(number.rstrip("%")) for number in numbers]
     return [max(amount / max(amounts), 0.06) for amount in amounts]

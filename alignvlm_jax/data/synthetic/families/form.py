@@ -1,4 +1,4 @@
-"""Forms: a title and a few fields, the label beside its value or above it."""
+"""Forms: a title and a few fields, each label beside its value or above it."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ OTHER_LABELS = tuple(label for label in _FIELDS if label not in NAME_LABELS)
 
 
 def compose(page: Page, values: Values, labels: Sequence[str] | None = None) -> Questions:
-    """A form with these fields from the top down; None takes three or four at random."""
+    """Prints a form with these fields from the top down; None draws three or four fields."""
     dice, face = page.dice, page.face
     if dice.chance(0.8):
         page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5, 1.0))))

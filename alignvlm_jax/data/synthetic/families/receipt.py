@@ -1,4 +1,4 @@
-"""Receipts: a shop, a date, items with prices, a total."""
+"""Receipts: a shop, a date, items with prices, and a total."""
 
 from alignvlm_jax.data.synthetic.families import Questions
 from alignvlm_jax.data.synthetic.layout import Page
@@ -9,6 +9,7 @@ _DATE_LABELS = ("Date", "Day", "On")
 
 
 def compose(page: Page, values: Values) -> Questions:
+    """Prints a receipt."""
     dice = page.dice
     shop = values.name(4, 7, page.face, page.width)
     page.line(page.aligned(shop, dice.pick((0.0, 0.5, 0.5, 1.0))))

@@ -1,4 +1,4 @@
-"""Tables: a header, row keys, one or two columns of values."""
+"""Tables: a header, row keys, and one or two columns of values."""
 
 from alignvlm_jax.data.synthetic.families import Questions
 from alignvlm_jax.data.synthetic.layout import Page, Shape
@@ -18,12 +18,13 @@ _ONE_COLUMN = {
     "Code": "code",
     "Time": "time",
 }
-# Two columns beside the keys leave three or four characters each.
+# Two columns besides the keys leave three or four characters each.
 _TWO_COLUMNS = {"Qty": "count", "Net": "tenths", "Tax": "whole_percent", "Fee": "count", "Day": "count"}
-_TWO_COLUMN_WIDTH = 11.0  # digits: the narrowest page worth trying them on
+_TWO_COLUMN_WIDTH = 11.0  # digits: on narrower pages two columns rarely fit
 
 
 def compose(page: Page, values: Values) -> Questions:
+    """Prints a table."""
     dice = page.dice
     if dice.chance(0.6):
         page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5, 1.0))))
@@ -56,6 +57,7 @@ def compose(page: Page, values: Values) -> Questions:
 
 
 def _print(page: Page, rows: list[list[str]], places: list[list[float]]) -> None:
+    """Prints the rows of a table at these positions, with rules and bands."""
     dice = page.dice
     ruled, header_band = dice.chance(0.35), dice.chance(0.25)
     top = page.y
