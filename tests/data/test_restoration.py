@@ -8,7 +8,7 @@ from alignvlm_jax.data.synthetic import split_of
 from alignvlm_jax.data.synthetic.restoration import (
     build_restoration_corpus,
     draw_restoration,
-    glyphs_of_lines,
+    glyphs_by_line,
 )
 from alignvlm_jax.evaluation.metrics import vcr_scores
 
@@ -20,7 +20,7 @@ def test_bars_lie_on_the_answer_and_nowhere_else(index):
     assert [question, answer] == same and (question, answer) in zip(easy.questions, easy.answers, strict=True)
     changed = np.any(np.asarray(easy.image) != np.asarray(hard.image), axis=-1)
     inside = np.zeros_like(changed)
-    for line, glyphs in zip(easy.lines, glyphs_of_lines(easy), strict=True):
+    for line, glyphs in zip(easy.lines, glyphs_by_line(easy), strict=True):
         if answer in line:
             start = len(line[: line.index(answer)].replace(" ", ""))
             for glyph in glyphs[start : start + len(answer.replace(" ", ""))]:

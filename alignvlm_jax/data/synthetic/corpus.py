@@ -33,8 +33,8 @@ FEATURES = {
 
 _KIND = "synthetic documents"
 _DOCUMENTS_PER_CALL = 64
-_WORTH_A_PROCESS = 1_000  # documents; a second process takes longer to start than to draw fewer
-_MOST_PROCESSES = 8
+_DOCUMENTS_PER_PROCESS = 1_000  # documents; a second process takes longer to start than to draw fewer
+_MAX_PROCESSES = 8
 
 
 def build_corpus(
@@ -60,7 +60,7 @@ def build_corpus(
     Raises:
       UserError: if a split or size is not valid, or the folder holds another kind of data set.
     """
-    _check(sizes)
+    _check_sizes(sizes)
     recipe = {"kind": _KIND, "seed": seed, "sizes": dict(sizes), "drawing": _fingerprint(seed)}
     drawings = {split: (functools.partial(draw_records, seed, split), size) for split, size in sizes.items()}
     return write_corpus(folder, recipe, drawings, description=__doc__, progress=progress, processes=processes)
@@ -92,26 +92,26 @@ def write_corpus(
     """
     folder = Path(folder)
     if store.is_occupied(folder):
-        found = store.read_metadata(folder)
-        if found == recipe:
+        metadata = store.read_metadata(folder)
+        if metadata == recipe:
             return folder
-        if found.get("kind") != recipe["kind"]:
+        if metadata.get("kind") != recipe["kind"]:
             raise UserError(f"{folder} holds another kind of data set: choose another folder for {recipe['kind']}")
         shutil.rmtree(folder)
 
     total = sum(size for _, size in drawings.values())
-    processes = processes or min(os.cpu_count() or 1, _MOST_PROCESSES, max(1, total // _WORTH_A_PROCESS))
+    processes = processes or min(os.cpu_count() or 1, _MAX_PROCESSES, max(1, total // _DOCUMENTS_PER_PROCESS))
     name = recipe["kind"].replace(" ", "_")
     with (
         tqdm(total=total, desc="drawing documents", unit="page", mininterval=0.5, disable=not progress) as bar,
-        _drawing(processes) as executor,
+        _make_executor(processes) as executor,
     ):
         splits = {split: _records(executor, draw, size, processes, bar) for split, (draw, size) in drawings.items()}
         store.write_dataset(folder, FEATURES, splits, name=name, description=description, metadata=dict(recipe))
     return folder
 
 
-def _check(sizes: Mapping[str, int]) -> None:
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     """Raises a `UserError` if a split or a size is not valid."""
     for split, size in sizes.items():
         if split not in SPLITS:
@@ -130,7 +130,7 @@ def _fingerprint(seed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Here(concurrent.futures.Executor):
+class _InlineExecutor(concurrent.futures.Executor):
     """Draws in this process, when a task is submitted."""
 
     def submit(self, function, /, *arguments):
@@ -140,10 +140,10 @@ class _Here(concurrent.futures.Executor):
         return future
 
 
-def _drawing(processes: int) -> concurrent.futures.Executor:
+def _make_executor(processes: int) -> concurrent.futures.Executor:
     """Returns an executor for drawing."""
     if processes == 1:
-        return _Here()
+        return _InlineExecutor()
     # Spawned, because a fork of a process in which JAX has started its threads can hang.
     return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
@@ -155,14 +155,14 @@ def _records(
     processes: int,
     bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the documents of a split in order; a few calls are drawn ahead of the writing."""
+    """Yields the documents of a split in order; a few calls are drawn pending of the writing."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
-    ahead = collections.deque()
+    pending = collections.deque()
     while True:
-        while len(ahead) < 2 * processes and (start := next(starts, None)) is not None:
-            ahead.append(executor.submit(draw, start, min(start + _DOCUMENTS_PER_CALL, size)))
-        if not ahead:
+        while len(pending) < 2 * processes and (start := next(starts, None)) is not None:
+            pending.append(executor.submit(draw, start, min(start + _DOCUMENTS_PER_CALL, size)))
+        if not pending:
             return
-        for record in ahead.popleft().result():
+        for record in pending.popleft().result():
             yield record | {"image": io.BytesIO(record["image"])}
             bar.update()

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from alignvlm_jax.data.synthetic import render as printing
 from alignvlm_jax.data.synthetic.dice import Dice
 from alignvlm_jax.data.synthetic.families import Questions, chart, form, receipt, table
 from alignvlm_jax.data.synthetic.fonts import HELD_OUT_FONT, TRAINING_FONTS, advance_range, get_face
 from alignvlm_jax.data.synthetic.layout import Page
+from alignvlm_jax.data.synthetic.render import draw_look, render_page
 from alignvlm_jax.data.synthetic.values import SPLITS, DoesNotFitError, Values
 from alignvlm_jax.errors import UserError
 
@@ -19,11 +19,11 @@ _COMPOSERS = {"receipt": receipt.compose, "form": form.compose, "table": table.c
 FAMILIES = tuple(_COMPOSERS)
 
 _WIDTHS, _HEIGHTS = (68, 80), (96, 160)  # px
-_LEAST_LINE = 9.9  # width in digits that is enough for every family
+_MIN_LINE_DIGITS = 9.9  # width in digits that is enough for every family
 _MARGIN = 2.0  # px, minimum
-_TALLEST_CONTENT = _HEIGHTS[1] - 2 * _MARGIN - 2
+_MAX_CONTENT_HEIGHT = _HEIGHTS[1] - 2 * _MARGIN - 2
 _ATTEMPTS = 200
-_PLACES = 12
+_PLACEMENT_ATTEMPTS = 12
 _HELD_OUT_FONT_SHARE = 1 / 6
 _REVERSE_SHARE = 0.25  # documents with one question from a value to its name
 
@@ -66,7 +66,7 @@ def draw_document(
 
     Args:
       seed: Seed of the corpus.
-      split: Split of the document; it decides about values and fonts.
+      split: Split of the document; it decides which values and fonts may be used.
       index: Number of the document.
       family: Family of the document; None draws one.
       font: Font to print with; None draws one.
@@ -124,14 +124,14 @@ def print_document(
     angle = dice.uniform(-2, 2)
     glyphs = _place_glyphs(page, (left, top), (width, height), angle)
     # Halve the angle until every glyph is on the page.
-    while not _inside(glyphs, width, height):
+    while not _is_inside(glyphs, width, height):
         angle /= 2
         glyphs = _place_glyphs(page, (left, top), (width, height), angle)
-    asked = choose(dice, questions)
+    selected = choose(dice, questions)
     image = None
     if render:
-        look = printing.draw_look(dice)
-        image = printing.render(
+        look = draw_look(dice)
+        image = render_page(
             (width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator
         )
     return Document(
@@ -143,8 +143,8 @@ def print_document(
         glyphs=tuple(glyphs),
         lines=tuple(page.lines),
         transcription="\n".join(page.lines),
-        questions=tuple([question for question, _ in asked]),
-        answers=tuple([answer for _, answer in asked]),
+        questions=tuple([question for question, _ in selected]),
+        answers=tuple([answer for _, answer in selected]),
     )
 
 
@@ -152,15 +152,15 @@ def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font
     """Lays out a page; if the values do not fit, starts again with other values."""
     for _ in range(_ATTEMPTS):
         face = get_face(font, dice.uniform(*advance_range(font)))
-        narrowest = max(_WIDTHS[0], math.ceil(_LEAST_LINE * face.digit + 2 * _MARGIN))
+        narrowest = max(_WIDTHS[0], math.ceil(_MIN_LINE_DIGITS * face.digit + 2 * _MARGIN))
         width = dice.integer(narrowest, _WIDTHS[1])
-        spare = width - 2 * _MARGIN - _LEAST_LINE * face.digit
+        spare = width - 2 * _MARGIN - _MIN_LINE_DIGITS * face.digit
         page = Page(dice, face, width - 2 * _MARGIN - dice.uniform(0, max(0, min(spare, 8))), dice.uniform(13, 17))
         try:
             questions = compose(page)
         except DoesNotFitError:
             continue
-        if page.y <= _TALLEST_CONTENT:
+        if page.y <= _MAX_CONTENT_HEIGHT:
             return page, questions, width
     raise AssertionError(f"no {family} in {font} fits a page after {_ATTEMPTS} tries")
 
@@ -172,7 +172,7 @@ def _place_vertically(dice: Dice, page: Page) -> tuple[int, float]:
     read from the separate halves. The first of a few random positions without text on the cut is therefore used.
     """
     spare = min(24.0, _HEIGHTS[1] - 2 * _MARGIN - page.y)
-    for _ in range(_PLACES):
+    for _ in range(_PLACEMENT_ATTEMPTS):
         height = max(_HEIGHTS[0], math.floor(page.y + 2 * _MARGIN + dice.uniform(min(2.0, spare), spare)))
         top = dice.uniform(_MARGIN, max(_MARGIN, height - _MARGIN - page.y))
         cut = height / 2 - top
@@ -196,16 +196,16 @@ def _place_glyphs(page: Page, origin: tuple[float, float], size: tuple[int, int]
             if character != " ":
                 half = pitch / 2
                 # Image coordinates point down, so a counter-clockwise rotation has this sign.
-                centre_x = middle_x + cosine * (x + half) + sine * y
-                centre_y = middle_y - sine * (x + half) + cosine * y
+                center_x = middle_x + cosine * (x + half) + sine * y
+                center_y = middle_y - sine * (x + half) + cosine * y
                 glyphs.append(
-                    Glyph(character, centre_x - half, centre_y - half_height, centre_x + half, centre_y + half_height)
+                    Glyph(character, center_x - half, center_y - half_height, center_x + half, center_y + half_height)
                 )
             x += pitch
     return glyphs
 
 
-def _inside(glyphs: list[Glyph], width: int, height: int) -> bool:
+def _is_inside(glyphs: list[Glyph], width: int, height: int) -> bool:
     """Returns whether all glyphs are on the page."""
     return (
         min([g.left for g in glyphs]) >= 0
@@ -219,8 +219,8 @@ def _choose(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
     """Returns three or four questions, sometimes one of them reversed, each in one of its phrasings."""
     count = dice.integer(3, 4)
     direct, reverse = dice.shuffled(questions.direct), dice.shuffled(questions.reverse)
-    turned = 1 if reverse and dice.chance(_REVERSE_SHARE) else 0
+    num_reversed = 1 if reverse and dice.chance(_REVERSE_SHARE) else 0
     # A document with few direct questions gets more reversed ones.
-    turned = max(turned, min(count - len(direct), len(reverse)))
-    chosen = dice.shuffled(direct[: count - turned] + reverse[:turned])
+    num_reversed = max(num_reversed, min(count - len(direct), len(reverse)))
+    chosen = dice.shuffled(direct[: count - num_reversed] + reverse[:num_reversed])
     return [(dice.pick(phrasings), answer) for phrasings, answer in chosen]

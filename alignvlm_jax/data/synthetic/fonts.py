@@ -64,7 +64,7 @@ def get_face(font: str, digit_advance: float) -> Face:
 
 
 @functools.cache
-def glyph_picture(font: str, size: float, character: str) -> tuple[Image.Image, int, int]:
+def glyph_image(font: str, size: float, character: str) -> tuple[Image.Image, int, int]:
     """Returns the coverage of a glyph (mode L, cropped to its ink) and its corner relative to the pen on the baseline.
 
     The values are (image, dx, dy).

@@ -27,13 +27,13 @@ class Shape:
     Attributes:
       kind: "line" (through points), "fill" or "frame" (two corners) or "dot" (center and radius).
       points: Coordinates of the points, x and y alternating; a dot has x, y and its radius.
-      colour: "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper".
+      color: "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper".
       width: Width of a line in px.
     """
 
     kind: str
     points: tuple[float, ...]
-    colour: str = "rule"
+    color: str = "rule"
     width: int = 1
 
 
@@ -59,7 +59,7 @@ class Page:
         face = self.face
         return self.width - sum([face.width(text) + face.space for text in texts])
 
-    def put(self, text: str, x: float, baseline: float) -> None:
+    def print_text(self, text: str, x: float, baseline: float) -> None:
         """Prints text at a position, without changing the cursor or the transcription."""
         self.runs.append(Run(text, x, baseline))
 

@@ -47,8 +47,8 @@ LOOK_ALIKE = 2
 
 FAMILY = "names"
 _KIND = "synthetic names"
-_PER_PAGE = 3
-_ASKED = {"validation": 4, "heldout": 12}  # number of pages that print each name
+_NAMES_PER_PAGE = 3
+_PAGES_PER_NAME = {"validation": 4, "heldout": 12}  # number of pages that print each name
 _PATTERNS = (*NAME_PATTERNS[5], *NAME_PATTERNS[6])
 _STREAM = 3  # stream of the dice, after those of the ordinary documents' splits
 
@@ -94,9 +94,9 @@ def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
 
 def draw_names_document(seed: int, split: str, index: int, *, groups: int = 24, render: bool = True) -> Document:
     """Returns document `index` of a split, a pure function of its arguments; `render` adds the image."""
-    names = _deal(seed, groups, split)[index]
+    names = _deal_names(seed, groups, split)[index]
     dice = Dice(seed, _STREAM, SPLITS.index(split), index)
-    labels = dice.shuffled(form.NAME_LABELS)[:_PER_PAGE]
+    labels = dice.shuffled(form.NAME_LABELS)[:_NAMES_PER_PAGE]
     if dice.chance(0.5):
         labels.append(dice.pick(form.OTHER_LABELS))
     labels = dice.shuffled(labels)
@@ -105,12 +105,12 @@ def draw_names_document(seed: int, split: str, index: int, *, groups: int = 24, 
         return form.compose(page, _GivenNames(dice, split, names), labels)
 
     identity, font = f"names-{seed}-{split}-{index}", dice.pick(TRAINING_FONTS)
-    return print_document(dice, compose, _ask_everything, id=identity, family=FAMILY, font=font, render=render)
+    return print_document(dice, compose, _ask_all, id=identity, family=FAMILY, font=font, render=render)
 
 
 def num_documents(split: str, groups: int = 24) -> int:
     """Returns the number of pages of a split."""
-    return groups * (sum(COUNTS) if split == "train" else len(COUNTS) * _ASKED[split]) // _PER_PAGE
+    return groups * (sum(COUNTS) if split == "train" else len(COUNTS) * _PAGES_PER_NAME[split]) // _NAMES_PER_PAGE
 
 
 def build_names_corpus(
@@ -196,7 +196,7 @@ def _look_alikes(dice: Dice, others: list[Name]) -> list[str]:
         place = dice.pick([i for i, letter in enumerate(pattern) if letter == "C"])
         texts = [stem[:place] + letter + stem[place + 1 :] for letter in CONSONANTS]
         texts = [text for text in texts if split_of(text) == "validation"]
-        if len(texts) >= len(COUNTS) and not any(_is_taken(text, others) for text in texts):
+        if len(texts) >= len(COUNTS) and not any(_is_too_similar(text, others) for text in texts):
             return dice.shuffled(texts)[: len(COUNTS)]
 
 
@@ -206,19 +206,19 @@ def _loners(dice: Dice, others: list[Name]) -> list[str]:
     texts: list[str] = []
     while len(texts) < len(COUNTS):
         text = spell_name(dice, pattern)
-        if split_of(text) == "validation" and not _is_taken(text, others):
+        if split_of(text) == "validation" and not _is_too_similar(text, others):
             if all(edit_distance(text, other) > LOOK_ALIKE for other in texts):
                 texts.append(text)
     return texts
 
 
-def _is_taken(text: str, others: list[Name]) -> bool:
+def _is_too_similar(text: str, others: list[Name]) -> bool:
     """Returns whether a text looks like one of the other names."""
     return any(edit_distance(text, other.text) <= LOOK_ALIKE for other in others)
 
 
 @functools.cache
-def _deal(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
+def _deal_names(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
     """Returns the names of each page of a split; no page has two names of one group.
 
     The groups are divided into columns, one for each name on a page. Every column is shuffled, and page i has the names
@@ -226,15 +226,15 @@ def _deal(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
     """
     dice = Dice(seed, _STREAM, SPLITS.index(split))
     order = dice.shuffled(range(groups))
-    columns: list[list[str]] = [[] for _ in range(_PER_PAGE)]
+    columns: list[list[str]] = [[] for _ in range(_NAMES_PER_PAGE)]
     for name in draw_lexicon(seed, groups):
-        times = name.seen if split == "train" else _ASKED[split]
-        columns[order[name.group] % _PER_PAGE] += [name.text] * times
+        times = name.seen if split == "train" else _PAGES_PER_NAME[split]
+        columns[order[name.group] % _NAMES_PER_PAGE] += [name.text] * times
     rows = zip(*[dice.shuffled(column) for column in columns], strict=True)
     return tuple([tuple(dice.shuffled(row)) for row in rows])
 
 
-def _ask_everything(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
+def _ask_all(dice: Dice, questions: Questions) -> list[tuple[str, str]]:
     """Returns all questions in random order, each in one of its phrasings."""
     return [(dice.pick(phrasings), answer) for phrasings, answer in dice.shuffled(questions.direct)]
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from alignvlm_jax.data.synthetic.dice import Dice
-from alignvlm_jax.data.synthetic.fonts import Face, glyph_picture
+from alignvlm_jax.data.synthetic.fonts import Face, glyph_image
 from alignvlm_jax.data.synthetic.layout import Run, Shape
 
 _INKS = ((20, 20, 24), (45, 45, 50), (10, 10, 10), (20, 30, 90), (90, 25, 30), (20, 70, 40), (60, 40, 80))
@@ -54,7 +54,7 @@ def draw_look(dice: Dice) -> Look:
     )
 
 
-def render(
+def render_page(
     size: tuple[int, int],
     origin: tuple[float, float],
     angle: float,
@@ -84,9 +84,9 @@ def render(
         x, baseline = left + run.x, round(top + run.baseline)
         for character in run.text:
             if character != " ":
-                picture, dx, dy = glyph_picture(face.font, face.size, character)
+                glyph, dx, dy = glyph_image(face.font, face.size, character)
                 pen = round(x + (face.pitches[character] - face.advances[character]) / 2)
-                draw.bitmap((pen + dx, baseline + dy), picture, fill=look.ink)
+                draw.bitmap((pen + dx, baseline + dy), glyph, fill=look.ink)
             x += face.pitches[character]
     page = page.rotate(angle, Image.Resampling.BILINEAR, fillcolor=look.paper)
     if look.blur:
@@ -96,7 +96,7 @@ def render(
 
 def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes: list[Shape], look: Look) -> None:
     """Draws the shapes, with their content coordinates moved to `origin`."""
-    colours = {
+    colors = {
         "rule": look.ink,
         "faint": tuple((p + i) // 2 for p, i in zip(look.paper, look.ink, strict=True)),
         "band": tuple((6 * p + m) // 7 for p, m in zip(look.paper, look.mark, strict=True)),
@@ -105,7 +105,7 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
     }
     left, top = origin
     for shape in shapes:
-        colour = colours[shape.colour]
+        color = colors[shape.color]
         if shape.kind == "dot":
             x, y, radius = shape.points
             box = (left + x - radius, top + y - radius, left + x + radius, top + y + radius)
@@ -113,11 +113,11 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
             continue
         points = [round(p + (top if i % 2 else left)) for i, p in enumerate(shape.points)]
         if shape.kind == "line":
-            draw.line(points, fill=colour, width=shape.width)
+            draw.line(points, fill=color, width=shape.width)
         elif shape.kind == "fill":
-            draw.rectangle(points, fill=colour)
+            draw.rectangle(points, fill=color)
         else:
-            draw.rectangle(points, outline=colour)
+            draw.rectangle(points, outline=color)
 
 
 def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Image.Image:

@@ -6,7 +6,7 @@ paper's color:
     easy   the middle eighth of a capital's height: one px, and people still read it
     hard   a quarter of it: two or three px of about eight, and people guess
 
-The question is one of the document's questions, so the answer is still found by its label; only reading it is harder.
+The question is one of the document's questions, so the answer is still printed_answers by its label; only reading it is harder.
 Every document comes twice, first easy and then hard, with the same text covered; the record's `source` is the
 difficulty. `evaluation.metrics.vcr_scores` scores the answers.
 """
@@ -38,20 +38,22 @@ def draw_restoration(seed: int, split: str, index: int, difficulty: Difficulty) 
     # A stream separate from the document's, so that the document is the one of the ordinary corpus.
     dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))
     document = draw_document(seed, split, index, family=dice.pick(_FAMILIES))
-    places = [(len(printed), question, answer, printed) for question, answer, printed in _printed(document)]
+    candidates = [
+        (len(printed), question, answer, printed) for question, answer, printed in _find_printed_answers(document)
+    ]
     # Usually an answer is printed once. If all are printed more often, every copy is covered.
-    fewest = min(count for count, *_ in places)
-    _, question, answer, printed = dice.pick([place for place in places if place[0] == fewest])
+    fewest = min(count for count, *_ in candidates)
+    _, question, answer, printed = dice.pick([candidate for candidate in candidates if candidate[0] == fewest])
     _cover(document, [glyph for glyphs in printed for glyph in glyphs], COVERED[difficulty])
     return document, question, answer
 
 
-def _printed(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
+def _find_printed_answers(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
     """Returns the questions whose answers are printed, with the glyphs of each copy of the answer."""
-    glyphs_by_line, found = glyphs_of_lines(document), []
+    line_glyphs, printed_answers = glyphs_by_line(document), []
     for question, answer in zip(document.questions, document.answers, strict=True):
         printed = []
-        for line, glyphs in zip(document.lines, glyphs_by_line, strict=True):
+        for line, glyphs in zip(document.lines, line_glyphs, strict=True):
             start = line.find(answer)
             while start >= 0:
                 # Glyphs do not include spaces, so the text is indexed without them.
@@ -59,8 +61,8 @@ def _printed(document: Document) -> list[tuple[str, str, list[list[Glyph]]]]:
                 printed.append(glyphs[before : before + len(answer.replace(" ", ""))])
                 start = line.find(answer, start + 1)
         if printed:
-            found.append((question, answer, printed))
-    return found
+            printed_answers.append((question, answer, printed))
+    return printed_answers
 
 
 def draw_restoration_records(seed: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ def build_restoration_corpus(folder: str | Path, *, seed: int, sizes: Mapping[st
     return write_corpus(folder, recipe, drawings, description=__doc__, progress=progress)
 
 
-def glyphs_of_lines(document: Document) -> list[list[Glyph]]:
+def glyphs_by_line(document: Document) -> list[list[Glyph]]:
     """Returns the glyphs of each line; both are in reading order, and spaces have no glyphs."""
     glyphs, lines = iter(document.glyphs), []
     for line in document.lines:

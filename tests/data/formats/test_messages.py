@@ -83,7 +83,10 @@ def test_llava_in_parquet(tmp_path):
         (messages_row(0, messages=[{"role": "narrator", "content": "x"}]), "'narrator'"),
         (messages_row(0, messages=[{"role": None, "content": parts("x")}]), "None, expected one of"),
         (messages_row(0, messages=[{"role": "user", "content": None}]), "text is missing"),
-        (messages_row(0, messages=[{"role": "user", "content": [{"type": "video"}]}]), "'video', expected 'text' or 'image'"),
+        (
+            messages_row(0, messages=[{"role": "user", "content": [{"type": "video"}]}]),
+            "'video', expected 'text' or 'image'",
+        ),
         (messages_row(0, messages=[{"role": "user", "content": [{"type": "text"}]}]), "part is missing"),
         (messages_row(0, images=[{"bytes": None, "path": None}]), "an image is missing"),
         ({"texts": [{"user": "a"}]}, "assistant's text is missing"),

@@ -73,10 +73,10 @@ def _bars_under(page: Page, values: Values, kind: Callable[[], str]) -> list[tup
 
 def _bars_upright(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Prints bars on an axis, each with its value above and its name below the axis."""
-    names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
+    names, numbers, centers, tops, axis = _upright_marks(page, values, kind)
     half = page.dice.uniform(5, min(11, page.width / len(names) / 2 - 2))
-    for centre, top in zip(centres, tops, strict=True):
-        page.shapes.append(Shape("fill", (centre - half, top, centre + half, axis), "mark"))
+    for center, top in zip(centers, tops, strict=True):
+        page.shapes.append(Shape("fill", (center - half, top, center + half, axis), "mark"))
     page.shapes.append(Shape("line", (0.0, axis, page.width, axis)))
     return list(zip(names, numbers, strict=True))
 
@@ -84,14 +84,14 @@ def _bars_upright(page: Page, values: Values, kind: Callable[[], str]) -> list[t
 def _curve(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[str, str]]:
     """Prints markers joined by a line, each with its value above and its name below the axis."""
     dice, face = page.dice, page.face
-    names, numbers, centres, tops, axis = _upright_marks(page, values, kind)
-    points = [coordinate for point in zip(centres, tops, strict=True) for coordinate in point]
+    names, numbers, centers, tops, axis = _upright_marks(page, values, kind)
+    points = [coordinate for point in zip(centers, tops, strict=True) for coordinate in point]
     page.shapes.append(Shape("line", tuple(points), "mark", width=dice.integer(1, 2)))
-    for number, centre, top in zip(numbers, centres, tops, strict=True):
+    for number, center, top in zip(numbers, centers, tops, strict=True):
         # Clear the paper behind the number, or a steep line would run through it.
         half = face.width(number) / 2
-        page.shapes.append(Shape("fill", (centre - half, top - 5 - face.cap_height, centre + half, top - 3), "paper"))
-        page.shapes.append(Shape("dot", (centre, top, dice.uniform(1.6, 2.6)), "mark"))
+        page.shapes.append(Shape("fill", (center - half, top - 5 - face.cap_height, center + half, top - 3), "paper"))
+        page.shapes.append(Shape("dot", (center, top, dice.uniform(1.6, 2.6)), "mark"))
     page.shapes.append(Shape("line", (0.0, axis, page.width, axis)))
     if dice.chance(0.5):
         page.shapes.append(Shape("line", (0.0, min(tops) - 6, 0.0, axis)))
@@ -115,14 +115,14 @@ def _upright_marks(
     number_room = face.cap_height + 5
     axis = page.y + number_room + tallest
     baseline = axis + 4 + face.cap_height
-    centres = [column * (i + 0.5) for i in range(count)]
+    centers = [column * (i + 0.5) for i in range(count)]
     tops = [axis - tallest * share for share in _shares(numbers)]
-    for name, number, centre, top in zip(names, numbers, centres, tops, strict=True):
-        page.put(name, centre - face.width(name) / 2, baseline)
-        page.put(number, centre - face.width(number) / 2, top - 4)
+    for name, number, center, top in zip(names, numbers, centers, tops, strict=True):
+        page.print_text(name, center - face.width(name) / 2, baseline)
+        page.print_text(number, center - face.width(number) / 2, top - 4)
         page.lines.append(f"{name} {number}")
     page.y = baseline + 3
-    return names, numbers, centres, tops, axis
+    return names, numbers, centers, tops, axis
 
 
 def _draw_marks(

@@ -42,26 +42,30 @@ def compose(page: Page, values: Values) -> Questions:
         ["Key" if two else dice.pick(_KEY_HEADERS), *headers],
         *([key, *cells] for key, cells in zip(keys, body, strict=True)),
     ]
-    places = page.columns(rows, last_right=dice.chance(0.6))
-    if places is None:
+    cell_starts = page.columns(rows, last_right=dice.chance(0.6))
+    if cell_starts is None:
         raise DoesNotFitError
-    _print(page, rows, places)
+    _print(page, rows, cell_starts)
 
     direct, reverse = [], []
     for key, cells in zip(keys, body, strict=True):
         for header, cell in zip(headers, cells, strict=True):
-            asked = f"What is the {header} of {key}?", f"Which {header} does {key} have?", f"What {header} has {key}?"
-            direct.append((asked, cell))
+            phrasings = (
+                f"What is the {header} of {key}?",
+                f"Which {header} does {key} have?",
+                f"What {header} has {key}?",
+            )
+            direct.append((phrasings, cell))
             reverse.append(((f"Which row has {cell}?", f"What has {header} {cell}?"), key))
     return Questions(tuple(direct), tuple(reverse))
 
 
-def _print(page: Page, rows: list[list[str]], places: list[list[float]]) -> None:
+def _print(page: Page, rows: list[list[str]], cell_starts: list[list[float]]) -> None:
     """Prints the rows of a table at these positions, with rules and bands."""
     dice = page.dice
     ruled, header_band = dice.chance(0.35), dice.chance(0.25)
     top = page.y
-    for number, (row, starts) in enumerate(zip(rows, places, strict=True)):
+    for number, (row, starts) in enumerate(zip(rows, cell_starts, strict=True)):
         if number == 0 and header_band:
             page.shapes.append(Shape("fill", (-1.0, page.y, page.width + 1, page.y + page.pitch), "band"))
         page.line(*zip(row, starts, strict=True))
