@@ -1,4 +1,4 @@
-"""A stand-in for gs:// that keeps its files in a local folder: what epath asks of fsspec, without a network."""
+"""A replacement for gs:// that keeps its files in a local folder: what epath needs of fsspec, without a network."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class _Bucket(DirFileSystem):
 
 @contextlib.contextmanager
 def bucket_in(folder: Path) -> Iterator[str]:
-    """Within it, gs://test/x is folder/test/x, in this process."""
+    """Maps gs://test/x to folder/test/x in this process."""
     (folder / "test").mkdir(parents=True)
     stand_in = _Bucket(str(folder), LocalFileSystem(auto_mkdir=True))
     with mock.patch.object(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: stand_in):

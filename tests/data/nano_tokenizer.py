@@ -1,4 +1,4 @@
-"""A tokenizer folder of the nano shape, trained in milliseconds: byte-level BPE and the shipped chat template."""
+"""A tokenizer folder like nano's, trained in milliseconds: byte-level BPE and the included chat template."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def write_chat_folder(folder: pathlib.Path, *, template: str = CHAT_TEMPLATE, co
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS * 4, trainer)
-    # As some published files have it: the reader must switch these off.
+    # Some published files have these settings; the reader must switch them off.
     tokenizer.enable_truncation(6)
     tokenizer.enable_padding(length=50, pad_id=1, pad_token="<|pad|>")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Small records with small pictures, and readers of them."""
+"""Small records with small images, and readers of them."""
 
 import io
 import json
@@ -17,18 +17,18 @@ TOKEN_GRID = (2, 2)
 PER_TILE = 4
 
 
-def picture(value: int, size: tuple[int, int]) -> bytes:
-    """A PNG all of one grey."""
+def png_image(value: int, size: tuple[int, int]) -> bytes:
+    """Returns a PNG of a single gray."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(np.full((size[1], size[0], 3), value % 256, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def page(i: int, rng: np.random.Generator, size: tuple[int, int] | None = None) -> dict:
-    """A record as the demo's documents have them."""
+    """Returns a record like the demo's documents."""
     turns = int(rng.integers(1, 4))
     return {
-        "image": picture(i, size or tuple(rng.integers(20, 64, 2).tolist())),
+        "image": png_image(i, size or tuple(rng.integers(20, 64, 2).tolist())),
         "id": f"page-{i}",
         "source": "receipt",
         "font": "any",
@@ -44,23 +44,23 @@ def pages(count: int, seed: int = 0) -> list[dict]:
 
 
 def turn(question: str, answer: str, images: int = 0) -> list[dict]:
-    """A question about so many images, and its answer, as messages."""
+    """Returns a question about `images` images and its answer, as messages."""
     parts = [{"type": "image"}] * images + ([{"type": "text", "text": question}] if question else [])
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
 
 def prepared(i: int, *turns: list[dict], sizes: tuple[tuple[int, int], ...] = ()) -> dict:
-    """A record as `tools/prepare_data.py` writes them; one picture of each size."""
+    """Returns a record as `tools/prepare_data.py` writes it, with one image of each size."""
     return {
         "id": f"record-{i}",
         "source": "mixture",
-        "images": [picture(10 * i + j, size) for j, size in enumerate(sizes)],
+        "images": [png_image(10 * i + j, size) for j, size in enumerate(sizes)],
         "conversation": json.dumps([message for messages in turns for message in messages]),
     }
 
 
 def mixed_records(count: int, seed: int = 0) -> list[dict]:
-    """Several images, several turns, text alone and image alone, one after the other."""
+    """Returns records with several images, with several turns, with text only and with an image only, in turn."""
     rng = np.random.default_rng(seed)
 
     def size():
@@ -79,7 +79,7 @@ def mixed_records(count: int, seed: int = 0) -> list[dict]:
 
 
 def reader(parts, chat: ChatTokenizer, **changes) -> ExampleReader:
-    """A reader of the parts, or of records for the task "qa"."""
+    """Returns a reader of the parts, or of records with the task "qa"."""
     if not isinstance(parts[0], Part):
         parts = [Part("documents/train", parts, "qa")]
     options = dict(tiling=TILING, packing=PACKING, token_grid=TOKEN_GRID, seed=3, max_text_tokens=120)

@@ -1,4 +1,4 @@
-"""Tokens of conversations: equal to transformers', special tokens typed by users stay text, loss on answers only."""
+"""Tokens of conversations: equal to transformers', typed special tokens stay text, only answers have loss weight."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from alignvlm_jax.interop.tokenizer import import_tokenizer
 from tests.data.nano_tokenizer import SPECIAL_TOKENS, TOKENIZER_CONFIG, write_chat_folder
 from tests.interop.tokenizer_styles import num_ids, write_style
 
-# In the manner of Llama 3: glue text after the header, contents trimmed, a system message made up.
+# Like Llama 3: text between header and content, trimmed contents, an invented system message.
 LLAMA_LIKE_TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] != 'system' %}
     {{- '<|user|>system\\n\\nCutting Knowledge Date: December 2023<|end|>' }}
@@ -56,12 +56,12 @@ def assistant(text):
 
 
 def read(chat, ids):
-    """Ids as text with the special tokens showing."""
+    """Returns the text of ids, with special tokens."""
     return chat._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def answers(chat, encoded):
-    """The text under the loss, one string per stretch."""
+    """Returns the texts with loss weight, one for each contiguous range."""
     stretches, current = [], []
     for target, weight in zip(encoded.tokens[1:], encoded.loss_weights[:-1], strict=True):
         if weight:
@@ -87,7 +87,7 @@ def test_worked_example(chat):
 def test_ids(chat):
     assert [chat.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4, 5]
     assert (chat.pad_id, chat.image_id, chat.end_ids) == (1, 2, (5,))
-    assert 262 < chat.vocab_size <= 340  # 6 special tokens, 256 bytes, what the small corpus lets it merge
+    assert 262 < chat.vocab_size <= 340  # 6 special tokens, 256 bytes, and the merges that the small corpus allows
 
 
 def test_two_images_count_on(chat):
@@ -117,10 +117,10 @@ def test_decode(chat):
     assert chat.decode(chat.encode_text("a<|end|>")) == "a<|end|>"
 
 
-def test_a_token_as_text(chat, tmp_path):
+def test_token_text(chat, tmp_path):
     sentencepiece = import_tokenizer(write_style(tmp_path, "llama2"), num_embeddings=num_ids(tmp_path)).chat
     text = "What is the total? 12.50"
-    for tokenizer, begin in ((chat, ""), (sentencepiece, " ")):  # Llama 2 puts a blank before a text
+    for tokenizer, begin in ((chat, ""), (sentencepiece, " ")):  # Llama 2 puts a space before a text
         assert "".join(map(tokenizer.token_text, map(int, tokenizer.encode_text(text)))) == begin + text
         assert tokenizer.token_text(tokenizer.image_id).startswith("<")
         assert tokenizer.token_text(99999) == "<99999>"
@@ -169,8 +169,8 @@ def test_same_as_transformers(which, request):
             assert mine.tokens.tolist() == theirs
 
 
-def test_answers_under_a_template_with_glue(llama_folder):
-    """The newlines after the header are the prompt's; a blank before the answer is trimmed by the template."""
+def test_answers_with_text_between_header_and_content(llama_folder):
+    """The newlines after the header belong to the prompt; the template trims the space before the answer."""
     chat = ChatTokenizer.from_folder(llama_folder)
     encoded = chat.encode([user("Total?", 1), assistant(" 12.50\n"), user("<|end|>"), assistant("ok")], [2])
     assert answers(chat, encoded) == ["12.50<|end|>", "ok<|end|>"]
@@ -231,7 +231,7 @@ def test_wrong_folders(folder, tmp_path):
 
 
 def test_template_inside_the_config(tmp_path, chat):
-    """The older place for it, and the padding token left out, as in Llama's own files."""
+    """The template in its older place and no padding token, as in Llama's own files."""
     folder = write_chat_folder(tmp_path)
     config = {**json.loads((folder / CONFIG_FILE).read_text()), "chat_template": (folder / TEMPLATE_FILE).read_text()}
     del config["pad_token"]

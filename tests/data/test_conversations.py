@@ -1,4 +1,4 @@
-"""What each task makes of a record."""
+"""Conversations that each task makes of a record."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_pages():
     assert 30 < sum(kinds) < 70
 
 
-def test_a_prepared_record_is_taken_as_it_is():
+def test_prepared_record_is_used_unchanged():
     record = prepared(1, turn("Two?", "yes", 2), turn("And?", "no", 1), sizes=((20, 30), (30, 20), (40, 40)))
     messages, images = make_conversation(record, "conversation", RNG)
     assert messages == json.loads(record["conversation"]) and images == record["images"]
@@ -43,7 +43,7 @@ def test_a_prepared_record_is_taken_as_it_is():
     assert make_conversation(text_only, "conversation", RNG) == (turn("1 + 1?", "2"), [])
 
 
-def test_turns_are_left_out_with_their_images():
+def test_skipped_turns_lose_their_images():
     system = [{"role": "system", "content": "Be brief."}]
     turns = turn("Two?", "yes", 2), turn("And?", "no"), turn("This?", "a cat", 1)
     record = prepared(1, system, *turns, sizes=((20, 30), (30, 20), (40, 40)))
@@ -69,6 +69,6 @@ def test_turns_are_left_out_with_their_images():
         (prepared(1, turn("One?", "yes", 1), sizes=((9, 9), (9, 9))), "1 image marks for 2 images"),
     ],
 )
-def test_what_is_wrong_with_a_record_is_said(record, message):
+def test_error_says_what_is_wrong_with_a_record(record, message):
     with pytest.raises(UserError, match=message):
         make_conversation(record, "conversation", RNG)

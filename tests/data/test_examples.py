@@ -1,4 +1,4 @@
-"""Examples by their position: what is measured is what is made, and what cannot be used is refused by name."""
+"""Examples by their position: the measured size is the size made, and unusable examples are refused by name."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.data.window import MeasuredExample
 from alignvlm_jax.errors import UserError
-from tests.data.pages import PACKING, PER_TILE, mixed_records, page, pages, picture, prepared, reader, turn
+from tests.data.pages import PACKING, PER_TILE, mixed_records, page, pages, png_image, prepared, reader, turn
 
 
 def _mixed(count=24):
@@ -22,13 +22,13 @@ def _mixed(count=24):
 
 
 def _all(reader):
-    """The examples of an epoch, by number."""
+    """Returns the examples of an epoch, by number."""
     measured = [reader.measure(position) for position in range(reader.num_records)]
     made = [reader.make(example) for example in measured]
     return {example.number: example for example in made}, measured, made
 
 
-def test_what_is_measured_is_what_is_made(chat):
+def test_measured_size_is_the_size_of_the_example(chat):
     for examples in (reader(pages(20), chat), reader(_mixed(), chat)):
         for measured, made in zip(*_all(examples)[1:], strict=True):
             assert (measured.tokens, measured.tiles) == (len(made.tokens), len(made.tiles))
@@ -37,7 +37,7 @@ def test_what_is_measured_is_what_is_made(chat):
 
 def test_an_example_is_a_function_of_seed_and_position(chat):
     one, two = (reader(pages(20), chat) for _ in range(2))
-    again = pickle.loads(pickle.dumps(two))  # as a worker process gets it
+    again = pickle.loads(pickle.dumps(two))  # the way it reaches a worker process
     for position in (33, 5, 0):
         made = one.make(one.measure(position))
         other = again.make(again.measure(position))
@@ -46,7 +46,7 @@ def test_an_example_is_a_function_of_seed_and_position(chat):
 
 
 def test_conversations_of_all_kinds(chat):
-    """Several images, several turns, text alone, image alone: the answers are learned and nothing else."""
+    """Several images, several turns, text only, image only: the answers are learned and nothing else."""
     found, _, _ = _all(reader(_mixed(), chat))
     answers = {0: ["0.5", "day 0"], 1: ["Anna 1", "Eve"], 2: ["3"], 3: ["a photograph of 3"]}
     images = {0: 2, 1: 2, 2: 0, 3: 1}
@@ -55,12 +55,12 @@ def test_conversations_of_all_kinds(chat):
         learned = np.flatnonzero(example.loss_weights) + 1
         texts = chat.decode(example.tokens[learned])
         assert texts == "".join(expected)
-        # Tile by tile the picture that the conversation has there: they are of the greys 10 i, 10 i + 1, ...
+        # Every tile shows the conversation's image at that position: the images have the grays 10 i, 10 i + 1, ...
         greys = [int(tile[0, 0, 0]) for tile in example.tiles]
         assert [grey for grey, _ in itertools.groupby(greys)] == [10 * number + j for j in range(images[number])]
 
 
-def test_text_is_cut_between_turns_and_images_go_with_them(chat):
+def test_text_is_cut_between_turns_together_with_images(chat):
     turns = [turn(f"Question {i}?", f"answer {i} " + "x" * 30, 1) for i in range(4)]
     sizes = ((30, 30), (60, 60), (30, 30), (30, 30))
     records = [Part("long/train", [prepared(0, *turns, sizes=sizes)], "conversation")]
@@ -75,7 +75,7 @@ def test_text_is_cut_between_turns_and_images_go_with_them(chat):
     assert example.loss_weights[-2] == 1 and example.loss_weights[-1] == 0, "it ends with an answer"
 
 
-def test_questions_come_in_another_order_in_another_epoch(chat):
+def test_question_order_changes_between_epochs(chat):
     record = {**page(0, np.random.default_rng(0)), "questions": list("abcdefgh"), "answers": list("12345678")}
     examples = reader([record], chat)
     assert len({examples.make(examples.measure(position)).tokens.tobytes() for position in range(6)}) > 3
@@ -90,7 +90,7 @@ def test_bad_records_are_refused_by_name(chat):
         3: dict(questions=["q" * 400], answers=["a"]),
         4: dict(image=records[4]["image"][:-40]),
         5: dict(questions=[None], answers=["a"]),
-        6: dict(image=picture(0, (64, 64))),
+        6: dict(image=png_image(0, (64, 64))),
     }
     reasons = ["not an image", "0 questions", "9 answers", "limit of 120", "damaged", "NoneType", "4 tiles, a bin"]
     reasons.append("no field 'questions'")
@@ -101,7 +101,7 @@ def test_bad_records_are_refused_by_name(chat):
     for position in range(12):
         found = examples.measure(position)
         if isinstance(found, MeasuredExample):
-            found = examples.make(found)  # where a damaged picture shows itself
+            found = examples.make(found)  # where damage of an image shows
         if isinstance(found, Refused):
             refused[found.id] = found
     for i, reason in enumerate(reasons):
@@ -110,10 +110,10 @@ def test_bad_records_are_refused_by_name(chat):
     assert not refused
 
 
-def test_a_picture_that_is_not_of_the_size_it_said(chat, monkeypatch):
+def test_image_whose_size_differs_from_its_header(chat, monkeypatch):
     examples = reader(pages(1), chat)
     measured = examples.measure(0)
-    other = PIL.Image.open(io.BytesIO(picture(0, (21, 99)))).convert("RGB")
+    other = PIL.Image.open(io.BytesIO(png_image(0, (21, 99)))).convert("RGB")
     monkeypatch.setattr("alignvlm_jax.data.examples.open_image", lambda *_, **__: other)
     assert "the decoded image has (21, 99) pixels" in examples.make(measured).reason
 
@@ -141,7 +141,7 @@ def test_wrong_mixtures(chat):
         reader([Part("a/train", mixed_records(1), "mixed")], chat).check_fields()
 
 
-def test_anyres_examples_know_what_their_visual_tokens_are_made_of(chat):
+def test_anyres_examples_have_the_sources_of_their_visual_tokens(chat):
     tiling = TilingConfig(rule="anyres_max_9", tile_size=32, max_tiles=2, grid_side=3)
     examples = reader(_mixed(), chat, tiling=tiling, packing=dataclasses.replace(PACKING, tiles_per_bin=20))
     for measured in map(examples.measure, range(24)):
@@ -153,7 +153,7 @@ def test_anyres_examples_know_what_their_visual_tokens_are_made_of(chat):
 
 
 def _mutated(record, rng):
-    """The record with something in its conversation or in its pictures changed, cut out, doubled or put in."""
+    """Returns the record with a change, deletion, repetition or insertion in its conversation or its images."""
     record = dict(record)
 
     def spoil(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The feed: the same batches for any number of hosts, workers and sittings, and no hang whatever goes wrong."""
+"""The feed: the same batches for any number of hosts, workers and restarts, and no hang whatever goes wrong."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ MICROBATCHES = 2
 
 
 def parts():
-    """A mixture of both kinds of records, among them one that is refused."""
+    """Returns a mixture of both kinds of records, one of which is refused."""
     documents = pages(23)
     documents[5]["image"] = b"not a picture"
     conversations = Part("mixed/train", mixed_records(18), "conversation", 2.0)
@@ -34,8 +34,8 @@ def examples(chat):
     return reader(parts(), chat)
 
 
-def take(feed, count):
-    """So many batches of a feed, which is closed, and the state after each."""
+def read_batches(feed, count):
+    """Returns the first `count` batches of a feed and the state after each; closes the feed."""
     batches, states = [], []
     try:
         for _ in range(count):
@@ -59,10 +59,10 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def reference(examples):
-    return take(Feed(examples, ROWS, MICROBATCHES), STEPS)
+    return read_batches(Feed(examples, ROWS, MICROBATCHES), STEPS)
 
 
-def test_batches_hold_what_the_records_say(reference, chat):
+def test_batches_hold_the_contents_of_the_records(reference, chat):
     batches, _ = reference
     documents, conversations = parts()
     for batch in batches[:2]:
@@ -93,7 +93,7 @@ def test_steps_are_of_one_shape_and_well_filled(reference):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_any_number_of_hosts_sees_the_same_batches(examples, reference, hosts):
     shares = np.split(np.array(ROWS), hosts)
-    made = [take(Feed(examples, share.tolist(), MICROBATCHES), STEPS) for share in shares]
+    made = [read_batches(Feed(examples, share.tolist(), MICROBATCHES), STEPS) for share in shares]
     for step in range(STEPS):
         joined = {
             name: np.concatenate([batches[step][name] for batches, _ in made], axis=1) for name in reference[0][step]
@@ -105,46 +105,48 @@ def test_any_number_of_hosts_sees_the_same_batches(examples, reference, hosts):
 
 @pytest.mark.parametrize("options", [{"threads": 1, "prefetch": 1}, {"threads": 5, "prefetch": 7}, {"workers": 2}])
 def test_any_number_of_workers_makes_the_same_batches(examples, reference, options):
-    batches, states = take(Feed(examples, ROWS, MICROBATCHES, **options), STEPS)
+    batches, states = read_batches(Feed(examples, ROWS, MICROBATCHES, **options), STEPS)
     assert list(map(digest, batches)) == list(map(digest, reference[0])) and states == reference[1]
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
-def test_resuming_at_any_step_goes_on_exactly(examples, reference, stop):
+def test_resuming_at_any_step_is_exact(examples, reference, stop):
     hosts = np.split(np.array(ROWS), [0, 2, 4][stop % 3 :]) if stop % 2 else [np.array(ROWS)]
     for share in (share.tolist() for share in hosts if len(share)):
-        batches, _ = take(Feed(examples, share, MICROBATCHES, reference[1][stop - 1]), STEPS - stop)
+        batches, _ = read_batches(Feed(examples, share, MICROBATCHES, reference[1][stop - 1]), STEPS - stop)
         for batch, expected in zip(batches, reference[0][stop:], strict=True):
             assert digest(batch) == digest({name: field[:, share] for name, field in expected.items()})
 
 
 def test_another_seed_is_another_order(examples, reference):
-    (batch,), _ = take(Feed(dataclasses.replace(examples, seed=4), ROWS, MICROBATCHES), 1)
+    (batch,), _ = read_batches(Feed(dataclasses.replace(examples, seed=4), ROWS, MICROBATCHES), 1)
     assert digest(batch) != digest(reference[0][0])
 
 
 def test_an_order_that_ends_holds_every_example_once_an_epoch(chat):
     examples = reader(pages(30), chat)
-    batches, _ = take(Feed(examples, ROWS, MICROBATCHES, num_examples=60), 8)
+    batches, _ = read_batches(Feed(examples, ROWS, MICROBATCHES, num_examples=60), 8)
     numbers = np.concatenate([batch["example_ids"].ravel() for batch in batches])
     np.testing.assert_array_equal(np.bincount(numbers[numbers >= 0], minlength=30), 2)
     assert not batches[-1]["segment_ids"].any() and (batches[-1]["tokens"] == chat.pad_id).all()
 
 
-def test_what_is_refused_is_counted_and_named(examples):
+def test_refused_examples_are_counted_and_named(examples):
     feed = Feed(examples, ROWS, MICROBATCHES)
     batches = [next(feed) for _ in range(STEPS)]
     refused = feed.refused()
     assert {example.id for example in refused} == {"page-5"} and "not an image" in refused[0].reason
     assert sum(batch["num_refused"].sum() for batch in batches) == len(refused) > 0 and feed.refused() == []
     feed.close()
-    # The counts do not depend on when one stops: those of the second half are counted after a resumption too.
+    # The counts do not depend on when a run stops: those of the second half are also counted after resuming.
     first = sum(batch["num_refused"].sum() for batch in batches[:4])
-    again, _ = take(Feed(examples, ROWS, MICROBATCHES, take(Feed(examples, ROWS, MICROBATCHES), 4)[1][-1]), STEPS - 4)
+    again, _ = read_batches(
+        Feed(examples, ROWS, MICROBATCHES, read_batches(Feed(examples, ROWS, MICROBATCHES), 4)[1][-1]), STEPS - 4
+    )
     assert first + sum(batch["num_refused"].sum() for batch in again) == len(refused)
 
 
-def test_damage_behind_the_header_leaves_a_gap(chat):
+def test_image_damaged_after_its_header_leaves_a_gap(chat):
     records = [page(i, np.random.default_rng(i), size=(40, 40)) for i in range(12)]
     records[3]["image"] = records[3]["image"][:-20]
     feed = Feed(reader(records, chat), ROWS, 1, num_examples=12)
@@ -193,11 +195,11 @@ def test_signals_to_the_whole_job_do_not_end_workers_and_a_killed_one_ends_the_r
         found = set(psutil.Process().children(recursive=True)) - before
         return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
 
-    while len(workers()) < 2:  # as they start, and at work
+    while len(workers()) < 2:  # while they start, and while they work
         time.sleep(0.005)
     for _ in range(5):
         for worker in workers():
-            for number in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C and Slurm do to all processes
+            for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes by Ctrl-C and by Slurm
                 os.kill(worker.pid, number)
         next(feed)
     workers = workers()
@@ -220,7 +222,7 @@ def test_closing_ends_the_threads(examples):
     assert threading.active_count() == before
 
 
-def test_a_state_of_other_rows_is_no_place_to_go_on(examples, reference):
+def test_state_of_other_rows_is_refused(examples, reference):
     with pytest.raises(UserError, match="no data state for row 2, only for rows 0, 1"):
         Feed(examples, [2], 1, {row: reference[1][0][row] for row in "01"})
 

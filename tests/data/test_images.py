@@ -1,4 +1,4 @@
-"""Pictures as documents come: one scene in every disguise must come out the same, and bad files say their name."""
+"""Images as in real documents: one scene in many encodings is read the same, and errors name bad files."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ def _encode(image, format="PNG", **options):
 
 
 def _scene():
-    """Four grey quarters, distinguishable under every rotation and flip; 20 wide, 12 high."""
+    """Returns four gray quarters that differ under every rotation and flip; 20 wide, 12 high."""
     page = np.zeros((12, 20), np.uint8)
     page[:6, :10], page[:6, 10:], page[6:, :10], page[6:, 10:] = 0, 85, 170, 255
     return page
@@ -45,9 +45,9 @@ def test_grey_palette_and_rgb():
 def test_grey_may_stay_grey():
     grey = PIL.Image.fromarray(_scene())
     for page in (grey, PIL.Image.fromarray(_scene().astype(np.uint16) * 257), PIL.Image.fromarray(_scene() > 100)):
-        kept, colour = open_image(_encode(page), keep_grey=True), open_image(_encode(page))
-        assert kept.mode == "L" and colour.mode == "RGB"
-        np.testing.assert_array_equal(kept.convert("RGB"), colour)
+        kept, color = open_image(_encode(page), keep_grey=True), open_image(_encode(page))
+        assert kept.mode == "L" and color.mode == "RGB"
+        np.testing.assert_array_equal(kept.convert("RGB"), color)
     see_through = grey.convert("LA")
     for page in (grey.convert("RGB"), grey.convert("P"), see_through):
         assert open_image(_encode(page), keep_grey=True).mode == "RGB"
@@ -84,17 +84,17 @@ def test_transparency_becomes_white(mode):
 
 
 def test_transparent_colours_become_white():
-    """Palette entry 0 and the grey value 85 declared transparent, without an alpha channel."""
+    """Palette entry 0 and the gray value 85 are declared transparent, without an alpha channel."""
     palette = PIL.Image.fromarray(_scene()).convert("P")
     corner = open_image(_encode(palette, transparency=palette.getpixel((0, 0)))).getpixel((0, 0))
     assert corner == (255, 255, 255)
     grey = open_image(_encode(PIL.Image.fromarray(_scene()), transparency=85))
     assert grey.getpixel((15, 2)) == (255, 255, 255) and grey.getpixel((0, 0)) == (0, 0, 0)
-    colour = open_image(_encode(PIL.Image.fromarray(_scene()).convert("RGB"), transparency=(85, 85, 85)))
-    assert colour.getpixel((15, 2)) == (255, 255, 255)
+    color = open_image(_encode(PIL.Image.fromarray(_scene()).convert("RGB"), transparency=(85, 85, 85)))
+    assert color.getpixel((15, 2)) == (255, 255, 255)
 
 
-# What a camera held this way stores: the inverse of what the viewer must do.
+# The pixels that a camera held this way stores: the inverse of the viewer's transpose.
 _STORED = {
     1: lambda page: page,
     2: lambda page: page[:, ::-1],
@@ -118,7 +118,7 @@ def test_exif_orientation(orientation, format):
 
 @pytest.mark.parametrize("format, what", [("TIFF", "pages"), ("GIF", "frames"), ("WEBP", "frames"), ("PNG", "frames")])
 def test_first_page_and_first_frame(format, what, caplog, monkeypatch):
-    """Three in a file: the first is read, and that there are more is said once, for the first such file."""
+    """Of three frames or pages the first is read, and a warning is logged once, for the first such file."""
     monkeypatch.setattr(images, "_warned_about", set())
     first, second = PIL.Image.fromarray(_scene()), PIL.Image.fromarray(_scene()[::-1].copy())
     options = {"lossless": True} if format == "WEBP" else {}
@@ -129,11 +129,11 @@ def test_first_page_and_first_frame(format, what, caplog, monkeypatch):
     for name in ("one", "another"):
         _check(open_image(several, name=name), tolerance=2)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"one has several {what}: of such files only the first is read")
+    assert record.getMessage().startswith(f"one has several {what}: only the first is read")
 
 
 def test_transparent_first_frame():
-    """A GIF that draws its first frame on nothing: paper shows through."""
+    """A GIF whose first frame has a transparent background, which becomes white."""
     frame = PIL.Image.fromarray(_scene()).convert("P")
     hole = frame.getpixel((0, 0))
     animated = _encode(frame, "GIF", save_all=True, append_images=[frame.rotate(180)], transparency=hole, disposal=2)
@@ -163,21 +163,21 @@ def test_transparent_first_frame():
 )
 def test_formats(format, mode, options, tolerance, tmp_path):
     page = PIL.Image.fromarray(_scene())
-    # By way of RGB where PIL knows no other; not for palettes, which it would dither.
+    # PIL converts to some modes only from RGB. Not so for palettes, where it would dither.
     page = page.convert(mode) if mode == "P" else page.convert("RGB").convert(mode)
     (tmp_path / "page").write_bytes(_encode(page, format, **options))
     _check(open_image(tmp_path / "page"), tolerance)
 
 
 def test_fax():
-    """One bit a pixel, compressed as scanners and fax machines do."""
+    """One bit per pixel, with the compression of scanners and fax machines."""
     page = PIL.Image.fromarray(_scene() > 100)
     image = open_image(_encode(page, "TIFF", compression="group4"))
     np.testing.assert_array_equal(np.asarray(image), np.where(_scene() > 100, 255, 0)[..., None].repeat(3, axis=2))
 
 
 def test_sixteen_bits_a_colour():
-    """Pillow writes no such PNG."""
+    """A PNG that Pillow cannot write."""
     rows = (_scene().astype(">u2") * 257)[..., None].repeat(3, axis=2)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0)
@@ -187,7 +187,7 @@ def test_sixteen_bits_a_colour():
 @pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
 @pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
 def test_a_line_becomes_tiles(size, rule):
-    """A page one pixel wide: every tile shows some of it."""
+    """A page one pixel wide or high: every tile shows part of it."""
     image = open_image(_encode(PIL.Image.new("L", size, 200)))
     assert image.size == size
     config = TilingConfig(rule, tile_size=32)
@@ -235,7 +235,7 @@ def test_files_that_cannot_be_opened(tmp_path):
 def test_postscript_is_not_run():
     program = io.BytesIO()
     PIL.Image.fromarray(_scene()).save(program, "EPS")
-    assert PIL.Image.open(io.BytesIO(program.getvalue())).format == "EPS"  # what PIL alone would do
+    assert PIL.Image.open(io.BytesIO(program.getvalue())).format == "EPS"  # PIL alone would accept it
     with pytest.raises(UserError, match="not an image in a format"):
         open_image(program.getvalue())
 
@@ -246,7 +246,7 @@ def test_damaged_bytes_never_raise_anything_else():
     noise = PIL.Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8))
     for format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP"):
         whole = _encode(noise, format)
-        # Half of a file is refused, not read as half a page.
+        # Half of a file is refused and not read as half a page.
         with pytest.raises(UserError, match="doc-7"):
             open_image(whole[: len(whole) // 2], name="doc-7")
         for _ in range(40):
@@ -268,7 +268,7 @@ def test_damaged_bytes_never_raise_anything_else():
     ],
 )
 def test_a_size_is_known_without_decoding(form, orientation):
-    """By the header alone where that can be relied on; else by decoding. Either way it is the size of the picture."""
+    """The size comes from the header if it is reliable, otherwise from decoding; it is always the image's size."""
     buffer, exif = io.BytesIO(), PIL.Image.Exif()
     if orientation:
         exif[0x0112] = orientation
@@ -278,7 +278,7 @@ def test_a_size_is_known_without_decoding(form, orientation):
     assert image_size(data) == open_image(data).size == ((21, 37) if orientation in (5, 6, 7, 8) else (37, 21))
 
 
-def test_of_the_usual_formats_only_the_header_is_read():
+def test_only_the_header_of_common_formats_is_read():
     for form in ("JPEG", "PNG"):
         buffer = io.BytesIO()
         PIL.Image.effect_noise((400, 300), 90).save(buffer, form)

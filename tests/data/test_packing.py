@@ -1,4 +1,4 @@
-"""Packing: the worked example of the docstring, and what must hold for any examples."""
+"""Packing: the worked example of the docstring, and properties of random batches."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ SIDE, PAD = 4, 99
 
 
 def _chat(layout: str) -> EncodedChat:
-    """'ii' image placeholders, lower case prompt, upper case answer: 'uiiqAB' -> tokens, weights, visual_index."""
+    """Encodes a layout such as 'uiiqAB': 'i' is an image placeholder, lower case is prompt, upper case is answer."""
     visual = np.array([letter == "i" for letter in layout])
     weights = np.array([letter.isupper() for letter in layout[1:]] + [False], np.float32)
     visual_index = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
@@ -40,7 +40,7 @@ def _example(number, layout, per_tile=2):
 
 
 def _pack(bins, config, per_tile=2):
-    """A batch of whole microbatches that begins with these bins."""
+    """Returns a batch of complete microbatches that begins with these bins."""
     microbatches = -(-len(bins) // config.bins_per_microbatch)
     batch = empty_batch(microbatches, config.bins_per_microbatch, config, tile_size=SIDE, pad_id=PAD)
     for row, examples in enumerate(bins):
@@ -102,7 +102,7 @@ def _random_layout(rng, per_tile):
 
 
 def test_properties_of_random_batches():
-    """Nothing dropped or changed, both budgets held, positions restart, visual tokens matched one to one."""
+    """Nothing is dropped or changed, both budgets hold, positions restart, and visual tokens are matched one to one."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         per_tile = int(rng.integers(1, 4))
@@ -128,7 +128,7 @@ def test_properties_of_random_batches():
             seen += members.tolist()
             assert b["segment_ids"].max() == len(members) == b["num_examples"]
             used_tiles = int((b["tile_valid_hw"][:, 0] > 0).sum())
-            # Every visual token of the bin's tiles is used once, in order, and none of an empty tile.
+            # Every visual token of the bin's tiles is used once, in order; those of empty tiles are not used.
             visual = b["visual_index"][b["visual_index"] >= 0]
             np.testing.assert_array_equal(visual, np.arange(used_tiles * per_tile))
             tile = 0
@@ -153,7 +153,7 @@ def test_properties_of_random_batches():
         assert sorted(seen) == list(range(1, len(examples) + 1))
 
 
-def test_what_does_not_fit_is_refused():
+def test_example_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"8 tokens \(2 visual\), a bin holds 7"):
         check_fits(_chat("buiiqsXE"), 1, PackingConfig(tokens_per_bin=7))
     with pytest.raises(UserError, match="2 tiles, a bin holds 1"):
@@ -167,13 +167,13 @@ def test_text_is_cut_after_the_last_answer_that_fits():
         cut = cut_text(_chat(layout), limit)
         np.testing.assert_array_equal(cut.tokens, _chat(expected).tokens)
         np.testing.assert_array_equal(cut.loss_weights, _chat(expected).loss_weights)
-    # A later picture goes with its turn, whole.
+    # A later image is dropped with its turn, as a whole.
     np.testing.assert_array_equal(cut_text(_chat("uiiqABuiiiiCDuiiEF"), 7).tokens, _chat("uiiqABuiiiiCD").tokens)
     with pytest.raises(UserError, match="6 text tokens and no answer ends within the limit of 5"):
         cut_text(_chat("buiiqsXE"), 5)
 
 
-def test_examples_cut_short_are_counted():
+def test_truncated_examples_are_counted():
     examples = [dataclasses.replace(_example(i, "uiiqAB"), was_cut=i < 2) for i in range(3)]
     batch = _pack([examples], PackingConfig(tokens_per_bin=20, bins_per_microbatch=1))
     assert batch["num_cut"].tolist() == [[2]] and batch["num_examples"].tolist() == [[3]]
@@ -191,8 +191,8 @@ def test_example_is_immutable():
         example.number = 2
 
 
-def test_anyres_tokens_name_the_features_of_their_bin():
-    """Two examples with one image each, of three and two visual tokens: sources count on over the bin's tiles."""
+def test_anyres_sources_are_features_of_the_bin():
+    """Two examples with one image each, of three and two visual tokens: sources are numbered through the bin."""
     examples = []
     for number, layout, tokens in ((1, "uiiisA", 3), (2, "uiisA", 2)):
         sources = np.tile(np.arange(tokens, dtype=np.int32)[:, None], (1, 4))
@@ -203,7 +203,7 @@ def test_anyres_tokens_name_the_features_of_their_bin():
     batch = empty_batch(1, 1, config, tile_size=SIDE, pad_id=PAD, resampled=True)
     write_bin(batch, (0, 0), examples, 2)
     assert batch["visual_index"][0, 0].tolist() == [-1, 0, 1, 2, -1, -1, -1, 3, 4, -1, -1, -1]
-    # The second example's features begin behind the two tiles of the first, of two features each.
+    # The second example's features follow the first example's two tiles of two features each.
     assert batch["visual_sources"][0, 0, :, 1].tolist() == [0, 0, 1, 2, 0, 0, 0, 4, 5, 0, 0, 0]
     assert batch["visual_sources"][0, 0, :, 0].tolist() == [0, 0, 1, -1, 0, 0, 0, 4, -1, 0, 0, 0]
     assert batch["visual_weights"][0, 0].sum(axis=-1).tolist() == [0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Files found, and written whole or not at all; here and in a bucket."""
+"""Finding files and writing them atomically, locally and in a bucket."""
 
 import pytest
 from etils import epath
@@ -17,7 +17,7 @@ def folder(request, tmp_path):
             yield epath.Path(bucket)
 
 
-def test_a_file_appears_whole_or_not_at_all(folder, tmp_path):
+def test_file_appears_complete_or_not_at_all(folder, tmp_path):
     scratch = folder / "scratch"
     scratch.mkdir()
     with atomic_file(folder / "a.txt", scratch) as partial:
@@ -41,7 +41,7 @@ def test_files_are_found(folder):
         return [path.removeprefix(f"{folder}/") for path in find_files(f"{folder}/{pattern}", (".tar",))]
 
     assert found("") == ["a.tar", "b.tar", "more/c.tar", "more/deep/d.tar"]
-    assert found("notes.txt") == ["notes.txt"]  # one named is taken whatever its name
+    assert found("notes.txt") == ["notes.txt"]  # a file given by name may have any ending
     assert found("*.tar") == ["a.tar", "b.tar"]
     assert found("more/*") == ["more/c.tar", "more/deep"]
     assert found("m*/?.tar") == ["more/c.tar"]
@@ -52,7 +52,7 @@ def test_files_are_found(folder):
     assert not status(folder / "more").is_regular
 
 
-def test_what_cannot_be_read_is_named(folder):
+def test_unreadable_file_is_named(folder):
     with pytest.raises(UserError, match="gone.json: cannot be read"), open_binary(str(folder / "gone.json")):
         pass
     assert is_local(folder) == (not str(folder).startswith("gs:"))

@@ -1,4 +1,4 @@
-"""A stage's steps and bins, planned from what examples measure."""
+"""Steps and bins of a stage, planned from measured examples."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def _plan(examples, **options):
 
 
 def _numbers(examples, plan):
-    """The records in the batches of the whole stage."""
+    """Returns the records in the batches of the complete stage."""
     feed = Feed(examples, range(PACKING.bins_per_microbatch), plan.microbatches, num_examples=plan.num_examples)
     batches = [next(feed) for _ in range(plan.steps)]
     feed.close()
@@ -26,7 +26,7 @@ def _numbers(examples, plan):
 
 
 @pytest.mark.parametrize("epochs", [1.0, 2.0, 2.5])
-def test_epochs_show_every_example_as_often_and_no_step_is_empty(chat, epochs):
+def test_epochs_use_every_example_equally_often_without_empty_steps(chat, epochs):
     examples = reader(pages(61), chat)
     plan = _plan(examples, epochs=epochs)
     assert plan.num_examples == round(61 * epochs)
@@ -37,8 +37,8 @@ def test_epochs_show_every_example_as_often_and_no_step_is_empty(chat, epochs):
     assert len(_numbers(examples, dataclasses.replace(plan, steps=plan.steps - 1))) < plan.num_examples
 
 
-def test_long_epochs_are_as_long_as_the_mean_says(chat, monkeypatch):
-    monkeypatch.setattr(planning, "_SAMPLE_OF_EPOCHS", 200)
+def test_long_epochs_are_planned_from_the_mean(chat, monkeypatch):
+    monkeypatch.setattr(planning, "_EPOCH_SAMPLE_SIZE", 200)
     examples = reader(pages(400), chat)
     plan = _plan(examples, epochs=2.0)
     assert plan.num_examples is None
@@ -60,7 +60,7 @@ def test_the_plan_is_the_same_in_every_process(chat):
     assert plans[0] == plans[1]
 
 
-def test_refused_examples_are_no_part_of_the_plan(chat):
+def test_plan_ignores_refused_examples(chat):
     records = pages(40)
     for record in records[::4]:
         record["image"] = b"not a picture"
@@ -68,7 +68,7 @@ def test_refused_examples_are_no_part_of_the_plan(chat):
     assert len(_numbers(examples, _plan(examples, epochs=1.0))) == 30
 
 
-def test_data_of_which_nothing_can_be_used(chat):
+def test_data_without_a_usable_example(chat):
     records = [{**page(i, np.random.default_rng(i)), "image": b""} for i in range(5)]
     for length in ({"steps": 3}, {"epochs": 1.0}):
         with pytest.raises(

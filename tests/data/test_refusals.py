@@ -1,4 +1,4 @@
-"""Each refused example is named once, over all epochs and sittings."""
+"""Each refused example is listed once, over all epochs and restarts."""
 
 import json
 
@@ -6,7 +6,7 @@ from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.refusals import RefusalLog
 
 
-def test_once_an_example(tmp_path):
+def test_each_example_is_listed_once(tmp_path):
     path = tmp_path / "data_refused.jsonl"
     log = RefusalLog(path)
     log.add([])
@@ -15,7 +15,7 @@ def test_once_an_example(tmp_path):
     log.add([first, second, first])
     log.add([second])
     with path.open("a") as file:
-        file.write('{"id": "2", "sou')  # killed while it wrote
+        file.write('{"id": "2", "sou')  # killed while writing
     third = Refused("2", "a/train", "damaged")
     for _ in range(2):
         again = RefusalLog(path)

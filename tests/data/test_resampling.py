@@ -1,4 +1,4 @@
-"""Visual tokens of anyres_max_9, against LLaVA-OneVision's own packing in transformers, in value and in gradient."""
+"""Visual tokens of anyres_max_9, compared with LLaVA-OneVision's packing in transformers: values and gradients."""
 
 import types
 
@@ -12,14 +12,14 @@ from alignvlm_jax.data.tiling import TilingConfig, plan_tiles
 
 
 def _gathered(plan, config, grid, features, newline):
-    """The tokens that sources and weights describe, in torch, so that it has a gradient."""
+    """Returns the tokens that sources and weights describe, in torch, which gives a gradient."""
     sources, weights = resample(plan, config, grid)
     rows = torch.cat([features.flatten(0, 1), newline[None]])  # -1 is the last
     return (rows[torch.from_numpy(sources).long()] * torch.from_numpy(weights)[..., None]).sum(1)
 
 
 def _packed_by_transformers(plan, side, tokens, max_tiles, features, newline):
-    """`pack_image_features` of a model whose vision tower has tiles of `side` pixels and `tokens` squared tokens."""
+    """Runs `pack_image_features` for a vision tower with tiles of `side` pixels and `tokens` squared tokens."""
     pinpoints = [[row * side, col * side] for row in range(1, 7) for col in range(1, 7)]
     vision = types.SimpleNamespace(image_size=side, patch_size=side // tokens)
     model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
@@ -31,7 +31,7 @@ def _packed_by_transformers(plan, side, tokens, max_tiles, features, newline):
     return packed[0]
 
 
-# One page of every kind: one cell, wide, tall, exact fit, padded above and below, odd and even borders, reduced.
+# One page of each kind: one cell, wide, tall, exact fit, padded above and below, odd and even borders, reduced.
 _SIZES = [
     (56, 56),
     (20, 13),
@@ -73,20 +73,20 @@ def test_the_example_of_the_docstring():
     np.testing.assert_array_equal(weights, np.tile([1.0, 0.0, 0.0, 0.0], (10, 1)))
 
 
-# S = 384, 27 x 27 tokens a tile: the encoder of the paper. Worked by hand.
+# S = 384, 27 x 27 tokens per tile: the paper's encoder. Worked by hand.
 @pytest.mark.parametrize(
     "width, height, tokens",
     [
         (384, 384, 729 + 27 * 28),  # one cell and the thumbnail: no border, a newline for each of 27 rows
-        # 3 columns, 2 rows: 81 x 54 tokens. 600 * 81 / 800 = 60.75 rows would be needed, 54 are there; so 800 wide
-        # needs 800 * 54 / 600 = 72 of 81 columns: borders of 4, 73 columns stay.
+        # 3 columns, 2 rows: 81 x 54 tokens. 600 * 81 / 800 = 60.75 rows would be needed, there are 54; so 800 wide
+        # needs 800 * 54 / 600 = 72 of 81 columns: borders of 4, 73 columns remain.
         (800, 600, 729 + 54 * 74),
         # 3 columns, 4 rows: 81 x 108. 1000 * 108 / 1400 = 77.1: borders of 2, 77 columns. 108 * 77 = 8316 tokens are
-        # sqrt(8316 / 6561) = 1.126 > 1.1 too many: 108 / 1.126 = 95.9, 77 / 1.126 = 68.4.
+        # too many by sqrt(8316 / 6561) = 1.126 > 1.1: 108 / 1.126 = 95.9, 77 / 1.126 = 68.4.
         (1000, 1400, 729 + 95 * 69),
         # 6 x 6: 162 x 162, reduced by exactly 2.
         (2304, 2304, 729 + 81 * 82),
-        (1, 10000, 729 + 27 * 2),  # one cell; 1 of 27 columns stays
+        (1, 10000, 729 + 27 * 2),  # one cell; 1 of 27 columns remains
     ],
 )
 def test_number_of_tokens(width, height, tokens):
@@ -100,7 +100,7 @@ def test_number_of_tokens(width, height, tokens):
 
 
 def test_a_sliver_keeps_a_column():
-    """Where the original would leave newlines alone: int(7 * 4 / 50) = 0 of an even number of columns."""
+    """The original would leave only newlines: int(7 * 4 / 50) = 0 of an even number of columns."""
     config = TilingConfig("anyres_max_9", tile_size=56, thumbnail=False)
     sources, _ = resample(plan_tiles(7, 50, config), config, (4, 4))
     np.testing.assert_array_equal(sources[:, 0], [1, 2, -1, 5, 6, -1, 9, 10, -1, 13, 14, -1])
@@ -115,9 +115,9 @@ def test_other_rules_take_every_token():
 
 
 def test_tokens_that_are_not_square():
-    """H-Reducer: four columns become one. The border is that of square tokens, in units four times as wide."""
+    """H-Reducer joins four columns to one. The border is that of square tokens, in units four times as wide."""
     config = TilingConfig("anyres_max_9", tile_size=56, max_tiles=100)
-    plan = plan_tiles(112, 40, config)  # one row of two cells; 40 of 56 rows of pixels are picture
+    plan = plan_tiles(112, 40, config)  # one row of two cells; 40 of 56 rows of pixels show the image
     assert plan.grid == (1, 2)
     assert num_visual_tokens(plan, config, (8, 2)) == 16 + 6 * (2 * 2 + 1)  # int(40 / 112 * 16) = 5: borders of 1
 

@@ -1,6 +1,6 @@
-"""The three rules against tables worked by hand, and against transformers' code for InternVL and LLaVA-OneVision.
+"""The three rules against hand-worked tables, and against transformers' code for InternVL and LLaVA-OneVision.
 
-(Its Ovis2 processor transposes the grid: no oracle. That rule is written a second time here.)
+transformers' Ovis2 processor transposes the grid, so it is no reference; that rule is implemented a second time here.
 """
 
 import random
@@ -18,7 +18,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 
 
-# width, height, tile side, most tiles -> (rows, cols). The reason stands beside each.
+# width, height, tile side, max_tiles -> (rows, cols), with the reason.
 @pytest.mark.parametrize(
     "width, height, side, max_tiles, grid",
     [
@@ -26,13 +26,13 @@ from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
         (100, 60, 384, 9, (1, 1)),  # small images are not shrunk: coverage 1
         (96, 101, 96, 9, (1, 1)),  # (96 / 101)^2 = 0.903 > 0.9
         (96, 102, 96, 9, (2, 1)),  # (96 / 102)^2 = 0.886; two rows of 96 x 51 cover everything, two columns 0.886
-        (102, 96, 96, 9, (1, 2)),  # the same, lying
+        (102, 96, 96, 9, (1, 2)),  # the same in landscape
         (96, 180, 96, 9, (2, 1)),
         (84, 192, 96, 9, (2, 1)),
         (200, 200, 96, 9, (2, 2)),  # (96 / 100)^2 = 0.92; three in a row only 96 * 46 * 3 / 40000 = 0.33
         (202, 202, 96, 9, (2, 2)),  # (96 / 101)^2 = 0.903
         (203, 203, 96, 9, (3, 3)),  # two by two 0.89, three by two 0.894 (cells 101 and 102 wide): only nine cover it
-        (1000, 1400, 384, 9, (3, 3)),  # nothing covers 0.9: nine tiles keep the most
+        (1000, 1400, 384, 9, (3, 3)),  # no grid covers 0.9: nine tiles keep the most
         (1000, 1400, 384, 4, (2, 2)),
         (1, 10000, 384, 9, (9, 1)),
         (1, 1, 384, 9, (1, 1)),
@@ -47,7 +47,7 @@ def test_grid(width, height, side, max_tiles, grid):
 
 
 def test_boxes_and_sizes():
-    """The last row and column take what is left; the long side of every picture is S; the thumbnail comes first."""
+    """The last row and column take the remainder, the long side of every tile is S, and the thumbnail comes first."""
     plan = plan_tiles(1000, 1400, TilingConfig(tile_size=384))
     assert plan.boxes[0] == (0, 0, 1000, 1400)
     assert plan.boxes[1] == (0, 0, 333, 466)
@@ -55,12 +55,12 @@ def test_boxes_and_sizes():
     assert plan.boxes[9] == (666, 932, 1000, 1400)
     assert plan.sizes[0] == (384, 274)  # int(1000 / 1400 * 384)
     assert plan.sizes[1] == (384, 274)  # int(333 / 466 * 384)
-    # enlarged too: 84 x 51 becomes 96 wide
+    # Cells are also enlarged: 84 x 51 becomes 96 wide.
     assert plan_tiles(84, 102, TilingConfig(tile_size=96, thumbnail=False)).sizes == ((58, 96), (58, 96))
 
 
 def _grid_as_published(width, height, side, max_tiles):
-    """The rule written a second time, the long way round."""
+    """Returns the grid of the rule ovis, by a second, longer implementation."""
 
     def cells(rows, cols):
         xs = [col * (width // cols) for col in range(cols)] + [width]
@@ -73,21 +73,21 @@ def _grid_as_published(width, height, side, max_tiles):
             h, w = h / w * side, side
         return w * h
 
-    everything = []
+    grids = []
     for rows in range(1, max_tiles + 1):
         for cols in range(1, max_tiles + 1):
             if rows * cols <= max_tiles:
                 area = 0.0
-                for cell in cells(rows, cols):  # not sum(): Python 3.12 compensates it, and exact ties fall otherwise
+                for cell in cells(rows, cols):  # not sum(): Python 3.12 compensates it, which breaks exact ties
                     area += covered(*cell)
-                everything.append(((rows, cols), area / (width * height)))
-    good = [entry for entry in everything if entry[1] > 0.9]
+                grids.append(((rows, cols), area / (width * height)))
+    good = [entry for entry in grids if entry[1] > 0.9]
     if good:
         return sorted(good, key=lambda e: (e[0][0] * e[0][1], -e[1]))[0][0]
-    return sorted(everything, key=lambda e: (-e[1], e[0][0] * e[0][1]))[0][0]
+    return sorted(grids, key=lambda e: (-e[1], e[0][0] * e[0][1]))[0][0]
 
 
-def test_grid_matches_second_writing():
+def test_grid_matches_second_implementation():
     rng = random.Random(0)
     for _ in range(3000):
         longest = rng.choice([12, 200, 5000])
@@ -109,7 +109,7 @@ def test_cut_tiles_places_the_picture_top_left():
     tiles, valid_hw = cut_tiles(PIL.Image.fromarray(page), plan, 96)
     assert tiles.shape == (2, 96, 96, 3) and tiles.dtype == np.uint8 and valid_hw.dtype == np.int32
     np.testing.assert_array_equal(valid_hw, [[90, 96], [90, 96]])
-    # Cells of one colour stay of one colour to their edge: nothing leaks across the cut.
+    # Cells of one color keep this color up to their edge: nothing leaks across the cut.
     assert (tiles[0, :90] == (10, 20, 30)).all() and (tiles[1, :90] == (200, 210, 220)).all()
     assert (tiles[:, 90:] == 0).all()
 
@@ -132,7 +132,7 @@ def test_map_points_by_hand():
 
 @pytest.mark.parametrize("thumbnail", [False, True])
 def test_map_points_finds_the_pixel(thumbnail):
-    """A white dot drawn on a page is found in the tiles where map_points says."""
+    """A white dot on a page is found in the tiles at the position that map_points returns."""
     config = TilingConfig(tile_size=64, thumbnail=thumbnail)
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -147,16 +147,16 @@ def test_map_points_finds_the_pixel(thumbnail):
         assert tiles[tile, min(int(y_tile), 63), min(int(x_tile), 63)].max() > 60
 
 
-# width, height, tile side, most tiles -> (rows, cols).
+# width, height, tile side, max_tiles -> (rows, cols).
 @pytest.mark.parametrize(
     "width, height, side, max_tiles, grid",
     [
-        (448, 448, 448, 12, (1, 1)),  # 2 x 2 ties, but wants more than 0.5 * 448^2 * 4 = 401,408 pixels
-        (800, 800, 448, 9, (2, 2)),  # 640,000 are more; 3 x 3 would want 903,168
+        (448, 448, 448, 12, (1, 1)),  # 2 x 2 ties, but needs more than 0.5 * 448^2 * 4 = 401,408 pixels
+        (800, 800, 448, 9, (2, 2)),  # 640,000 are more; 3 x 3 would need 903,168
         (1000, 1000, 448, 9, (3, 3)),
         (1000, 1000, 448, 8, (2, 2)),
         (800, 600, 448, 9, (2, 3)),  # 4/3 is 1/6 from 3/2, 1/3 from 1
-        (800, 600, 448, 12, (3, 4)),  # with twelve tiles there is 4/3 itself
+        (800, 600, 448, 12, (3, 4)),  # twelve tiles allow exactly 4/3
         (1280, 720, 448, 9, (2, 4)),  # 16/9 is nearest to 2; 921,600 pixels are more than 0.5 * 448^2 * 8 = 802,816
         (640, 360, 448, 9, (1, 2)),
         (1000, 1400, 448, 9, (3, 2)),  # 5/7 = 0.714: 2/3 is nearer than 1
@@ -176,17 +176,17 @@ def test_internvl_grid(width, height, side, max_tiles, grid):
     assert plan.thumbnail == (None if grid == (1, 1) else plan.num_tiles - 1)
 
 
-# width, height -> (rows, cols) of canvases of 384 x 384 cells, six by six at most.
+# width, height -> (rows, cols) of canvases with cells of 384 x 384, at most six by six.
 @pytest.mark.parametrize(
     "width, height, grid",
     [
         (384, 384, (1, 1)),
-        (100, 60, (1, 1)),  # fits in any canvas: the smallest
+        (100, 60, (1, 1)),  # fits on any canvas: the smallest
         (384, 385, (2, 1)),  # one cell would keep 383 x 384 = 147,072 of 147,840 pixels
-        (800, 600, (2, 3)),  # 2 x 2 would keep 768 x 576 of its pixels; 1152 x 768 keeps all
+        (800, 600, (2, 3)),  # 2 x 2 would keep 768 x 576 pixels; 1152 x 768 keeps all
         (1000, 1400, (4, 3)),
         (2304, 2304, (6, 6)),
-        (3000, 4000, (6, 5)),  # 1728 x 2304 are the most it can have; five columns are enough for them
+        (3000, 4000, (6, 5)),  # it can keep at most 1728 x 2304, for which five columns are enough
         (4000, 3000, (5, 6)),
         (10, 10000, (6, 1)),  # 2 x 2304
         (1, 10000, (1, 1)),  # less than a pixel wide on any canvas: the smallest
@@ -231,7 +231,7 @@ def test_grids_match_transformers():
 @pytest.mark.parametrize("size", [(56, 56), (200, 130), (130, 200), (500, 90), (41, 33), (3, 400), (1, 10000)], ids=str)
 @pytest.mark.parametrize("rule", ["internvl", "anyres_max_9"])
 def test_pixels_match_transformers(rule, size):
-    """Every pixel of every tile, in its order."""
+    """Every pixel of every tile is equal, in the same order."""
     page = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     common = {"size": {"height": 56, "width": 56}, "do_rescale": False, "do_normalize": False, "do_convert_rgb": True}
     if rule == "internvl":
@@ -275,5 +275,5 @@ def test_wrong_config():
 def test_grey_is_cut_like_its_rgb(rule):
     page = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (310, 190), np.uint8))
     plan = plan_tiles(*page.size, TilingConfig(rule, tile_size=56))
-    for grey, colour in zip(cut_tiles(page, plan, 56), cut_tiles(page.convert("RGB"), plan, 56), strict=True):
-        np.testing.assert_array_equal(grey, colour)
+    for grey, color in zip(cut_tiles(page, plan, 56), cut_tiles(page.convert("RGB"), plan, 56), strict=True):
+        np.testing.assert_array_equal(grey, color)

@@ -1,4 +1,4 @@
-"""Which examples share a bin: the best subset, found by hand and by trying all; nothing is dropped or kept waiting."""
+"""Bin packing: the best subset, against hand-worked cases and exhaustive search; nothing is dropped or kept waiting."""
 
 import itertools
 
@@ -9,26 +9,26 @@ from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.window import MeasuredExample, Window, choose_bin
 
 
-def _waiting(*sizes):
+def _measured(*sizes):
     return [MeasuredExample(i, *size) for i, size in enumerate(sizes)]
 
 
 def test_worked_example():
     config = PackingConfig(tokens_per_bin=10, tiles_per_bin=3)
-    assert choose_bin(_waiting((4, 1), (4, 1), (3, 1), (2, 0)), config) == [0, 1, 3]
+    assert choose_bin(_measured((4, 1), (4, 1), (3, 1), (2, 0)), config) == [0, 1, 3]
 
 
-def test_the_oldest_goes_first_and_small_ones_are_spared():
+def test_oldest_example_goes_first_and_small_ones_are_kept_for_later():
     config = PackingConfig(tokens_per_bin=10, tiles_per_bin=4)
-    # 1 alone would fill the bin, but the oldest has waited longest.
-    assert choose_bin(_waiting((8, 1), (10, 4), (3, 1)), config) == [0]
-    # 6 tokens and 2 tiles are free: 1 alone or 2 and 3 fill them; 2 and 3 find a place more easily later.
-    assert choose_bin(_waiting((4, 2), (6, 2), (3, 1), (3, 1)), config) == [0, 1]
+    # Example 1 alone would fill the bin, but example 0 has waited longest.
+    assert choose_bin(_measured((8, 1), (10, 4), (3, 1)), config) == [0]
+    # 6 tokens and 2 tiles are free. Either 1 or 2 and 3 fill them; 2 and 3 find room more easily later.
+    assert choose_bin(_measured((4, 2), (6, 2), (3, 1), (3, 1)), config) == [0, 1]
 
 
 def test_no_more_examples_than_a_bin_takes():
     config = PackingConfig(tokens_per_bin=10, tiles_per_bin=0, examples_per_bin=3)
-    chosen = choose_bin(_waiting((1, 0), (1, 0), (2, 0), (1, 0), (3, 0)), config)
+    chosen = choose_bin(_measured((1, 0), (1, 0), (2, 0), (1, 0), (3, 0)), config)
     assert chosen == [0, 2, 4]
 
 
@@ -40,7 +40,7 @@ def test_as_good_as_the_best_of_all_subsets(seed):
         (int(rng.integers(1, config.tokens_per_bin + 1)), int(rng.integers(0, config.tiles_per_bin + 1)))
         for _ in range(rng.integers(1, 10))
     ]
-    waiting = _waiting(*sizes)
+    waiting = _measured(*sizes)
 
     def total(chosen):
         return sum(sizes[i][0] for i in chosen), sum(sizes[i][1] for i in chosen)
@@ -49,8 +49,8 @@ def test_as_good_as_the_best_of_all_subsets(seed):
         tokens, tiles = total(chosen)
         return tokens / config.tokens_per_bin + tiles / max(config.tiles_per_bin, 1)
 
-    everything = [(0, *others) for n in range(len(sizes)) for others in itertools.combinations(range(1, len(sizes)), n)]
-    fitting = [c for c in everything if total(c)[0] <= config.tokens_per_bin and total(c)[1] <= config.tiles_per_bin]
+    subsets = [(0, *others) for n in range(len(sizes)) for others in itertools.combinations(range(1, len(sizes)), n)]
+    fitting = [c for c in subsets if total(c)[0] <= config.tokens_per_bin and total(c)[1] <= config.tiles_per_bin]
     chosen = choose_bin(waiting, config)
     assert tuple(chosen) in fitting and share(chosen) == pytest.approx(max(map(share, fitting)))
 
@@ -59,25 +59,25 @@ def test_nothing_is_dropped_and_nothing_waits_long():
     rng = np.random.default_rng(0)
     config = PackingConfig(tokens_per_bin=1000, tiles_per_bin=10, window=12)
     sizes = [(int(rng.integers(10, 1001)), int(rng.integers(0, 11))) for _ in range(500)]
-    window, came, left = Window(config, 0), 0, {}
+    window, next_position, bin_of = Window(config, 0), 0, {}
     for number in itertools.count():
-        while window.has_room and came < len(sizes):
-            window.waiting.append(MeasuredExample(came, *sizes[came]))
-            came += 1
-        taken = window.pop_bin()
-        if not taken:
+        while window.has_room and next_position < len(sizes):
+            window.waiting.append(MeasuredExample(next_position, *sizes[next_position]))
+            next_position += 1
+        chosen = window.pop_bin()
+        if not chosen:
             break
-        assert sum(example.tokens for example in taken) <= 1000 and sum(example.tiles for example in taken) <= 10
-        assert [example.position for example in taken] == sorted(example.position for example in taken)
-        left |= {example.position: number for example in taken}
-    assert sorted(left) == list(range(500)) and window.pop_bin() == []
+        assert sum(example.tokens for example in chosen) <= 1000 and sum(example.tiles for example in chosen) <= 10
+        assert [example.position for example in chosen] == sorted(example.position for example in chosen)
+        bin_of |= {example.position: number for example in chosen}
+    assert sorted(bin_of) == list(range(500)) and window.pop_bin() == []
     # While it waits, at least one older example leaves with each bin.
-    assert all(left[i] - min(left[j] for j in range(i, min(i + 12, 500))) <= config.window for i in left)
+    assert all(bin_of[i] - min(bin_of[j] for j in range(i, min(i + 12, 500))) <= config.window for i in bin_of)
 
 
-def test_a_state_is_all_there_is():
+def test_state_is_complete():
     config = PackingConfig(tokens_per_bin=1000, tiles_per_bin=10, window=5)
-    window = Window(config, 17, _waiting((700, 3), (400, 6), (200, 1), (300, 7)))
-    again = Window.from_state(config, window.state())
-    assert again == window and again.waiting[2] == MeasuredExample(2, 200, 1)
-    assert again.pop_bin() == window.pop_bin() and again == window
+    window = Window(config, 17, _measured((700, 3), (400, 6), (200, 1), (300, 7)))
+    restored = Window.from_state(config, window.state())
+    assert restored == window and restored.waiting[2] == MeasuredExample(2, 200, 1)
+    assert restored.pop_bin() == window.pop_bin() and restored == window

@@ -1,4 +1,4 @@
-"""Tasks in processes: every one done once, errors and deaths reported."""
+"""Tasks in processes: each is done once, and errors and killed processes are reported."""
 
 import functools
 import signal
@@ -21,7 +21,7 @@ def test_an_error_in_a_task_is_raised_here():
             list(run_tasks(int, ["1", "x", "3"], processes))
 
 
-def test_the_death_of_a_process_ends_it_and_says_at_which_tasks():
+def test_killed_process_ends_the_run_and_names_its_tasks():
     with pytest.raises(WorkerDied) as error:
         list(run_tasks(signal.raise_signal, [signal.SIGKILL] * 9, 2))
     assert 1 <= len(error.value.tasks) <= 4

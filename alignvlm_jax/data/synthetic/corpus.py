@@ -155,7 +155,7 @@ def _records(
     processes: int,
     bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the documents of a split in order; a few calls are drawn pending of the writing."""
+    """Yields the documents of a split in order; a few calls are drawn ahead of the writing."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     pending = collections.deque()
     while True:

@@ -6,7 +6,7 @@ paper's color:
     easy   the middle eighth of a capital's height: one px, and people still read it
     hard   a quarter of it: two or three px of about eight, and people guess
 
-The question is one of the document's questions, so the answer is still printed_answers by its label; only reading it is harder.
+The question is one of the document's questions, so the answer is still found by its label; only reading it is harder.
 Every document comes twice, first easy and then hard, with the same text covered; the record's `source` is the
 difficulty. `evaluation.metrics.vcr_scores` scores the answers.
 """
