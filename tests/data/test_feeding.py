@@ -140,9 +140,8 @@ def test_refused_examples_are_counted_and_named(examples):
     feed.close()
     # The counts do not depend on when a run stops: those of the second half are also counted after resuming.
     first = sum(batch["num_refused"].sum() for batch in batches[:4])
-    again, _ = read_batches(
-        Feed(examples, ROWS, MICROBATCHES, read_batches(Feed(examples, ROWS, MICROBATCHES), 4)[1][-1]), STEPS - 4
-    )
+    _, states = read_batches(Feed(examples, ROWS, MICROBATCHES), 4)
+    again, _ = read_batches(Feed(examples, ROWS, MICROBATCHES, states[-1]), STEPS - 4)
     assert first + sum(batch["num_refused"].sum() for batch in again) == len(refused)
 
 

@@ -39,7 +39,7 @@ def test_more_rows_than_bytes_are_not_believed(tmp_path):
     """A damaged count must not become a hundred million lines of refused records."""
     pq.write_table(pa.table({"sample_id": ["same"] * 100_000}), tmp_path / "a.parquet")
     (row,) = rows_of(tmp_path / "a.parquet")
-    assert row.kind == "damaged file" and "claims 100000 rows" in str(row)
+    assert row.kind == "damaged file" and "state 100000 rows" in str(row)
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path):
