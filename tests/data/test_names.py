@@ -1,4 +1,4 @@
-"""Names of known rarity: the counts hold, the lots are lots, and nothing but rarity tells them apart."""
+"""Names of known rarity: the counts hold, rarity is random, and names of a group differ in nothing else."""
 
 import collections
 
@@ -22,7 +22,7 @@ def lexicon():
 
 @pytest.fixture(scope="module")
 def pages():
-    """All pages of each split, without their pixels."""
+    """All pages of each split, without their images."""
     return {
         split: [
             draw_names_document(SEED, split, index, groups=GROUPS, render=False)
@@ -32,7 +32,7 @@ def pages():
     }
 
 
-def test_a_group_has_each_count_once_and_is_alike_or_not(lexicon):
+def test_groups_have_each_count_once_and_are_look_alikes_or_loners(lexicon):
     assert len({name.text for name in lexicon}) == GROUPS * len(COUNTS)
     for group in range(GROUPS):
         members = [name for name in lexicon if name.group == group]
@@ -46,8 +46,8 @@ def test_a_group_has_each_count_once_and_is_alike_or_not(lexicon):
             assert distance == 1 if alike else name == other or distance > LOOK_ALIKE
 
 
-def test_rarity_is_a_matter_of_lot():
-    """The place in the alphabet of the letter that tells look-alikes apart says nothing about how common a name is."""
+def test_rarity_is_random():
+    """The alphabetical position of the letter that tells look-alikes apart is not related to how common a name is."""
     ranks = []
     for seed in range(40):
         texts = {name.seen: name.text for name in draw_lexicon(seed, GROUPS) if name.group == 0}
@@ -55,7 +55,7 @@ def test_rarity_is_a_matter_of_lot():
     assert min(np.bincount(ranks, minlength=6)) >= 1 and abs(np.mean(ranks) - 2.5) < 1
 
 
-def test_names_are_printed_and_asked_for_as_often_as_they_say(lexicon, pages):
+def test_names_are_printed_and_asked_for_as_often_as_stated(lexicon, pages):
     for split, documents in pages.items():
         printed = collections.Counter(word for document in documents for word in document.transcription.split())
         asked = collections.Counter(answer for document in documents for answer in document.answers)
@@ -71,11 +71,11 @@ def test_names_of_a_page_are_of_different_groups(lexicon, pages):
         found = [group[answer] for answer in document.answers if answer in group]
         assert len(found) == len(set(found)) == 3
         together.update([tuple(sorted(found))])
-    assert len(together) > 3  # no group keeps to the same company
+    assert len(together) > 3  # no group always comes with the same others
 
 
-def test_ordinary_documents_of_training_print_none_of_them(lexicon):
-    """And held-out ones neither, so mixing the corpora leaves what is held out held out."""
+def test_ordinary_training_documents_print_no_lexicon_names(lexicon):
+    """Neither do held-out ones, so mixing the corpora keeps held-out values held out."""
     texts = {name.text for name in draw_lexicon(0, 24)} | {name.text for name in lexicon}
     assert {split_of(text) for text in texts} == {"validation"}
     for index in range(200):
@@ -102,7 +102,7 @@ def test_a_corpus_keeps_its_lexicon(tmp_path, lexicon):
     assert (folder / "dataset_info.json").stat().st_mtime_ns == written
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_reported(tmp_path):
     with pytest.raises(UserError, match="multiple of 6, got 4"):
         draw_lexicon(0, 4)
     features = {"id": tfds.features.Text()}

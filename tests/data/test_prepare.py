@@ -1,4 +1,4 @@
-"""Any format to a data set that anyone can read; nothing lost, whatever happens on the way."""
+"""Conversion of every format to a data set that any reader opens; interruptions and errors lose nothing."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from tests.data.formats.samples import image_bytes, llava_record, write_images, 
 from tests.data.nano_tokenizer import write_chat_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
-HERE = in_processes(1)
+IN_PROCESS = in_processes(1)
 
 
 def recipe_for(folder: Path, name: str = "llava", **options) -> Recipe:
@@ -38,7 +38,7 @@ def recipe_for(folder: Path, name: str = "llava", **options) -> Recipe:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What the files of a folder hold."""
+    """Returns the contents of a folder's files."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -57,7 +57,7 @@ def pages(tmp_path):
 def test_every_format_becomes_a_data_set(name, tmp_path):
     file = write_input(name, tmp_path, 9)
     recipe = Recipe(name, (str(file),), options=FormatOptions(4), limits=Limits(image_root=str(tmp_path / "images")))
-    summary = prepare(recipe, tmp_path / "out", convert=HERE, progress=False)
+    summary = prepare(recipe, tmp_path / "out", convert=IN_PROCESS, progress=False)
     assert (summary.accepted, summary.rejected) == (9, {})
     assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
     source = open_dataset(tmp_path / "out", "train")
@@ -65,7 +65,7 @@ def test_every_format_becomes_a_data_set(name, tmp_path):
     encoding = "JPEG" if name == "webdataset" else "PNG"
     for i in range(9):
         record = source[i]
-        assert record["images"] == [image_bytes(i, format=encoding)]  # the very bytes
+        assert record["images"] == [image_bytes(i, format=encoding)]  # byte for byte
         messages = json.loads(record["conversation"])
         assert messages[0]["content"][0] == {"type": "image"} and str(i) in messages[1]["content"]
         assert record["id"] and record["source"]
@@ -73,9 +73,9 @@ def test_every_format_becomes_a_data_set(name, tmp_path):
     assert (chat.encode(messages, [3]).visual_index >= 0).sum() == 3
 
 
-def test_anyone_reads_it_without_tensorflow(pages, tmp_path):
+def test_data_set_is_readable_without_tensorflow(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
-    prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False)
+    prepare(recipe_for(pages), tmp_path / "out", convert=IN_PROCESS, progress=False)
     program = (
         "import sys, tensorflow_datasets as tfds;"
         f"record = tfds.builder_from_directory({str(tmp_path / 'out')!r}).as_data_source('train')[5];"
@@ -93,7 +93,7 @@ def test_every_record_is_in_the_data_set_or_refused_with_the_reason(pages, tmp_p
     records[5] = "not a record"
     write_json(pages / "a.json", records)
     summary = prepare(
-        recipe_for(pages, records_per_shard=3), tmp_path / "out", max_rejects=0.3, convert=HERE, progress=False
+        recipe_for(pages, records_per_shard=3), tmp_path / "out", max_rejects=0.3, convert=IN_PROCESS, progress=False
     )
     assert summary.accepted == 6 and summary.rejected == {"missing image": 1, "unreadable record": 1}
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
@@ -106,58 +106,59 @@ def test_every_record_is_in_the_data_set_or_refused_with_the_reason(pages, tmp_p
     assert ids == ["r0", "r1", "r3", "r4", "r6", "r7"]
 
 
-def test_too_many_rejects_stop_it_and_what_was_put_right_is_tried_again(pages, tmp_path):
-    write_json(pages / "a.json", [llava_record(i) for i in range(10)])  # there are but 8 images
+def test_too_many_rejects_stop_the_conversion_and_fixed_records_are_retried(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(10)])  # there are only 8 images
     recipe, out = recipe_for(pages, records_per_shard=2), tmp_path / "out"
     with pytest.raises(UserError, match=r"2 of 10 records.*limit of 1\.0%: 2 missing image.*rejects\.jsonl") as error:
-        prepare(recipe, out, convert=HERE, progress=False)
+        prepare(recipe, out, convert=IN_PROCESS, progress=False)
     assert str(out) in str(error.value) and len((out / "rejects.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="not a data set"):
         open_dataset(out, "train")
     shard = out / "conversations-train.array_record-00000"
     written = shard.stat().st_mtime_ns
     write_images(pages / "images", 10)
-    assert prepare(recipe, out, convert=HERE, progress=False).accepted == 10
-    assert shard.stat().st_mtime_ns == written  # what was well is not done again
+    assert prepare(recipe, out, convert=IN_PROCESS, progress=False).accepted == 10
+    assert shard.stat().st_mtime_ns == written  # finished work is not repeated
     assert (out / "rejects.jsonl").read_text() == "" and len(open_dataset(out, "train")) == 10
 
 
-def test_a_higher_limit_lets_it_pass(pages, tmp_path):
+def test_higher_limit_accepts_more_rejects(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(10)])
     with pytest.raises(UserError, match="2 of 10"):
-        prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.19, convert=HERE, progress=False)
-    assert prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.2, convert=HERE, progress=False).accepted == 8
+        prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.19, convert=IN_PROCESS, progress=False)
+    summary = prepare(recipe_for(pages), tmp_path / "out", max_rejects=0.2, convert=IN_PROCESS, progress=False)
+    assert summary.accepted == 8
 
 
-def test_it_stops_early_where_the_limit_is_certain_to_be_passed(pages, tmp_path):
+def test_conversion_stops_early_when_the_limit_is_certain_to_be_exceeded(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(100 + i) for i in range(400)])
     with pytest.raises(UserError, match="10 of 10 records so far"):
-        prepare(recipe_for(pages, records_per_shard=10), tmp_path / "out", convert=HERE, progress=False)
+        prepare(recipe_for(pages, records_per_shard=10), tmp_path / "out", convert=IN_PROCESS, progress=False)
 
 
-def test_one_bad_shard_of_unknown_size_is_no_reason_to_stop_early(tmp_path):
+def test_one_bad_shard_of_unknown_size_does_not_stop_early(tmp_path):
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "1.tar", range(40))
     (tmp_path / "in" / "0.tar").write_bytes(b"nothing")
     recipe = Recipe("webdataset", (str(tmp_path / "in"),))
-    summary = prepare(recipe, tmp_path / "out", max_rejects=0.03, convert=HERE, progress=False)
+    summary = prepare(recipe, tmp_path / "out", max_rejects=0.03, convert=IN_PROCESS, progress=False)
     assert summary.accepted == 40 and summary.rejected == {"damaged file": 1}
 
 
 def test_processes_write_the_same_as_one(pages, tmp_path):
-    write_json(pages / "a.json", [llava_record(i % 9) for i in range(24)])  # every ninth is missing
+    write_json(pages / "a.json", [llava_record(i % 9) for i in range(24)])  # every ninth image is missing
     recipe = recipe_for(pages, records_per_shard=5)
-    prepare(recipe, tmp_path / "one", max_rejects=0.2, convert=HERE, progress=False)
+    prepare(recipe, tmp_path / "one", max_rejects=0.2, convert=IN_PROCESS, progress=False)
     prepare(recipe, tmp_path / "two", max_rejects=0.2, convert=in_processes(2), progress=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_killed_at_any_point_and_started_again_it_ends_the_same(tmp_path):
-    """Really killed, with its worker processes at work, and twice, so that it dies at different points."""
+def test_killed_and_restarted_conversion_writes_the_same_files(tmp_path):
+    """The command is really killed, twice at different points, while its worker processes are at work."""
     file, killed = write_input("llava", tmp_path, 120), tmp_path / "killed"
     options, limits = FormatOptions(records_per_shard=3), Limits(image_root=str(tmp_path / "images"))
     recipe = Recipe("llava", (str(file),), options=options, limits=limits)
-    prepare(recipe, tmp_path / "whole", convert=HERE, progress=False)
+    prepare(recipe, tmp_path / "whole", convert=IN_PROCESS, progress=False)
 
     arguments = [sys.executable, TOOL, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
     arguments += ["--records-per-shard", "3", "--processes", "2", "--out", killed]
@@ -169,15 +170,15 @@ def test_killed_at_any_point_and_started_again_it_ends_the_same(tmp_path):
         workers = psutil.Process(run.pid).children()
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
-        assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
+        assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=30)[1]  # none survives its parent
         finished.append(len(list(killed.glob("progress/0*.json"))))
         assert not (killed / "dataset_info.json").exists()
     assert 1 <= finished[0] <= finished[1] < 40
-    prepare(recipe, killed, convert=HERE, progress=False)
+    prepare(recipe, killed, convert=IN_PROCESS, progress=False)
     assert contents(killed) == contents(tmp_path / "whole")
 
 
-def test_from_a_bucket_to_a_bucket_it_is_the_same(tmp_path):
+def test_bucket_to_bucket_writes_the_same_files(tmp_path):
     local = tmp_path / "local"
     with bucket_in(tmp_path / "cloud") as bucket:
         for name in FORMATS:
@@ -185,25 +186,25 @@ def test_from_a_bucket_to_a_bucket_it_is_the_same(tmp_path):
             write_input(name, tmp_path / "cloud" / "test" / name, 5)
             limits = Limits(image_root=f"{bucket}/{name}/images")
             recipe = Recipe(name, (f"{bucket}/{name}/data.*",), options=FormatOptions(2), limits=limits)
-            prepare(recipe, f"{bucket}/out/{name}", convert=HERE, progress=False)
-            prepare(recipe, local / name, convert=HERE, progress=False)
+            prepare(recipe, f"{bucket}/out/{name}", convert=IN_PROCESS, progress=False)
+            prepare(recipe, local / name, convert=IN_PROCESS, progress=False)
             assert contents(tmp_path / "cloud" / "test" / "out" / name) == contents(local / name)
-            assert prepare(recipe, f"{bucket}/out/{name}", convert=HERE, progress=False).accepted == 5
+            assert prepare(recipe, f"{bucket}/out/{name}", convert=IN_PROCESS, progress=False).accepted == 5
             assert len(open_dataset(local / name, "train")) == 5
         lost = [llava_record(0, image="../../test/llava/images/0.png"), llava_record(1, image="/etc/hostname")]
         write_json(tmp_path / "cloud" / "test" / "lost.json", [*lost, llava_record(0), llava_record(9)])
         recipe = Recipe("llava", (f"{bucket}/lost.json",), limits=Limits(image_root=f"{bucket}/llava/images"))
-        summary = prepare(recipe, local / "lost", max_rejects=1, convert=HERE, progress=False)
+        summary = prepare(recipe, local / "lost", max_rejects=1, convert=IN_PROCESS, progress=False)
         assert summary.accepted == 1 and summary.rejected == {"image path": 2, "missing image": 1}
 
 
-def test_killed_while_it_clears_away_it_is_done(pages, tmp_path):
+def test_conversion_killed_during_cleanup_is_finished(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
-    first = prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False)
+    first = prepare(recipe_for(pages), tmp_path / "out", convert=IN_PROCESS, progress=False)
     (tmp_path / "out" / "progress").mkdir()
     (tmp_path / "out" / "progress" / "000000.json").write_text("{}")
     before = contents(tmp_path / "out")
-    assert prepare(recipe_for(pages), tmp_path / "out", convert=HERE, progress=False) == first
+    assert prepare(recipe_for(pages), tmp_path / "out", convert=IN_PROCESS, progress=False) == first
     del before["progress/000000.json"]
     assert contents(tmp_path / "out") == before
 
@@ -211,36 +212,36 @@ def test_killed_while_it_clears_away_it_is_done(pages, tmp_path):
 def test_a_folder_with_anything_else_is_left_alone(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
     recipe, out = recipe_for(pages), tmp_path / "out"
-    prepare(recipe, out, convert=HERE, progress=False)
+    prepare(recipe, out, convert=IN_PROCESS, progress=False)
     other = recipe_for(pages, records_per_shard=2)
     with pytest.raises(UserError, match="exists already"):
-        prepare(other, out, convert=HERE, progress=False)
-    write_json(pages / "a.json", [llava_record(i) for i in range(7)])  # the same settings, another input
+        prepare(other, out, convert=IN_PROCESS, progress=False)
+    write_json(pages / "a.json", [llava_record(i) for i in range(7)])  # the same settings, other input
     with pytest.raises(UserError, match="exists already"):
-        prepare(recipe, out, convert=HERE, progress=False)
+        prepare(recipe, out, convert=IN_PROCESS, progress=False)
 
 
-def test_unfinished_work_is_not_gone_on_with_from_other_input(pages, tmp_path):
+def test_unfinished_work_is_not_resumed_with_other_input(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(10)])
     with pytest.raises(UserError, match="limit"):
-        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=HERE, progress=False)
+        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=IN_PROCESS, progress=False)
     write_json(pages / "a.json", [llava_record(i) for i in range(9)])
     with pytest.raises(UserError, match="other settings or input files"):
-        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=HERE, progress=False)
+        prepare(recipe_for(pages, records_per_shard=2), tmp_path / "out", convert=IN_PROCESS, progress=False)
 
 
-def test_a_full_disk_is_named_and_space_made_it_goes_on(tmp_path):
+def test_full_disk_is_reported_and_work_resumes_after_freeing_space(tmp_path):
     file = write_input("llava", tmp_path, 60)
     limits = Limits(image_root=str(tmp_path / "images"))
     recipe = Recipe("llava", (str(file),), options=FormatOptions(records_per_shard=50), limits=limits)
-    prepare(recipe, tmp_path / "whole", convert=HERE, progress=False)
+    prepare(recipe, tmp_path / "whole", convert=IN_PROCESS, progress=False)
     command = f"{sys.executable} {TOOL} --format llava --input {file} --images {tmp_path}/images --processes 1 "
     command += f"--records-per-shard 50 --out {tmp_path}/full"
-    run = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], capture_output=True, text=True)  # 20 KiB a file
+    run = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], capture_output=True, text=True)  # 20 KiB per file
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "array_record-00000: cannot be written, the disk may be full" in run.stderr
     assert not list((tmp_path / "full").glob("*array_record*"))
-    prepare(recipe, tmp_path / "full", convert=HERE, progress=False)
+    prepare(recipe, tmp_path / "full", convert=IN_PROCESS, progress=False)
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
@@ -274,7 +275,7 @@ def test_mistakes_are_named(pages, tmp_path):
         prepare(Recipe("llava", (str(pages / "a.json"),), limits=Limits(image_root=str(tmp_path / "lost"))), out)
 
 
-def test_the_tool_says_what_came_of_it(pages, tmp_path, monkeypatch, capsys):
+def test_tool_prints_a_summary(pages, tmp_path, monkeypatch, capsys):
     write_json(pages / "a.json", [llava_record(i) for i in range(9)])
     main = runpy.run_path(str(TOOL))["main"]
 
@@ -286,7 +287,7 @@ def test_the_tool_says_what_came_of_it(pages, tmp_path, monkeypatch, capsys):
     code, _, errors = run()
     assert code == 2 and "error: 1 of 9 records" in errors
     code, output, errors = run("--max-rejects", 0.2)
-    assert code == 0 and "9/9" in errors  # the bar
+    assert code == 0 and "9/9" in errors  # the progress bar
     assert output.splitlines() == [f"{tmp_path / 'out'}: 8 of 9 records, 1 refused", "         1  missing image"]
     with pytest.raises(SystemExit):
         run("--temp_location", "x")

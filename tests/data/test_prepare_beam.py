@@ -1,4 +1,4 @@
-"""The conversion in Apache Beam: the same files, byte for byte. Beam is installed apart, by the large test only."""
+"""The conversion in Apache Beam writes the same files, byte for byte. Only the large test installs Beam."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from tests.data.test_prepare import TOOL, contents
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_what_to_install_is_said(monkeypatch):
+def test_missing_beam_is_reported_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"pip install 'alignvlm-jax\[beam\]'"):
         in_beam(["--runner=DirectRunner"])
@@ -27,7 +27,7 @@ def test_what_to_install_is_said(monkeypatch):
 
 @pytest.mark.large
 def test_the_direct_runner_writes_the_same(tmp_path):
-    """Apache Beam comes from the package index, into a folder of its own: it wants an older protobuf than others."""
+    """Apache Beam is installed from the package index into a separate folder, because it requires an older protobuf."""
     requirement = re.search(r'"(apache-beam.*?)"', (REPOSITORY / "setup.py").read_text())[1]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "beam", requirement]
     subprocess.run(install, check=True)

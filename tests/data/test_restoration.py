@@ -1,4 +1,4 @@
-"""Covered print: the same lines twice, more of them left when it is easy, and nothing else touched."""
+"""Covered text: the same lines twice, more of them visible in the easy version, and nothing else changed."""
 
 import numpy as np
 import pytest
@@ -28,8 +28,8 @@ def test_bars_lie_on_the_answer_and_nowhere_else(index):
     assert changed.any() and not (changed & ~inside).any()
 
 
-def test_nearly_every_answer_stands_once():
-    """What stands twice is covered twice, so that nothing can be copied from elsewhere on the page."""
+def test_most_answers_are_printed_once():
+    """An answer printed twice is covered twice, so that it cannot be copied from elsewhere on the page."""
     counts = []
     for index in range(100):
         document, _, answer = draw_restoration(3, "train", index, "easy")
@@ -45,13 +45,13 @@ def test_hard_leaves_less_ink():
     assert ink("hard") < ink("easy")
 
 
-def test_values_keep_to_their_split():
+def test_values_belong_to_their_split():
     for index in range(20):
         document, _, _ = draw_restoration(3, "heldout", index, "easy")
         assert all(split_of(answer) == "heldout" for answer in document.answers if any(c.isdigit() for c in answer))
 
 
-def test_the_answer_scores_in_full():
+def test_correct_answer_has_the_full_score():
     _, _, answer = draw_restoration(3, "train", 0, "easy")
     assert vcr_scores(answer, [answer], "en") == ([1.0], [1.0])
 

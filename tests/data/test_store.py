@@ -1,4 +1,4 @@
-"""Records go to ArrayRecord and come back the same, without TensorFlow; a folder holds all of a data set or nothing."""
+"""Records in ArrayRecord are read back unchanged, without TensorFlow; a folder holds a complete data set or none."""
 
 import io
 import pickle
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     return build_corpus(tmp_path_factory.mktemp("data") / "corpus", seed=1, sizes=SIZES, progress=False)
 
 
-def test_records_come_back_as_they_were_drawn_and_in_order(corpus):
+def test_records_are_read_back_unchanged_and_in_order(corpus):
     for split, size in SIZES.items():
         source = open_dataset(corpus, split)
         assert len(source) == size
@@ -40,7 +40,7 @@ def test_images_stay_encoded(corpus):
     assert np.array_equal(Image.open(io.BytesIO(encoded)), draw_document(1, "heldout", 3).image)
 
 
-def test_grain_reads_it_in_any_order_and_in_other_processes(corpus):
+def test_grain_reads_records_in_any_order_and_in_other_processes(corpus):
     source = open_dataset(corpus, "train")
     shuffled = grain.MapDataset.source(source).shuffle(seed=4).map(lambda record: record["id"])
     ids = [source[i]["id"] for i in range(70)]
@@ -49,7 +49,7 @@ def test_grain_reads_it_in_any_order_and_in_other_processes(corpus):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
-def test_any_tfds_reader_opens_it(corpus):
+def test_tfds_opens_the_data_set(corpus):
     builder = tfds.builder_from_directory(str(corpus))
     assert builder.info.file_format.value == "array_record"
     assert builder.as_data_source("train")[0]["image"].ndim == 3
@@ -71,12 +71,12 @@ def test_two_processes_draw_the_same_corpus_as_one(corpus, tmp_path):
         assert all(ours[i] == theirs[i] for i in range(size))
 
 
-def test_a_corpus_is_drawn_once_and_again_if_asked_for_another(tmp_path):
+def test_corpus_is_drawn_again_only_for_other_parameters(tmp_path):
     folder = tmp_path / "corpus"
     build_corpus(folder, seed=1, sizes={"train": 3}, progress=False)
 
     def written():
-        """What changes when the file is written, and not when it is read."""
+        """Returns what changes when the file is written, but not when it is read."""
         status = (folder / "dataset_info.json").stat()
         return status.st_ino, status.st_mtime_ns
 
@@ -89,7 +89,7 @@ def test_a_corpus_is_drawn_once_and_again_if_asked_for_another(tmp_path):
     ]
 
 
-def test_another_data_set_is_not_written_over(tmp_path):
+def test_other_data_sets_are_not_overwritten(tmp_path):
     write_dataset(tmp_path / "real", FEATURES, {"train": [{"name": "a", "words": []}]})
     with pytest.raises(UserError, match="another kind"):
         build_corpus(tmp_path / "real", seed=1, sizes={"train": 1}, progress=False)
@@ -102,7 +102,7 @@ def test_another_data_set_is_not_written_over(tmp_path):
     assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
 
 
-def test_an_interrupted_writing_leaves_nothing(tmp_path):
+def test_interrupted_write_leaves_nothing(tmp_path):
     def records():
         yield {"name": "a", "words": ["b"]}
         raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "data", FEATURES, {"train": records()})
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "data.partial").mkdir()  # a run that was killed
+    (tmp_path / "data.partial").mkdir()  # left by a killed run
     (tmp_path / "data.partial" / "half.array_record").write_text("")
     write_dataset(tmp_path / "data", FEATURES, {"train": [{"name": "a", "words": ["b"]}]})
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -148,7 +148,7 @@ def four_shards(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damaged, without", [(0, "train[10:]"), (1, "train[:10]+train[20:]"), (3, "train[:30]")])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
-def test_a_damaged_shard_is_named_with_how_to_leave_it_out(four_shards, damaged, without, how):
+def test_damaged_shard_is_named_with_the_split_without_it(four_shards, damaged, without, how):
     files = sorted(four_shards.glob("*array_record*"))
     assert len(files) == 4
     data = bytearray(files[damaged].read_bytes())

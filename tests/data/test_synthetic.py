@@ -1,4 +1,4 @@
-"""Synthetic documents: drawn alike every time, legible where they say they are, and honest about what is held out."""
+"""Synthetic documents: reproducible, with correct glyph boxes, and without leaks into the held-out split."""
 
 import io
 import subprocess
@@ -26,7 +26,7 @@ _MANY = {"train": 2500, "validation": 600, "heldout": 1200}
 
 @pytest.fixture(scope="module")
 def layouts():
-    """Thousands of documents of each split, without their pixels."""
+    """Thousands of documents of each split, without their images."""
     return {split: [draw_document(0, split, i, render=False) for i in range(count)] for split, count in _MANY.items()}
 
 
@@ -44,7 +44,7 @@ def test_a_document_is_a_function_of_seed_split_and_index():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_leaving_out_the_pixels_changes_nothing_else(family):
+def test_document_without_image_is_otherwise_the_same(family):
     drawn = draw_document(1, "train", 2, family=family)
     laid_out = draw_document(1, "train", 2, family=family, render=False)
     assert laid_out.image is None
@@ -90,7 +90,7 @@ def test_no_value_is_printed_in_two_splits(layouts):
         assert answers <= values
 
 
-def test_a_value_keeps_its_split_however_it_is_punctuated():
+def test_punctuation_does_not_change_the_split_of_a_value():
     assert split_of("$48.20") == split_of("48.20") == split_of("48.20%") == split_of("#4820")
     shares = np.array([sum(split_of(str(i)) == split for i in range(20_000)) for split in SPLITS]) / 20_000
     np.testing.assert_allclose(shares, (0.80, 0.08, 0.12), atol=0.01)
@@ -116,11 +116,11 @@ def test_questions_have_one_answer_and_it_is_on_the_page(layouts):
         assert all(len(question.split()) <= 8 for question in document.questions)
         for question in document.questions:
             for word in question.rstrip("?").split():
-                if word.isupper():  # a key asked for
+                if word.isupper():  # the question names a key
                     assert words.count(word) == 1, (question, document.lines)
 
 
-def test_answers_are_long_enough_that_guessing_is_hopeless(layouts):
+def test_answers_are_too_long_to_guess(layouts):
     lengths = [len(answer) for document in layouts["heldout"] for answer in document.answers]
     assert np.mean(lengths) >= 4.5 and min(lengths) >= 3
 
@@ -149,13 +149,13 @@ def test_glyph_boxes_lie_on_ink(pages):
             for g in document.glyphs
         ]
         assert min(ink) > 40, document.id
-        # No better anywhere near: boxes moved by half a line are on the paper between the lines.
+        # No nearby position is better: boxes moved by half a line are on the paper between the lines.
         darkness = _mean_darkness(document, grey, 0, 0)
         assert darkness > _mean_darkness(document, grey, 0, -5) and darkness > _mean_darkness(document, grey, 0, 5)
 
 
-def test_boxes_turn_with_the_page(pages):
-    """The first and the last character of a line differ in height by the angle."""
+def test_boxes_rotate_with_the_page(pages):
+    """The heights of the first and the last character of a line differ by the angle."""
     tilts = []
     for document in pages:
         if document.family == "chart":
@@ -181,7 +181,7 @@ def test_boxes_do_not_overlap(layouts):
         assert not overlaps.any(), (document.id, document.lines)
 
 
-def test_the_cut_between_the_tiles_seldom_runs_through_print(pages):
+def test_cut_between_tiles_rarely_crosses_text(pages):
     cut = [
         any(glyph.top + 1.5 < document.image.height / 2 < glyph.bottom - 1.5 for glyph in document.glyphs)
         for document in pages
@@ -206,7 +206,7 @@ def test_records_hold_the_page_as_png():
     assert set(record) == {"image", "id", "source", "font", "transcription", "questions", "answers"}
 
 
-def test_mistaken_names_are_answered_with_the_right_ones():
+def test_errors_name_the_valid_values():
     with pytest.raises(UserError, match="train, validation, heldout"):
         draw_document(0, "test", 0)
     with pytest.raises(UserError, match="receipt, form, table, chart"):
@@ -216,7 +216,7 @@ def test_mistaken_names_are_answered_with_the_right_ones():
 
 
 def _is_label(word):
-    """Labels are in title case, values in capitals and digits."""
+    """Returns whether a word is a label: labels are in title case, values in capitals and digits."""
     return word.rstrip(":").isalpha() and not word.isupper()
 
 

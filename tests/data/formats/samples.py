@@ -1,4 +1,4 @@
-"""Small data sets of every format, as users have them."""
+"""Small data sets of every format, in the form that users have them."""
 
 import functools
 import io
@@ -20,7 +20,7 @@ IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @functools.cache
 def image_bytes(number: int = 0, *, format: str = "PNG", size: tuple[int, int] = (12, 8)) -> bytes:
-    """A picture that no other number has, as a file."""
+    """Returns an image file that differs for every number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     encoded = io.BytesIO()
     PIL.Image.fromarray(pixels).save(encoded, format)
@@ -28,7 +28,7 @@ def image_bytes(number: int = 0, *, format: str = "PNG", size: tuple[int, int] =
 
 
 def write_images(folder: Path, number: int) -> Path:
-    """0.png, 1.png, ..."""
+    """Writes 0.png, 1.png, ... to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(number):
         (folder / f"{i}.png").write_bytes(image_bytes(i))
@@ -53,7 +53,7 @@ def docdownstream_record(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def embedded(number: int) -> dict[str, Any]:
-    """An image as a Parquet file of the Hub has it."""
+    """Returns an image in the form that Parquet files of the Hub have."""
     return {"bytes": image_bytes(number), "path": None}
 
 
@@ -104,7 +104,7 @@ def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_tar(path: Path, numbers: range, *, mode: str = "w") -> Path:
-    """Captioned pictures, as img2dataset writes them."""
+    """Writes an archive of captioned images in the layout of img2dataset."""
     with tarfile.open(path, mode) as archive:
         for i in numbers:
             add_file(archive, f"{i:09d}.jpg", image_bytes(i, format="JPEG"))
@@ -114,12 +114,12 @@ def write_tar(path: Path, numbers: range, *, mode: str = "w") -> Path:
 
 
 def read_all(name: str, path: Path, options: FormatOptions = FormatOptions()) -> list[Conversation | Refused]:  # noqa: B008
-    """Everything that a format finds in a file."""
+    """Returns all conversations and refusals of a file."""
     return [found for piece in FORMATS[name].plan([str(path)], options) for found in FORMATS[name].read(piece, options)]
 
 
 def write_input(name: str, folder: Path, number: int) -> Path:
-    """An input file of so many good records in any of the formats; their images are in folder/images."""
+    """Writes an input file of `number` good records in any format, and their images to folder/images."""
     write_images(folder / "images", number)
     numbers = range(number)
     if name == "llava":

@@ -1,4 +1,4 @@
-"""BigDocs' rows in the variants of its subsets."""
+"""BigDocs' rows in the schemas of its subsets."""
 
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refused
 from tests.data.formats.samples import bigdocs_row, embedded, image_bytes, read_all, write_parquet
@@ -21,7 +21,7 @@ def test_other_names_of_the_columns(tmp_path):
     (found,) = read_all("bigdocs", write_parquet(tmp_path / "a.parquet", [row | {"dataset_name": "Bench"}]))
     assert (found.id, found.source) == ("x", "Bench")
     assert found.images == [image_bytes(1), image_bytes(2)]
-    assert texts(found) == ["**Compare.", "a"]  # the first of several right answers
+    assert texts(found) == ["**Compare.", "a"]  # the first of several correct answers
 
 
 def test_a_subset_whose_images_are_files(tmp_path):
@@ -32,20 +32,20 @@ def test_a_subset_whose_images_are_files(tmp_path):
     assert read_all("bigdocs", write_parquet(tmp_path / "b.parquet", [row]))[0].images == ["train/2.jpg"]
 
 
-def test_an_image_that_is_only_to_be_transcribed(tmp_path):
+def test_image_without_a_question(tmp_path):
     rows = [bigdocs_row(0, queries=[], annotations=["The text."])]
     (found,) = read_all("bigdocs", write_parquet(tmp_path / "a.parquet", rows))
     assert texts(found) == ["*", "The text."]
 
 
-def test_what_does_not_match_is_refused(tmp_path):
+def test_row_with_unequal_columns_is_refused(tmp_path):
     rows = [bigdocs_row(0, annotations=["only one"]), bigdocs_row(1, annotations=None), bigdocs_row(2)]
     found = read_all("bigdocs", write_parquet(tmp_path / "a.parquet", rows))
     assert [isinstance(f, Refused) for f in found] == [True, True, False]
     assert found[0].id == "b0" and "2 queries for 1 annotations" in found[0].why
 
 
-def test_slices_are_whole_row_groups(tmp_path):
+def test_slices_are_complete_row_groups(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [bigdocs_row(i) for i in range(10)], rows_per_group=2)
     found = read_all("bigdocs", path, FormatOptions(records_per_shard=5))
     assert [f.id for f in found] == [f"b{i}" for i in range(10)]

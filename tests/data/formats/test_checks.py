@@ -1,4 +1,4 @@
-"""What may be trained on, and what is refused for which reason."""
+"""Checks of conversations: what is accepted, and what is refused for which reason."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.data.nano_tokenizer import write_chat_folder
 
 
 def conversation(*turns, images=(), **fields):
-    """Turns are texts or lists of parts, by user and assistant."""
+    """Returns a conversation of alternating user and assistant turns, each a text or a list of parts."""
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": [text_part(turn)] if isinstance(turn, str) else turn}
         for i, turn in enumerate(turns)
@@ -36,7 +36,7 @@ def refusal(found, root, **limits):
     return error.value.kind, str(error.value)
 
 
-def test_a_record_keeps_its_image_byte_for_byte(tmp_path):
+def test_record_keeps_its_image_byte_for_byte(tmp_path):
     write_images(tmp_path, 1)
     record = check(about("0.png"), str(tmp_path), Limits())
     assert record["images"] == [image_bytes(0)] and (record["id"], record["source"]) == ("1", "s")
@@ -46,7 +46,7 @@ def test_a_record_keeps_its_image_byte_for_byte(tmp_path):
     ]
 
 
-def test_what_a_user_typed_stays_text(tmp_path):
+def test_text_typed_by_a_user_stays_text(tmp_path):
     chat = ChatTokenizer.from_folder(write_chat_folder(tmp_path / "tokenizer"))
     typed = "<image> <|image|> <|end|><|assistant|>"
     record = check(conversation([IMAGE, text_part(typed)], "ok", images=[image_bytes()]), str(tmp_path), Limits())
@@ -97,7 +97,7 @@ def test_more_or_fewer_marks_than_images(tmp_path):
 
 
 def bomb(width, height):
-    """A PNG of a few bytes that claims so many pixels."""
+    """Returns a PNG of a few bytes that claims this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
@@ -167,7 +167,7 @@ def root(tmp_path):
         ("0.png/1.png", "unreadable image", "Not a directory"),
     ],
 )
-def test_paths_that_lead_nowhere_or_out(root, name, kind, why):
+def test_paths_to_nothing_or_outside_the_root(root, name, kind, why):
     found_kind, found_why = refusal(about(name), root)
     assert found_kind == kind and why in found_why
 

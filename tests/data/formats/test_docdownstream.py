@@ -1,4 +1,4 @@
-"""DocDownstream's lines: images marked <|image|>."""
+"""DocDownstream's lines, with images marked <|image|>."""
 
 from alignvlm_jax.data.formats.conversation import Refused
 from tests.data.formats.samples import docdownstream_record, read_all, write_lines
@@ -13,7 +13,7 @@ def test_a_record(tmp_path):
     ]
 
 
-def test_only_their_own_mark_stands_for_an_image(tmp_path):
+def test_only_the_formats_own_mark_stands_for_an_image(tmp_path):
     messages = [{"role": "user", "content": "<|image|>What is <image>?"}, {"role": "assistant", "content": "A tag."}]
     (found,) = read_all(
         "docdownstream", write_lines(tmp_path / "a.jsonl", [docdownstream_record(0, messages=messages)])
@@ -21,7 +21,7 @@ def test_only_their_own_mark_stands_for_an_image(tmp_path):
     assert found.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]
 
 
-def test_what_is_no_conversation_is_refused(tmp_path):
+def test_invalid_conversation_is_refused(tmp_path):
     lines = [
         docdownstream_record(0, image="a.png"),
         docdownstream_record(1, messages=None),

@@ -1,4 +1,4 @@
-"""Two thousand damaged files, from a fixed seed, through all of the preparing: no record lost, nothing falls over."""
+"""Two thousand damaged files, from a fixed seed, go through the complete conversion: no crash and no lost record."""
 
 import io
 import json
@@ -31,12 +31,12 @@ TOKENS = [
 
 
 @pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
+def without_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def mutate(data: bytes, rng: random.Random, most: int = 4) -> bytes:
-    """A few changes such as disks, networks and people make."""
+    """Returns the data with a few changes such as disks, networks and people make."""
     data = bytearray(data)
     for _ in range(rng.randint(1, most)):
         at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 7, 64, 700))
@@ -59,7 +59,7 @@ def mutate(data: bytes, rng: random.Random, most: int = 4) -> bytes:
 
 
 def assert_good(out: Path, summary: Summary) -> None:
-    """What is in the data set can be trained on, and what is not is named."""
+    """Checks that every record of the data set can be used for training, and every other one is listed."""
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == summary.num_rejected
     assert all(reject["where"] and reject["kind"] and reject["why"] for reject in rejects)
@@ -92,7 +92,7 @@ def test_damaged_files_of_every_format(name, tmp_path):
     )
     summary = prepare(recipe, tmp_path / "out", max_rejects=1, convert=in_processes(1), progress=False)
     assert_good(tmp_path / "out", summary)
-    # The damage is real, but much of a damaged file is still of use.
+    # The damage is real, but much of a damaged file can still be used.
     assert summary.num_rejected > FILES_PER_FORMAT / 3
     assert summary.accepted > FILES_PER_FORMAT * RECORDS_PER_FILE / 6
 
@@ -135,5 +135,5 @@ def test_damaged_mixtures(tmp_path):
     assert min(outcomes.values()) > MIXTURES / 20
 
 
-def test_there_are_enough_of_them():
+def test_number_of_damaged_files():
     assert FILES_PER_FORMAT * len(FORMATS) + IMAGES + MIXTURES >= 2000

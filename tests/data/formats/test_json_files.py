@@ -1,4 +1,4 @@
-"""Records are found in JSON by their brackets, whatever is written between them."""
+"""Records in JSON files are found by their brackets, whatever is between them."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def test_lines(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"   \n", b"[]", b" [ \n ] "])
-def test_nothing_is_no_record(tmp_path, content):
+def test_empty_file_has_no_records(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     assert read(tmp_path / "a.json") == []
 
@@ -56,7 +56,7 @@ def test_nothing_is_no_record(tmp_path, content):
     [
         (b'[{"a": 1}, 17, {"a": 2}]', [dict, int, dict]),
         (b'[null, {"a": 2}, "end"]', [None.__class__, dict, str]),
-        (b'[{"a": 1} {"a": 2}]', [dict, dict]),  # a lost comma between records harms nobody
+        (b'[{"a": 1} {"a": 2}]', [dict, dict]),  # a lost comma between records does no harm
         (b'[{"a": 1}, {"a": }, {"a": 2}]', [dict, Refusal, dict]),
         (b'[{"a": 1}, {"a": 2}, {"a": "cut o', [dict, dict, Refusal]),
         (b'[{"a": 1}, {"a": {"b": 2}, {"a": 3}]', [dict, Refusal, dict]),
@@ -75,8 +75,8 @@ def test_damage_costs_the_record_that_has_it(tmp_path, content, outcomes):
     assert [type(record) for record in read(tmp_path / "a.json", 1)] == outcomes
 
 
-def test_a_large_file_is_searched_once_whatever_its_records_begin_with(tmp_path):
-    """Looked for to the end of the file from each record, a first name that never comes again took minutes."""
+def test_large_file_is_searched_once_whatever_its_records_begin_with(tmp_path):
+    """Searching to the end of the file from every record, for a first key that never comes again, took minutes."""
     records = [{"id": 0}] + [{"image": i, "x": "y" * 400} for i in range(20_000)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     began = time.process_time()

@@ -1,4 +1,4 @@
-"""LLaVA's records, as they come: one image, several, none, marks anywhere."""
+"""LLaVA's records: one image, several images, none, and marks anywhere."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_a_record_with_an_image(tmp_path):
         ("<Image> < image>", [text("<Image> < image>")]),
     ],
 )
-def test_marks_anywhere_in_what_the_user_says(tmp_path, written, parts):
+def test_marks_anywhere_in_the_users_text(tmp_path, written, parts):
     assert read_one(tmp_path, {"conversations": turns(written, "Yes.")}).messages[0]["content"] == parts
 
 
@@ -82,7 +82,7 @@ def test_a_record_without_image_id_or_source(tmp_path):
         ({"video": "a.mp4", "conversations": turns("<image>a", "b")}, "unreadable record", "video"),
     ],
 )
-def test_what_is_no_conversation_is_refused_with_the_reason(tmp_path, record, kind, why):
+def test_invalid_conversation_is_refused_with_the_reason(tmp_path, record, kind, why):
     found = read_one(tmp_path, record)
     assert isinstance(found, Refused) and found.kind == kind and why in found.why
     assert found.where.endswith("mix.json: record 1")

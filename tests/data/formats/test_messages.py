@@ -1,4 +1,4 @@
-"""The Hub's conversations in Parquet: three ways to write them."""
+"""The Hub's conversations in Parquet, in all three schemas."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_messages_with_marks_in_their_text(tmp_path):
 
 
 def parts(*contents):
-    """Parts as Parquet gives them back, every field in each of them."""
+    """Returns parts as Parquet returns them, with every field in each of them."""
     return [
         {"type": "image", "text": None, "index": content}
         if isinstance(content, int) or content is None
@@ -42,7 +42,7 @@ def test_messages_with_parts(tmp_path):
         {"role": "assistant", "content": parts("An image.")},
     ]
     found = read_one(tmp_path, messages_row(0, messages=messages))
-    assert found.messages[0]["content"] == [IMAGE, text("What does <image> mean?")]  # typed, so text
+    assert found.messages[0]["content"] == [IMAGE, text("What does <image> mean?")]  # typed by the user, so text
     assert found.messages[1] == {"role": "assistant", "content": [text("An image.")]}
 
 
@@ -92,7 +92,7 @@ def test_llava_in_parquet(tmp_path):
         ({"texts": [{"user": "a"}]}, "assistant's text is missing"),
     ],
 )
-def test_what_is_no_conversation_is_refused(tmp_path, row, why):
+def test_invalid_conversation_is_refused(tmp_path, row, why):
     found = read_one(tmp_path, row)
     assert isinstance(found, Refused) and why in found.why
     assert found.where.endswith("hub.parquet: row 1")

@@ -1,4 +1,4 @@
-"""Mixtures: what each strategy takes, and which mistakes are named."""
+"""Mixtures: the records that each strategy selects, and the errors for mistakes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Parquet: slices of row groups, and what damage costs."""
+"""Parquet: slices of row groups, and the cost of damage."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ def test_a_file_that_is_not_parquet_is_one_refused_record(tmp_path):
     assert rows_of(tmp_path / "b.parquet")[0].kind == "damaged file"
 
 
-def test_more_rows_than_bytes_are_not_believed(tmp_path):
+def test_more_rows_than_bytes_are_damage(tmp_path):
     """A damaged count must not become a hundred million lines of refused records."""
     pq.write_table(pa.table({"sample_id": ["same"] * 100_000}), tmp_path / "a.parquet")
     (row,) = rows_of(tmp_path / "a.parquet")

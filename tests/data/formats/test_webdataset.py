@@ -1,4 +1,4 @@
-"""Archives of captioned images, whole and damaged; nothing of them is ever unpacked."""
+"""Archives of captioned images, complete and damaged; nothing in them is ever unpacked to disk."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def archive_of(path, *files):
     return path
 
 
-def test_captions_in_json_and_files_that_are_not_wanted(tmp_path):
+def test_captions_in_json_and_unused_files(tmp_path):
     caption = json.dumps({"caption": "From JSON"}).encode()
     path = archive_of(
         tmp_path / "0.tar",
@@ -82,7 +82,7 @@ def test_incomplete_samples_are_refused_by_name(tmp_path):
 
 
 def test_links_and_paths_lead_nowhere(tmp_path):
-    """An archive made to write beside itself, and to show what lies there, when it is unpacked carelessly."""
+    """The archive would write outside its folder, and show a file there, if it were unpacked carelessly."""
     (tmp_path / "secret.txt").write_text("not to be trained on")
     archive_file = tmp_path / "a" / "b" / "0.tar"
     archive_file.parent.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_links_and_paths_lead_nowhere(tmp_path):
         add_link(archive, "way", tarfile.SYMTYPE, tmp_path)
         add_file(archive, "way/5.jpg", image_bytes(0))
         add_link(archive, "way/5.txt", tarfile.LNKTYPE, "../../secret.txt")
-    with tarfile.open(archive_file) as archive:  # it does harm
+    with tarfile.open(archive_file) as archive:  # careless unpacking does harm
         careless = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}  # Python 3.11.4 on
         archive.extractall(tmp_path / "x" / "y", **careless)
     assert (tmp_path / "2.txt").exists() and (tmp_path / "5.jpg").exists()
@@ -122,7 +122,7 @@ def kinds(path):
     return [f.kind if isinstance(f, Refused) else "accepted" for f in read_all("webdataset", path)]
 
 
-def test_a_cut_archive_keeps_what_is_whole(tmp_path):
+def test_truncated_archive_keeps_its_complete_samples(tmp_path):
     path = write_tar(tmp_path / "0.tar", range(4))
     with tarfile.open(path) as archive:
         third = archive.getmember("000000002.txt").offset
@@ -130,19 +130,19 @@ def test_a_cut_archive_keeps_what_is_whole(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: third + 600])
     assert kinds(path) == ["accepted", "accepted", "damaged file", "damaged file"]
-    path.write_bytes(whole[:end])  # without the mark of its end: perhaps more is missing
+    path.write_bytes(whole[:end])  # without the end-of-archive mark: more may be missing
     assert kinds(path) == ["accepted"] * 3 + ["damaged file"] * 2
     compressed = gzip.compress(write_tar(tmp_path / "1.tar", range(80)).read_bytes())
     path.write_bytes(compressed[: len(compressed) // 2])
     assert kinds(path)[0] == "accepted" and kinds(path)[-1] == "damaged file"
 
 
-def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
+def test_damage_in_the_middle_is_not_mistaken_for_the_end(tmp_path):
     path = write_tar(tmp_path / "0.tar", range(4))
     with tarfile.open(path) as archive:
         start = archive.getmember("000000002.jpg").offset
     whole = path.read_bytes()
-    for damage in (b"\xff" * 512, bytes(1024)):  # garbage, and a hole such as disks leave
+    for damage in (b"\xff" * 512, bytes(1024)):  # garbage, and a hole as left by disks
         path.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
         assert kinds(path) == ["accepted", "damaged file", "damaged file"]
 
