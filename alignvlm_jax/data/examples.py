@@ -99,13 +99,13 @@ class ExampleReader:
     def check_fields(self) -> None:
         """Raises a `UserError` if the first record of a data set lacks a field that its task reads."""
         for part in self.parts:
-            there = part.records[0]
+            record = part.records[0]
             for field in FIELDS[part.task]:
-                if field not in there:
-                    fitting = [task for task, fields in FIELDS.items() if all(name in there for name in fields)]
+                if field not in record:
+                    fitting = [task for task, fields in FIELDS.items() if all(name in record for name in fields)]
                     raise UserError(
                         f"{part.name}: the task {part.task!r} reads the field {field!r}, but the records have only "
-                        f"{', '.join(there)}. Tasks for such records: {', '.join(fitting) or 'none'}"
+                        f"{', '.join(record)}. Tasks for such records: {', '.join(fitting) or 'none'}"
                     )
 
     def measure(self, position: int) -> MeasuredExample | Refused:
@@ -144,14 +144,14 @@ class ExampleReader:
                 for i, image in enumerate(images)
             ]
             tokens_per_image = [num_visual_tokens(plan, self.tiling, self.token_grid) for plan in plans]
-            whole = self.chat.encode(messages, tokens_per_image)
-            chat = cut_text(whole, self.max_text_tokens)
+            full_chat = self.chat.encode(messages, tokens_per_image)
+            chat = cut_text(full_chat, self.max_text_tokens)
             # Images whose tokens were cut off with the text are dropped. An image is cut off as a whole.
             kept = int(np.searchsorted(np.cumsum(tokens_per_image), np.sum(chat.visual_index >= 0), side="right"))
             check_fits(chat, sum(plan.num_tiles for plan in plans[:kept]), self.packing)
         except UserError as error:
             return dataclasses.replace(refused, reason=str(error))
-        was_cut = len(chat.tokens) < len(whole.tokens)
+        was_cut = len(chat.tokens) < len(full_chat.tokens)
         return _PreparedExample(part.first_number + index, chat, was_cut, plans[:kept], images[:kept], refused)
 
     def _cut_images(self, prepared: "_PreparedExample") -> tuple[np.ndarray, np.ndarray]:
@@ -166,9 +166,9 @@ class ExampleReader:
                 raise UserError(
                     f"{name}: the decoded image has {image.size} pixels, but its header says {plan.image_size}"
                 )
-            more, valid = cut_tiles(image, plan, side)
-            tiles.append(more)
-            valid_hw.append(valid)
+            image_tiles, image_valid_hw = cut_tiles(image, plan, side)
+            tiles.append(image_tiles)
+            valid_hw.append(image_valid_hw)
         return np.concatenate(tiles), np.concatenate(valid_hw)
 
 
@@ -186,13 +186,13 @@ class _PreparedExample:
 
 def number_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Returns the parts with `first_number` set: records are numbered through, parts of one data set share numbers."""
-    first: dict[str, int] = {}
-    following = 0
+    first_numbers: dict[str, int] = {}
+    next_number = 0
     for part in parts:
-        if part.name not in first:
-            first[part.name] = following
-            following += len(part.records)
-    return tuple(dataclasses.replace(part, first_number=first[part.name]) for part in parts)
+        if part.name not in first_numbers:
+            first_numbers[part.name] = next_number
+            next_number += len(part.records)
+    return tuple(dataclasses.replace(part, first_number=first_numbers[part.name]) for part in parts)
 
 
 def locate_example(parts: Sequence[Part], number: int) -> tuple[str, int]:

@@ -141,11 +141,11 @@ class Feed:
         return self
 
     def __next__(self) -> Batch:
-        made = self._ready.get()
-        if isinstance(made, BaseException):
-            self._ready.put(made)  # the planning thread has ended: a later call must raise again, not block
-            raise made
-        batch, self._state, refused = made
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._ready.put(item)  # the planning thread has ended: a later call must raise again, not block
+            raise item
+        batch, self._state, refused = item
         self._refused += refused
         return batch
 
@@ -188,12 +188,12 @@ class Feed:
         except BaseException as error:  # raised again in the thread that asks for the next batch
             self._deliver(error)
 
-    def _deliver(self, made: Any) -> bool:
+    def _deliver(self, item: Any) -> bool:
         """Puts a batch or an error in the queue; returns False if the feed was closed before there was room."""
         # A plain put() would block forever, and with it close(), once nobody takes batches any more.
         while not self._closed.is_set():
             try:
-                self._ready.put(made, timeout=0.1)
+                self._ready.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 pass
@@ -204,8 +204,8 @@ class Feed:
         bins = []
         for k in range(self._microbatches):
             for place, source in enumerate(self._sources):
-                taken, refused = source.pop_bin()
-                bins.append(((k, place), self._pool.make(taken) if taken else None, refused))
+                examples, refused = source.pop_bin()
+                bins.append(((k, place), self._pool.make(examples) if examples else None, refused))
         # The state belongs to the batch: it is the state after this step, however far ahead the planning is.
         return bins, self._row_states()
 
@@ -221,12 +221,12 @@ class Feed:
             resampled=reader.tiling.rule == "anyres_max_9",
         )
         for at, making, refused in bins:
-            made = making.result() if making else []
+            results = making.result() if making else []
             # Some damage shows only when an image is decoded, after the example was measured and given a bin.
-            unreadable = [example for example in made if isinstance(example, Refused)]
+            unreadable = [example for example in results if isinstance(example, Refused)]
             for example in unreadable:
                 self._check_refusals(example)
-            examples = [example for example in made if isinstance(example, Example)]
+            examples = [example for example in results if isinstance(example, Example)]
             write_bin(batch, at, examples, reader.tokens_per_tile)
             refused = refused + unreadable
             batch["num_refused"][at] = len(refused)

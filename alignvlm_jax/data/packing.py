@@ -178,22 +178,22 @@ def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], to
     for slot, example in enumerate(examples):
         n, m, visual = len(example.tokens), len(example.tiles), example.visual_index
         # The example's positions and tiles in the bin.
-        here, here_tiles = (*at, slice(start, start + n)), (*at, slice(tile, tile + m))
-        batch["tokens"][here] = example.tokens
+        span, tile_span = (*at, slice(start, start + n)), (*at, slice(tile, tile + m))
+        batch["tokens"][span] = example.tokens
         # One position shorter: the last token of an example has no target.
         batch["targets"][*at, start : start + n - 1] = example.tokens[1:]
-        batch["loss_weights"][here] = example.loss_weights
-        batch["segment_ids"][here] = slot + 1
-        batch["positions"][here] = np.arange(n)
+        batch["loss_weights"][span] = example.loss_weights
+        batch["segment_ids"][span] = slot + 1
+        batch["positions"][span] = np.arange(n)
         # Visual tokens are numbered through the whole bin.
-        batch["visual_index"][here] = np.where(visual >= 0, visual + token, -1)
-        batch["tiles"][here_tiles] = example.tiles
-        batch["tile_valid_hw"][here_tiles] = example.valid_hw
+        batch["visual_index"][span] = np.where(visual >= 0, visual + token, -1)
+        batch["tiles"][tile_span] = example.tiles
+        batch["tile_valid_hw"][tile_span] = example.valid_hw
         batch["example_ids"][*at, slot] = example.number
         batch["num_cut"][at] += example.was_cut
         if example.resampling is not None:
             sources, weights = at_positions(visual, example.resampling, tile * tokens_per_tile)
-            batch["visual_sources"][here], batch["visual_weights"][here] = sources, weights
+            batch["visual_sources"][span], batch["visual_weights"][span] = sources, weights
         start, tile, token = start + n, tile + m, token + int(np.sum(visual >= 0))
     batch["num_examples"][at] = len(examples)
 

@@ -170,21 +170,21 @@ def convert_slice(job: Job, task: Task) -> Summary:
     root = recipe.limits.image_root or str(epath.Path(piece.file).parent)
     rejects = []
 
-    def accepted() -> Iterator[dict[str, Any]]:
-        for found in FORMATS[recipe.format].read(piece, recipe.options):
-            if isinstance(found, Refused):
-                rejects.append(found)
+    def accepted_records() -> Iterator[dict[str, Any]]:
+        for item in FORMATS[recipe.format].read(piece, recipe.options):
+            if isinstance(item, Refused):
+                rejects.append(item)
                 continue
             try:
-                record = check(found, root, recipe.limits)
+                record = check(item, root, recipe.limits)
             except Refusal as refusal:
-                rejects.append(Refused(found.where, found.id, refusal.kind, str(refusal)))
+                rejects.append(Refused(item.where, item.id, refusal.kind, str(refusal)))
             else:
                 yield record
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # about images that it can read nevertheless
-        shard = job.dataset.write_shard(index, accepted(), job.notes.folder)
+        shard = job.dataset.write_shard(index, accepted_records(), job.notes.folder)
     seen = shard.records + len(rejects)
     if piece.records not in (None, seen):
         raise UserError(
@@ -200,14 +200,14 @@ def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects:
     for index in finished:
         summary += job.notes.summary(index)
     tasks = [(index, piece) for index, piece in enumerate(slices) if index not in finished]
-    known = [piece.records for piece in slices]
-    total = None if None in known else sum(known)
+    sizes = [piece.records for piece in slices]
+    total = None if None in sizes else sum(sizes)
     name = epath.Path(job.out).name
     with tqdm(total=total, initial=summary.total, desc=name, unit="record", disable=not progress) as bar:
-        for part in convert(job, tasks):
-            summary += part
+        for slice_summary in convert(job, tasks):
+            summary += slice_summary
             bar.set_postfix(rejected=summary.num_rejected, refresh=False)
-            bar.update(part.total)
+            bar.update(slice_summary.total)
             # If the total is known, the limit is certain to be exceeded. Otherwise this is an estimate, from at least
             # `_MIN_RECORDS_TO_JUDGE` records.
             if summary.num_rejected > max_rejects * (total or max(summary.total, _MIN_RECORDS_TO_JUDGE)):
@@ -248,8 +248,8 @@ def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
     """Returns a hash of the recipe and of the state (size and time) of all input files."""
     states = []
     for file in [*files, *FORMATS[recipe.format].referenced_files(files)]:
-        found = status(file)
-        states.append((file, found.size, found.changed))
+        file_status = status(file)
+        states.append((file, file_status.size, file_status.changed))
     return hashlib.sha256(json.dumps([_to_json(recipe), states]).encode()).hexdigest()[:16]
 
 
@@ -278,10 +278,10 @@ def _input_files(recipe: Recipe) -> list[str]:
     suffixes = FORMATS[recipe.format].suffixes
     files = []
     for entry in recipe.inputs:
-        found = find_files(entry, suffixes)
-        if not found:
+        matches = find_files(entry, suffixes)
+        if not matches:
             raise UserError(f"input {entry}: no such file, and no {' or '.join(suffixes)} files there")
-        files += found
+        files += matches
     return files
 
 

@@ -16,7 +16,7 @@ class RefusalLog:
     def __init__(self, path: Path):
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self._logged = {(found["source"], found["id"]) for found in map(_parse, lines) if found}
+        self._logged = {(entry["source"], entry["id"]) for entry in map(_parse, lines) if entry}
 
     def add(self, refused: Iterable[Refused]) -> None:
         """Appends the examples that are not in the file yet; an example refused in every epoch is listed once."""

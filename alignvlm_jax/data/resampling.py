@@ -94,8 +94,8 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
     newline = np.full((reduced_height, 1, 4), -1)
     sources = np.concatenate([inside.reshape(reduced_height, reduced_width, 4), newline], axis=1).reshape(-1, 4)
     share = (y_weight[:, None, :, None] * x_weight[None, :, None, :]).reshape(reduced_height, reduced_width, 4)
-    alone = np.tile([1.0, 0.0, 0.0, 0.0], (reduced_height, 1, 1))
-    weights = np.concatenate([share, alone], axis=1).reshape(-1, 4)
+    unit_weights = np.tile([1.0, 0.0, 0.0, 0.0], (reduced_height, 1, 1))
+    weights = np.concatenate([share, unit_weights], axis=1).reshape(-1, 4)
     if plan.thumbnail is not None:
         whole = np.repeat(np.arange(rows * cols)[:, None] + plan.thumbnail * rows * cols, 4, axis=1)
         sources = np.concatenate([whole, sources])
@@ -164,8 +164,8 @@ def _two_taps(size: int, reduced: int) -> tuple[np.ndarray, np.ndarray]:
     Pixel centers are at halves. Example: 3 values a b c and reduced = 2 give the sources [0 1] [1 2] and the weights
     [.75 .25] [.25 .75].
     """
-    at = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
-    first = np.minimum(at.astype(np.int64), size - 1)
+    positions = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
+    first = np.minimum(positions.astype(np.int64), size - 1)
     second = np.minimum(first + 1, size - 1)
-    beyond = at - first
-    return np.stack([first, second], axis=1), np.stack([1.0 - beyond, beyond], axis=1)
+    second_weight = positions - first
+    return np.stack([first, second], axis=1), np.stack([1.0 - second_weight, second_weight], axis=1)

@@ -178,11 +178,11 @@ def cut_tiles(
     """
     tiles = np.zeros((plan.num_tiles, tile_size, tile_size, 3), np.uint8)
     if plan.canvas is None:
-        alone = range(plan.num_tiles)
+        separate_tiles = range(plan.num_tiles)
     else:
-        alone = [] if plan.thumbnail is None else [plan.thumbnail]
+        separate_tiles = [] if plan.thumbnail is None else [plan.thumbnail]
         _cut_canvas(_resize(image, *plan.canvas.size), plan, tiles[plan.first_cell :])
-    for i in alone:
+    for i in separate_tiles:
         # Crop before resizing: resize(box=...) would let the filter read pixels beyond the cell's border.
         crop = image if plan.boxes[i] == (0, 0, *image.size) else image.crop(plan.boxes[i])
         height, width = plan.sizes[i]
@@ -191,7 +191,7 @@ def cut_tiles(
 
 
 def _cut_canvas(
-    picture: UInt8[np.ndarray, "height width 3"], plan: TilePlan, tiles: UInt8[np.ndarray, "M S S 3"]
+    image: UInt8[np.ndarray, "height width 3"], plan: TilePlan, tiles: UInt8[np.ndarray, "M S S 3"]
 ) -> None:
     """Copies each cell's part of the resized image into its tile, without allocating the canvas."""
     (rows, cols), (left, top), side = plan.grid, plan.canvas.origin, tiles.shape[1]
@@ -199,7 +199,7 @@ def _cut_canvas(
         y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner, relative to the image
         # A negative corner is in the border: the image then begins inside the tile.
         y0, x0 = max(y, 0), max(x, 0)
-        part = picture[y0 : max(y + side, 0), x0 : max(x + side, 0)]
+        part = image[y0 : max(y + side, 0), x0 : max(x + side, 0)]
         tiles[cell, y0 - y : y0 - y + part.shape[0], x0 - x : x0 - x + part.shape[1]] = part
 
 
@@ -336,8 +336,8 @@ def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, in
 def _canvas_boxes(width: int, height: int, rows: int, cols: int, canvas: Canvas, side: int) -> list[Box]:
     """Returns the part of the page (and of the border around it) that each cell of the canvas shows."""
 
-    def edges(cells: int, picture: int, origin: int, page: int) -> list[float]:
-        return [(cell * side - origin) * page / picture for cell in range(cells + 1)]
+    def edges(cells: int, size: int, origin: int, page: int) -> list[float]:
+        return [(cell * side - origin) * page / size for cell in range(cells + 1)]
 
     xs = edges(cols, canvas.size[0], canvas.origin[0], width)
     ys = edges(rows, canvas.size[1], canvas.origin[1], height)

@@ -59,9 +59,9 @@ class Window:
         if not self.waiting:
             return []
         chosen = choose_bin(self.waiting, self.config)
-        taken = [self.waiting[i] for i in chosen]
+        examples = [self.waiting[i] for i in chosen]
         self.waiting = [example for i, example in enumerate(self.waiting) if i not in chosen]
-        return taken
+        return examples
 
     def state(self) -> dict[str, Any]:
         """Returns the complete state as JSON values; `from_state` is the inverse."""
@@ -91,8 +91,8 @@ def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> lis
     for i in others:
         n, m = waiting[i].tokens, waiting[i].tiles
         sums_before.append(sums)
-        sums = [found | (sums[j - m] << n & fitting if j >= m else 0) for j, found in enumerate(sums)]
-    best = ((found.bit_length() - 1, j) for j, found in enumerate(sums) if found)
+        sums = [bits | (sums[j - m] << n & fitting if j >= m else 0) for j, bits in enumerate(sums)]
+    best = ((bits.bit_length() - 1, j) for j, bits in enumerate(sums) if bits)
     n, m = max(best, key=lambda total: _fill_share(*total, config))
     # Walk back from the best sum: an example is part of it if the rest is reachable without this example.
     chosen = [0]

@@ -115,10 +115,10 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
     """Returns the bytes of an image file under the root."""
     try:
         path = _find_image(name, image_root, limits.follow_links)
-        found = status(path)
-        if not found.is_regular:
+        file_status = status(path)
+        if not file_status.is_regular:
             raise Refusal("image path", f"{name}: expected an image file, got a folder or a device")
-        _spend_bytes(max_bytes, found.size)  # before reading, which a huge file would make expensive
+        _spend_bytes(max_bytes, file_status.size)  # before reading, which a huge file would make expensive
         return path.read_bytes()
     except FileNotFoundError as error:
         raise Refusal("missing image", f"{name}: no such file in {image_root}") from error
