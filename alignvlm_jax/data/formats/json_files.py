@@ -137,7 +137,8 @@ def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _separator(buffer: Buffer, start: int) -> re.Pattern | None:
-    """Returns the pattern between two records if all begin with the same key as the first record, otherwise None."""
+    """Returns a pattern of the end of one record and the first key of the next; None if the first has no key."""
+    # Records of one file nearly always begin with the same key.
     name = re.compile(rb'\s*\{\s*("[^"\\]*")\s*:').match(buffer, start)
     return name and re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(name[1]) + rb"\s*:)")
 
