@@ -1,4 +1,4 @@
-"""The conversion tables cover every parameter once, and their transforms are those of torch's own layers."""
+"""Tests that the tables cover every parameter once, and that their transforms match torch's layers."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""The composed model: packed rows leak nothing, cached decoding is the full forward, parts have their real sizes."""
+"""Tests the complete model: no leaks between packed examples, cached decoding, and the sizes of its parts."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ LANGUAGE = LanguageConfig(
     vocab_size=30, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, rope_theta=100.0
 )
 CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE)
-N = 9  # visual tokens a tile
+N = 9  # visual tokens per tile
 
 
 def _random_parameters(config):
@@ -48,7 +48,7 @@ def params():
 
 
 def _example(rng, num_tiles, text_length):
-    """One example, alone in a row: its visual tokens, then text, all of it with weight 1."""
+    """Returns one example: its visual tokens, then text, all of it with weight 1."""
     visual = num_tiles * N
     length = 1 + visual + text_length
     tokens = rng.integers(0, 30, length + 1)
@@ -65,7 +65,7 @@ def _example(rng, num_tiles, text_length):
 
 
 def _bin(examples, length, num_tiles):
-    """Puts examples into one row by hand, as the contract in models/alignvlm.py says."""
+    """Packs examples into one row by hand, as models/alignvlm.py describes it."""
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     row["loss_weights"] = np.zeros(length, np.float32)
     row["visual_index"] = np.full(length, -1)
@@ -107,14 +107,14 @@ def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):
     summed = jax.tree.map(lambda *gradients: sum(gradients), *[gradient for _, gradient in alone])
     for got, want in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(summed), strict=True):
         assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
-    # The oracle can tell: a neighbour's picture or text in the wrong segment moves the loss.
+    # The comparison can fail: attention across examples changes the loss.
     leaking = _bin(examples, 64, 4)
     leaking["segment_ids"] = jnp.minimum(leaking["segment_ids"], 1)
     assert abs(float(_loss(params, leaking)[0] - packed)) > 1e-2
 
 
 def test_every_tile_and_text_token_counts(params):
-    """Swapping two tiles, or two patches' places, changes the answer."""
+    """Swapping two tiles changes the loss."""
     batch = _bin([_example(np.random.default_rng(0), 2, 7)], 32, 2)
     loss = _loss(params, batch)[0]
     swapped = {**batch, "tiles": batch["tiles"][:, ::-1]}
@@ -159,14 +159,14 @@ def test_w2_starts_as_the_lm_head_and_is_a_parameter_of_its_own():
     assert seed_connector(mlp, params) is params
 
 
-def test_what_is_not_picture_is_zero_after_normalisation():
+def test_padding_is_zero_after_normalization():
     tiles = jnp.full((1, 4, 4, 3), 255, jnp.uint8)
     pixels = normalize_tiles(tiles, jnp.array([[2, 3]]))
     assert np.all(pixels[0, :2, :3] == 1.0) and np.all(pixels[0, 2:] == 0.0) and np.all(pixels[0, :, 3:] == 0.0)
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.large), "full"])
-def test_rematerialisation_changes_nothing_but_memory(params, remat):
+def test_rematerialization_does_not_change_gradients(params, remat):
     again = AlignVLMConfig(
         dataclasses.replace(VISION, remat=remat), CONFIG.connector, dataclasses.replace(LANGUAGE, remat=remat)
     )
@@ -190,7 +190,7 @@ def test_rematerialisation_changes_nothing_but_memory(params, remat):
         (connectors.CAbstractorConfig(num_tokens=4, depth=1, hidden_size=8), 4),
     ],
 )
-def test_every_connector_fits_between(connector, count):
+def test_every_connector_fits_encoder_and_decoder(connector, count):
     config = AlignVLMConfig(VISION, connector, LANGUAGE)
     assert tokens_per_tile(config) == count
     batch = example_batch(config, rows=2, tiles=2, length=2 * count + 3)
@@ -201,7 +201,7 @@ def test_every_connector_fits_between(connector, count):
 
 
 def test_the_papers_sizes_have_as_many_parameters_as_transformers_says():
-    """So400m/14-384 and Llama-3.2-1B, without a byte of weights."""
+    """Counts the parameters of So400m/14-384 and Llama-3.2-1B without allocating any."""
     ours = jax.eval_shape(lambda: nn.unbox(random_parameters(AlignVLMConfig(), jax.random.key(0))))
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in ours.items()}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Connectors against PyTorch written from the papers; Perceiver and C-Abstractor against transformers' modules."""
+"""Compares the connectors with PyTorch code written from the papers, or (Perceiver, C-Abstractor) with transformers."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ D_IN, D_OUT, VOCAB = 12, 16, 40
 
 
 def _scattered(module, *inputs):
-    """Random parameters everywhere, norms and biases included: at their initial values they hide mistakes."""
+    """Returns random parameters everywhere, even in norms and biases, whose initial values would hide mistakes."""
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *inputs))["params"]
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -73,12 +73,12 @@ def test_align_is_the_papers_formula_in_value_and_gradient():
     def loss(params, embedding):
         return jnp.sum(module.apply({"params": params}, features, embedding).tokens * cotangent)
 
-    ours, of_embedding = jax.jit(jax.grad(loss, (0, 1)))(params, embedding)
+    ours, dembedding = jax.jit(jax.grad(loss, (0, 1)))(params, embedding)
     theirs = jax.tree.map(lambda leaf: leaf.grad.numpy(), wide)
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
-    # E_text is live: the connector's output moves it.
-    assert np.linalg.norm(of_embedding - wide_embedding.grad.numpy()) <= 1e-4 * np.linalg.norm(of_embedding)
+    # E_text gets a gradient through the connector.
+    assert np.linalg.norm(dembedding - wide_embedding.grad.numpy()) <= 1e-4 * np.linalg.norm(dembedding)
 
 
 def test_the_dense_form_is_the_papers_formula():
@@ -194,14 +194,17 @@ def test_perceiver_is_that_of_idefics2():
 
 
 class _LayerNorm2d(torch.nn.LayerNorm):
-    """What timm puts behind each convolution of HoneyBee's blocks, where transformers' RegNet has a BatchNorm."""
+    """LayerNorm over channels, which timm puts after each convolution of HoneyBee's blocks.
+
+    transformers' RegNet has a BatchNorm there.
+    """
 
     def forward(self, inputs):
         return super().forward(inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _regnet_layer(p, width, channels):
-    """transformers' RegNet "Y" layer made depthwise, with LayerNorm, and with the squeeze as wide and lit as timm's."""
+    """Returns transformers' RegNet "Y" layer made depthwise, with LayerNorm, and with timm's squeeze."""
     config = RegNetConfig(groups_width=1, hidden_act="silu")
     layer = RegNetYLayer(config, width, channels)
     squeeze = layer.layer[2].attention

@@ -1,4 +1,4 @@
-"""Visual tokens of anyres_max_9 in the model: values and gradients of LLaVA-OneVision's packing, in transformers."""
+"""Compares the visual tokens of anyres_max_9, and their gradients, with LLaVA-OneVision's packing in transformers."""
 
 import dataclasses
 import functools
@@ -25,7 +25,8 @@ LANGUAGE = LanguageConfig(
 )
 CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE, newline=True)
 TILING = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2)
-PAGES = ((60, 40), (16, 16), (20, 70))  # reduced; one cell; a border
+# A page that is reduced, a page of a single cell, and a page with a border.
+PAGES = ((60, 40), (16, 16), (20, 70))
 N = 16
 
 
@@ -35,7 +36,7 @@ def params():
 
 
 def _row():
-    """Three pages in one bin: text before, between and behind, two tiles of padding."""
+    """Returns three pages in one bin, with text before, between and after them, and two tiles of padding."""
     rng = np.random.default_rng(0)
     plans = [plan_tiles(*page, TILING) for page in PAGES]
     resampling = resample_images(plans, TILING, (4, 4))
@@ -101,11 +102,11 @@ def test_inputs_and_gradients_match_transformers(params):
         visual,
         params["connector"]["newline"],
     )
-    of_visual, of_newline = pull_back(jnp.asarray(at_all))
+    dvisual, dnewline = pull_back(jnp.asarray(at_all))
     expected = torch.autograd.grad(theirs, (theirs_visual, theirs_newline), torch.tensor(cotangent))
-    np.testing.assert_allclose(of_visual[0, :used], expected[0], atol=1e-5)
-    np.testing.assert_allclose(of_newline, expected[1], atol=1e-5)
-    assert not np.any(of_visual[0, used:])  # padding
+    np.testing.assert_allclose(dvisual[0, :used], expected[0], atol=1e-5)
+    np.testing.assert_allclose(dnewline, expected[1], atol=1e-5)
+    assert not np.any(dvisual[0, used:]), "padding gets no gradient"
 
 
 def test_the_loss_reaches_encoder_and_newline(params):
@@ -119,7 +120,7 @@ def test_the_loss_reaches_encoder_and_newline(params):
         assert np.all(np.isfinite(leaf)) and np.any(leaf != 0)
 
 
-def test_without_newlines_the_weights_are_as_they_were(params):
+def test_without_newlines_there_is_no_newline_weight(params):
     config = dataclasses.replace(CONFIG, newline=False)
     plain = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     assert set(params["connector"]) - set(plain["connector"]) == {"newline"}

@@ -1,10 +1,10 @@
-"""The FLOP formula against XLA's own count (`compiled.cost_analysis()`) of programs that do what the model needs, only.
+"""Compares the FLOP formulas with XLA's own count (`compiled.cost_analysis()`) of programs without extra work.
 
-XLA counts what a program does: a loop's body once, what is computed again in a backward pass twice, masked scores like
-others. So the programs counted here are the shipped model and the shipped train step with their kernels replaced by
-plain ones: layers unrolled, ALIGN and the loss in their dense forms, the loss at answers only, attention per segment
-and (where causal) in blocks of queries over the keys up to the block's end, nothing rematerialised, nothing padded.
-The few pairs that such blocks compute too many are within the tolerance. Programs are compiled and not run.
+XLA counts what a program does: the body of a loop once, recomputation in a backward pass again, masked scores like all
+others. So these tests count the shipped model and the shipped train step with plain kernels instead of their own:
+layers are unrolled, ALIGN and the loss are dense, the loss is computed at answers only, attention runs per segment and
+(if causal) in blocks of queries over the keys up to the block's end, and nothing is rematerialized or padded. The few
+extra pairs that such blocks compute are within the tolerance. Programs are compiled and not run.
 """
 
 import functools
@@ -77,7 +77,8 @@ def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="
     if not causal:
         return softmax_attention(query, key, value)
     blocks, start = [], 0
-    for segment in SEGMENTS if query.shape[1] == LENGTH else [query.shape[1]]:  # the latter while shapes are made
+    # Other lengths than LENGTH occur only while shapes are evaluated.
+    for segment in SEGMENTS if query.shape[1] == LENGTH else [query.shape[1]]:
         for first in range(start, start + segment, BLOCK):
             stop = min(first + BLOCK, start + segment)
             mask = jnp.arange(first, stop)[:, None] >= jnp.arange(start, stop)
@@ -111,7 +112,7 @@ def shapes_of_parameters(config):
 
 
 def forward_flops(config, method, *arguments):
-    """XLA's count of one part of the model."""
+    """Returns XLA's count of one part of the model."""
     params = shapes_of_parameters(config)
     return xla_flops(lambda p, *a: AlignVLM(config).apply({"params": p}, *a, method=method), params, *arguments)
 
@@ -152,7 +153,7 @@ def test_decoder(monkeypatch):
     formula = train_flops(model_config(), (), **SIZES).decoder
     assert formula == pytest.approx(counted, rel=TOLERANCE)
 
-    # How much more a single segment of the same tokens costs is attention's own: here the formula's half of n² shows.
+    # A single segment of the same tokens costs more only in attention, which checks the formula's half of n².
     monkeypatch.setitem(globals(), "SEGMENTS", (LENGTH,))
     longer = train_flops(model_config(), (), **{**SIZES, "squared_lengths": ROWS * LENGTH**2}).decoder
     assert longer - formula == pytest.approx(decoder_flops() - counted, rel=TOLERANCE)
@@ -194,11 +195,11 @@ ALL = ("vision", "connector", "language")
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_train_step(name, trainable):
-    """The whole step that ships, optimizer included."""
+    """Counts the complete shipped step, including the optimizer."""
     config, stage_config = model_config(name), stage(trainable=trainable)
     state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), shapes_of_parameters(config))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), packed_shapes())
-    assert tokens_per_tile(config) * TILES < LENGTH, "or not every visual token would be read"
+    assert tokens_per_tile(config) * TILES < LENGTH, "otherwise not every visual token would be read"
     inputs = {name: batch[name] for name in train_step.FIELDS}
     counted = xla_flops(train_step.make_train_step(config, stage_config), state, inputs)
     assert train_flops(config, trainable, **SIZES).total == pytest.approx(counted, rel=TOLERANCE)
