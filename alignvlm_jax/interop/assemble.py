@@ -1,12 +1,12 @@
-"""A whole AlignVLM from two backbone folders and a fresh connector, built where it will live.
+"""Builds an AlignVLM from two backbone folders and a freshly initialized connector, directly on its devices.
 
     params = assemble(config.model, "siglip/", "llama/", mesh=mesh)
 
-Both folders are looked at, and all that is wrong with either is said, before a single weight is read. Then the weights
-go one by one from the mapped files to their shards (`convert.py`), and ALIGN's W2 is copied from the LM head in place.
+Both folders are checked, and all their problems reported, before any weight is read. Then the weights are copied one by
+one from the mapped files to their shards (`convert.py`), and ALIGN's W2 is copied on the devices from the LM head.
 
-A vocabulary may be larger here than in the folder, for tokens that were added: their rows become the mean of the
-others. ALIGN is not to speak of those tokens, so its own vocabulary stays at the folder's size.
+The vocabulary of the model may be larger than that of the folder, for added tokens. Their rows are the mean of the
+other rows. ALIGN must not use these tokens, so its own vocabulary keeps the size of the folder's.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.parallel import sharding
 
-# How a model is run or was begun, not what it is: the config may say otherwise than the folder.
+# Settings that do not change the shape of a model: they may differ between the config and the folder.
 _FREE_FIELDS = ("dtype", "attention", "remat", "max_position_embeddings", "vocab_scale_init")
-# What may have more rows than the folder's.
+# Tables that may have more rows than those of the folder.
 _GROWING = ("embedding", "lm_head")
 
 
@@ -46,23 +46,24 @@ def assemble(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Params:
-    """Builds the weights that stage 1 starts from.
+    """Builds the initial weights of stage 1.
 
     Args:
-      config: the model; its parts must have the shapes of what is in the folders.
+      config: model config; its parts must have the shapes of the models in the folders.
       vision_folder: a SigLIP folder; None draws random weights.
       language_folder: a Llama folder; None draws random weights.
-      mesh: where to put the weights, sharded by `parallel/sharding.py`; None is the first device.
-      dtype: of the weights.
-      seed: of the connector, and of what else is drawn.
+      mesh: devices for the weights, sharded by `parallel/sharding.py`; None is the first device.
+      dtype: dtype of the weights.
+      seed: seed of the connector and of other random weights.
 
     Raises:
-      UserError: config and folders do not fit, or a folder is damaged; all problems in one message.
+      UserError: if the config and a folder do not fit, or a folder is damaged; lists all problems.
     """
     abstract = abstract_parameters(config, mesh=mesh, dtype=dtype)
     rng = jax.random.key(seed)
     with contextlib.ExitStack() as stack:
-        parts, problems = {}, []
+        # Open and check both folders.
+        matches, problems = {}, []
         for name, folder, open_folder in (
             ("vision", vision_folder, huggingface.open_vision),
             ("language", language_folder, huggingface.open_language),
@@ -71,16 +72,17 @@ def assemble(
                 if folder is not None:
                     backbone = stack.enter_context(open_folder(folder))
                     _check_fits(name, config, backbone)
-                    parts[name] = backbone.match(abstract[name], grow=_GROWING)
+                    matches[name] = backbone.match(abstract[name], grow=_GROWING)
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError("; ".join(problems))
+        # Read or draw the weights of the backbones.
         params = {}
         for name, folder in (("vision", vision_folder), ("language", language_folder)):
-            params[name] = convert.read(parts[name], folder) if folder else _draw(config, abstract[name], name, rng)
+            params[name] = convert.read(matches[name], folder) if folder else _draw(config, abstract[name], name, rng)
     connector = dict(abstract["connector"])
-    # Parameters that follow from the language model need not be drawn: ALIGN's W2 is a copy of the LM head.
+    # Weights that are computed from the language model are not drawn: ALIGN's W2 is a copy of the LM head.
     seeded = {name: connector.pop(name) for name in connector_spec(config.connector).seeded}
     params["connector"] = _draw(config, connector, "connector", rng)
     if seeded:
@@ -89,69 +91,74 @@ def assemble(
 
 
 def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dtype: str = "float32") -> Params:
-    """The shapes, dtypes and shardings of the weights; without a mesh all of them are on the first device."""
+    """Returns shapes, dtypes and shardings of the weights; without a mesh all of them are on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
-        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
-        where = sharding.parameter_shardings(boxed, mesh)
+        shardings = sharding.parameter_shardings(boxed, mesh)
     return jax.tree.map(
-        lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+        lambda leaf, dtype, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
         shapes,
         stored_dtypes(shapes, dtype),
-        where,
+        shardings,
     )
 
 
-def check_same_model(path: str, wanted: Any, found: Any, folder: str | Path) -> None:
-    """Raises a `UserError` if a part of the config and the part in the folder have different shapes.
+def check_same_model(path: str, expected: Any, actual: Any, folder: str | Path) -> None:
+    """Checks that a part of the config has the shape of the model in a folder.
 
     Args:
-      path: of the part in the config, for the message.
-      wanted: the config's `VisionConfig`, `LanguageConfig` or connector config.
-      found: the folder's.
-      folder: for the message.
+      path: path of the part in the config, for the message.
+      expected: `VisionConfig`, `LanguageConfig` or connector config of the experiment.
+      actual: the same of the folder.
+      folder: name of the folder, for the message.
+
+    Raises:
+      UserError: if the shapes differ; lists all differences.
     """
-    if type(wanted) is not type(found):  # connectors
-        raise UserError(f"{path} is {wanted}, but {folder} has {found}")
-    if isinstance(wanted, LanguageConfig):  # a head_dim of None and the width it stands for are the same
-        wanted = dataclasses.replace(wanted, head_dim=wanted.head_width)
-        found = dataclasses.replace(found, head_dim=found.head_width)
+    if type(expected) is not type(actual):  # Only connectors can be of different types.
+        raise UserError(f"{path} is {expected}, but {folder} has {actual}")
+    if isinstance(expected, LanguageConfig):  # A head_dim of None stands for a width; compare the widths.
+        expected = dataclasses.replace(expected, head_dim=expected.head_width)
+        actual = dataclasses.replace(actual, head_dim=actual.head_width)
     differences = [
-        f"{field.name} {getattr(wanted, field.name)!r} (the folder says {getattr(found, field.name)!r})"
-        for field in dataclasses.fields(wanted)
-        if field.name not in _FREE_FIELDS and getattr(wanted, field.name) != getattr(found, field.name)
+        f"{field.name} {getattr(expected, field.name)!r} (the folder says {getattr(actual, field.name)!r})"
+        for field in dataclasses.fields(expected)
+        if field.name not in _FREE_FIELDS and getattr(expected, field.name) != getattr(actual, field.name)
     ]
     if differences:
         raise UserError(f"{path} is not the model in {folder}: {', '.join(differences)}")
 
 
 def _check_fits(name: str, config: AlignVLMConfig, backbone: huggingface.Backbone) -> None:
-    wanted, found = getattr(config, name), backbone.config
-    if name == "language" and wanted.vocab_size > found.vocab_size:
-        words, connector = found.vocab_size, config.connector
-        if isinstance(connector, AlignConfig) and (connector.vocab_size or wanted.vocab_size) > words:
+    """Checks that a backbone has the shape given in the config, except for added tokens."""
+    expected, actual = getattr(config, name), backbone.config
+    if name == "language" and expected.vocab_size > actual.vocab_size:
+        words, connector = actual.vocab_size, config.connector
+        if isinstance(connector, AlignConfig) and (connector.vocab_size or expected.vocab_size) > words:
             raise UserError(
-                f"config.model.connector.vocab_size: expected {words}, the words of {backbone.folder}: the rows that "
-                f"config.model.language.vocab_size {wanted.vocab_size} adds are not words that ALIGN may use"
+                f"config.model.connector.vocab_size: expected {words}, the vocabulary of {backbone.folder}: ALIGN must "
+                f"not use the rows added by config.model.language.vocab_size {expected.vocab_size}"
             )
-        found = dataclasses.replace(found, vocab_size=wanted.vocab_size)
-    check_same_model(f"config.model.{name}", wanted, found, backbone.folder)
+        actual = dataclasses.replace(actual, vocab_size=expected.vocab_size)
+    check_same_model(f"config.model.{name}", expected, actual, backbone.folder)
 
 
 def _draw(config: AlignVLMConfig, abstract: Params, part: str, rng: jax.Array) -> Params:
-    """Random weights of one part. Nothing but what `abstract` has is asked for, so nothing else is drawn."""
+    """Draws the random weights of one part."""
+    # Only the leaves of `abstract` are outputs, so the compiler removes the computation of all others.
     return _compile(lambda rng: nn.unbox(random_parameters(config, rng))[part], abstract)(rng)
 
 
 def _compile(function, abstract: Params):
-    """Jits `function` to give what `abstract` has of its output, in the dtypes and on the devices that it says."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    """Jits `function` to return the leaves of its output that are in `abstract`, with their dtypes and shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def narrowed(*arguments):
+    def select(*arguments):
         output = function(*arguments)
         output = {key: output[key] for key in abstract}
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), output, abstract)
 
-    return jax.jit(narrowed, out_shardings=where)
+    return jax.jit(select, out_shardings=shardings)

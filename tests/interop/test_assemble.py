@@ -1,4 +1,4 @@
-"""A whole model from two folders: on the mesh, W2 from the LM head, a vocabulary with room for an image token."""
+"""Assembly of a model from two folders: sharding, W2 from the LM head, and room for an image token."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def backbones(request, tmp_path_factory):
-    """Folders, the torch model of the decoder, and the config that they make."""
+    """Folders, the torch model of the decoder, and the resulting config."""
     folder = tmp_path_factory.mktemp("backbones")
     oracle.siglip(folder / "vision")
     llama = oracle.llama(folder / "language", tie_word_embeddings=request.param)
@@ -38,7 +38,7 @@ def build(folder, config, **options):
 
 
 def with_rows(config, rows, words):
-    """The config with a larger embedding table; ALIGN may use `words` of it."""
+    """Returns the config with an embedding table of `rows` rows, of which ALIGN uses `words`."""
     language = dataclasses.replace(config.language, vocab_size=rows)
     return dataclasses.replace(config, language=language, connector=AlignConfig(vocab_size=words))
 
@@ -54,30 +54,30 @@ def test_w2_is_a_copy_of_the_lm_head(backbones):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_a_mesh_the_same_values_lie_in_shards(backbones, dtype):
+def test_a_mesh_shards_the_same_values(backbones, dtype):
     folder, _, config = backbones
     config = with_rows(config, 64, 50)
     mesh = make_mesh(CUBE)
-    one, spread = build(folder, config, dtype=dtype), build(folder, config, dtype=dtype, mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, spread, one)
+    one, sharded = build(folder, config, dtype=dtype), build(folder, config, dtype=dtype, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, sharded, one)
     expected = abstract_parameters(config, mesh=mesh, dtype=dtype)
-    jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding or pytest.fail(str(like)), spread, expected)
-    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(spread))
-    # Spelled out for some, lest the table of rules be tested by itself.
+    jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding or pytest.fail(str(like)), sharded, expected)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(sharded))
+    # Some specs are written out, because `expected` comes from the same rules.
     for path, spec in (
         (("language", "embedding"), P("tensor", "fsdp")),
         (("language", "layers", "mlp", "down", "kernel"), P(None, "tensor", "fsdp")),
         (("vision", "layers", "attention", "query", "kernel"), P(None, "fsdp", "tensor")),
         (("connector", "w2"), P("tensor", "fsdp")),
     ):
-        leaf = spread
+        leaf = sharded
         for name in path:
             leaf = leaf[name]
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), path
         assert leaf.addressable_shards[0].data.size == leaf.size // 4
 
 
-def test_room_for_an_image_token_is_the_mean_and_no_word_of_aligns(backbones):
+def test_added_rows_are_the_mean_and_not_used_by_align(backbones):
     folder, llama, config = backbones
     params = build(folder, with_rows(config, 64, 50))
     tables = {"embedding": llama.model.embed_tokens, "lm_head": llama.lm_head}
@@ -112,7 +112,7 @@ def test_other_connectors(backbones):
     assert set(params["connector"]) == {"linear_in", "linear_out"}
 
 
-def test_what_is_wrong_with_either_folder_is_said_at_once(backbones, tmp_path):
+def test_problems_of_both_folders_are_reported_together(backbones, tmp_path):
     folder, _, config = backbones
     (tmp_path / "vision").mkdir()
     (tmp_path / "vision" / "config.json").write_text((folder / "vision" / "config.json").read_text())

@@ -1,8 +1,8 @@
-"""The PyTorch AlignVLM: the "remote code" files that an exported folder carries and transformers loads.
+"""The PyTorch AlignVLM: the "remote code" files in an exported folder, which transformers loads.
 
-Each file imports torch, transformers, numpy, PIL and its neighbours only, never this package: `trust_remote_code` loads
-it from a folder in which the package is not installed. The tiling rules, what joins tiles and the conversion to RGB are
-the very files that training uses, copied under another name; the shims here give them that name inside the package.
+The files import only torch, transformers, numpy, PIL and each other, never this package: users of an exported folder do
+not have it installed. Tiling, joining of tiles and conversion to RGB are the files used in training, copied under
+another name. The shims in this folder give them the same name inside the package.
 """
 
 REMOTE_CODE_FILES: dict[str, str] = {
@@ -14,4 +14,4 @@ REMOTE_CODE_FILES: dict[str, str] = {
     "resampling_alignvlm.py": "data/resampling.py",
     "rgb_alignvlm.py": "data/rgb.py",
 }
-"""File in an exported folder -> the file it is a copy of, relative to the package `alignvlm_jax`."""
+"""Maps a file in an exported folder to its source, relative to the package `alignvlm_jax`."""

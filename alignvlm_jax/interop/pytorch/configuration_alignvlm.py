@@ -1,7 +1,7 @@
-"""The shape of an AlignVLM: a SigLIP encoder, a connector, a Llama decoder.
+"""AlignVLM model configuration: a SigLIP encoder, a connector, and a Llama decoder.
 
-`config.json` of an exported folder; `connector_config` holds the connector's name and the fields of its dataclass in
-`alignvlm_jax.models.connectors` (null where the dataclass has None):
+Example of `config.json` in an exported folder. `connector_config` contains the connector's name and the fields of its
+dataclass in `alignvlm_jax.models.connectors`, with null for None:
 
     {
       "model_type": "alignvlm",
@@ -27,7 +27,10 @@
 The other connectors: {"name": "mlp"}, {"name": "ovis", "num_words", "layer_norm_eps"}, {"name": "h_reducer", "window"},
 {"name": "c_abstractor", "num_tokens", "depth", "hidden_size"},
 {"name": "perceiver", "num_latents", "depth", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-"rms_norm_eps"}. `processor_config.json` stands in `processing_alignvlm.py`. Both files are read through `auto_map`.
+"rms_norm_eps"}.
+
+transformers finds the classes of this folder through `auto_map`. `processing_alignvlm.py` describes
+`processor_config.json`.
 """
 
 import math
@@ -36,15 +39,15 @@ from transformers import LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 
 class AlignVLMConfig(PretrainedConfig):
-    """The three parts' configs and the token that holds an image's place.
+    """Configuration of an AlignVLM.
 
     Args:
         vision_config: a `SiglipVisionConfig` or its dict.
         text_config: a `LlamaConfig` or its dict.
-        connector_config: the connector's name and fields; see the module docstring.
-        newline: whether a learned vector ends every row of visual tokens: under the tiling rule anyres_max_9.
-        image_token_id: the token that the processor repeats once per visual token.
-        tie_word_embeddings: whether the language-model head is the embedding table.
+        connector_config: name and fields of the connector; see the module docstring.
+        newline: whether a learned vector ends every row of visual tokens, as under the tiling rule anyres_max_9.
+        image_token_id: id of the image token, which the processor repeats once per visual token.
+        tie_word_embeddings: whether the language-model head is tied to the embedding table.
     """
 
     model_type = "alignvlm"
@@ -77,7 +80,7 @@ class AlignVLMConfig(PretrainedConfig):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens that one tile becomes, after the connector."""
+        """Number of visual tokens per tile, after the connector."""
         grid = self.vision_config.image_size // self.vision_config.patch_size
         if self.connector_config["name"] == "perceiver":
             return self.connector_config["num_latents"]

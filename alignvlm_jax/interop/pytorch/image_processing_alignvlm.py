@@ -1,15 +1,15 @@
-"""From pictures to normalised tiles, as training cuts them.
+"""Image processor for AlignVLM: cuts images into normalized tiles, as in training.
 
-Axes: M tiles of all images, S tile side.
+Axes: M tiles of all images, S tile side, T visual tokens of all images.
 
-    pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the picture
-    num_tiles     int64 [images]: how many of the M tiles belong to each image, in order
+    pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the image
+    num_tiles     int64 [images]: number of tiles of each image, in order
 
-Under the tiling rule anyres_max_9 the T visual tokens of all images are mixtures of features, or ends of rows:
+Under the tiling rule anyres_max_9, the visual tokens are mixtures of features, or ends of rows:
 
-    visual_sources     int64 [T, 4]: features of all M tiles, in order; -1 is the end of a row
-    visual_weights     float32 [T, 4]
-    num_visual_tokens  int64 [images]
+    visual_sources     int64 [T, 4]: indices into the features of all M tiles; -1 is the end of a row
+    visual_weights     float32 [T, 4]: weights of these features
+    num_visual_tokens  int64 [images]: number of visual tokens of each image
 """
 
 import base64
@@ -34,11 +34,11 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(TilingConfig))
 
 
 class AlignVLMImagesKwargs(ImagesKwargs, total=False):
-    """What may be set for one call: fewer tiles are faster, and read less.
+    """Settings that can be changed per call. Fewer tiles are faster but show fewer details.
 
     Args:
-        max_tiles: cells of the largest grid.
-        thumbnail: whether the whole image comes first when it is cut into cells.
+        max_tiles: maximum number of cells of the grid.
+        thumbnail: whether a thumbnail of the whole image precedes the cells.
     """
 
     max_tiles: int
@@ -46,9 +46,11 @@ class AlignVLMImagesKwargs(ImagesKwargs, total=False):
 
 
 class AlignVLMImageProcessor(BaseImageProcessor):
-    """Cuts pictures into tiles.
+    """Cuts images into tiles.
 
-    Its settings are the fields of `TilingConfig`, and `token_grid`: rows and columns of the visual tokens of one tile.
+    Args:
+        token_grid: number of rows and columns of the visual tokens of a tile.
+        **kwargs: fields of `TilingConfig`.
     """
 
     model_input_names = ["pixel_values"]
@@ -62,26 +64,30 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         self.token_grid = list(token_grid)
 
     def tiling(self, **overrides) -> TilingConfig:
-        """The settings, with those of `overrides` that are not None."""
-        given = {name: value for name, value in overrides.items() if name in _FIELDS and value is not None}
-        return TilingConfig(**{name: getattr(self, name) for name in _FIELDS} | given)
+        """Returns the tiling settings, with the values of `overrides` that are not None."""
+        changes = {name: value for name, value in overrides.items() if name in _FIELDS and value is not None}
+        return TilingConfig(**{name: getattr(self, name) for name in _FIELDS} | changes)
 
     def plan(self, height: int, width: int, **overrides) -> TilePlan:
-        """How an image of this size is cut."""
+        """Returns the plan for cutting an image of this size."""
         return plan_tiles(width, height, self.tiling(**overrides))
 
     def num_visual_tokens(self, height: int, width: int, **overrides) -> int:
-        """What an image of this size becomes in the model, by `token_grid`."""
+        """Returns the number of visual tokens of an image of this size."""
         return num_visual_tokens(self.plan(height, width, **overrides), self.tiling(**overrides), self.token_grid)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
-        """Cuts and normalises.
+        """Cuts images into tiles and normalizes them.
 
         Args:
-            images: a PIL image, an array or tensor ([H, W], [H, W, 3] or [3, H, W], uint8), a path, a URL, or (nested)
-                lists of them.
-            return_tensors: "pt" or "np"; by default arrays of numpy.
-            **kwargs: settings of `TilingConfig` for this call alone.
+            images: a PIL image, a uint8 array or tensor ([H, W], [H, W, 3] or [3, H, W]), a path, a URL, or (nested)
+                lists of these.
+            return_tensors: "pt" or "np"; by default numpy arrays.
+            **kwargs: settings of `TilingConfig` for this call.
+
+        Returns:
+            `pixel_values` and `num_tiles`; under anyres_max_9 also `visual_sources`, `visual_weights` and
+            `num_visual_tokens`. See the module docstring.
         """
         tiling = self.tiling(**kwargs)
         pixel_values, plans = [], []
@@ -90,7 +96,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
             plans.append(plan_tiles(*image.size, tiling))
             pixel_values.append(normalize_tiles(*cut_tiles(image, plans[-1], tiling.tile_size)))
         if not plans:
-            raise ValueError("no images were given; leave `images` out (or None) for text alone")
+            raise ValueError("no images were passed; omit `images` for text alone")
         num_tiles = np.asarray([plan.num_tiles for plan in plans], np.int64)
         data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": num_tiles}
         resampling = resample_images(plans, tiling, self.token_grid)
@@ -102,10 +108,8 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls):
-        """Opens what is named by a path, a URL or base64 text, here and not in transformers.
-
-        transformers' own loader lays transparent pictures on black and clips 16 bits at 255.
-        """
+        """Opens images given by a path, a URL or base64 text; images in nested lists are opened in place."""
+        # Replaces transformers' loader, which renders transparent images on black and clips 16-bit values at 255.
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str | os.PathLike | bytes):
@@ -114,7 +118,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
 
 
 def normalize_tiles(tiles: np.ndarray, valid_hw: np.ndarray) -> np.ndarray:
-    """uint8 [M, S, S, 3] to float32 [M, 3, S, S] in [-1, 1]; what lies outside the picture becomes exactly 0."""
+    """Converts tiles, uint8 [M, S, S, 3], to float32 [M, 3, S, S] in [-1, 1], with exactly 0 outside the image."""
     side = np.arange(tiles.shape[1])
     inside = (side < valid_hw[:, 0:1])[:, None, :, None] & (side < valid_hw[:, 1:2])[:, None, None, :]
     pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
@@ -122,7 +126,7 @@ def normalize_tiles(tiles: np.ndarray, valid_hw: np.ndarray) -> np.ndarray:
 
 
 def flatten_images(images) -> Iterator:
-    """The images of nested lists, in order."""
+    """Yields the images of nested lists, in order."""
     if isinstance(images, list | tuple):
         for item in images:
             yield from flatten_images(item)
@@ -145,7 +149,7 @@ def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
         try:
             data = base64.b64decode(str(source), validate=True)
         except ValueError:
-            raise ValueError(f"{str(source)[:200]!r} is neither a file, a http(s) URL nor base64 text") from None
+            raise ValueError(f"{str(source)[:200]!r} is neither a file, an http(s) URL nor base64 text") from None
     image = PIL.Image.open(io.BytesIO(data), formats=formats())
     image.load()
     return image
@@ -156,7 +160,8 @@ def _to_pil(image) -> PIL.Image.Image:
         return image
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise ValueError(f"an image is a PIL image or uint8 [H, W, 3], not {array.dtype} of shape {array.shape}")
+        raise ValueError(f"expected a PIL image or uint8 [H, W, 3], got {array.dtype} of shape {array.shape}")
+    # Channels first, as in torch.
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     return PIL.Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[-1:] == (1,) else array))

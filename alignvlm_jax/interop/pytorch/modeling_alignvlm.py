@@ -1,19 +1,23 @@
-"""AlignVLM in PyTorch: SigLIP encoder, connector, Llama decoder.
+"""PyTorch AlignVLM model: SigLIP encoder, connector, Llama decoder.
 
-ALIGN turns every visual feature f into a distribution over the LLM's own words, and that into the expected embedding:
+ALIGN maps every visual feature f to a distribution over the words of the language model, and returns the expected
+embedding under this distribution (arXiv 2502.01341, section 3):
 
     P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
     F' = P · E_text                            a point in the convex hull of the text embeddings
 
-It is attention over the vocabulary (queries LN_D(W1 f), keys W2, values E_text) and is computed like it: in blocks, the
-whole T x V array never existing, neither at inference (`_stream_words`) nor in training (`_checkpoint_queries`).
-Source: arXiv 2502.01341, section 3.
+This is attention over the vocabulary, with queries LN_D(W1 f), keys W2 and values E_text. Like attention, it is
+computed in blocks, and the complete T x V matrix never exists: see `_stream_words` for inference and
+`_checkpoint_queries` for training.
 
 Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T = M * N visual features, d encoder width,
-D decoder width, V vocabulary, v a block of it, B rows, L positions.
+D decoder width, V vocabulary, v a block of the vocabulary, B rows, L positions.
 
-Encoder and decoder are transformers' own layers: attention goes through its interface (`attn_implementation=` eager,
-sdpa, flash_attention_2, ...). Loaded by `trust_remote_code`; needs torch and transformers only.
+Encoder and decoder are transformers' own layers, and their attention uses its interface (`attn_implementation=` eager,
+sdpa, flash_attention_2, ...). transformers loads this file with `trust_remote_code`. It needs only torch and
+transformers.
+
+Sections: ALIGN's arithmetic, connectors, encoder and shared base class, base model, complete model, helpers.
 """
 
 import dataclasses
@@ -41,31 +45,34 @@ from .configuration_alignvlm import AlignVLMConfig
 
 _IGNORED_LABEL = -100
 
-# Logits held at once: 2^25 float32 are 128 MiB.
+# Maximum number of logits in memory: 2^25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
-# Queries that read the vocabulary together, and words in a block at least: below that matrix products get slow.
+# Maximum number of queries per pass over the vocabulary, and minimum number of words in a block: matrix products of
+# smaller blocks are slow.
 _MAX_QUERIES = 4096
 _MIN_WORDS = 256
 
 
-# --- ALIGN's arithmetic ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# ALIGN's arithmetic
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """The words that a distribution ranges over. Each callable takes the slice of words that a block spans.
+    """The words that a distribution ranges over, read block by block.
 
-    They call modules instead of reading weights, so that weights a hook brings (offloading, tensor parallelism) are
-    there.
+    Each callable takes the slice of words of a block. It calls a module instead of reading a weight, so that hooks
+    (offloading, tensor parallelism) can provide the weight.
 
     Attributes:
-        size: V.
-        keys: [v, D] rows of W2.
-        norm: ([v], [v]) scale and bias of LN_V.
-        values: [v, D'] embeddings.
-        eps: of LN_V.
-        moments: from queries to mean and variance of their logits, float32 [T, 1], where they are not to be those over
-            these words: in a pruned model.
+        size: V, the number of words.
+        keys: returns [v, D] rows of W2.
+        norm: returns ([v], [v]) scale and bias of LN_V.
+        values: returns [v, D'] embeddings.
+        eps: epsilon of LN_V.
+        moments: returns the mean and the variance of the logits of queries, each float32 [T, 1]. None computes them
+            over these words; a pruned model uses those over its original vocabulary.
     """
 
     size: int
@@ -76,18 +83,26 @@ class Words:
     moments: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def blocks(self, size: int) -> Iterator[slice]:
+        """Yields slices of at most `size` words that cover the vocabulary."""
         for start in range(0, self.size, size):
             yield slice(start, min(start + size, self.size))
 
 
 def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """softmax(LN_V(query · keysᵀ)) · values, [T, D] to [T, D']; statistics are float32.
+    """Computes softmax(LN_V(query · keysᵀ)) · values with float32 statistics.
 
-    The factors of both products have the dtype of `query`, or that of autocast where it is on; so has the result.
+    Args:
+        query: [T, D] queries.
+        words: keys, norm and values of the words.
+
+    Returns:
+        [T, D'] expected embeddings. They and the factors of both products have the dtype of `query`, or autocast's
+        dtype if it is enabled.
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query = query.to(torch.get_autocast_dtype(device))
+    # The functions below choose their dtypes themselves.
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             return _checkpoint_queries(query, words)
@@ -95,14 +110,14 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 
 def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """P itself, float32 [T, V]: for analyses of a few tiles."""
+    """Returns the complete distribution P, float32 [T, V]. Meant for analyses of a few tiles."""
     everything = slice(0, words.size)
     scores = _scores(query, words.keys(everything).to(query), *words.norm(everything), words)
     return F.softmax(scores, dim=-1)
 
 
 def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """Differentiable: a block of T at a time over all of V, whose logits are computed again in the backward pass."""
+    """Differentiable form: processes blocks of T against all of V, and recomputes the logits in the backward pass."""
     everything = slice(0, words.size)
     keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
@@ -121,7 +136,7 @@ def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 
 def _scores(query, keys, scale, bias, words) -> torch.Tensor:
-    """LN_V of the logits of queries [T, D] for all words, [T, V]."""
+    """Returns LN_V of the logits of queries [T, D] for all words, [T, V]."""
     logits = matmul_float32(query, keys.T)
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
     if words.moments is None:
@@ -131,12 +146,11 @@ def _scores(query, keys, scale, bias, words) -> torch.Tensor:
 
 
 def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """A block of V at a time: a first pass for LN_V's statistics, a second for softmax and expectation.
-
-    The statistics could also come from the mean row and the covariance of W2, without the first pass. But that D x D
-    matrix is either computed anew in float32, which costs more than a pass in bfloat16, or kept, which is wrong as soon
-    as somebody writes to the weights. Only a pruned model, whose statistics are of rows that are gone, has it.
-    """
+    """Inference form: processes blocks of V, in a first pass for LN_V's statistics and a second for the expectation."""
+    # The statistics could also be computed from the mean row and the covariance of W2, without the first pass. But this
+    # D x D matrix must either be recomputed in float32, which costs more than a pass in bfloat16, or stored, which
+    # gives wrong results as soon as the weights are modified. Only a pruned model stores it, because its statistics
+    # include removed rows.
     num_queries, dtype = query.shape[0], query.dtype
     block_size = max(_MIN_WORDS, _MAX_LOGITS // max(num_queries, 1))
 
@@ -149,7 +163,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
             scores, size = logits(block), block.stop - block.start
             block_mean = scores.mean(dim=-1, keepdim=True)
             delta = block_mean - mean
-            # Chan's rule for joining the moments of two sets.
+            # Chan's formula for combining the moments of two sets.
             squares = squares + (scores - block_mean).square_().sum(dim=-1, keepdim=True)
             squares = squares + delta.square() * (count * size / (count + size))
             mean = mean + delta * (size / (count + size))
@@ -159,6 +173,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
     mean, variance = (words.moments or stream_moments)(query)
     inverse_deviation = torch.rsqrt(variance + words.eps)
 
+    # Online softmax: rescale the sums whenever a block raises the maximum.
     maximum, total, expected = torch.full_like(mean, -math.inf), torch.zeros_like(mean), 0.0
     for block in words.blocks(block_size):
         scale, bias = words.norm(block)
@@ -173,7 +188,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of two matrices; of bfloat16 or float16 it is accumulated and returned in float32."""
+    """Multiplies two matrices; products of bfloat16 and float16 are accumulated and returned in float32."""
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left @ right
     if not left.is_cuda:
@@ -182,7 +197,10 @@ def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class _Float32Product(torch.autograd.Function):
-    """On a GPU bfloat16 factors give a float32 product at bfloat16's speed; `torch.mm` has no gradient for that."""
+    """Float32 product of half-precision matrices at their full speed on a GPU.
+
+    `torch.mm` with `out_dtype` has no gradient, so it is defined here.
+    """
 
     @staticmethod
     def forward(ctx, left, right):
@@ -196,16 +214,17 @@ class _Float32Product(torch.autograd.Function):
         return gradient @ right.T, left.T @ gradient
 
 
-# --- Connectors: connector(features [M, N, d], embed_words) -> visual tokens [M, N', D] -------------------------------
-# `embed_words` gives the decoder's embeddings of a block of words, or of those whose ids it is given. It is a function
-# and no module, because the hooks of offloading would try to move a module that is passed to another.
+# ----------------------------------------------------------------------------------------------------------------------
+# Connectors: connector(features [M, N, d], embed_words) -> visual tokens [M, N', D]
+# ----------------------------------------------------------------------------------------------------------------------
 
-
+# Returns the decoder's embeddings of a slice of words or of word ids. This is a function and not a module, because
+# hooks for offloading would try to move a module that is passed as an argument.
 EmbedWords = Callable[[slice | torch.Tensor], torch.Tensor]
 
 
 class WordTable(nn.Module):
-    """A table with one row per word."""
+    """Table with one row per word; returns the rows of a slice of words."""
 
     def __init__(self, num_words: int, width: int):
         super().__init__()
@@ -216,7 +235,10 @@ class WordTable(nn.Module):
 
 
 class WordNorm(nn.Module):
-    """Scale and bias of a LayerNorm over the words, whose statistics span all blocks."""
+    """Scale and bias of a LayerNorm over the words; returns those of a slice of words.
+
+    The statistics span all blocks and are computed elsewhere.
+    """
 
     def __init__(self, num_words: int, initial_scale: float):
         super().__init__()
@@ -229,7 +251,7 @@ class WordNorm(nn.Module):
 
 
 class KeyStatistics(nn.Module):
-    """Mean and covariance of the rows that LN_V normalises over in a pruned model; float32 in a model of any dtype."""
+    """Mean and covariance of the key rows that LN_V normalizes over in a pruned model; always stored in float32."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -237,7 +259,8 @@ class KeyStatistics(nn.Module):
         self.register_buffer("covariance", torch.zeros(width, width, dtype=torch.float32))
 
     def forward(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of the logits of queries [T, D], each [T, 1]."""
+        """Returns the mean and the variance of the logits of queries [T, D], each [T, 1]."""
+        # For a query q and keys k: E[q·k] = q · E[k] and Var[q·k] = qᵀ Cov[k] q.
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         mean, covariance = self.mean.to(query), self.covariance.to(query)
         variance = (query @ covariance * query).sum(dim=-1, keepdim=True).clamp(min=0)
@@ -245,9 +268,10 @@ class KeyStatistics(nn.Module):
 
 
 class AlignConnector(nn.Module):
-    """ALIGN. Its values are the live rows of the decoder's embedding table, which it is handed at every call.
+    """ALIGN connector.
 
-    A pruned one knows some of the words only: `word_ids` are those.
+    Its values are the current rows of the decoder's embedding table, which it receives in every call. The connector of
+    a pruned model uses only a part of the vocabulary, the words `word_ids`.
     """
 
     def __init__(self, config: AlignVLMConfig):
@@ -268,20 +292,25 @@ class AlignConnector(nn.Module):
         return expected_embedding(query.flatten(0, 1), words).view(query.shape)
 
     def distribution(self, features: torch.Tensor) -> torch.Tensor:
-        """P for every feature, float32 [M, N, V] (of a pruned model's own words): for analyses of a few tiles."""
+        """Returns P of every feature, float32 [M, N, V]. Meant for analyses of a few tiles.
+
+        In a pruned model, V is the number of its remaining words.
+        """
         query = self.query(features)
         return word_distribution(query.flatten(0, 1), self.words()).view(*query.shape[:2], -1)
 
     def query(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns LN_D(W1 f) of every feature, [M, N, D]."""
         return self.hidden_norm(self.w1(features))
 
     def words(self, embed_words: EmbedWords | None = None) -> Words:
+        """Returns the words that P ranges over; `embed_words` is only needed for the expected embedding."""
         values = embed_words if self.word_ids is None else lambda block: embed_words(self.word_ids[block])
         return Words(self.num_words, self.w2, self.vocab_norm, values, self.eps, self.key_statistics)
 
 
 class OvisConnector(nn.Module):
-    """Ovis: like ALIGN, but the words and their embeddings are the connector's own."""
+    """Ovis connector: like ALIGN, with a separate visual vocabulary and embedding table."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -297,7 +326,7 @@ class OvisConnector(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """LLaVA-1.5's: Linear, exact GELU, Linear on each feature."""
+    """Connector of LLaVA-1.5: Linear, exact GELU and Linear on each feature."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -310,7 +339,10 @@ class MLPConnector(nn.Module):
 
 
 class HReducerConnector(nn.Module):
-    """DocOwl 1.5's: `window` neighbours of a row become one token, since text runs along rows; then Linear."""
+    """Connector of DocOwl 1.5: a convolution that merges `window` neighbors of a row, followed by Linear.
+
+    Neighbors are merged along rows because text runs along rows.
+    """
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -320,13 +352,14 @@ class HReducerConnector(nn.Module):
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         grid = math.isqrt(features.shape[1])
-        rows = features.transpose(1, 2).unflatten(2, (grid, grid))
+        rows = features.transpose(1, 2).unflatten(2, (grid, grid))  # [M, d, grid, grid]
+        # Pad on the right to a multiple of the window.
         reduced = self.reduce(F.pad(rows, (0, -grid % self.window)))
         return self.project(reduced.flatten(2).transpose(1, 2))
 
 
 class CAbstractorConnector(nn.Module):
-    """HoneyBee's: RegNet blocks, adaptive average pooling, RegNet blocks, a readout of two layers."""
+    """C-Abstractor of HoneyBee: RegNet blocks, adaptive average pooling, RegNet blocks, and a two-layer readout."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -351,7 +384,10 @@ class CAbstractorConnector(nn.Module):
 
 
 class RegNetBlock(nn.Module):
-    """1 x 1, depthwise 3 x 3, squeeze and excitation, 1 x 1, around a shortcut; channels are the last axis."""
+    """RegNet block: 1 x 1, depthwise 3 x 3, squeeze-and-excitation and 1 x 1 convolutions with a shortcut.
+
+    The channels are the last axis.
+    """
 
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -379,7 +415,7 @@ class RegNetBlock(nn.Module):
 
 
 class PerceiverConnector(nn.Module):
-    """Idefics2's resampler: a fixed number of learned latents reads the features."""
+    """Perceiver resampler of Idefics2: a fixed number of learned latents attend to the features."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -399,7 +435,7 @@ class PerceiverConnector(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents attend to [features; latents], then pass a gated MLP of four times their width."""
+    """Cross-attention of the latents to [features; latents], followed by a gated MLP of four times their width."""
 
     def __init__(self, fields: dict, width: int):
         super().__init__()
@@ -428,7 +464,7 @@ class PerceiverLayer(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """Gated MLP: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, width: int, inner: int, output_width: int):
         super().__init__()
@@ -450,14 +486,15 @@ CONNECTORS: dict[str, type[nn.Module]] = {
 }
 
 
-# --- The model --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder and shared base class
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class AlignVLMVisionTransformer(SiglipPreTrainedModel):
-    """SigLIP without its pooling head; the features are those after the final LayerNorm.
+    """SigLIP without its pooling head; returns the features after the final LayerNorm."""
 
-    Put together from transformers' modules, because `SiglipVisionModel` has changed its parameter names within 5.x.
-    """
+    # Built from transformers' modules instead of `SiglipVisionModel`, whose parameter names changed within 5.x.
 
     config: SiglipVisionConfig
     main_input_name = "pixel_values"
@@ -471,12 +508,13 @@ class AlignVLMVisionTransformer(SiglipPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+        """Returns the features [M, N, d] of tiles [M, 3, S, S]."""
         hidden = self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
         return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden))
 
 
 class AlignVLMVisionTower(SiglipPreTrainedModel):
-    """The encoder under the name that checkpoints of SigLIP give it, `vision_model`."""
+    """Encoder wrapped as `vision_model`, the name of the parameters in SigLIP checkpoints."""
 
     config: SiglipVisionConfig
     main_input_name = "pixel_values"
@@ -494,6 +532,8 @@ class AlignVLMVisionTower(SiglipPreTrainedModel):
 
 
 class AlignVLMPreTrainedModel(PreTrainedModel):
+    """Base class that handles weight initialization, and declares the features that transformers may use."""
+
     config: AlignVLMConfig
     config_class = AlignVLMConfig
     base_model_prefix = "model"
@@ -533,10 +573,17 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.image_newline, std=len(module.image_newline) ** -0.5)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Base model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class AlignVLMModelOutput(BaseModelOutputWithPast):
-    """Attributes:
-    image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] where tiles are joined.
+    """Output of `AlignVLMModel`.
+
+    Attributes:
+        image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] if tiles are joined.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -544,31 +591,40 @@ class AlignVLMModelOutput(BaseModelOutputWithPast):
 
 @dataclasses.dataclass
 class AlignVLMCausalLMOutput(CausalLMOutputWithPast):
-    """Attributes:
-    image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] where tiles are joined.
+    """Output of `AlignVLMForConditionalGeneration`.
+
+    Attributes:
+        image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] if tiles are joined.
     """
 
     image_hidden_states: torch.Tensor | None = None
 
 
 class AlignVLMModel(AlignVLMPreTrainedModel):
-    """Encoder, connector and decoder, without the language-model head."""
+    """Encoder, connector and decoder, without the language-model head.
+
+    Args:
+        config: the model config.
+    """
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__(config)
         self.vision_tower = AlignVLMVisionTower(config.vision_config)
         self.connector = CONNECTORS[config.connector_config["name"]](config)
         self.language_model = LlamaModel(config.text_config)
-        # A padding row would get no gradient, but its token may also end an answer, and ALIGN's values are all rows.
+        # The row of a `padding_idx` would receive no gradient. But the padding token may also end an answer, and ALIGN
+        # uses all rows as values.
         self.language_model.embed_tokens.padding_idx = None
         if config.newline:
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Returns the embedding table of the decoder."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
+        """Replaces the embedding table of the decoder."""
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -579,23 +635,26 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         visual_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Tiles to visual tokens.
+        """Computes the visual tokens of tiles.
 
         Args:
-            pixel_values: [M, 3, S, S] from the image processor.
-            visual_sources: [T, 4], with `visual_weights` from the image processor: what each visual token is made of,
-                where tiles are joined.
-            visual_weights: [T, 4].
-            **kwargs: `return_dict`; what else callers pass along is ignored.
+            pixel_values: [M, 3, S, S] tiles from the image processor.
+            visual_sources: [T, 4] indices of the features that each visual token is a mixture of, from the image
+                processor. Required if tiles are joined (tiling rule anyres_max_9).
+            visual_weights: [T, 4] weights of these features.
+            **kwargs: `return_dict`; other arguments are ignored.
 
         Returns:
-            `last_hidden_state`: the encoder's features [M, N, d]; `pooler_output`: the visual tokens [M, N', D], or
-            [T, 1, D] where tiles are joined.
+            `last_hidden_state` has the encoder's features [M, N, d]. `pooler_output` has the visual tokens [M, N', D],
+            or [T, 1, D] if tiles are joined.
+
+        Raises:
+            ValueError: If `visual_sources` are missing, or given to a model that does not join tiles.
         """
         if (visual_sources is None) == self.config.newline:
             raise ValueError(
-                "`visual_sources` and `visual_weights` come exactly with models of the tiling rule anyres_max_9: use "
-                "the processor of the same folder"
+                "`visual_sources` and `visual_weights` are required by models of the tiling rule anyres_max_9 and "
+                "invalid for others: use the processor of the same folder"
             )
         features = self.vision_tower(pixel_values).last_hidden_state
         embed_tokens = self.get_input_embeddings()
@@ -607,7 +666,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
         visual = self.connector(features, embed_words)
         if visual_sources is not None:
-            # `generate` repeats entries for beams, as many as make up a row: tokens of their own fit any row.
+            # [T, 1, D]: `generate` repeats entries along the first axis for beams. With one visual token per entry, a
+            # row can have any number of them.
             visual = mix_visual(visual.flatten(0, 1), self.image_newline, visual_sources, visual_weights)[:, None]
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
 
@@ -625,30 +685,38 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         visual_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> AlignVLMModelOutput:
-        """Runs the decoder over text with visual tokens in the image tokens' places.
+        """Runs the decoder on text in which visual tokens replace the image tokens.
 
         Args:
-            input_ids: [B, L]; the image token stands wherever a visual token goes, row by row, tile by tile.
-            pixel_values: [M, 3, S, S], all tiles of all rows; None where no row has an image.
-            attention_mask: [B, L], 0 at padding, on either side.
-            position_ids: [B, L]; by default they count the positions that are not padding.
-            past_key_values: what came before; from transformers 5.24 on `cache`.
-            inputs_embeds: [B, L, D] in place of `input_ids`, visual tokens already in their places.
-            mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
-            visual_sources: and `visual_weights`: see `get_image_features`.
-            visual_weights: [T, 4].
-            **kwargs: to the decoder and its attention.
+            input_ids: [B, L] token ids, with one image token per visual token, row by row and tile by tile.
+            pixel_values: [M, 3, S, S] tiles of all rows; None if no row has an image.
+            attention_mask: [B, L] mask that is 0 at padding, on either side.
+            position_ids: [B, L] positions; by default, positions are counted without padding.
+            past_key_values: cache of previous positions; called `cache` from transformers 5.24 on.
+            inputs_embeds: [B, L, D] embeddings that replace `input_ids` and already contain the visual tokens.
+            mm_encoder_outputs: {"image": output of `get_image_features`}, which replaces `pixel_values`.
+            visual_sources: [T, 4] indices; see `get_image_features`.
+            visual_weights: [T, 4] weights; see `get_image_features`.
+            **kwargs: arguments for the decoder and its attention.
+
+        Returns:
+            The output of the decoder, with the visual tokens in `image_hidden_states`.
+
+        Raises:
+            ValueError: If the inputs contradict each other, or the numbers of image tokens and visual tokens differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either `input_ids` or `inputs_embeds`")
+            raise ValueError("pass either `input_ids` or `inputs_embeds`, not both")
+        # Compute the visual tokens, unless the caller has done so.
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             if encoded is not None:
-                raise ValueError("give either `pixel_values` or their `mm_encoder_outputs`")
+                raise ValueError("pass either `pixel_values` or their `mm_encoder_outputs`, not both")
             encoded = self.get_image_features(pixel_values, visual_sources, visual_weights, return_dict=True)
         visual = None if encoded is None else encoded.pooler_output
         if isinstance(visual, list | tuple):
             visual = torch.cat([features.flatten(0, -2) for features in visual])
+        # Embed the text and insert the visual tokens.
         if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual is not None:
@@ -656,7 +724,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             elif _is_empty(kwargs.get("cache") if past_key_values is None else past_key_values):
                 _check_counts(input_ids == self.config.image_token_id, num_visual=0)
         elif visual is not None:
-            raise ValueError("`pixel_values` need `input_ids`, which say where the visual tokens go")
+            raise ValueError("`pixel_values` require `input_ids`, which mark the places of the visual tokens")
+        # With a cache, the mask covers earlier positions too; only those of the new tokens are kept.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(
@@ -671,7 +740,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def place_visual_tokens(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, visual: torch.Tensor
     ) -> torch.Tensor:
-        """`inputs_embeds` [B, L, D] with the visual tokens in the image tokens' places, in order."""
+        """Returns `inputs_embeds` [B, L, D] with the image tokens replaced by the visual tokens, in order."""
         visual = visual.flatten(0, -2).to(inputs_embeds.device, inputs_embeds.dtype)
         is_image = input_ids == self.config.image_token_id
         _check_counts(is_image, len(visual))
@@ -681,14 +750,34 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 def mix_visual(
     features: torch.Tensor, newline: torch.Tensor, sources: torch.LongTensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """[T, D]: the sum over k of weights[:, k] * features[sources[:, k]]; source -1 is the newline."""
+    """Mixes features into visual tokens.
+
+    Args:
+        features: [M * N', D] features of all tiles.
+        newline: [D] embedding of the end of a row.
+        sources: [T, 4] indices of features; -1 stands for `newline`.
+        weights: [T, 4] weights of the sources.
+
+    Returns:
+        [T, D] sums over k of weights[:, k] * features[sources[:, k]].
+    """
+    # The newline is the last row, so that index -1 selects it.
     rows = torch.cat([features, newline[None].to(features)])
     mixed = (rows[sources.to(rows.device)].float() * weights.to(rows.device, torch.float32)[..., None]).sum(dim=1)
     return mixed.to(features.dtype)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Complete model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
-    """The whole model: generates, and with `labels` computes the loss of training."""
+    """AlignVLM with a language-model head, for generation and training.
+
+    Args:
+        config: the model config.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = LlamaForCausalLM._tp_plan
@@ -700,16 +789,19 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Returns the embedding table of the decoder."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
+        """Replaces the embedding table of the decoder."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """Returns the language-model head."""
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """See `AlignVLMModel.get_image_features`, also for what else it takes."""
+        """Computes the visual tokens of tiles; see `AlignVLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -730,20 +822,29 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         visual_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> AlignVLMCausalLMOutput:
-        """Scores the next token at every position, or computes the loss.
+        """Computes the logits of the next token at every position and, with labels, the loss.
 
         Args:
-            input_ids: and what follows up to `mm_encoder_outputs`: see `AlignVLMModel.forward`.
-            labels: [B, L]; the token that stands at each position, -100 where it is not to be learned (prompt, visual
-                tokens, padding). The shift by one is made here.
-            logits_to_keep: how many positions at the end are scored (0: all), or which.
-            num_items_in_batch: divides the summed loss in place of this batch's count of labels, when gradients are
-                accumulated over several batches.
-            return_logits: whether logits come with the loss. By default not in training mode: the loss scores only the
-                positions before a label, few beside thousands of visual tokens.
-            visual_sources: and `visual_weights`: see `AlignVLMModel.get_image_features`.
-            visual_weights: [T, 4].
-            **kwargs: to the decoder and its attention.
+            input_ids: see `AlignVLMModel.forward`.
+            pixel_values: see `AlignVLMModel.forward`.
+            attention_mask: see `AlignVLMModel.forward`.
+            position_ids: see `AlignVLMModel.forward`.
+            past_key_values: see `AlignVLMModel.forward`.
+            inputs_embeds: see `AlignVLMModel.forward`.
+            mm_encoder_outputs: see `AlignVLMModel.forward`.
+            labels: [B, L] token at each position, or -100 if it is excluded from the loss (prompt, visual tokens,
+                padding). They are not shifted; the shift by one happens here.
+            logits_to_keep: number of positions at the end to compute logits for (0: all), or their indices.
+            num_items_in_batch: divisor of the summed loss, if gradients are accumulated over several batches; by
+                default the number of labels in this batch.
+            return_logits: whether to return logits together with a loss. By default they are not returned in training
+                mode: the loss needs only those before a label, which are few compared to thousands of visual tokens.
+            visual_sources: see `AlignVLMModel.get_image_features`.
+            visual_weights: see `AlignVLMModel.get_image_features`.
+            **kwargs: arguments for the decoder and its attention.
+
+        Returns:
+            Loss, logits, cache, and the outputs of the decoder.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -777,9 +878,10 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def label_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Sum of -log p(label) over the labels, over their count; 0 if there is none."""
+        """Returns the sum of -log p(label) divided by the number of labels; 0 if there are none."""
         targets = labels[:, 1:].to(hidden.device)
         labelled = targets != _IGNORED_LABEL
+        # Logits only at the labelled positions.
         logits = self.lm_head(hidden[:, :-1][labelled]).float()
         total = F.cross_entropy(logits, targets[labelled], reduction="sum")
         count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -794,7 +896,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         is_first_iteration=False,
         **kwargs,
     ):
-        """Images are read with the prompt; afterwards the cache knows them."""
+        """Prepares the inputs of a decoding step; images are only passed with the prompt."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             **_if_given(past_key_values=past_key_values),
@@ -803,6 +905,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        # Later steps find the visual tokens in the cache.
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("pixel_values", None)
             for name in ("mm_encoder_outputs", "visual_sources", "visual_weights"):
@@ -812,22 +915,23 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
     ):
-        """Rows are repeated in place (a a b b), and each row's tiles with it (a1 a2 a1 a2 b1 b1).
+        """Repeats rows for beams in place (a a b b), together with the tiles of each row (a1 a2 a1 a2 b1 b1).
 
-        Joined tiles stay as they are, for visual tokens say which features they are made of: those lines are repeated.
+        If tiles are joined, only the lines of `visual_sources` and `visual_weights` are repeated. They refer to
+        features by index, so the tiles themselves are encoded once.
         """
         joined = {name: model_kwargs.pop(name) for name in ("visual_sources", "visual_weights") if name in model_kwargs}
         if joined and pixel_values is not None and expand_size > 1:
             is_image = input_ids == self.config.image_token_id
             _check_counts(is_image, len(joined["visual_sources"]))
             for name, lines in joined.items():
-                of_rows = lines.split(is_image.sum(dim=-1).tolist())
-                joined[name] = torch.cat([part for part in of_rows for _ in range(expand_size)])
+                lines_per_row = lines.split(is_image.sum(dim=-1).tolist())
+                joined[name] = torch.cat([lines for lines in lines_per_row for _ in range(expand_size)])
         elif pixel_values is not None and expand_size > 1:
             is_image = input_ids == self.config.image_token_id
             _check_counts(is_image, len(pixel_values) * self.config.tokens_per_tile)
-            tiles_of_rows = pixel_values.split((is_image.sum(dim=-1) // self.config.tokens_per_tile).tolist())
-            pixel_values = torch.cat([tiles for tiles in tiles_of_rows for _ in range(expand_size)])
+            tiles_per_row = pixel_values.split((is_image.sum(dim=-1) // self.config.tokens_per_tile).tolist())
+            pixel_values = torch.cat([tiles for tiles in tiles_per_row for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -836,24 +940,35 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         return input_ids, {**model_kwargs, **joined}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def _is_empty(cache) -> bool:
-    # Under torch.compile the length of a static cache is a tensor: no branch on it then.
+    """Returns whether a cache is known to be empty."""
+    # Under torch.compile, the length of a static cache is a tensor, which must not decide a branch.
     return cache is None or (not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0)
 
 
 def _if_given(**argument) -> dict:
-    """The argument, if it is not None: from transformers 5.24 on the same is called `cache`, and is among `kwargs`."""
+    """Returns the argument as keywords, without None.
+
+    From transformers 5.24 on, `past_key_values` is called `cache` and arrives in `kwargs`.
+    """
     return {name: value for name, value in argument.items() if value is not None}
 
 
 def _check_counts(is_image: torch.Tensor, num_visual: int) -> None:
+    """Raises a `ValueError` unless there is one image token per visual token."""
+    # The check would need a device synchronization, which breaks the graph under torch.compile.
     if torch.compiler.is_compiling():
         return
-    num_places = int(is_image.sum())
-    if num_places != num_visual:
+    num_image_tokens = int(is_image.sum())
+    if num_image_tokens != num_visual:
         raise ValueError(
-            f"the text has {num_places} image tokens for {num_visual} visual tokens: use the processor of the same "
-            "folder, and do not truncate its output"
+            f"the text has {num_image_tokens} image tokens for {num_visual} visual tokens: use the processor of the "
+            "same folder, and do not truncate its output"
         )
 
 

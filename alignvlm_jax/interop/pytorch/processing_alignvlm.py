@@ -1,14 +1,14 @@
-"""From conversations and pictures to what the model reads: `AutoProcessor` of an exported folder.
+"""Processor for AlignVLM: converts conversations and images to model inputs (`AutoProcessor` of an exported folder).
 
-The chat template writes the image token once per image; here it is repeated once per visual token of that image:
+The chat template writes one image token per image. The processor repeats it once per visual token of the image:
 
     rendered   <|begin|><|user|><|image|>Total?<|assistant|>
     input_ids  <|begin|> <|user|> <|image|> <|image|> <|image|> Tot al ? <|assistant|>
 
-The ids are those of training. No special token is added to what the template writes, and in `apply_chat_template`
-text typed by a user stays text, even where it reads like a special token.
+The ids are the same as in training. No special token is added to the rendered template. In `apply_chat_template`, text
+typed by a user stays text, even if it looks like a special token.
 
-`processor_config.json`, whose nested part is the image processor's; the tokenizer stands in its own files:
+Example of `processor_config.json`. The nested part belongs to the image processor; the tokenizer has its own files:
 
     {
       "processor_class": "AlignVLMProcessor",
@@ -32,31 +32,34 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
 
-# What image_processing_alignvlm imports: transformers 5.0 brings along only the files that are named right here.
+# The imports of image_processing_alignvlm are repeated here: transformers 5.0 copies only the files that this file
+# imports directly.
 from .resampling_alignvlm import resample_images  # noqa: F401
 from .rgb_alignvlm import to_rgb  # noqa: F401
 from .tiling_alignvlm import cut_tiles  # noqa: F401
 
-# Put behind the first character of what reads like a special token in a user's text, so that it is none.
+# Inserted after the first character of text that looks like a special token, so that it is not parsed as one.
 _MARK = "\ue000"
-# Stands before a passage that is encoded apart from what precedes it, so that it is not taken for the start.
+# Placed in front of a passage that is encoded on its own, so that it is not treated as the start of the text.
 _BREAK = "\ue002\ue003\ue002"
 
 
 class AlignVLMProcessorKwargs(ProcessingKwargs, total=False):
+    """Keyword arguments of the processor and their defaults."""
+
     images_kwargs: AlignVLMImagesKwargs
     _defaults = {"text_kwargs": {"padding": True, "add_special_tokens": False}}
 
 
 class AlignVLMProcessor(ProcessorMixin):
-    """An image processor and a tokenizer.
+    """Wraps an image processor and a tokenizer into a single processor.
 
     Args:
         image_processor: an `AlignVLMImageProcessor`.
         tokenizer: a fast tokenizer.
-        tokens_per_tile: visual tokens that the model makes of one tile.
-        image_token: the special token that holds their places.
-        chat_template: how a conversation is written down.
+        tokens_per_tile: number of visual tokens per tile.
+        image_token: special token that marks the places of visual tokens.
+        chat_template: Jinja template that renders a conversation.
     """
 
     valid_processor_kwargs = AlignVLMProcessorKwargs
@@ -72,32 +75,38 @@ class AlignVLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-        """Cuts images, repeats their places in the text, tokenizes.
+        """Cuts images into tiles, repeats the image tokens in the text, and tokenizes it.
 
         Args:
-            images: pictures, paths or URLs, flat or one list per text, in the order of the image tokens.
-            text: one text or several, each image token standing for one image.
+            images: images, paths or URLs, as a flat list or one list per text, in the order of the image tokens.
+            text: one or several texts with one image token per image.
             videos: not supported.
             audio: not supported.
-            **kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and the image processor (`max_tiles`, ...).
+            **kwargs: arguments of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor
+                (`max_tiles`, ...).
 
         Returns:
-            `input_ids`, `attention_mask` and, with images, `pixel_values` (under the tiling rule anyres_max_9 also
-            `visual_sources` and `visual_weights`); on request `mm_token_type_ids` (1 at visual
-            tokens) and `text_replacement_offsets`.
+            `input_ids`, `attention_mask` and, with images, `pixel_values`; under the tiling rule anyres_max_9 also
+            `visual_sources` and `visual_weights`. On request `mm_token_type_ids` (1 at visual tokens) and
+            `text_replacement_offsets`.
+
+        Raises:
+            ValueError: If there is nothing to process, or the numbers of image tokens and images differ.
         """
         if videos is not None or audio is not None:
-            raise ValueError("this model reads text and images, no videos and no audio")
+            raise ValueError("this model supports text and images, but not videos or audio")
         if text is None and images is None:
-            raise ValueError("nothing to process: give `text`, `images` or both")
-        wants_types = kwargs.pop("return_mm_token_type_ids", False)
-        wants_offsets = kwargs.pop("return_text_replacement_offsets", False)
+            raise ValueError("nothing to process: pass `text`, `images` or both")
+        # Both options may come as a keyword or in `text_kwargs`.
+        return_types = kwargs.pop("return_mm_token_type_ids", False)
+        return_offsets = kwargs.pop("return_text_replacement_offsets", False)
         merged = self._merge_kwargs(AlignVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
-        wants_types = text_kwargs.pop("return_mm_token_type_ids", False) or wants_types
-        wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False) or wants_offsets
+        return_types = text_kwargs.pop("return_mm_token_type_ids", False) or return_types
+        return_offsets = text_kwargs.pop("return_text_replacement_offsets", False) or return_offsets
         return_tensors = text_kwargs.pop("return_tensors", None)
 
+        # Number of visual tokens of each image.
         data, counts = {}, []
         images = None if images is None else list(flatten_images(images))
         if images:
@@ -111,27 +120,29 @@ class AlignVLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         texts, offsets = self._repeat_image_tokens(texts, counts)
         text_inputs = self._tokenize(texts, text_kwargs)
-        if wants_types:
+        if return_types:
             text_inputs["mm_token_type_ids"] = [
                 [int(i == self.image_token_id) for i in ids] for ids in text_inputs["input_ids"]
             ]
         self._check_special_mm_tokens(texts, text_inputs, modalities=["image"])
         features = BatchFeature({**text_inputs, **data}, tensor_type=return_tensors)
-        if wants_offsets:
+        if return_offsets:
             features["text_replacement_offsets"] = offsets
         return features
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As in transformers, except that a user's text cannot write special tokens (with `tokenize=True`)."""
+        """Same as in transformers, except that special tokens in a user's text stay text (with `tokenize=True`)."""
         if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
             conversation = self._hide_special_tokens(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _repeat_image_tokens(self, texts: list[str], counts: list[int]) -> tuple[list[str], list[list[dict]]]:
-        """Writes the image token once per visual token; also returns where, in the words of transformers."""
-        found = sum(text.count(self.image_token) for text in texts)
-        if found != len(counts):
-            raise ValueError(f"the text has {found} image tokens ({self.image_token}) for {len(counts)} images")
+        """Repeats the image tokens once per visual token; also returns the replacements in transformers' format."""
+        num_image_tokens = sum(text.count(self.image_token) for text in texts)
+        if num_image_tokens != len(counts):
+            raise ValueError(
+                f"the text has {num_image_tokens} image tokens ({self.image_token}) for {len(counts)} images"
+            )
         remaining = iter(counts)
         expanded, offsets = [], []
         for text in texts:
@@ -162,10 +173,11 @@ class AlignVLMProcessor(ProcessorMixin):
         return self.tokenizer.pad({"input_ids": ids}, **{k: v for k, v in text_kwargs.items() if k in names})
 
     def _tokenize_marked(self, text: str) -> list[int]:
-        """Ids of a text with marks: between the special tokens that bear none, everything is plain text."""
+        """Returns the ids of a text with marks: special tokens without a mark, and plain text between them."""
         ids, start = [], 0
         special, later = self._special_tokens(), self._later_tokenizer()
         for match in [*special.finditer(text), None]:
+            # The plain text up to the next special token, without its marks.
             plain = text[start : match.start() if match else None]
             plain = re.sub(f"(.){_MARK}", r"\1", plain, flags=re.DOTALL)
             if start and plain and later and _BREAK not in plain:
@@ -178,7 +190,10 @@ class AlignVLMProcessor(ProcessorMixin):
         return ids
 
     def _later_tokenizer(self):
-        """For a tokenizer that puts a blank before a text's first word, and only there: one for what comes later."""
+        """Returns a tokenizer for passages after the first, or None if the usual one serves.
+
+        Sentencepiece-style tokenizers (`prepend_scheme` "first") put a blank in front of the first word of a text only.
+        """
         pre_tokenizer = self.tokenizer.backend_tokenizer.pre_tokenizer
         if pre_tokenizer is None or b'"prepend_scheme":"first"' not in pre_tokenizer.__getstate__():
             return None
@@ -190,11 +205,12 @@ class AlignVLMProcessor(ProcessorMixin):
         return later
 
     def _special_tokens(self) -> re.Pattern:
+        """Returns a pattern of all special tokens; longer ones have precedence."""
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def _hide_special_tokens(self, conversation):
-        """A copy in which texts bear a mark wherever they read like a special token."""
+        """Returns a copy of the conversation with marks in text that looks like a special token."""
         special = re.compile(f"{self._special_tokens().pattern}|{_MARK}")
 
         def hide(text):
@@ -218,13 +234,16 @@ class AlignVLMProcessor(ProcessorMixin):
         return [[hide_message(message) for message in getattr(chat, "messages", chat)] for chat in conversation]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What an image's token becomes (asked for by transformers' tools and vLLM)."""
+        """Returns the replacement of an image token; called by transformers and vLLM."""
         if "num_visual_tokens" in image_inputs:
             return self.image_token * int(image_inputs["num_visual_tokens"][image_idx])
         return self.image_token * (int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Visual tokens and tiles of images of the given (height, width); vLLM reserves room by it."""
+        """Returns the numbers of visual tokens and tiles of images of the given (height, width) sizes.
+
+        vLLM uses them to reserve memory.
+        """
         if image_sizes is None:
             return MultiModalData()
         overrides = {**kwargs, **(kwargs.get("images_kwargs") or {})}
@@ -237,6 +256,7 @@ class AlignVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs that the processor returns."""
         joined = ["visual_sources", "visual_weights"] if self.image_processor.rule == "anyres_max_9" else []
         return ["input_ids", "attention_mask", "pixel_values", *joined]
 

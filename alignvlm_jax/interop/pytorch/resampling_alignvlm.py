@@ -1,4 +1,4 @@
-"""`data/resampling.py` under the name it has in an exported folder."""
+"""Shim: `data/resampling.py` under its name in an exported folder."""
 
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
 

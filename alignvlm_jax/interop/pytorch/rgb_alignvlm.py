@@ -1,4 +1,4 @@
-"""`data/rgb.py` under the name it has in an exported folder."""
+"""Shim: `data/rgb.py` under its name in an exported folder."""
 
 from alignvlm_jax.data.rgb import formats, to_rgb
 

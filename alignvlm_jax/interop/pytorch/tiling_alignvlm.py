@@ -1,4 +1,4 @@
-"""`data/tiling.py` under the name it has in an exported folder."""
+"""Shim: `data/tiling.py` under its name in an exported folder."""
 
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 

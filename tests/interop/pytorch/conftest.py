@@ -1,4 +1,4 @@
-"""Tiny models, each written, loaded and compiled once for all tests that ask for it."""
+"""Fixtures with tiny models, each written, loaded and compiled once per test session."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tests.interop.pytorch import folders
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One model twice: in JAX, and as a folder that transformers loaded."""
+    """The same model in JAX and in PyTorch, loaded by transformers from an exported folder."""
 
     config: AlignVLMConfig
     params: dict
@@ -25,7 +25,7 @@ class Pair:
     chat: ChatTokenizer
 
     def inputs(self, *conversations: list[dict], **kwargs):
-        """What the exported processor makes of conversations."""
+        """Returns the inputs that the exported processor computes from conversations."""
         return self.processor.apply_chat_template(
             list(conversations),
             tokenize=True,
@@ -36,13 +36,13 @@ class Pair:
         )
 
     def prompts(self, *conversations: list[dict]):
-        """What our own reader makes of them."""
+        """Returns the prompts that our own reader computes from conversations."""
         return [folders.make_prompt(self.config, self.chat, messages) for messages in conversations]
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """Makes the pair of a connector, with a tied head or not."""
+    """Returns a function that creates the pair of a connector, with a tied or untied head."""
 
     @functools.cache
     def make(connector: str = "align", tied: bool = True) -> Pair:

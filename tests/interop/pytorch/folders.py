@@ -1,4 +1,4 @@
-"""A tiny AlignVLM as a folder for PyTorch, and what JAX makes of the same pictures and words."""
+"""Writes tiny AlignVLMs as folders for PyTorch, and prepares the same inputs for JAX."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ from tests.data.nano_tokenizer import write_chat_folder
 
 TILING = TilingConfig(tile_size=20, max_tiles=4)
 CONNECTORS = {
-    "align": AlignConfig(vocab_size=330),  # fewer words than the table has rows
+    "align": AlignConfig(vocab_size=330),  # Fewer words than rows of the embedding table.
     "mlp": MLPConfig(),
     "perceiver": PerceiverConfig(num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20),
     "ovis": OvisConfig(num_words=50),
@@ -46,7 +46,7 @@ CONNECTORS = {
 
 
 def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
-    """3 x 3 patches a tile (a remainder of two pixels is dropped), 352 rows in the embedding table."""
+    """Returns a config with 3 x 3 patches per tile (two pixels remain) and an embedding table of 352 rows."""
     return AlignVLMConfig(
         vision=VisionConfig(
             image_size=20, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2
@@ -68,28 +68,28 @@ def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
 
 
 def make_params(config: AlignVLMConfig) -> dict:
-    """Scattered in every leaf. ALIGN's P is peaked (a few words a patch): a flat one would hide mistakes."""
+    """Returns random values for every leaf; ALIGN's P has only a few words per patch: a flat P would hide mistakes."""
     params = nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
     rng = np.random.default_rng(0)
 
-    def scatter(path, leaf):
+    def draw(path, leaf):
         name = "/".join(str(key.key) for key in path)
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         if name.endswith("scale"):
             return 4.0 + noise if "vocab_norm" in name else 1.0 + 0.2 * noise
         if name.startswith("vision"):
-            # Encoders tell patches apart: random ones need larger weights for that.
+            # Larger weights, so that a random encoder distinguishes patches.
             return noise * (0.3 if leaf.ndim > 1 else 0.2)
-        # Kernels larger than usual: a decoder with a tied head would else only repeat its last token.
+        # Larger kernels than usual: otherwise a decoder with a tied head only repeats its last token.
         return noise * (1.5 * leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.3)
 
-    return jax.tree_util.tree_map_with_path(scatter, params)
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 def write_folder(
     folder: pathlib.Path, config: AlignVLMConfig, params: dict, tiling: TilingConfig = TILING
 ) -> pathlib.Path:
-    """Writes what `interop/export.py` writes for a checkpoint, without a checkpoint."""
+    """Writes the same folder as `interop/export.py`, from a config and parameters instead of a checkpoint."""
     chat_folder = write_chat_folder(folder.parent / f"{folder.name}_chat")
     folder.mkdir(parents=True)
     export_tokenizer(chat_folder, folder)
@@ -113,7 +113,7 @@ def write_folder(
 
 
 def state_dict(config: AlignVLMConfig, params: dict) -> dict[str, np.ndarray]:
-    """A tree shaped like the parameters (gradients, for instance) under PyTorch's names and axes."""
+    """Converts a tree with the structure of the parameters, such as gradients, to PyTorch's names and layouts."""
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     tensors = {}
     for row in tables.alignvlm(config):
@@ -124,24 +124,24 @@ def state_dict(config: AlignVLMConfig, params: dict) -> dict[str, np.ndarray]:
 
 
 def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
-    """Blots, so that patches differ from each other."""
+    """Returns an image of random blocks, so that patches differ from each other."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.NEAREST)
 
 
 def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict]) -> Prompt:
-    """What our own reader makes of a conversation whose image parts carry {"image": picture}."""
-    cut = list(tiles_of(messages))
-    counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in cut]
+    """Returns our own reader's prompt for a conversation whose image parts contain {"image": picture}."""
+    per_image = list(tiles_of(messages))
+    counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in per_image]
     encoded = chat.encode_prompt(messages, counts)
-    tiles = [np.zeros((0, 20, 20, 3), np.uint8), *(tiles for tiles, _ in cut)]
-    valid_hw = [np.zeros((0, 2), np.int32), *(valid_hw for _, valid_hw in cut)]
+    tiles = [np.zeros((0, 20, 20, 3), np.uint8), *(tiles for tiles, _ in per_image)]
+    valid_hw = [np.zeros((0, 2), np.int32), *(valid_hw for _, valid_hw in per_image)]
     return Prompt(encoded.tokens, encoded.visual_index, np.concatenate(tiles), np.concatenate(valid_hw))
 
 
 def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tiles of each image of a conversation, and which part of them is picture."""
+    """Yields the tiles of each image of a conversation, and the size of their valid parts."""
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] == "image":
@@ -150,13 +150,13 @@ def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def ask(text: str, *pictures: PIL.Image.Image) -> list[dict]:
-    """A conversation of one question."""
+    """Returns a conversation with one question."""
     parts = [{"type": "image", "image": picture} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def relative_error(ours, theirs) -> float:
-    """Largest difference over the largest value."""
+    """Returns the largest difference divided by the largest value."""
     ours = np.asarray(ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours, np.float64)
     theirs = np.asarray(theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs, np.float64)
     assert ours.shape == theirs.shape

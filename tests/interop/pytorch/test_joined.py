@@ -1,4 +1,4 @@
-"""Joined tiles (anyres_max_9) in PyTorch: the exported model against JAX, whose joining has its own oracle."""
+"""Joined tiles (anyres_max_9) in PyTorch, compared with JAX, which is tested against its own reference."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from alignvlm_jax.models.alignvlm import AlignVLM
 from tests.interop.pytorch.folders import ask, make_config, make_params, picture, relative_error, write_folder
 
 TILING = TilingConfig("anyres_max_9", tile_size=20, max_tiles=2, grid_side=3)
-# Shrunk; two rows of cells; with a border.
+# The pages are, in order: shrunk, cut into two rows of cells, and padded with a border.
 PAGES = [picture(0, 60, 55), picture(1, 20, 40), picture(2, 33, 15)]
 QUESTION = "What is the total?"
 
@@ -56,7 +56,7 @@ def test_ids_logits_and_gradients(joined):
 
     params = reader.generator.variables["params"]
     (_, expected), gradients = jax.jit(jax.value_and_grad(scored, has_aux=True))(params)
-    logits = model(**inputs).logits[:, -1]  # padded on the left
+    logits = model(**inputs).logits[:, -1]  # Padding is on the left.
     assert relative_error(logits, expected) < 1e-4
     (logits * torch.tensor(cotangent)).sum().backward()
     assert relative_error(model.model.image_newline.grad, gradients["connector"]["newline"]) < 1e-3
@@ -66,7 +66,7 @@ def test_ids_logits_and_gradients(joined):
 
 
 def test_decoding_and_beams(joined):
-    """As JAX decodes; and rows that are repeated for beams keep their own pages."""
+    """Decoding matches JAX, and rows that are repeated for beams keep their own pages."""
     reader, model, processor = joined
     expected = reader.ask_batch(PAGES, [QUESTION] * 3, max_new_tokens=6)
     inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
@@ -81,7 +81,7 @@ def test_decoding_and_beams(joined):
 
 
 def test_lines_follow_their_row_when_rows_are_repeated(joined):
-    """Where `generate` has not encoded the images itself: tiles stay, and what is made of them is repeated."""
+    """If `generate` has not encoded the images, the tiles stay and the lines of their mixtures are repeated."""
     _, model, processor = joined
     inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
     ids, expanded = model._expand_inputs_for_generation(expand_size=2, **inputs)

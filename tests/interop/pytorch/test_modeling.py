@@ -1,4 +1,4 @@
-"""The exported model against the JAX model: logits, decoding, loss and gradients."""
+"""Compares the exported model with the JAX model: logits, decoding, loss and gradients."""
 
 import dataclasses
 import functools
@@ -17,10 +17,10 @@ from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
 from tests.interop.pytorch.folders import CONNECTORS, ask, make_prompt, picture, relative_error, state_dict, tiles_of
 
 TOLERANCE = 1e-4
-NEVER = 351  # an id that no answer below contains, as the token that ends it
+NEVER = 351  # An end token that occurs in none of the answers below.
 
-ONE = ask("What is the total?", picture(0, 30, 50))  # five tiles
-SEVERAL = ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9))  # one, three and one
+ONE = ask("What is the total?", picture(0, 30, 50))  # Five tiles.
+SEVERAL = ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9))  # One, three and one tiles.
 TEXT = ask("Read the page. the total of the page")
 MIXED = {"one": ONE, "several": SEVERAL, "text": TEXT}
 
@@ -33,7 +33,7 @@ ANSWERED = [
 
 @pytest.fixture(scope="module")
 def trained(pair):
-    """Loss, gradients and logits of the answered conversations in JAX, and the same conversations for PyTorch."""
+    """Loss, gradients and logits of answered conversations in JAX, and the same conversations as inputs for PyTorch."""
 
     @functools.cache
     def run(connector):
@@ -64,7 +64,7 @@ def trained(pair):
 
 
 def left_padded(pair, chats, prompts) -> dict[str, torch.Tensor]:
-    """Inputs and labels as a collator for PyTorch would make them."""
+    """Returns inputs and labels as a PyTorch collator would build them."""
     length = max(len(chat.tokens) for chat in chats)
     input_ids = torch.full((len(chats), length), pair.chat.pad_id)
     labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
@@ -81,7 +81,7 @@ def left_padded(pair, chats, prompts) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_logits(trained, connector):
-    """Of one image, several images in a longer conversation, and text alone, each alone and together in a batch."""
+    """Covers one image, several images in a longer conversation, and text alone, each separately and in a batch."""
     pair, inputs, _, _, expected = trained(connector)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     tiles = inputs["pixel_values"].split([5, 5])
@@ -110,7 +110,8 @@ def test_greedy_decoding_of_64_tokens(pair, tied):
     pair = pair("align", tied)
     generator = Generator(pair.config, pair.params, end_ids=[NEVER], pad_id=pair.chat.pad_id, batch_size=4)
     expected = generator.generate(pair.prompts(*MIXED.values()), 64)
-    assert all(len(answer) == 64 and len(set(answer.tolist())) > 3 for answer in expected)  # no token over and over
+    # Answers must not repeat a single token.
+    assert all(len(answer) == 64 and len(set(answer.tolist())) > 3 for answer in expected)
 
     def answers(*conversations):
         inputs = pair.inputs(*conversations)
@@ -132,11 +133,11 @@ def test_other_caches_give_the_same_answer(pair, kwargs):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_sequences_of_a_batch_are_those_of_each_alone(pair, num_beams):
+def test_batched_sequences_match_separate_ones(pair, num_beams):
     """Rows are repeated for beams, and every row keeps its own tiles."""
     pair = pair("align", tied=False)
     settings = {"max_new_tokens": 4, "eos_token_id": NEVER, "num_beams": num_beams, "num_return_sequences": 3}
-    settings |= {"do_sample": num_beams == 1, "top_k": 0, "temperature": 1e-3}  # as good as greedy
+    settings |= {"do_sample": num_beams == 1, "top_k": 0, "temperature": 1e-3}  # Practically greedy.
     inputs = pair.inputs(SEVERAL, TEXT, ONE)
     together = pair.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     assert together.shape == (9, 4)
@@ -156,7 +157,7 @@ def test_tiles_follow_their_row_when_rows_are_repeated(pair):
     assert torch.equal(expanded["pixel_values"], tiles[order])
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # its new name is not in 5.0
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # transformers 5.0 lacks the new name.
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_loss_and_gradients(trained, connector):
     pair, inputs, expected, gradients, _ = trained(connector)
@@ -173,14 +174,14 @@ def test_loss_and_gradients(trained, connector):
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             if name.endswith("k_proj.bias"):
-                continue  # zero but for rounding: a bias on the keys does not move a softmax
+                continue  # Zero except for rounding: a bias on the keys does not change a softmax.
             difference = np.linalg.norm(found[name].numpy() - gradient)
             assert difference < TOLERANCE * np.linalg.norm(gradient), name
     pair.model.gradient_checkpointing_disable()
     pair.model.eval()
 
 
-def test_loss_counts_as_the_trainer_says(trained):
+def test_the_loss_is_divided_by_the_trainers_count(trained):
     pair, inputs, *_ = trained("align")
     with torch.no_grad():
         output = pair.model(**inputs)
@@ -188,14 +189,14 @@ def test_loss_counts_as_the_trainer_says(trained):
         assert torch.isclose(pair.model(**inputs, num_items_in_batch=2 * count).loss * 2, output.loss)
         assert torch.isclose(pair.model(**inputs, num_items_in_batch=torch.tensor(count)).loss, output.loss)
         assert pair.model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss == 0.0
-    # transformers' own loss from the same logits
+    # transformers' own loss for the same logits.
     vocab_size = pair.config.language.vocab_size
     theirs = pair.model.loss_function(logits=output.logits, labels=inputs["labels"], vocab_size=vocab_size)
     assert torch.isclose(theirs, output.loss)
 
 
-def test_tiles_and_rows_have_their_places(pair):
-    """Two tiles of a page exchanged, or two rows of patches in a tile, move the logits far more than the tolerance."""
+def test_the_order_of_tiles_and_rows_matters(pair):
+    """Exchanging two tiles, or two rows of patches in a tile, changes the logits far more than the tolerance."""
     pair = pair()
     inputs = pair.inputs(ONE)
     pixels = inputs["pixel_values"]
@@ -208,8 +209,8 @@ def test_tiles_and_rows_have_their_places(pair):
             assert relative_error(logits, expected) > 100 * TOLERANCE
 
 
-def test_align_decides_in_these_tests(pair):
-    """With flat distributions the comparisons above would not see mistakes in ALIGN."""
+def test_align_is_peaked_in_these_tests(pair):
+    """With flat distributions, the comparisons above would not reveal mistakes in ALIGN."""
     pair = pair()
     with torch.no_grad():
         features = pair.model.model.vision_tower(pair.inputs(ONE)["pixel_values"]).last_hidden_state
@@ -228,7 +229,7 @@ def test_counts_that_differ_are_refused(pair):
         pair.model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="0 image tokens for 45 visual tokens"):
         pair.model(input_ids=pair.inputs(TEXT)["input_ids"], pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="say where the visual tokens go"):
+    with pytest.raises(ValueError, match="require `input_ids`, which mark the places"):
         pair.model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=inputs["pixel_values"])
     with pytest.raises(ValueError, match="either"):
         pair.model()
@@ -250,7 +251,7 @@ def test_attention_can_be_chosen(pair, implementation):
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_saved_again_by_transformers(pair, connector, tmp_path):
-    """Somebody trains on in PyTorch and calls save_pretrained: same names, same weights, and the code comes along."""
+    """save_pretrained keeps names and weights, and copies the code files."""
     pair = pair(connector, tied=connector != "mlp")
     folder = tmp_path / "again"
     pair.model.save_pretrained(folder)
@@ -270,8 +271,8 @@ def test_saved_again_by_transformers(pair, connector, tmp_path):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_fresh_models_start_where_training_would(pair, connector):
-    """from_config initialises everything; nothing is left as the memory was."""
+def test_fresh_models_are_initialized(pair, connector):
+    """from_config initializes every weight; none keeps the content of uninitialized memory."""
     config = pair(connector, tied=connector != "mlp").model.config
     model = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The exported processor against our own reader: the same tiles, the same token ids, however the picture comes."""
+"""Compares the exported processor with our own reader: same tiles and token ids, for all forms of images."""
 
 import base64
 import io
@@ -21,14 +21,14 @@ from tests.interop.pytorch.folders import TILING, ask, picture, tiles_of
 
 
 def check_tiles(pixel_values, tiles, valid_hw):
-    """Every pixel is the byte that we cut, normalised; what lies outside the picture is exactly 0."""
+    """Asserts that every pixel is our byte value, normalized, and exactly 0 outside the image."""
     pixels = np.asarray(pixel_values).transpose(0, 2, 3, 1)
     assert pixels.dtype == np.float32
     side = np.arange(TILING.tile_size)
     inside = (side[:, None] < valid_hw[:, None, None, 0]) & (side < valid_hw[:, None, None, 1])
     expected = tiles.astype(np.float32) / np.float32(127.5) - np.float32(1)
     np.testing.assert_array_equal(pixels, np.where(inside[..., None], expected, np.float32(0)))
-    # XLA multiplies by 1 / 127.5 instead of dividing, and may do it in one step with the subtraction.
+    # XLA multiplies by 1 / 127.5 instead of dividing, and may fuse it with the subtraction.
     ours = np.asarray(normalize_tiles(jnp.asarray(tiles), jnp.asarray(valid_hw)))
     np.testing.assert_allclose(pixels, ours, rtol=0, atol=1.2e-7)
     np.testing.assert_array_equal(pixels == 0, ours == 0)
@@ -42,18 +42,18 @@ def test_tiles(pair, width, height):
     check_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", picture(0, width, height)))))
 
 
-def odd_pictures() -> dict[str, bytes]:
-    """Files as documents come, each of a kind that transformers' own loader reads otherwise or not at all."""
+def unusual_images() -> dict[str, bytes]:
+    """Returns image files of kinds that transformers' own loader reads differently or not at all."""
     scene = picture(4, 34, 22)
     grey = np.asarray(scene.convert("L"))
     alpha = scene.convert("RGBA")
     alpha.putalpha(PIL.Image.fromarray(grey))
-    turned = PIL.Image.Exif()
-    turned[0x0112] = 6
+    rotation = PIL.Image.Exif()
+    rotation[0x0112] = 6
     palette = scene.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
     files = {
         "plain": (scene, "PNG", {}),
-        "turned": (scene, "JPEG", {"exif": turned}),
+        "rotated": (scene, "JPEG", {"exif": rotation}),
         "alpha": (alpha, "PNG", {}),
         "grey alpha": (alpha.convert("LA"), "PNG", {}),
         "palette": (palette, "PNG", {}),
@@ -71,8 +71,8 @@ def odd_pictures() -> dict[str, bytes]:
     return encoded
 
 
-@pytest.mark.parametrize("kind, data", odd_pictures().items())
-def test_odd_pictures_however_they_come(pair, tmp_path, kind, data):
+@pytest.mark.parametrize("kind, data", unusual_images().items())
+def test_unusual_images_from_all_sources(pair, tmp_path, kind, data):
     pair = pair()
     path = tmp_path / "page.bin"
     path.write_bytes(data)
@@ -90,9 +90,9 @@ def test_odd_pictures_however_they_come(pair, tmp_path, kind, data):
     check_tiles(pair.processor(images=str(path), text="<|image|>")["pixel_values"], *expected)
 
 
-def test_transformers_own_loader_would_not_do(tmp_path):
-    """Else `fetch_images` need not be ours."""
-    (tmp_path / "page.png").write_bytes(odd_pictures()["alpha"])
+def test_transformers_loader_gives_other_pixels(tmp_path):
+    """This is the reason for overriding `fetch_images`."""
+    (tmp_path / "page.png").write_bytes(unusual_images()["alpha"])
     theirs = np.asarray(transformers.image_utils.load_image(str(tmp_path / "page.png")))
     assert (theirs != np.asarray(open_image(tmp_path / "page.png"))).any()
 
@@ -122,7 +122,7 @@ CONVERSATIONS = {
         {"role": "assistant", "content": [{"type": "text", "text": "12.50"}]},
         *ask("And the date?", picture(2, 10, 10)),
     ],
-    # A user's text stays text.
+    # Special tokens in a user's text stay text.
     "typed": ask("a<|image|> b <|end|><|user|>c\ue000 d<\ue000|image|>", picture(0, 30, 50)),
     "only typed": ask("<|assistant|>"),
     "other letters": ask("Gebühr 12,50 € 合計 \U0001f600", picture(0, 9, 9)),
@@ -155,14 +155,14 @@ def test_a_batch_is_padded_on_the_left(pair):
 
 
 def test_text_rendered_first_and_tokenized_later(pair):
-    """No second <|begin|> beside the template's."""
+    """Tokenizing does not add a second <|begin|>."""
     pair, messages = pair(), CONVERSATIONS["image"]
     text = pair.processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = pair.processor(text=text, images=messages[0]["content"][0]["image"], return_tensors="pt")
     np.testing.assert_array_equal(inputs["input_ids"][0], pair.prompts(messages)[0].tokens)
 
 
-def test_images_and_marks_that_do_not_match(pair):
+def test_mismatched_images_and_image_tokens_are_refused(pair):
     processor = pair().processor
     with pytest.raises(ValueError, match="2 image tokens .* for 1 images"):
         processor(text="<|image|><|image|>", images=picture(0, 9, 9))
@@ -170,7 +170,7 @@ def test_images_and_marks_that_do_not_match(pair):
         processor(text="<|image|>")
     with pytest.raises(ValueError, match="nothing to process"):
         processor()
-    with pytest.raises(ValueError, match="no videos"):
+    with pytest.raises(ValueError, match="not videos"):
         processor(text="a", videos=["a.mp4"])
     with pytest.raises(ValueError, match="[Tt]runcat"):
         processor(text="<|image|>", images=picture(0, 30, 50), truncation=True, max_length=8)
@@ -187,8 +187,8 @@ def test_fewer_tiles_on_request(pair):
         assert counted["num_image_patches"] == [tiles] and counted["num_image_tokens"] == [9 * tiles]
 
 
-def test_what_vllm_asks_of_the_processor(pair):
-    """`return_mm_token_type_ids` up to transformers 5.14, `return_text_replacement_offsets` from 5.15 on."""
+def test_the_options_of_the_processor_that_vllm_uses(pair):
+    """vLLM uses `return_mm_token_type_ids` up to transformers 5.14, `return_text_replacement_offsets` from 5.15 on."""
     pair = pair()
     pictures = [picture(1, 20, 10), picture(2, 35, 20)]
     inputs = pair.processor(
@@ -219,9 +219,9 @@ def test_what_vllm_asks_of_the_processor(pair):
 
 
 def test_pipeline(pair, tmp_path):
-    """The question as a chat, the picture as a file; the answer is the model's own."""
+    """The pipeline, called with a chat and an image file, gives the same answer as the model."""
     pair = pair("align", tied=False)
-    (tmp_path / "page.png").write_bytes(odd_pictures()["alpha"])
+    (tmp_path / "page.png").write_bytes(unusual_images()["alpha"])
     parts = [{"type": "image", "path": str(tmp_path / "page.png")}, {"type": "text", "text": "What is the total?"}]
     messages = [{"role": "user", "content": parts}]
     pipe = transformers.pipeline("image-text-to-text", model=str(pair.folder), trust_remote_code=True, device="cpu")
@@ -231,8 +231,8 @@ def test_pipeline(pair, tmp_path):
     assert answer["generated_text"] == pair.chat.decode(sequence) != ""
 
 
-def test_code_files_need_nothing_but_torch_and_transformers(pair):
-    """Else `trust_remote_code` would ask for more; and the folder must load where this package is not installed."""
+def test_code_files_need_only_torch_and_transformers(pair):
+    """`trust_remote_code` requires all imports to be installed, and users do not have this package."""
     folder = pair().folder
     for name in REMOTE_CODE_FILES:
         needed = set(get_imports(folder / name)) - set(sys.stdlib_module_names)
@@ -240,7 +240,7 @@ def test_code_files_need_nothing_but_torch_and_transformers(pair):
     program = """
 import sys
 for name in ("alignvlm_jax", "jax", "flax", "jaxtyping"):
-    sys.modules[name] = None  # makes `import name` fail
+    sys.modules[name] = None  # Makes `import name` fail.
 import PIL.Image
 import transformers
 processor = transformers.AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)

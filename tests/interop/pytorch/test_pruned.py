@@ -1,4 +1,4 @@
-"""A pruned model in PyTorch: the same logits and answers as in JAX; words and statistics are exact in any dtype."""
+"""A pruned model in PyTorch: same logits and answers as in JAX, and exact words and statistics in every dtype."""
 
 import jax
 import numpy as np
@@ -58,7 +58,7 @@ def test_the_same_answers(pruned):
     assert all(len(set(answer.tolist())) > 2 for answer in expected)
 
 
-def test_its_distribution_is_over_the_words_kept(pruned):
+def test_the_distribution_is_over_the_kept_words(pruned):
     with torch.no_grad():
         features = pruned.model.model.vision_tower(pruned.inputs(ONE)["pixel_values"]).last_hidden_state
         p = pruned.model.model.connector.distribution(features).numpy()
@@ -77,9 +77,7 @@ def test_its_distribution_is_over_the_words_kept(pruned):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_leave_words_and_statistics_exact(pruned, dtype):
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        pruned.folder, trust_remote_code=True, dtype=dtype
-    )
+    model = transformers.AutoModelForImageTextToText.from_pretrained(pruned.folder, trust_remote_code=True, dtype=dtype)
     connector = model.model.connector
     assert connector.w2.weight.dtype == dtype
     expected = pruned.params["connector"]
@@ -104,6 +102,6 @@ def test_saved_again_by_transformers_and_read_back(pruned, tmp_path):
         np.testing.assert_array_equal(found[path], leaf)
 
 
-def test_a_fresh_one_has_words(pruned):
+def test_a_fresh_model_has_words(pruned):
     model = transformers.AutoModelForImageTextToText.from_config(pruned.model.config, trust_remote_code=True)
     assert model.model.connector.word_ids.tolist() == list(range(KEPT))

@@ -1,4 +1,4 @@
-"""What vLLM's Transformers backend does to a model, done here by hand; and the decoder served alone from vectors."""
+"""Performs what vLLM's Transformers backend does with a model, and serves the decoder alone from vectors."""
 
 import numpy as np
 import pytest
@@ -18,22 +18,23 @@ QUESTION = ask("What is the total?", picture(0, 30, 50), picture(1, 20, 10))
 
 
 def load_base(pair) -> nn.Module:
-    """As vLLM: the base model, through AutoModel."""
+    """Loads the base model through AutoModel, as vLLM does."""
     model = transformers.AutoModel.from_pretrained(pair.folder, trust_remote_code=True)
     assert type(model).__name__ == "AlignVLMModel"
     return model.eval()
 
 
 def merged(model, inputs) -> torch.Tensor:
-    """As vLLM: encode the images of a request, put them among the embedded text, hand the whole to the decoder."""
+    """Encodes the images of a request and inserts them into the embedded text, as vLLM does."""
     features = model.get_image_features(inputs["pixel_values"]).pooler_output
-    visual = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in features.split([5, 1])])  # tiles of each image
+    # Tiles of each image.
+    visual = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in features.split([5, 1])])
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     embeds[inputs["input_ids"] == model.config.image_token_id] = visual
     return embeds
 
 
-def test_the_base_model_declares_what_vllm_reads(pair):
+def test_the_base_model_has_the_attributes_that_vllm_reads(pair):
     pair = pair()
     config = transformers.AutoConfig.from_pretrained(pair.folder, trust_remote_code=True)
     with torch.device("meta"):
@@ -50,13 +51,13 @@ def test_the_base_model_declares_what_vllm_reads(pair):
 
 
 def test_attention_of_the_decoder_can_be_replaced(pair, monkeypatch):
-    """An attention function of the engine's, which finds its state in what is passed through to it."""
+    """The engine's attention function finds its state in the keyword arguments that are passed through to it."""
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
-    seen = []
+    instances = []
 
     def engine(module, query, key, value, attention_mask, attention_instances, **kwargs):
-        seen.append(attention_instances[module.layer_idx])
+        instances.append(attention_instances[module.layer_idx])
         out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
@@ -75,12 +76,12 @@ def test_attention_of_the_decoder_can_be_replaced(pair, monkeypatch):
             attention_instances={0: "a", 1: "b", 2: "c"},
             return_dict=False,
         )
-    assert seen == ["a", "b", "c"] and isinstance(outputs, tuple)
+    assert instances == ["a", "b", "c"] and isinstance(outputs, tuple)
     assert relative_error(outputs[0], expected) < TOLERANCE
 
 
 class Opaque(nn.Module):
-    """A layer of the engine's (sharded, quantised): it can be called, its weight cannot be read."""
+    """Stands for a layer of the engine (sharded, quantized) that can be called but whose weight cannot be read."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -92,7 +93,7 @@ class Opaque(nn.Module):
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_layers_can_be_replaced(pair, connector):
-    """Linear, Conv2d and the embedding table are called everywhere, never their weights read."""
+    """Linear, Conv2d and the embedding table are always called; their weights are never read."""
     pair = pair(connector, tied=connector != "mlp")
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     with torch.no_grad():
@@ -100,14 +101,14 @@ def test_layers_can_be_replaced(pair, connector):
         model.set_input_embeddings(Opaque(model.get_input_embeddings()))
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                # SigLIP asks its own convolution for a dtype: the engine's have one.
+                # SigLIP reads the dtype of its patch embedding, which layers of the engine provide as well.
                 if isinstance(child, nn.Linear) or isinstance(child, nn.Conv2d) and name != "patch_embedding":
                     setattr(module, name, Opaque(child))
         assert torch.equal(model(**inputs).last_hidden_state, expected)
 
 
 def test_modules_are_not_passed_to_modules(pair):
-    """The hooks with which accelerate offloads weights move all that a module is called with."""
+    """accelerate's hooks for offloading move everything that a module is called with."""
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     called = []
@@ -123,22 +124,22 @@ def test_modules_are_not_passed_to_modules(pair):
     assert set(called) == set(model.connector.modules())
 
 
-def test_the_values_of_align_are_the_live_table(pair):
+def test_align_uses_the_current_embedding_table(pair):
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     with torch.no_grad():
         before = model.get_image_features(inputs["pixel_values"]).pooler_output
         table = model.get_input_embeddings()
-        table.weight[330:] += 1.0  # rows of special tokens, behind the connector's vocabulary
+        table.weight[330:] += 1.0  # Rows of special tokens, beyond the connector's vocabulary.
         assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, before)
         table.weight[:330] += 1.0
         after = model.get_image_features(inputs["pixel_values"]).pooler_output
-    torch.testing.assert_close(after, before + 1.0)  # the words' probabilities sum to one
+    torch.testing.assert_close(after, before + 1.0)  # The words' probabilities sum to one.
 
 
 @pytest.mark.parametrize("connector", ["align", "perceiver", "h_reducer"])
 def test_shapes_do_not_depend_on_data(pair, connector):
-    """Encoder and connector are one graph without a break, for any number of tiles."""
+    """Encoder and connector compile to one graph without breaks, for any number of tiles."""
     model = load_base(pair(connector, tied=connector != "mlp"))
 
     def encode(pixel_values):
@@ -153,7 +154,7 @@ def test_shapes_do_not_depend_on_data(pair, connector):
 
 
 def test_the_decoder_alone_answers_from_vectors(pair, tmp_path):
-    """Encoder and connector in JAX, decoder elsewhere: the same 32 tokens, one prompt after the other."""
+    """With encoder and connector in JAX and the decoder in PyTorch, the same 32 tokens are generated."""
     pair = pair("align", tied=False)
     save_language_folder(tmp_path / "llama", pair.config.language, pair.params["language"], "float32")
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()

@@ -1,4 +1,4 @@
-"""ALIGN's attention over the vocabulary: blocks of any size, checkpointed or streamed, equal the dense form."""
+"""ALIGN's attention over the vocabulary: checkpointed and streamed, it equals the dense form for all block sizes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ QUERIES, WORDS, WIDTH, OUT = 37, 203, 16, 24
 
 
 def tensors(dtype=torch.float32, offset=0.0) -> dict[str, torch.Tensor]:
-    """Peaked distributions. `offset` moves all logits of a query by the same amount, which LN_V has to take out."""
+    """Returns inputs with peaked distributions. `offset` shifts all logits of a query, which LN_V must remove."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -35,7 +35,7 @@ def words(t) -> modeling.Words:
 
 
 def dense(t) -> torch.Tensor:
-    """The formula in float64, everything at once."""
+    """Computes the dense formula in float64."""
     t = {name: tensor.double() for name, tensor in t.items()}
     logits = t["query"] @ t["keys"].T
     logits = (logits - logits.mean(-1, keepdim=True)) / torch.sqrt(logits.var(-1, keepdim=True, correction=0) + 1e-5)
@@ -44,21 +44,21 @@ def dense(t) -> torch.Tensor:
 
 @pytest.fixture(params=[1, 300, 2**25])
 def small_blocks(request, monkeypatch):
-    """From many blocks with an uneven rest to a single one."""
+    """Block sizes from many blocks with a remainder to a single block."""
     monkeypatch.setattr(modeling, "_MAX_LOGITS", request.param * 37)
     monkeypatch.setattr(modeling, "_MIN_WORDS", 7)
     monkeypatch.setattr(modeling, "_MAX_QUERIES", 16)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_streamed_is_dense(small_blocks, offset):
+def test_the_streamed_form_equals_the_dense_form(small_blocks, offset):
     t = tensors(offset=offset)
     with torch.no_grad():
         found = modeling.expected_embedding(t["query"], words(t))
     assert (found - dense(t)).abs().max() < (1e-5 if offset == 0 else 2e-4)
 
 
-def test_checkpointed_is_dense_in_value_and_gradient(small_blocks):
+def test_the_checkpointed_form_equals_the_dense_form_and_its_gradient(small_blocks):
     ours, theirs = tensors(), tensors()
     for t in (*ours.values(), *theirs.values()):
         t.requires_grad_(True)
@@ -71,7 +71,7 @@ def test_checkpointed_is_dense_in_value_and_gradient(small_blocks):
         assert (t.grad - theirs[name].grad).norm() < 1e-5 * theirs[name].grad.norm(), name
 
 
-def test_no_array_of_all_queries_and_all_words(monkeypatch):
+def test_no_product_spans_all_queries_and_words(monkeypatch):
     monkeypatch.setattr(modeling, "_MAX_LOGITS", 20 * QUERIES)
     monkeypatch.setattr(modeling, "_MIN_WORDS", 1)
     largest = 0
@@ -95,7 +95,7 @@ def test_no_array_of_all_queries_and_all_words(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_bfloat16_keeps_its_statistics_in_float32(training):
-    """Logits of some hundreds with a spread of some tens: in bfloat16 LN_V would see steps of one or two."""
+    """Logits are in the hundreds with a spread of some tens, where bfloat16 has steps of one or two."""
     t = tensors(torch.bfloat16, offset=10.0)
     with torch.set_grad_enabled(training):
         found = modeling.expected_embedding(t["query"], words(t))
@@ -104,7 +104,7 @@ def test_bfloat16_keeps_its_statistics_in_float32(training):
 
 
 def test_autocast_is_bfloat16():
-    """Under autocast float32 weights give what bfloat16 weights give."""
+    """Under autocast, float32 weights give the same result as bfloat16 weights."""
     t = tensors(offset=10.0)
     narrow = {name: tensor if name in ("scale", "bias") else tensor.bfloat16() for name, tensor in t.items()}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -114,7 +114,7 @@ def test_autocast_is_bfloat16():
 
 
 def test_the_product_for_gpus_has_the_right_gradient(monkeypatch):
-    """cuBLAS gives a float32 product of bfloat16 factors; here something stands in for it."""
+    """cuBLAS computes a float32 product of bfloat16 factors; the test replaces it by a substitute."""
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
     t = tensors(torch.bfloat16)
     left, right, weights = t["query"], t["keys"].T.contiguous(), torch.randn(QUERIES, WORDS)
