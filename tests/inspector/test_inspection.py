@@ -105,8 +105,8 @@ def test_log_probabilities_match_the_complete_model(reader, found):
 def test_a_page_whose_tiles_are_joined(tmp_path):
     """Under anyres_max_9, shares reach the patches through the resampling, and border patches have none."""
     reader = tiny_reader(tmp_path, "anyres_max_9")
-    picture = noise_page(0, 64, 12)  # 1 x 2 cells with a border above and below
-    found = inspect_image(reader, picture, [QUESTION], config=CONFIG, progress=False)
+    page = noise_page(0, 64, 12)  # 1 x 2 cells with a border above and below
+    found = inspect_image(reader, page, [QUESTION], config=CONFIG, progress=False)
     shares = found.answers[0].attribution.shares.reshape(3, len(found.tiles), -1)
     unused = found.unused_patches
     assert unused.any() and not unused[0].any()

@@ -22,7 +22,7 @@ from alignvlm_jax.models.language import LanguageModel
 from alignvlm_jax.models.vision import VisionEncoder
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.interop.exported import CONNECTORS, HISTORY, make_checkpoint, nano_tokenizer, random_params, tiny_config
-from tests.interop.pytorch.folders import picture, relative_error
+from tests.interop.pytorch.folders import random_image, relative_error
 
 _KILOBYTE = 1000
 
@@ -99,7 +99,7 @@ def test_auto_classes_and_the_pipeline_give_the_same_answer(folder):
     messages = [
         {
             "role": "user",
-            "content": [{"type": "image", "image": picture(0, 40, 20)}, {"type": "text", "text": "Total?"}],
+            "content": [{"type": "image", "image": random_image(0, 40, 20)}, {"type": "text", "text": "Total?"}],
         }
     ]
     inputs = processor.apply_chat_template(
@@ -167,7 +167,7 @@ def test_the_encoder_alone_is_a_siglip(checkpoint, tmp_path):
     model, report = transformers.SiglipVisionModel.from_pretrained(tmp_path / "siglip", output_loading_info=True)
     assert not any(report.values()), report
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "siglip")
-    pixels = processor(picture(0, 16, 16), return_tensors="pt")["pixel_values"]
+    pixels = processor(random_image(0, 16, 16), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         theirs = model.eval()(pixels).last_hidden_state
     params = {"params": restore_params(checkpoint)["vision"]}

@@ -254,7 +254,7 @@ def test_exported_processor_writes_the_same_ids(style):
         image_token=style.image_token,
         chat_template=style.exported.chat_template,
     )
-    rng, picture = random.Random(7), PIL.Image.new("RGB", (16, 16))
+    rng, image = random.Random(7), PIL.Image.new("RGB", (16, 16))
     for more in ((), (style.exported.eos_token, style.image_token), ("\ue000", "\ue001")):
         for _ in range(10):
             messages = random_chat(rng, images=True, more=more)[:-1]
@@ -262,7 +262,7 @@ def test_exported_processor_writes_the_same_ids(style):
             for message in messages:
                 content = message["content"]
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-                parts = [part | {"image": picture} if part["type"] == "image" else part for part in parts]
+                parts = [part | {"image": image} if part["type"] == "image" else part for part in parts]
                 given.append({**message, "content": parts})
             theirs = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
             mine = style.chat.encode_prompt(messages, [2] * count_images(messages))

@@ -75,7 +75,7 @@ function drawPage() {
     base.fillRect(x, y, across, down);
     base.globalAlpha = 0.1;
   }
-  if (picture.complete) base.drawImage(picture, x, y, across, down);
+  if (pageImage.complete) base.drawImage(pageImage, x, y, across, down);
   base.globalAlpha = 1;
   if (state.view !== "words" && document.documentElement.dataset.theme === "dark") {
     base.fillStyle = "rgba(0, 0, 0, 0.14)"; // White paper is too bright in the dark theme.

@@ -39,8 +39,8 @@ function firstPatch() {
   return patch;
 }
 
-picture.addEventListener("load", () => { draw(); describe(); });
-picture.src = data.image.url;
+pageImage.addEventListener("load", () => { draw(); describe(); });
+pageImage.src = data.image.url;
 document.querySelector("#views [value=find]").disabled = true;
 showFacts();
 showAnswer();

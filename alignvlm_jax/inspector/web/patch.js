@@ -95,7 +95,7 @@ function drawCrop(t) {
   const y = side / 2 - ((top + bottom) / 2) * scale;
   crop.clearRect(0, 0, side, side);
   crop.imageSmoothingQuality = "high";
-  if (picture.complete) crop.drawImage(picture, x, y, data.image.width * scale, data.image.height * scale);
+  if (pageImage.complete) crop.drawImage(pageImage, x, y, data.image.width * scale, data.image.height * scale);
   const box = [x + left * scale, y + top * scale, (right - left) * scale, (bottom - top) * scale];
   crop.strokeStyle = "rgba(255, 255, 255, 0.9)";
   crop.lineWidth = 7;

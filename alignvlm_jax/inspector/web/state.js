@@ -12,7 +12,7 @@ const state = {
   excluded: new Set(), // words that match the query but are not counted
   result: null, // result of the search
 };
-const picture = new Image();
+const pageImage = new Image();
 const colours = {};
 
 function readColours() {

@@ -123,7 +123,7 @@ def state_dict(config: AlignVLMConfig, params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
+def random_image(seed: int, width: int, height: int) -> PIL.Image.Image:
     """Returns an image of random blocks, so that patches differ from each other."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
@@ -131,7 +131,7 @@ def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
 
 
 def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict]) -> Prompt:
-    """Returns our own reader's prompt for a conversation whose image parts contain {"image": picture}."""
+    """Returns our own reader's prompt for a conversation whose image parts contain {"image": image}."""
     per_image = list(tiles_of(messages))
     counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in per_image]
     encoded = chat.encode_prompt(messages, counts)
@@ -149,9 +149,9 @@ def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield cut_tiles(image, plan_tiles(*image.size, TILING), TILING.tile_size)
 
 
-def ask(text: str, *pictures: PIL.Image.Image) -> list[dict]:
+def ask(text: str, *pages: PIL.Image.Image) -> list[dict]:
     """Returns a conversation with one question."""
-    parts = [{"type": "image", "image": picture} for picture in pictures]
+    parts = [{"type": "image", "image": page} for page in pages]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 

@@ -13,11 +13,11 @@ from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.inference.generate import pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM
-from tests.interop.pytorch.folders import ask, make_config, make_params, picture, relative_error, write_folder
+from tests.interop.pytorch.folders import ask, make_config, make_params, random_image, relative_error, write_folder
 
 TILING = TilingConfig("anyres_max_9", tile_size=20, max_tiles=2, grid_side=3)
 # The pages are, in order: shrunk, cut into two rows of cells, and padded with a border.
-PAGES = [picture(0, 60, 55), picture(1, 20, 40), picture(2, 33, 15)]
+PAGES = [random_image(0, 60, 55), random_image(1, 20, 40), random_image(2, 33, 15)]
 QUESTION = "What is the total?"
 
 

@@ -14,13 +14,23 @@ import transformers
 from alignvlm_jax.inference.generate import Generator, pad_prompts
 from alignvlm_jax.interop.pytorch.image_processing_alignvlm import normalize_tiles
 from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
-from tests.interop.pytorch.folders import CONNECTORS, ask, make_prompt, picture, relative_error, state_dict, tiles_of
+from tests.interop.pytorch.folders import (
+    CONNECTORS,
+    ask,
+    make_prompt,
+    random_image,
+    relative_error,
+    state_dict,
+    tiles_of,
+)
 
 TOLERANCE = 1e-4
 NEVER = 351  # An end token that occurs in none of the answers below.
 
-ONE = ask("What is the total?", picture(0, 30, 50))  # Five tiles.
-SEVERAL = ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9))  # One, three and one tiles.
+ONE = ask("What is the total?", random_image(0, 30, 50))  # Five tiles.
+SEVERAL = ask(
+    "Date:", random_image(1, 20, 10), random_image(2, 35, 20), random_image(3, 7, 9)
+)  # One, three and one tiles.
 TEXT = ask("Read the page. the total of the page")
 MIXED = {"one": ONE, "several": SEVERAL, "text": TEXT}
 
@@ -98,7 +108,7 @@ def test_padding_on_the_right(pair):
     pair = pair()
     left = pair.inputs(TEXT, ONE)
     texts = pair.processor.apply_chat_template([TEXT, ONE], add_generation_prompt=True)
-    right = pair.processor(text=texts, images=picture(0, 30, 50), padding_side="right", return_tensors="pt")
+    right = pair.processor(text=texts, images=random_image(0, 30, 50), padding_side="right", return_tensors="pt")
     assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
     with torch.no_grad():
         expected = pair.model(**left).logits[left["attention_mask"].bool()]
@@ -149,7 +159,7 @@ def test_batched_sequences_match_separate_ones(pair, num_beams):
 
 def test_tiles_follow_their_row_when_rows_are_repeated(pair):
     pair = pair()
-    inputs = pair.inputs(SEVERAL, TEXT, ask("a", picture(5, 20, 20)))
+    inputs = pair.inputs(SEVERAL, TEXT, ask("a", random_image(5, 20, 20)))
     _, expanded = pair.model._expand_inputs_for_generation(expand_size=2, **inputs)
     tiles = inputs["pixel_values"]
     assert len(tiles) == 6

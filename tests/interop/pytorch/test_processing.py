@@ -17,7 +17,7 @@ from alignvlm_jax.data.images import open_image
 from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.models.vision import normalize_tiles
-from tests.interop.pytorch.folders import TILING, ask, picture, tiles_of
+from tests.interop.pytorch.folders import TILING, ask, random_image, tiles_of
 
 
 def check_tiles(pixel_values, tiles, valid_hw):
@@ -38,13 +38,13 @@ def check_tiles(pixel_values, tiles, valid_hw):
     "width, height", [(20, 20), (1, 1), (5, 3), (1, 300), (300, 1), (37, 81), (200, 150), (21, 20)]
 )
 def test_tiles(pair, width, height):
-    inputs = pair().inputs(ask("a", picture(0, width, height)))
-    check_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", picture(0, width, height)))))
+    inputs = pair().inputs(ask("a", random_image(0, width, height)))
+    check_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", random_image(0, width, height)))))
 
 
 def unusual_images() -> dict[str, bytes]:
     """Returns image files of kinds that transformers' own loader reads differently or not at all."""
-    scene = picture(4, 34, 22)
+    scene = random_image(4, 34, 22)
     grey = np.asarray(scene.convert("L"))
     alpha = scene.convert("RGBA")
     alpha.putalpha(PIL.Image.fromarray(grey))
@@ -99,7 +99,7 @@ def test_transformers_loader_gives_other_pixels(tmp_path):
 
 def test_arrays_and_tensors(pair):
     processor = transformers.AutoImageProcessor.from_pretrained(pair().folder, trust_remote_code=True)
-    image = picture(0, 30, 50)
+    image = random_image(0, 30, 50)
     expected = processor(image)
     array = np.asarray(image)
     tensor = transformers.image_utils.to_numpy_array(array).transpose(2, 0, 1)
@@ -115,17 +115,17 @@ def test_arrays_and_tensors(pair):
 
 CONVERSATIONS = {
     "text": ask("Read the page."),
-    "image": ask("What is the total?", picture(0, 30, 50)),
-    "images": ask("Date:", picture(1, 20, 10), picture(2, 35, 20), picture(3, 7, 9)),
+    "image": ask("What is the total?", random_image(0, 30, 50)),
+    "images": ask("Date:", random_image(1, 20, 10), random_image(2, 35, 20), random_image(3, 7, 9)),
     "turns": [
-        *ask("What is the total?", picture(1, 40, 10)),
+        *ask("What is the total?", random_image(1, 40, 10)),
         {"role": "assistant", "content": [{"type": "text", "text": "12.50"}]},
-        *ask("And the date?", picture(2, 10, 10)),
+        *ask("And the date?", random_image(2, 10, 10)),
     ],
     # Special tokens in a user's text stay text.
-    "typed": ask("a<|image|> b <|end|><|user|>c\ue000 d<\ue000|image|>", picture(0, 30, 50)),
+    "typed": ask("a<|image|> b <|end|><|user|>c\ue000 d<\ue000|image|>", random_image(0, 30, 50)),
     "only typed": ask("<|assistant|>"),
-    "other letters": ask("Gebühr 12,50 € 合計 \U0001f600", picture(0, 9, 9)),
+    "other letters": ask("Gebühr 12,50 € 合計 \U0001f600", random_image(0, 9, 9)),
 }
 
 
@@ -165,7 +165,7 @@ def test_text_rendered_first_and_tokenized_later(pair):
 def test_mismatched_images_and_image_tokens_are_refused(pair):
     processor = pair().processor
     with pytest.raises(ValueError, match="2 image tokens .* for 1 images"):
-        processor(text="<|image|><|image|>", images=picture(0, 9, 9))
+        processor(text="<|image|><|image|>", images=random_image(0, 9, 9))
     with pytest.raises(ValueError, match="1 image tokens .* for 0 images"):
         processor(text="<|image|>")
     with pytest.raises(ValueError, match="nothing to process"):
@@ -173,12 +173,12 @@ def test_mismatched_images_and_image_tokens_are_refused(pair):
     with pytest.raises(ValueError, match="not videos"):
         processor(text="a", videos=["a.mp4"])
     with pytest.raises(ValueError, match="[Tt]runcat"):
-        processor(text="<|image|>", images=picture(0, 30, 50), truncation=True, max_length=8)
+        processor(text="<|image|>", images=random_image(0, 30, 50), truncation=True, max_length=8)
 
 
 def test_fewer_tiles_on_request(pair):
     processor = pair().processor
-    image = picture(0, 30, 50)
+    image = random_image(0, 30, 50)
     for settings, tiles in (({}, 5), ({"max_tiles": 1}, 1), ({"thumbnail": False}, 4)):
         inputs = processor(text="<|image|>", images=image, **settings)
         assert len(inputs["pixel_values"]) == tiles
@@ -190,17 +190,17 @@ def test_fewer_tiles_on_request(pair):
 def test_the_options_of_the_processor_that_vllm_uses(pair):
     """vLLM uses `return_mm_token_type_ids` up to transformers 5.14, `return_text_replacement_offsets` from 5.15 on."""
     pair = pair()
-    pictures = [picture(1, 20, 10), picture(2, 35, 20)]
+    pages = [random_image(1, 20, 10), random_image(2, 35, 20)]
     inputs = pair.processor(
         text="a<|image|>b<|image|>",
-        images=pictures,
+        images=pages,
         return_mm_token_type_ids=True,
         return_text_replacement_offsets=True,
         return_tensors="pt",
     )
     is_image = inputs["input_ids"] == pair.model.config.image_token_id
     assert (inputs["mm_token_type_ids"] == is_image.long()).all()
-    counted = pair.processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in pictures])
+    counted = pair.processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in pages])
     assert counted["num_image_patches"] == [1, 3] and is_image.sum() == sum(counted["num_image_tokens"]) == 36
     (first, second) = inputs["text_replacement_offsets"][0]
     assert (first["type"], first["span"], first["text"]) == ("image", (1, 10), "<|image|>")

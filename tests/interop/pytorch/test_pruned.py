@@ -14,13 +14,13 @@ from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM
 from tests.interop.pytorch import folders
 from tests.interop.pytorch.conftest import Pair
-from tests.interop.pytorch.folders import ask, picture, relative_error
+from tests.interop.pytorch.folders import ask, random_image, relative_error
 
 KEPT = 45
 TOLERANCE = 1e-4
 NEVER = 351
-ONE = ask("What is the total?", picture(0, 30, 50))
-SEVERAL = ask("Date:", picture(1, 20, 10), picture(2, 35, 20))
+ONE = ask("What is the total?", random_image(0, 30, 50))
+SEVERAL = ask("Date:", random_image(1, 20, 10), random_image(2, 35, 20))
 
 
 @pytest.fixture(scope="module")

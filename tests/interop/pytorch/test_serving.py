@@ -11,10 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from alignvlm_jax.inference.generate import Generator
 from alignvlm_jax.inference.prompt_embeds import prompt_embeds
 from alignvlm_jax.interop.huggingface import save_language_folder
-from tests.interop.pytorch.folders import CONNECTORS, ask, picture, relative_error
+from tests.interop.pytorch.folders import CONNECTORS, ask, random_image, relative_error
 
 TOLERANCE = 1e-4
-QUESTION = ask("What is the total?", picture(0, 30, 50), picture(1, 20, 10))
+QUESTION = ask("What is the total?", random_image(0, 30, 50), random_image(1, 20, 10))
 
 
 def load_base(pair) -> nn.Module:
