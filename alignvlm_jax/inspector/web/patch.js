@@ -72,10 +72,7 @@ function describe() {
   drawCrop(t);
 }
 
-function contribution(share) {
-  const target = state.map ? "this token" : "the answer";
-  return Math.abs(share) < 0.005 ? `No contribution to ${target}` : `Contribution to ${target}: ${signed(share)} nats`;
-}
+const contribution = (share) => (Math.abs(share) < 0.005 ? "No contribution" : `Contribution: ${signed(share)} nats`);
 
 function placeOf(t) {
   const tile = Math.floor(t / PATCHES);
