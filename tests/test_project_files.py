@@ -1,0 +1,71 @@
+"""The files around the code: workflows, CITATION.cff, the README's length, and the links between Markdown files."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import alignvlm_jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def check_schema(schema: str, *files: pathlib.Path) -> None:
+    """Fails unless the files follow a schema that check-jsonschema contains."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflows_follow_the_schema():
+    assert [file.stem for file in WORKFLOWS] == ["lint", "release", "tests"]
+    check_schema("vendor.github-workflows", *WORKFLOWS)
+
+
+# lint.yml runs actionlint too: it can be installed only where its binary can be downloaded.
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")
+def test_workflows_pass_actionlint():
+    done = subprocess.run(["actionlint", *WORKFLOWS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_workflows_run_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set()
+    for file in WORKFLOWS:
+        for job in yaml.safe_load(file.read_text())["jobs"].values():
+            assert job["timeout-minutes"] <= 60
+            used |= set(re.findall(r"\bmake ([\w-]+)", " ".join(step.get("run", "") for step in job["steps"])))
+    assert used == {"lint", "docs", "test"} and used <= targets
+
+
+def test_citation_follows_the_schema_and_names_this_version():
+    file = ROOT / "CITATION.cff"
+    check_schema("vendor.citation-file-format", file)
+    citation = yaml.safe_load(file.read_text())
+    assert citation["version"] == alignvlm_jax.__version__
+    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2502.01341"
+
+
+def test_changelog_has_this_version_and_a_place_for_the_next():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", alignvlm_jax.__version__]
+
+
+def test_readme_is_short_and_begins_with_the_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    first_screen = "\n".join(lines[:40])
+    assert "make test " in first_screen and "make demo " in first_screen and "](docs/architecture.svg)" in first_screen
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_to_files(name):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert not missing
