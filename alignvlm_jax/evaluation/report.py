@@ -32,7 +32,7 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """Whether both answers are the same text, apart from spaces at the ends."""
+        """True if both answers are the same text, apart from spaces at the ends."""
         return self.predicted.strip() == self.expected.strip()
 
 
@@ -63,6 +63,7 @@ class Tally:
         """Wilson's 95 % score interval."""
         if not self.total:
             return 0.0, 1.0
+        # Wilson (1927): the shares at which a score test at the 5 % level would just not reject the observed one.
         share, weight = self.right / self.total, _Z**2 / self.total
         middle = share + weight / 2
         spread = _Z * math.sqrt(share * (1 - share) / self.total + weight / (4 * self.total))
@@ -138,6 +139,7 @@ def format_table(reports: dict[str, Report]) -> str:
         rows["font not trained"] = [report.unseen_font for report in reports.values()]
     rows["all"] = [report.overall for report in reports.values()]
 
+    # Columns are as wide as their title or the longest cell.
     widths = [max(len(name), len("0.00 [0.00-0.00]")) for name in reports]
     name_width = max(len(name) for name in rows)
     header = [f"{name:<{width}}" for name, width in zip(reports, widths, strict=True)]

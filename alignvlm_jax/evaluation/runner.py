@@ -93,6 +93,7 @@ def evaluate(
         documents = _first_questions(all_documents, limit)
     else:
         documents = image_documents = _first_questions(_documents(records), limit)
+    # Images are decoded and cut group by group, because all of them may not fit in memory.
     answers = []
     total = sum(len(document.questions) for document in documents)
     quiet = not distributed.is_primary()
@@ -148,6 +149,7 @@ def evaluate_checkpoint(
     distributed.require_equal({name: str(value) for name, value in settings.items()})
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
+    # Errors in the checkpoint and the data are found before the model is loaded.
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
@@ -157,6 +159,7 @@ def evaluate_checkpoint(
     records = store.open_dataset(folder, split)
     reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+    # All processes have the report; one of them prints and writes it.
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
@@ -256,6 +259,7 @@ def _documents(records: Sequence[Record]) -> Iterator[_Document]:
 
 
 def _conversation(index: int, record: Record) -> _Document:
+    """Returns a document with a question for each turn of the assistant."""
     messages = make_conversation(record, "conversation", np.random.default_rng(0)).messages
     answer_indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return _Document(
@@ -270,6 +274,7 @@ def _conversation(index: int, record: Record) -> _Document:
 
 
 def _text(message: Message) -> str:
+    # The content is a string, or a list of parts of which only texts have the key "text".
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
@@ -311,6 +316,7 @@ def _open_image(data: bytes, name: str, blank: bool) -> PIL.Image.Image:
 
 
 def _count_images(messages: Sequence[Message]) -> int:
+    # A content that is a string has no images.
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     return sum(part["type"] == "image" for content in contents for part in content)
 
@@ -319,6 +325,7 @@ def _count_images(messages: Sequence[Message]) -> int:
 def _open_for_writing(file: str | pathlib.Path) -> Iterator[TextIO]:
     """Opens a file for writing that gets its final name only when it is complete."""
     file = pathlib.Path(file)
+    # The process id keeps two evaluations that write the same file apart.
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -202,6 +202,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
         batch["visual_index"][row, : len(prompt.tokens)] = prompt.visual_index
         batch["tiles"][row, : len(prompt.tiles)] = prompt.tiles
         batch["tile_valid_hw"][row, : len(prompt.tiles)] = prompt.tile_valid_hw
+    # With joined tiles (anyres_max_9), each visual token is a weighted sum of up to four tokens of the tiles.
     if prompts[0].resampling is not None:
         batch["visual_sources"] = np.zeros((rows, length, 4), np.int32)
         batch["visual_weights"] = np.zeros((rows, length, 4), np.float32)
@@ -234,6 +235,7 @@ def greedy_decode(
       pad_id: token that fills an answer after its end.
       views: number of views K; every K adjacent rows are the views of one prompt.
     """
+    # Prefill: the cache gets the whole prompt, and `logits` are those of each row's last position.
     rows, length = batch["tokens"].shape
     cache = empty_cache(model.config.language, rows, length + max_new_tokens)
     logits, cache = model.apply(variables, batch, cache, method="prefill")
@@ -245,8 +247,10 @@ def greedy_decode(
 
     def decode(state):
         step, token, ended, answers, cache = state
+        # The end token itself is still written; rows that ended before it get padding.
         answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
         ended |= jnp.isin(token, jnp.array(end_ids))
+        # Positions continue from each row's own prompt, while the slot of the cache is the same for all rows.
         logits, cache = model.apply(variables, token, prompt_lengths + step, cache, method="decode_step")
         return step + 1, _next_tokens(logits, views), ended, answers, cache
 
@@ -261,6 +265,7 @@ def _next_tokens(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
     """Returns the most likely token of each row, by the mean log-probability over the views of its prompt."""
     if views == 1:
         return jnp.argmax(logits, axis=-1)
+    # [R, V] -> [B, K, V] -> mean over views -> [B], repeated for the K rows of each prompt.
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.repeat(jnp.argmax(log_p.reshape(-1, views, log_p.shape[-1]).mean(axis=1), axis=-1), views)
 

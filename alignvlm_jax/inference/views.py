@@ -38,6 +38,7 @@ def offsets(number: int, plan: TilePlan, patch_size: int) -> Int[np.ndarray, "K 
       patch_size: patch size of the vision encoder, in pixels of a tile.
     """
     rows = max(divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0)
+    # Shifts in parts of a patch, then in pixels of a tile, then in pixels of the image, rounded.
     y, x = np.meshgrid(_centered(rows), _centered(number // rows), indexing="ij")
     left, top, right, bottom = plan.boxes[plan.first_cell]
     height, width = plan.sizes[plan.first_cell]
@@ -52,6 +53,7 @@ def _centered(number: int) -> Float[np.ndarray, " number"]:
 
 def shift(image: PIL.Image.Image, right: int, down: int) -> PIL.Image.Image:
     """Returns the image shifted by a number of pixels within its frame. The edges are repeated."""
+    # Gathering clipped source indices repeats the edge, and avoids resampling.
     columns = np.clip(np.arange(image.width) - right, 0, image.width - 1)
     rows = np.clip(np.arange(image.height) - down, 0, image.height - 1)
     return PIL.Image.fromarray(np.asarray(image)[rows][:, columns])

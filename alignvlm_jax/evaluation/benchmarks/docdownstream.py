@@ -76,6 +76,7 @@ def _read(dataset: str, folder: pathlib.Path, split: str) -> Iterable[Question] 
     paths = own_files or files.find(folder, f"{split}.jsonl")
     if not paths or not own_files and not _mentions(paths[0], dataset):
         return None
+    # Either a file of this data set's own, or one of all data sets, whose other records `_question` skips.
     make = functools.partial(_question, dataset, folder)
     questions = list(files.questions(files.json_lines(paths[0]), make))
     if not own_files:
@@ -120,6 +121,7 @@ def _fill(question: Question, dataset: str, folder: pathlib.Path, row: Row) -> Q
     if roles[:2] != ["user", "assistant"]:
         raise UserError(f"{row.where}: expected 'messages' of a user and then an assistant, got the roles {roles}")
     content, answer = (Row(message, row.where).text("content") for message in messages[:2])
+    # Some files also have the answer in a field of its own, which takes precedence.
     answer = row.text("gt_answer") if "gt_answer" in row else answer
     images = row.texts("image")
     text = content.replace(IMAGE_MARK, "").strip()
@@ -225,6 +227,7 @@ def _due_references(file: pathlib.Path) -> Iterator[tuple[tuple[str, str], tuple
         document = Row(record, where)
         for annotation in document.get("annotations"):
             entry = Row(annotation, where)
+            # The value itself is always the first of its spellings.
             values = []
             for value in entry.get("values"):
                 value = Row(value, where)

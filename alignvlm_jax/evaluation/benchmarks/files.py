@@ -117,6 +117,7 @@ def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[t
     parquet, arrow_error = _parquet()
     try:
         with parquet.ParquetFile(file) as table:
+            # One row group in memory at a time.
             names = table.schema_arrow.names
             present_columns = tuple(name for name in image_columns if name in names)
             text_columns = [name for name in names if name not in present_columns]
@@ -152,6 +153,7 @@ def image_bytes(source: ImageSource) -> bytes:
             return source.read_bytes()
         except OSError as error:
             raise UserError(f"{source}: the image cannot be read ({error.strerror})") from error
+    # Hugging Face's image columns are structs of bytes and path; plain binary columns occur too.
     value = _row_group(source.file, source.row_group, source.columns)[source.column][source.row].as_py()
     if source.index is not None:
         value = value[source.index]
@@ -201,6 +203,8 @@ def _image_counts(table: Any, group: int, columns: Sequence[str]) -> dict[str, l
 
 
 def _parquet() -> tuple[Any, type[Exception]]:
+    """Returns pyarrow's Parquet module and its base exception."""
+    # pyarrow is an optional dependency.
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -64,6 +64,7 @@ def evaluate_benchmarks(
       mesh: device mesh as for `evaluation.runner.evaluate_checkpoint`.
     """
     benchmarks = find_benchmarks(names)
+    # Processes with different arguments would wait for each other forever.
     arguments = dict(names=list(names), data=str(data), split=split, limit=limit, batch_size=batch_size, mesh=str(mesh))
     distributed.require_equal({"checkpoint": str(checkpoint), "views": views, **arguments})
     if mesh is None and jax.process_count() > 1:
@@ -85,6 +86,7 @@ def evaluate_benchmarks(
             loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views))
         return loaded[0]
 
+    # Only the primary process opens the file of answers, which is locked.
     outcomes = []
     with contextlib.ExitStack() as stack:
         primary = distributed.is_primary()
@@ -115,6 +117,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder. Expected files of {benchmark.title}: {expected}")
     folder = data / benchmark.name if (data / benchmark.name).is_dir() else data
+    # The first layout that recognizes the files is used, even if its questions turn out to be unusable.
     for layout in benchmark.layouts:
         layout_questions = layout.read(folder, split)
         if layout_questions is None:
@@ -175,6 +178,7 @@ def run(
         dynamic_ncols=True,
         disable=quiet,
     ) as progress:
+        # Answers are stored after each group, so a stopped run loses one group at most.
         step = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if pending else 1
         for start in range(0, len(pending), step):
             new_answers, new_problems = _ask(reader(), benchmark, pending[start : start + step], progress.update)
@@ -182,6 +186,7 @@ def run(
             answers |= new_answers
             if predictions is not None:
                 predictions.add(benchmark.name, new_answers)
+    # A withheld question has no references and no problem. If all are withheld, there is nothing to score.
     final_answers = {question.id: answers.get(question.id) for question in questions}
     scored = [question for question in questions if question.problem or question.references is not None]
     is_withheld = all(question.problem for question in scored)
@@ -242,6 +247,8 @@ def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | Non
     """Returns a path next to the JSON file, or else runs/benchmarks/NAME.jsonl in the current folder."""
     if json_file:
         return str(pathlib.Path(json_file).with_suffix(".predictions.jsonl"))
+    # The last two parts of the path, such as demo-checkpoint, tell most checkpoints apart. If they do not,
+    # `Predictions` refuses the file.
     path = pathlib.Path(checkpoint).absolute()
     return str(pathlib.Path("runs", "benchmarks", "-".join(path.parts[-2:]) + ".jsonl"))
 
@@ -260,6 +267,7 @@ def _unique(questions: list[Question]) -> list[Question]:
 
 
 def _write_submissions(outcomes: Sequence[Outcome], predictions_file: pathlib.Path) -> None:
+    """Writes the files for the servers and judges of benchmarks without references."""
     for outcome in outcomes:
         if outcome.scores is None and outcome.benchmark.submission is not None:
             file = predictions_file.with_suffix(f".{outcome.benchmark.name}-{outcome.split}.submission.json")

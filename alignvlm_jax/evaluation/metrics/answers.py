@@ -97,6 +97,7 @@ def _read_number(text: str) -> float | None:
 
 def _contractions() -> dict[str, str]:
     """Returns the correct spelling of each contraction that lacks one of its apostrophes."""
+    # A word with several apostrophes has one entry for each missing one.
     fixes = {}
     for word in _CONTRACTED:
         for place in [i for i, letter in enumerate(word) if letter == "'"]:
@@ -158,4 +159,5 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
         raise ScorerAborted(f"VQA accuracy needs {_VQA_ANSWERS} references, got {len(references)}")
     answer = evalai_normalize(prediction)
     matches = [evalai_normalize(reference) == answer for reference in references]
+    # Each reference is left out once: its own match does not count then.
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / _VQA_ANSWERS

@@ -35,6 +35,7 @@ def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
       prediction: answer of the model.
       choices: texts of the options; their letters are A, B, ...
     """
+    # One pass over the marks, as in the official code: marks behind others may remain.
     for mark in _MARKS_AROUND:
         prediction = prediction.strip(mark)
     text = f" {prediction} "

@@ -198,12 +198,14 @@ def _read(texts: Sequence[str], canonical: Sequence[str], python: _Python) -> li
 
 
 def _is_same_set(predicted: list[_Value], targets: list[_Value]) -> bool:
+    """Returns whether there are as many values as targets and each target has an equal value."""
     if len(predicted) != len(targets):
         return False
     return all(any(_is_same(target, value) for value in predicted) for target in targets)
 
 
 def _is_same(target: _Value, predicted: _Value) -> bool:
+    """Returns whether two values have equal texts, or are of one kind with equal contents."""
     if target.text == predicted.text:
         return True
     if target.kind != predicted.kind:
@@ -218,6 +220,7 @@ def _is_same(target: _Value, predicted: _Value) -> bool:
 
 def _value(text: str, canonical: str, python: _Python) -> _Value:
     """Reads a text as a number, a date or a text, by its canonical value."""
+    # The official order: a number, else a date, else a text. A date with only a year is a number.
     number, date = _number(canonical, python), None
     if number is None:
         date = _date(canonical, python)
@@ -226,6 +229,7 @@ def _value(text: str, canonical: str, python: _Python) -> _Value:
     if number is not None:
         if python == 2:
             float(number)  # Python 2 rounds through floats, and raises OverflowError if a number is too large for one.
+        # Truncated, not rounded, as in the official code.
         if abs(number - round(number)) < _SAME_NUMBER:
             number = int(number)
         return _Value("number", number, _normalize(text, python) if text else str(number))
@@ -259,6 +263,7 @@ def _normalize(text: str, python: _Python) -> str:
 
 def _number(text: str, python: _Python) -> int | float | None:
     """Returns the finite number that a text denotes, or None."""
+    # Integers first: they keep their exact value, however long they are.
     try:
         return _integer(text, python)
     except ValueError:
