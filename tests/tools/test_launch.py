@@ -450,7 +450,7 @@ def commands_in(text):
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_the_commands_of_the_page_are_right():
+def test_the_commands_in_the_documentation_are_valid():
     page = (ROOT / "docs" / "launch.md").read_text()
     commands = commands_in(page)
     train_arguments = [command.partition(" train ")[2] for command in commands if " train " in command]

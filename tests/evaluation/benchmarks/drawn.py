@@ -8,7 +8,7 @@ from tests.evaluation.benchmarks.stub import write_lines
 
 
 def write_docdownstream(folder: pathlib.Path, scratch: pathlib.Path, pages: int) -> None:
-    """Writes generated pages to a folder, using another folder for the corpus."""
+    """Writes generated pages to `folder`, and their corpus to `scratch`."""
     build_corpus(scratch / "documents", seed=0, sizes={"heldout": pages}, progress=False)
     lines = {"DocVQA": [], "ChartQA": []}
     (folder / "imgs").mkdir(parents=True)

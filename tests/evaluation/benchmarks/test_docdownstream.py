@@ -68,18 +68,18 @@ def test_docvqa_with_all_accepted_answers(tmp_path):
 
 
 def test_forms_are_scored_by_document_with_and_without_dropping_none(tmp_path):
-    asked = [
+    rows = [
         ("a.pdf", "advertiser", "ACME"),
         ("a.pdf", "gross_amount", "None"),
         ("b.pdf", "advertiser", "None"),
         ("b.pdf", "gross_amount", "1,000"),
     ]
-    lines = [line("DeepForm", f"./imgs/{name}_0.png", f"What is the value for the {key}?", a) for name, key, a in asked]
-    for name, key, _ in asked:
+    lines = [line("DeepForm", f"./imgs/{name}_0.png", f"What is the value for the {key}?", a) for name, key, a in rows]
+    for name, key, _ in rows:
         write_image(tmp_path / "imgs" / f"{name}_0.png", ord(name[0]) + len(key))
     write_lines(tmp_path / "test" / "DeepForm_test.jsonl", lines)
     meta = tmp_path / "meta" / "DeepForm" / "test"
-    write_lines(meta / "metadata.jsonl", [metadata(n[0], f"What is the value for the {k}?", a) for n, k, a in asked])
+    write_lines(meta / "metadata.jsonl", [metadata(n[0], f"What is the value for the {k}?", a) for n, k, a in rows])
     write_lines(
         meta / "document.jsonl",
         [

@@ -8,7 +8,7 @@ from alignvlm_jax.errors import UserError
 from tests.evaluation.benchmarks.stub import evaluate, write_image, write_json, write_lines
 
 
-def test_docvqa_of_the_robust_reading_competition(tmp_path):
+def test_docvqa_in_the_format_of_the_robust_reading_competition(tmp_path):
     write_image(tmp_path / "documents" / "pybv0228_81.png", 5)
     question = {
         "questionId": 49153,
@@ -39,7 +39,7 @@ def test_docvqa_of_the_robust_reading_competition(tmp_path):
         evaluate("docvqa", tmp_path, lambda text: "")
 
 
-def test_infovqa_of_the_robust_reading_competition(tmp_path):
+def test_infovqa_in_the_format_of_the_robust_reading_competition(tmp_path):
     write_image(tmp_path / "infographicsvqa_images" / "38313.jpeg", 6)
     question = {
         "questionId": 98313,
@@ -60,7 +60,7 @@ def test_infovqa_of_the_robust_reading_competition(tmp_path):
     assert stub.seen[0].startswith("[6]Which") and outcome.scores.primary.value == 1
 
 
-def test_chartqa_of_its_authors(tmp_path):
+def test_chartqa_in_the_authors_format(tmp_path):
     folder = tmp_path / "ChartQA Dataset" / "test"
     write_image(folder / "png" / "41699051005347.png", 1)
     write_json(folder / "test_human.json", [{"imgname": "41699051005347.png", "query": "How many?", "label": "14"}])
@@ -70,7 +70,7 @@ def test_chartqa_of_its_authors(tmp_path):
     assert outcome.scores.primary.value == 1 and [score.count for score in outcome.scores.others] == [3, 1]
 
 
-def test_textvqa_of_its_authors(tmp_path):
+def test_textvqa_in_the_authors_format(tmp_path):
     write_image(tmp_path / "train_images" / "003a8ae2ef43b901.jpg", 2)
     question = {
         "image_id": "003a8ae2ef43b901",
@@ -88,7 +88,7 @@ def test_textvqa_of_its_authors(tmp_path):
     assert evaluate("textvqa", tmp_path, lambda text: "Dakota")[0].scores.primary.value == 1
 
 
-def test_seed_bench_of_its_authors(tmp_path):
+def test_seed_bench_in_the_authors_format(tmp_path):
     write_image(tmp_path / "SEED-Bench-image" / "1454426_2591111986", 3)
     question = {
         "answer": "A",
@@ -118,7 +118,7 @@ def test_mmvet_writes_the_file_for_its_judge(tmp_path):
     assert outcome.benchmark.submission(outcome.questions, outcome.answers) == {"v1_0": "x = -1 or x = -5"}
 
 
-def test_pope_of_its_authors(tmp_path):
+def test_pope_in_the_authors_format(tmp_path):
     write_image(tmp_path / "val2014" / "COCO_val2014_000000016631.jpg", 1)
     for category in ("random", "popular", "adversarial"):
         write_lines(
@@ -146,14 +146,14 @@ def test_pope_of_its_authors(tmp_path):
         evaluate("pope", tmp_path, lambda text: "")
 
 
-def test_gqa_of_its_authors(tmp_path):
+def test_gqa_in_the_authors_format(tmp_path):
     write_image(tmp_path / "images" / "n161313.jpg", 1)
     entry = {"imageId": "n161313", "question": "Is it overcast?", "answer": "no", "fullAnswer": "No, it is clear."}
     write_json(tmp_path / "testdev_balanced_questions.json", {"201307251": {**entry, "isBalanced": True}})
     assert evaluate("gqa", tmp_path, lambda text: "No.")[0].scores.primary.value == 1
 
 
-def test_a_torn_file_says_so(tmp_path):
+def test_a_damaged_file_is_reported(tmp_path):
     text = json.dumps({"v1_0": {"imagename": "v1_0.png", "question": "What is x?"}})
     (tmp_path / "mm-vet.json").write_text(text[:-3])
     with pytest.raises(UserError, match="cannot be read as JSON.*fetch it again"):
