@@ -98,6 +98,7 @@ def _curve(axes: Axes, name: str, x: Sequence[float], y: Sequence[float | Estima
     means = [value.mean if isinstance(value, Estimate) else value for value in y]
     axes.plot(x, means, label=name, markersize=4, linewidth=1.2, **style)
     if y and isinstance(y[0], Estimate):
+        # Matplotlib takes the distances from the value to the ends of the interval.
         spread = [[value.mean - value.low for value in y], [value.high - value.mean for value in y]]
         axes.errorbar(x, means, spread, fmt="none", capsize=2, linewidth=0.8, ecolor=style.get("color"))
 

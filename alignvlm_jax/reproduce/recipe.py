@@ -85,6 +85,7 @@ def experiment(
     raw["backbones"]["vision"] = vision_folder(options, encoder, base)
     for stage in raw["stages"]:
         stage["steps"] = max(1, round(stage["steps"] * steps))
+        # A shortened stage must still end its warm-up.
         stage["warmup_steps"] = min(stage["warmup_steps"], stage["steps"] - 1)
         stage["learning_rates"]["connector"] *= factor
     config = config_from_dict(raw)

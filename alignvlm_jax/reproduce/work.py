@@ -1,6 +1,6 @@
 """Runs one job: trains to the end or to the time limit, resumes, scores, and writes the result.
 
-Axes: S stages, Q questions.
+Axes: Q questions.
 """
 
 import contextlib
@@ -54,13 +54,13 @@ class Work:
       job: the job.
       folder: folder of the job.
       share: number of jobs that share the machine. The time limit counts time of the whole machine.
-      figures: entries of the result besides the part's own measurements.
+      training: facts about the training, which become entries of the result.
     """
 
     def __init__(self, options: Options, out: Path, job: Job, share: int = 1):
         self.options, self.out, self.job, self.share = options, out, job, share
         self.folder = job.folder(out)
-        self.figures: dict[str, Any] = {}
+        self.training: dict[str, Any] = {}
 
     @property
     def data(self) -> Path:
@@ -88,20 +88,21 @@ class Work:
         return store.open_dataset(self.data / dataset, split)
 
     def train(self, config: ExperimentConfig) -> Params:
-        """Trains or resumes, and adds the measurements of the training to `figures`.
+        """Trains or resumes, and adds the facts about it to `training`.
 
         Raises:
           OverTimeError: if the job exceeds its minutes.
           distributed.Interrupted: on a signal, after the run is saved.
         """
         workdir = self.job.workdir(self.out)
-        every = max(1, sum(stage.steps for stage in config.stages) // _CURVE_POINTS)
-        evaluation = dataclasses.replace(config.evaluation, every_steps=every)
+        last_step = sum(stage.steps for stage in config.stages)
+        # Score a few times during training, for the learning curve.
+        evaluation = dataclasses.replace(config.evaluation, every_steps=max(1, last_step // _CURVE_POINTS))
         config = dataclasses.replace(config, evaluation=evaluation)
+        # Of `share` jobs at the same time, each gets that much more time.
         clock = _Clock(workdir, config, 60 * self.options.minutes * self.share)
         loss = ValidationLoss(config)
         curve = _Curve(self.folder / CURVE_FILE)
-        last_step = sum(stage.steps for stage in config.stages)
 
         def score(params: Params, mesh: jax.sharding.Mesh) -> dict[str, float]:
             with clock.paused():
@@ -109,7 +110,7 @@ class Work:
                 curve.add(clock.step, value)
             return {"loss": value}
 
-        self.figures |= {
+        self.training |= {
             "config": config_to_dict(config),
             "visual_tokens_per_page": config.data.packing.tiles_per_bin * tokens_per_tile(config.model),
             "pages": recipe.pages_seen(config.stages),
@@ -125,7 +126,7 @@ class Work:
             ).params
         finally:
             # Also recorded for a run that is stopped, which continues from here.
-            self.figures |= {
+            self.training |= {
                 "steps": clock.step,
                 "steps_asked": last_step,
                 "train_seconds": round(clock.seconds, 1),
@@ -136,10 +137,10 @@ class Work:
         # The steps need not be a multiple of the interval between the points of the curve.
         if not curve.points or curve.points[-1][0] != last_step:
             curve.add(last_step, loss(params))
-        self.figures["parameters"] = {
+        self.training["parameters"] = {
             part: int(sum(leaf.size for leaf in jax.tree.leaves(params[part]))) for part in PARTS
         }
-        self.figures["validation_loss"] = curve.points[-1][1]
+        self.training["validation_loss"] = curve.points[-1][1]
         return params
 
     def reader(self, job: Job | None = None) -> Reader:
@@ -163,13 +164,13 @@ class Work:
             "job": self.job.name,
             "status": status,
             "minutes": self.options.minutes,
-            **{name: value for name, value in self.figures.items() if name != "config"},
+            **{name: value for name, value in self.training.items() if name != "config"},
             "found": found,
             "versions": provenance.versions(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "jobs_at_once": self.share,
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "config": self.figures.get("config"),
+            "config": self.training.get("config"),
         }
         write_json(result, self.folder / RESULT_FILE)
 
@@ -194,6 +195,7 @@ def scores(report: Report) -> dict[str, Any]:
     """
     answers = report.answers
     similarity = [anls(answer.predicted, [answer.expected]) for answer in answers]
+    # The questions of a page are consecutive, so a new document id starts a new page.
     pages = [answers[0].document]
     counts = [0]
     for answer in answers:
@@ -221,6 +223,7 @@ class _Clock:
     """Measures the seconds of training over all sessions of the run, without scoring, and ends it at the limit."""
 
     def __init__(self, workdir: Path, config: ExperimentConfig, limit: float):
+        # A resumed run continues with the seconds of its checkpoint.
         with Checkpointer(workdir, config) as checkpointer:
             progress = checkpointer.latest()
         self.step = progress.step if progress else 0
@@ -259,6 +262,7 @@ class _Clock:
         """Excludes the time of this context, and times no step across it."""
         pause_start = time.monotonic()
         yield
+        # Moving the start forward removes the pause from all later readings.
         self._start_time += time.monotonic() - pause_start
         self._last_time = None
 

@@ -138,6 +138,7 @@ def run(work: Work) -> dict[str, Any]:
 
 def mixed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     """Returns the recipe with names mixed in, so that each page of names occurs once."""
+    # Each page of names should occur once; the documents keep at least 40 % of the pages.
     pages, names = recipe.pages_seen(config.stages), num_documents("train", GROUPS)
     share, start, stages = min(names / pages, _MAX_SHARE), 0, []
     for stage in config.stages:
