@@ -128,9 +128,9 @@ def test_files_are_written(readers, tmp_path, monkeypatch):
     monkeypatch.setattr(run.inputs, "load_readers", lambda checkpoints: iter(readers.items()))
     monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
     run.run(["a", "b"], "data", tmp_path, pages=2, tokens=30, hull_tokens=5)
-    figures = json.loads((tmp_path / "geometry.json").read_text())["geometry"]
-    assert figures["ALIGN"]["inside_hull"] == 1 and figures["MLP"]["outside_hull"] == 1
+    results = json.loads((tmp_path / "geometry.json").read_text())["geometry"]
+    assert results["ALIGN"]["inside_hull"] == 1 and results["MLP"]["outside_hull"] == 1
     assert PIL.Image.open(tmp_path / "geometry.png").width > 1000
     text = (tmp_path / "geometry.md").read_text()
     assert "0 % are outside" in text and "100 % are outside" in text
-    assert f"{figures['MLP']['nearest_word_quartiles'][1]:.3f}" in text
+    assert f"{results['MLP']['nearest_word_quartiles'][1]:.3f}" in text

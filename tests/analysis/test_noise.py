@@ -210,14 +210,14 @@ def test_files_are_written(reader, tmp_path, monkeypatch):
     monkeypatch.setattr(run.inputs, "load_readers", lambda checkpoints, batch_size: iter(readers))
     monkeypatch.setattr(run.inputs, "open_records", lambda data, split: records())
     run.run(["a", "b"], "data", tmp_path, limit=2, sigmas=[2.0], corruptions=(Corruption("blur", 1.0),))
-    figures = json.loads((tmp_path / "noise.json").read_text())
-    assert [point["sigma"] for point in figures["features"]["MLP"]] == [0.0, 2.0]
-    assert figures["images"]["ALIGN"][0]["level"] == 1.0
+    results = json.loads((tmp_path / "noise.json").read_text())
+    assert [point["sigma"] for point in results["features"]["MLP"]] == [0.0, 2.0]
+    assert results["images"]["ALIGN"][0]["level"] == 1.0
     for name in ("noise", "noise_images"):
         assert PIL.Image.open(tmp_path / f"{name}.png").width > 400
     text = (tmp_path / "noise.md").read_text()
     for name in ("ALIGN", "MLP"):
-        shown = figures["features"][name][1]["cosine_distance"]
+        shown = results["features"][name][1]["cosine_distance"]
         assert f"**{name}**" in text and f"{shown:.4f}" in text
     assert "from the least loss to the largest: ALIGN -20.0 points, MLP -60.0 points" in text
     names = {path.name for path in tmp_path.iterdir()}

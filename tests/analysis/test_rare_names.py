@@ -86,14 +86,14 @@ def test_random_endings_are_not_taken_for_a_pull():
 
 
 def test_error_by_count_is_the_share_of_wrong_answers():
-    figures = summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
-    rows = figures["all"]["by_count"]
+    results = summarize(simulate(lambda seen: 0.0 if seen >= 64 else 1.0))
+    rows = results["all"]["by_count"]
     assert [row["seen"] for row in rows] == list(COUNTS) and {row["questions"] for row in rows} == {240}
     assert [row["error"]["value"] for row in rows] == [1, 1, 1, 1, 0, 0]
-    assert figures["all"]["error"]["value"] == pytest.approx(4 / 6, abs=1e-4)
-    assert figures["all"]["rarity_gap"] == {"value": 1, "low": 1, "high": 1}
-    assert figures["loners"]["by_count"][0]["wrong"]["garble"] == 120
-    json.dumps(figures, allow_nan=False)
+    assert results["all"]["error"]["value"] == pytest.approx(4 / 6, abs=1e-4)
+    assert results["all"]["rarity_gap"] == {"value": 1, "low": 1, "high": 1}
+    assert results["loners"]["by_count"][0]["wrong"]["garble"] == 120
+    json.dumps(results, allow_nan=False)
 
 
 def test_no_effect_of_rarity_is_not_taken_for_one():
@@ -178,20 +178,20 @@ def test_the_shipped_model_is_analyzed(tmp_path):
     folder = build_names_corpus(tmp_path / "data", groups=6, splits=("heldout",), progress=False, processes=1)
     run(["nano"], folder, tmp_path / "out", limit=40, views=2)
     written = json.loads((tmp_path / "out" / "names.json").read_text())
-    figures = written["models"]["ALIGN"]
-    assert report.describe(figures) in (tmp_path / "out" / "names.md").read_text()
+    results = written["models"]["ALIGN"]
+    assert report.describe(results) in (tmp_path / "out" / "names.md").read_text()
     assert (tmp_path / "out" / "names.png").stat().st_size > 5_000
     # The model reads; otherwise the measures would mean nothing.
-    assert figures["model"]["all"]["error"]["value"] < 0.7
-    assert figures["decoder alone"]["all"]["error"]["value"] < figures["model"]["all"]["error"]["value"] + 0.1
-    assert figures["tokens say the true letter"]["right"]["share"] > 0.9
-    again = [NameAnswer.from_json(fields) for fields in figures["answers"]]
-    assert summarize(again) == figures["model"]
+    assert results["model"]["all"]["error"]["value"] < 0.7
+    assert results["decoder alone"]["all"]["error"]["value"] < results["model"]["all"]["error"]["value"] + 0.1
+    assert results["tokens say the true letter"]["right"]["share"] > 0.9
+    again = [NameAnswer.from_json(fields) for fields in results["answers"]]
+    assert summarize(again) == results["model"]
     two_views = written["models"]["ALIGN, 2 views"]
-    assert len(two_views["answers"]) == len(figures["answers"]) and two_views["answers"] != figures["answers"]
+    assert len(two_views["answers"]) == len(results["answers"]) and two_views["answers"] != results["answers"]
     assert "decoder alone" not in two_views
     compared = written["compared with ALIGN"]["ALIGN, 2 views"]
-    difference = two_views["model"]["all"]["error"]["value"] - figures["model"]["all"]["error"]["value"]
+    difference = two_views["model"]["all"]["error"]["value"] - results["model"]["all"]["error"]["value"]
     assert compared["error"]["value"] == pytest.approx(difference, abs=1e-3)
 
 

@@ -182,15 +182,15 @@ def test_files_are_written(reader, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.inputs, "model_config", lambda checkpoint: reader.config)
     num_words = reader.config.language.vocab_size
     run.run(["a"], "data", tmp_path, pages=2, sizes=[num_words, 20, 5, 40])
-    figures = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]["ALIGN"]
-    assert [(point["words"], point["statistics"]) for point in figures["curve"]] == [
+    results = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]["ALIGN"]
+    assert [(point["words"], point["statistics"]) for point in results["curve"]] == [
         *((size, "full") for size in (5, 20, 40, num_words)),
         *((size, "kept") for size in (5, 20, 40)),
     ]
-    assert figures["words_for_mass"].keys() == {"0.9", "0.99", "0.999"}
+    assert results["words_for_mass"].keys() == {"0.9", "0.99", "0.999"}
     assert PIL.Image.open(tmp_path / "vocabulary.png").width > 800
     text = (tmp_path / "vocabulary.md").read_text()
-    assert f"{figures['effective_words_per_patch']:.2f} words on average" in text
+    assert f"{results['effective_words_per_patch']:.2f} words on average" in text
     # The interval of 6 right of 10 reaches 0.8, but not the 0.9 of all words; that of 9 does.
     assert "still reaches that has 40 words" in text
     assert text in capsys.readouterr().out
