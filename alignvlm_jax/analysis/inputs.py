@@ -99,6 +99,7 @@ def tile_batches(
         record = records[record_index]
         cut = reader.cut(images.open_image(page_images(record)[image_index], name=record["id"]))
         tiles, valid_hw = np.concatenate([tiles, cut.tiles]), np.concatenate([valid_hw, cut.valid_hw])
+        # Pages share batches: a page may complete several batches, and its last tiles wait for the next page.
         while len(tiles) >= _TILES_PER_BATCH:
             yield next_batch()
             tiles, valid_hw = tiles[_TILES_PER_BATCH:], valid_hw[_TILES_PER_BATCH:]

@@ -66,6 +66,7 @@ class Options:
         Raises:
           UserError: if the folder holds runs with options that cannot be mixed with these.
         """
+        # A new folder has no options yet and accepts all.
         previous = Options.load(out) if (out / OPTIONS_FILE).is_file() else self
         for name in _FIXED:
             if getattr(previous, name) != getattr(self, name):

@@ -43,11 +43,14 @@ def principal_plane(text: Float[np.ndarray, "V D"], visual: Float[np.ndarray, "T
     """Runs PCA of both groups together in float64, each with half of the weight whatever its size."""
     means = [np.mean(group, axis=0, dtype=np.float64) for group in (text, visual)]
     origin = (means[0] + means[1]) / 2
+    # Each scatter is a mean over its group, so both groups weigh the same.
     scatters = [_scatter(group, origin) for group in (text, visual)]
+    # `eigh` returns the eigenvalues in ascending order: the principal axes are the last two columns.
     axes = np.linalg.eigh(scatters[0] + scatters[1])[1][:, :-3:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # the sign of an eigenvector is arbitrary
     explained = []
     for scatter, mean in zip(scatters, means, strict=True):
+        # From moments about the common origin to moments about the mean of the group.
         covariance = scatter - np.outer(mean - origin, mean - origin)
         explained.append(float(np.trace(axes.T @ covariance @ axes) / max(np.trace(covariance), 1e-300)))
     return Plane(_project(text, origin, axes), _project(visual, origin, axes), (explained[0], explained[1]))

@@ -69,6 +69,7 @@ def plot_images(reports: Mapping[str, NoiseReport]) -> matplotlib.figure.Figure:
         for number, (name, report) in enumerate(reports.items()):
             points = [(CORRUPTIONS[kind].clean, report.clean)]
             points += [(p.corruption.level, p.tally) for p in report.images if p.corruption.kind == kind]
+            # The point without corruption may be at either end of the axis.
             levels, tallies = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             output.plot_scores(axes, list(levels), list(tallies), label=name, style=output.line_style(number))
         if CORRUPTIONS[kind].clean:
@@ -116,6 +117,7 @@ def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
     if any(report.images for report in reports.values()):
         lines += ["![](noise_images.png)", ""]
         for name, report in reports.items():
+            # The lowest score of each kind.
             worst: dict[str, CorruptionPoint] = {}
             for point in report.images:
                 previous = worst.get(point.corruption.kind, point)
@@ -140,6 +142,7 @@ def _compare(reports: Mapping[str, NoiseReport]) -> list[str]:
         min(range(len(noisy_points)), key=lambda i: abs(noisy_points[i].relative_sigma - 1)),
         min(range(len(noisy_points)), key=lambda i: abs(noisy_points[i].sigma - PAPER_SIGMA)),
     }
+    # One line per sigma; the two indices may be the same.
     lines = []
     for index in sorted(indices):
         changes = {

@@ -152,6 +152,7 @@ def _count(
     answers: Sequence[NameAnswer], is_counted: Callable[[NameAnswer], bool]
 ) -> tuple[Float[np.ndarray, "G C"], Float[np.ndarray, "G C"]]:
     """Returns, for each group and rarity, the number of answers that `is_counted` accepts, and of all answers."""
+    # Groups may be numbered with gaps, so every group that occurs gets a row of its own.
     groups = {group: row for row, group in enumerate(sorted({answer.name.group for answer in answers}))}
     counted, asked = np.zeros((2, len(groups), len(COUNTS)))
     for answer in answers:
@@ -169,6 +170,7 @@ def _rate(
 
 
 def _bootstrap(statistic: Statistic, groups: int, seed: int) -> Estimate:
+    # Every resampling draws as many groups as there are, with replacement.
     rows = np.random.default_rng(seed).integers(0, max(groups, 1), (_RESAMPLINGS, groups))
     # A resampling without any answer of the kind gives 0 / 0 and is excluded from the interval.
     with np.errstate(invalid="ignore", divide="ignore"):

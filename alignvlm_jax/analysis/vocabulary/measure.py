@@ -93,6 +93,7 @@ def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PA
         is_real = valid_hw[0, :, 0] > 0
         features = encode(model, variables, tiles, valid_hw)
         usage, entropy = _usage_and_entropy(model, variables, features, jnp.asarray(is_real, jnp.float32))
+        # `usage` already has weight 0 on padding; the entropy is selected here.
         entropy = np.asarray(entropy, np.float64)[is_real]
         word_sums = word_sums + np.asarray(usage, np.float64)
         effective, patches = effective + np.exp(entropy).sum(), patches + entropy.size

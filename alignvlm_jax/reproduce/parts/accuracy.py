@@ -58,6 +58,7 @@ def right_answers(
 
 def difference(results: Results, first: str, second: str, encoder: str) -> Estimate | None:
     """Returns the lead of the first connector over the second, paired over the seeds that both have."""
+    # The same seed means the same order of pages for both connectors, so their difference has less variance.
     pairs = []
     for seed in range(results.options.seeds):
         pair = results.complete([job(connector, encoder, seed) for connector in (first, second)])

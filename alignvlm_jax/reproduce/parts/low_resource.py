@@ -109,6 +109,7 @@ def claims(results: Results) -> list[str]:
             f"{verdict(lead)}: with a sixteenth of the data, ALIGN answers more questions than {TITLES[other]}: "
             f"{lead.signed()}."
         )
+        # The growth of the lead is paired by seed, so both leads need the same seeds.
         if len(few[0]) == len(all_pages[0]):
             growth: Estimate = estimate(few[0] - all_pages[0], few[1])
             lines.append(

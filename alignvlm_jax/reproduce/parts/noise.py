@@ -44,6 +44,7 @@ def run(work: Work) -> dict[str, Any]:
     """Measures scores and distances at every sigma."""
     reader = work.reader(accuracy.job(work.job.connector, work.job.encoder, work.job.seed))
     records = work.records("heldout")
+    # The deviation comes first, because the sigmas are in its units.
     deviation = feature_distances(reader, records, (), pages=_PAGES).feature_deviation
     sigmas = {f"{share:g}": share * deviation for share in (0.0, *RELATIVE_SIGMAS)} | {"paper": PAPER_SIGMA}
     distances = feature_distances(reader, records, list(sigmas.values()), pages=_PAGES)

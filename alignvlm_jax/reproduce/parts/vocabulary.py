@@ -42,6 +42,7 @@ def jobs(options: Options) -> list[Job]:
 def run(work: Work) -> dict[str, Any]:
     """Counts the words on validation pages and scores the pruned models on held-out ones."""
     reader = work.reader(accuracy.job("align", work.job.encoder, work.job.seed))
+    # Counting on the pages of the score would favor the pruned models.
     usage = mean_distribution(reader, work.records("validation"), pages=_PAGES)
     kept = np.cumsum(np.sort(usage)[::-1])
     records, size = work.records("heldout"), len(usage)
