@@ -5,7 +5,7 @@
 # make demo        draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones   rebuild the shipped nano backbones from scratch: one to two hours
 # make docs        build the documentation site into build/site
-# make lint        run ruff
+# make lint        run ruff, and import-linter on the order of the packages
 PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,7 @@ docs: $(DOCS_STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -69,6 +69,7 @@ EXTRAS = {
         "check-jsonschema>=0.33,<0.40",
         # The TPU compiler, for programs that are only compiled. Without a TPU, jax keeps using the CPU.
         f"jax[tpu]{JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "import-linter>=2.12,<3",
         "jsonschema>=4.23,<5",
         "packaging>=25,<28",
         # Drives the chromium of the machine, for the tests of the inspector's page.

@@ -35,7 +35,7 @@ _POLL_INTERVAL = 0.5  # seconds
 
 def worker_command(out: Path, job: Job, share: int) -> list[str]:
     """Returns the command that starts the process of a job; `share` jobs run at the same time."""
-    return [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share)]
+    return [sys.executable, "-m", "alignvlm_jax.reproduce.worker", str(out), job.name, str(share), str(os.getpid())]
 
 
 def run_all(

@@ -1,4 +1,4 @@
-"""The process of one job: `python -m alignvlm_jax.reproduce.worker OUT JOB [SHARE]`, started by `scheduler.py`.
+"""The process of one job: `python -m alignvlm_jax.reproduce.worker OUT JOB SHARE PARENT`, started by `scheduler.py`.
 
 The exit codes are those of `alignvlm`: 0 done (or out of time, as the result says), 2 an error that the user can fix,
 75 and 130 stopped and resumable.
@@ -10,20 +10,18 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.reproduce import parts, work
+from alignvlm_jax.reproduce.options import Options
 
 
 def main(arguments: list[str]) -> int:
     """Runs the job and returns the exit code."""
-    out, name, share = Path(arguments[0]), arguments[1], int(arguments[2])
-    _stop_with(os.getppid())
-    # These imports take seconds, because they import jax. They come after the parent's process id has been read: a
-    # parent that ends in the meantime would otherwise be missed, and this process would run on alone.
-    import jax
-
-    from alignvlm_jax.reproduce import parts, work
-    from alignvlm_jax.reproduce.options import Options
-
+    out, name, share, parent = Path(arguments[0]), arguments[1], int(arguments[2]), int(arguments[3])
+    # The scheduler passes its process id. Reading it here would miss a scheduler that ended while jax was imported.
+    _stop_with(parent)
     # Jobs differ in few programs, so most of what one job compiles serves the others.
     jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
