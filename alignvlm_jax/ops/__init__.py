@@ -1,4 +1,4 @@
-"""Numerics shared by the models: attention, ALIGN over the vocabulary, and the language-model loss."""
+"""Numerical operations of the models: attention, ALIGN over the vocabulary, embedding lookup, and the loss."""
 
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
 from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy

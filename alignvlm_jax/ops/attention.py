@@ -2,17 +2,18 @@
 
 Axes: B rows, L query positions, K key positions, H query heads, G key-value heads, R = H / G, h head width.
 
-Three kernels give the same numbers (up to rounding); none of them holds an [L, L] array of all heads, and each takes
-segments, so that rows can be packed:
+Three kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads, and all support
+segments, so rows can be packed:
 
-    "splash"  TPU. Pallas, in `attention_splash.py`: blocks above the diagonal are skipped.
-    "flash"   NVIDIA GPUs from Ampere on. Pallas (Triton), in `attention_flash.py`. (`jax.nn.dot_product_attention`
-              takes no segments, only a mask of L x L.)
-    "xla"     anything: CPUs, older GPUs. Below: queries are taken in blocks, and a block's scores are computed again in
-              the backward pass: no [L, K] array outlives its block, and a causal block never looks at the keys behind
-              it. On a CPU this is 2-3 times the speed of the plain form (scores stay in the cache).
+    "splash"  TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal.
+    "flash"   NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`.
+              (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
+    "xla"     All devices, such as CPUs and older GPUs. In this file. Queries are processed in blocks, and the backward
+              pass recomputes the scores of a block, so no [L, K] array outlives its block. A causal block never reads
+              the keys after it. On a CPU this is 2-3 times as fast as the plain form, because scores stay in the cache.
 
-`default_kernel` says which a device gets. What a kernel cannot take (a head width, say) goes to "xla", with a warning.
+`default_kernel` chooses the kernel of a device. Shapes that a kernel does not support (such as a head width) fall back
+to "xla", with a warning.
 """
 
 import dataclasses
@@ -30,9 +31,9 @@ from alignvlm_jax.ops import attention_flash, attention_splash
 
 KERNELS = ("splash", "flash", "xla")
 
-_MASKED = -1e30  # finite, so that a row of padding (every key masked) stays free of NaN
+_MASKED = -1e30  # Finite, so that a row in which every key is masked (padding) has no NaN.
 _QUERY_BLOCK = 64
-_MOST_BLOCKS = 32  # they are unrolled: more would take long to compile
+_MAX_BLOCKS = 32  # The blocks are unrolled, and more of them would take long to compile.
 _AMPERE = 8.0
 
 _log = logging.getLogger(__name__)
@@ -40,13 +41,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMesh:
-    """Names of mesh axes; those that the mesh in force lacks, or that do not divide what they cut, cut nothing.
+    """Names of the mesh axes that split rows and heads.
 
-    XLA cannot cut up a Pallas kernel by itself: each device calls it on its own rows and heads.
+    XLA cannot split a Pallas kernel. Instead, each device calls it on its own rows and heads. Axes that the current
+    mesh lacks, or that do not divide the size they should split, have no effect.
 
     Attributes:
-      rows: axes that cut the rows.
-      heads: axes that cut the heads.
+      rows: axes that split the rows.
+      heads: axes that split the heads.
     """
 
     rows: tuple[str, ...] = ()
@@ -54,7 +56,7 @@ class AttentionMesh:
 
 
 def default_kernel(device: jax.Device) -> str:
-    """The fastest kernel that runs on a device."""
+    """Returns the fastest kernel that runs on a device."""
     if device.platform == "tpu":
         return "splash"
     if device.platform in ("gpu", "cuda") and float(getattr(device, "compute_capability", 0) or 0) >= _AMPERE:
@@ -72,9 +74,9 @@ def packed_attention(
     kernel: str = "xla",
     mesh_axes: AttentionMesh = AttentionMesh(),
 ) -> Float[Array, "B L H h"]:
-    """Attends within each segment of a row, and only backwards if `causal`.
+    """Attends within each segment of a row, and only to earlier positions if `causal`.
 
-    Example, one row holding two examples and a pad, causal; `x` marks what a query sees:
+    Example: a row with two segments and one padding position, causal. `x` marks the keys that a query attends to:
 
         segment_ids   1 1 2 2 0
         query 0       x . . . .
@@ -84,25 +86,28 @@ def packed_attention(
         query 4       . . . . x
 
     Args:
-      query: H may be a multiple of G (grouped-query attention): head i reads key-value head i // (H // G).
+      query: queries. H may be a multiple of G (grouped-query attention): head i reads key-value head i // (H // G).
       key: keys.
       value: values.
-      segment_ids: 0 is padding; no attention crosses a segment. None means that every row is one segment.
-      causal: whether a position sees only itself and what precedes it.
+      segment_ids: segment of each position, 0 for padding; None means that every row is one segment.
+      causal: whether a position attends only to itself and earlier positions.
       kernel: one of `KERNELS`.
-      mesh_axes: how rows and heads lie on the mesh in force; "xla" needs no telling.
+      mesh_axes: axes of the current mesh that split rows and heads; "xla" does not need them.
 
     Returns:
-      The attended values, in the dtype of `query`; softmax statistics are float32.
+      The attended values, in the dtype of `query`. Softmax statistics are computed in float32.
+
+    Raises:
+      ValueError: if the kernel is unknown.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
     if kernel != "xla":
         module = attention_splash if kernel == "splash" else attention_flash
-        reason = module.refuses(query.shape, key.shape)
+        reason = module.unsupported(query.shape, key.shape)
         if reason is None:
             return _on_each_device(module.attend, query, key, value, segment_ids, causal, mesh_axes)
-        _say_once(f"attention: {kernel} cannot take {reason}; falling back to XLA's blocks, which are slower")
+        _warn_once(f"attention: {kernel} does not support {reason}; falling back to kernel xla, which is slower")
     length = query.shape[1]
 
     def mask(queries: slice, keys: slice) -> Bool[Array, "B l k"] | None:
@@ -110,8 +115,8 @@ def packed_attention(
         if segment_ids is not None:
             allowed = segment_ids[:, queries, None] == segment_ids[:, None, keys]
         if causal:
-            backwards = jnp.arange(length)[queries, None] >= jnp.arange(length)[None, keys]
-            allowed = backwards[None] if allowed is None else allowed & backwards
+            is_earlier = jnp.arange(length)[queries, None] >= jnp.arange(length)[None, keys]
+            allowed = is_earlier[None] if allowed is None else allowed & is_earlier
         return allowed
 
     return _attend_in_blocks(query, key, value, mask, causal)
@@ -124,50 +129,72 @@ def cached_attention(
     *,
     visible: Bool[Array, "#B L K"],
 ) -> Float[Array, "B L H h"]:
-    """Attends from new positions to the slots of a cache that `visible` names."""
+    """Attends from new positions to the slots of a cache.
+
+    Args:
+      query: queries of the new positions.
+      key: keys of all slots.
+      value: values of all slots.
+      visible: the slots that each position attends to.
+
+    Returns:
+      The attended values, in the dtype of `value`.
+    """
     return _attend_in_blocks(query, key, value, lambda queries, keys: visible[:, queries, keys], causal=False)
 
 
 def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bool, mesh_axes: AttentionMesh):
-    """Calls a kernel on the rows and heads that each device of the mesh in force holds."""
+    """Calls a kernel on the rows and heads of each device of the current mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
 
-    def cuts(axes, size):
+    def keep(axes, size):
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    rows, heads = cuts(mesh_axes.rows, query.shape[0]), cuts(mesh_axes.heads, query.shape[2])
+    rows, heads = keep(mesh_axes.rows, query.shape[0]), keep(mesh_axes.heads, query.shape[2])
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     attend = functools.partial(attend, causal=causal)
     if not rows and not heads:
         return attend(query, key, value, segment_ids)
-    pieces = math.prod(sizes[axis] for axis in heads)
-    if key.shape[2] % pieces:  # fewer key-value heads than devices: every device needs a copy of one
-        copies = pieces // math.gcd(key.shape[2], pieces)
+    num_shards = math.prod(sizes[axis] for axis in heads)
+    if key.shape[2] % num_shards:
+        # The devices do not divide the key-value heads, for instance because there are fewer heads. Repeat the heads
+        # until they do: then every device has the key-value heads of its query heads.
+        copies = num_shards // math.gcd(key.shape[2], num_shards)
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
-    of_heads, of_rows = P(rows or None, None, heads or None), P(rows or None)
+    head_spec, row_spec = P(rows or None, None, heads or None), P(rows or None)
     # Replication is not checked: Pallas calls have no rule for it.
     return jax.shard_map(
-        attend, in_specs=(of_heads, of_heads, of_heads, of_rows), out_specs=of_heads, check_vma=False
+        attend, in_specs=(head_spec, head_spec, head_spec, row_spec), out_specs=head_spec, check_vma=False
     )(query, key, value, segment_ids)
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     _log.warning(message)
 
 
 def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | None], causal: bool):
-    """Softmax attention, a block of queries at a time; `mask` says what queries and keys of two slices may see."""
+    """Computes softmax attention, one block of queries at a time.
+
+    Args:
+      query: queries [B, L, H, h].
+      key: keys [B, K, G, h].
+      value: values [B, K, G, h].
+      mask: returns for a slice of the queries and a slice of the keys which queries attend to which keys; None for all.
+      causal: whether to skip the keys after each block of queries.
+    """
     batch, length, num_heads, width = query.shape
     groups, repeats = key.shape[2], num_heads // key.shape[2]
+    # Query [B, G, R, L, h], key [B, G, h, K], value [B, G, K, h].
     query = query.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4) * width**-0.5
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
+    # Checkpointed: the backward pass recomputes the scores.
     @jax.checkpoint
     def attend(block, keys, values, allowed):
-        # The repeats of a group share its keys: they are rows of one matrix product.
+        # The R heads of a group share its keys, so all their queries are rows of one matrix product.
         size = block.shape[3]
         rows = block.reshape(batch, groups, repeats * size, width)
         scores = jnp.einsum("bgmh,bghk->bgmk", rows, keys, preferred_element_type=jnp.float32)
@@ -175,13 +202,14 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
             scores = scores.reshape(batch, groups, repeats, size, -1)
             scores = jnp.where(allowed[:, None, None], scores, _MASKED)
             scores = scores.reshape(batch, groups, repeats * size, -1)
+        # Divide by the sum only after mixing: that is h instead of K divisions per query.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum("bgmk,bgkh->bgmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (mixed / total).astype(values.dtype).reshape(batch, groups, repeats, size, width)
 
     blocks = []
-    block_size = max(_QUERY_BLOCK, -(-length // _MOST_BLOCKS))
+    block_size = max(_QUERY_BLOCK, -(-length // _MAX_BLOCKS))
     for start in range(0, length, block_size):
         queries = slice(start, min(start + block_size, length))
         keys = slice(0, queries.stop if causal else key.shape[3])

@@ -1,10 +1,11 @@
-"""Flash attention for NVIDIA GPUs from Ampere on: Pallas (Triton), from `jax.experimental.pallas.ops.gpu.attention`.
+"""Flash attention for NVIDIA GPUs from Ampere on, with the Pallas (Triton) kernel that JAX includes.
 
 Axes: B rows, L positions, H query heads, G key-value heads, h head width.
 
-The kernel takes segments, and holds no scores outside a block: beside its inputs and its result it keeps one float32 a
-query and head. It knows no grouped queries, so key-value heads are repeated: L x H x h more for each of keys and values
-(at 8B and 9,728 positions, 80 MB a row in bfloat16).
+The kernel (`jax.experimental.pallas.ops.gpu.attention`) supports segments and holds no scores outside a block: besides
+its inputs and its result it stores one float32 per query and head. It does not support grouped queries, so key-value
+heads are repeated. That takes L x H x h values each for keys and values (80 MB a row in bfloat16, for the 8B model and
+9,728 positions).
 """
 
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ _NO_SEGMENT = -1
 _WIDEST_HEAD = 256
 
 
-def refuses(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
-    """What of these shapes the kernel cannot take, or None."""
+def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
+    """Returns the property of these shapes that the kernel does not support, or None."""
     num_heads, width = query_shape[2:]
     if num_heads % key_shape[2]:
         return f"{num_heads} heads that share {key_shape[2]} key-value heads"
@@ -33,7 +34,16 @@ def attend(
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "B L H h"]:
-    """As `attention.packed_attention`, on one device's rows and heads; `interpret` runs it on a CPU, slowly."""
+    """Computes `attention.packed_attention` for the rows and heads of one device.
+
+    Args:
+      query: queries.
+      key: keys.
+      value: values.
+      segment_ids: segment of each position.
+      causal: whether a position attends only to itself and earlier positions.
+      interpret: whether to run the kernel in Pallas's interpreter, which is slow but works on a CPU.
+    """
     length, num_heads, width = query.shape[1:]
     padding = -length % _BLOCK
 
@@ -41,7 +51,7 @@ def attend(
         heads = jnp.repeat(heads, num_heads // heads.shape[2], axis=2)
         return jnp.pad(heads, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
-    # Two blocks of wide heads must fit a multiprocessor's shared memory, some 100 KB on consumer cards.
+    # Two blocks of wide heads must fit into the shared memory of a multiprocessor, about 100 KB on consumer cards.
     blocks = kernels.BlockSizes(
         block_q=_BLOCK,
         block_k=_BLOCK if width <= 64 else _BLOCK // 2,

@@ -1,10 +1,10 @@
-"""Splash attention: Pallas attention for TPUs, from `jax.experimental.pallas.ops.tpu.splash_attention`.
+"""Splash attention for TPUs, with the Pallas kernel that JAX includes.
 
 Axes: B rows, L positions, H query heads, G key-value heads, h head width.
 
-The kernel wants lengths in multiples of its blocks, so rows are padded with positions that belong to no segment: an
-image tile's 729 patches become 768. It skips blocks above the diagonal; blocks between two segments it computes and
-masks.
+The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) requires lengths that are multiples of its blocks, so
+rows are padded with positions that belong to no segment: the 729 patches of an image tile become 768. It skips blocks
+above the diagonal. Blocks between two segments are computed and masked.
 """
 
 import functools
@@ -16,12 +16,15 @@ from jaxtyping import Array, Float, Int
 
 _LANES = 128
 _NO_SEGMENT = -1
-_ONE_BLOCK = 1024  # a row up to this length is one block
+_ONE_BLOCK = 1024  # A row of up to this length is one block.
 _BLOCK = 512
 
 
-def refuses(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
-    """What of these shapes the kernel cannot take, or None. It takes every length and head width, after padding."""
+def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
+    """Returns the property of these shapes that the kernel does not support, or None.
+
+    After padding, every length and head width is supported.
+    """
     num_heads, num_kv_heads = query_shape[2], key_shape[2]
     return f"{num_heads} heads that share {num_kv_heads} key-value heads" if num_heads % num_kv_heads else None
 
@@ -35,10 +38,20 @@ def attend(
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "B L H h"]:
-    """As `attention.packed_attention`, on one device's rows and heads; `interpret` runs it on a CPU, slowly."""
+    """Computes `attention.packed_attention` for the rows and heads of one device.
+
+    Args:
+      query: queries.
+      key: keys.
+      value: values.
+      segment_ids: segment of each position.
+      causal: whether a position attends only to itself and earlier positions.
+      interpret: whether to run the kernel in Pallas's interpreter, which is slow but works on a CPU.
+    """
     length, num_heads, width = query.shape[1:]
     padded, block = _padded_length(length)
 
+    # The kernel's layout is [H, L, h]; `vmap` adds the rows.
     def prepare(heads):
         return jnp.pad(heads, ((0, 0), (0, padded - length), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
@@ -51,7 +64,7 @@ def attend(
 
 
 def _padded_length(length: int) -> tuple[int, int]:
-    """To what a row is padded, and the side of the kernel's blocks: 729 -> 768 and 768, 9000 -> 9216 and 512."""
+    """Returns a row's padded length and the size of the kernel's blocks: 729 -> (768, 768), 9000 -> (9216, 512)."""
     if length <= _ONE_BLOCK:
         padded = -(-length // _LANES) * _LANES
         return padded, padded
@@ -59,10 +72,9 @@ def _padded_length(length: int) -> tuple[int, int]:
 
 
 def _make_kernel(num_heads: int, length: int, block: int, causal: bool, interpret: bool):
-    side = (length, length)
-    mask = splash.MultiHeadMask([splash.CausalMask(side) if causal else splash.FullMask(side)] * num_heads)
-    sizes = dict.fromkeys(
-        ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block
-    )
+    """Builds the kernel for queries and keys of the given padded length."""
+    shape = (length, length)
+    mask = splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * num_heads)
+    sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
     return make(mask, block_sizes=splash.BlockSizes(**sizes))

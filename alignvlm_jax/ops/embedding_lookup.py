@@ -1,13 +1,14 @@
-"""Rows of an embedding table that is spread over a mesh.
+"""Looks up rows of an embedding table that is split over a mesh.
 
-Axes: B rows of ids, V vocabulary, D width, K rows of the table in a block; t and f, over how many devices the rows of
-the table and its width are cut.
+Axes: B rows of ids, V vocabulary, D width, n ids on a device, K rows of the table in a block; t and f, number of
+devices over which the rows of the table and its width are split.
 
-Left to XLA, the table is gathered whole, in float32 (2 GB for the 8B model), and so is its gradient. Here each device
-looks up what it has of the rows (the sum over devices puts them together), and where the width is cut too, a block of
-rows at a time is gathered, as in `vocabulary_streaming.py`.
+With plain indexing, XLA gathers the complete table in float32 (2 GB for the 8B model), and its gradient as well. Here
+each device looks up the ids whose rows it holds, and a sum over the devices combines them. If the width is split too,
+one block of rows at a time is gathered, as in `vocabulary_streaming.py`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _BLOCK_SIZE = 16384
-"""K: every block looks at all ids again, so there should be few."""
+"""K. Every block compares all ids again, so blocks are large."""
 
 
 def embedding_lookup(
@@ -28,71 +29,82 @@ def embedding_lookup(
     block_size: int = _BLOCK_SIZE,
     mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
 ) -> Float[Array, "B ... D"]:
-    """`table[ids]` in `dtype`; the gradient of the table is summed in float32.
+    """Returns `table[ids]` in `dtype`; the gradient of the table is summed in float32.
 
     Args:
-      table: the rows.
-      ids: in [0, V).
-      dtype: of the result.
-      block_size: K, where the width of the table is cut.
-      mesh_axes: which axes of the mesh in force cut the first axis of `ids`, the rows and the width of the table.
+      table: a row for each word.
+      ids: row numbers in [0, V).
+      dtype: dtype of the result.
+      block_size: K, used if the width of the table is split.
+      mesh_axes: axes of the current mesh that split the first axis of `ids`, the rows and the width of the table.
     """
     axes = streaming.resolve(mesh_axes, num_queries=ids.shape[0], num_rows=table.shape[0], widths=table.shape[1:])
-    if axes == streaming.VocabularyMesh(axes.queries):  # the table is whole
+    if axes == streaming.VocabularyMesh(axes.queries):  # The table is not split.
         return jnp.take(table, ids, axis=0).astype(dtype)
-    return _lookup((axes, dtype, block_size if axes.widths else table.shape[0]), table, ids)
+    return _lookup(_Options(axes, dtype, block_size if axes.widths else table.shape[0]), table, ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Static (hashable) options of the custom-VJP functions."""
+
+    axes: streaming.VocabularyMesh
+    dtype: str
+    block_size: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lookup(options, table, ids):
-    axes, dtype, block_size = options
+def _lookup(options: _Options, table: Float[Array, "V D"], ids: Int[Array, "B ..."]) -> Float[Array, "B ... D"]:
+    axes = options.axes
 
     def local(part, ids):
-        table, flat = streaming.Table(part, axes), _own_ids(ids, part.shape[0], axes)
+        table, flat = streaming.Table(part, axes), _local_ids(ids, part.shape[0], axes)
 
         def step(start, size, found):
             inside = (flat >= start) & (flat < start + size)
-            rows = jnp.take(table.take(start, size, dtype), jnp.clip(flat - start, 0, size - 1), axis=0)
+            block = table.read_block(start, size, options.dtype)
+            # Ids outside the block read some row of it, which `where` discards.
+            rows = jnp.take(block, jnp.clip(flat - start, 0, size - 1), axis=0)
             return jnp.where(inside[:, None], rows, found)
 
-        found = jnp.zeros((flat.size, table.width), dtype)
-        found = streaming.stream(step, found, num_rows=table.num_rows, block_size=block_size)
-        # At most one device found something: nothing is rounded.
-        return streaming.add_up(found, axes.vocabulary).reshape(*ids.shape, -1)
+        found = jnp.zeros((flat.size, table.width), options.dtype)
+        found = streaming.stream(step, found, num_rows=table.num_rows, block_size=options.block_size)
+        # For each id one device holds the row and all others hold zeros, so the sum rounds nothing.
+        return streaming.all_reduce(found, axes.vocabulary).reshape(*ids.shape, -1)
 
-    of_ids = streaming.query_spec(axes)
-    return streaming.shard(local, axes, (streaming.table_spec(axes), of_ids), of_ids)(table, ids)
+    ids_spec = streaming.query_spec(axes)
+    return streaming.shard(local, axes, (streaming.table_spec(axes), ids_spec), ids_spec)(table, ids)
 
 
 def _lookup_forward(options, table, ids):
     return _lookup(options, table, ids), (table, ids)
 
 
-def _lookup_backward(options, saved, cotangent):
-    axes, _, block_size = options
-    of_ids, of_table = streaming.query_spec(axes), streaming.table_spec(axes)
+def _lookup_backward(options, residuals, cotangent):
+    axes = options.axes
+    ids_spec, table_spec = streaming.query_spec(axes), streaming.table_spec(axes)
 
     def local(part, ids, cotangent):
-        table, flat = streaming.Table(part, axes), _own_ids(ids, part.shape[0], axes)
+        table, flat = streaming.Table(part, axes), _local_ids(ids, part.shape[0], axes)
         cotangent = cotangent.reshape(flat.size, -1).astype(jnp.float32)
 
-        def step(start, size, gradient):
-            # Ids outside the block are sent behind its end, and dropped.
-            place = jnp.where((flat >= start) & (flat < start + size), flat - start, size)
-            block = jnp.zeros((size, table.width)).at[place].add(cotangent, mode="drop")
-            return table.put_gradient(gradient, start, block)
+        def step(start, size, dtable):
+            # Ids outside the block get an index past its end, which mode="drop" ignores.
+            index = jnp.where((flat >= start) & (flat < start + size), flat - start, size)
+            block = jnp.zeros((size, table.width)).at[index].add(cotangent, mode="drop")
+            return table.update_gradient(dtable, start, block)
 
-        gradient = jnp.zeros(part.shape)  # of the table itself, only the shape is read
-        gradient = streaming.stream(step, gradient, num_rows=table.num_rows, block_size=block_size)
-        return streaming.add_up(gradient, axes.queries_only).astype(part.dtype)
+        dtable = jnp.zeros(part.shape)
+        dtable = streaming.stream(step, dtable, num_rows=table.num_rows, block_size=options.block_size)
+        return streaming.all_reduce(dtable, axes.queries_only).astype(part.dtype)
 
-    return streaming.shard(local, axes, (of_table, of_ids, of_ids), of_table)(*saved, cotangent), None
+    return streaming.shard(local, axes, (table_spec, ids_spec, ids_spec), table_spec)(*residuals, cotangent), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _own_ids(ids, num_rows: int, axes: streaming.VocabularyMesh) -> Int[Array, " n"]:
-    """The ids, flat, counted from this device's first row; those of other devices' rows are outside of it."""
+def _local_ids(ids: Int[Array, "b ..."], num_rows: int, axes: streaming.VocabularyMesh) -> Int[Array, " n"]:
+    """Returns the ids, flattened and relative to the first row of this device; other devices' rows are out of range."""
     first = jax.lax.axis_index(axes.vocabulary) * num_rows if axes.vocabulary else 0
     return ids.reshape(-1) - first

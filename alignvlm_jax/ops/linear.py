@@ -1,9 +1,9 @@
-"""A linear layer whose products are in the compute dtype, and whose weights' gradients are summed in float32.
+"""A linear layer with products in the compute dtype and weight gradients that are summed in float32.
 
 Axes: T rows (positions of all bins), i input width, o output width.
 
-By itself the gradient of `x @ kernel.astype(bfloat16)` is bfloat16, and so is its sum over rows and, on a mesh, over
-devices. Here the product that makes it gives float32, and float32 is what travels.
+In plain JAX the gradient of `x @ kernel.astype(bfloat16)` is bfloat16, and so is its sum over rows and, on a mesh, over
+devices. Here the product that computes the gradient returns float32, and devices exchange float32.
 """
 
 import jax
@@ -14,14 +14,12 @@ from jaxtyping import Array, Float
 def linear(
     inputs: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "... o"]:
-    """`inputs @ kernel + bias` in the dtype of `inputs`; the gradients of kernel and bias are float32.
-
-    It is one matrix product of all rows: on a CPU the gradient takes half the time of the batched form's.
-    """
+    """Returns `inputs @ kernel + bias` in the dtype of `inputs`; the gradients of kernel and bias are float32."""
+    # One matrix product of all rows: on a CPU, its gradient takes half the time of a batched product's.
     rows = inputs.reshape(-1, inputs.shape[-1])
     outputs = _product(rows, kernel)
     if bias is not None:
-        # Added in float32, for the sake of the gradient; XLA fuses it into the product.
+        # Added in float32, so that the gradient of the bias is summed in float32. XLA fuses it into the product.
         outputs = (outputs + bias).astype(inputs.dtype)
     return outputs.reshape(*inputs.shape[:-1], kernel.shape[-1])
 
@@ -35,11 +33,11 @@ def _product_forward(rows, kernel):
     return _product(rows, kernel), (rows, kernel)
 
 
-def _product_backward(saved, cotangent):
-    rows, kernel = saved
-    of_rows = jnp.dot(cotangent, kernel.T.astype(rows.dtype))
-    of_kernel = jnp.dot(rows.T, cotangent, preferred_element_type=jnp.float32)
-    return of_rows, of_kernel.astype(kernel.dtype)
+def _product_backward(residuals, cotangent):
+    rows, kernel = residuals
+    drows = jnp.dot(cotangent, kernel.T.astype(rows.dtype))
+    dkernel = jnp.dot(rows.T, cotangent, preferred_element_type=jnp.float32)
+    return drows, dkernel.astype(kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -1,28 +1,31 @@
-"""The language-model loss from hidden states and the LM head, without the logits of all positions and words.
+"""Language-model loss from hidden states and the LM head, without the logits of all positions and words.
 
 Axes: N positions, D width, V vocabulary, C positions in a chunk, K rows of the vocabulary in a block.
 
-Only positions of non-zero weight (answers; a small part of a row) are computed. Positions are put in an order in which
-those come first, and are taken C at a time, as many chunks as hold one, so shapes are static and nothing is dropped:
+Only positions with a non-zero weight are computed: the answers, a small part of a row. The positions are sorted so that
+these come first, and are processed in chunks of C, as many chunks as contain one. So shapes are static and no position
+is dropped:
 
     weights   0 0 1 1 0 0 2 0     C = 2
     order     2 3 6 0 1 4 5 7
     chunk 0   2 3
-    chunk 1   6 0                 0 has weight 0
+    chunk 1   6 0                 position 0 has weight 0
 
-The vocabulary is passed over once, as ALIGN does (`vocabulary_streaming.py`), and the chunks at each of its blocks: a
-block of a head that is spread over devices is gathered once, and devices may have different numbers of chunks.
+As in ALIGN (`vocabulary_streaming.py`), there is a single pass over the vocabulary, with all chunks at each of its
+blocks. So a block of a head that is split over devices is gathered once, and devices may have different numbers of
+chunks.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
-_CHUNK_SIZES = (256, 2048)
+_CHUNK_SIZES = (256, 2048)  # Smallest and largest C.
 
 
 def linear_cross_entropy(
@@ -36,168 +39,208 @@ def linear_cross_entropy(
     block_size: int | None = None,
     mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over positions of weight * (-log p(target) + z_loss * log(Z)²), Z the sum of exp(logits).
+    """Returns the sum over positions of weight * (-log p(target) + z_loss * log(Z)²), with Z the sum of exp(logits).
 
     The second term is the z-loss of PaLM (Chowdhery et al., arXiv 2204.02311, section 5).
 
     Args:
-      hidden: of any leading shape; products are computed in their dtype, sums in float32.
-      head: a row for each word, cast to the dtype of `hidden` a block at a time.
-      targets: the right words, in [0, V) wherever the weight is not zero.
-      weights: of the positions; no gradient flows through them.
-      z_loss: how much a log(Z) far from 0 costs; PaLM takes 1e-4.
+      hidden: hidden states of any leading shape; products are computed in their dtype, sums in float32.
+      head: a row for each word, cast to the dtype of `hidden` one block at a time.
+      targets: the correct words, in [0, V) wherever the weight is not zero.
+      weights: weights of the positions; no gradient flows through them.
+      z_loss: cost of a log(Z) far from 0; PaLM uses 1e-4.
       chunk_size: C; None means a sixteenth of the positions, but at least 256 and at most 2048.
       block_size: K; None means `default_block_size`.
-      mesh_axes: which axes of the mesh in force cut the first axis of `hidden`, the vocabulary, and the head's width.
+      mesh_axes: axes of the current mesh that split the first axis of `hidden`, the vocabulary, and the head's width.
 
     Returns:
-      (the sum, the sum of the weights), both float32, so that pieces of a batch can be added before the one division.
+      The sum, and the sum of the weights, both float32. They are returned separately so that parts of a batch can be
+      added before the single division.
     """
     axes = streaming.resolve(mesh_axes, num_queries=hidden.shape[0], num_rows=head.shape[0], widths=head.shape[1:])
     targets, weights = jnp.asarray(targets), jnp.asarray(jax.lax.stop_gradient(weights), jnp.float32)
-    losses = _losses((z_loss, chunk_size, block_size, axes), hidden, head, targets, weights)
-    return losses, jnp.sum(weights)
+    loss = _loss(_Options(z_loss, chunk_size, block_size, axes), hidden, head, targets, weights)
+    return loss, jnp.sum(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Static (hashable) options of the custom-VJP functions."""
+
+    z_loss: float
+    chunk_size: int | None
+    block_size: int | None
+    axes: streaming.VocabularyMesh
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(options, hidden, head, targets, weights):
+def _loss(options, hidden, head, targets, weights):
     return _forward(options, hidden, head, targets, weights)[0]
 
 
-def _forward(options, hidden, head, targets, weights):
-    """The loss, and the softmax of each position in the chunks' order, for the backward pass."""
-    z_loss, chunk_size, block_size, axes = options
-    of_position = streaming.query_spec(axes)
+def _forward(
+    options: _Options,
+    hidden: Float[Array, "... D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "..."],
+    weights: Float[Array, "..."],
+) -> tuple[Float[Array, ""], streaming.RunningSoftmax]:
+    """Returns the loss, and for the backward pass the softmax of each position in the order of the chunks."""
+    axes = options.axes
 
     def local(hidden, head, targets, weights):
         head = streaming.Table(head, axes)
-        chunks = _Chunks(hidden, targets, weights, chunk_size, block_size)
+        chunks = _Chunks(hidden, targets, weights, options)
 
         def score_block(start, size, carry):
-            block = head.take(start, size, hidden.dtype)
+            block = head.read_block(start, size, hidden.dtype)
 
             def score(chunk, carry):
-                running, right = chunks.take(carry, chunk)
+                running, target_logits = chunks.slice(carry, chunk)
                 logits, is_target = chunks.logits(chunk, block, _first_row(head) + start)
-                right += jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-                return chunks.put(carry, chunk, (running.update(logits)[0], right))
+                target_logits += jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+                return chunks.update(carry, chunk, (running.update(logits)[0], target_logits))
 
             return jax.lax.fori_loop(0, chunks.count, score, carry)
 
+        # One pass over the vocabulary: softmax and logit of the target at each position.
         empty = streaming.RunningSoftmax.empty(chunks.num_slots), jnp.zeros(chunks.num_slots)
-        softmax, right = chunks.over_vocabulary(head, score_block, empty)
-        # Chunks without weight were not computed: they keep something finite.
-        seen = jnp.arange(chunks.num_slots) < chunks.count * chunks.size
-        softmax = streaming.RunningSoftmax(jnp.where(seen, softmax.maximum, 0.0), jnp.where(seen, softmax.total, 1.0))
-        across = axes.vocabulary
-        softmax, sums = softmax.merge(softmax.shared_maximum(across), {}, {"right": right[:, None]}, across)
-        log_total, right = jnp.log(softmax.total), sums["right"][:, 0]
-        losses = softmax.maximum - right + log_total + z_loss * (softmax.maximum + log_total) ** 2
-        return streaming.add_up(jnp.sum(chunks.weights * losses), axes.queries), softmax
+        softmax, target_logits = chunks.over_vocabulary(head, score_block, empty)
+        # Chunks without weight were not computed. Give them finite values, because 0 * inf would be NaN below.
+        computed = jnp.arange(chunks.num_slots) < chunks.count * chunks.size
+        softmax = streaming.RunningSoftmax(
+            jnp.where(computed, softmax.maximum, 0.0), jnp.where(computed, softmax.total, 1.0)
+        )
+        # Merge over the devices that share the vocabulary: only one of them has the target's row.
+        softmax, sums = softmax.merge(
+            softmax.shared_maximum(axes.vocabulary), {}, {"target": target_logits[:, None]}, axes.vocabulary
+        )
+        log_total, target_logits = jnp.log(softmax.total), sums["target"][:, 0]
+        # log Z is maximum + log_total. The maximum minus the target's logit comes first: both may be large.
+        losses = softmax.maximum - target_logits + log_total + options.z_loss * (softmax.maximum + log_total) ** 2
+        return streaming.all_reduce(jnp.sum(chunks.weights * losses), axes.queries), softmax
 
-    in_specs = (of_position, streaming.table_spec(axes), of_position, of_position)
-    sharded = streaming.shard(local, axes, in_specs, (jax.P(), of_position))
+    position_spec = streaming.query_spec(axes)
+    in_specs = (position_spec, streaming.table_spec(axes), position_spec, position_spec)
+    sharded = streaming.shard(local, axes, in_specs, (jax.P(), position_spec))
     return sharded(hidden, head, targets, weights)
 
 
-def _losses_forward(options, hidden, head, targets, weights):
+def _loss_forward(options, hidden, head, targets, weights):
     loss, softmax = _forward(options, hidden, head, targets, weights)
     return loss, (hidden, head, targets, weights, softmax)
 
 
-def _losses_backward(options, saved, cotangent):
-    z_loss, chunk_size, block_size, axes = options
-    of_position, of_table = streaming.query_spec(axes), streaming.table_spec(axes)
+def _loss_backward(options, residuals, cotangent):
+    axes = options.axes
 
     def local(hidden, head, targets, weights, softmax, cotangent):
         head = streaming.Table(head, axes)
-        chunks = _Chunks(hidden, targets, weights, chunk_size, block_size)
+        chunks = _Chunks(hidden, targets, weights, options)
         weights = chunks.weights * cotangent
-        # d/dlogit of -log p(target) + z_loss log(Z)²: p (1 + 2 z_loss log Z), less 1 at the target.
-        of_normalizer = weights * (1 + 2 * z_loss * (softmax.maximum + jnp.log(softmax.total)))
-        scalars = softmax, weights, of_normalizer
+        # d/dlogit of -log p(target) + z_loss log(Z)²: p (1 + 2 z_loss log Z), minus 1 at the target.
+        dlog_z = weights * (1 + 2 * options.z_loss * (softmax.maximum + jnp.log(softmax.total)))
+        scalars = softmax, weights, dlog_z
 
         def add_block(start, size, carry):
-            of_hidden, of_head = carry
-            block = head.take(start, size, hidden.dtype)
+            dhidden, dhead = carry
+            block = head.read_block(start, size, hidden.dtype)
 
             def add(chunk, carry):
-                of_hidden, of_block = carry
-                softmax, weights, of_normalizer = chunks.take(scalars, chunk)
+                dhidden, dblock = carry
+                softmax, weights, dlog_z = chunks.slice(scalars, chunk)
                 logits, is_target = chunks.logits(chunk, block, _first_row(head) + start)
-                of_logits = softmax.probabilities(logits) * of_normalizer[:, None]
-                of_logits = (of_logits - jnp.where(is_target, weights[:, None], 0.0)).astype(hidden.dtype)
-                of_rows = chunks.take(of_hidden, chunk) + streaming.dot(of_logits, block)
-                of_block += streaming.dot(of_logits.T, chunks.take(chunks.hidden, chunk))
-                return chunks.put(of_hidden, chunk, of_rows), of_block
+                dlogits = softmax.probabilities(logits) * dlog_z[:, None]
+                dlogits = (dlogits - jnp.where(is_target, weights[:, None], 0.0)).astype(hidden.dtype)
+                drows = chunks.slice(dhidden, chunk) + streaming.dot(dlogits, block)
+                dblock += streaming.dot(dlogits.T, chunks.slice(chunks.hidden, chunk))
+                return chunks.update(dhidden, chunk, drows), dblock
 
-            of_hidden, of_block = jax.lax.fori_loop(0, chunks.count, add, (of_hidden, jnp.zeros(block.shape)))
-            return of_hidden, head.put_gradient(of_head, start, of_block)
+            dhidden, dblock = jax.lax.fori_loop(0, chunks.count, add, (dhidden, jnp.zeros(block.shape)))
+            return dhidden, head.update_gradient(dhead, start, dblock)
 
         zeros = jnp.zeros(chunks.hidden.shape), jnp.zeros(head.part.shape)
-        of_hidden, of_head = chunks.over_vocabulary(head, add_block, zeros)
-        of_hidden = streaming.add_up(of_hidden, axes.vocabulary)
-        of_head = streaming.add_up(of_head, axes.queries_only).astype(head.part.dtype)
-        return chunks.in_old_order(of_hidden.astype(hidden.dtype)).reshape(hidden.shape), of_head
+        dhidden, dhead = chunks.over_vocabulary(head, add_block, zeros)
+        # A position has a part of its gradient on every device of the vocabulary, a row of the head on every device of
+        # the queries. The sum over the devices that share its columns is in `update_gradient`.
+        dhidden = streaming.all_reduce(dhidden, axes.vocabulary)
+        dhead = streaming.all_reduce(dhead, axes.queries_only).astype(head.part.dtype)
+        return chunks.restore_order(dhidden.astype(hidden.dtype)).reshape(hidden.shape), dhead
 
-    in_specs = (of_position, of_table, of_position, of_position, of_position, jax.P())
-    sharded = streaming.shard(local, axes, in_specs, (of_position, of_table))
-    return *sharded(*saved, cotangent), None, None
+    position_spec, table_spec = streaming.query_spec(axes), streaming.table_spec(axes)
+    in_specs = (position_spec, table_spec, position_spec, position_spec, position_spec, jax.P())
+    sharded = streaming.shard(local, axes, in_specs, (position_spec, table_spec))
+    return *sharded(*residuals, cotangent), None, None
 
 
-_losses.defvjp(_losses_forward, _losses_backward)
+_loss.defvjp(_loss_forward, _loss_backward)
 
 
 class _Chunks:
-    """The positions of one device, those with weight first, C at a time.
+    """The positions of one device, those with a weight first, in chunks of C.
 
     Attributes:
-      hidden, targets, weights: in that order, filled up to whole chunks.
+      hidden: hidden states in the order of the chunks, padded to full chunks.
+      targets: targets, in the same order.
+      weights: weights, in the same order.
       size: C.
-      count: how many chunks hold a weight; known only when the program runs, so loops over them are while loops.
-      num_slots: positions in all chunks.
+      count: number of chunks that contain a weight. It depends on the data, so loops over the chunks are while loops.
+      num_slots: number of positions in all chunks.
     """
 
-    def __init__(self, hidden, targets, weights, chunk_size, block_size):
+    def __init__(
+        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."], weights: Float[Array, "..."], options: _Options
+    ):
         hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
         num_positions = len(weights)
         smallest, largest = _CHUNK_SIZES
-        self.size = min(chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
+        self.size = min(options.chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
         self.num_slots = -(-num_positions // self.size) * self.size
-        self._block_size = block_size or streaming.default_block_size(self.size)
+        self._block_size = options.block_size or streaming.default_block_size(self.size)
+        # A stable sort of False (has a weight) before True.
         self._order = jnp.argsort(weights == 0, stable=True)
         self.count = (jnp.sum(weights != 0) + self.size - 1) // self.size
-        self.hidden, self.targets, self.weights = map(self._in_order, (hidden, targets, weights))
+        self.hidden, self.targets, self.weights = map(self._in_chunk_order, (hidden, targets, weights))
 
-    def _in_order(self, leaf):
+    def _in_chunk_order(self, leaf: Array) -> Array:
         padding = self.num_slots - leaf.shape[0]
         return jnp.pad(leaf[self._order], ((0, padding), *((0, 0),) * (leaf.ndim - 1)))
 
-    def in_old_order(self, leaf):
-        """Undoes the order of an array [N, ...]."""
-        return jnp.zeros_like(leaf, shape=(len(self._order), *leaf.shape[1:])).at[self._order].set(
-            leaf[: len(self._order)], unique_indices=True
+    def restore_order(self, leaf: Array) -> Array:
+        """Returns an array [num_slots, ...] in the original order of the positions, [N, ...]."""
+        return (
+            jnp.zeros_like(leaf, shape=(len(self._order), *leaf.shape[1:]))
+            .at[self._order]
+            .set(leaf[: len(self._order)], unique_indices=True)
         )
 
-    def take(self, tree, chunk):
-        """A chunk's part of each array of a tree."""
-        return jax.tree.map(lambda leaf: streaming.take(leaf, chunk * self.size, self.size), tree)
+    def slice(self, tree, chunk: Array):
+        """Returns a chunk's part of each array of a tree."""
+        return jax.tree.map(lambda leaf: streaming.slice_block(leaf, chunk * self.size, self.size), tree)
 
-    def put(self, tree, chunk, parts):
-        """The tree with a chunk's part of each array replaced."""
-        return jax.tree.map(lambda leaf, part: streaming.put(leaf, chunk * self.size, part), tree, parts)
+    def update(self, tree, chunk: Array, parts):
+        """Returns the tree with a chunk's part of each array replaced."""
+        return jax.tree.map(lambda leaf, part: streaming.update_block(leaf, chunk * self.size, part), tree, parts)
 
-    def logits(self, chunk, block, first):
-        """A chunk's logits of a block of words [C, K], of which the first has the number `first`; and which of them
-        is the target's."""
-        rows, targets = self.take((self.hidden, self.targets), chunk)
-        return streaming.dot(rows, block.T), targets[:, None] == first + jnp.arange(block.shape[0])
+    def logits(
+        self, chunk: Array, block: Float[Array, "K D"], first_word: Array | int
+    ) -> tuple[Float[Array, "C K"], Bool[Array, "C K"]]:
+        """Returns the logits of a chunk for a block of words, and which of them belong to the targets.
 
-    def over_vocabulary(self, head, step, carry):
+        Args:
+          chunk: index of the chunk.
+          block: rows of the head.
+          first_word: id of the first word of the block.
+        """
+        rows, targets = self.slice((self.hidden, self.targets), chunk)
+        return streaming.dot(rows, block.T), targets[:, None] == first_word + jnp.arange(block.shape[0])
+
+    def over_vocabulary(self, head: streaming.Table, step, carry):
+        """Folds `carry = step(start, size, carry)` over the blocks of the head."""
         return streaming.stream(step, carry, num_rows=head.num_rows, block_size=self._block_size)
 
 
 def _first_row(head: streaming.Table) -> Array | int:
-    """The number of this device's first row."""
-    across = head.axes.vocabulary
-    return jax.lax.axis_index(across) * head.num_rows if across else 0
+    """Returns the word id of this device's first row."""
+    axis_names = head.axes.vocabulary
+    return jax.lax.axis_index(axis_names) * head.num_rows if axis_names else 0

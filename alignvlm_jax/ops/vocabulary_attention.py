@@ -35,8 +35,8 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 from alignvlm_jax.ops.vocabulary_statistics import (
     VocabularyStatistics,
-    centred_covariance,
-    centred_rows,
+    centered_covariance,
+    centered_rows,
     covariance_is_cheaper,
     mean_row,
     streamed_variance,
@@ -145,7 +145,7 @@ def vocabulary_usage(
 
     def count(start, size, usage):
         scores, _ = _scores(flat, keys, scale, bias, moments, start, size)
-        return streaming.put(usage, start, weights @ softmax.probabilities(scores))
+        return streaming.update_block(usage, start, weights @ softmax.probabilities(scores))
 
     return fold(count, jnp.zeros(keys.num_rows))
 
@@ -257,7 +257,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     def step(start, size, carry):
         previous, sums, top = carry
         scores, _ = _scores(q, keys, scale, bias, moments, start, size)
-        block = values.take(start, size, q.dtype)
+        block = values.read_block(start, size, q.dtype)
         running, weights, decay = previous.update(scores)
         # What is weighted by the distance to the largest score grows when that rises.
         risen = (previous.maximum - running.maximum)[:, None]
@@ -267,7 +267,7 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
         if rounds:
             new["share"] = decay * sums["share"] + _row_sum(rounded)
         if tilt:
-            tilted = (weights * (distance - streaming.take(bias, start, size))).astype(q.dtype)
+            tilted = (weights * (distance - streaming.slice_block(bias, start, size))).astype(q.dtype)
             new["tilted"] = decay * (sums["tilted"] + risen * sums["mixed"]) + streaming.dot(tilted, block)
             new["tilt"] = decay * (sums["tilt"] + risen * previous.total[:, None]) + _row_sum(tilted)
         if options.entropy:
@@ -335,7 +335,7 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
     axes, moments = options.axes, saved.moments
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
-    rows = keys.all_rows
+    rows = keys.num_global_rows
     rate = moments.rate[:, None]
     # sum_v p_tv dL/dp_tv, which the softmax subtracts from each dL/dp_tv.
     expected = jnp.sum(cotangent.astype(jnp.float32) * saved.mixed, axis=-1)
@@ -346,12 +346,12 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
 
     def step(start, size, carry):
         of_q, of_keys, of_scale, of_bias, of_values, sums = carry
-        key_block = keys.take(start, size, q.dtype)
-        value_block = values.take(start, size, q.dtype)
+        key_block = keys.read_block(start, size, q.dtype)
+        value_block = values.read_block(start, size, q.dtype)
         scores, normed = _scores(q, keys, scale, bias, moments, start, size)
         p = saved.softmax.probabilities(scores)
         of_scores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
-        of_normed = of_scores * streaming.take(scale, start, size)
+        of_normed = of_scores * streaming.slice_block(scale, start, size)
         sums = dict(sums)
         if second is None:
             sums["second"] += jnp.sum(of_normed * normed, axis=-1)
@@ -362,10 +362,10 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
         sums["first"] += jnp.sum(of_logits, axis=-1, dtype=jnp.float32)
         return (
             of_q + streaming.dot(of_logits, key_block),
-            keys.put_gradient(of_keys, start, streaming.dot(of_logits.T, q)),
-            streaming.put(of_scale, start, jnp.sum(of_scores * normed, axis=0)),
-            streaming.put(of_bias, start, jnp.sum(of_scores, axis=0)),
-            values.put_gradient(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
+            keys.update_gradient(of_keys, start, streaming.dot(of_logits.T, q)),
+            streaming.update_block(of_scale, start, jnp.sum(of_scores * normed, axis=0)),
+            streaming.update_block(of_bias, start, jnp.sum(of_scores, axis=0)),
+            values.update_gradient(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
             sums,
         )
 
@@ -377,10 +377,10 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
     fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
     of_q, of_keys, of_scale, of_bias, of_values, sums = fold(step, carry)
     sums = {name: total[:, None] for name, total in sums.items()}
-    sums = streaming.add_up_columns({"of_q": of_q, **sums}, axes.vocabulary)
-    of_keys, of_values = (streaming.add_up(gradient, axes.queries_only) for gradient in (of_keys, of_values))
+    sums = streaming.all_reduce_columns({"of_q": of_q, **sums}, axes.vocabulary)
+    of_keys, of_values = (streaming.all_reduce(gradient, axes.queries_only) for gradient in (of_keys, of_values))
     # The two short ones share an all-reduce.
-    norm = streaming.add_up_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
+    norm = streaming.all_reduce_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
 
     of_q, first = sums["of_q"], sums["first"]
     of_q -= first * moments.mean_row
@@ -391,22 +391,24 @@ def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotange
         # The share of the mean and, with the covariance, of the variance: see the module's docstring.
         shift = jnp.sum(first / rows * q, axis=0, keepdims=True)
         if moments.spread is None:
-            of_keys -= keys.own_columns(streaming.add_up(shift, axes.queries)[0])
+            of_keys -= keys.local_columns(streaming.all_reduce(shift, axes.queries)[0])
         else:
             matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q)
-            both = streaming.add_up(jnp.concatenate([shift, matrix]), axes.queries)
+            both = streaming.all_reduce(jnp.concatenate([shift, matrix]), axes.queries)
             shift, matrix = both[0], both[1:].astype(q.dtype)
-            share, num_real = keys.share(q.dtype)
+            share, num_real = keys.to_row_shards(q.dtype)
 
             def correct(start, size, corrected):
-                centred = centred_rows(share, num_real, moments.mean_row, start, size, q.dtype)
+                centred = centered_rows(share, num_real, moments.mean_row, start, size, q.dtype)
                 correction = shift + streaming.dot(centred, matrix)
-                return streaming.put(corrected, start, streaming.take(corrected, start, size) - correction)
+                return streaming.update_block(
+                    corrected, start, streaming.slice_block(corrected, start, size) - correction
+                )
 
             # Without shares the gradient is corrected in place.
             corrected = jnp.zeros((share.num_rows, keys.width)) if axes.widths else of_keys
             corrected = streaming.stream(correct, corrected, num_rows=share.num_rows, block_size=block_size)
-            of_keys = of_keys + keys.from_share(corrected) if axes.widths else corrected
+            of_keys = of_keys + keys.from_row_shards(corrected) if axes.widths else corrected
     return of_q.astype(q.dtype), of_keys.astype(keys.part.dtype), norm["scale"][:, 0], norm["bias"][:, 0], of_values
 
 
@@ -421,11 +423,11 @@ def _moments(q, keys: streaming.Table, statistics, eps, block_size) -> _Moments:
     """Mean and variance of the logits of queries [T, D], by whatever is cheapest."""
     if statistics is None:
         mean_of_rows = mean_row(keys, q.dtype)
-        if not covariance_is_cheaper(*q.shape, keys.num_parts):
+        if not covariance_is_cheaper(*q.shape, keys.num_width_shards):
             mean = q.astype(jnp.float32) @ mean_of_rows
             variance = streamed_variance(q, keys, mean, block_size)
             return _Moments(mean_of_rows, mean, jax.lax.rsqrt(variance + eps))
-        covariance = centred_covariance(keys, mean_of_rows, q.dtype, block_size)
+        covariance = centered_covariance(keys, mean_of_rows, q.dtype, block_size)
         statistics = VocabularyStatistics(mean_of_rows, covariance)
     mean, variance, spread = statistics.moments(q)
     return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)
@@ -433,9 +435,9 @@ def _moments(q, keys: streaming.Table, statistics, eps, block_size) -> _Moments:
 
 def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     """s and z of a block."""
-    logits = streaming.dot(q, keys.take(start, size, q.dtype).T)
+    logits = streaming.dot(q, keys.read_block(start, size, q.dtype).T)
     normed = (logits - moments.mean[:, None]) * moments.rate[:, None]
-    return normed * streaming.take(scale, start, size) + streaming.take(bias, start, size), normed
+    return normed * streaming.slice_block(scale, start, size) + streaming.slice_block(bias, start, size), normed
 
 
 def _row_sum(block: Float[Array, "T K"]) -> Float[Array, "T 1"]:

@@ -1,16 +1,18 @@
-"""What ALIGN and the loss share: one pass over the rows of a vocabulary table, never holding T x V of anything.
+"""One pass over the rows of a vocabulary table, a block at a time, shared by ALIGN and the loss.
 
-Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block; t and f, over how many devices the
-rows of a table and its width are cut.
+No array of all queries and all words (T x V) is ever held.
 
-A pass works like flash attention over keys: `stream` hands out the blocks, `RunningSoftmax` keeps the largest score so
-far, the sum of exponentials relative to it, and what is mixed by them (Milakov & Gimelshein, arXiv 1805.02867;
-Rabe & Staats, arXiv 2112.05682).
+Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block; t and f, number of devices over
+which the rows of a table and its width are split.
 
-Where a mesh is set, `shard` cuts the vocabulary over some of its axes and the queries over others: each device passes
-over its own rows only, and what they found is added up over `across`, the axes that cut the vocabulary. The width of
-the tables may lie over axes that cut the queries too (weights sharded as in FSDP): a `Table` then gathers a block when
-it is used and adds up a block's gradient as soon as that is known, so no device ever holds a table whole.
+A pass works like flash attention over keys: `stream` iterates over the blocks, and `RunningSoftmax` keeps the largest
+score so far and the sum of exponentials relative to it, by which the sums weighted by these exponentials are rescaled
+(Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682).
+
+On a mesh, `shard` splits the vocabulary over some axes and the queries over others. Each device passes over its own
+rows only, and the results are summed over the axes that split the vocabulary. The width of the tables may be split over
+axes that also split the queries (weights sharded as in FSDP). A `Table` then gathers a block when it is used, and
+reduces the gradient of a block as soon as it is known, so no device ever holds a complete table.
 """
 
 import dataclasses
@@ -30,34 +32,35 @@ Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
 
 LOWEST = -1e30
-"""Below every score, and finite: the difference of two such maxima is 0, not NaN."""
+"""Initial maximum: below every score, and finite, so that the difference of two such maxima is 0 instead of NaN."""
 
-_BLOCK_ROWS = (256, 4096)
-_BLOCK_ELEMENTS = 1 << 26
+_BLOCK_ROWS = (256, 4096)  # Smallest and largest K of a pass with gradient.
+_BLOCK_ELEMENTS = 1 << 26  # Scores of a block, T x K: 256 MB in float32.
 
 
 def default_block_size(num_queries: int, *, inference: bool = False) -> int:
-    """K: 4096 rows, fewer where the scores of a block would fill more than 256 MB in float32, but at least 256.
+    """Returns K: 4096 rows, or fewer if the scores of a block would exceed 256 MB in float32, but at least 256.
 
-    Every block reads and writes the sums of all queries, T x D; with 4096 rows a TPU is bound by arithmetic all the
-    same. A CPU's time hardly depends on K. The figures are in docs/vocabulary.md.
+    Every block reads and writes the sums of all queries, T x D. With 4096 rows a TPU is still compute-bound. On a CPU
+    the time hardly depends on K. The measurements are in docs/vocabulary.md.
 
     Args:
       num_queries: T.
-      inference: whether no gradient will follow, on an accelerator. Twice the rows and the bytes then: a forward pass
-        alone does less arithmetic for each sum that it moves, and a v6e is bound by arithmetic from 8192 rows on.
+      inference: whether this is a forward pass without gradient, on an accelerator. Rows and bytes then double: a
+        forward pass alone does less arithmetic for each sum that it moves, and a v6e is compute-bound from 8192 rows.
     """
     smallest, largest = _BLOCK_ROWS
     factor = 2 if inference else 1
     fitting = max(1, factor * _BLOCK_ELEMENTS // max(1, num_queries))
+    # The largest power of two that fits.
     return min(factor * largest, max(smallest, 1 << (fitting.bit_length() - 1)))
 
 
 def stream(step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, num_rows: int, block_size: int) -> Carry:
-    """Folds `carry = step(start, size, carry)` over blocks of rows: full ones in a loop, then the ragged last one.
+    """Folds `carry = step(start, size, carry)` over blocks of rows: a loop over full blocks, then the smaller last one.
 
     before: num_rows=10, block_size=4
-    after:  step(0, 4, .), step(4, 4, .) in one loop, step(8, 2, .) behind it, in its own shape: no row is padding
+    after:  step(0, 4, .) and step(4, 4, .) in one loop, then step(8, 2, .) with a shape of its own: no padding rows
     """
     full, ragged = divmod(num_rows, block_size)
     if full == 1:
@@ -67,26 +70,28 @@ def stream(step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, nu
     return step(full * block_size, ragged, carry) if ragged else carry
 
 
-def take(
+def slice_block(
     rows: Float[Array, "V ..."], start: Array | int, size: int, dtype: DTypeLike | None = None
 ) -> Float[Array, "K ..."]:
-    """A block of rows, cast to `dtype` (None: left as they are)."""
+    """Returns a block of rows, cast to `dtype` unless that is None."""
     return jax.lax.dynamic_slice_in_dim(rows, start, size).astype(dtype or rows.dtype)
 
 
-def put(rows: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]) -> Float[Array, "V ..."]:
-    """The rows with a block of them replaced; in a loop XLA does so in place."""
+def update_block(
+    rows: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]
+) -> Float[Array, "V ..."]:
+    """Returns the rows with one block replaced. Inside a loop, XLA updates them in place."""
     return jax.lax.dynamic_update_slice_in_dim(rows, block.astype(rows.dtype), start, 0)
 
 
 def dot(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """A matrix product with a float32 result, whatever the dtype of its inputs."""
+    """Returns a matrix product in float32, whatever the dtype of its inputs."""
     return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
 
 @flax.struct.dataclass
 class RunningSoftmax:
-    """A softmax over the rows passed so far, float32.
+    """A softmax over the rows seen so far, in float32.
 
     Attributes:
       maximum: m, the largest score.
@@ -98,71 +103,86 @@ class RunningSoftmax:
 
     @classmethod
     def empty(cls, num_queries: int) -> "RunningSoftmax":
-        """Before the first block."""
+        """Returns the state before the first block."""
         return cls(jnp.full((num_queries,), LOWEST), jnp.zeros((num_queries,)))
 
     def update(self, scores: Float[Array, "T K"]) -> tuple["RunningSoftmax", Float[Array, "T K"], Float[Array, "T 1"]]:
-        """Takes in a block; returns its exp(score - m) too, and what sums of earlier blocks are to be multiplied by."""
+        """Adds the scores of a block.
+
+        Returns:
+          The new state, exp(score - m) of the block, and the factor by which sums of earlier blocks must be multiplied.
+        """
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[:, None])
         decay = jnp.exp(self.maximum - maximum)
         return RunningSoftmax(maximum, self.total * decay + jnp.sum(weights, axis=-1)), weights, decay[:, None]
 
-    def shared_maximum(self, across: tuple[str, ...]) -> Float[Array, " T"]:
-        """The largest score of all devices that share the vocabulary."""
-        return jax.lax.pmax(self.maximum, across) if across else self.maximum
+    def shared_maximum(self, axis_names: tuple[str, ...]) -> Float[Array, " T"]:
+        """Returns the largest score over the devices along the mesh axes that split the vocabulary."""
+        return jax.lax.pmax(self.maximum, axis_names) if axis_names else self.maximum
 
     def merge(
         self,
         maximum: Float[Array, " T"],
         weighted: dict[str, Float[Array, "T _"]],
         plain: dict[str, Float[Array, "T _"]],
-        across: tuple[str, ...],
+        axis_names: tuple[str, ...],
     ) -> tuple["RunningSoftmax", dict[str, Float[Array, "T _"]]]:
-        """Over all devices that share the vocabulary, in one all-reduce.
+        """Merges the states and sums of all devices that share the vocabulary, in one all-reduce.
 
         Args:
           maximum: the `shared_maximum`.
-          weighted: sums weighted by exp(score - m), m this device's largest score.
+          weighted: sums weighted by exp(score - m), with m the largest score of this device.
           plain: other sums.
-          across: the axes that cut the vocabulary.
+          axis_names: mesh axes that split the vocabulary.
 
         Returns:
           The softmax over all rows, and all sums.
         """
+        # Rescale from the maximum of this device to the maximum of all.
         decay = jnp.exp(self.maximum - maximum)[:, None]
         weighted = {"_total": self.total[:, None], **weighted}
         sums = {name: decay * partial for name, partial in weighted.items()}
-        sums = add_up_columns({**sums, **plain}, across)
+        sums = all_reduce_columns({**sums, **plain}, axis_names)
         return RunningSoftmax(maximum, sums.pop("_total")[:, 0]), sums
 
     def probabilities(self, scores: Float[Array, "T K"]) -> Float[Array, "T K"]:
-        """Of scores of a block, when all blocks were passed. Not exp(score - log Z): that rounds like a large score."""
+        """Returns the probabilities of a block, given its scores, after all blocks were added."""
+        # exp(score - log Z) would be less exact: log Z rounds like a large score.
         return jnp.exp(scores - self.maximum[:, None]) * (1 / self.total)[:, None]
 
 
-def add_up(partial: Tree, across: tuple[str, ...]) -> Tree:
-    """The sum over the devices of some mesh axes, of every array of a tree; without axes, what was given."""
-    return jax.lax.psum(partial, across) if across else partial
+def all_reduce(partial: Tree, axis_names: tuple[str, ...]) -> Tree:
+    """Sums every array of a tree over the devices along some mesh axes; without axes, returns the tree unchanged."""
+    return jax.lax.psum(partial, axis_names) if axis_names else partial
 
 
-def add_up_columns(partial: dict[str, Float[Array, "T _"]], across: tuple[str, ...]) -> dict[str, Float[Array, "T _"]]:
-    """`add_up` of arrays with the same rows, as one all-reduce."""
-    if not across:
+def all_reduce_columns(
+    partial: dict[str, Float[Array, "T _"]], axis_names: tuple[str, ...]
+) -> dict[str, Float[Array, "T _"]]:
+    """Applies `all_reduce` to arrays with the same number of rows, in a single collective."""
+    if not axis_names:
         return partial
     stops = np.cumsum([array.shape[1] for array in partial.values()])
-    total = jax.lax.psum(jnp.concatenate(list(partial.values()), axis=1), across)
+    total = jax.lax.psum(jnp.concatenate(list(partial.values()), axis=1), axis_names)
     return dict(zip(partial, jnp.split(total, stops[:-1], axis=1), strict=True))
+
+
+def all_gather(array: Array, axis_names: tuple[str, ...], axis: int) -> Array:
+    """Concatenates the parts of all devices along some mesh axes; without axes, returns the array unchanged."""
+    return jax.lax.all_gather(array, axis_names, axis=axis, tiled=True) if axis_names else array
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyMesh:
-    """Names of mesh axes; those that the mesh in force lacks, or that do not divide what they cut, cut nothing.
+    """Names of the mesh axes that split queries and tables.
+
+    Axes that the current mesh lacks, or that do not divide the size they should split, have no effect.
 
     Attributes:
-      queries: axes that cut the first axis of the queries.
-      vocabulary: axes that cut the rows of the tables.
-      widths: axes that cut the width of the tables; only where they cut the queries as well.
+      queries: axes that split the first axis of the queries.
+      vocabulary: axes that split the rows of the tables.
+      widths: axes that split the width of the tables; used only if they split the queries as well.
     """
 
     queries: tuple[str, ...] = ()
@@ -171,7 +191,7 @@ class VocabularyMesh:
 
     @property
     def queries_only(self) -> tuple[str, ...]:
-        """The axes along which devices have other queries, but the same part of the tables."""
+        """Axes along which devices have different queries, but the same part of the tables."""
         return tuple(axis for axis in self.queries if axis not in self.widths)
 
 
@@ -179,13 +199,13 @@ UNSHARDED = VocabularyMesh()
 
 
 def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int, widths: tuple[int, ...]) -> VocabularyMesh:
-    """What of `mesh_axes` the mesh in force (`jax.set_mesh`) can cut: an axis that does not divide leaves it whole.
+    """Returns the axes of `mesh_axes` that the current mesh (`jax.set_mesh`) has and that divide what they split.
 
     Args:
-      mesh_axes: as the sharding rules have it.
-      num_queries: length of the queries' first axis.
-      num_rows: of the tables.
-      widths: of the tables.
+      mesh_axes: axes from the sharding rules.
+      num_queries: length of the first axis of the queries.
+      num_rows: number of rows of the tables.
+      widths: widths of the tables.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
 
@@ -193,106 +213,114 @@ def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int, width
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    queries, of_widths = keep(mesh_axes.queries, num_queries), keep(mesh_axes.widths, math.gcd(*widths))
+    queries, width_axes = keep(mesh_axes.queries, num_queries), keep(mesh_axes.widths, math.gcd(*widths))
     return VocabularyMesh(
-        queries, keep(mesh_axes.vocabulary, num_rows), of_widths if set(of_widths) <= set(queries) else ()
+        queries, keep(mesh_axes.vocabulary, num_rows), width_axes if set(width_axes) <= set(queries) else ()
     )
 
 
 def shard(function: Callable, axes: VocabularyMesh, in_specs, out_specs) -> Callable:
-    """`function` on each device's queries and rows; on one device, `function` itself.
+    """Returns `function` mapped over the queries and rows of each device, or `function` itself on a single device.
 
-    `axes` come from `resolve`. The specs are made of `query_spec`, `row_spec`, `table_spec` and P().
+    Args:
+      function: works on the part of one device.
+      axes: result of `resolve`.
+      in_specs: specs of the arguments, made of `query_spec`, `row_spec`, `table_spec` and P().
+      out_specs: specs of the results.
     """
     if not axes.queries and not axes.vocabulary:
         return function
-    # Replication is not checked: psum over `across` and over the queries' axes is written out by hand.
+    # Replication is not checked: `function` writes out its sums over the vocabulary and over the queries itself.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def query_spec(axes: VocabularyMesh) -> P:
-    """Of an array whose first axis is that of the queries."""
+    """Returns the spec of an array whose first axis is that of the queries."""
     return P(axes.queries or None)
 
 
 def row_spec(axes: VocabularyMesh) -> P:
-    """Of a vector with an entry for each word."""
+    """Returns the spec of a vector with an entry for each word."""
     return P(axes.vocabulary or None)
 
 
 def table_spec(axes: VocabularyMesh) -> P:
-    """Of a table with a row for each word."""
+    """Returns the spec of a table with a row for each word."""
     return P(axes.vocabulary or None, axes.widths or None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a device has of a table: its rows, and of each row its columns."""
+    """The part of a table on one device: some of its rows, and some of the columns of each.
+
+    Attributes:
+      part: the values on this device.
+      axes: mesh axes that split the table.
+    """
 
     part: Float[Array, "V/t D/f"]
     axes: VocabularyMesh = UNSHARDED
 
     @property
     def num_rows(self) -> int:
-        """V/t: the rows of this device."""
+        """V/t, the number of rows on this device."""
         return self.part.shape[0]
 
     @property
-    def all_rows(self) -> int:
-        """V: the rows of all devices."""
+    def num_global_rows(self) -> int:
+        """V, the number of rows on all devices."""
         return self.num_rows * (jax.lax.axis_size(self.axes.vocabulary) if self.axes.vocabulary else 1)
 
     @property
     def width(self) -> int:
-        """D."""
-        return self.part.shape[1] * self.num_parts
+        """D, the number of columns on all devices."""
+        return self.part.shape[1] * self.num_width_shards
 
     @property
-    def num_parts(self) -> int:
-        """f: how many devices share the columns."""
+    def num_width_shards(self) -> int:
+        """f, the number of devices that share the columns."""
         return jax.lax.axis_size(self.axes.widths) if self.axes.widths else 1
 
-    def take(self, start: Array | int, size: int, dtype: DTypeLike) -> Float[Array, "K D"]:
-        """A block of rows, whole in width, cast to `dtype`; what travels is cast already."""
-        block = take(self.part, start, size, dtype)
-        return gather(block, self.axes.widths, axis=1)
+    def read_block(self, start: Array | int, size: int, dtype: DTypeLike) -> Float[Array, "K D"]:
+        """Returns a block of rows with all columns, cast to `dtype`."""
+        # Cast first, then gather: fewer bytes are sent.
+        block = slice_block(self.part, start, size, dtype)
+        return all_gather(block, self.axes.widths, axis=1)
 
-    def share(self, dtype: DTypeLike) -> tuple["Table", Array | int]:
-        """A share of this device's rows for each of the devices that share their columns, whole in width.
+    def to_row_shards(self, dtype: DTypeLike) -> tuple["Table", Array | int]:
+        """Redistributes the rows of this device over the devices that share their columns.
 
         Returns:
-          The share and how many of its rows are real; those behind them fill up the last device's.
+          The rows that this device gets, with all columns, and how many of them are real. The last device may get
+          padding rows at the end.
         """
         if not self.axes.widths:
             return self, self.num_rows
-        each = -(-self.num_rows // self.num_parts)
-        rows = jnp.pad(self.part.astype(dtype), ((0, each * self.num_parts - self.num_rows), (0, 0)))
+        rows_per_device = -(-self.num_rows // self.num_width_shards)
+        padding = rows_per_device * self.num_width_shards - self.num_rows
+        rows = jnp.pad(self.part.astype(dtype), ((0, padding), (0, 0)))
         rows = jax.lax.all_to_all(rows, self.axes.widths, split_axis=0, concat_axis=1, tiled=True)
-        return Table(rows), jnp.clip(self.num_rows - each * jax.lax.axis_index(self.axes.widths), 0, each)
+        num_before = rows_per_device * jax.lax.axis_index(self.axes.widths)
+        return Table(rows), jnp.clip(self.num_rows - num_before, 0, rows_per_device)
 
-    def from_share(self, rows: Float[Array, "share D"]) -> Float[Array, "V/t D/f"]:
-        """Undoes `share`: from each device's rows to each device's columns."""
+    def from_row_shards(self, rows: Float[Array, "share D"]) -> Float[Array, "V/t D/f"]:
+        """Inverts `to_row_shards`: turns the rows of each device into its columns."""
         if not self.axes.widths:
             return rows
         columns = jax.lax.all_to_all(rows, self.axes.widths, split_axis=1, concat_axis=0, tiled=True)
         return columns[: self.num_rows]
 
-    def own_columns(self, row: Float[Array, " D"]) -> Float[Array, " D/f"]:
-        """Of a row, the columns that this device has of the table."""
+    def local_columns(self, row: Float[Array, " D"]) -> Float[Array, " D/f"]:
+        """Returns the columns of a row that this device has of the table."""
         if not self.axes.widths:
             return row
         size = self.part.shape[1]
         return jax.lax.dynamic_slice_in_dim(row, jax.lax.axis_index(self.axes.widths) * size, size)
 
-    def put_gradient(
+    def update_gradient(
         self, gradient: Float[Array, "V/t D/f"], start: Array | int, block: Float[Array, "K D"]
     ) -> Float[Array, "V/t D/f"]:
-        """`put` of a block's gradient, added up over the devices that share its columns."""
+        """Stores the gradient of a block in `gradient`, summed over the devices that share its columns."""
         if self.axes.widths:
             block = jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True)
-        return put(gradient, start, block)
-
-
-def gather(array: Array, across: tuple[str, ...], axis: int) -> Array:
-    """The parts of all devices along mesh axes, one behind the other; without axes, what was given."""
-    return jax.lax.all_gather(array, across, axis=axis, tiled=True) if across else array
+        return update_block(gradient, start, block)

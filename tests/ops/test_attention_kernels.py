@@ -82,10 +82,10 @@ def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mes
 
 def test_what_a_kernel_cannot_take_falls_back_and_says_so(caplog):
     query, key, value, segments = _inputs(20, heads=2, groups=2, width=260)
-    attention._say_once.cache_clear()
+    attention._warn_once.cache_clear()
     got = attention.packed_attention(query, key, value, segment_ids=segments, causal=True, kernel="flash")
     np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=1e-5, atol=1e-6)
-    assert "flash cannot take heads of width 260" in caplog.text and "falling back" in caplog.text
+    assert "flash does not support heads of width 260" in caplog.text and "falling back" in caplog.text
 
 
 def test_flash_lowers_for_cuda_without_a_gpu():
