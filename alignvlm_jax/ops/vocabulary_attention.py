@@ -1,4 +1,4 @@
-"""ALIGN as attention over the vocabulary: queries, keys and values, and a LayerNorm between scores and softmax.
+"""ALIGN as attention over the vocabulary: queries, keys and values, with a LayerNorm between scores and softmax.
 
     logits   l_tv = q_t·w_v                      w: rows of the keys
     LayerNorm    z_tv = r_t (l_tv - mu_t)        mu, 1/r² - eps: mean and variance over v
@@ -6,26 +6,27 @@
     P        p_tv = exp(s_tv) / sum_v exp(s_tv)
     result   o_t  = sum_v p_tv e_v               e: rows of the values
 
-Axes: T queries, D width, V vocabulary, Dv value width, K rows of the vocabulary in a block, k words of the largest P.
+Axes: T queries, D width, V vocabulary, Dv value width, K rows of the vocabulary in a block, k largest probabilities.
 
-P is never held: forward and backward pass over the vocabulary a block at a time (`vocabulary_streaming.py`); mu and r
-come from `vocabulary_statistics.py`. With d_tv = scale_v dL/ds_tv, a1_t = sum_v d_tv and a2_t = sum_v d_tv z_tv, the
-LayerNorm's gradient is
+P is never held: the forward and the backward pass process the vocabulary one block at a time
+(`vocabulary_streaming.py`). mu and r come from `vocabulary_statistics.py`. With d_tv = scale_v dL/ds_tv,
+a1_t = sum_v d_tv and a2_t = sum_v d_tv z_tv, the gradients through the LayerNorm are
 
     dL/dq_t = r_t (sum_v d_tv w_v - a1_t w̄ - a2_t r_t C q_t)
     dL/dw_v = sum_t r_t (d_tv - a1_t/V - a2_t/V z_tv) q_t
             = sum_t r_t d_tv q_t  -  sum_t r_t a1_t/V q_t  -  (sum_t r_t² a2_t/V q_t q_tᵀ) (w_v - w̄)
 
-The derivation is in docs/vocabulary.md. a1 and a2 are sums over the whole vocabulary, known when the pass is over:
+docs/vocabulary.md derives them. a1 and a2 are sums over the whole vocabulary, which are complete after the pass:
 
-- with the covariance C at hand, their terms come after it, as products with D x D matrices;
-- without (few queries), a2 is known before it: the forward pass also sums  h_t = sum_v p_tv scale_v z_tv e_v, of which
-  a2_t = dL/do_t·h_t - (dL/do_t·o_t) sum_v p_tv scale_v z_tv.
+- with the covariance C, the terms that contain them are added after the pass, as products with D x D matrices;
+- without C (few queries), a2 must be known before the pass. The forward pass therefore also sums
+  h_t = sum_v p_tv scale_v z_tv e_v, and then a2_t = dL/do_t·h_t - (dL/do_t·o_t) sum_v p_tv scale_v z_tv.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -45,12 +46,12 @@ from alignvlm_jax.ops.vocabulary_statistics import (
 
 @flax.struct.dataclass
 class VocabularySummary:
-    """What was asked of P besides the result; no gradient flows through it.
+    """Properties of P that were requested besides the result. No gradient flows through them.
 
     Attributes:
-      entropy: of each query's P, in nats; None if not asked for.
-      top_probabilities: the k largest probabilities of each query, largest first; None if not asked for.
-      top_ids: their words.
+      entropy: entropy of each query's P, in nats; None if not requested.
+      top_probabilities: the k largest probabilities of each query, largest first; None if not requested.
+      top_ids: the words with these probabilities; None if not requested.
     """
 
     entropy: Float[Array, "..."] | None = None
@@ -72,24 +73,25 @@ def vocabulary_attention(
     block_size: int | None = None,
     mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
 ) -> Float[Array, "... Dv"] | tuple[Float[Array, "... Dv"], VocabularySummary]:
-    """`softmax(LayerNorm(q @ keys.T) * scale + bias) @ values` in memory that does not grow with T x V.
+    """Computes `softmax(LayerNorm(q @ keys.T) * scale + bias) @ values` in memory that does not grow with T x V.
 
     Args:
-      q: queries, of any leading shape; products are computed in their dtype, sums and statistics in float32.
-      keys: a row for each word, cast to the dtype of `q` a block at a time.
-      scale: of the LayerNorm.
-      bias: of the LayerNorm.
+      q: queries of any leading shape; products are computed in their dtype, sums and statistics in float32.
+      keys: a row for each word, cast to the dtype of `q` one block at a time.
+      scale: scale of the LayerNorm.
+      bias: bias of the LayerNorm.
       values: a row for each word, cast like the keys.
-      eps: of the LayerNorm.
-      statistics: of frozen keys (`vocabulary_statistics`): saves their computation. They are constants: the gradient of
-        the keys does not flow through them. They may be those of another table, of which `keys` are some rows.
+      eps: epsilon of the LayerNorm.
+      statistics: result of `vocabulary_statistics` for frozen keys, to avoid computing it in every call. No gradient of
+        the keys flows through it. It may be that of a larger table, of which `keys` are some rows.
       entropy: whether to return the entropy of P.
-      top_k: how many of the largest probabilities to return.
+      top_k: number of largest probabilities to return.
       block_size: K; None means `default_block_size`.
-      mesh_axes: which axes of the mesh in force cut the first axis of `q`, the vocabulary, and the width of the tables.
+      mesh_axes: axes of the current mesh that split the first axis of `q`, the vocabulary, and the width of the tables.
 
     Returns:
-      The result in the dtype of `q`; if anything was asked for beside it, a pair of it and a `VocabularySummary`.
+      The result in the dtype of `q`. If entropy or probabilities were requested, a pair of the result and a
+      `VocabularySummary`.
     """
     num_queries = q.shape[0] if q.ndim > 1 else 1
     options = _Options(
@@ -102,7 +104,7 @@ def vocabulary_attention(
         ),
     )
     queries = q if q.ndim > 1 else q[None]
-    mixed, summary = _attend(options, queries, keys, scale, bias, values, statistics)
+    mixed, summary = _attend(options, _Inputs(queries, keys, scale, bias, values), statistics)
     if q.ndim == 1:
         mixed, summary = mixed[0], jax.tree.map(lambda leaf: leaf[0], summary)
     return (mixed, summary) if entropy or top_k else mixed
@@ -119,40 +121,44 @@ def vocabulary_usage(
     weights: Float[Array, "..."] | None = None,
     block_size: int | None = None,
 ) -> Float[Array, " V"]:
-    """How much each word is used: the sum over queries of weight * P, float32. One pass more than attention needs.
+    """Returns the usage of each word, the sum over queries of weight * P, in float32.
+
+    This needs one pass over the vocabulary more than `vocabulary_attention`.
 
     Args:
-      q: queries, of any leading shape.
-      keys: as for `vocabulary_attention`, and so are `scale`, `bias`, `eps`, `statistics` and `block_size`.
-      scale: of the LayerNorm.
-      bias: of the LayerNorm.
-      eps: of the LayerNorm.
-      statistics: of frozen keys.
-      weights: of the queries; None means 1.
-      block_size: K.
+      q: queries of any leading shape.
+      keys: a row for each word, cast to the dtype of `q` one block at a time.
+      scale: scale of the LayerNorm.
+      bias: bias of the LayerNorm.
+      eps: epsilon of the LayerNorm.
+      statistics: result of `vocabulary_statistics` for frozen keys.
+      weights: weights of the queries; None means 1.
+      block_size: K; None means `default_block_size`.
     """
     flat = q.reshape(-1, q.shape[-1])
     weights = jnp.ones(flat.shape[:1]) if weights is None else weights.reshape(-1).astype(jnp.float32)
     block_size = block_size or streaming.default_block_size(flat.shape[0])
     keys = streaming.Table(keys)
-    moments = _moments(flat, keys, statistics, eps, block_size)
-
-    def find_normalizer(start, size, running):
-        return running.update(_scores(flat, keys, scale, bias, moments, start, size)[0])[0]
-
+    moments = _moments(flat, keys, statistics, eps=eps, block_size=block_size)
+    scorer = _Scorer(flat, keys, scale, bias, moments)
     fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
-    softmax = fold(find_normalizer, streaming.RunningSoftmax.empty(flat.shape[0]))
 
-    def count(start, size, usage):
-        scores, _ = _scores(flat, keys, scale, bias, moments, start, size)
+    # The first pass finds the normalizer of the softmax, the second one sums the probabilities.
+    def update_softmax(start, size, running):
+        return running.update(scorer.block(start, size)[0])[0]
+
+    softmax = fold(update_softmax, streaming.RunningSoftmax.empty(flat.shape[0]))
+
+    def update_usage(start, size, usage):
+        scores, _ = scorer.block(start, size)
         return streaming.update_block(usage, start, weights @ softmax.probabilities(scores))
 
-    return fold(count, jnp.zeros(keys.num_rows))
+    return fold(update_usage, jnp.zeros(keys.num_rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What is static."""
+    """Static (hashable) options of the custom-VJP functions."""
 
     eps: float
     entropy: bool
@@ -162,14 +168,33 @@ class _Options:
 
 
 @flax.struct.dataclass
+class _Inputs:
+    """Differentiable inputs. The same tree also holds their PartitionSpecs, their tables and their gradients.
+
+    Attributes:
+      q: queries [..., D].
+      keys: [V, D].
+      scale: [V].
+      bias: [V].
+      values: [V, Dv].
+    """
+
+    q: Any
+    keys: Any
+    scale: Any
+    bias: Any
+    values: Any
+
+
+@flax.struct.dataclass
 class _Moments:
-    """Of the logits of each query, float32.
+    """Moments of the logits of each query, in float32.
 
     Attributes:
       mean_row: w̄.
       mean: mu.
       rate: r = 1 / sqrt(variance + eps).
-      spread: C q, where C was at hand.
+      spread: C q; None if C was not computed.
     """
 
     mean_row: Float[Array, " D"]
@@ -179,14 +204,14 @@ class _Moments:
 
 
 @flax.struct.dataclass
-class _Saved:
-    """What the forward pass leaves to the backward pass, float32.
+class _Residuals:
+    """Results of the forward pass that the backward pass needs, in float32.
 
     Attributes:
-      moments: of the logits.
-      softmax: largest score and sum of exp(score - largest).
+      moments: moments of the logits.
+      softmax: largest score m, and sum of exp(score - m).
       mixed: o.
-      tilted: h and sum_v p_tv scale_v z_tv, both less the largest score's share; only where C is not at hand.
+      tilted: h - m o and sum_v p_tv scale_v z_tv - m; None if C was computed.
     """
 
     moments: _Moments
@@ -195,94 +220,148 @@ class _Saved:
     tilted: tuple[Float[Array, "T Dv"], Float[Array, " T"]] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Computes the scores of this device's queries [T, D], one block of words at a time."""
+
+    q: Float[Array, "T D"]
+    keys: streaming.Table
+    scale: Float[Array, " V"]
+    bias: Float[Array, " V"]
+    moments: _Moments
+
+    def block(self, start: Array | int, size: int) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
+        """Returns the scores s and the normalized logits z of a block of words."""
+        logits = streaming.dot(self.q, self.keys.read_block(start, size, self.q.dtype).T)
+        normed = (logits - self.moments.mean[:, None]) * self.moments.rate[:, None]
+        scale = streaming.slice_block(self.scale, start, size)
+        return normed * scale + streaming.slice_block(self.bias, start, size), normed
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, q, keys, scale, bias, values, statistics):
-    return _forward(options, False, q, keys, scale, bias, values, statistics)[:2]
+def _attend(options, inputs, statistics):
+    return _forward(options, inputs, statistics, for_gradient=False)[:2]
 
 
-def _attend_forward(options, q, keys, scale, bias, values, statistics):
-    mixed, summary, saved = _forward(options, True, q, keys, scale, bias, values, statistics)
-    return (mixed, summary), (q, keys, scale, bias, values, statistics, saved)
+def _attend_forward(options, inputs, statistics):
+    mixed, summary, residuals = _forward(options, inputs, statistics, for_gradient=True)
+    return (mixed, summary), (inputs, statistics, residuals)
 
 
-def _attend_backward(options, inputs, cotangents):
-    mixed, _ = cotangents
-    return (*_backward(options, *inputs, mixed), None)
+def _attend_backward(options, saved, cotangents):
+    inputs, statistics, residuals = saved
+    cotangent, _ = cotangents  # The summary is constant: its cotangent is ignored.
+    return _backward(options, inputs, residuals, cotangent, frozen=statistics is not None), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(options, for_gradient, q, keys, scale, bias, values, statistics):
-    """Result, summary and (`for_gradient`) what is to be saved, from all devices."""
-    axes = options.axes
-    of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
+def _forward(
+    options: _Options, inputs: _Inputs, statistics: VocabularyStatistics | None, *, for_gradient: bool
+) -> tuple[Float[Array, "... Dv"], VocabularySummary, _Residuals | None]:
+    """Runs the forward pass on all devices.
 
-    def local(q, keys, scale, bias, values, statistics):
-        flat, keys, values = q.reshape(-1, q.shape[-1]), streaming.Table(keys, axes), streaming.Table(values, axes)
-        mixed, summary, saved = _forward_rows(options, for_gradient, flat, keys, scale, bias, values, statistics)
+    Args:
+      options: static options.
+      inputs: queries and tables.
+      statistics: statistics of frozen keys, or None.
+      for_gradient: whether a backward pass follows.
+
+    Returns:
+      The result, the summary, and the residuals (None without gradient).
+    """
+    axes = options.axes
+    query_spec = streaming.query_spec(axes)
+
+    def local(inputs, statistics):
+        mixed, summary, residuals = _local_forward(
+            options, _local_inputs(inputs, axes), statistics, for_gradient=for_gradient
+        )
 
         def unflatten(leaf):
-            return leaf.reshape(*q.shape[:-1], *leaf.shape[1:])
+            return leaf.reshape(*inputs.q.shape[:-1], *leaf.shape[1:])
 
-        return unflatten(mixed), jax.tree.map(unflatten, summary), saved
+        return unflatten(mixed), jax.tree.map(unflatten, summary), residuals
 
-    saved_spec = None
+    # Specs of the results. Residuals keep the flat queries [T, ...].
+    residuals_spec = None
     if for_gradient:
-        with_spread = statistics is not None or _uses_covariance(options, q)
-        moments = _Moments(jax.P(), of_query, of_query, of_query if with_spread else None)
-        saved_spec = _Saved(moments, of_query, of_query, None if with_spread else (of_query, of_query))
+        has_spread = statistics is not None or _uses_covariance(options, inputs.q)
+        moments_spec = _Moments(jax.P(), query_spec, query_spec, query_spec if has_spread else None)
+        tilted_spec = None if has_spread else (query_spec, query_spec)
+        residuals_spec = _Residuals(moments_spec, query_spec, query_spec, tilted_spec)
     summary_spec = VocabularySummary(
-        of_query if options.entropy else None,
-        *((of_query, of_query) if options.top_k else ()),
+        query_spec if options.entropy else None,
+        *((query_spec, query_spec) if options.top_k else ()),
     )
-    in_specs = (of_query, of_table, of_row, of_row, of_table, jax.P())
-    sharded = streaming.shard(local, axes, in_specs, (of_query, summary_spec, saved_spec))
-    return sharded(q, keys, scale, bias, values, statistics)
+    in_specs = (_input_specs(axes), jax.P())
+    return streaming.shard(local, axes, in_specs, (query_spec, summary_spec, residuals_spec))(inputs, statistics)
 
 
-def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistics):
-    """The forward pass over this device's rows of the tables for its queries [T, D], merged with the other devices'."""
-    across = options.axes.vocabulary
+def _input_specs(axes: streaming.VocabularyMesh) -> _Inputs:
+    """Returns the PartitionSpecs of the inputs, which are also those of their gradients."""
+    row_spec, table_spec = streaming.row_spec(axes), streaming.table_spec(axes)
+    return _Inputs(q=streaming.query_spec(axes), keys=table_spec, scale=row_spec, bias=row_spec, values=table_spec)
+
+
+def _local_inputs(inputs: _Inputs, axes: streaming.VocabularyMesh) -> _Inputs:
+    """Returns the inputs of one device with flat queries [T, D], and keys and values as `Table`s."""
+    return inputs.replace(
+        q=inputs.q.reshape(-1, inputs.q.shape[-1]),
+        keys=streaming.Table(inputs.keys, axes),
+        values=streaming.Table(inputs.values, axes),
+    )
+
+
+def _local_forward(
+    options: _Options, inputs: _Inputs, statistics: VocabularyStatistics | None, *, for_gradient: bool
+) -> tuple[Float[Array, "T Dv"], VocabularySummary, _Residuals | None]:
+    """Passes over this device's rows of the tables for its queries, and merges the sums with those of other devices."""
+    axis_names = options.axes.vocabulary
+    q, keys, values = inputs.q, inputs.keys, inputs.values
     num_queries = q.shape[0]
-    # Accelerators compute in bfloat16. A CPU does in float32, and larger blocks no longer fit its caches.
-    larger = not for_gradient and q.dtype != jnp.float32
-    block_size = options.block_size or streaming.default_block_size(num_queries, inference=larger)
-    moments = _moments(q, keys, statistics, options.eps, block_size)
-    tilt = for_gradient and moments.spread is None
-    # The rounded weights of a mixture are divided by their own sum: they then add up to 1, and a large mean of the
-    # values, which the gradient's differences of mixtures must not see, is exact.
-    rounds = q.dtype != jnp.float32
+    # Accelerators compute in bfloat16. A CPU computes in float32, and larger blocks no longer fit into its caches.
+    use_larger_blocks = not for_gradient and q.dtype != jnp.float32
+    block_size = options.block_size or streaming.default_block_size(num_queries, inference=use_larger_blocks)
+    moments = _moments(q, keys, statistics, eps=options.eps, block_size=block_size)
+    scorer = _Scorer(q, keys, inputs.scale, inputs.bias, moments)
+    # Without C, the backward pass needs a2 in advance, and so a second mixture h.
+    needs_tilted = for_gradient and moments.spread is None
+    # Rounded weights are divided by their own sum. So they add up to 1, and a large mean of the values is exact: it
+    # must not appear in the gradient's differences of mixtures.
+    rounds_weights = q.dtype != jnp.float32
 
     def step(start, size, carry):
         previous, sums, top = carry
-        scores, _ = _scores(q, keys, scale, bias, moments, start, size)
+        scores, _ = scorer.block(start, size)
         block = values.read_block(start, size, q.dtype)
         running, weights, decay = previous.update(scores)
-        # What is weighted by the distance to the largest score grows when that rises.
-        risen = (previous.maximum - running.maximum)[:, None]
+        # Sums that are weighted by the distance to the largest score must be shifted when that score rises.
+        shift = (previous.maximum - running.maximum)[:, None]
         distance = scores - running.maximum[:, None]
         rounded = weights.astype(q.dtype)
         new = {"mixed": decay * sums["mixed"] + streaming.dot(rounded, block)}
-        if rounds:
-            new["share"] = decay * sums["share"] + _row_sum(rounded)
-        if tilt:
-            tilted = (weights * (distance - streaming.slice_block(bias, start, size))).astype(q.dtype)
-            new["tilted"] = decay * (sums["tilted"] + risen * sums["mixed"]) + streaming.dot(tilted, block)
-            new["tilt"] = decay * (sums["tilt"] + risen * previous.total[:, None]) + _row_sum(tilted)
+        if rounds_weights:
+            new["rounded_total"] = decay * sums["rounded_total"] + _row_sum(rounded)
+        if needs_tilted:
+            # The distance minus the bias is scale z - m: relative to m, nothing large cancels.
+            tilted = (weights * (distance - streaming.slice_block(inputs.bias, start, size))).astype(q.dtype)
+            new["tilted_mixed"] = decay * (sums["tilted_mixed"] + shift * sums["mixed"]) + streaming.dot(tilted, block)
+            new["tilted_total"] = decay * (sums["tilted_total"] + shift * previous.total[:, None]) + _row_sum(tilted)
         if options.entropy:
-            new["distance"] = decay * (sums["distance"] + risen * previous.total[:, None])
+            new["distance"] = decay * (sums["distance"] + shift * previous.total[:, None])
             new["distance"] += _row_sum(weights * distance)
         if options.top_k:
             top = _merge_top(options.top_k, top, scores, start + jnp.arange(size))
         return running, new, top
 
-    # The width of each sum: mixtures of values, and scalars.
+    # Each sum is a mixture of values [T, Dv] or a scalar per query [T, 1].
     widths = {"mixed": values.width}
-    if rounds:
-        widths |= {"share": 1}
-    if tilt:
-        widths |= {"tilted": values.width, "tilt": 1}
+    if rounds_weights:
+        widths |= {"rounded_total": 1}
+    if needs_tilted:
+        widths |= {"tilted_mixed": values.width, "tilted_total": 1}
     if options.entropy:
         widths |= {"distance": 1}
     sums = {name: jnp.zeros((num_queries, width)) for name, width in widths.items()}
@@ -290,137 +369,209 @@ def _forward_rows(options, for_gradient, q, keys, scale, bias, values, statistic
     start = (streaming.RunningSoftmax.empty(num_queries), sums, no_words)
     local, sums, top = streaming.stream(step, start, num_rows=keys.num_rows, block_size=block_size)
 
-    maximum = local.shared_maximum(across)
-    risen, total = (local.maximum - maximum)[:, None], local.total[:, None]
-    for name, weight in (("tilted", sums["mixed"]), ("tilt", total), ("distance", total)):
+    # Softmax over the local rows, then merge across devices. The distances are shifted to the shared maximum first.
+    maximum = local.shared_maximum(axis_names)
+    shift, total = (local.maximum - maximum)[:, None], local.total[:, None]
+    for name, weight in (("tilted_mixed", sums["mixed"]), ("tilted_total", total), ("distance", total)):
         if name in sums:
-            sums[name] += risen * weight
-    running, merged = local.merge(maximum, sums, {}, across)
-    means = {name: total / running.total[:, None] for name, total in merged.items()}
-    if rounds:
-        means["mixed"] = merged["mixed"] / merged["share"]
+            sums[name] += shift * weight
+    softmax, merged = local.merge(maximum, sums, {}, axis_names)
+    means = {name: total / softmax.total[:, None] for name, total in merged.items()}
+    if rounds_weights:
+        means["mixed"] = merged["mixed"] / merged["rounded_total"]
 
     summary = VocabularySummary()
     if options.entropy:
-        summary = summary.replace(entropy=jnp.log(running.total) - means["distance"][:, 0])
+        summary = summary.replace(entropy=jnp.log(softmax.total) - means["distance"][:, 0])
     if options.top_k:
-        scores, ids = _share_top(options.top_k, top, keys.num_rows, across)
-        summary = summary.replace(top_probabilities=running.probabilities(scores), top_ids=ids)
-    saved = None
+        scores, ids = _all_gather_top(options.top_k, top, keys.num_rows, axis_names)
+        summary = summary.replace(top_probabilities=softmax.probabilities(scores), top_ids=ids)
+    residuals = None
     if for_gradient:
-        saved = _Saved(moments, running, means["mixed"], (means["tilted"], means["tilt"][:, 0]) if tilt else None)
-    return means["mixed"].astype(q.dtype), summary, saved
+        tilted = (means["tilted_mixed"], means["tilted_total"][:, 0]) if needs_tilted else None
+        residuals = _Residuals(moments, softmax, means["mixed"], tilted)
+    return means["mixed"].astype(q.dtype), summary, residuals
 
 
-def _backward(options, q, keys, scale, bias, values, statistics, saved, cotangent):
-    """The five gradients, from all devices."""
+def _backward(
+    options: _Options, inputs: _Inputs, residuals: _Residuals, cotangent: Float[Array, "... Dv"], *, frozen: bool
+) -> _Inputs:
+    """Runs the backward pass on all devices.
+
+    Args:
+      options: static options.
+      inputs: queries and tables.
+      residuals: residuals of the forward pass.
+      cotangent: dL/do.
+      frozen: whether the statistics of the keys were given, and are constant.
+
+    Returns:
+      The gradients of the inputs.
+    """
     axes = options.axes
-    of_query, of_row, of_table = streaming.query_spec(axes), streaming.row_spec(axes), streaming.table_spec(axes)
+    query_spec = streaming.query_spec(axes)
 
-    def local(q, keys, scale, bias, values, saved, cotangent):
-        flat, cotangent = q.reshape(-1, q.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        keys, values = streaming.Table(keys, axes), streaming.Table(values, axes)
-        frozen = statistics is not None
-        of_q, *rest = _backward_rows(options, frozen, flat, keys, scale, bias, values, saved, cotangent)
-        return of_q.reshape(q.shape), *rest
+    def local(inputs, residuals, cotangent):
+        flat_cotangent = cotangent.reshape(-1, cotangent.shape[-1])
+        gradients = _local_backward(options, _local_inputs(inputs, axes), residuals, flat_cotangent, frozen=frozen)
+        return gradients.replace(q=gradients.q.reshape(inputs.q.shape))
 
-    saved_spec = jax.tree.map(lambda _: of_query, saved)
-    saved_spec = saved_spec.replace(moments=saved_spec.moments.replace(mean_row=jax.P()))
-    in_specs = (of_query, of_table, of_row, of_row, of_table, saved_spec, of_query)
-    sharded = streaming.shard(local, axes, in_specs, (of_query, of_table, of_row, of_row, of_table))
-    return sharded(q, keys, scale, bias, values, saved, cotangent)
+    residuals_spec = jax.tree.map(lambda _: query_spec, residuals)
+    residuals_spec = residuals_spec.replace(moments=residuals_spec.moments.replace(mean_row=jax.P()))
+    specs = _input_specs(axes)
+    return streaming.shard(local, axes, (specs, residuals_spec, query_spec), specs)(inputs, residuals, cotangent)
 
 
-def _backward_rows(options, frozen, q, keys, scale, bias, values, saved, cotangent):
-    """Gradients of this device's queries from all rows, and of its part of the tables from all queries."""
-    axes, moments = options.axes, saved.moments
+def _local_backward(
+    options: _Options, inputs: _Inputs, residuals: _Residuals, cotangent: Float[Array, "T Dv"], *, frozen: bool
+) -> _Inputs:
+    """Returns the gradients of this device's queries from all rows, and of its part of the tables from all queries."""
+    axes, moments = options.axes, residuals.moments
+    q, keys, values = inputs.q, inputs.keys, inputs.values
     block_size = options.block_size or streaming.default_block_size(q.shape[0])
-    rows = keys.num_global_rows
+    num_words = keys.num_global_rows
     rate = moments.rate[:, None]
+    scorer = _Scorer(q, keys, inputs.scale, inputs.bias, moments)
     # sum_v p_tv dL/dp_tv, which the softmax subtracts from each dL/dp_tv.
-    expected = jnp.sum(cotangent.astype(jnp.float32) * saved.mixed, axis=-1)
-    second = None
-    if saved.tilted is not None:
-        tilted, tilt = saved.tilted
-        second = jnp.sum(cotangent.astype(jnp.float32) * tilted, axis=-1) - expected * tilt
+    expected = jnp.sum(cotangent.astype(jnp.float32) * residuals.mixed, axis=-1)
+    # a2, if it is known before the pass. Both tilted values are relative to m, which cancels here.
+    known_a2 = None
+    if residuals.tilted is not None:
+        tilted_mixed, tilted_total = residuals.tilted
+        known_a2 = jnp.sum(cotangent.astype(jnp.float32) * tilted_mixed, axis=-1) - expected * tilted_total
 
     def step(start, size, carry):
-        of_q, of_keys, of_scale, of_bias, of_values, sums = carry
+        gradients, sums = carry
         key_block = keys.read_block(start, size, q.dtype)
         value_block = values.read_block(start, size, q.dtype)
-        scores, normed = _scores(q, keys, scale, bias, moments, start, size)
-        p = saved.softmax.probabilities(scores)
-        of_scores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
-        of_normed = of_scores * streaming.slice_block(scale, start, size)
+        # Recompute P of the block, then go back through softmax, scale and LayerNorm.
+        scores, normed = scorer.block(start, size)
+        p = residuals.softmax.probabilities(scores)
+        dscores = p * (streaming.dot(cotangent, value_block.T) - expected[:, None])
+        dnormed = dscores * streaming.slice_block(inputs.scale, start, size)
         sums = dict(sums)
-        if second is None:
-            sums["second"] += jnp.sum(of_normed * normed, axis=-1)
+        if known_a2 is None:
+            sums["a2"] += jnp.sum(dnormed * normed, axis=-1)
         else:
-            of_normed -= (second / rows)[:, None] * normed
-        # Rounded first and summed then: so the gradient of q does not depend on the mean row, which may be large.
-        of_logits = (of_normed * rate).astype(q.dtype)
-        sums["first"] += jnp.sum(of_logits, axis=-1, dtype=jnp.float32)
-        return (
-            of_q + streaming.dot(of_logits, key_block),
-            keys.update_gradient(of_keys, start, streaming.dot(of_logits.T, q)),
-            streaming.update_block(of_scale, start, jnp.sum(of_scores * normed, axis=0)),
-            streaming.update_block(of_bias, start, jnp.sum(of_scores, axis=0)),
-            values.update_gradient(of_values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
-            sums,
+            dnormed -= (known_a2 / num_words)[:, None] * normed
+        # Rounded first and summed then, so that the gradient of q does not depend on the mean row, which may be large.
+        dlogits = (dnormed * rate).astype(q.dtype)
+        sums["scaled_a1"] += jnp.sum(dlogits, axis=-1, dtype=jnp.float32)
+        gradients = _Inputs(
+            q=gradients.q + streaming.dot(dlogits, key_block),
+            keys=keys.update_gradient(gradients.keys, start, streaming.dot(dlogits.T, q)),
+            scale=streaming.update_block(gradients.scale, start, jnp.sum(dscores * normed, axis=0)),
+            bias=streaming.update_block(gradients.bias, start, jnp.sum(dscores, axis=0)),
+            values=values.update_gradient(gradients.values, start, streaming.dot(p.astype(q.dtype).T, cotangent)),
         )
+        return gradients, sums
 
-    # The gradient of the keys is corrected once more below, and rounded to their dtype only then.
-    of_keys = jnp.zeros(keys.part.shape, keys.part.dtype if frozen else jnp.float32)
-    zeros = (of_keys, *map(jnp.zeros_like, (scale, bias, values.part)))
-    sums = {name: jnp.zeros(q.shape[:1]) for name in (("first",) if second is not None else ("first", "second"))}
-    carry = (jnp.zeros(q.shape), *zeros, sums)
-    fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
-    of_q, of_keys, of_scale, of_bias, of_values, sums = fold(step, carry)
+    gradients = _Inputs(
+        q=jnp.zeros(q.shape),
+        # Unless frozen, the gradient of the keys is corrected below, and only then rounded to their dtype.
+        keys=jnp.zeros(keys.part.shape, keys.part.dtype if frozen else jnp.float32),
+        scale=jnp.zeros_like(inputs.scale),
+        bias=jnp.zeros_like(inputs.bias),
+        values=jnp.zeros_like(values.part),
+    )
+    # "scaled_a1" is the sum of dlogits, r a1.
+    names = ("scaled_a1",) if known_a2 is not None else ("scaled_a1", "a2")
+    sums = {name: jnp.zeros(q.shape[:1]) for name in names}
+    gradients, sums = streaming.stream(step, (gradients, sums), num_rows=keys.num_rows, block_size=block_size)
+
+    # Sum over devices: queries over the vocabulary, tables over the queries. Scale and bias share an all-reduce.
     sums = {name: total[:, None] for name, total in sums.items()}
-    sums = streaming.all_reduce_columns({"of_q": of_q, **sums}, axes.vocabulary)
-    of_keys, of_values = (streaming.all_reduce(gradient, axes.queries_only) for gradient in (of_keys, of_values))
-    # The two short ones share an all-reduce.
-    norm = streaming.all_reduce_columns({"scale": of_scale[:, None], "bias": of_bias[:, None]}, axes.queries)
+    sums = streaming.all_reduce_columns({"dq": gradients.q, **sums}, axes.vocabulary)
+    dkeys, dvalues = (
+        streaming.all_reduce(gradient, axes.queries_only) for gradient in (gradients.keys, gradients.values)
+    )
+    norm = streaming.all_reduce_columns(
+        {"scale": gradients.scale[:, None], "bias": gradients.bias[:, None]}, axes.queries
+    )
 
-    of_q, first = sums["of_q"], sums["first"]
-    of_q -= first * moments.mean_row
-    if second is None:
-        second = sums["second"] * rate**2
-        of_q -= second * moments.spread
+    # The terms of a1 and a2, which are complete only now: see the module's docstring.
+    dq, scaled_a1 = sums["dq"], sums["scaled_a1"]
+    dq -= scaled_a1 * moments.mean_row
+    scaled_a2 = None
+    if known_a2 is None:
+        scaled_a2 = sums["a2"] * rate**2
+        dq -= scaled_a2 * moments.spread
     if not frozen:
-        # The share of the mean and, with the covariance, of the variance: see the module's docstring.
-        shift = jnp.sum(first / rows * q, axis=0, keepdims=True)
-        if moments.spread is None:
-            of_keys -= keys.local_columns(streaming.all_reduce(shift, axes.queries)[0])
-        else:
-            matrix = streaming.dot((second / rows * q).astype(q.dtype).T, q)
-            both = streaming.all_reduce(jnp.concatenate([shift, matrix]), axes.queries)
-            shift, matrix = both[0], both[1:].astype(q.dtype)
-            share, num_real = keys.to_row_shards(q.dtype)
-
-            def correct(start, size, corrected):
-                centred = centered_rows(share, num_real, moments.mean_row, start, size, q.dtype)
-                correction = shift + streaming.dot(centred, matrix)
-                return streaming.update_block(
-                    corrected, start, streaming.slice_block(corrected, start, size) - correction
-                )
-
-            # Without shares the gradient is corrected in place.
-            corrected = jnp.zeros((share.num_rows, keys.width)) if axes.widths else of_keys
-            corrected = streaming.stream(correct, corrected, num_rows=share.num_rows, block_size=block_size)
-            of_keys = of_keys + keys.from_row_shards(corrected) if axes.widths else corrected
-    return of_q.astype(q.dtype), of_keys.astype(keys.part.dtype), norm["scale"][:, 0], norm["bias"][:, 0], of_values
+        dkeys = _add_statistics_gradient(
+            dkeys, keys, q, moments, scaled_a1=scaled_a1, scaled_a2=scaled_a2, block_size=block_size
+        )
+    return _Inputs(
+        q=dq.astype(q.dtype),
+        keys=dkeys.astype(keys.part.dtype),
+        scale=norm["scale"][:, 0],
+        bias=norm["bias"][:, 0],
+        values=dvalues,
+    )
 
 
-def _uses_covariance(options, q) -> bool:
-    """Of the queries [..., D] of all devices."""
+def _add_statistics_gradient(
+    dkeys: Float[Array, "V/t D/f"],
+    keys: streaming.Table,
+    q: Float[Array, "T D"],
+    moments: _Moments,
+    *,
+    scaled_a1: Float[Array, "T 1"],
+    scaled_a2: Float[Array, "T 1"] | None,
+    block_size: int,
+) -> Float[Array, "V/t D/f"]:
+    """Adds to the gradient of the keys what flows through the mean and the variance of the logits.
+
+    These are the second and the third term of dL/dw in the module's docstring.
+
+    Args:
+      dkeys: gradient of the keys, the first term.
+      keys: the keys.
+      q: queries of this device.
+      moments: moments of the logits.
+      scaled_a1: r a1.
+      scaled_a2: r² a2; None without covariance, in which case `dkeys` contains the third term already.
+      block_size: K.
+    """
+    axes, num_words = keys.axes, keys.num_global_rows
+    mean_term = jnp.sum(scaled_a1 / num_words * q, axis=0, keepdims=True)
+    if scaled_a2 is None:
+        return dkeys - keys.local_columns(streaming.all_reduce(mean_term, axes.queries)[0])
+    matrix = streaming.dot((scaled_a2 / num_words * q).astype(q.dtype).T, q)
+    # One all-reduce for both terms.
+    both = streaming.all_reduce(jnp.concatenate([mean_term, matrix]), axes.queries)
+    mean_term, matrix = both[0], both[1:].astype(q.dtype)
+    # Devices that share the columns of the keys divide the rows among themselves.
+    row_shard, num_real = keys.to_row_shards(q.dtype)
+
+    def correct(start, size, corrected):
+        centered = centered_rows(row_shard, num_real, moments.mean_row, start, size, q.dtype)
+        correction = mean_term + streaming.dot(centered, matrix)
+        return streaming.update_block(corrected, start, streaming.slice_block(corrected, start, size) - correction)
+
+    # Without row shards the gradient is corrected in place. Otherwise the correction is computed separately, and then
+    # redistributed to the columns.
+    corrected = jnp.zeros((row_shard.num_rows, keys.width)) if axes.widths else dkeys
+    corrected = streaming.stream(correct, corrected, num_rows=row_shard.num_rows, block_size=block_size)
+    return dkeys + keys.from_row_shards(corrected) if axes.widths else corrected
+
+
+def _uses_covariance(options: _Options, q: Float[Array, "... D"]) -> bool:
+    """Returns whether the forward pass will compute the covariance, given the queries of all devices."""
     mesh = jax.sharding.get_abstract_mesh().shape
-    cut, num_parts = (math.prod(mesh[axis] for axis in axes) for axes in (options.axes.queries, options.axes.widths))
-    return covariance_is_cheaper(q.size // q.shape[-1] // cut, q.shape[-1], num_parts)
+    num_query_shards = math.prod(mesh[axis] for axis in options.axes.queries)
+    num_width_shards = math.prod(mesh[axis] for axis in options.axes.widths)
+    return covariance_is_cheaper(q.size // q.shape[-1] // num_query_shards, q.shape[-1], num_width_shards)
 
 
-def _moments(q, keys: streaming.Table, statistics, eps, block_size) -> _Moments:
-    """Mean and variance of the logits of queries [T, D], by whatever is cheapest."""
+def _moments(
+    q: Float[Array, "T D"],
+    keys: streaming.Table,
+    statistics: VocabularyStatistics | None,
+    *,
+    eps: float,
+    block_size: int,
+) -> _Moments:
+    """Returns the moments of the logits, computed in the cheapest way."""
     if statistics is None:
         mean_of_rows = mean_row(keys, q.dtype)
         if not covariance_is_cheaper(*q.shape, keys.num_width_shards):
@@ -433,32 +584,31 @@ def _moments(q, keys: streaming.Table, statistics, eps, block_size) -> _Moments:
     return _Moments(statistics.mean, mean, jax.lax.rsqrt(variance + eps), spread)
 
 
-def _scores(q, keys, scale, bias, moments, start, size) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
-    """s and z of a block."""
-    logits = streaming.dot(q, keys.read_block(start, size, q.dtype).T)
-    normed = (logits - moments.mean[:, None]) * moments.rate[:, None]
-    return normed * streaming.slice_block(scale, start, size) + streaming.slice_block(bias, start, size), normed
-
-
 def _row_sum(block: Float[Array, "T K"]) -> Float[Array, "T 1"]:
     return jnp.sum(block, axis=-1, keepdims=True, dtype=jnp.float32)
 
 
-def _merge_top(k, top, scores, ids):
-    """The k largest of those so far and of a block's, with their words."""
-    scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
+def _merge_top(
+    k: int, top: tuple[Float[Array, "T k"], Int[Array, "T k"]], scores: Float[Array, "T K"], ids: Int[Array, " K"]
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """Merges the k largest scores so far with those of a block; returns scores and words."""
+    # The block is reduced to its own k largest first: sorting T x K scores costs more than the merge.
+    scores, indices = jax.lax.top_k(scores, min(k, scores.shape[1]))
     scores = jnp.concatenate([top[0], scores], axis=1)
-    ids = jnp.concatenate([top[1], jnp.take(ids, places)], axis=1)
-    scores, places = jax.lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(ids, places, axis=1)
+    ids = jnp.concatenate([top[1], jnp.take(ids, indices)], axis=1)
+    scores, indices = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(ids, indices, axis=1)
 
 
-def _share_top(k, top, num_local_rows, across):
-    """The k largest of all devices'."""
-    if not across:
+def _all_gather_top(
+    k: int, top: tuple[Float[Array, "T k"], Int[Array, "T k"]], num_local_rows: int, axis_names: tuple[str, ...]
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """Returns the k largest scores of all devices that share the vocabulary, and their words."""
+    if not axis_names:
         return top
     scores, ids = top
-    ids += jax.lax.axis_index(across) * num_local_rows
-    scores, ids = (jax.lax.all_gather(leaf, across, axis=1, tiled=True) for leaf in (scores, ids))
-    scores, places = jax.lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(ids, places, axis=1)
+    # From row numbers of this device to word ids.
+    ids += jax.lax.axis_index(axis_names) * num_local_rows
+    scores, ids = (jax.lax.all_gather(leaf, axis_names, axis=1, tiled=True) for leaf in (scores, ids))
+    scores, indices = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(ids, indices, axis=1)
