@@ -1,4 +1,4 @@
-"""What `ops/` streams, written densely: every logit of every query, to be read and to be run in float64.
+"""Dense references for `ops/`: all logits of all queries, easy to read and run in float64.
 
 Axes: T queries, D width, V vocabulary, Dv value width.
 """
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def scores(q, keys, scale, bias, eps=1e-5):
-    """LayerNorm over the vocabulary of `q @ keys.T`, [..., V]."""
+    """Returns the LayerNorm of `q @ keys.T` over the vocabulary, [..., V]."""
     logits = q @ keys.T
-    centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
-    normed = centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + eps)
+    centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
+    normed = centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + eps)
     return normed * scale + bias
 
 
@@ -25,20 +25,20 @@ def entropy(probabilities):
 
 
 def linear_cross_entropy(hidden, head, targets, weights, z_loss=0.0):
-    """Sum of weight * (-log p(target) + z_loss * log(Z)²)."""
+    """Returns the sum of weight * (-log p(target) + z_loss * log(Z)²)."""
     logits = hidden @ head.T
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (log_z - right + z_loss * log_z**2))
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (log_z - target_logits + z_loss * log_z**2))
 
 
 def in_float64(function, *inputs):
-    """`function(*inputs)` with every float input and every step of it in float64; numpy arrays."""
+    """Returns `function(*inputs)` as numpy arrays, with all floating-point inputs and steps in float64."""
     with jax.enable_x64(True):
         wide = [np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in inputs]
         return jax.tree.map(np.asarray, jax.jit(function)(*wide))
 
 
-def distance(got, wanted) -> float:
-    """Norm of the difference relative to the norm of what is wanted."""
-    return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
+def distance(got, expected) -> float:
+    """Norm of the difference relative to the norm of the expected array."""
+    return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""Attention against a float64 reference in numpy, in value and gradient; block borders and masks included."""
+"""Values and gradients of attention against a float64 reference, with block borders and masks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from alignvlm_jax.ops.attention import cached_attention, packed_attention
 
 
 def _reference(query, key, value, allowed):
-    """Plain softmax attention in float64; `allowed` [B, L, K]."""
+    """Computes plain softmax attention in float64; `allowed` is [B, L, K]."""
     query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
     repeats = query.shape[2] // key.shape[2]
     key, value = np.repeat(key, repeats, axis=2), np.repeat(value, repeats, axis=2)
@@ -26,7 +26,7 @@ def _inputs(length, keys=None, heads=4, groups=2, width=8):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150])  # below, at and beyond the border of a block
+@pytest.mark.parametrize("length", [1, 64, 65, 150])  # Below, at and beyond the border of a block.
 @pytest.mark.parametrize("causal", [True, False])
 def test_value(length, causal):
     inputs = _inputs(length)
@@ -41,7 +41,7 @@ def test_segments_do_not_see_each_other():
     allowed = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((100, 100), bool))
     out = packed_attention(*inputs, segment_ids=jnp.asarray(segments), causal=True)
     np.testing.assert_allclose(out, _reference(*inputs, allowed), rtol=1e-5, atol=1e-5)
-    assert np.isfinite(out).all()  # padding attends to padding, not to nothing
+    assert np.isfinite(out).all()  # Padding attends to padding, so no softmax is empty.
 
 
 def test_gradient_is_that_of_plain_attention():
@@ -60,11 +60,11 @@ def test_gradient_is_that_of_plain_attention():
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(array, np.float64)) for array in (query, key, value)]
         expected = [np.asarray(gradient) for gradient in jax.grad(plain, (0, 1, 2))(*wide)]
-    for got, want in zip(jax.grad(ours, (0, 1, 2))(query, key, value), expected, strict=True):
-        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    for got, reference in zip(jax.grad(ours, (0, 1, 2))(query, key, value), expected, strict=True):
+        assert np.linalg.norm(got - reference) <= 1e-5 * np.linalg.norm(reference)
 
 
-def test_cache_slots_that_are_not_visible_count_for_nothing():
+def test_invisible_cache_slots_have_no_effect():
     query, key, value = _inputs(3, keys=10)
     visible = np.random.default_rng(2).random((2, 3, 10)) < 0.5
     visible[..., 0] = True

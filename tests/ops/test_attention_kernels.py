@@ -1,7 +1,7 @@
-"""The Pallas kernels, interpreted on a CPU, against float64 in value and gradient; who gets which; the fallback.
+"""Values and gradients of the Pallas kernels against float64, the choice of a kernel, and the fallback.
 
-The interpreter runs the kernels' own arithmetic and masks. That they compile for a TPU is tested in
-tests/parallel/test_compile_tpu.py; that the GPU one is accepted by the CUDA lowering, here.
+The kernels run in Pallas's interpreter on a CPU, which executes their arithmetic and masks.
+tests/tools/test_compile_tpu.py tests that they compile for a TPU. This file tests that the GPU kernel lowers for CUDA.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def _inputs(length, heads=4, groups=2, width=24, rows=2):
 
 
 def _plain(query, key, value, segments, causal):
-    """Softmax attention with the mask written out."""
+    """Computes softmax attention with an explicit mask."""
     repeats = query.shape[2] // key.shape[2]
     key, value = jnp.repeat(key, repeats, axis=2), jnp.repeat(value, repeats, axis=2)
     allowed = segments[:, :, None] == segments[:, None, :]
@@ -43,7 +43,7 @@ def _plain(query, key, value, segments, causal):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("length, causal", [(140, True), (100, False)])  # neither is a multiple of a block
+@pytest.mark.parametrize("length, causal", [(140, True), (100, False)])  # Neither length is a multiple of a block.
 def test_value_and_gradient(name, length, causal):
     query, key, value, segments = _inputs(length)
     attend = functools.partial(KERNELS[name].attend, causal=causal, interpret=True)
@@ -60,7 +60,7 @@ def test_value_and_gradient(name, length, causal):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])  # (1, 1, 8): more devices than key-value heads
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])  # (1, 1, 8) has more devices than key-value heads.
 def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mesh):
     module = KERNELS[name]
     monkeypatch.setattr(module, "attend", functools.partial(module.attend, interpret=True))
@@ -77,10 +77,10 @@ def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mes
         text = attend.lower(query, key, value, segments).compile().as_text()
         got = attend(query, key, value, segments)
     np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=2e-5, atol=2e-6)
-    assert "all-gather" not in text, "rows and heads stay where they are"
+    assert "all-gather" not in text, "rows and heads stay on their devices"
 
 
-def test_what_a_kernel_cannot_take_falls_back_and_says_so(caplog):
+def test_an_unsupported_shape_falls_back_with_a_warning(caplog):
     query, key, value, segments = _inputs(20, heads=2, groups=2, width=260)
     attention._warn_once.cache_clear()
     got = attention.packed_attention(query, key, value, segment_ids=segments, causal=True, kernel="flash")
@@ -113,12 +113,12 @@ class _Device:
         (_Device("tpu"), "splash", "bfloat16"),
         (_Device("gpu", "9.0"), "flash", "bfloat16"),
         (_Device("gpu", "8.0"), "flash", "bfloat16"),
-        (_Device("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, too little for the kernel
-        (_Device("gpu"), "xla", "float32"),  # AMD reports none
+        (_Device("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, and not enough memory for the kernel.
+        (_Device("gpu"), "xla", "float32"),  # AMD reports no compute capability.
         (_Device("cpu"), "xla", "float32"),
     ],
 )
-def test_every_device_gets_what_suits_it_and_a_config_may_insist(device, kernel, dtype):
+def test_devices_have_default_kernels_that_a_config_may_override(device, kernel, dtype):
     resolved = hardware.resolve(LanguageConfig(), device)
     assert (resolved.attention, resolved.dtype) == (kernel, dtype)
     forced = LanguageConfig(attention="xla", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Rows of a spread table: those of the whole one, in value and gradient, and nothing large gathered."""
+"""Lookup in a sharded table: the same values and gradients as in a complete one, and nothing large is gathered."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def _inputs(rows, words):
     rng = np.random.default_rng(0)
     table, cotangent = rng.normal(size=(words, WIDTH)), rng.normal(size=(rows, 20, WIDTH))
     ids = rng.integers(0, words, (rows, 20))
-    ids[0, :5] = [0, words - 1, 7, 7, 7]  # the ends, and one that is asked for often
+    ids[0, :5] = [0, words - 1, 7, 7, 7]  # The first and the last word, and one that occurs several times.
     return jnp.asarray(table, jnp.float32), jnp.asarray(ids), jnp.asarray(cotangent, jnp.float32)
 
 
@@ -35,16 +35,18 @@ def _with_gradient(table, ids, cotangent):
 
 def _compile(mesh_sizes, table, ids, cotangent):
     mesh = make_mesh(MeshConfig(*mesh_sizes))
-    cut = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    word_axis = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
     rows = ("data", "fsdp") if ids.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    where = NamedSharding(mesh, jax.P(cut, "fsdp")), NamedSharding(mesh, jax.P(rows)), NamedSharding(mesh, jax.P(rows))
+    specs = jax.P(word_axis, "fsdp"), jax.P(rows), jax.P(rows)
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
     with jax.set_mesh(mesh):
-        compiled = jax.jit(_with_gradient, in_shardings=where, out_shardings=(where[1], where[0]))
+        compiled = jax.jit(_with_gradient, in_shardings=tuple(shardings), out_shardings=(shardings[1], shardings[0]))
         compiled = compiled.lower(table, ids, cotangent).compile()
-    return compiled, [jax.device_put(array, place) for array, place in zip((table, ids, cotangent), where, strict=True)]
+    arrays = (table, ids, cotangent)
+    return compiled, [jax.device_put(array, sharding) for array, sharding in zip(arrays, shardings, strict=True)]
 
 
-# 101 words: tensor does not divide them. 6 rows: data x fsdp do not divide them.
+# tensor does not divide 101 words, and data x fsdp do not divide 6 rows.
 @pytest.mark.parametrize("mesh_sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
 @pytest.mark.parametrize("rows, words", [(8, 96), (8, 101), (6, 96)])
 def test_value_and_gradient(mesh_sizes, rows, words):

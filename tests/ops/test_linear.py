@@ -1,4 +1,4 @@
-"""The linear layer against float64, and what its gradients are summed in."""
+"""The linear layer against float64, and the dtype in which its gradients are summed."""
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +41,19 @@ def test_value_and_gradients(dtype, tolerance):
     got = _with_gradients(*arrays)
     assert [str(array.dtype) for array in got] == [dtype, dtype, "float32", "float32"]
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        # Sums over rows are exact to float32, whatever the dtype of the products' factors.
+        # Sums over rows have float32 precision, whatever the dtype of the factors.
         limit = tolerance if index < 2 else 1e-6
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * np.linalg.norm(b)
 
 
-def test_what_travels_between_devices_is_float32():
+def test_devices_exchange_float32():
     mesh = make_mesh(MeshConfig(data=8))
-    split, whole = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
+    split, replicated = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
     inputs, kernel, bias, cotangent = _inputs("bfloat16")
     compiled = jax.jit(
-        _with_gradients, in_shardings=(split, whole, whole, split), out_shardings=(split, split, whole, whole)
+        _with_gradients,
+        in_shardings=(split, replicated, replicated, split),
+        out_shardings=(split, split, replicated, replicated),
     )
     text = compiled.lower(inputs, kernel, bias, cotangent).compile().as_text()
     reduced = [line for line in text.splitlines() if " all-reduce(" in line]

@@ -1,4 +1,4 @@
-"""The loss against torch and against the dense form in float64: value, gradients, chunks of weighted positions."""
+"""Values and gradients of the loss against PyTorch and the dense form in float64, with several chunk sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ WIDTH, WORDS = 16, 53
 
 
 def inputs(shape=(3, 40), answered=0.3, dtype=jnp.float32):
-    """Hidden states, head, targets and weights that differ, most of them 0."""
+    """Returns hidden states, head, targets and weights; most weights are 0 and the others differ."""
     rng = np.random.default_rng(0)
     weights = rng.random(shape) * 2 * (rng.random(shape) < answered)
     hidden, head = rng.normal(size=(*shape, WIDTH)), rng.normal(size=(WORDS, WIDTH))
@@ -30,18 +30,19 @@ def assert_is_dense(arguments, z_loss, **options):
         return 3 * loss, weight
 
     (loss, weight), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
-    wanted, wanted_gradients = dense.in_float64(
+    expected, expected_gradients = dense.in_float64(
         jax.value_and_grad(lambda *a: 3 * dense.linear_cross_entropy(*a, z_loss=z_loss), (0, 1)), *arguments
     )
-    np.testing.assert_allclose(loss, wanted, rtol=TOLERANCE)
+    np.testing.assert_allclose(loss, expected, rtol=TOLERANCE)
     np.testing.assert_allclose(weight, np.sum(weights), rtol=1e-6)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert dense.distance(got, want) <= TOLERANCE
+    for got, reference in zip(gradients, expected_gradients, strict=True):
+        assert dense.distance(got, reference) <= TOLERANCE
     unanswered = np.asarray(gradients[0])[np.asarray(weights) == 0]
     assert np.all(unanswered == 0)
 
 
-# About 36 of 120 positions count: one chunk too large, one of almost as many, several, one a position.
+# About 36 of 120 positions have a weight. The chunks: one that is too large, one that is almost full, several, and one
+# for each position.
 @pytest.mark.parametrize(
     ("chunk_size", "block_size", "z_loss"), [(None, None, 0.0), (40, 20, 0.0), (17, 53, 0.1), (1, 52, 0.1)]
 )
@@ -50,13 +51,13 @@ def test_value_and_gradients(chunk_size, block_size, z_loss):
 
 
 @pytest.mark.parametrize("answered", [1.0, 0.008])
-def test_all_positions_count_and_hardly_any(answered):
+def test_weights_on_all_positions_and_on_one(answered):
     arguments = inputs(answered=answered)
     assert np.count_nonzero(arguments[3]) in (1, 120)
     assert_is_dense(arguments, 0.0, chunk_size=16)
 
 
-def test_no_position_counts():
+def test_no_weights():
     hidden, head, targets, weights = inputs()
     ours = jax.jit(jax.value_and_grad(linear_cross_entropy, (0, 1), has_aux=True))
     (loss, weight), gradients = ours(hidden, head, targets, weights * 0)
@@ -72,39 +73,40 @@ def test_value_and_gradient_are_those_of_torch():
     losses = torch.nn.functional.cross_entropy(logits, flat_targets, reduction="none")
     (losses * torch.tensor(np.asarray(weights), dtype=torch.float64).flatten()).sum().backward()
     ours = jax.jit(jax.grad(lambda *a: linear_cross_entropy(*a, targets, weights)[0], (0, 1)))
-    for got, want in zip(ours(hidden, head), theirs, strict=True):
-        assert dense.distance(got, want.grad.numpy()) <= TOLERANCE
+    for got, reference in zip(ours(hidden, head), theirs, strict=True):
+        assert dense.distance(got, reference.grad.numpy()) <= TOLERANCE
 
 
 def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16():
     hidden, head, targets, weights = inputs(dtype=jnp.bfloat16)
 
-    def all_logits(hidden, head):
-        """Logits rounded to bfloat16, and so their gradient: what a bfloat16 program keeps."""
+    def dense_loss(hidden, head):
+        """Rounds the logits, and so their gradient, to bfloat16, as a plain bfloat16 program does."""
         logits = (hidden @ head.T).astype(jnp.float32)
-        right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - right))
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))
 
-    value, wanted = dense.in_float64(
+    value, expected = dense.in_float64(
         jax.value_and_grad(dense.linear_cross_entropy, (0, 1)), hidden, head, targets, weights
     )
     ours = jax.jit(jax.value_and_grad(lambda *a: linear_cross_entropy(*a, targets, weights)[0], (0, 1)))
     loss, gradients = ours(hidden, head)
-    theirs = jax.jit(jax.grad(all_logits, (0, 1)))(hidden, head)
+    theirs = jax.jit(jax.grad(dense_loss, (0, 1)))(hidden, head)
     np.testing.assert_allclose(loss, value, rtol=1e-3)
-    for got, same, want in zip(gradients, theirs, wanted, strict=True):
+    for got, rounded, reference in zip(gradients, theirs, expected, strict=True):
         assert got.dtype == jnp.bfloat16
-        assert dense.distance(got, want) <= 1.1 * dense.distance(same, want)
+        assert dense.distance(got, reference) <= 1.1 * dense.distance(rounded, reference)
 
 
-def test_there_are_as_many_chunks_as_weighted_positions_need():
-    """The loop over chunks ends with them: counted by the program, not by its shape."""
+def test_the_logits_of_all_positions_are_never_held():
     hidden, head, targets, weights = inputs()
-    text = jax.jit(linear_cross_entropy, static_argnames="chunk_size").lower(
-        hidden, head, targets, weights, chunk_size=8
-    ).as_text()
-    assert "tensor<8x53xf32>" in text, "a chunk's logits"
-    assert "120x53xf32" not in text and "3x40x53xf32" not in text, "never those of all positions"
+    text = (
+        jax.jit(linear_cross_entropy, static_argnames="chunk_size")
+        .lower(hidden, head, targets, weights, chunk_size=8)
+        .as_text()
+    )
+    assert "tensor<8x53xf32>" in text, "the logits of a chunk"
+    assert "120x53xf32" not in text and "3x40x53xf32" not in text, "not those of all positions"
 
 
 def test_targets_and_weights_may_be_numpy_constants_of_a_jitted_function():

@@ -1,6 +1,7 @@
-"""The vocabulary over the axes of a mesh: the same numbers, and nothing large gathered or held.
+"""The vocabulary split over a mesh: the same values, and nothing large is gathered or held.
 
-The mesh is data 2 x fsdp 2 x tensor 2: queries over (data, fsdp), rows of tables over tensor, their widths over fsdp.
+The mesh is data 2 x fsdp 2 x tensor 2: queries are split over (data, fsdp), rows of tables over tensor, and their
+widths over fsdp.
 """
 
 import math
@@ -41,7 +42,7 @@ def attention_inputs(rows, length, words):
 
 
 def loss_inputs(rows, length, words):
-    """Rows differ in how many positions count, so devices differ in how many chunks they have."""
+    """Returns inputs whose rows, and so devices, have different numbers of weighted positions and of chunks."""
     rng = np.random.default_rng(0)
     weights = rng.random((rows, length)) * (rng.random((rows, length)) < np.linspace(0, 1, rows)[:, None])
     hidden, head = rng.normal(size=(rows, length, WIDTH)), rng.normal(size=(words, WIDTH))
@@ -51,22 +52,22 @@ def loss_inputs(rows, length, words):
 
 
 def place(mesh, arrays, words):
-    """Tables over (tensor, fsdp), whole where tensor does not divide them; everything else over (data, fsdp)."""
-    cut = "tensor" if words % mesh.shape["tensor"] == 0 else None
+    """Splits tables over (tensor, fsdp), unless tensor does not divide them, and other arrays over (data, fsdp)."""
+    word_axis = "tensor" if words % mesh.shape["tensor"] == 0 else None
 
     def spec(array):
         if array.shape[0] == words:
-            return jax.P(cut, "fsdp") if array.ndim == 2 else jax.P(cut)
+            return jax.P(word_axis, "fsdp") if array.ndim == 2 else jax.P(word_axis)
         return jax.P(("data", "fsdp") if array.shape[0] % 4 == 0 else None)
 
     return [jax.device_put(array, NamedSharding(mesh, spec(array))) for array in arrays]
 
 
 def compile_on(mesh, function, arrays, num_gradients):
-    """Compiled with gradients lying like their arguments, as the train step's do."""
+    """Compiles a function so that gradients are sharded like their arguments, as in the train step."""
     with jax.set_mesh(mesh):
-        where = (None, tuple(array.sharding for array in arrays[:num_gradients]))
-        return jax.jit(function, out_shardings=where).lower(*arrays).compile()
+        shardings = (None, tuple(array.sharding for array in arrays[:num_gradients]))
+        return jax.jit(function, out_shardings=shardings).lower(*arrays).compile()
 
 
 def attention_with_gradients(attention):
@@ -81,17 +82,17 @@ def streamed_attention(*arrays, **options):
     return vocabulary_attention(*arrays, block_size=BLOCK, mesh_axes=AXES, **options)
 
 
-# 8 x 16 queries on 4 devices: statistics from the covariance. 8 x 2: from another pass. 101 words: tensor does not
-# divide them, and each device passes over all. 6 rows: data x fsdp do not divide them.
+# 8 x 16 queries on 4 devices use the covariance, 8 x 2 queries a second pass. tensor does not divide 101 words, so each
+# device passes over all of them. data x fsdp do not divide 6 rows.
 @pytest.mark.parametrize(("rows", "length", "words"), [(8, 16, 96), (8, 2, 96), (8, 16, 101), (6, 16, 96)])
 def test_attention_is_that_of_one_device(mesh, rows, length, words):
     arrays = attention_inputs(rows, length, words)
     placed = place(mesh, arrays, words)
     value, gradients = compile_on(mesh, attention_with_gradients(streamed_attention), placed, 5)(*placed)
-    wanted, wanted_gradients = dense.in_float64(attention_with_gradients(dense.vocabulary_attention), *arrays)
-    assert dense.distance(value, wanted) <= TOLERANCE
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert dense.distance(got, want) <= TOLERANCE
+    expected, expected_gradients = dense.in_float64(attention_with_gradients(dense.vocabulary_attention), *arrays)
+    assert dense.distance(value, expected) <= TOLERANCE
+    for got, reference in zip(gradients, expected_gradients, strict=True):
+        assert dense.distance(got, reference) <= TOLERANCE
 
 
 def test_summary_and_statistics_are_those_of_one_device(mesh):
@@ -128,12 +129,12 @@ def test_loss_is_that_of_one_device(mesh, words):
     arrays = loss_inputs(8, 20, words)
     placed = place(mesh, arrays, words)
     value, gradients = compile_on(mesh, loss_with_gradients(streamed_loss), placed, 2)(*placed)
-    wanted, wanted_gradients = dense.in_float64(
+    expected, expected_gradients = dense.in_float64(
         loss_with_gradients(lambda *a: dense.linear_cross_entropy(*a, z_loss=0.01)), *arrays
     )
-    np.testing.assert_allclose(value, wanted, rtol=TOLERANCE)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert dense.distance(got, want) <= TOLERANCE
+    np.testing.assert_allclose(value, expected, rtol=TOLERANCE)
+    for got, reference in zip(gradients, expected_gradients, strict=True):
+        assert dense.distance(got, reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize("which", ["attention", "loss"])
@@ -147,17 +148,17 @@ def test_no_table_is_gathered_over_tensor_and_nothing_is_queries_times_words(mes
     text = compile_on(mesh, function, placed, count).as_text()
     shapes = set(map(_shape, re.findall(r"\w+\[([\d,]*)\]", text)))
     local_queries, local_words = rows * length // 4, words // 2
-    assert (local_words, WIDTH // 2) in shapes, "this device's part of a table"
-    assert (local_words, WIDTH) not in shapes, "never all of its rows, whole in width"
-    assert not any(words in shape for shape in shapes), "never all rows"
-    # The largest arrays are a block's scores, local queries and local tables.
+    assert (local_words, WIDTH // 2) in shapes, "the part of a table on a device"
+    assert (local_words, WIDTH) not in shapes, "a device's rows are never gathered in full width"
+    assert not any(words in shape for shape in shapes), "no device has all rows"
+    # The largest arrays are the scores of a block, the local queries and the local tables.
     assert max(map(math.prod, shapes)) <= local_queries * BLOCK < local_queries * local_words / 10
     for gathered in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text):
         assert _shape(gathered) in ((BLOCK, WIDTH), (BLOCK, VALUE_WIDTH), (WIDTH,)), "a block over fsdp, or the mean"
 
 
 def test_the_check_sees_a_dense_form(mesh):
-    """The same text of the dense form, under the same mesh, does hold queries times words."""
+    """The compiled dense form, on the same mesh, does hold queries times words, so the check above can fail."""
     arrays = attention_inputs(8, 256, 704)
     placed = place(mesh, arrays, 704)
     text = compile_on(mesh, attention_with_gradients(dense.vocabulary_attention), placed, 5).as_text()

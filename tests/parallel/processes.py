@@ -1,5 +1,8 @@
-"""Starts the several processes of a run on this machine: each a `worker.py` with devices of its own, told by flags who
-takes part, as `alignvlm train --coordinator` would be."""
+"""Starts the processes of a run on this machine.
+
+Each process runs `worker.py` with its own devices and joins the run by explicit arguments, like
+`alignvlm train --coordinator`.
+"""
 
 import dataclasses
 import json
@@ -18,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @dataclasses.dataclass
 class Process:
-    """One of them: its process and the file that its output goes to."""
+    """A process of the run, and the file that receives its output."""
 
     process: subprocess.Popen
     output: pathlib.Path
@@ -27,7 +30,7 @@ class Process:
         return self.output.read_text(errors="replace")
 
     def wait_for(self, pattern: str, seconds: float = 400) -> None:
-        """Until the output has it."""
+        """Waits until the output matches a pattern."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text()):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
@@ -35,14 +38,14 @@ class Process:
 
 
 def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **arguments) -> list[Process]:
-    """Starts `number` processes that do a task of `worker.py`.
+    """Starts processes that run a task of `worker.py`.
 
     Args:
-      folder: for their output, process 0's in 0.txt.
-      task: a function of the worker.
-      number: how many.
-      devices: of each.
-      **arguments: of the task. A list has an entry for each process.
+      folder: folder of their output; that of process 0 is 0.txt.
+      task: name of a function of the worker.
+      number: number of processes.
+      devices: number of devices of each process.
+      **arguments: arguments of the task. A list contains one value for each process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("localhost", 0)) as server:
@@ -69,7 +72,7 @@ def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **a
 
 
 def finish(processes: list[Process], seconds: float = 400) -> list[int]:
-    """Their exit codes, once all are done; whoever is not by then is killed, and that is a failure."""
+    """Returns the exit codes of all processes; kills them and fails if they take longer than `seconds`."""
     deadline = time.monotonic() + seconds
     try:
         return [process.process.wait(max(0.1, deadline - time.monotonic())) for process in processes]

@@ -1,4 +1,4 @@
-"""Device kinds as the drivers spell them, and rates that hang together with other published figures."""
+"""Device kinds as the drivers report them, and rates that agree with other published figures."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_a_device_kind_names_its_chip(kind):
     "kind",
     ["cpu", "", "TPU v3", "TPU v9", "NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
 )
-def test_what_is_not_in_the_table_is_not_guessed(kind):
+def test_unknown_devices_have_no_chip(kind):
     assert chips.find_chip(kind) is None
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_in_the_table_is_not_guessed(kind):
     ],
 )
 def test_chips_add_up_to_the_pods_that_google_publishes(chip, pod_chips, pod_flops, pod_all_reduce):
-    """The all-reduce bandwidth of a pod is published as what the links of all its chips carry in one direction."""
+    """A pod's published all-reduce bandwidth is the sum over the links of all its chips, in one direction."""
     assert pod_chips * chip.peak_flops == pytest.approx(pod_flops, rel=0.03)
     assert pod_chips * chip.ici_bandwidth == pytest.approx(pod_all_reduce, rel=0.03)
 

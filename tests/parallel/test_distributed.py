@@ -1,4 +1,4 @@
-"""How processes find each other, as far as one process can tell; several of them are in test_processes.py."""
+"""Start-up of a run, tested in a single process; test_processes.py starts several of them."""
 
 import subprocess
 import sys
@@ -10,14 +10,14 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 
 
-def test_alone_a_process_is_primary_and_gathers_itself():
+def test_a_single_process_is_primary_and_gathers_its_own_value():
     distributed.initialize()
     assert distributed.is_primary()
     assert distributed.gather_json({"row": [1, 2]}) == [{"row": [1, 2]}]
 
 
 @pytest.mark.parametrize(
-    "environ, several",
+    "environ, expected",
     [
         ({"JAX_PLATFORMS": "cpu"}, False),
         ({"JAX_PLATFORMS": "cpu", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
@@ -30,8 +30,8 @@ def test_alone_a_process_is_primary_and_gathers_itself():
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
-def test_clusters_are_recognised(environ, several):
-    assert distributed.is_multi_host(environ) == several
+def test_clusters_are_recognized(environ, expected):
+    assert distributed.is_multi_host(environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,20 +42,20 @@ def test_clusters_are_recognised(environ, several):
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--process-id: expected 0 to 1, got 2"),
     ],
 )
-def test_arguments_that_do_not_go_together(arguments, message):
+def test_incomplete_or_invalid_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(**arguments)
 
 
-def test_nobody_waits_for_ever_for_the_others(tmp_path):
-    """Run by itself: giving up ends the process."""
+def test_a_process_gives_up_when_the_others_do_not_start():
+    """Runs in a process of its own, because giving up ends the process."""
     join = "from alignvlm_jax.parallel import distributed as d; d._START_SECONDS = 1; d.initialize('localhost:1', 2, 1)"
     done = subprocess.run([sys.executable, "-c", join], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "error: process 1 has waited 1 s for the other processes of the run, at localhost:1" in done.stderr
 
 
-def test_a_cluster_that_jax_cannot_read_is_no_reason_to_train_alone(monkeypatch):
+def test_a_cluster_that_jax_cannot_read_is_an_error(monkeypatch):
     def initialize(*arguments, **options):
         raise ValueError("coordinator_address should be defined.")
 

@@ -1,6 +1,7 @@
-"""Counting by the text of compiled programs, against counts known by arithmetic.
+"""Counts from the text of compiled programs, against counts known from arithmetic.
 
-The texts come from XLA's CPU compiler (8 devices) and, where TPUs are written differently, are copied from its TPU one.
+The texts come from XLA's CPU compiler (8 devices). Where its TPU compiler writes programs differently, they are copied
+from its output.
 """
 
 import functools
@@ -35,19 +36,19 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
     text = _compile(step, jnp.ones((12, 16)), jnp.ones((16, 16)))
     program = Program(text)
     assert sum(hlo_work.flops(program).values()) == 7 * (5 + 1) * 2 * 12 * 16 * 16
-    # Each run of a product reads and writes at least its operands and its result.
+    # Every run of a product reads its operands and writes its result.
     assert hlo_work.bytes_moved(program) >= 42 * 4 * (12 * 16 + 16 * 16 + 12 * 16)
 
 
-def test_a_loop_that_the_data_end_is_the_callers_to_know():
+def test_the_caller_provides_the_trips_of_a_loop_that_depends_on_the_data():
     def step(x, count):
         return jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)
 
     text = _compile(step, jnp.ones((8, 8)), 3)
-    asked = []
-    program = Program(text, trips=lambda op_name: asked.append(op_name) or 10)
+    op_names = []
+    program = Program(text, trips=lambda op_name: op_names.append(op_name) or 10)
     assert sum(hlo_work.flops(program).values()) == 10 * 2 * 8**3
-    assert asked and all("while" in name for name in asked)
+    assert op_names and all("while" in name for name in op_names)
 
 
 def test_batched_products():
@@ -64,7 +65,7 @@ def test_batched_products():
             "%c = bf16[9728,14336]{1,0} convolution(%a, %b), dim_labels=bf_io->bf",
             2 * 9728 * 4096 * 14336,
         ),
-        # A product written as a convolution of which each output meets one place of the window.
+        # A product written as a convolution in which each output reads a single position of the window.
         (
             "%c = bf16[9728,32,128]{2,0,1} convolution(%d, %e), "
             "window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f",
@@ -86,7 +87,7 @@ ENTRY %main (a: bf16[9728,4096], b: bf16[4096,14336]) -> bf16[9728,14336] {{
     assert hlo_work.flops(Program(text)) == {"jit(step)/layers/mlp/up/dot_general": flops}
 
 
-def test_windows_count_what_meets_something():
+def test_windows_count_positions_that_read_an_input():
     rng = np.random.default_rng(0)
     for _ in range(50):
         source, size, stride, low, spread, dilate = (int(rng.integers(1, n)) for n in (9, 5, 4, 4, 3, 3))
@@ -95,7 +96,7 @@ def test_windows_count_what_meets_something():
         out = ((source - 1) * spread + 1 + low + high - (size - 1) * dilate - 1) // stride + 1
         if out < 1:
             continue
-        # The same convolution of ones with ones adds up to the number of pairs that meet.
+        # The same convolution of ones with ones sums to the number of valid pairs.
         dims = ("NCH", "OIH", "NCH")
         result = jax.lax.conv_general_dilated(
             jnp.ones((1, 1, source)),
@@ -137,12 +138,17 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 """  # noqa: E501
 
 
-def test_what_pallas_calls_hide():
+def test_products_inside_pallas_kernels():
     program = Program(SPLASH)
-    square = 9728 * 9728 / 2  # causal: the blocks above the diagonal are skipped
+    square = 9728 * 9728 / 2  # Causal: the blocks above the diagonal are skipped.
     assert hlo_work.flops(program) == {
         "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
-        "jit(s)/language/layers/attention/dkv": 32 * 2 * 4 * 32 * square * 128,  # 32 heads, not its 8 results
+        "jit(s)/language/layers/attention/dkv": 32
+        * 2
+        * 4
+        * 32
+        * square
+        * 128,  # The 32 query heads, and not the 8 heads of its results.
         "jit(s)/vision/layers/attention/pallas_call": 32 * 2 * 2 * 10 * 16 * 768 * 768 * 72,
     }
     assert hlo_work.kernels(program) == {
@@ -154,21 +160,21 @@ def test_what_pallas_calls_hide():
 
 @functools.cache
 def _traffic():
-    """A loop of 6 with an all-gather over fsdp, an all-reduce over tensor and one over data, known in size."""
+    """Compiles a loop of 6 with an all-gather over fsdp and an all-reduce over tensor, then an all-reduce over data."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
     def local(x, w):
         def step(total, _):
-            whole = jax.lax.all_gather(w * total[0], "fsdp", axis=0, tiled=True)  # [64, 64] float32
-            return total + jax.lax.psum(jnp.tanh(total @ whole), "tensor"), None  # [16, 64]
+            gathered = jax.lax.all_gather(w * total[0], "fsdp", axis=0, tiled=True)  # [64, 64] float32
+            return total + jax.lax.psum(jnp.tanh(total @ gathered), "tensor"), None  # [16, 64]
 
         total = jax.lax.scan(step, x @ jnp.ones((64, 64)), None, length=6)[0]
         return jax.lax.psum(total, "data")
 
     specs = jax.P("data", None), jax.P("fsdp", None)
     function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
-    where = [NamedSharding(mesh, spec) for spec in specs]
-    return _compile(function, jnp.ones((32, 64)), jnp.ones((64, 64)), in_shardings=where)
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    return _compile(function, jnp.ones((32, 64)), jnp.ones((64, 64)), in_shardings=shardings)
 
 
 def test_collectives_with_loops_multiplied_out():
@@ -176,13 +182,13 @@ def test_collectives_with_loops_multiplied_out():
     total = {}
     for one in found:
         total.setdefault(one.kind, []).append((one.count, one.bytes_sent))
-    half = 1 / 2  # of a ring of two: (n - 1) / n
+    half = 1 / 2  # (n - 1) / n in a ring of two.
     assert total["all-gather"] == [(6, 64 * 64 * 4 * half)]
     assert sorted(total["all-reduce"]) == [(1, 2 * 16 * 64 * 4 * half), (6, 2 * 16 * 64 * 4 * half)]
 
 
-def test_what_crosses_slices_is_told_from_what_does_not():
-    # Devices 0-3 are one slice: data lies across, fsdp and tensor within.
+def test_collectives_across_slices_are_distinguished():
+    # Devices 0-3 are one slice: data crosses slices, fsdp and tensor do not.
     found = hlo_collectives.collectives(Program(_traffic()), [0, 0, 0, 0, 1, 1, 1, 1])
     assert [one.crosses_slices for one in sorted(found, key=lambda one: one.count)] == [True, False, False]
 
@@ -199,12 +205,12 @@ def test_what_crosses_slices_is_told_from_what_does_not():
         ("replica_groups={}", []),
     ],
 )
-def test_groups_in_all_ways_that_xla_writes_them(attributes, groups):
+def test_groups_in_all_notations_of_xla(attributes, groups):
     assert _groups(attributes, 4) == groups
 
 
 def test_a_chain_of_parts_is_one_collective():
-    """XLA's TPU compiler spreads a gather over the products that it overlaps with."""
+    """XLA's TPU compiler splits a gather into parts that overlap with products."""
     text = """HloModule test
 
 %start (p: bf16[4,2]) -> bf16[4,4] {
@@ -229,8 +235,8 @@ ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
     assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
 
 
-def test_messages_between_slices_are_the_collectives_they_stand_for():
-    """Copied from a program for two slices, with the names of its values shortened."""
+def test_messages_between_slices_become_collectives():
+    """The text is copied from a program for two slices, with shorter names."""
     text = """HloModule test
 
 ENTRY %main (p: f32[16,8]) -> f32[16,8] {

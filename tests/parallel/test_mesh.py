@@ -1,4 +1,4 @@
-"""The mesh from its config, and the table of rules on shapes alone."""
+"""The mesh of a config, and the sharding rules applied to shapes."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh, num_batch_shards
         (MeshConfig(fsdp=8), (1, 8, 1)),
     ],
 )
-def test_what_is_left_goes_to_minus_one(config, shape):
+def test_minus_one_gets_the_remaining_devices(config, shape):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
     assert num_batch_shards(mesh) == shape[0] * shape[1]
@@ -35,7 +35,7 @@ def test_sizes_must_multiply_to_the_devices(config):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `make_mesh` asks of the chips of two v5p:2x2x2, numbered in turns."""
+    """Attributes that `make_mesh` reads from the chips of two v5p:2x2x2 slices, which are numbered alternately."""
 
     id: int
     platform: str = "tpu"
@@ -53,7 +53,7 @@ class Chip:
         return number % 2, number // 2 % 2, number // 4
 
 
-def test_slices_lie_along_data():
+def test_slices_are_placed_along_data():
     chips = [Chip(i) for i in range(16)]
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), chips)
     assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
@@ -64,7 +64,7 @@ def test_slices_lie_along_data():
         make_mesh(MeshConfig(slices=4), chips)
 
 
-def test_devices_without_slices_are_cut_in_order():
+def test_devices_without_slices_are_split_in_order():
     mesh = make_mesh(MeshConfig(data=4, tensor=-1, slices=2))
     assert [device.id for device in mesh.devices[:2].flat] == [0, 1, 2, 3]
     with pytest.raises(UserError, match="3 slices do not divide 8"):
@@ -83,11 +83,11 @@ def test_names_become_specs():
         "norm": boxed(("norm",), (16,)),
         "odd": boxed(("vocab", "embed"), (65, 16)),
     }
-    specs = jax.tree.map(lambda where: where.spec, sharding.parameter_shardings(tree, mesh))
+    specs = jax.tree.map(lambda leaf: leaf.spec, sharding.parameter_shardings(tree, mesh))
     assert specs["embedding"] == jax.P("tensor", "fsdp")
     assert specs["down"] == jax.P(None, "tensor", "fsdp")
     assert specs["norm"] == jax.P(None)
-    assert specs["odd"] == jax.P(None, "fsdp"), "an axis the mesh does not divide stays whole"
+    assert specs["odd"] == jax.P(None, "fsdp"), "an axis that the mesh does not divide is not split"
 
 
 def test_every_weight_of_every_connector_has_a_rule():
@@ -104,7 +104,7 @@ def test_every_weight_of_every_connector_has_a_rule():
         sharding.parameter_shardings(tree, make_mesh(MeshConfig(2, 2, 2)))
 
 
-def test_batches_are_cut_along_the_bins():
+def test_batches_are_split_along_the_bins():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     placed = sharding.shard_batch({"tokens": jnp.zeros((3, 8, 5), jnp.int32)}, mesh)
     assert placed["tokens"].addressable_shards[0].data.shape == (3, 2, 5)

@@ -1,4 +1,4 @@
-"""Several real processes on this machine, by `jax.distributed`: the run is the same, and none waits for the dead."""
+"""Runs of several processes on this machine: the same results as one process, and the end when one of them dies."""
 
 import dataclasses
 import json
@@ -26,14 +26,14 @@ HOSTS = ["host0", "host1", "host2"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process hears of each step."""
+    """Losses and refused examples of each step in a run of one process."""
     losses = {}
     tiny.train(tmp_path_factory.mktemp("alone") / "run", tiny.config((2, 2, 2)), losses=losses, made=[])
     return losses
 
 
-def heard(workdir, number):
-    """What each process heard of each step, and what they made between them."""
+def read_logs(workdir, number):
+    """Returns the losses, which must be the same in every process, and the examples that all processes made."""
     files = [json.loads(open(f"{workdir}.{number}.{i}.json").read()) for i in range(number)]
     losses = [{int(step): value for step, value in file["losses"].items()} for file in files]
     assert all(losses[0] == other for other in losses)
@@ -52,13 +52,13 @@ def examples(steps):
 
 
 def stopped_run(tmp_path, number, alone):
-    """The workdir of a run of so many processes, the last of which was sent a SIGTERM after step 2."""
+    """Returns the workdir of a run of `number` processes, ended by a SIGTERM to the last one after step 2."""
     workdir, stops = tmp_path / "run", [None] * (number - 1) + [2]
     several = processes.start(
         tmp_path / "output", "train", number, devices=8 // number, workdir=str(workdir), mesh=(2, 2, 2), stop_at=stops
     )
     assert processes.finish(several) == [75] * number, several[0].text()
-    losses, made = heard(workdir, number)
+    losses, made = read_logs(workdir, number)
     assert_same_losses(losses, alone, [1, 2, 3])
     assert sorted(made) == examples([1, 2, 3]), "each example is made by one process"
     assert find_checkpoint(workdir) == (workdir, 3)
@@ -68,7 +68,7 @@ def stopped_run(tmp_path, number, alone):
 
 
 @pytest.mark.large
-def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_on_from(alone, tmp_path):
+def test_a_save_that_fails_on_one_of_two_ends_both_and_training_resumes_from_the_step_before(alone, tmp_path):
     workdir = tmp_path / "run"
     two = processes.start(
         tmp_path / "two",
@@ -82,33 +82,35 @@ def test_a_save_that_fails_on_one_of_two_ends_both_and_the_step_before_is_gone_o
     )
     codes = processes.finish(two)
     assert codes[1] == 2 and codes[0] != 0, two[0].text() + two[1].text()
-    # What process 1 writes of it itself is cut off by the very limit that it ran into.
-    said = two[0].text()
-    assert "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in said and "File too" in said
+    # Process 1's own message is truncated by the file-size limit that it ran into.
+    message = two[0].text()
+    assert (
+        "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in message and "File too" in message
+    )
     assert max(complete_steps(workdir / "checkpoints")) == 2
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
     assert_same_losses(losses, alone, [3, 4, 5])
 
 
-def go_on_alone(workdir, alone):
+def resume_alone(workdir, alone):
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
     assert_same_losses(losses, alone, [4, 5])
 
 
-def test_two_processes_train_as_one_and_one_goes_on(alone, tmp_path):
-    go_on_alone(stopped_run(tmp_path, 2, alone), alone)
+def test_two_processes_train_as_one_and_one_resumes(alone, tmp_path):
+    resume_alone(stopped_run(tmp_path, 2, alone), alone)
 
 
 @pytest.mark.large
-def test_four_processes_train_as_one_and_two_go_on(alone, tmp_path):
+def test_four_processes_train_as_one_and_two_resume(alone, tmp_path):
     workdir = stopped_run(tmp_path, 4, alone)
     shutil.copytree(workdir, tmp_path / "copy")
-    go_on_alone(tmp_path / "copy", alone)
+    resume_alone(tmp_path / "copy", alone)
     two = processes.start(tmp_path / "two", "train", 2, devices=4, workdir=str(workdir), mesh=(2, 2, 2))
     assert processes.finish(two) == [0] * 2, two[0].text()
-    losses, made = heard(workdir, 2)
+    losses, made = read_logs(workdir, 2)
     assert_same_losses(losses, alone, [4, 5])
     assert sorted(made) == examples([4, 5])
     written = np.load(f"{workdir}.npz")
@@ -118,7 +120,7 @@ def test_four_processes_train_as_one_and_two_go_on(alone, tmp_path):
 
 @pytest.mark.large
 def test_each_document_is_read_by_one_process(tmp_path):
-    """The real pipeline, over two epochs of 40 documents: two processes make other examples, and the same batches."""
+    """Two epochs of 40 documents with the real pipeline: two processes share the examples of the same batches."""
     tokenizer = write_chat_folder(tmp_path / "tokenizer")
     build_corpus(tmp_path / "documents", seed=0, sizes={"train": 40}, progress=False)
     model = dataclasses.replace(
@@ -141,7 +143,7 @@ def test_each_document_is_read_by_one_process(tmp_path):
     workdir = tmp_path / "two"
     two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=config_to_dict(config))
     assert processes.finish(two) == [0] * 2, two[0].text()
-    found, read_by_two = heard(workdir, 2)
+    found, read_by_two = read_logs(workdir, 2)
     assert found.keys() == losses.keys()
     for step, (loss, _) in found.items():
         np.testing.assert_allclose(loss, losses[step][0], rtol=1e-5, err_msg=f"step {step}")
@@ -154,15 +156,15 @@ def test_when_one_dies_the_others_end_and_name_its_machine(tmp_path, victim):
     three = processes.start(tmp_path, "count", 3, host=HOSTS)
     for process in three:
         process.wait_for("counted 2")
-    for process in three:  # as Slurm does to all of a job; they are to outlive it, for what is being saved
+    for process in three:  # Like Slurm, which signals every process of a job. Watchers must survive.
         (watcher,) = psutil.Process(process.process.pid).children()
         watcher.terminate()
     three[victim].process.kill()
     codes = processes.finish(three, seconds=60)
     for i, process in enumerate(three):
         assert codes[i] == -signal.SIGKILL if i == victim else codes[i] > 0
-        said = f"host{victim} (process {victim} of 3) was killed or crashed; process {i} on host{i} ends with it"
-        assert (said in process.text()) == (i != victim), process.text()
+        message = f"host{victim} (process {victim} of 3) was killed or crashed; process {i} on host{i} ends with it"
+        assert (message in process.text()) == (i != victim), process.text()
 
 
 @pytest.mark.large
@@ -170,13 +172,13 @@ def test_when_a_machine_falls_silent_the_others_end_and_name_it(tmp_path):
     three = processes.start(tmp_path, "count", 3, host=HOSTS)
     for process in three:
         process.wait_for("counted 2")
-    silent = psutil.Process(three[1].process.pid)
-    silent = [silent, *silent.children()]  # with its watcher
+    parent = psutil.Process(three[1].process.pid)
+    silent = [parent, *parent.children()]  # The process and its watcher.
     for process in silent:
         process.suspend()
-    began = time.monotonic()
+    start_time = time.monotonic()
     codes = [three[i].process.wait(60) for i in (0, 2)]
-    assert time.monotonic() - began < 60 and min(codes) > 0
+    assert time.monotonic() - start_time < 60 and min(codes) > 0
     for process in silent:
         process.kill()
     processes.finish(three)
@@ -184,11 +186,11 @@ def test_when_a_machine_falls_silent_the_others_end_and_name_it(tmp_path):
         assert "host1 (process 1 of 3) has sent nothing for 20 s" in three[i].text()
 
 
-def test_when_one_fails_the_others_say_of_what(tmp_path):
+def test_when_one_fails_the_others_name_the_error(tmp_path):
     two = processes.start(tmp_path, "count", 2, host=HOSTS, fail_at=[None, 3])
     codes = processes.finish(two, seconds=60)
     assert codes[0] != 0 and codes[1] == 2
-    assert "host1 (process 1 of 2) ended with an error: UserError: the picture of page-7" in two[0].text()
+    assert "host1 (process 1 of 2) ended with an error: UserError: the image of page-7" in two[0].text()
 
 
 def test_hosts_that_differ_are_named_on_every_host(tmp_path):

@@ -1,4 +1,4 @@
-"""The train step on meshes: where everything lies, what crosses the wires, and the same loss on any shape."""
+"""The train step on meshes: placement of all arrays, communication, and the same loss on every shape of mesh."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.train_step import abstract_state, jit_train_step, place_state
 from tests.training import batches
 
-# Sizes that are found again in compiled code: no other array has a side of so many.
+# Sizes that identify their arrays in compiled code: no other array has an axis of these lengths.
 WORDS, WIDTH, INNER = 704, 40, 144
 MODEL = dataclasses.replace(
     batches.MODEL,
@@ -42,24 +42,24 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def compiled(mesh):
-    """The train step of 8 bins, and what it is compiled for."""
+    """The compiled train step of 8 bins, and the abstract state that it was compiled for."""
     state = abstract_state(MODEL, STAGE, mesh)
-    where = NamedSharding(mesh, sharding.BATCH_SPEC)
+    batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
     batch = {
-        name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)
+        name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=batch_sharding)
         for name, field in batches.random_batch(0, model=MODEL).items()
     }
     with jax.set_mesh(mesh):
         return jit_train_step(MODEL, STAGE, mesh).lower(state, batch).compile(), state
 
 
-def test_weights_and_optimizer_come_out_where_they_went_in(compiled, mesh):
+def test_the_step_keeps_the_shardings_of_weights_and_optimizer(compiled, mesh):
     step, state = compiled
-    given, (taken, _) = step.output_shardings[0], step.input_shardings[0]
+    outputs, (inputs, _) = step.output_shardings[0], step.input_shardings[0]
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    for (path, leaf), came, went in zip(leaves, jax.tree.leaves(given), jax.tree.leaves(taken), strict=True):
-        assert came.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
-        assert went.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
+    for (path, leaf), after, before in zip(leaves, jax.tree.leaves(outputs), jax.tree.leaves(inputs), strict=True):
+        assert after.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
+        assert before.is_equivalent_to(leaf.sharding, leaf.ndim), jax.tree_util.keystr(path)
     expected = {
         "['language']['embedding']": (WORDS // 2, WIDTH // 2),
         "['language']['lm_head']": (WORDS // 2, WIDTH // 2),
@@ -74,20 +74,20 @@ def test_weights_and_optimizer_come_out_where_they_went_in(compiled, mesh):
         assert all(leaf.sharding.shard_shape(leaf.shape) == shape for leaf in found), ending
 
 
-def test_no_table_of_words_is_whole_on_any_device(compiled):
+def test_no_device_has_a_complete_table_of_words(compiled):
     text = compiled[0].as_text()
     shapes = {_shape(shape) for shape in re.findall(r"\w+\[([\d,]+)\]", text)}
-    assert (WORDS // 2, WIDTH // 2) in shapes, "what a device has of a table"
-    assert not any(WORDS in shape for shape in shapes), "gathered over tensor"
+    assert (WORDS // 2, WIDTH // 2) in shapes, "the part of a table on one device"
+    assert not any(WORDS in shape for shape in shapes), "a table was gathered over tensor"
 
 
-def test_bins_stay_where_they_are_from_pixels_to_loss(mesh):
-    """The activations that models name: rows over data and fsdp, and the width of the MLPs and heads over tensor."""
+def test_bins_stay_on_their_devices_from_pixels_to_loss(mesh):
+    """Rows of the named activations are split over data and fsdp, and the widths of MLPs and heads over tensor."""
     model = AlignVLM(MODEL)
     params = abstract_state(MODEL, STAGE, mesh).params
-    where = NamedSharding(mesh, jax.P(("data", "fsdp")))
+    row_sharding = NamedSharding(mesh, jax.P(("data", "fsdp")))
     batch = jax.tree.map(
-        lambda field: jax.ShapeDtypeStruct(field.shape[1:], field.dtype, sharding=where),
+        lambda field: jax.ShapeDtypeStruct(field.shape[1:], field.dtype, sharding=row_sharding),
         batches.random_batch(0, model=MODEL),
     )
 
@@ -116,11 +116,11 @@ def test_bins_stay_where_they_are_from_pixels_to_loss(mesh):
         "decoder output": (rows // 4, length, WIDTH),
         "logits": (rows // 4, length, WORDS // 2),
     }
-    found = {name: where.shard_shape(shapes[name].shape) for name, where in compiled.output_shardings.items()}
+    found = {name: output.shard_shape(shapes[name].shape) for name, output in compiled.output_shardings.items()}
     assert found == expected
     held = {_shape(shape) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
     wide = {shape for shape in held if shape[-1] in (INNER, INNER // 2) and math.prod(shape[:-1]) == rows // 4 * length}
-    assert wide and all(shape[-1] == INNER // 2 for shape in wide), "an MLP's inner width is over tensor"
+    assert wide and all(shape[-1] == INNER // 2 for shape in wide), "the inner width of an MLP is split over tensor"
 
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
@@ -138,7 +138,7 @@ def one_device():
 
 
 def losses(mesh):
-    """Of three steps on the same batch: the second and third see the gradients, too."""
+    """Returns the losses of three steps on the same batch; the second and third depend on the gradients."""
     params = nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))())
     with jax.set_mesh(mesh):
         state = place_state(MODEL, STAGE, mesh, jax.device_get(params))

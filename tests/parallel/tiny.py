@@ -1,4 +1,4 @@
-"""A tiny experiment, the same in every process, and what can be heard of it."""
+"""A tiny experiment that is the same in every process, and hooks that record its losses and examples."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ MODEL = dataclasses.replace(
     connector=MLPConfig(),
     language=dataclasses.replace(batches.MODEL.language, num_layers=1),
 )
-"""As small as it gets: every process compiles it."""
+"""As small as possible, because every process compiles it."""
 ROWS = 8
 STEPS = 5
 
@@ -60,11 +60,22 @@ def train(
     make_params=make_params,
     **seams,
 ):
-    """Trains; `losses` gets the loss and the refused examples of each step, `made` what was made here.
+    """Trains the experiment, on random bins unless `documents`.
 
-    That is the (step, row) of random bins, of which one example a row is said to be refused; or with `documents` the
-    numbers of the examples that the config's data sets give. The random batches with the numbers in `spoilt`, from 1,
-    of the stage `spoilt_stage` have no finite loss; those in `skip` are passed over.
+    Args:
+      workdir: folder of the run.
+      experiment: the config.
+      losses: receives the loss and the number of refused examples of each step.
+      made: receives the examples that this process made: (step, row) of random bins, or the numbers of documents.
+      documents: whether to read the data sets of the config. Random bins report one refused example per row.
+      spoilt: numbers of the random batches, from 1, whose loss is not finite.
+      spoilt_stage: stage of these batches.
+      skip: numbers of the random batches that are skipped.
+      make_params: makes the initial weights.
+      **seams: other arguments of `loop.train`.
+
+    Returns:
+      The result of `loop.train`.
     """
 
     class Log(metrics.MetricsLog):
@@ -101,7 +112,7 @@ def train(
         def close(self):
             pass
 
-    class Noted:
+    class RecordingFeed:
         def __init__(self, feed):
             self.feed = feed
 
@@ -115,7 +126,7 @@ def train(
 
     class Documents(ExperimentData):
         def batches(self, *arguments):
-            return Noted(super().batches(*arguments))
+            return RecordingFeed(super().batches(*arguments))
 
     class Data:
         def __init__(self, _):

@@ -1,4 +1,4 @@
-"""What one of several processes does in a test; see processes.py."""
+"""Tasks of one of several processes in a test; see processes.py."""
 
 import dataclasses
 import json
@@ -20,21 +20,31 @@ from alignvlm_jax.parallel import distributed
 
 
 def count(host, config=None, fail_at=None):
-    """Adds up over all processes, again and again, as hosts "host0", "host1", ... that are told a config each."""
-    del host
+    """Sums over all processes repeatedly, after a check that the processes have the same config."""
+    del host  # Used by `main`.
     distributed.require_equal({"config": config or {}})
     for step in range(600):
         total = float(distributed.sum_over_processes({"one": 1.0})["one"])
         assert total == jax.process_count()
         print("counted", step, flush=True)
         if step == fail_at:
-            raise UserError("the picture of page-7 is not one")
+            raise UserError("the image of page-7 cannot be decoded")
         time.sleep(0.05)
 
 
 def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_fails_at=None):
-    """Trains the tiny model, on random bins or on a config's documents; "WORKDIR.N.I.json" is what process I of N heard
-    of each step, and made. From a step on, this process may write no file of more than 20 kB."""
+    """Trains the tiny model on random bins, or on the documents of a config.
+
+    Process I of N writes the losses it logged and the examples it made to WORKDIR.N.I.json.
+
+    Args:
+      workdir: folder of the run.
+      mesh: sizes of the mesh, for random bins.
+      config: config as a dict, for documents.
+      stop_at: step at which this process sends itself SIGTERM.
+      save_every: number of steps between checkpoints.
+      disk_fails_at: step from which this process cannot write files of more than 20 kB.
+    """
     from alignvlm_jax.config.serialization import config_from_dict
     from tests.parallel import tiny
 
@@ -50,8 +60,8 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_f
     try:
         experiment = tiny.config(mesh) if config is None else config_from_dict(config)
         if save_every is not None:
-            often = dataclasses.replace(experiment.checkpoint, every_steps=save_every)
-            experiment = dataclasses.replace(experiment, checkpoint=often)
+            checkpoint = dataclasses.replace(experiment.checkpoint, every_steps=save_every)
+            experiment = dataclasses.replace(experiment, checkpoint=checkpoint)
         result = tiny.train(
             workdir, experiment, losses=losses, made=made, documents=config is not None, on_step=on_step
         )
@@ -67,7 +77,7 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_f
 
 
 def steps(workdir, journal, steps):
-    """Trains the run of `tests/training/test_kill.py`."""
+    """Runs the training of `tests/training/test_kill.py`."""
     from tests.parallel import tiny
     from tests.training import test_kill
 
@@ -75,7 +85,7 @@ def steps(workdir, journal, steps):
 
 
 def cost(workdir, mesh, note, stop_at):
-    """Trains a model of 300 MB up to a step, and notes the most memory it had by then and the bytes it has read."""
+    """Trains a model of 300 MB up to a step, and writes its peak memory and the bytes it read to `note`."""
     from alignvlm_jax.config.experiment import BackbonesConfig
     from alignvlm_jax.training.initial import initial_parameters
     from tests.parallel import tiny
@@ -83,35 +93,35 @@ def cost(workdir, mesh, note, stop_at):
     language = dataclasses.replace(tiny.MODEL.language, vocab_size=2**17, hidden_size=576, num_heads=8, num_kv_heads=8)
     model = dataclasses.replace(tiny.MODEL, language=language)
     experiment = dataclasses.replace(tiny.config(mesh, model=model), backbones=BackbonesConfig("random", "random"))
-    found = {}
+    costs = {}
 
-    def read_so_far():
+    def bytes_read():
         return int(re.search(r"rchar: (\d+)", pathlib.Path("/proc/self/io").read_text())[1])
 
-    def look(when):
+    def measure(when):
         peak = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-        found[when] = {"peak": 1024 * int(peak[1]), "read": read_so_far() - before}
-        pathlib.Path(note).write_text(json.dumps(found))
+        costs[when] = {"peak": 1024 * int(peak[1]), "read": bytes_read() - before}
+        pathlib.Path(note).write_text(json.dumps(costs))
 
     def on_step(step):
         if step == stop_at:
-            look("after a step")
+            measure("after a step")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = read_so_far()
+    before = bytes_read()
     tiny.train(
         workdir,
         experiment,
         losses={},
         made=[],
         make_params=initial_parameters,
-        on_stage_start=lambda *_: look("before a step"),
+        on_stage_start=lambda *_: measure("before a step"),
         on_step=on_step,
     )
 
 
 def read(config, workdir, note, stop_at=None):
-    """Trains as a config says until it is stopped, and notes the rows of batches that were made here."""
+    """Trains with a config until it is stopped, and writes the batch rows that this process made to `note`."""
     from alignvlm_jax.config.serialization import config_from_dict
     from tests.training import watched
 
@@ -126,7 +136,7 @@ def read(config, workdir, note, stop_at=None):
 
 
 def evaluate(checkpoint, data, limit, predictions):
-    """`alignvlm eval`, on whatever mesh it chooses for several processes."""
+    """Runs `alignvlm eval` on the mesh that it chooses for several processes."""
     from alignvlm_jax.evaluation import runner
 
     options = dict(split="validation", limit=limit, batch_size=6)
@@ -135,7 +145,7 @@ def evaluate(checkpoint, data, limit, predictions):
 
 
 def benchmarks(checkpoint, name, data, limit, batch_size, predictions):
-    """`alignvlm eval --benchmark`, likewise."""
+    """Runs `alignvlm eval --benchmark` on the mesh that it chooses for several processes."""
     from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
 
     options = dict(limit=limit, batch_size=batch_size, predictions_file=predictions)
@@ -153,7 +163,7 @@ def main():
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:  # as `cli.main` has it
+    except KeyboardInterrupt as error:  # As in `cli.main`.
         sys.exit(getattr(error, "exit_code", 130))
 
 
