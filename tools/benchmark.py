@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Measures the library against its bars; figures go to a JSON file, plots to docs/.
+"""Runs the benchmarks of the library. Figures are written to a JSON file, plots to docs/.
 
-tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement against
-                                                      dense JAX and eager PyTorch, and the cost of decoding
-tools/benchmark.py vocab --quick                      the same at small sizes, in seconds: does everything run
-tools/benchmark.py vocab --parts agreement memory     some of it
-tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, no TPU)
-tools/benchmark.py data --json data.json              pictures into tiles, beside transformers' image processors
-tools/benchmark.py packing --json packing.json        how full bins are, beside padding and bucketing
+Usage:
+
+    tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement compared
+                                                          with dense JAX and eager PyTorch, and the cost of decoding
+    tools/benchmark.py vocab --quick                      the same at small sizes, in seconds, as a smoke test
+    tools/benchmark.py vocab --parts agreement memory     some parts only
+    tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, but no TPU)
+    tools/benchmark.py data --json data.json              cutting images into tiles, compared with transformers
+    tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
 """
 
 import argparse
@@ -27,7 +29,7 @@ def main() -> int:
         help_line = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=help_line, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.add_argument("--json", type=Path, help="where to write the figures")
+        command.add_argument("--json", type=Path, help="write the figures to this file")
         module.add_arguments(command)
     args = parser.parse_args()
     figures = COMMANDS[args.command].run(args)
@@ -35,7 +37,7 @@ def main() -> int:
         return 1
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"figures in {args.json}")
+        print(f"wrote the figures to {args.json}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmark tool at small sizes: that it runs, what it writes."""
+"""The benchmark tool at small sizes: it runs and writes its figures."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_figures_and_plot(tmp_path):
     assert "<svg" in (tmp_path / "memory.svg").read_text()
 
 
-def test_pictures_into_tiles(tmp_path):
+def test_images_into_tiles(tmp_path):
     done = benchmark("data", "--quick", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

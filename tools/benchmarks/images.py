@@ -1,15 +1,17 @@
-"""Pictures into tiles: tiles a second and core, beside the image processors of transformers on the same pictures.
+"""Cutting images into tiles: tiles per second and core, compared with the image processors of transformers.
 
-What is compared makes the same number of tiles of each picture, of the same size:
+All contenders cut each image into the same number of tiles of the same size:
 
-    LLaVA-OneVision   384 pixels, its anyres rule; ours by the rule anyres_max_9 are the same tiles, pixel by pixel
-    Idefics3          364 pixels; ours by the rule ovis, or internvl for small pictures, with as many cells
+    LLaVA-OneVision   384 pixels, its anyres rule; our rule anyres_max_9 cuts the same tiles, pixel by pixel
+    Idefics3          364 pixels; our rule ovis, or internvl for small images, with the same number of cells
 
-Theirs convert to RGB, resize, cut, and also scale and normalise to float32, channels first. Ours check the size, turn
-upright, convert to RGB, resize and cut; pixels stay uint8, for the device normalises them. "+ float32" is ours with
-that done on the host as well. Time is the processor's (one thread): once from decoded pictures, all that an image
-processor does, and once from the bytes of the files, where both decode with PIL. The best of several rounds counts,
-picture by picture; what is compared takes turns.
+The image processors convert to RGB, resize, cut, scale and normalize to float32, channels first. Ours check the size,
+turn the image upright, convert to RGB, resize and cut. The pixels stay uint8, because the device normalizes them.
+"ours + float32" also normalizes on the host.
+
+The time is the CPU time of one thread. It is measured from decoded images, which is all that an image processor does,
+and from the bytes of the files, which both decode with PIL. The contenders take turns, and the best of several rounds
+counts for each image.
 """
 
 import argparse
@@ -30,8 +32,8 @@ from alignvlm_jax.data.rgb import to_rgb
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 
 BAR = 2.0
-# name, width, height, format: pages scanned at 150 and 200 dpi, pages and charts drawn by a program, photographs.
-PICTURES = (
+# Name, width, height and format of each image: scanned pages, pages and charts drawn by a program, photographs.
+IMAGES = (
     ("scan, 150 dpi", 1240, 1754, "JPEG"),
     ("scan, 200 dpi", 1654, 2339, "JPEG"),
     ("grey scan, 200 dpi", 1654, 2339, "JPEG"),
@@ -45,23 +47,24 @@ Cut = Callable[[PIL.Image.Image], np.ndarray]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="two small pictures, one round: does everything run")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed; the best counts")
+    """Adds the flags of this benchmark."""
+    parser.add_argument("--quick", action="store_true", help="smoke test: two small images, one round")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds; the best counts (default: 5)")
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """Measures, prints a table for each image processor."""
+    """Measures, and prints a table for each image processor; returns None if transformers is not installed."""
     try:
         import torch
         import transformers
     except ImportError as error:
-        print(f'{error}: the image processors to compare with need torch and transformers: pip install -e ".[torch]"')
+        print(f'{error}: the image processors of transformers are missing: pip install -e ".[torch]"')
         return None
     torch.set_num_threads(1)
     processors, torchvision = _processors()
-    pictures = [draw_picture(*picture, seed=i) for i, picture in enumerate(PICTURES)]
+    images = [draw_image(*image, seed=i) for i, image in enumerate(IMAGES)]
     if args.quick:
-        pictures = pictures[4:6]
+        images = images[4:6]
     figures = {
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -69,20 +72,20 @@ def run(args: argparse.Namespace) -> dict | None:
         "transformers": transformers.__version__,
         "torchvision": torchvision,
         "bar": BAR,
-        "pictures": [f"{name}, {width} x {height} {kind}" for name, width, height, kind in PICTURES],
+        "pictures": [f"{name}, {width} x {height} {kind}" for name, width, height, kind in IMAGES],
     }
     print(f"pillow {PIL.__version__}, transformers {transformers.__version__}, torchvision: {torchvision}")
     for name, (side, backends) in processors.items():
-        figures[name] = _compare(name, side, backends, pictures, rounds=1 if args.quick else args.rounds)
+        figures[name] = _compare(name, side, backends, images, rounds=1 if args.quick else args.rounds)
     return figures
 
 
-def draw_picture(name: str, width: int, height: int, kind: str, *, seed: int) -> bytes:
-    """A file like those that come: print on paper, grained where it was scanned, or a photograph's smooth colours."""
+def draw_image(name: str, width: int, height: int, kind: str, *, seed: int) -> bytes:
+    """Returns a file that resembles real ones: printed text, with grain if scanned, or the smooth colors of a photo."""
     generator = np.random.default_rng(seed)
     if name == "photograph":
-        colours = generator.integers(0, 256, (height // 40, width // 40, 3), np.uint8)
-        image = PIL.Image.fromarray(colours).resize((width, height), PIL.Image.Resampling.BICUBIC)
+        colors = generator.integers(0, 256, (height // 40, width // 40, 3), np.uint8)
+        image = PIL.Image.fromarray(colors).resize((width, height), PIL.Image.Resampling.BICUBIC)
     else:
         image = PIL.Image.new("RGB", (width, height), "white")
         draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(height // 90)
@@ -100,7 +103,7 @@ def draw_picture(name: str, width: int, height: int, kind: str, *, seed: int) ->
 
 
 def _processors() -> tuple[dict[str, tuple[int, dict[str, Cut]]], str]:
-    """For each model its tiles' side and its processors by backend; and torchvision's version or what is wrong."""
+    """Returns tile size and processors by backend for each model, and torchvision's version or why it is missing."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -111,9 +114,9 @@ def _processors() -> tuple[dict[str, tuple[int, dict[str, Cut]]], str]:
         from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
 
         llava["torchvision"], idefics["torchvision"] = LlavaOnevisionImageProcessor(), Idefics3ImageProcessor()
-        found = torchvision.__version__
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another torch
-        found = f"not here ({str(error).splitlines()[0]})"
+        version = torchvision.__version__
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another version of torch.
+        version = f"not available ({str(error).splitlines()[0]})"
 
     def cuts(backends):
         def cut(processor):
@@ -121,10 +124,11 @@ def _processors() -> tuple[dict[str, tuple[int, dict[str, Cut]]], str]:
 
         return {name: cut(processor) for name, processor in backends.items()}
 
-    return {"LLaVA-OneVision": (384, cuts(llava)), "Idefics3": (364, cuts(idefics))}, found
+    return {"LLaVA-OneVision": (384, cuts(llava)), "Idefics3": (364, cuts(idefics))}, version
 
 
 def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes], *, rounds: int) -> dict:
+    """Times all contenders on the tiles of one model; prints a table and returns the figures."""
     decoded = [_open_ours(file) for file in files]
     counts = [len(backends["PIL"](image)) for image in decoded]
     plans = [_config(name, side, image.size, count) for image, count in zip(decoded, counts, strict=True)]
@@ -142,23 +146,24 @@ def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes],
     for _ in tqdm.trange(rounds, desc=name, leave=False):
         for i, config in enumerate(plans):
             for contender, cut in contenders.items():
-                opened = _open_ours if contender.startswith("ours") else _open_theirs
+                open_file = _open_ours if contender.startswith("ours") else _open_theirs
+                # Row 0: from decoded images. Row 1: from files.
                 for row, source in enumerate((decoded[i], files[i])):
                     start = time.process_time()
-                    tiles = cut(opened(source) if row else source, config)
+                    tiles = cut(open_file(source) if row else source, config)
                     best[contender][row, i] = min(best[contender][row, i], time.process_time() - start)
                     assert len(tiles) == counts[i], (contender, len(tiles), counts[i])
     rates = {contender: (sum(counts) / seconds.sum(axis=1)).tolist() for contender, seconds in best.items()}
     fastest = [max(rate[row] for contender, rate in rates.items() if contender[:4] != "ours") for row in range(2)]
     print(f"\n{name}: {sum(counts)} tiles of {side} x {side} ({', '.join(map(str, counts))})")
-    print(f"{'tiles/s and core':<22}{'from pictures':>14}{'from files':>12}")
+    print(f"{'tiles/s and core':<22}{'from images':>14}{'from files':>12}")
     for contender, rate in rates.items():
         print(f"{contender:<22}{rate[0]:>14.0f}{rate[1]:>12.0f}")
     ratios = {c: [rates[c][row] / fastest[row] for row in range(2)] for c in rates if c[:4] == "ours"}
-    for contender, (pictures, whole) in ratios.items():
-        print(f"{contender + ' / theirs':<22}{pictures:>14.1f}{whole:>12.1f}")
+    for contender, (from_images, from_files) in ratios.items():
+        print(f"{contender + ' / theirs':<22}{from_images:>14.1f}{from_files:>12.1f}")
     met = ratios["ours"][0] >= BAR
-    print(f"bar: {BAR:g} times the fastest image processor: {'met' if met else 'missed'}")
+    print(f"target: {BAR:g} times the fastest image processor: {'met' if met else 'missed'}")
     keys = ("from_pictures", "from_files")
     return {
         "tile_size": side,
@@ -179,7 +184,7 @@ def _open_theirs(file: bytes) -> PIL.Image.Image:
 
 
 def _config(name: str, side: int, size: tuple[int, int], count: int) -> TilingConfig:
-    """Settings under which ours are `count` tiles too."""
+    """Returns a config that cuts an image of this size into `count` tiles."""
     if name == "LLaVA-OneVision":
         return TilingConfig("anyres_max_9", side)
     for rule in ("ovis", "internvl"):
@@ -187,4 +192,4 @@ def _config(name: str, side: int, size: tuple[int, int], count: int) -> TilingCo
             config = TilingConfig(rule, side, max_tiles)
             if plan_tiles(*size, config).num_tiles == count:
                 return config
-    raise ValueError(f"no rule makes {count} tiles of {size[0]} x {size[1]}")
+    raise ValueError(f"no rule cuts {count} tiles from {size[0]} x {size[1]}")

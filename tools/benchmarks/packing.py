@@ -1,18 +1,19 @@
-"""How full bins are: packing beside padding (one example a row) and bucketing, on lengths like those of training.
+"""Fill of bins: packing compared with padding (one example per row) and bucketing, on lengths like those of training.
 
-The bins are those of configs/alignvlm_1b.py, the windows those of training (`data/window.py`), the lengths drawn from
-`packing_lengths.json`: for each data set, how many of the pictures make how many tiles, and text tokens by ranges.
+The bins are those of configs/alignvlm_1b.py, and the windows those of training (`data/window.py`). The lengths are
+drawn from `packing_lengths.json`: for each data set, the share of images with each number of tiles, and the share of
+texts in each range of tokens.
 
-Where its shape comes from. The data sets are not at hand: it was not counted, but follows from what is published of
-them. DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch, for which the `ovis`
-rule takes all its nine tiles and the thumbnail but for a few small ones; 3.9 questions a page of 8 words and answers of
-2, mostly one question a record. CC-12M: JPEGs of more than 400 pixels both ways and sides of at most 2.5 to 1 (the data
-set's filters), long sides about log-normal around 800 pixels, cut by the `ovis` rule; captions of 20 words on average
-with a long tail. To both, what the Llama 3 chat template adds.
+These distributions were not counted, because the data sets are not available here. They follow from what is published
+about them. DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch, for which the
+`ovis` rule uses all nine tiles and the thumbnail, except for a few small ones; 3.9 questions per page, of 8 words, with
+answers of 2 words, mostly one question per record. CC-12M: JPEGs of more than 400 pixels in both directions and aspect
+ratios of at most 2.5 to 1 (the filters of the data set), long sides about log-normal around 800 pixels, cut by the
+`ovis` rule; captions of 20 words on average with a long tail. Both include the tokens of the Llama 3 chat template.
 
-Padding gives every example a row that fits the longest there may be: the most tiles of an image and 2,048 of text.
-Bucketing sorts examples into classes of near length and pads a row to the longest of its class; each class is a shape
-of its own, for which the training step is compiled and batches of which it needs to fill.
+Padding gives every example a row that fits the longest possible one: the most tiles of an image and 2,048 text tokens.
+Bucketing sorts examples into classes of similar length and pads each row to the longest of its class. Each class is a
+separate shape, for which the training step must be compiled and a batch filled.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from alignvlm_jax.models.alignvlm import tokens_per_tile
 LENGTHS = Path(__file__).parent / "packing_lengths.json"
 CONFIG = "configs/alignvlm_1b.py"
 BAR_TOKENS, BAR_TILES = 0.95, 0.90
-SHARES = (0.5, 0.2, 0.8)  # of DocVQA; the first is what the bar is for
+SHARES = (0.5, 0.2, 0.8)  # Of DocVQA. The target applies to the first one.
 WINDOWS = (1, 4, 8, 16, 32, 64, 128)
 BUCKETS = 4
 _BINS_QUICK = 100
@@ -41,46 +42,47 @@ _ROWS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bins", type=int, default=1000, help="how many to fill (default: 1000)")
-    parser.add_argument("--quick", action="store_true", help=f"{_BINS_QUICK} bins: does everything run")
+    """Adds the flags of this benchmark."""
+    parser.add_argument("--bins", type=int, default=1000, help="number of bins to fill (default: 1000)")
+    parser.add_argument("--quick", action="store_true", help=f"smoke test: {_BINS_QUICK} bins")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Fills bins in every way, prints a table."""
+    """Fills bins with each method, prints a table, and returns the figures."""
     config = load_config(CONFIG)
     packing, per_tile = config.data.packing, tokens_per_tile(config.model)
     bins = _BINS_QUICK if args.quick else args.bins
     longest = config.data.tiling.max_tiles_per_image, max(stage.max_text_tokens for stage in config.stages)
     figures = {"bins": bins, "packing": dataclasses.asdict(packing), "mixtures": {}}
-    print(f"bins of {packing.tokens_per_bin} tokens and {packing.tiles_per_bin} tiles, {bins} of them\n")
+    print(f"{bins} bins of {packing.tokens_per_bin} tokens and {packing.tiles_per_bin} tiles\n")
     for share in SHARES:
         examples = draw_examples(share, per_tile, seed=0)
-        ways = {
+        methods = {
             f"packing, window {packing.window}": pack(examples, packing, bins),
             f"bucketing, {BUCKETS} shapes": bucket(examples, bins, BUCKETS),
             "padding": pad(examples, bins, longest[0], longest[0] * per_tile + longest[1]),
         }
-        print(f"{share:.0%} DocVQA, {1 - share:.0%} CC-12M     tokens    tiles   examples a row")
-        for name, way in ways.items():
-            print(f"  {name:<26}{way['tokens']:>8.1%} {way['tiles']:>8.1%} {way['examples_per_bin']:>16.2f}")
+        print(f"{share:.0%} DocVQA, {1 - share:.0%} CC-12M     tokens    tiles   examples/row")
+        for name, fill in methods.items():
+            print(f"  {name:<26}{fill['tokens']:>8.1%} {fill['tiles']:>8.1%} {fill['examples_per_bin']:>14.2f}")
         print()
-        figures["mixtures"][f"{share:.0%} docvqa"] = ways
+        figures["mixtures"][f"{share:.0%} docvqa"] = methods
     examples = draw_examples(SHARES[0], per_tile, seed=0)
     figures["windows"] = {}
-    print(f"{'window':<28}  tokens    tiles   us a bin")
+    print(f"{'window':<28}  tokens    tiles   us/bin")
     for window in WINDOWS:
-        way = pack(examples, dataclasses.replace(packing, window=window), bins)
-        print(f"  {window:<26}{way['tokens']:>8.1%} {way['tiles']:>8.1%} {1e6 * way['seconds_per_bin']:>10.0f}")
-        figures["windows"][str(window)] = way
+        fill = pack(examples, dataclasses.replace(packing, window=window), bins)
+        print(f"  {window:<26}{fill['tokens']:>8.1%} {fill['tiles']:>8.1%} {1e6 * fill['seconds_per_bin']:>8.0f}")
+        figures["windows"][str(window)] = fill
     best = next(iter(figures["mixtures"][f"{SHARES[0]:.0%} docvqa"].values()))
     figures["meets_bar"] = best["tokens"] >= BAR_TOKENS and best["tiles"] >= BAR_TILES
     verdict = "met" if figures["meets_bar"] else "MISSED"
-    print(f"\nbar: {BAR_TOKENS:.0%} of tokens and {BAR_TILES:.0%} of tiles: {verdict}")
+    print(f"\ntarget: {BAR_TOKENS:.0%} of tokens and {BAR_TILES:.0%} of tiles: {verdict}")
     return figures
 
 
 def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_000) -> list[MeasuredExample]:
-    """Sizes of examples of a mixture of which `share` is DocVQA."""
+    """Draws the sizes of examples of a mixture with the given share of DocVQA."""
     rng = np.random.default_rng(seed)
     lengths = json.loads(LENGTHS.read_text())
     is_page = rng.random(number) < share
@@ -95,24 +97,24 @@ def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_00
 
 
 def pack(examples: list[MeasuredExample], packing: PackingConfig, bins: int) -> dict[str, float]:
-    """Rows with a window each, as in training."""
+    """Packs examples into bins, with a window for each row, as in training."""
     rows = [(Window(packing, row), iter(examples[row::_ROWS])) for row in range(_ROWS)]
-    filled, started = [], time.perf_counter()
-    for window, coming in itertools.islice(itertools.cycle(rows), bins):
-        window.waiting += itertools.islice(coming, packing.window - len(window.waiting))
+    filled, start_time = [], time.perf_counter()
+    for window, upcoming in itertools.islice(itertools.cycle(rows), bins):
+        window.waiting += itertools.islice(upcoming, packing.window - len(window.waiting))
         filled.append(window.pop_bin())
-    seconds = time.perf_counter() - started
-    shape = [(packing.tokens_per_bin, packing.tiles_per_bin)] * bins
-    return _fill(filled, shape) | {"seconds_per_bin": seconds / bins}
+    seconds = time.perf_counter() - start_time
+    shapes = [(packing.tokens_per_bin, packing.tiles_per_bin)] * bins
+    return _fill(filled, shapes) | {"seconds_per_bin": seconds / bins}
 
 
 def pad(examples: list[MeasuredExample], bins: int, tiles: int, tokens: int) -> dict[str, float]:
-    """One example a row, all rows of one size."""
+    """Pads every example to the same size, one example per row."""
     return _fill([[example] for example in examples[:bins]], [(tokens, tiles)] * bins)
 
 
 def bucket(examples: list[MeasuredExample], bins: int, buckets: int) -> dict[str, float]:
-    """One example a row, rows of a few sizes: of each class of lengths, all have that of its longest."""
+    """Pads every example to the size of the longest one in its class of lengths, one example per row."""
     by_length = sorted(examples[:bins], key=lambda example: example.tokens)
     classes = [part for part in _split(by_length, buckets) if part]
     shapes = [(max(e.tokens for e in part), max(e.tiles for e in part)) for part in classes for _ in part]
@@ -120,11 +122,13 @@ def bucket(examples: list[MeasuredExample], bins: int, buckets: int) -> dict[str
 
 
 def _split(examples: list[MeasuredExample], parts: int) -> Iterator[list[MeasuredExample]]:
+    """Yields contiguous parts of about equal size."""
     for part in range(parts):
         yield examples[part * len(examples) // parts : (part + 1) * len(examples) // parts]
 
 
 def _fill(rows: list[list[MeasuredExample]], shapes: list[tuple[int, int]]) -> dict[str, float]:
+    """Returns the share of the tokens and tiles of all rows that examples fill."""
     tokens, tiles = np.array(shapes).sum(axis=0)
     return {
         "tokens": sum(example.tokens for row in rows for example in row) / int(tokens),

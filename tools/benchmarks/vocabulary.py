@@ -1,9 +1,10 @@
-"""ALIGN over the vocabulary: time, memory and agreement against dense JAX and eager PyTorch.
+"""ALIGN over the vocabulary: time, memory and agreement, compared with dense JAX and eager PyTorch.
 
 Axes: T queries (visual tokens), D width, V vocabulary.
 
-Runs on whatever JAX finds: a CPU in float32, a GPU in bfloat16 (then PyTorch is also compiled). What is timed takes
-turns, and the best of several rounds counts: other work on the machine slows all of them alike, or is left out.
+It runs on the device that JAX finds: a CPU in float32, or a GPU in bfloat16 (with PyTorch compiled as well). The timed
+programs take turns, and the best of several rounds counts, so other work on the machine slows all of them equally or
+not at all.
 """
 
 import argparse
@@ -29,30 +30,31 @@ PARTS = ("agreement", "memory", "time", "decoding", "sweep")
 NAMES = ("value", "q", "keys", "scale", "bias", "values")
 EPS = 1e-5
 
-# (T, D, V): the two sizes of the bars. Small T, D and V for --quick.
+# (T, D, V) of the two sizes that have a target, and small ones for --quick.
 SIZES = ((2048, 1024, 32000), (729, 2048, 128256))
 QUICK_SIZES = ((256, 64, 4000), (48, 128, 4000))
-# (T, D, V) of which the first takes its statistics from the covariance, the second from another pass.
+# (T, D, V). The first size uses the covariance for the statistics, the second one a second pass.
 AGREEMENT_SIZES = ((256, 128, 128256), (96, 512, 128256))
 QUICK_AGREEMENT_SIZES = ((256, 64, 4000), (48, 128, 4000))
 MEMORY_SIZE = (7290, 2048, 128256)
 MEMORY_QUERIES = (128, 729, 2048, 7290, 16384)
-# What decides where either wins: widths of a nano and of a real model, few and many words, few and many queries.
+# Sizes that decide which form is better: widths of a nano and of a real model, few and many words and queries.
 SWEEP = [(t, d, v) for d in (128, 1024) for v in (128, 1024, 8192, 32000) for t in (64, 512, 2048)]
 QUICK_SWEEP = [(64, 128, 128), (64, 128, 1024)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="small sizes, two rounds")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed; the best counts")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--block-size", type=int, help="rows of the vocabulary in a block, instead of the default")
-    parser.add_argument("--plot", type=Path, help="where to draw memory against T (docs/vocabulary_memory.svg)")
-    parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
+    """Adds the flags of this benchmark."""
+    parser.add_argument("--quick", action="store_true", help="smoke test: small sizes, two rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds; the best counts (default: 5)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument("--block-size", type=int, help="rows of the vocabulary in a block (default: by T)")
+    parser.add_argument("--plot", type=Path, help="draw memory against T to this file (docs/vocabulary_memory.svg)")
+    parser.add_argument("--no-torch", action="store_true", help="skip PyTorch")
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures the parts that were asked for and prints them as it goes."""
+    """Runs the requested parts, prints their figures and returns them."""
     device = jax.devices()[0]
     figures = {
         "device": device.device_kind,
@@ -71,11 +73,11 @@ def run(args: argparse.Namespace) -> dict:
     return figures
 
 
-# What is compared.
+# The forms that are compared.
 
 
 def dense(q, keys, scale, bias, values):
-    """The formula as it stands; LayerNorm and softmax in float32 at least."""
+    """Computes the formula directly, with LayerNorm and softmax in at least float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.dot(q, keys.T, preferred_element_type=wide)
     logits -= jnp.mean(logits, axis=-1, keepdims=True)
@@ -84,7 +86,7 @@ def dense(q, keys, scale, bias, values):
 
 
 def dense_rounded(q, keys, scale, bias, values):
-    """The same with logits in the dtype of the inputs: what a bfloat16 program, such as PyTorch's, computes."""
+    """Computes the same with logits in the dtype of the inputs, like a bfloat16 program in PyTorch."""
     logits = (q @ keys.T).astype(jnp.float32)
     logits -= jnp.mean(logits, axis=-1, keepdims=True)
     logits *= jax.lax.rsqrt(jnp.mean(logits**2, axis=-1, keepdims=True) + EPS)
@@ -92,7 +94,7 @@ def dense_rounded(q, keys, scale, bias, values):
 
 
 def with_gradients(attention):
-    """From the five inputs and the result's cotangent to the result and the five gradients."""
+    """Returns a function of the five inputs and the cotangent, with the result (value, *five gradients)."""
 
     def run(q, keys, scale, bias, values, cotangent):
         value, pull_back = jax.vjp(attention, q, keys, scale, bias, values)
@@ -102,7 +104,7 @@ def with_gradients(attention):
 
 
 def make_inputs(size, dtype) -> list[jax.Array]:
-    """Rows of the size of a language model's embeddings, with a mean of their own; and the result's cotangent."""
+    """Returns inputs with the scale and the non-zero mean of a language model's embeddings, and the cotangent."""
     num_queries, width, words = size
     rng = np.random.default_rng(0)
 
@@ -117,12 +119,14 @@ def make_inputs(size, dtype) -> list[jax.Array]:
 
 
 def shapes(size, dtype) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of the inputs and the cotangent."""
     num_queries, width, words = size
-    of_each = [(num_queries, width), (words, width), (words,), (words,), (words, width), (num_queries, width)]
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in of_each]
+    dimensions = [(num_queries, width), (words, width), (words,), (words,), (words, width), (num_queries, width)]
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in dimensions]
 
 
 def working_dtype():
+    """Returns the dtype in which the device computes."""
     return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
 
 
@@ -130,7 +134,7 @@ def working_dtype():
 
 
 def agreement(args) -> dict:
-    """Errors relative to dense float64, norm-wise, of the value and of every gradient."""
+    """Measures the errors of the value and of every gradient, in norm and relative to dense float64."""
     figures = {}
     streamed = functools.partial(vocabulary_attention, eps=EPS, block_size=args.block_size)
     for size in QUICK_AGREEMENT_SIZES if args.quick else AGREEMENT_SIZES:
@@ -139,15 +143,15 @@ def agreement(args) -> dict:
             with jax.enable_x64(True):
                 wide = [np.asarray(array).astype(np.float64) for array in inputs]
                 exact = [np.asarray(leaf) for leaf in jax.jit(with_gradients(dense))(*wide)]
-            found = {"streaming": streamed, "dense": dense if dtype == jnp.float32 else dense_rounded}
-            for name, attention in found.items():
+            forms = {"streaming": streamed, "dense": dense if dtype == jnp.float32 else dense_rounded}
+            for name, attention in forms.items():
                 got = jax.jit(with_gradients(attention))(*inputs)
                 errors = {
-                    of: float(np.linalg.norm(np.asarray(a).astype(np.float64) - b) / np.linalg.norm(b))
-                    for of, a, b in zip(NAMES, got, exact, strict=True)
+                    leaf: float(np.linalg.norm(np.asarray(a).astype(np.float64) - b) / np.linalg.norm(b))
+                    for leaf, a, b in zip(NAMES, got, exact, strict=True)
                 }
                 figures[_key(size, jnp.dtype(dtype).name, name)] = errors
-                text = " ".join(f"{of} {error:.1e}" for of, error in errors.items())
+                text = " ".join(f"{leaf} {error:.1e}" for leaf, error in errors.items())
                 print(f"agreement {_label(size)} {jnp.dtype(dtype).name:<8} {name:<9} {text}")
     return figures
 
@@ -156,7 +160,7 @@ def agreement(args) -> dict:
 
 
 def memory(args) -> dict:
-    """Temporary bytes of forward + backward, by the compiler; nothing is run."""
+    """Reads the temporary bytes of forward + backward from the compiler, without running anything."""
     queries = (64, 256) if args.quick else MEMORY_QUERIES
     width, words = (64, 4000) if args.quick else MEMORY_SIZE[1:]
     figures = {"width": width, "words": words, "queries": list(queries), "gradients": [], "dense": [], "streaming": []}
@@ -167,10 +171,11 @@ def memory(args) -> dict:
             analysis = jax.jit(with_gradients(attention)).lower(*inputs).compile().memory_analysis()
             figures[name].append(analysis.temp_size_in_bytes)
         figures["gradients"].append(analysis.output_size_in_bytes)
-        of_dense, of_streaming = figures["dense"][-1], figures["streaming"][-1]
+        dense_bytes, streaming_bytes = figures["dense"][-1], figures["streaming"][-1]
         print(
             f"memory {_label((num_queries, width, words))} temporary, forward + backward:"
-            f" dense {of_dense / 1e9:.3f} GB, streaming {of_streaming / 1e9:.3f} GB, 1/{of_dense / of_streaming:.1f}"
+            f" dense {dense_bytes / 1e9:.3f} GB, streaming {streaming_bytes / 1e9:.3f} GB,"
+            f" 1/{dense_bytes / streaming_bytes:.1f}"
         )
     if args.plot:
         plot_memory(figures, args.plot)
@@ -178,7 +183,7 @@ def memory(args) -> dict:
 
 
 def plot_memory(figures: dict, path: Path) -> None:
-    """Memory against T, both axes logarithmic."""
+    """Plots memory against T, with logarithmic axes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -198,14 +203,14 @@ def plot_memory(figures: dict, path: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
-    print(f"plot in {path}")
+    print(f"wrote the plot to {path}")
 
 
 # Time.
 
 
 def times(args) -> dict:
-    """Forward, forward with cached statistics, and forward + backward; seconds, best and median."""
+    """Measures best and median seconds of forward, forward with cached statistics, and forward + backward."""
     figures = {}
     for size in QUICK_SIZES if args.quick else SIZES:
         figures[_key(size)] = time_size(size, args)
@@ -213,6 +218,7 @@ def times(args) -> dict:
 
 
 def time_size(size, args) -> dict:
+    """Times all programs of one size and prints their figures."""
     inputs = make_inputs(size, working_dtype())
     streamed = functools.partial(vocabulary_attention, eps=EPS, block_size=args.block_size)
     statistics = jax.jit(vocabulary_statistics)(inputs[1])
@@ -222,33 +228,34 @@ def time_size(size, args) -> dict:
 
     programs = {
         "forward": {
-            "dense": compiled(dense, *inputs[:5]),
-            "streaming": compiled(streamed, *inputs[:5]),
-            "cached": compiled(cached, statistics, *inputs[:5]),
+            "dense": CompiledProgram(dense, *inputs[:5]),
+            "streaming": CompiledProgram(streamed, *inputs[:5]),
+            "cached": CompiledProgram(cached, statistics, *inputs[:5]),
         },
         "both": {
-            "dense": compiled(with_gradients(dense), *inputs),
-            "streaming": compiled(with_gradients(streamed), *inputs),
+            "dense": CompiledProgram(with_gradients(dense), *inputs),
+            "streaming": CompiledProgram(with_gradients(streamed), *inputs),
         },
     }
     peaks = {}
     if not args.no_torch:
-        for what, torch_programs in torch_programs_of(inputs).items():
+        for what, torch_programs in make_torch_programs(inputs).items():
             programs[what] |= torch_programs
     figures = {}
-    for what, of_what in programs.items():
-        figures[what] = take_turns(of_what, 2 if args.quick else args.rounds)
-        for name, program in of_what.items():
+    for what, contenders in programs.items():
+        figures[what] = take_turns(contenders, 2 if args.quick else args.rounds)
+        for name, program in contenders.items():
             peaks[f"{what}/{name}"] = program.temporary_bytes()
             figures[what][name]["temporary_bytes"] = program.temporary_bytes()
         base = figures[what]["dense"]["best"]
-        for name, found in figures[what].items():
-            found["of_dense"] = found["best"] / base
+        for name, result in figures[what].items():
+            result["of_dense"] = result["best"] / base
             print(
-                f"time {_label(size)} {what:<8}{name:<15} {found['best']:8.3f} s  {found['of_dense']:.2f} of dense"
-                f"   temporary {(found['temporary_bytes'] or 0) / 1e9:.3f} GB"
+                f"time {_label(size)} {what:<8}{name:<15} {result['best']:8.3f} s  {result['of_dense']:.2f} of dense"
+                f"   temporary {(result['temporary_bytes'] or 0) / 1e9:.3f} GB"
             )
-    matmul = compiled(lambda q, keys: q @ keys.T, *inputs[:2])
+    # The time of the streaming form is also compared with the rate of a plain matrix product of the same size.
+    matmul = CompiledProgram(lambda q, keys: q @ keys.T, *inputs[:2])
     best = take_turns({"matmul": matmul}, 3)["matmul"]["best"]
     rate = 2 * np.prod(size) / best
     figures["matmul_flops_per_second"] = rate
@@ -259,8 +266,8 @@ def time_size(size, args) -> dict:
     return figures
 
 
-class compiled:
-    """A JAX program with its inputs, ready to be timed."""
+class CompiledProgram:
+    """A compiled JAX program with its inputs, ready to be timed."""
 
     def __init__(self, function, *inputs):
         self._program = jax.jit(function).lower(*inputs).compile()
@@ -270,11 +277,12 @@ class compiled:
         jax.block_until_ready(self._program(*self._inputs))
 
     def temporary_bytes(self) -> int:
+        """Bytes of temporary memory, according to the compiler."""
         return self._program.memory_analysis().temp_size_in_bytes
 
 
-def torch_programs_of(inputs) -> dict:
-    """The dense form in PyTorch, eager and (on a GPU) compiled."""
+def make_torch_programs(inputs) -> dict:
+    """Returns the dense form in PyTorch, eager and (on a GPU) compiled."""
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
@@ -305,7 +313,7 @@ def torch_programs_of(inputs) -> dict:
 
 
 class TorchProgram:
-    """A PyTorch program ready to be timed; its peak memory is what it allocates beyond its inputs."""
+    """A PyTorch program, ready to be timed. Its peak memory is the memory it allocates besides its inputs."""
 
     def __init__(self, function, device: str):
         self._function, self._device, self._peak = function, device, None
@@ -320,7 +328,8 @@ class TorchProgram:
             torch.cuda.synchronize()
             self._peak = torch.cuda.max_memory_allocated() - before
         elif sys.platform == "linux" and self._peak is None:
-            # Once: the kernel's high-water mark of this process, reset before. Results are counted, unlike JAX's.
+            # Measured once: the peak memory of this process, which is reset before. Unlike JAX's figure, it includes
+            # the results.
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
             self._function()
@@ -329,10 +338,12 @@ class TorchProgram:
             self._function()
 
     def temporary_bytes(self) -> int | None:
+        """Peak memory of a run in bytes; None if it was not measured."""
         return self._peak
 
 
 def _status_bytes(field: str) -> int:
+    """Returns a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -340,7 +351,7 @@ def _status_bytes(field: str) -> int:
 
 
 def take_turns(programs: dict, rounds: int) -> dict:
-    """Runs each once to warm up, then all in turn, `rounds` times."""
+    """Runs each program once to warm up, then all in turn, `rounds` times; returns best and median seconds."""
     seconds = {name: [] for name in programs}
     for program in programs.values():
         program()
@@ -349,16 +360,16 @@ def take_turns(programs: dict, rounds: int) -> dict:
             start = time.perf_counter()
             program()
             seconds[name].append(time.perf_counter() - start)
-    return {name: {"best": min(taken), "median": float(np.median(taken))} for name, taken in seconds.items()}
+    return {name: {"best": min(times), "median": float(np.median(times))} for name, times in seconds.items()}
 
 
 # Decoding.
 
 
 def decoding(args) -> dict:
-    """What a page costs in the connector once the weights are frozen: ALIGN (cached, pruned) beside the MLP.
+    """Times the connector for a page with frozen weights: ALIGN (also cached and pruned) and the MLP.
 
-    A page is ten tiles; one is run and its time taken ten times.
+    A page has ten tiles. One tile is run, and its time is multiplied by ten.
     """
     encoder, width, words, kept, features = (32, 64, 4000, 100, 49) if args.quick else (1152, 2048, 128256, 3400, 729)
     tiles_per_page = 10
@@ -369,7 +380,7 @@ def decoding(args) -> dict:
 
     def program(config, variables):
         module = make_connector(config, output_size=width, dtype=dtype)
-        return compiled(lambda *arrays: module.apply(*arrays).tokens, variables, inputs, embedding)
+        return CompiledProgram(lambda *arrays: module.apply(*arrays).tokens, variables, inputs, embedding)
 
     def initial(config):
         module = make_connector(config, output_size=width, dtype=dtype)
@@ -386,38 +397,38 @@ def decoding(args) -> dict:
     }
     figures = take_turns(programs, 2 if args.quick else args.rounds)
     full, mlp = figures["align cached"]["best"], figures["mlp"]["best"]
-    for name, found in figures.items():
-        found["seconds_per_page"] = tiles_per_page * found["best"]
-        found["times_cheaper_than_cached"] = full / found["best"]
+    for name, result in figures.items():
+        result["seconds_per_page"] = tiles_per_page * result["best"]
+        result["times_cheaper_than_cached"] = full / result["best"]
         print(
-            f"decoding {name:<13} {found['seconds_per_page']:8.3f} s a page, {found['best'] / mlp:7.1f} x the MLP's,"
-            f" {full / found['best']:6.1f} x cheaper than ALIGN cached"
+            f"decoding {name:<13} {result['seconds_per_page']:8.3f} s/page, {result['best'] / mlp:7.1f} x the MLP's,"
+            f" {full / result['best']:6.1f} x cheaper than ALIGN cached"
         )
     return figures | {"kept_words": kept, "words": words, "tiles_per_page": tiles_per_page}
 
 
 def _pruned_connector(connector, usage, kept: int, dtype: str):
-    """The config of the connector, and its own variables out of those of the whole model."""
+    """Returns the config and the variables of the connector after pruning its vocabulary."""
     config = AlignVLMConfig(language=LanguageConfig(dtype=dtype))
     config, params = prune_vocabulary(config, {"connector": connector}, usage, kept)
     return config.connector, {"params": params["connector"]}
 
 
-# Where each wins.
+# Which form is better at which size.
 
 
 def sweep(args) -> list[dict]:
-    """Forward + backward of both forms over a range of sizes."""
+    """Measures forward + backward of both forms at many sizes."""
     figures = []
     streamed = functools.partial(vocabulary_attention, eps=EPS, block_size=args.block_size)
     for size in QUICK_SWEEP if args.quick else SWEEP:
         inputs = make_inputs(size, working_dtype())
         programs = {
-            "dense": compiled(with_gradients(dense), *inputs),
-            "streaming": compiled(with_gradients(streamed), *inputs),
+            "dense": CompiledProgram(with_gradients(dense), *inputs),
+            "streaming": CompiledProgram(with_gradients(streamed), *inputs),
         }
-        found = take_turns(programs, 2 if args.quick else args.rounds)
-        seconds = {name: found[name]["best"] for name in programs}
+        results = take_turns(programs, 2 if args.quick else args.rounds)
+        seconds = {name: results[name]["best"] for name in programs}
         temporary = {name: program.temporary_bytes() for name, program in programs.items()}
         figures.append({"size": list(size), "seconds": seconds, "temporary_bytes": temporary})
         print(

@@ -1,16 +1,16 @@
-"""ALIGN over the vocabulary compiled for TPUs, on a machine without one: memory, FLOPs and bytes by the compiler.
+"""ALIGN over the vocabulary compiled for TPUs, on a machine without one: memory, FLOPs and bytes from the compiler.
 
 Axes: T visual tokens on a chip, D width, V vocabulary, K rows of the vocabulary in a block.
 
-    pip install "alignvlm-jax[tpu]"          libtpu is all it takes; elsewhere: pip install --target DIR libtpu,
+    pip install "alignvlm-jax[tpu]"          installs libtpu; elsewhere: pip install --target DIR libtpu
     PYTHONPATH=DIR tools/benchmark.py vocab-tpu
 
 The compiler counts the body of a loop once. So FLOPs and bytes are taken from two programs without a loop, over one
-block of rows and over nearly two: their difference is what a block costs, and V/K blocks are added to what is left.
-Memory is that of the whole program.
+block of rows and over nearly two. Their difference is the cost per row, by which the first one is extended to V rows.
+The memory is that of the complete program.
 
-A program is bound by arithmetic where it does more FLOPs for each byte of memory traffic than the chip can do in the
-time of moving one.
+A program is compute-bound if it performs more FLOPs per byte of memory traffic than the chip can in the time it takes
+to move a byte.
 """
 
 import argparse
@@ -31,13 +31,14 @@ BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a small size and two block sizes")
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--block-sizes", nargs="+", type=int, help="K to compile for")
+    """Adds the flags of this benchmark."""
+    parser.add_argument("--quick", action="store_true", help="smoke test: a small size and two block sizes")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="chips to compile for")
+    parser.add_argument("--block-sizes", nargs="+", type=int, help="values of K to compile for")
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """Compiles forward and forward + backward for each chip and block size; None where libtpu is missing."""
+    """Compiles forward and forward + backward for each chip and block size; returns None if libtpu is missing."""
     size = QUICK_SIZE if args.quick else SIZE
     block_sizes = args.block_sizes or (BLOCK_SIZES[1:3] if args.quick else BLOCK_SIZES)
     figures = {"jax": jax.__version__, "size": dict(zip("TDV", size, strict=True)), "chips": {}}
@@ -56,14 +57,15 @@ def run(args: argparse.Namespace) -> dict | None:
 
 
 def measure(chip: str, device, what: str, size, block_size: int) -> dict:
-    """Figures of one program, printed."""
+    """Compiles one program, prints its figures and returns them."""
     num_queries, width, words = size
     program = functools.partial(compile_for, device, what, num_queries, width, block_size=block_size)
+    # The second block has 128 rows less than the first: two equal blocks would become a loop.
     one, two = (program(rows).cost_analysis() for rows in (block_size, 2 * block_size - 128))
 
-    def total(of: str) -> float:
-        per_row = (two[of] - one[of]) / (block_size - 128)
-        return one[of] + per_row * (words - block_size)
+    def total(key: str) -> float:
+        per_row = (two[key] - one[key]) / (block_size - 128)
+        return one[key] + per_row * (words - block_size)
 
     flops, traffic = total("flops"), total("bytes accessed")
     ratio = CHIPS[chip].peak_flops / CHIPS[chip].hbm_bandwidth
@@ -74,7 +76,7 @@ def measure(chip: str, device, what: str, size, block_size: int) -> dict:
     except jax.errors.JaxRuntimeError as error:
         print(f"{chip} {what:<8} K={block_size:<5} does not fit: {str(error).splitlines()[0][:160]}")
         temporary = resident = None
-    found = {
+    figures = {
         "temporary_bytes": temporary,
         "argument_and_result_bytes": resident,
         "flops": flops,
@@ -85,22 +87,22 @@ def measure(chip: str, device, what: str, size, block_size: int) -> dict:
     }
     if temporary is not None:
         print(
-            f"{chip} {what:<8} K={block_size:<5} temporary {temporary / 1e9:6.3f} GB beside {resident / 1e9:.2f} GB,"
+            f"{chip} {what:<8} K={block_size:<5} temporary {temporary / 1e9:6.3f} GB besides {resident / 1e9:.2f} GB,"
             f" {flops / 1e12:7.1f} TFLOP, {traffic / 1e9:7.1f} GB moved,"
-            f" {flops / traffic:5.0f} FLOP/byte (the chip: {ratio:.0f})"
+            f" {flops / traffic:5.0f} FLOP/byte (chip: {ratio:.0f})"
         )
-    return found
+    return figures
 
 
 def compile_for(device, what: str, num_queries: int, width: int, words: int, *, block_size: int):
-    """bfloat16 queries and result, float32 tables and gradients of them: as in training."""
+    """Compiles for queries and results in bfloat16, and tables and their gradients in float32, as in training."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
-    def shaped(shape, dtype=jnp.float32):
+    def abstract(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    tables = [shaped((words, width)), shaped((words,)), shaped((words,)), shaped((words, width))]
-    queries = shaped((num_queries, width), jnp.bfloat16)
+    tables = [abstract((words, width)), abstract((words,)), abstract((words,)), abstract((words, width))]
+    queries = abstract((num_queries, width), jnp.bfloat16)
     attention = functools.partial(vocabulary_attention, block_size=block_size)
 
     def both(q, keys, scale, bias, values, cotangent):
