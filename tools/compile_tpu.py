@@ -1,15 +1,15 @@
-"""Compiles a config's real steps for TPUs, on a machine without one: does it fit, how is it spread, how fast is it?
+"""Compiles the steps of a config for TPUs, on a machine without one, and reports memory, collectives and speed.
 
     pip install "alignvlm-jax[tpu]"
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --json 8b.json
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
 
-Any key of the config can be set with --config.path.to.key=value. Memory is what the compiler allots, collectives and
-FLOP are what it wrote, loops multiplied out; times are a roofline's: estimates. Every bin is taken to be full of the
-largest pages, and a step to hold as many of them as the stage's global_batch says.
+Any key of the config can be set with --config.path.to.key=value. The memory is what the compiler allocates. Collectives
+and FLOP are counted in the compiled program, with loops multiplied out. Times are estimates from a roofline model. All
+bins are assumed to be full of the largest pages, and a step to have the number of examples in the stage's global_batch.
 
-Exit codes: 0 it fits; 2 a mistake in the arguments; 3 it does not fit; 4 attention fell back to XLA's blocks.
+Exit codes: 0 the program fits; 2 invalid arguments; 3 it does not fit; 4 attention fell back to kernel xla.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-# Before jax: nothing is run, and libtpu must not look for chips.
+# Set before JAX is imported: nothing runs, and libtpu must not search for chips.
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= args.stage <= len(experiment.stages):
             raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
         devices = topology_devices(args.topology, slices=args.slices)
-        print(f"compiling for {len(devices)} devices of {args.topology}: minutes", file=sys.stderr, flush=True)
+        print(
+            f"compiling for {len(devices)} devices of {args.topology}; takes minutes", file=sys.stderr, flush=True
+        )
         if args.decode:
             report = ahead_of_time.compile_decoding(experiment, devices, rows_per_device=args.rows_per_device)
             reports = list(report.values())
@@ -60,39 +62,39 @@ def main(argv: list[str] | None = None) -> int:
     for one in reports:
         print(describe(one))
     if args.json:
-        asked = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
-        asked["effort"] = args.effort
-        Path(args.json).write_text(json.dumps({**asked, **report}, indent=2) + "\n", encoding="utf-8")
+        request = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
+        request["effort"] = args.effort
+        Path(args.json).write_text(json.dumps({**request, **report}, indent=2) + "\n", encoding="utf-8")
     if not all(one["fits"] for one in reports):
         return DOES_NOT_FIT
     return FELL_BACK if any("xla" in one["attention"].values() for one in reports) else 0
 
 
 def describe(report: ahead_of_time.Report) -> str:
-    """The report as a page of text."""
+    """Returns the report as text."""
     capacity, memory = report["capacity_bytes"], report["memory"]
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     lines = [
         f"{report['what']}, on {report['num_chips']} x {report['chip']}, mesh {mesh}"
         f" (compiled in {report['compile_seconds']:.0f} s)",
         "",
-        "memory of a chip" + ("" if report["fits"] else ": DOES NOT FIT"),
+        "memory per chip" + ("" if report["fits"] else ": DOES NOT FIT"),
         *(f"  {name:<14}{size / 1e9:>9.2f} GB" for name, size in memory.items()),
         f"  {'total':<14}{sum(memory.values()) / 1e9:>9.2f} GB of {capacity / 1e9:.2f}",
     ]
     if report["failure"]:
-        lines += ["  the compiler gave up: " + report["failure"].splitlines()[0][:300]]
+        lines += ["  error of the compiler: " + report["failure"].splitlines()[0][:300]]
     if "bins" in report:
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
             "",
-            f"a step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}) of"
+            f"step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}) of"
             f" {report['examples']} full pages: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
             f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}",
-            f"model TFLOP of a step: {report['flops'] / 1e12:,.0f} ({parts})",
+            f"model TFLOP per step: {report['flops'] / 1e12:,.0f} ({parts})",
         ]
-    lines += [f"TFLOP that a chip executes: {report['executed_flops_per_chip'] / 1e12:,.1f}"]
-    lines += ["", "collectives, GB a chip sends"]
+    lines += [f"executed TFLOP per chip: {report['executed_flops_per_chip'] / 1e12:,.1f}"]
+    lines += ["", "collectives, GB sent per chip"]
     for kind, wires in report["collectives"].items():
         lines.append(f"  {kind:<20} ICI {wires['ici'] / 1e9:>9.2f}   DCN {wires['dcn'] / 1e9:>9.2f}")
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in report["attention"].items()) or "as compiled"
@@ -101,8 +103,8 @@ def describe(report: ahead_of_time.Report) -> str:
     lines += [
         f"attention: {kernels}",
         "",
-        f"ESTIMATE (a roofline, nothing was run): {times}",
-        f"  a step takes {estimate['step_seconds_if_all_overlaps']:.2f} s if all of it overlaps,"
+        f"ESTIMATE (roofline model, nothing was run): {times}",
+        f"  a step takes {estimate['step_seconds_if_all_overlaps']:.2f} s if everything overlaps,"
         f" {estimate['step_seconds_if_nothing_overlaps']:.2f} s if nothing does",
     ]
     if "model_flops_utilization" in estimate:
@@ -110,7 +112,10 @@ def describe(report: ahead_of_time.Report) -> str:
     if not report["fits"]:
         lines += ["", "largest buffers"]
         lines += [f"  {b['bytes'] / 1e9:7.2f} GB  {b['shape']:<28} {b['from']}" for b in report["largest_buffers"]]
-        lines += ["what to change, what helps most first", *(f"  - {advice}" for advice in report["advice"])]
+        lines += [
+            "advice, the most effective first",
+            *(f"  - {advice}" for advice in report["advice"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -118,23 +123,31 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment")
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="such as v5e:16x16, v5p:4x4x4, v6e:8x8")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices, data across them")
-    parser.add_argument("--stage", type=int, default=1, metavar="I", help="which stage, from 1 (default: 1)")
-    parser.add_argument("--mesh", metavar="SIZES", help="such as data=1,fsdp=64,tensor=4 (default: the config's)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="config file of the experiment")
     parser.add_argument(
-        "--rows-per-device", type=int, default=1, metavar="N", help="bins a microbatch per data x fsdp (default: 1)"
+        "--topology", required=True, metavar="KIND:SHAPE", help="slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8"
     )
-    parser.add_argument("--decode", action="store_true", help="prefill and one decode step instead of training")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, placed along data")
+    parser.add_argument("--stage", type=int, default=1, metavar="I", help="number of the stage, from 1 (default: 1)")
+    parser.add_argument(
+        "--mesh", metavar="SIZES", help="mesh, such as data=1,fsdp=64,tensor=4 (default: that of the config)"
+    )
+    parser.add_argument(
+        "--rows-per-device",
+        type=int,
+        default=1,
+        metavar="N",
+        help="bins per microbatch on each device of data x fsdp (default: 1)",
+    )
+    parser.add_argument("--decode", action="store_true", help="compile prefill and one decode step instead of training")
     parser.add_argument(
         "--effort",
         type=float,
         default=0.0,
         metavar="X",
-        help="of the compiler: -1 takes a fifth of the time, for a worse schedule (default: 0)",
+        help="effort of the compiler: -1 takes a fifth of the time, for a worse schedule (default: 0)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report here")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]
     if unknown:

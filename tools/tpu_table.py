@@ -1,13 +1,13 @@
-"""The table of docs/tpu.md: which config fits which slice, compiled by tools/compile_tpu.py row by row.
+"""Writes the table of docs/tpu.md: which config fits which slice, compiled row by row by tools/compile_tpu.py.
 
-    make test-tpu                          all rows that are not there yet (minutes each; 4 GB of memory)
+    make test-tpu                          all missing rows (minutes each; 4 GB of memory)
     python tools/tpu_table.py --only 8b    rows whose name contains "8b"
-    python tools/tpu_table.py --redo       all of them again
+    python tools/tpu_table.py --redo       all rows again
     python tools/tpu_table.py --effort -1  in a fifth of the time; such rows are marked with *
-    python tools/tpu_table.py --list       their commands
+    python tools/tpu_table.py --list       print the commands
 
-A finished row is kept as docs/tpu/NAME.json and not compiled again as long as its command and config stay the same, so
-the table can be continued. A row that does not fit is a row, too: one that falls back to slower attention is an error.
+A finished row is stored as docs/tpu/NAME.json, and compiled again only if its command changes. So an interrupted table
+can be continued. A program that does not fit is a valid row. One that falls back to slower attention is an error.
 """
 
 import argparse
@@ -53,10 +53,10 @@ def main() -> int:
         print("\n".join(f"python tools/compile_tpu.py {arguments}" for arguments in chosen.values()))
         return 0
     ROWS_FOLDER.mkdir(parents=True, exist_ok=True)
-    for place, (name, arguments) in enumerate(chosen.items()):
-        if not args.redo and _kept(name) is not None:
+    for index, (name, arguments) in enumerate(chosen.items()):
+        if not args.redo and _read_row(name) is not None:
             continue
-        print(f"[{place + 1}/{len(chosen)}] {name}", flush=True)
+        print(f"[{index + 1}/{len(chosen)}] {name}", flush=True)
         _compile(name, arguments, args.effort)
         _write_page()
     _write_page()
@@ -64,12 +64,13 @@ def main() -> int:
 
 
 def _compile(name: str, arguments: str, effort: float) -> None:
-    """Compiles a row in a process of its own and keeps it."""
+    """Compiles a row in a separate process and stores it."""
     scratch = ROWS_FOLDER / f"{name}.part"
     command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
+    # The row gets its final name only when it is complete.
     code = subprocess.run([*command, "--effort", str(effort), "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
-        raise SystemExit(f"{name}: compile_tpu ended with {code}; nothing was kept of it")
+        raise SystemExit(f"{name}: compile_tpu.py failed with exit code {code}; the row was not stored")
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     row = json.loads(scratch.read_text(encoding="utf-8"))
     row |= {"arguments": arguments, "revision": revision.stdout.strip()}
@@ -78,15 +79,15 @@ def _compile(name: str, arguments: str, effort: float) -> None:
     scratch.rename(ROWS_FOLDER / f"{name}.json")
 
 
-def _kept(name: str) -> dict | None:
-    """A finished row, if it is of the same command."""
+def _read_row(name: str) -> dict | None:
+    """Returns a finished row, or None if there is none or its command has changed."""
     file = ROWS_FOLDER / f"{name}.json"
     row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return row if row.get("arguments") == ROWS[name] else None
 
 
 def _write_page() -> None:
-    """Puts the table of all finished rows into the page, between the marks."""
+    """Replaces the table in the page, between the markers, by one of all finished rows."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
@@ -94,14 +95,14 @@ def _write_page() -> None:
 
 
 def table() -> str:
-    """All finished rows, as Markdown."""
+    """Returns all finished rows as a Markdown table."""
     lines = [
-        "| model, stage | chips | mesh | GB of a chip | fits | bins a step (K x B) | MFU at most | step, s | ICI, GB |"
-        " DCN, GB | attention | compiled in |",
+        "| model, stage | chips | mesh | GB per chip | fits | bins per step (K x B) | MFU at most | step, s | ICI, GB |"
+        " DCN, GB | attention | compile time |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ROWS:
-        row = _kept(name)
+        row = _read_row(name)
         if row is None:
             continue
         estimate, wires = row["estimate"], row["collectives"].values()
@@ -125,10 +126,12 @@ def table() -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="compile finished rows again")
-    parser.add_argument("--effort", type=float, default=0.0, metavar="X", help="of the compiler; see compile_tpu.py")
-    parser.add_argument("--list", action="store_true", help="print the commands")
+    parser.add_argument(
+        "--effort", type=float, default=0.0, metavar="X", help="effort of the compiler; see compile_tpu.py"
+    )
+    parser.add_argument("--list", action="store_true", help="print the commands and exit")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""Real steps compiled for TPUs that are not there, by libtpu; what the tool says, writes and exits with.
+"""tools/compile_tpu.py: its output, report and exit codes for real steps compiled by libtpu, without a TPU.
 
-The compiler is asked for little effort: the programs are the same, their schedules worse, and it takes a fifth of the
-time. `make test-tpu` compiles the full models as they would be run.
+The tests use low compiler effort, which takes a fifth of the time. The programs are the same, with worse schedules.
+`make test-tpu` compiles the full models with normal effort.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from alignvlm_jax.parallel.topology import has_compiler
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is made for Linux on x86 only")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
 
 TWO_LAYERS = (
     "--config.model.language.num_layers=2",
@@ -45,12 +45,12 @@ def test_the_nano_model_trains_on_a_slice(tmp_path):
     assert report["collectives"]["all-reduce"]["ici"] > 0
     assert report["collective_bytes"] == pytest.approx(sum(w["ici"] for w in report["collectives"].values()))
     assert "8 bins (2 x 4) of 8 full pages" in done.stdout and "attention: encoder splash" in done.stdout
-    assert "memory of a chip" in done.stdout and "ESTIMATE" in done.stdout
+    assert "memory per chip" in done.stdout and "ESTIMATE" in done.stdout
 
 
-def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):
+def test_a_model_that_does_not_fit_is_reported_with_advice(tmp_path):
     file = tmp_path / "report.json"
-    words = "--config.model.language.vocab_size=8000000"  # two tables of 4.1 GB, and their optimizer
+    words = "--config.model.language.vocab_size=8000000"  # Two tables of 4.1 GB, and their optimizer state.
     done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", words, "--json", str(file))
     assert done.returncode == 3, done.stderr
     report = json.loads(file.read_text())
@@ -68,8 +68,8 @@ def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
     report = json.loads(file.read_text())
     # 2.05 billion float32 weights of two layers and three tables of words, and twice that for Adam, over four chips.
     assert report["memory"]["optimizer"] == pytest.approx(2 * report["memory"]["parameters"], rel=1e-3)
-    # Per bin 729 visual tokens and 295 of text: the executed products are those the model needs, and what is computed
-    # again: above the formula, and below twice.
+    # Each bin has 729 visual and 295 text tokens. The executed products are those of the model and the recomputed ones:
+    # more than the formula, and less than twice as many.
     assert 1 < report["executed_flops_per_chip"] * 4 / report["flops"] < 2
 
 
@@ -92,7 +92,7 @@ def test_decoding_compiles(tmp_path):
         (("--topology", "v5e:2x2", "--mesh", "data=3"), "does not fit 4 device"),
     ],
 )
-def test_mistakes_are_said_in_a_line(arguments, message):
+def test_invalid_arguments_are_reported_in_one_line(arguments, message):
     done = compile_tpu("--config", "configs/nano.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

@@ -1,1 +1,1 @@
-"""The parts of tools/soak.py."""
+"""Parts of tools/soak.py."""

@@ -1,4 +1,4 @@
-"""What a soak has come to: the figures of all rounds, and how they read in docs/reliability.md."""
+"""Summarizes the rounds of a soak test, as figures and as the list in docs/reliability.md."""
 
 import collections
 import os
@@ -7,68 +7,74 @@ from pathlib import Path
 from typing import Any
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> dict[str, Any]:
-    """Adds up what `runs.play_round` returned."""
-    sittings = [sitting for found in rounds for run in found["runs"].values() for sitting in run["sittings"]]
-    counts = collections.Counter(sitting["event"] for sitting in sittings)
-    killed = [sitting for sitting in sittings if -9 in sitting["codes"]]
-    stopped = [sitting["seconds_to_stop"] for sitting in sittings if sitting["codes"] == [75] * len(sitting["codes"])]
-    differences = [found["runs"]["another"]["largest_loss_difference"] for found in rounds]
+def summarize(rounds: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the figures of all rounds.
+
+    Args:
+      rounds: results of `runs.run_round`.
+      arguments: command-line arguments of the soak test.
+    """
+    sessions = [session for result in rounds for run in result["runs"].values() for session in run["sittings"]]
+    counts = collections.Counter(session["event"] for session in sessions)
+    killed = [session for session in sessions if -9 in session["codes"]]
+    stopped = [session["seconds_to_stop"] for session in sessions if session["codes"] == [75] * len(session["codes"])]
+    differences = [result["runs"]["another"]["largest_loss_difference"] for result in rounds]
     return {
         "command": " ".join(["tools/soak.py", *arguments]),
         "cores": os.cpu_count(),
-        "minutes": round(sum(found["seconds"] for found in rounds) / 60, 1),
+        "minutes": round(sum(result["seconds"] for result in rounds) / 60, 1),
         "rounds": len(rounds),
-        "sittings": len(sittings),
-        "steps_taken": sum(sitting["steps"] for sitting in sittings),
-        "steps_kept": sum(run["steps"] for found in rounds for run in found["runs"].values()),
+        "sittings": len(sessions),
+        "steps_taken": sum(session["steps"] for session in sessions),
+        "steps_kept": sum(run["steps"] for result in rounds for run in result["runs"].values()),
         "kills": len(killed),
-        "kills_while_saving": sum(sitting["while_saving"] for sitting in killed),
+        "kills_while_saving": sum(session["while_saving"] for session in killed),
         "sigterms": counts["sigterm"],
         "sigterms_saved": len(stopped),
         "slowest_seconds_to_stop": max(stopped, default=None),
-        "restores": sum(sitting["from_step"] > 0 for sitting in sittings),
-        "meshes": len({tuple(sitting["mesh"]) for sitting in sittings}),
-        "of_two_processes": sum(sitting["processes"] == 2 for sitting in sittings),
+        "restores": sum(session["from_step"] > 0 for session in sessions),
+        "meshes": len({tuple(session["mesh"]) for session in sessions}),
+        "of_two_processes": sum(session["processes"] == 2 for session in sessions),
         "full_disks": counts["disk"],
-        "saves_that_failed": sum(sitting["saves_failed"] for sitting in sittings),
-        "damaged": sum(bool(sitting["damaged"]) for sitting in sittings),
-        "passed_over": sum(sitting["passed_over"] for sitting in sittings),
-        "refused_examples": sum(found["refused"] for found in rounds),
+        "saves_that_failed": sum(session["saves_failed"] for session in sessions),
+        "damaged": sum(bool(session["damaged"]) for session in sessions),
+        "passed_over": sum(session["passed_over"] for session in sessions),
+        "refused_examples": sum(result["refused"] for result in rounds),
         "largest_loss_difference_on_other_meshes": max(differences, default=None),
-        "surprises": [surprise for found in rounds for surprise in found["surprises"]],
-        "lost": [lost for found in rounds for lost in found["lost"]],
+        "surprises": [surprise for result in rounds for surprise in result["surprises"]],
+        "lost": [lost for result in rounds for lost in result["lost"]],
     }
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as a list."""
+    """Returns the summary as a Markdown list."""
     s = summary
     lost = f"{len(s['lost'])} things were lost" if s["lost"] else "nothing was lost"
-    whole, same = ("", "") if s["lost"] else (", every one from the newest whole step", ", the same ones by all runs")
+    # These two statements are only true if nothing was lost.
+    newest, same = ("", "") if s["lost"] else (", always from the newest complete step", ", the same ones in all runs")
     slowest = s["slowest_seconds_to_stop"]
     lines = [
         f"`{s['command']}` on {s['cores']} cores, {s['minutes']} minutes: {lost}.",
         "",
-        f"- {s['rounds']} rounds of three runs, {s['steps_kept']:,} steps to the end of all runs, {s['steps_taken']:,} "
-        f"taken, in {s['sittings']} sittings on {s['meshes']} meshes ({s['of_two_processes']} of two processes)",
-        f"- {s['kills']} times `kill -9` ({s['kills_while_saving']} while a checkpoint was being written), "
-        f"{s['sigterms']} SIGTERM, of which {s['sigterms_saved']} came in training and were saved within "
+        f"- {s['rounds']} rounds of three runs, {s['steps_kept']:,} steps in the finished runs, {s['steps_taken']:,} "
+        f"steps taken, in {s['sittings']} sessions on {s['meshes']} meshes ({s['of_two_processes']} of two processes)",
+        f"- `kill -9`: {s['kills']} ({s['kills_while_saving']} while a checkpoint was being written); SIGTERM: "
+        f"{s['sigterms']}, of which {s['sigterms_saved']} arrived during training and were saved within "
         f"{'-' if slowest is None else f'{slowest:.1f}'} s",
-        f"- {s['restores']} restores{whole}; {s['damaged']} times that was damaged "
-        f"first, and {s['passed_over']} times a damaged or unfinished step was passed over",
-        f"- {s['full_disks']} times the disk was full, {s['saves_that_failed']} saves failed of it",
+        f"- {s['restores']} restores{newest}; the newest checkpoint was damaged {s['damaged']} times before, and a "
+        f"damaged or unfinished step was skipped {s['passed_over']} times",
+        f"- the disk was full {s['full_disks']} times, which made {s['saves_that_failed']} saves fail",
         f"- {s['refused_examples']} damaged examples were refused{same}",
-        f"- losses on other meshes differ from the clean run's by at most "
-        f"{s['largest_loss_difference_on_other_meshes']:.2g}, relatively",
+        f"- losses on other meshes differ from those of the clean run by a relative difference of at most "
+        f"{s['largest_loss_difference_on_other_meshes']:.2g}",
         *(f"- **lost**: {lost}" for lost in s["lost"]),
-        *(f"- ended by itself, and was started again: {surprise}" for surprise in s["surprises"]),
+        *(f"- ended unexpectedly and was restarted: {surprise}" for surprise in s["surprises"]),
     ]
     return "\n".join(lines) + "\n"
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)

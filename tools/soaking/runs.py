@@ -1,4 +1,4 @@
-"""The runs of a round, what is done to them, and what they are checked for; see tools/soak.py."""
+"""Runs of a round, their failures, and the checks that nothing is lost; see tools/soak.py."""
 
 import contextlib
 import dataclasses
@@ -37,29 +37,33 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.train_step import abstract_state
 
 _PAGES = 400
-_DAMAGED = 12  # of them
+_DAMAGED = 12  # Number of damaged pages among them.
 _DISK_MEGABYTES = 220
 _EVENTS = ("kill", "kill", "kill", "sigterm", "sigterm", "disk")
-_MOST_EVENTS = 6  # of a run: then it is left in peace
-_MOST_SITTINGS = 10  # and has to come to its end
-_LONGEST_SECONDS = 900  # of a sitting: whoever takes longer hangs (for one that never comes, others wait 300)
-_CLOSE = 0.01  # losses on another mesh, relative
+_MAX_EVENTS = 6  # Failures of a run. The sessions after that have none.
+_MAX_SESSIONS = 10  # Sessions in which a run must finish.
+_MAX_SECONDS = 900  # A session that takes longer hangs. (Processes wait 300 s for one that never starts.)
+_CLOSE = 0.01  # Largest relative difference of losses on different meshes.
 _MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))
 
 
 @dataclasses.dataclass
-class Sitting:
-    """What was done to one process, or to several as one, and what came of it.
+class Session:
+    """One invocation of a run: the failure that was caused, and the result.
 
     Attributes:
-      event: "kill", "sigterm", "disk" (full, then a kill); "" for none.
-      from_step: the newest whole step as it began.
-      steps: so many were taken.
+      event: the failure: "kill", "sigterm", "disk" (a full disk, then a kill), or "" for none.
+      mesh: sizes of the mesh.
+      processes: number of processes.
+      damaged: the file of the newest checkpoint that was damaged before the start, and how; "" for none.
+      from_step: the newest complete step at the start.
+      steps: number of steps taken.
       codes: exit codes, one for each process.
+      seconds: duration.
+      seconds_to_stop: time from the failure to the end of all processes.
       while_saving: whether an unfinished checkpoint was left behind.
-      damaged: the file of the newest checkpoint that was spoilt before it began, and how.
-      passed_over: whether it said that it passed a checkpoint over.
-      saves_failed: so many, by what it said.
+      passed_over: whether the log says that a checkpoint was skipped.
+      saves_failed: number of failed saves in the log.
     """
 
     event: str
@@ -77,68 +81,79 @@ class Sitting:
 
 
 def draw_documents(root: Path) -> Path:
-    """A data root with a corpus of which some pictures cannot be decoded."""
+    """Writes a corpus in which some images cannot be decoded, and returns the data root."""
     if store.is_occupied(root / "documents"):
         return root
     build_corpus(root / "sound", seed=0, sizes={"train": _PAGES})
     source, rng = store.open_dataset(root / "sound", "train"), random.Random(0)
-    damaged = {index: rng.choice(("cut", "nonsense")) for index in rng.sample(range(_PAGES), _DAMAGED)}
+    damage = {index: rng.choice(("cut", "nonsense")) for index in rng.sample(range(_PAGES), _DAMAGED)}
 
     def records():
         for index in range(len(source)):
             record = source[index]
-            picture = record["image"]
-            how = damaged.get(index)
-            picture = picture[: len(picture) // 2] if how == "cut" else b"no picture" if how else picture
-            yield record | {"image": io.BytesIO(picture)}
+            image = record["image"]
+            kind = damage.get(index)
+            image = image[: len(image) // 2] if kind == "cut" else b"no picture" if kind else image
+            yield record | {"image": io.BytesIO(image)}
 
     store.write_dataset(root / "documents", FEATURES, {"train": records()})
     return root
 
 
-def play_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[str, Any]:
-    """A clean run and two to which things are done; what was done, and what was lost."""
+def run_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[str, Any]:
+    """Runs a clean run and two runs with failures; returns the failures and what was lost.
+
+    Args:
+      folder: folder of the round.
+      data: data root.
+      steps: steps of each run.
+      rng: source of all random choices.
+    """
     seed, mesh = rng.randrange(2**31), rng.choice(_MESHES)
     config = _config(data, steps, seed)
     clean = Run(folder / "clean", config, folder.parent / "cache")
     clean.folder.mkdir(parents=True)
     tqdm.write(f"{folder.name}: a clean run on mesh {_name(mesh)}")
-    clean.sit(Sitting("", mesh, 1))
+    clean.run_session(Session("", mesh, 1))
     if clean.surprises:
         raise RuntimeError(f"the clean run failed: {clean.surprises}")
-    found = {"mesh": mesh, "seed": seed, "runs": {"clean": clean.report()}, "lost": [], "surprises": []}
-    found["refused"] = len(clean.refused())
+    result = {"mesh": mesh, "seed": seed, "runs": {"clean": clean.report()}, "lost": [], "surprises": []}
+    result["refused"] = len(clean.refused())
     for name in ("same", "another"):
-        with _own_disk(folder / name / "disk") as disk:
+        with _small_disk(folder / name / "disk") as disk:
             run = Run(folder / name, config, folder.parent / "cache", disk=disk, pace=clean)
-            for number in range(_MOST_SITTINGS):
-                event = "" if number >= _MOST_EVENTS else rng.choice(_EVENTS)
+            for number in range(_MAX_SESSIONS):
+                event = "" if number >= _MAX_EVENTS else rng.choice(_EVENTS)
                 if event == "disk" and disk is None:
                     event = "kill"
-                chosen = mesh if name == "same" else rng.choice(_MESHES)
-                two = name == "another" and math.prod(chosen) > 1 and rng.random() < 0.3
-                sitting = Sitting(event, chosen, 2 if two else 1)
+                session_mesh = mesh if name == "same" else rng.choice(_MESHES)
+                has_two_processes = name == "another" and math.prod(session_mesh) > 1 and rng.random() < 0.3
+                session = Session(event, session_mesh, 2 if has_two_processes else 1)
                 if number and rng.random() < 0.3:
-                    run.damage_newest(sitting, rng)
-                run.sit(sitting, rng)
-                tqdm.write(f"{folder.name}: {name}: {_line(sitting)}")
-                if sitting.codes == [0] * len(sitting.codes):
+                    run.damage_newest(session, rng)
+                run.run_session(session, rng)
+                tqdm.write(f"{folder.name}: {name}: {_describe(session)}")
+                if session.codes == [0] * len(session.codes):
                     break
             run.compare(clean, same_mesh=name == "same")
-            found["runs"][name] = run.report()
-            found["lost"] += [f"{folder.name}, {name}: {lost}" for lost in run.lost]
-            found["surprises"] += [f"{folder.name}, {name}: {surprise}" for surprise in run.surprises]
-            if run.lost and disk:
+            result["runs"][name] = run.report()
+            result["lost"] += [f"{folder.name}, {name}: {lost}" for lost in run.lost]
+            result["surprises"] += [f"{folder.name}, {name}: {surprise}" for surprise in run.surprises]
+            if run.lost and disk:  # The small disk is unmounted after the run: keep the evidence.
                 shutil.copytree(disk / "run", folder / name / "run")
-    return found
+    return result
 
 
 class Run:
-    """A run in a folder of its own: its sittings, one after the other.
+    """A run in its own folder, and its sessions in order.
 
     Attributes:
-      lost: what must not happen.
-      surprises: sittings that ended by themselves, which another one makes good.
+      folder: folder of journal, configs and outputs.
+      workdir: folder of the run itself, on the small disk if there is one.
+      sessions: the sessions so far.
+      lost: descriptions of what was lost, which must not happen.
+      surprises: descriptions of sessions that ended unexpectedly, which the next session must repair.
+      difference: largest relative difference of a loss from the clean run.
     """
 
     def __init__(
@@ -151,93 +166,96 @@ class Run:
     ):
         self.folder, self._config, self._cache, self._disk = folder, config, cache, disk
         self.workdir = (disk or folder) / "run"
-        self.sittings: list[Sitting] = []
+        self.sessions: list[Session] = []
         self.lost: list[str] = []
         self.surprises: list[str] = []
         self.difference = 0.0
-        self._pace, self._began = pace, 0.0
+        self._pace, self._start_time = pace, 0.0
 
     def report(self) -> dict[str, Any]:
+        """Returns the figures of the run for the report."""
         steps = max(self._journal(), default=0)
-        sittings = [dataclasses.asdict(sitting) for sitting in self.sittings]
-        return {"steps": steps, "largest_loss_difference": self.difference, "sittings": sittings}
+        sessions = [dataclasses.asdict(session) for session in self.sessions]
+        return {"steps": steps, "largest_loss_difference": self.difference, "sittings": sessions}
 
-    def damage_newest(self, sitting: Sitting, rng: random.Random) -> None:
-        """Spoils one file of the newest checkpoint, if there is another to fall back to."""
+    def damage_newest(self, session: Session, rng: random.Random) -> None:
+        """Damages one file of the newest checkpoint, if there is another one to fall back to."""
         undamaged = self._undamaged()
         if len(undamaged) < 2:
             return
         step = self._checkpoints / str(undamaged[-1])
         path = rng.choice(sorted(path for path in step.rglob("*") if path.is_file() and path.stat().st_size))
-        content, how = path.read_bytes(), rng.choice(("flipped", "cut", "deleted"))
-        place = rng.randrange(len(content))
-        if how == "flipped":
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        elif how == "cut":
-            path.write_bytes(content[:place])
+        content, kind = path.read_bytes(), rng.choice(("flipped", "cut", "deleted"))
+        position = rng.randrange(len(content))
+        if kind == "flipped":
+            path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        elif kind == "cut":
+            path.write_bytes(content[:position])
         else:
             path.unlink()
-        sitting.damaged = f"{path.relative_to(self._checkpoints)} {how}"
+        session.damaged = f"{path.relative_to(self._checkpoints)} {kind}"
 
-    def sit(self, sitting: Sitting, rng: random.Random | None = None) -> None:
-        """Starts the run, or starts it again, and does to it what is to be done."""
-        number = len(self.sittings)
-        self.sittings.append(sitting)
-        sitting.from_step = max(self._undamaged(), default=0)
-        began = time.monotonic()
-        self._began = self._began or began
-        processes = self._start(number, sitting)
+    def run_session(self, session: Session, rng: random.Random | None = None) -> None:
+        """Starts or restarts the run, causes the failure of the session, and checks the result."""
+        number = len(self.sessions)
+        self.sessions.append(session)
+        session.from_step = max(self._undamaged(), default=0)
+        start_time = time.monotonic()
+        self._start_time = self._start_time or start_time
+        processes = self._start(number, session)
         try:
-            if sitting.event:
-                self._strike(sitting, processes, rng)
-            sitting.codes = [process.wait(_LONGEST_SECONDS) for process in processes]
+            if session.event:
+                self._cause_failure(session, processes, rng)
+            session.codes = [process.wait(_MAX_SECONDS) for process in processes]
         except subprocess.TimeoutExpired:
-            self.lost.append(f"sitting {number} hangs")
-            sitting.codes = [-1] * len(processes)
+            self.lost.append(f"session {number} hangs")
+            session.codes = [-1] * len(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        sitting.seconds = round(time.monotonic() - began, 1)
-        self._look(number, sitting)
+        session.seconds = round(time.monotonic() - start_time, 1)
+        self._check(number, session)
 
     def compare(self, clean: "Run", same_mesh: bool) -> None:
-        """Notes what is not as it was in the clean run."""
+        """Records every difference from the clean run in `lost`."""
         mine, theirs = self._journal(), clean._journal()
         for step, notes in theirs.items():
-            expected, found = notes[0], mine.get(step, {}).values()
-            # Of two processes one may have been killed before it noted its rows.
-            if any(not _is_part(note, expected) for note in found):
+            expected, actual = notes[0], mine.get(step, {}).values()
+            # A note may be incomplete: one of two processes may have been killed before it wrote its rows.
+            if any(not _is_part(note, expected) for note in actual):
                 self.lost.append(f"step {step} had another batch")
-            if not any(_is_part(expected, note) for note in found):
+            if not any(_is_part(expected, note) for note in actual):
                 self.lost.append(f"step {step} was not taken")
-        before = dict(clean._losses())
-        differences = [abs(loss - before[step]) / before[step] for step, loss in self._losses()]
+        clean_losses = dict(clean._losses())
+        differences = [abs(loss - clean_losses[step]) / clean_losses[step] for step, loss in self._losses()]
         self.difference = max(differences)
         if self.difference > (0 if same_mesh else _CLOSE):
             self.lost.append(f"losses differ by {self.difference:.3g}")
-        if same_mesh and not self._ends_as(clean):
-            self.lost.append("weights, optimizer or places in the data differ in the end")
+        if same_mesh and not self._has_same_end(clean):
+            self.lost.append("weights, optimizer or positions in the data differ at the end")
 
     def refused(self) -> set[str]:
-        """The examples that were refused."""
-        notes = (note for of_step in self._journal().values() for note in of_step.values())
+        """Returns the examples that were refused."""
+        notes = (note for session_notes in self._journal().values() for note in session_notes.values())
         return {name for note in notes for name in note["refused"]}
 
-    def seconds_to_begin(self) -> float:
-        """How long the first sitting took to its first step."""
-        return self._times()[0] - self._began
+    def seconds_to_first_step(self) -> float:
+        """Time from the start of the first session to its first step."""
+        return self._times()[0] - self._start_time
 
-    def seconds_of_step(self) -> float:
-        """Of the first sitting, as a rule."""
+    def seconds_per_step(self) -> float:
+        """Median duration of a step in the first session."""
         return statistics.median(after - before for before, after in itertools.pairwise(self._times()))
 
     def _times(self) -> list[float]:
+        """Returns the times at which the first session finished its steps."""
         return [notes[0]["time"] for _, notes in sorted(self._journal().items()) if 0 in notes]
 
     def _undamaged(self) -> list[int]:
-        whole = complete_steps(self._checkpoints)
-        return [step for step in whole if not integrity.damage(self._checkpoints / str(step))]
+        """Returns the complete checkpoints whose files are not damaged, in order."""
+        steps = complete_steps(self._checkpoints)
+        return [step for step in steps if not integrity.damage(self._checkpoints / str(step))]
 
     @property
     def _journal_file(self) -> Path:
@@ -250,92 +268,96 @@ class Run:
     def _checkpoints(self) -> Path:
         return self.workdir / CHECKPOINTS_FOLDER
 
-    def _start(self, number: int, sitting: Sitting) -> list[subprocess.Popen]:
-        config = dataclasses.replace(self._config, mesh=MeshConfig(*sitting.mesh))
+    def _start(self, number: int, session: Session) -> list[subprocess.Popen]:
+        """Starts the processes of a session."""
+        config = dataclasses.replace(self._config, mesh=MeshConfig(*session.mesh))
         file = self.folder / f"config{number}.json"
         file.write_text(config_to_json(config), encoding="utf-8")
         arguments = dict(config=str(file), workdir=str(self.workdir), journal=str(self._journal_file), sitting=number)
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(math.prod(sitting.mesh) // sitting.processes),
+            "JAX_NUM_CPU_DEVICES": str(math.prod(session.mesh) // session.processes),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache.absolute()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "NPROC": "64",  # threads of XLA's: devices that wait for each other block some
+            "NPROC": "64",  # Threads of XLA. Devices that wait for each other block some of them.
             "PYTHONUNBUFFERED": "1",
         }
         port, processes = _free_port(), []
-        for process in range(sitting.processes):
-            if sitting.processes > 1:
-                arguments["joins"] = [f"localhost:{port}", sitting.processes, process]
-            command = [sys.executable, str(Path(__file__).with_name("sitting.py")), json.dumps(arguments)]
+        for process in range(session.processes):
+            if session.processes > 1:
+                arguments["distributed"] = [f"localhost:{port}", session.processes, process]
+            command = [sys.executable, str(Path(__file__).with_name("session.py")), json.dumps(arguments)]
             with self._output(number, process).open("w") as out:
                 processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
         return processes
 
-    def _strike(self, sitting: Sitting, processes: list[subprocess.Popen], rng: random.Random) -> None:
-        """Waits for a random moment, seldom before the first step, and strikes."""
-        number = len(self.sittings) - 1
+    def _cause_failure(self, session: Session, processes: list[subprocess.Popen], rng: random.Random) -> None:
+        """Waits for a random moment, rarely before the first step, and causes the failure."""
+        number = len(self.sessions) - 1
         if rng.random() < 0.15:
-            _wait(rng.uniform(0, self._pace.seconds_to_begin()), processes)
+            _wait(rng.uniform(0, self._pace.seconds_to_first_step()), processes)
         else:
             self._wait_for(number, "step [0-9]+ ", processes)
-            _wait(rng.uniform(0, 12 * self._pace.seconds_of_step()), processes)
-        if sitting.event == "disk":
+            _wait(rng.uniform(0, 12 * self._pace.seconds_per_step()), processes)
+        if session.event == "disk":
             filler = _fill(self._disk)
-            self._wait_for(number, "could not be saved", processes, seconds=30 * self._pace.seconds_of_step())
+            self._wait_for(number, "could not be saved", processes, seconds=30 * self._pace.seconds_per_step())
             filler.unlink()
-            _wait(rng.uniform(0, 12 * self._pace.seconds_of_step()), processes)
-        asked = time.monotonic()
-        if sitting.event == "sigterm":
+            _wait(rng.uniform(0, 12 * self._pace.seconds_per_step()), processes)
+        failure_time = time.monotonic()
+        if session.event == "sigterm":
+            # One of two processes may get the signal alone. Both must stop.
             for process in processes if rng.random() < 0.5 else processes[:1]:
                 process.send_signal(signal.SIGTERM)
         else:
             rng.choice(processes).kill()
         for process in processes:
-            process.wait(_LONGEST_SECONDS)
-        sitting.seconds_to_stop = round(time.monotonic() - asked, 2)
+            process.wait(_MAX_SECONDS)
+        session.seconds_to_stop = round(time.monotonic() - failure_time, 2)
 
-    def _look(self, number: int, sitting: Sitting) -> None:
-        """Notes what came of a sitting, and what should not have."""
-        outputs = [self._output(number, process) for process in range(sitting.processes)]
+    def _check(self, number: int, session: Session) -> None:
+        """Records the result of a session, and what was lost or unexpected."""
+        outputs = [self._output(number, process) for process in range(session.processes)]
         text = "".join(output.read_text(errors="replace") for output in outputs)
-        sitting.passed_over = "is skipped: " in text
-        sitting.saves_failed = len(re.findall("warning: step [0-9]+ could not be saved", text))
-        whole = {str(step) for step in complete_steps(self._checkpoints)}
-        sitting.while_saving = any(path.name not in whole for path in self._checkpoints.glob("*"))
+        session.passed_over = "is skipped: " in text
+        session.saves_failed = len(re.findall("warning: step [0-9]+ could not be saved", text))
+        complete = {str(step) for step in complete_steps(self._checkpoints)}
+        session.while_saving = any(path.name not in complete for path in self._checkpoints.glob("*"))
         taken = [step for step, notes in sorted(self._journal().items()) if number in notes]
-        sitting.steps = len(taken)
-        if taken and taken[0] != sitting.from_step + 1:
-            self.lost.append(f"sitting {number} went on from step {taken[0] - 1}, not {sitting.from_step}")
+        session.steps = len(taken)
+        if taken and taken[0] != session.from_step + 1:
+            self.lost.append(f"session {number} resumed from step {taken[0] - 1}, not {session.from_step}")
         in_training = "memory of each device" in text
-        fine = {
-            "": _all_ended(sitting, 0),
-            "kill": -signal.SIGKILL in sitting.codes or _all_ended(sitting, 0),
-            "disk": -signal.SIGKILL in sitting.codes or _all_ended(sitting, 0, 2, 4),
-            "sigterm": _all_ended(sitting, 75, 0) or not in_training,
-        }[sitting.event]
-        if not fine:
+        # A kill or a signal may arrive after the end of the run, or before training can save anything.
+        has_expected_codes = {
+            "": _all_ended(session, 0),
+            "kill": -signal.SIGKILL in session.codes or _all_ended(session, 0),
+            "disk": -signal.SIGKILL in session.codes or _all_ended(session, 0, 2, 4),
+            "sigterm": _all_ended(session, 75, 0) or not in_training,
+        }[session.event]
+        if not has_expected_codes:
             last = next((line.strip() for line in reversed(outputs[0].read_text().splitlines()) if line.strip()), "")
-            self.surprises.append(f"sitting {number} ({sitting.event}) ended with {sitting.codes}: {last[-300:]}")
-        if sitting.damaged and in_training and not sitting.passed_over:
-            self.lost.append(f"sitting {number} did not see that {sitting.damaged}")
+            self.surprises.append(f"session {number} ({session.event}) ended with {session.codes}: {last[-300:]}")
+        if session.damaged and in_training and not session.passed_over:
+            self.lost.append(f"session {number} did not notice the damaged file: {session.damaged}")
 
     def _wait_for(self, number: int, pattern: str, processes: list[subprocess.Popen], seconds: float = 600) -> None:
-        """Until the first process has said it, or any is gone, or so many seconds have passed."""
+        """Waits until the first process has printed the pattern, any process has ended, or `seconds` have passed."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self._output(number, 0).read_text(errors="replace")):
             if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
                 return
             time.sleep(0.05)
 
-    def _ends_as(self, other: "Run") -> bool:
-        """Whether both ended in the same weights, optimizer and places in the data."""
+    def _has_same_end(self, other: "Run") -> bool:
+        """Returns whether both runs ended with the same weights, optimizer and positions in the data."""
         states = [run._final_state() for run in (self, other)]
         same = jax.tree.map(np.array_equal, *(state for state, _ in states))
         return all(jax.tree.leaves(same)) and states[0][1] == states[1][1]
 
     def _final_state(self) -> tuple[Any, Any]:
+        """Returns the training state and the positions in the data at the end of the run."""
         mesh = make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
         with Checkpointer(self.workdir, self._config) as checkpointer:
             progress = checkpointer.latest()
@@ -344,43 +366,43 @@ class Run:
             return jax.device_get(state), checkpointer.data_state(progress)
 
     def _journal(self) -> dict[int, dict[int, dict[str, Any]]]:
-        """Of each step, what each sitting that took it noted: by step, then by sitting, all processes together."""
+        """Returns the notes of the journal by step and session, with the rows of all processes merged."""
         text = self._journal_file.read_text(encoding="utf-8") if self._journal_file.is_file() else ""
-        found: dict[int, dict[int, dict[str, Any]]] = {}
+        journal: dict[int, dict[int, dict[str, Any]]] = {}
         for line in map(json.loads, text.splitlines()):
-            notes = found.setdefault(line["step"], {})
+            notes = journal.setdefault(line["step"], {})
             note = notes.setdefault(line["sitting"], {"rows": {}, "refused": set(), "time": line["time"]})
             note["rows"] |= line["rows"]
             note["refused"] |= set(line["refused"])
-        return found
+        return journal
 
     def _losses(self) -> list[tuple[int, float]]:
-        """Step and loss, as every sitting said them."""
-        texts = [self._output(number, 0).read_text(errors="replace") for number in range(len(self.sittings))]
-        found = [re.findall(r"^step (\d+) \w+ \| loss ([\d.]+)", text, re.MULTILINE) for text in texts]
-        return [(int(step), float(loss)) for of_sitting in found for step, loss in of_sitting]
+        """Returns step and loss of every line that the sessions logged."""
+        texts = [self._output(number, 0).read_text(errors="replace") for number in range(len(self.sessions))]
+        matches = [re.findall(r"^step (\d+) \w+ \| loss ([\d.]+)", text, re.MULTILINE) for text in texts]
+        return [(int(step), float(loss)) for session_matches in matches for step, loss in session_matches]
 
 
-def _is_part(note: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    return note["rows"].items() <= whole["rows"].items() and note["refused"] <= whole["refused"]
+def _is_part(note: Mapping[str, Any], complete: Mapping[str, Any]) -> bool:
+    return note["rows"].items() <= complete["rows"].items() and note["refused"] <= complete["refused"]
 
 
-def _all_ended(sitting: Sitting, *codes: int) -> bool:
-    return all(code in codes for code in sitting.codes)
+def _all_ended(session: Session, *codes: int) -> bool:
+    return all(code in codes for code in session.codes)
 
 
 def _config(data: Path, steps: int, seed: int) -> ExperimentConfig:
-    """A short run of the nano model: two stages of two kinds, saved every third step.
+    """Returns the config of a short run of the nano model: two different stages, saved every third step.
 
-    Its rates are a tenth of the demo's. At the full ones a last bit, which is another on every mesh, now and then grows
-    to a quarter of the loss within 20 steps of AdamW, and losses could not be held against each other.
+    The learning rates are a tenth of the demo's. At the full rates, the rounding of the last bit, which differs between
+    meshes, sometimes grows to a quarter of the loss within 20 steps of AdamW, and losses could not be compared.
     """
     config = load_config("configs/nano.py")
-    first, _, last = (_slowed(stage) for stage in config.stages)
+    first, _, last = (_with_lower_rates(stage) for stage in config.stages)
     adamw = dataclasses.replace(first.optimizer, name="adamw")
     first = dataclasses.replace(first, steps=steps - steps // 3, warmup_steps=4, global_batch=4, optimizer=adamw)
     last = dataclasses.replace(last, steps=steps // 3, warmup_steps=4, global_batch=4)
-    packing = dataclasses.replace(config.data.packing, tokens_per_bin=288, tiles_per_bin=2)  # a page a bin
+    packing = dataclasses.replace(config.data.packing, tokens_per_bin=288, tiles_per_bin=2)  # One page per bin.
     return dataclasses.replace(
         config,
         seed=seed,
@@ -391,14 +413,14 @@ def _config(data: Path, steps: int, seed: int) -> ExperimentConfig:
     )
 
 
-def _slowed(stage: StageConfig) -> StageConfig:
+def _with_lower_rates(stage: StageConfig) -> StageConfig:
     rates = {part: rate / 10 for part, rate in vars(stage.learning_rates).items()}
     return dataclasses.replace(stage, learning_rates=type(stage.learning_rates)(**rates))
 
 
 @contextlib.contextmanager
-def _own_disk(folder: Path) -> Iterator[Path | None]:
-    """A small file system mounted there; None where that is not allowed."""
+def _small_disk(folder: Path) -> Iterator[Path | None]:
+    """Mounts a small file system at a folder; yields None if that is not allowed."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MEGABYTES}m", "none", str(folder)]
     try:
@@ -413,7 +435,7 @@ def _own_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def _fill(disk: Path) -> Path:
-    """Writes a file until no byte is left."""
+    """Writes a file until the disk is full."""
     path = disk / "filler"
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
@@ -422,7 +444,7 @@ def _fill(disk: Path) -> Path:
 
 
 def _wait(seconds: float, processes: Sequence[subprocess.Popen]) -> None:
-    """So long, or until one of them is gone."""
+    """Waits for `seconds`, or until one of the processes has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         time.sleep(0.02)
@@ -437,9 +459,9 @@ def _name(mesh: Sequence[int]) -> str:
     return "x".join(map(str, mesh))
 
 
-def _line(sitting: Sitting) -> str:
-    damaged = f", {sitting.damaged}" if sitting.damaged else ""
+def _describe(session: Session) -> str:
+    damaged = f", {session.damaged}" if session.damaged else ""
     return (
-        f"from step {sitting.from_step}{damaged} on mesh {_name(sitting.mesh)} of {sitting.processes}: {sitting.steps} "
-        f"steps in {sitting.seconds} s; {sitting.event or 'left in peace'}, ended with {sitting.codes}"
+        f"from step {session.from_step}{damaged} on mesh {_name(session.mesh)} with {session.processes} process(es): "
+        f"{session.steps} steps in {session.seconds} s; {session.event or 'no failure'}, exit codes {session.codes}"
     )

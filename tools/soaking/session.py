@@ -1,9 +1,10 @@
-"""One sitting of a run, as a process: `alignvlm train` with a note of every batch that was trained on.
+"""Process of one session of a run: like `alignvlm train`, with a journal of the batches it trained on.
 
-    python sitting.py '{"config": "config.json", "workdir": "run", "journal": "journal.jsonl", "sitting": 3}'
+    python session.py '{"config": "config.json", "workdir": "run", "journal": "journal.jsonl", "sitting": 3}'
 
-The journal gets a line a step: {"sitting": 3, "step": 12, "rows": {"0": hash of row 0, ...}, "refused": [ids]}. Several
-processes of a sitting note the rows that each made, in the same file.
+The journal gets a line per step: {"sitting": 3, "step": 12, "rows": {"0": hash of row 0, ...}, "refused": [ids]}, where
+"sitting" is the number of the session. If a session has several processes, each writes the rows that it made to the
+same file.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ from alignvlm_jax.training import loop
 from alignvlm_jax.training.experiment_data import ExperimentData
 
 
-class _Noted:
-    """A `BatchIterator` that remembers the batch it gave last."""
+class _RecordingFeed:
+    """A `BatchIterator` that keeps the hashes and refusals of the last batch."""
 
     def __init__(self, feed, rows):
         self._feed, self._rows = feed, rows
@@ -30,8 +31,8 @@ class _Noted:
 
     def __next__(self):
         batch = next(self._feed)
-        for place, row in enumerate(self._rows):
-            content = b"".join(batch[name][:, place].tobytes() for name in sorted(batch))
+        for index, row in enumerate(self._rows):
+            content = b"".join(batch[name][:, index].tobytes() for name in sorted(batch))
             self.hashes[str(row)] = hashlib.sha256(content).hexdigest()[:16]
         return batch
 
@@ -46,12 +47,12 @@ class _Noted:
 
 def main() -> int:
     arguments = json.loads(sys.argv[1])
-    feeds: list[_Noted] = []
+    feeds: list[_RecordingFeed] = []
     journal = os.open(arguments["journal"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     class Data(ExperimentData):
         def batches(self, stage_index, stage, plan, state, rows):
-            feeds.append(_Noted(super().batches(stage_index, stage, plan, state, rows), rows))
+            feeds.append(_RecordingFeed(super().batches(stage_index, stage, plan, state, rows), rows))
             return feeds[-1]
 
     def on_step(step):
@@ -62,11 +63,11 @@ def main() -> int:
             "rows": feeds[-1].hashes,
             "refused": feeds[-1].refusals,
         }
-        os.write(journal, json.dumps(note).encode() + b"\n")  # in one piece, whatever comes
+        os.write(journal, json.dumps(note).encode() + b"\n")  # A single write, which a kill cannot split.
 
     config = config_from_dict(read_config_json(Path(arguments["config"])))
     try:
-        with distributed.initialized(*arguments.get("joins", ())):
+        with distributed.initialized(*arguments.get("distributed", ())):
             loop.train(config, arguments["workdir"], open_data=Data, on_step=on_step)
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)
