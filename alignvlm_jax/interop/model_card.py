@@ -11,6 +11,7 @@ from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import PARTS, tokens_per_tile
+from alignvlm_jax.models.connectors import connector_named
 
 _USAGE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
