@@ -113,6 +113,7 @@ def packed_attention(
     def mask(queries: slice, keys: slice) -> Bool[Array, "B l k"] | None:
         allowed = None
         if segment_ids is not None:
+            # [B, l, k]: query and key are in the same segment. Padding (0) attends to padding.
             allowed = segment_ids[:, queries, None] == segment_ids[:, None, keys]
         if causal:
             is_earlier = jnp.arange(length)[queries, None] >= jnp.arange(length)[None, keys]
@@ -151,8 +152,10 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
+    # Axes that do not divide their size are dropped: every device then computes all of these rows or heads.
     rows, heads = keep(mesh_axes.rows, query.shape[0]), keep(mesh_axes.heads, query.shape[2])
     if segment_ids is None:
+        # The kernels always take segments, which also mask the padding they add.
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     attend = functools.partial(attend, causal=causal)
     if not rows and not heads:
@@ -208,12 +211,15 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
         mixed = jnp.einsum("bgmk,bgkh->bgmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (mixed / total).astype(values.dtype).reshape(batch, groups, repeats, size, width)
 
+    # Long rows get larger blocks instead of more blocks.
     blocks = []
     block_size = max(_QUERY_BLOCK, -(-length // _MAX_BLOCKS))
     for start in range(0, length, block_size):
         queries = slice(start, min(start + block_size, length))
+        # The keys after a causal block are masked for all its queries: leave them out of the products.
         keys = slice(0, queries.stop if causal else key.shape[3])
         block = attend(query[:, :, :, queries], key[..., keys], value[:, :, keys], mask(queries, keys))
         blocks.append(block)
+    # Back to [B, L, H, h].
     out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, width)

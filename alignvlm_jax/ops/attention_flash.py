@@ -47,6 +47,7 @@ def attend(
     length, num_heads, width = query.shape[1:]
     padding = -length % _BLOCK
 
+    # Repeats the key-value heads to H heads, and pads the length to full blocks.
     def prepare(heads):
         heads = jnp.repeat(heads, num_heads // heads.shape[2], axis=2)
         return jnp.pad(heads, ((0, 0), (0, padding), (0, 0), (0, 0)))

@@ -55,8 +55,10 @@ def attend(
     def prepare(heads):
         return jnp.pad(heads, ((0, 0), (0, padded - length), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
+    # Padding positions are a segment of their own, which no real position attends to.
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded - length)), constant_values=_NO_SEGMENT)
     kernel = _make_kernel(num_heads, padded, block, causal, interpret)
+    # The kernel does not scale the scores.
     attended = jax.vmap(kernel)(
         prepare(query * width**-0.5), prepare(key), prepare(value), splash.SegmentIds(segment_ids, segment_ids)
     )

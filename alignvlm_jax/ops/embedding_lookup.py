@@ -41,6 +41,7 @@ def embedding_lookup(
     axes = streaming.resolve(mesh_axes, num_queries=ids.shape[0], num_rows=table.shape[0], widths=table.shape[1:])
     if axes == streaming.VocabularyMesh(axes.queries):  # The table is not split.
         return jnp.take(table, ids, axis=0).astype(dtype)
+    # Without a split width nothing is gathered, and one block with all rows is enough.
     return _lookup(_Options(axes, dtype, block_size if axes.widths else table.shape[0]), table, ids)
 
 
@@ -94,6 +95,7 @@ def _lookup_backward(options, residuals, cotangent):
             block = jnp.zeros((size, table.width)).at[index].add(cotangent, mode="drop")
             return table.update_gradient(dtable, start, block)
 
+        # Summed in float32, whatever the dtype of the table.
         dtable = jnp.zeros(part.shape)
         dtable = streaming.stream(step, dtable, num_rows=table.num_rows, block_size=options.block_size)
         return streaming.all_reduce(dtable, axes.queries_only).astype(part.dtype)

@@ -98,6 +98,7 @@ def _forward(
             def score(chunk, carry):
                 running, target_logits = chunks.slice(carry, chunk)
                 logits, is_target = chunks.logits(chunk, block, _first_row(head) + start)
+                # Exactly one block of one device contains the target, so this sum is its logit.
                 target_logits += jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
                 return chunks.update(carry, chunk, (running.update(logits)[0], target_logits))
 
@@ -150,6 +151,7 @@ def _loss_backward(options, residuals, cotangent):
                 dhidden, dblock = carry
                 softmax, weights, dlog_z = chunks.slice(scalars, chunk)
                 logits, is_target = chunks.logits(chunk, block, _first_row(head) + start)
+                # Recompute the probabilities, and round the gradient of the logits once, to the dtype of the products.
                 dlogits = softmax.probabilities(logits) * dlog_z[:, None]
                 dlogits = (dlogits - jnp.where(is_target, weights[:, None], 0.0)).astype(hidden.dtype)
                 drows = chunks.slice(dhidden, chunk) + streaming.dot(dlogits, block)
@@ -199,6 +201,7 @@ class _Chunks:
         self._block_size = options.block_size or streaming.default_block_size(self.size)
         # A stable sort of False (has a weight) before True.
         self._order = jnp.argsort(weights == 0, stable=True)
+        # Rounded up to full chunks.
         self.count = (jnp.sum(weights != 0) + self.size - 1) // self.size
         self.hidden, self.targets, self.weights = map(self._in_chunk_order, (hidden, targets, weights))
 

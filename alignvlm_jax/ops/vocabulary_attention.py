@@ -103,6 +103,7 @@ def vocabulary_attention(
             mesh_axes, num_queries=num_queries, num_rows=keys.shape[0], widths=(keys.shape[1], values.shape[1])
         ),
     )
+    # A single query [D] becomes a batch of one.
     queries = q if q.ndim > 1 else q[None]
     mixed, summary = _attend(options, _Inputs(queries, keys, scale, bias, values), statistics)
     if q.ndim == 1:
@@ -350,6 +351,7 @@ def _local_forward(
             new["tilted_mixed"] = decay * (sums["tilted_mixed"] + shift * sums["mixed"]) + streaming.dot(tilted, block)
             new["tilted_total"] = decay * (sums["tilted_total"] + shift * previous.total[:, None]) + _row_sum(tilted)
         if options.entropy:
+            # The entropy is log(total) - sum_v p_tv (s_tv - m).
             new["distance"] = decay * (sums["distance"] + shift * previous.total[:, None])
             new["distance"] += _row_sum(weights * distance)
         if options.top_k:
@@ -376,6 +378,7 @@ def _local_forward(
         if name in sums:
             sums[name] += shift * weight
     softmax, merged = local.merge(maximum, sums, {}, axis_names)
+    # Divide by the normalizer: sums of exp(s - m) x become expectations of x under P.
     means = {name: total / softmax.total[:, None] for name, total in merged.items()}
     if rounds_weights:
         means["mixed"] = merged["mixed"] / merged["rounded_total"]
@@ -416,6 +419,7 @@ def _backward(
         gradients = _local_backward(options, _local_inputs(inputs, axes), residuals, flat_cotangent, frozen=frozen)
         return gradients.replace(q=gradients.q.reshape(inputs.q.shape))
 
+    # All residuals are split like the queries, except for the mean row.
     residuals_spec = jax.tree.map(lambda _: query_spec, residuals)
     residuals_spec = residuals_spec.replace(moments=residuals_spec.moments.replace(mean_row=jax.P()))
     specs = _input_specs(axes)

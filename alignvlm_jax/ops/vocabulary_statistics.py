@@ -92,6 +92,7 @@ def covariance_is_cheaper(num_queries: int, width: int, num_width_shards: int = 
 
 def mean_row(keys: streaming.Table, dtype: DTypeLike) -> Float[Array, " D"]:
     """Returns w̄ over the rows of all devices, in float32."""
+    # Rounded to the dtype of the logits first: this must be the mean of the rows that the logits are products of.
     total = jnp.sum(keys.part.astype(dtype), axis=0, dtype=jnp.float32)
     total = streaming.all_reduce(total, keys.axes.vocabulary) / keys.num_global_rows
     return streaming.all_gather(total, keys.axes.widths, axis=0)
@@ -141,6 +142,7 @@ def centered_covariance(
     stops = [*starts[1:], width]
     row_shard, num_real = keys.to_row_shards(dtype)
 
+    # Panel i is the product of its own columns with all columns from its first one on.
     def step(start, size, sums):
         rows = centered_rows(row_shard, num_real, mean, start, size, dtype)
         return [

@@ -64,6 +64,7 @@ def stream(step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, nu
     """
     full, ragged = divmod(num_rows, block_size)
     if full == 1:
+        # A loop of one iteration would only hide the static start from the compiler.
         carry = step(0, block_size, carry)
     elif full:
         carry = jax.lax.fori_loop(0, full, lambda i, carry: step(i * block_size, block_size, carry), carry)
@@ -112,6 +113,7 @@ class RunningSoftmax:
         Returns:
           The new state, exp(score - m) of the block, and the factor by which sums of earlier blocks must be multiplied.
         """
+        # Everything is relative to the largest score so far, so exp cannot overflow.
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[:, None])
         decay = jnp.exp(self.maximum - maximum)
@@ -163,6 +165,7 @@ def all_reduce_columns(
     """Applies `all_reduce` to arrays with the same number of rows, in a single collective."""
     if not axis_names:
         return partial
+    # One collective for the concatenated columns, instead of one for each array.
     stops = np.cumsum([array.shape[1] for array in partial.values()])
     total = jax.lax.psum(jnp.concatenate(list(partial.values()), axis=1), axis_names)
     return dict(zip(partial, jnp.split(total, stops[:-1], axis=1), strict=True))
@@ -213,6 +216,7 @@ def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int, width
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
+    # Widths may only be split over axes that split the queries: their devices exchange blocks of the tables.
     queries, width_axes = keep(mesh_axes.queries, num_queries), keep(mesh_axes.widths, math.gcd(*widths))
     return VocabularyMesh(
         queries, keep(mesh_axes.vocabulary, num_rows), width_axes if set(width_axes) <= set(queries) else ()
@@ -299,6 +303,7 @@ class Table:
         rows_per_device = -(-self.num_rows // self.num_width_shards)
         padding = rows_per_device * self.num_width_shards - self.num_rows
         rows = jnp.pad(self.part.astype(dtype), ((0, padding), (0, 0)))
+        # From all rows of D/f columns to 1/f of the rows with D columns.
         rows = jax.lax.all_to_all(rows, self.axes.widths, split_axis=0, concat_axis=1, tiled=True)
         num_before = rows_per_device * jax.lax.axis_index(self.axes.widths)
         return Table(rows), jnp.clip(self.num_rows - num_before, 0, rows_per_device)
@@ -322,5 +327,6 @@ class Table:
     ) -> Float[Array, "V/t D/f"]:
         """Stores the gradient of a block in `gradient`, summed over the devices that share its columns."""
         if self.axes.widths:
+            # A reduce-scatter: each device gets the sum over all queries, for its columns only.
             block = jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True)
         return update_block(gradient, start, block)

@@ -298,13 +298,16 @@ def _sum_rows(tree: Any) -> Any:
 
 def _start_watch() -> Watch:
     """Starts the mutual watch of all processes; all must call it."""
+    # `os._exit` from a thread: the main thread may be stuck in a collective.
     watch = Watch(on_lost=lambda: os._exit(EXIT_CODE))
+    # Every process sends its own address and token. Those of process 0 are used.
     here = {"host": socket.gethostname(), "addresses": _addresses(), "port": watch.port, "token": secrets.token_hex(16)}
     hosts = gather_json(here)
     first = hosts[0]
     watch.start(
         process=jax.process_index(),
         hosts=[host["host"] for host in hosts],
+        # On the same machine, the loopback interface works even without a network.
         addresses=first["addresses"] if first["host"] != here["host"] else ["localhost", *first["addresses"]],
         port=first["port"],
         token=first["token"],
@@ -324,6 +327,7 @@ def _exit_at_once(watch: Watch, text: str, code: int) -> None:
     watch.report_failure(text, wait_seconds=_FAILURE_SECONDS if is_primary() else 0)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Not `sys.exit`: JAX's exit handler would wait for the other processes.
     os._exit(code)
 
 
@@ -362,5 +366,6 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
     """
     if not (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu"):
         return False
+    # TPUs are PCI devices of Google.
     vendors = (Path(file) for file in glob.glob("/sys/bus/pci/devices/*/vendor"))
     return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)

@@ -81,6 +81,7 @@ class Program:
         current = None
         # The metadata of a Pallas kernel contain line breaks. They are joined, so that an instruction is one line.
         for line in text.replace('\n"', ' "').replace("\n}}", "}}").splitlines():
+            # "%name (parameters) -> type {" or "ENTRY %name ... {" starts a computation, and "}" ends it.
             if line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY")):
                 name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
                 current = self.computations.setdefault(name, {})
@@ -147,6 +148,7 @@ class Program:
         known = re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return float(known.group(1))
+        # XLA's annotation is missing: find the counter's start and the bound in the text.
         comparison = self._loop_condition(loop.attribute("condition"))
         if comparison is not None:
             counter, bound = comparison
@@ -166,6 +168,7 @@ class Program:
         """
         body, root = self.computations[name], self.roots[name]
 
+        # Skips operations that only copy or convert a value.
         def follow(name):
             instruction = body.get(name)
             while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
@@ -225,10 +228,12 @@ def _parse(line: str) -> Instruction:
     # The shape of a tuple is in parentheses and contains spaces.
     end = _closing_parenthesis(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
+    # "opcode(operands), attributes"
     opcode, rest = rest.split("(", 1)
     end = _closing_parenthesis("(" + rest) - 1
     inside, attributes = rest[:end], rest[end + 1 :]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    # The value of a constant and the number of a parameter are in the parentheses.
     if opcode in ("constant", "parameter"):
         attributes = inside
     return Instruction(name, parse_shapes(shape), opcode, operands, attributes, is_root)

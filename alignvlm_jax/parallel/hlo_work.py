@@ -25,6 +25,7 @@ def flops(program: Program) -> dict[str, float]:
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
         for instruction in body.values():
+            # XLA writes matrix products as dots or convolutions, inside and outside of fusions.
             if instruction.opcode in ("dot", "convolution"):
                 operands = [body[operand].shapes[0][1] for operand in instruction.operands[:2]]
                 total[instruction.op_name] += times * _product_flops(instruction, *operands)
@@ -50,6 +51,7 @@ def bytes_moved(program: Program) -> float:
     An operand that is only sliced counts with the bytes of the slice, a result that is updated in place with the bytes
     of the update.
     """
+    # Computations of fusions: their instructions do not run on their own.
     fused = {
         callee
         for body in program.computations.values()
@@ -85,6 +87,7 @@ def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]
 def _moved(program: Program, body: dict[str, Instruction], instruction: Instruction) -> float:
     """Bytes that one run of an instruction reads and writes."""
     inner = program.computations.get(instruction.attribute("calls") or "", {})
+    # A slice is read and written. An update is read and written into a buffer that is reused.
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * instruction.size
     if instruction.opcode == "dynamic-update-slice":
@@ -116,6 +119,7 @@ def _module_path(op_name: str) -> str:
 def _product_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
     """Floating-point operations of a dot or convolution with operands of these shapes."""
     out = instruction.shapes[0][1]
+    # Every element of the result sums over the contracted axes of the left operand.
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
         return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
@@ -173,6 +177,7 @@ def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, 
     count = 0
     for place in range(size):
         for position in range(out):
+            # A dilated input has real values only at multiples of `spread`.
             index = position * stride + place * dilate - low
             count += 0 <= index <= (source - 1) * spread and index % spread == 0
     return count
@@ -181,6 +186,7 @@ def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, 
 def _splash_flops(instruction: Instruction) -> float:
     """Floating-point operations of one run of a splash-attention kernel."""
     kind = re.search(r"splash_\w+?_(fwd|dkv|dq)", instruction.name).group(1)
+    # The result with the most axes and elements is [..., heads, length, width]. Others are statistics of the softmax.
     shape = max((shape for _, shape in instruction.shapes), key=lambda shape: (len(shape), math.prod(shape)))
     *rows, heads, length, width = shape
     if kind == "dkv":

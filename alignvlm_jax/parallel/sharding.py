@@ -101,6 +101,7 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
       UserError: if the mesh does not divide the rows evenly.
     """
     _check_divides(mesh, rows)
+    # Devices along `tensor` hold the same rows, hence the set.
     indices = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).addressable_devices_indices_map((rows,))
     return tuple(sorted({row for (piece,) in indices.values() for row in range(rows)[piece]}))
 
@@ -108,6 +109,7 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 def is_first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
     """Returns for each of the `local_rows` whether no process with a lower index holds it, to count each row once."""
     _check_divides(mesh, rows)
+    # The lowest process that holds each row.
     holder = np.full(rows, jax.process_count())
     for device, (piece,) in NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).devices_indices_map((rows,)).items():
         holder[piece] = np.minimum(holder[piece], device.process_index)
@@ -163,6 +165,7 @@ def _drop_uneven_axes(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> Na
         names = (axes,) if isinstance(axes, str) else axes or ()
         return axes if size % math.prod(sharding.mesh.shape[name] for name in names) == 0 else None
 
+    # A spec may be shorter than the shape. The remaining axes are not split.
     spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) - len(sharding.spec))
     return NamedSharding(
         sharding.mesh, PartitionSpec(*(keep(axes, size) for axes, size in zip(spec, leaf.shape, strict=True)))
