@@ -4,14 +4,14 @@ import os
 import pathlib
 import subprocess
 
+import jupytext
+import nbclient
+
 TUTORIALS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "tutorials"
 
 
 def execute(source: pathlib.Path, folder: pathlib.Path):
     """Returns the notebook with its outputs, executed with `folder` as its working directory."""
-    import jupytext
-    import nbclient
-
     notebook = jupytext.read(source)
     client = nbclient.NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
