@@ -219,13 +219,13 @@ class _Source:
         """
         boxed = jax.eval_shape(lambda: random_parameters(self.model, jax.random.key(0)))
         expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
-        found = self.reader.shapes
-        problems = [f"{path} is missing" for path in expected if path not in found]
-        problems += [f"{path} is not part of this model" for path in found if path not in expected]
+        actual = self.reader.shapes
+        problems = [f"{path} is missing" for path in expected if path not in actual]
+        problems += [f"{path} is not part of this model" for path in actual if path not in expected]
         problems += [
-            f"{path} has shape {list(found[path])}, the config says {list(shape)}"
+            f"{path} has shape {list(actual[path])}, the config says {list(shape)}"
             for path, shape in expected.items()
-            if found.get(path, shape) != shape
+            if actual.get(path, shape) != shape
         ]
         if problems:
             raise UserError(f"{checkpoint}: the weights do not fit its config: " + "; ".join(problems))

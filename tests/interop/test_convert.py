@@ -43,7 +43,7 @@ PARAMS = {
 }
 
 
-def files_of(folder, tensors=None, dtype=np.float32):
+def open_files(folder, tensors=None, dtype=np.float32):
     tensors = {key: np.asarray(value, dtype) for key, value in (tensors or TENSORS).items()}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     return TensorFiles(folder)
@@ -55,12 +55,12 @@ def abstract(dtype=jnp.float32, **changes):
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
-def test_values_and_dtypes(tmp_path, stored, wanted):
-    params = convert.load_params(files_of(tmp_path, dtype=stored), ROWS, abstract(wanted), source=tmp_path)
-    expected = jax.tree.map(lambda leaf: leaf.astype(stored).astype(wanted), PARAMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_and_dtypes(tmp_path, stored, dtype):
+    params = convert.load_params(open_files(tmp_path, dtype=stored), ROWS, abstract(dtype), source=tmp_path)
+    expected = jax.tree.map(lambda leaf: leaf.astype(stored).astype(dtype), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert all(leaf.dtype == wanted and leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
+    assert all(leaf.dtype == dtype and leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
 
 
 def test_shards_have_the_right_sharding_and_values(tmp_path):
@@ -75,7 +75,7 @@ def test_shards_have_the_right_sharding_and_values(tmp_path):
         PARAMS,
         specs,
     )
-    params = convert.load_params(files_of(tmp_path), ROWS, sharded, source=tmp_path)
+    params = convert.load_params(open_files(tmp_path), ROWS, sharded, source=tmp_path)
     for array, expected, spec in zip(
         jax.tree.leaves(params), jax.tree.leaves(PARAMS), jax.tree.leaves(specs), strict=True
     ):
@@ -91,7 +91,7 @@ def test_a_shard_reads_only_its_part(tmp_path):
     original, convert._aligned_empty = convert._aligned_empty, lambda *args: calls.append(args) or original(*args)
     try:
         tree = {"w": jax.ShapeDtypeStruct((200, 4), jnp.float32, sharding=sharding)}
-        files = files_of(tmp_path, {"w": np.ones((4, 200))})
+        files = open_files(tmp_path, {"w": np.ones((4, 200))})
         convert.load_params(files, [Row("w", "w", TRANSPOSED)], tree, source=tmp_path)
     finally:
         convert._aligned_empty = original
@@ -110,7 +110,7 @@ def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
 
     convert._aligned_empty = spy
     try:
-        params = convert.load_params(files_of(tmp_path), ROWS, abstract(), source=tmp_path)
+        params = convert.load_params(open_files(tmp_path), ROWS, abstract(), source=tmp_path)
     finally:
         convert._aligned_empty = original
     assert sorted(addresses) == sorted(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params))
@@ -118,9 +118,9 @@ def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
 
 def test_a_table_grows_by_the_mean_of_its_rows(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))  # The old rows end within the third shard.
-    wanted = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
-    files = files_of(tmp_path)
-    tree = {**abstract(), "table": wanted}
+    table = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
+    files = open_files(tmp_path)
+    tree = {**abstract(), "table": table}
     grown = convert.load_params(files, ROWS, tree, source=tmp_path, grow=("table",))["table"]
     old = TENSORS["table"].astype(np.float32)
     np.testing.assert_array_equal(grown[:10], old)
@@ -136,7 +136,7 @@ def test_a_table_grows_by_the_mean_of_its_rows(tmp_path):
 def test_renamed_and_ignored_keys(tmp_path):
     renamed = {f"model.{key}": tensor for key, tensor in TENSORS.items()} | {"other.head": np.ones(3)}
     params = convert.load_params(
-        files_of(tmp_path, renamed),
+        open_files(tmp_path, renamed),
         ROWS,
         abstract(),
         source=tmp_path,
