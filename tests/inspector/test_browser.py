@@ -184,7 +184,7 @@ def test_spellings_can_be_excluded(desk):
     assert desk.evaluate(value) == pytest.approx(0.918, rel=1e-3)
 
 
-def test_a_word_in_pieces_is_found_as_neighbours_that_spell_it(desk, found):
+def test_a_word_in_pieces_is_found_as_neighbors_that_spell_it(desk, found):
     ids = found.words.ids.reshape(-1, 32)[:, 0]
     patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # across the border of two tiles
     word = "".join(FakeTokenizer().token_text(int(ids[patch])).strip() for patch in patches)
@@ -193,7 +193,7 @@ def test_a_word_in_pieces_is_found_as_neighbours_that_spell_it(desk, found):
     chains = desk.evaluate("inspector.findChains(inspector.state.query.toLowerCase())")
     (chain,) = [chain for chain in chains if chain["patches"] == patches]
     assert chain["score"] == pytest.approx(float(np.exp(np.mean(np.log(shares)))), rel=1e-3)
-    assert "spelled by neighbours" in desk.text_content("#legend-title")
+    assert "spelled by neighbors" in desk.text_content("#legend-title")
 
 
 def test_a_word_that_is_not_on_the_page(desk):

@@ -81,7 +81,7 @@ const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 viewport.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key in STEPS) {
-    const t = neighbour(state.patch, ...STEPS[event.key]);
+    const t = neighbor(state.patch, ...STEPS[event.key]);
     if (t >= 0) {
       show(t);
       reveal(t);
@@ -140,7 +140,7 @@ $("zoom-fit").addEventListener("click", () => zoom(0));
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(dark) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  readColours();
+  readColors();
   draw();
   describe();
 }

@@ -1,4 +1,4 @@
-// Draws the page with its colours and words on one canvas, and the cursor on a second canvas above it. There is no DOM
+// Draws the page with its colors and words on one canvas, and the cursor on a second canvas above it. There is no DOM
 // element per patch: a page may have thousands.
 
 const viewport = $("viewport");
@@ -7,7 +7,7 @@ const cursor = $("cursor").getContext("2d");
 // Size of the viewport, and scale and offset of the page in it.
 const frame = { width: 0, height: 0, scale: 1, left: 0, top: 0 };
 const MAX_ALPHA = 0.7;
-const FULL_COLOUR_AT = 0.2; // A word whose largest P is below this gets less than the full colour.
+const FULL_COLOR_AT = 0.2; // A word whose largest P is below this gets less than the full color.
 
 const isNarrow = () => matchMedia("(max-width: 860px)").matches;
 
@@ -49,7 +49,7 @@ function place() {
 
 /** Returns [x, y, width, height] on the screen of a rectangle of the page. */
 function onScreen([left, top, right, bottom]) {
-  // Edges, not sizes, are rounded to whole pixels: neighbours neither overlap nor leave gaps.
+  // Edges, not sizes, are rounded to whole pixels: neighbors neither overlap nor leave gaps.
   const x = Math.round(frame.left + left * frame.scale);
   const y = Math.round(frame.top + top * frame.scale);
   return [x, y, Math.round(frame.left + right * frame.scale) - x, Math.round(frame.top + bottom * frame.scale) - y];
@@ -71,7 +71,7 @@ function drawPage() {
   base.imageSmoothingQuality = "high";
   base.globalAlpha = 1;
   if (state.view === "words") {
-    base.fillStyle = colours.sheet;
+    base.fillStyle = colors.sheet;
     base.fillRect(x, y, across, down);
     base.globalAlpha = 0.1;
   }
@@ -87,7 +87,7 @@ function drawPage() {
   base.globalAlpha = 1;
 }
 
-/** Returns the colouring of the current view: a value from -1 to 1 for each patch, the colours, and the legend. */
+/** Returns the coloring of the current view: a value from -1 to 1 for each patch, the colors, and the legend. */
 function heat() {
   if (state.view === "doubt") {
     // Logarithmic scale from 1 to the largest number of effective words.
@@ -95,7 +95,7 @@ function heat() {
     for (const t of patchesOf(state.layer)) if (onPage(t)) max = Math.max(max, effective[t]);
     const value = (t) => Math.log(Math.max(effective[t], 1)) / Math.log(max);
     const ticks = ["1", short(Math.sqrt(max)), short(max)];
-    return { value, colour: colours.doubt, title: "Effective number of words per patch", ticks };
+    return { value, color: colors.doubt, title: "Effective number of words per patch", ticks };
   }
   if (state.view === "answer") {
     const map = answerMap();
@@ -104,14 +104,14 @@ function heat() {
     const target = state.map ? `“${marked(currentQuestion().tokens[state.map - 1].text)}”` : "the answer";
     const title = `Contribution of each patch to ${target}, in nats${layerSums(map)}`;
     const ticks = [signed(-max), "0", signed(max)];
-    return { value: (t) => map[t] / max, colour: colours.for, against: colours.against, title, ticks };
+    return { value: (t) => map[t] / max, color: colors.for, against: colors.against, title, ticks };
   }
   const values = state.result.values;
   // A word that is likely nowhere stays pale.
-  let max = FULL_COLOUR_AT;
+  let max = FULL_COLOR_AT;
   for (const t of patchesOf(state.layer)) max = Math.max(max, values[t]);
   const ticks = ["0", percent(max / 4), percent(max)];
-  return { value: (t) => Math.sqrt(values[t] / max), colour: colours.find, title: state.result.title, ticks };
+  return { value: (t) => Math.sqrt(values[t] / max), color: colors.find, title: state.result.title, ticks };
 }
 
 /** Returns the sums of a map over each layer and over the padding as text, or "" if there is only one sum. */
@@ -128,8 +128,8 @@ function layerSums(map) {
   return sums.length < 2 ? "" : `: ${sums.map(([name, sum]) => `${name} ${signed(sum)}`).join(", ")}`;
 }
 
-function drawHeat({ value, colour, against, title, ticks }) {
-  base.fillStyle = `rgb(${colour})`;
+function drawHeat({ value, color, against, title, ticks }) {
+  base.fillStyle = `rgb(${color})`;
   let isNegative = false;
   for (const t of patchesOf(state.layer)) {
     const amount = value(t);
@@ -139,14 +139,14 @@ function drawHeat({ value, colour, against, title, ticks }) {
     // Setting fillStyle is slow, so it is set only when the sign changes.
     if (amount < 0 !== isNegative) {
       isNegative = amount < 0;
-      base.fillStyle = `rgb(${isNegative ? against : colour})`;
+      base.fillStyle = `rgb(${isNegative ? against : color})`;
     }
     base.globalAlpha = Math.min(1, Math.abs(amount)) * MAX_ALPHA;
     base.fillRect(...box);
   }
   base.globalAlpha = 1;
   const left = against ? `rgba(${against}, ${MAX_ALPHA}), rgba(${against}, 0) 50%, ` : "";
-  const right = `rgba(${colour}, 0)${against ? " 50%" : ""}, rgba(${colour}, ${MAX_ALPHA})`;
+  const right = `rgba(${color}, 0)${against ? " 50%" : ""}, rgba(${color}, ${MAX_ALPHA})`;
   legend(title, `linear-gradient(to right, ${left}${right})`, ticks);
 }
 
@@ -164,7 +164,7 @@ function legend(title, gradient, ticks) {
 const MONO_WIDTH = 0.602; // width of a monospaced letter, relative to the font size
 
 function drawWords() {
-  base.fillStyle = colours.ink;
+  base.fillStyle = colors.ink;
   base.textAlign = "center";
   base.textBaseline = "middle";
   const family = getComputedStyle(document.documentElement).getPropertyValue("--mono");
@@ -202,7 +202,7 @@ function drawTiles() {
   const tiles = data.layers[state.layer].tiles;
   if (tiles.length < 2) return;
   base.globalAlpha = 0.4;
-  base.strokeStyle = colours.quiet;
+  base.strokeStyle = colors.quiet;
   base.lineWidth = 1;
   for (const tile of tiles) {
     const [x, y, width, height] = onScreen(data.tiles[tile].box);
@@ -219,7 +219,7 @@ function drawCursor() {
   cursor.strokeStyle = "rgba(255, 255, 255, 0.9)";
   cursor.lineWidth = state.held ? 6 : 4;
   cursor.strokeRect(x, y, width, height);
-  cursor.strokeStyle = `${state.held ? colours.focus : "#111"}`;
+  cursor.strokeStyle = `${state.held ? colors.focus : "#111"}`;
   cursor.lineWidth = state.held ? 3 : 1.5;
   cursor.strokeRect(x, y, width, height);
 }

@@ -51,4 +51,4 @@ setView(maps[0] ? "answer" : "words");
 layOut();
 
 // For tests and for the browser's console.
-window.inspector = { data, state, frame, rectangle, patchAt, neighbour, locate, findChains, answerMap, drawPage };
+window.inspector = { data, state, frame, rectangle, patchAt, neighbor, locate, findChains, answerMap, drawPage };

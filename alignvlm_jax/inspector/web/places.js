@@ -1,4 +1,4 @@
-// The place of each patch on the page, and its neighbours.
+// The place of each patch on the page, and its neighbors.
 
 /** Returns [left, top, right, bottom] of a patch, in pixels of the page. */
 function rectangle(t) {
@@ -37,7 +37,7 @@ function patchAt(x, y) {
 }
 
 /** Returns the next patch in a direction, across tile borders, or -1 at the edge of the page. */
-function neighbour(t, dx, dy) {
+function neighbor(t, dx, dy) {
   const [left, top, right, bottom] = rectangle(t);
   const x = (left + right) / 2;
   const y = (top + bottom) / 2;

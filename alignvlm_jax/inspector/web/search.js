@@ -1,4 +1,4 @@
-// Finds a word on the page: patches that name it, and chains of neighbouring patches that spell it.
+// Finds a word on the page: patches that name it, and chains of neighboring patches that spell it.
 
 const MIN_PIECE = 0.002; // P of a piece of a word, for the patch to take part in a chain
 const MIN_CHAIN = 0.1; // geometric mean of P over the patches of a chain
@@ -25,7 +25,7 @@ function locate(query) {
 }
 
 /**
- * Returns chains of neighbouring patches whose words, read from left to right, spell the letters, best chain first. One
+ * Returns chains of neighboring patches whose words, read from left to right, spell the letters, best chain first. One
  * patch between two others may be skipped. For each first patch only the likeliest chain is returned. The score of a
  * chain is the geometric mean of its patches' P.
  */
@@ -53,8 +53,8 @@ function findChains(letters) {
       if (!letters.startsWith(key, position)) continue;
       let chain = { log, patches: [t] };
       if (position + key.length < letters.length) {
-        const next = neighbour(t, 1, 0);
-        const afterNext = next < 0 ? -1 : neighbour(next, 1, 0);
+        const next = neighbor(t, 1, 0);
+        const afterNext = next < 0 ? -1 : neighbor(next, 1, 0);
         const rests = [next, afterNext]
           .filter((u) => u >= 0).map((u) => best(u, position + key.length)).filter(Boolean);
         if (!rests.length) continue;
@@ -80,7 +80,7 @@ function resultText(query, single, expected, chains) {
   if (single > 0) parts.push(`at most ${percent(single)} in a patch, ${short(expected)} expected on the page`);
   if (chains.length) {
     const times = chains.length === 1 ? "once" : `${chains.length} times`;
-    parts.push(`spelled by neighbours ${times}, at best ${percent(chains[0].score)} per piece`);
+    parts.push(`spelled by neighbors ${times}, at best ${percent(chains[0].score)} per piece`);
   }
   if (!parts.length) {
     parts.push(`not among the ${text.kept} likeliest words of any patch: below ${percent(missingBound())} in each`);

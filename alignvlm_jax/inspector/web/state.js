@@ -13,11 +13,11 @@ const state = {
   result: null, // result of the search
 };
 const pageImage = new Image();
-const colours = {};
+const colors = {};
 
-function readColours() {
+function readColors() {
   const style = getComputedStyle(document.documentElement);
   for (const name of ["ink", "quiet", "line", "sheet", "find", "doubt", "for", "against", "focus"]) {
-    colours[name] = style.getPropertyValue(`--${name}`).trim();
+    colors[name] = style.getPropertyValue(`--${name}`).trim();
   }
 }

@@ -57,7 +57,7 @@ def unusual_images() -> dict[str, bytes]:
         "alpha": (alpha, "PNG", {}),
         "grey alpha": (alpha.convert("LA"), "PNG", {}),
         "palette": (palette, "PNG", {}),
-        "transparent colour": (palette, "PNG", {"transparency": palette.getpixel((0, 0))}),
+        "transparent color": (palette, "PNG", {"transparency": palette.getpixel((0, 0))}),
         "16 bits": (PIL.Image.fromarray(grey.astype(np.uint16) * 257), "PNG", {}),
         "floats": (PIL.Image.fromarray(grey.astype(np.float32) / 255), "TIFF", {}),
         "cmyk": (scene.convert("CMYK"), "JPEG", {}),
