@@ -148,8 +148,8 @@ def storage_error_message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     # tensorstore raises a ValueError that contains the system's message.
-    found = next((text for number in _STORAGE_ERRORS if (text := os.strerror(number)) in str(error)), None)
-    return str(error) if found is None and isinstance(error, OSError) else found
+    message = next((text for number in _STORAGE_ERRORS if (text := os.strerror(number)) in str(error)), None)
+    return str(error) if message is None and isinstance(error, OSError) else message
 
 
 def _make_orbax() -> ocp.AsyncCheckpointer:

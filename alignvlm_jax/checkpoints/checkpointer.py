@@ -118,8 +118,8 @@ class Checkpointer:
             path = self._folder / str(step)
             if step != self._newest:
                 share = (jax.process_index(), jax.process_count())
-                found = distributed.gather_json(integrity.damage(path, share=share))
-                if reason := next(filter(None, found), None):
+                damages = distributed.gather_json(integrity.damage(path, share=share))
+                if reason := next(filter(None, damages), None):
                     warn_skipped(path, reason)
                     self._damaged.add(step)
                     reasons.append(f"step {step}: {reason}")

@@ -57,11 +57,11 @@ def is_sealed(step: Path) -> bool:
 
     An unsealed step was never complete, or its deletion was interrupted.
     """
-    found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
-    if not found or len(found) < int(found[0][2]):
+    matches = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
+    if not matches or len(matches) < int(matches[0][2]):
         return False
     try:
-        return all((step / match[0]).read_bytes().endswith(b"}") for match in found)  # else it is truncated
+        return all((step / match[0]).read_bytes().endswith(b"}") for match in matches)  # else it is truncated
     except OSError:
         return True  # the digests exist but cannot be read
 
@@ -140,13 +140,13 @@ def _read_digests(step: Path) -> dict[str, dict]:
       OSError: if a list of digests cannot be read.
       ValueError: if one is missing or damaged.
     """
-    found = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
-    if not found:
+    matches = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
+    if not matches:
         raise ValueError("its digests are missing: saving or deleting it was interrupted")
-    if missing := set(range(int(found[0][2]))) - {int(match[1]) for match in found}:
+    if missing := set(range(int(matches[0][2]))) - {int(match[1]) for match in matches}:
         raise ValueError(f"the digests of process {min(missing)} are missing: saving it was interrupted")
     entries = {}
-    for match in found:
+    for match in matches:
         try:
             written = json.loads((step / match[0]).read_text(encoding="utf-8"))
             is_intact = written["sha256"] == _digest_of_list(written["files"])
@@ -161,8 +161,8 @@ def _read_digests(step: Path) -> dict[str, dict]:
 def _writer(file: Path) -> int:
     """Returns the process that wrote a file."""
     # Orbax has a folder per process, and leaves all other files to process 0.
-    found = [match for part in file.parts if (match := _PROCESS.search(part))]
-    return int(found[0][1]) if found else 0
+    processes = [match for part in file.parts if (match := _PROCESS.search(part))]
+    return int(processes[0][1]) if processes else 0
 
 
 def _digest(path: Path, sync: bool = False) -> str:

@@ -16,10 +16,10 @@ def versions() -> dict[str, str]:
 
     "git" is present only if the code runs from a clone.
     """
-    found = {"alignvlm_jax": alignvlm_jax.__version__}
-    found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    installed = {"alignvlm_jax": alignvlm_jax.__version__}
+    installed |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
     revision = git_revision()
-    return found | ({"git": revision} if revision else {})
+    return installed | ({"git": revision} if revision else {})
 
 
 def git_revision() -> str | None:

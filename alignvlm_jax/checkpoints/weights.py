@@ -44,7 +44,7 @@ def write_checkpoint(
     history: Sequence[dict[str, Any]],
     progress: Progress | None = None,
 ) -> None:
-    """Writes weights that were not trained here as a workdir. It can be asked, trained further and exported.
+    """Writes weights that were not trained here as a workdir, for inference, further training and export.
 
     Everything is written into a scratch folder that is renamed at the end, so no checkpoint is ever half-written.
 

@@ -8,8 +8,8 @@
         meta/                        `Progress`, state of the data, metrics, config, versions
         digests.0-of-1.json          size and digest of each file; without it the step is not complete
 
-A workdir contains all that is needed to resume the run, ask the model and score it. A workdir that was imported holds
-one step without `opt_state`. `integrity.py` defines when a step is complete, and when it is undamaged.
+A workdir contains all that is needed to resume the run, and to use and score the model. A workdir that was imported
+holds one step without `opt_state`. `integrity.py` defines when a step is complete, and when it is undamaged.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
             raise UserError(_exported_message(folder, trained_model(folder)))
         raise UserError(
             f"{folder}: no such folder; a checkpoint is the workdir of a training run (an exported folder, or "
-            '"nano", can only be asked and scored)'
+            '"nano", can only be used for inference and scoring)'
         )
     if folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdigit():
         workdir, steps = folder.parent.parent, [int(folder.name)]
@@ -111,7 +111,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
 
 def _exported_message(name: Path, folder: Path) -> str:
     return (
-        f"{name} is an exported folder, which can be asked and scored as it is. For anything else, import it first: "
+        f"{name} is an exported folder, for inference and scoring only. For anything else, import it first: "
         f"tools/import_pytorch.py --folder {folder} --out NEW writes it as the checkpoint NEW"
     )
 

@@ -131,6 +131,6 @@ def make_vision_backbone(
     scores = [score(params, batch)[1] for batch in validation]
     if objective == "transcription":
         read = jax.jit(lambda batch: model.apply({"params": params}, batch["tiles"], batch["tile_valid_hw"]))
-        for found, batch in zip(scores, validation, strict=True):
-            found["character_error_rate"] = character_error_rate(best_path(read(batch)), batch)
+        for metrics, batch in zip(scores, validation, strict=True):
+            metrics["character_error_rate"] = character_error_rate(best_path(read(batch)), batch)
     return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}

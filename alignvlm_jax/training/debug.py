@@ -39,10 +39,10 @@ def explain_skipped(
 
 def _innermost_line(error: BaseException) -> str:
     """Describes the innermost line of this package that the operation, or the one it is the gradient of, is in."""
-    found, trace = "", error.__traceback__
+    place, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if "alignvlm_jax" in name and not name.endswith("training/debug.py"):
-            found = f", in {name}, line {trace.tb_lineno} ({trace.tb_frame.f_code.co_name})"
+            place = f", in {name}, line {trace.tb_lineno} ({trace.tb_frame.f_code.co_name})"
         trace = trace.tb_next
-    return found
+    return place

@@ -70,7 +70,7 @@ def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[s
 
 
 class MetricsLog:
-    """Collects the metrics of steps and, when asked, writes a summary of them.
+    """Collects the metrics of steps and writes summaries of them.
 
     Metrics stay on the device until they are written, so collecting them does not wait for the step.
 

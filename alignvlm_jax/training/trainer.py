@@ -66,8 +66,8 @@ class _StageRun:
       state: weights and optimizer; None only while they are replaced by those of a checkpoint.
       progress: steps done.
       last_batch: number of the batch taken last, counted from 1 over the whole stage, skipped batches included.
-      start_time: moment from which training time counts, by `time.monotonic`. It lies in the past by the time of
-        earlier sessions, and is moved forward by the time spent on scoring.
+      start_time: moment from which training time counts, by `time.monotonic`: the time of earlier sessions moves it
+        back, and the time spent on scoring moves it forward.
       measured: metrics of the newest step, on the devices; None before the first step and after a rollback.
       is_compiled: True once the first step is done.
     """

@@ -97,14 +97,14 @@ def test_sigterm_saves_even_if_the_log_is_no_longer_read(tmp_path):
 
 
 def group_of(process):
-    found = []
+    members = []
     for other in psutil.process_iter():
         try:
             if os.getpgid(other.pid) == process.pid:
-                found.append(other)
+                members.append(other)
         except ProcessLookupError:
             pass
-    return found
+    return members
 
 
 def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_resumes_from_it(tmp_path):
