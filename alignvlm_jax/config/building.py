@@ -1,8 +1,8 @@
-"""Nested dicts, and text from the command line, into frozen dataclasses; any, so long as their fields have these types:
+"""Builds frozen dataclasses from nested dicts and from text on the command line.
 
-dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and `ConnectorConfig`, for which a value
-names a registered connector. What does not fit is a `UserError` that names the key's full path, what was expected and,
-for a key or a choice, the nearest right one.
+The fields may have these types: dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and
+`ConnectorConfig`, whose value names a registered connector. A value that does not fit raises a `UserError` that names
+the key's full path, what was expected and, for a key or a choice, the closest valid one.
 """
 
 import ast
@@ -19,21 +19,31 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.connectors import ConnectorConfig, connector_named, connector_names, connector_spec
 
 
-def plain(value: Any) -> Any:
-    """ConfigDicts, dicts and sequences, at any depth, as fresh dicts and lists."""
+def to_plain(value: Any) -> Any:
+    """Returns a copy of a nested structure, with ConfigDicts as dicts and sequences as lists."""
     if isinstance(value, ml_collections.ConfigDict | Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value
 
 
 class UnparsedText(str):
-    """A value from the command line, still to be parsed as the type of its field."""
+    """Value from the command line that is not yet parsed as the type of its field."""
 
 
 def build(kind: Any, value: Any, path: str, default: Any) -> Any:
-    """`value` as an instance of the annotated type `kind`; `default` fills in what a mapping leaves out."""
+    """Converts a value to the annotated type of its field.
+
+    Args:
+      kind: the type.
+      value: nested dicts, lists and values, or unparsed text.
+      path: path of the field, for messages.
+      default: default of the field. It gives the fields that a mapping omits.
+
+    Raises:
+      UserError: if the value does not fit the type.
+    """
     if kind is ConnectorConfig:
         return _build_connector(value, path, default)
     if dataclasses.is_dataclass(kind):
@@ -48,17 +58,16 @@ def build(kind: Any, value: Any, path: str, default: Any) -> Any:
     if isinstance(value, UnparsedText):
         value = _parse(kind, value)
     if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{path}: expected one of {listed(arguments)}, got {value!r}{nearest(value, arguments)}")
+        check_one_of(path, value, arguments)
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise UserError(f"{path}: expected a list, got {article(value)}")
+            raise UserError(f"{path}: expected a list, got {describe_value(value)}")
         return tuple(build(arguments[0], item, f"{path}.{index}", None) for index, item in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{path}: expected {_TYPE_NAMES[kind]}, got {article(value)}")
+        raise UserError(f"{path}: expected {_TYPE_NAMES[kind]}, got {describe_value(value)}")
     return value
 
 
@@ -67,15 +76,15 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: 
 
 def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected the fields of {kind.__name__}, got {article(value)}")
+        raise UserError(f"{path}: expected the fields of {kind.__name__}, got {describe_value(value)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
-            raise UserError(
-                f"{path}.{key}: no such key{nearest(key, fields)}; {path} has {listed(fields) or 'no keys at all'}"
-            )
+            keys = join_names(fields) or "no keys at all"
+            raise UserError(f"{path}.{key}: no such key{suggestion(key, fields)}; {path} has {keys}")
     kinds, arguments = typing.get_type_hints(kind), {}
     for name, field in fields.items():
+        # An omitted field has the value of the outer default, if there is one, and else its own default.
         if isinstance(default, kind):
             inherited = getattr(default, name)
         elif field.default_factory is not dataclasses.MISSING:
@@ -90,7 +99,7 @@ def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
             arguments[name] = inherited
     try:
         return kind(**arguments)
-    except ValueError as error:  # the dataclass's own check
+    except ValueError as error:  # from the checks of the dataclass itself
         raise UserError(f"{path}: {error}") from error
 
 
@@ -102,9 +111,9 @@ def _build_connector(value: Any, path: str, default: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected the name of a connector or its fields, got {article(value)}")
+        raise UserError(f"{path}: expected the name of a connector or its fields, got {describe_value(value)}")
     name = str(value.get("name", connector_name(default) if default else "align"))
-    one_of(f"{path}.name", name, connector_names())
+    check_one_of(f"{path}.name", name, connector_names())
     spec = connector_named(name)
     fields = {key: item for key, item in value.items() if key != "name"}
     for key, expected in spec.removed_settings.items():
@@ -119,7 +128,7 @@ def _drop_removed_setting(fields: dict[str, Any], key: str, expected: Any, path:
         value = _parse(type(expected), value)
     if value != expected:
         raise UserError(
-            f"{path}.{key}: this setting has been removed; expected {expected} or no such key, got {article(value)}"
+            f"{path}.{key}: this setting was removed; expected {expected} or no such key, got {describe_value(value)}"
         )
 
 
@@ -129,37 +138,41 @@ def connector_name(connector: ConnectorConfig) -> str:
 
 
 def _parse(kind: Any, text: UnparsedText) -> Any:
-    """Text from the command line as Python would read it; strings need no quotes."""
+    """Parses text from the command line as a Python literal; strings need no quotes."""
     if kind is str:
         return str(text)
     literals = {"true": "True", "false": "False"}
     try:
-        return plain(ast.literal_eval(literals.get(text, str(text))))
+        return to_plain(ast.literal_eval(literals.get(text, str(text))))
     except (ValueError, SyntaxError):
         if typing.get_origin(kind) is tuple:  # trainable=connector,language
             return [part.strip() for part in text.split(",") if part.strip()]
         return str(text)
 
 
-def one_of(path: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises a `UserError` if the value is none of those allowed."""
+def check_one_of(path: str, value: Any, allowed: Sequence[str]) -> None:
+    """Checks that a value is allowed.
+
+    Raises:
+      UserError: if it is not.
+    """
     if value not in allowed:
-        raise UserError(f"{path}: expected one of {listed(allowed)}, got {value!r}{nearest(value, allowed)}")
+        raise UserError(f"{path}: expected one of {join_names(allowed)}, got {value!r}{suggestion(value, allowed)}")
 
 
-def nearest(value: Any, candidates: Any) -> str:
-    """ ": did you mean 'seed'?" for a value that is nearly one of the candidates, else nothing."""
+def suggestion(value: Any, candidates: Any) -> str:
+    """Returns ": did you mean 'seed'?" for a value that resembles one of the candidates, otherwise ""."""
     matches = difflib.get_close_matches(str(value), [str(candidate) for candidate in candidates], n=1, cutoff=0.5)
     return f": did you mean {matches[0]!r}?" if matches else ""
 
 
-def listed(names: Any) -> str:
-    """Names with commas between."""
+def join_names(names: Any) -> str:
+    """Returns the names separated by commas."""
     return ", ".join(str(name) for name in names)
 
 
-def article(value: Any) -> str:
-    """A value with its kind, for messages: "the string 'abc'"."""
+def describe_value(value: Any) -> str:
+    """Describes a value with its type for messages: "the string 'abc'"."""
     names = {
         str: "the string",
         UnparsedText: "the string",

@@ -1,12 +1,12 @@
-"""What types cannot say of an experiment: values that exist, and sizes that fit each other.
+"""Checks of an experiment beyond the types of its fields: allowed values, and sizes that must fit together.
 
-Every refusal is a `UserError` that names the key's full path and what was expected of it.
+Every failed check raises a `UserError` that names the key's full path and the expected value.
 """
 
 import math
 from typing import Any
 
-from alignvlm_jax.config.building import listed, one_of
+from alignvlm_jax.config.building import check_one_of, join_names
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
 from alignvlm_jax.config.run import traced_steps
@@ -19,10 +19,10 @@ from alignvlm_jax.ops.attention import KERNELS
 
 
 def check(config: ExperimentConfig) -> None:
-    """Checks a whole experiment.
+    """Checks an experiment.
 
     Raises:
-      UserError: it cannot be run.
+      UserError: if it cannot be run.
     """
     _check_model(config.model)
     _check_tiles(config)
@@ -35,12 +35,12 @@ def _check_model(model: AlignVLMConfig) -> None:
     vision, language = model.vision, model.language
     for name, part in (("vision", vision), ("language", language)):
         path = f"config.model.{name}"
-        one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
-        one_of(f"{path}.attention", part.attention, (hardware.AUTO, *KERNELS))
-        one_of(f"{path}.remat", part.remat, ("none", "dots", "full"))
-        _positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    _positive("config.model.vision", vision, "image_size", "patch_size")
-    _positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
+        check_one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
+        check_one_of(f"{path}.attention", part.attention, (hardware.AUTO, *KERNELS))
+        check_one_of(f"{path}.remat", part.remat, ("none", "dots", "full"))
+        _check_positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    _check_positive("config.model.vision", vision, "image_size", "patch_size")
+    _check_positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
     if vision.patch_size > vision.image_size:
         raise UserError(
             f"config.model.vision.patch_size: expected at most image_size, {vision.image_size}, got {vision.patch_size}"
@@ -52,7 +52,7 @@ def _check_model(model: AlignVLMConfig) -> None:
     if language.head_dim is None and language.hidden_size % language.num_heads:
         raise UserError(
             f"config.model.language.num_heads: {language.num_heads} heads do not divide hidden_size "
-            f"{language.hidden_size} (set head_dim to give heads another width)"
+            f"{language.hidden_size} (set head_dim for another width of the heads)"
         )
     if language.num_heads % language.num_kv_heads:
         raise UserError(
@@ -68,7 +68,7 @@ def _check_model(model: AlignVLMConfig) -> None:
 
 
 def _check_tiles(config: ExperimentConfig) -> None:
-    """How pictures are cut up, and what the model makes of the pieces."""
+    """Checks that the tiling of images fits the vision encoder and the connector."""
     if config.data.tiling.tile_size != config.model.vision.image_size:
         raise UserError(
             f"config.data.tiling.tile_size: expected the encoder's image_size, {config.model.vision.image_size}, "
@@ -78,7 +78,7 @@ def _check_tiles(config: ExperimentConfig) -> None:
     if config.model.newline != anyres:
         raise UserError(
             f"config.model.newline: expected {anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
-            f"{config.model.newline}: rows of visual tokens end with a newline exactly under anyres_max_9"
+            f"{config.model.newline}: rows of visual tokens end with a newline only with anyres_max_9"
         )
     spec = connector_spec(config.model.connector)
     if anyres and not spec.has_places:
@@ -89,16 +89,16 @@ def _check_tiles(config: ExperimentConfig) -> None:
 
 
 def _check_run(config: ExperimentConfig) -> None:
-    """What is logged, saved, scored and watched on the way."""
-    _positive("config", config, "log_every_steps")
-    _positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
-    _positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens")
+    """Checks the settings of logs, checkpoints, scores, anomalies and profiles."""
+    _check_positive("config", config, "log_every_steps")
+    _check_positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
+    _check_positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens")
     for name in ("every_steps", "limit"):
         if getattr(config.evaluation, name) is not None:
-            _positive("config.evaluation", config.evaluation, name)
-    _at_least_0("config.checkpoint", config.checkpoint, "keep_best")
-    _positive("config.anomalies", config.anomalies, "max_skipped")
-    _at_least_0("config.anomalies", config.anomalies, "max_rollbacks", "spike")
+            _check_positive("config.evaluation", config.evaluation, name)
+    _check_not_negative("config.checkpoint", config.checkpoint, "keep_best")
+    _check_positive("config.anomalies", config.anomalies, "max_skipped")
+    _check_not_negative("config.anomalies", config.anomalies, "max_rollbacks", "spike")
     keep_every, every = config.checkpoint.keep_every, config.checkpoint.every_steps
     if keep_every is not None and (keep_every < 1 or keep_every % every):
         raise UserError(f"config.checkpoint.keep_every: expected a multiple of every_steps, {every}, got {keep_every}")
@@ -109,12 +109,12 @@ def _check_run(config: ExperimentConfig) -> None:
 
 
 def _check_data(config: ExperimentConfig) -> None:
-    _positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
+    _check_positive("config.data", config.data, "max_image_pixels", "read_threads", "prefetch_batches")
     if config.data.max_turns is not None:
-        _positive("config.data", config.data, "max_turns")
-    _at_least_0("config.data", config.data, "workers", "max_refused")
+        _check_positive("config.data", config.data, "max_turns")
+    _check_not_negative("config.data", config.data, "workers", "max_refused")
     if config.data.max_refused > 1:
-        raise UserError(f"config.data.max_refused: expected a share, 0 to 1, got {config.data.max_refused}")
+        raise UserError(f"config.data.max_refused: expected a share from 0 to 1, got {config.data.max_refused}")
 
 
 def _check_stages(config: ExperimentConfig) -> None:
@@ -130,23 +130,23 @@ def _check_stages(config: ExperimentConfig) -> None:
             )
     names = [stage.name for stage in config.stages]
     if len(set(names)) < len(names):
-        raise UserError(f"config.stages: expected stages of different names, got {listed(names)}")
+        raise UserError(f"config.stages: expected stages with different names, got {join_names(names)}")
 
 
 def _check_stage(stage: StageConfig, path: str) -> None:
     if not stage.trainable:
-        raise UserError(f"{path}.trainable: expected at least one of {listed(PARTS)}, got none")
+        raise UserError(f"{path}.trainable: expected at least one of {join_names(PARTS)}, got none")
     for index, part in enumerate(stage.trainable):
-        one_of(f"{path}.trainable.{index}", part, PARTS)
+        check_one_of(f"{path}.trainable.{index}", part, PARTS)
         if part in stage.trainable[:index]:
             raise UserError(f"{path}.trainable.{index}: {part!r} is named twice")
     if (stage.steps is None) == (stage.epochs is None):
         raise UserError(f"{path}: expected either steps or epochs, got {'neither' if stage.steps is None else 'both'}")
-    _positive(path, stage, *(name for name in ("steps", "epochs") if getattr(stage, name) is not None))
-    _positive(path, stage, "global_batch", "max_text_tokens")
+    _check_positive(path, stage, *(name for name in ("steps", "epochs") if getattr(stage, name) is not None))
+    _check_positive(path, stage, "global_batch", "max_text_tokens")
     for name in ("vision", "connector", "language"):
-        _at_least_0(f"{path}.learning_rates", stage.learning_rates, name)
-    _at_least_0(path, stage, "warmup_steps", "final_lr_fraction")
+        _check_not_negative(f"{path}.learning_rates", stage.learning_rates, name)
+    _check_not_negative(path, stage, "warmup_steps", "final_lr_fraction")
     if stage.steps is not None and stage.warmup_steps >= stage.steps:
         raise UserError(f"{path}.warmup_steps: expected fewer than the stage's {stage.steps}, got {stage.warmup_steps}")
     if stage.final_lr_fraction > 1:
@@ -155,28 +155,28 @@ def _check_stage(stage: StageConfig, path: str) -> None:
     if not stage.mixture:
         raise UserError(f"{path}.mixture: expected at least one data set, got none")
     for index, part in enumerate(stage.mixture):
-        _positive(f"{path}.mixture.{index}", part, "weight")
+        _check_positive(f"{path}.mixture.{index}", part, "weight")
 
 
 def _check_optimizer(optimizer: OptimizerConfig, path: str) -> None:
-    one_of(f"{path}.name", optimizer.name, OPTIMIZERS)
-    _positive(path, optimizer, "eps", "muon_rms")
-    _at_least_0(path, optimizer, "weight_decay", "b1", "b2", "muon_beta")
+    check_one_of(f"{path}.name", optimizer.name, OPTIMIZERS)
+    _check_positive(path, optimizer, "eps", "muon_rms")
+    _check_not_negative(path, optimizer, "weight_decay", "b1", "b2", "muon_beta")
     for name in ("b1", "b2", "muon_beta"):
         if getattr(optimizer, name) >= 1:
             raise UserError(f"{path}.{name}: expected less than 1, got {getattr(optimizer, name)}")
     if optimizer.clip_norm is not None:
-        _positive(path, optimizer, "clip_norm")
+        _check_positive(path, optimizer, "clip_norm")
 
 
-def _positive(path: str, owner: Any, *names: str) -> None:
+def _check_positive(path: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{path}.{name}: expected more than 0, got {value}")
 
 
-def _at_least_0(path: str, owner: Any, *names: str) -> None:
+def _check_not_negative(path: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not (math.isfinite(value) and value >= 0):

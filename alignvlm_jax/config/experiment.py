@@ -59,4 +59,3 @@ class ExperimentConfig:
     anomalies: AnomalyConfig = AnomalyConfig()
     debug: DebugConfig = DebugConfig()
     log_every_steps: int = 10
-

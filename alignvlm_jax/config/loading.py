@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 import alignvlm_jax
-from alignvlm_jax.config.building import article, plain
+from alignvlm_jax.config.building import describe_value, to_plain
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.overrides import apply_override
 from alignvlm_jax.config.serialization import config_from_dict
@@ -36,7 +36,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     Raises:
       UserError: if the file cannot be read or the config is not valid.
     """
-    raw = plain(read_config_file(file))
+    raw = to_plain(read_config_file(file))
     for override in overrides:
         apply_override(raw, override)
     config = config_from_dict(raw)
@@ -96,5 +96,5 @@ def read_config_file(file: str | Path) -> Any:
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{path}: get_config() must return a ConfigDict, got {article(config)}")
+        raise UserError(f"{path}: get_config() must return a ConfigDict, got {describe_value(config)}")
     return config

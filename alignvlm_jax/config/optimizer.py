@@ -31,4 +31,3 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     muon_beta: float = 0.95
     muon_rms: float = 0.2
-

@@ -29,4 +29,3 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         elif name == "connector" and isinstance(node[name], str):
             node[name] = {"name": node[name]}  # a connector given by its name alone now has fields
         node, path = node[name], f"{path}.{name}"
-

@@ -108,4 +108,3 @@ def traced_steps(config: ProfileConfig) -> range:
     if not match or not 1 <= int(match[1]) < int(match[2]):
         raise ValueError(f"expected first:stop, such as 10:13 for steps 10, 11 and 12, got {config.steps!r}")
     return range(int(match[1]), int(match[2]))
-

@@ -43,4 +43,3 @@ def read_config_json(path: Path) -> dict[str, Any]:
 def config_hash(config: ExperimentConfig) -> str:
     """Returns a short hash of the config. Two runs with the same hash are the same experiment."""
     return hashlib.sha256(json.dumps(config_to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
-

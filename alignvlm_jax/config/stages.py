@@ -71,4 +71,3 @@ class StageConfig:
     final_lr_fraction: float = 0.0
     optimizer: OptimizerConfig = OptimizerConfig()
     max_text_tokens: int = 2048
-

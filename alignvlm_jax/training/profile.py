@@ -1,7 +1,7 @@
 """Traces some steps for TensorBoard's profile plugin, which shows the time of each operation on host and chips.
 
-    alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
-    pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
+alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
+pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
 """
 
 from pathlib import Path
