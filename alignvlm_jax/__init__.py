@@ -3,6 +3,8 @@
     import alignvlm_jax
     reader = alignvlm_jax.load("runs/demo/checkpoint")
     print(reader.ask("page.png", "What is the total?"))
+
+The command line is `alignvlm`; see `alignvlm --help`.
 """
 
 __version__ = "0.1.0"

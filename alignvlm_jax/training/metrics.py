@@ -199,10 +199,12 @@ def speeds(
 
 
 def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
-    """Formats the summary as one line for the terminal (here in two). Without a known peak there is no MFU.
+    """Formats the summary as one line for the terminal (here in two).
 
-    step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip,
-    MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
+        step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip,
+        MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
+
+    On a chip without a known peak there is no MFU.
     """
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]

@@ -42,10 +42,12 @@ def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
 
 
 def needed_memory(message: str) -> str:
-    """Returns how much memory was needed, according to XLA's message; the message's first line if it does not say.
+    """Returns how much memory was needed, according to XLA's message.
 
-    before: "RESOURCE_EXHAUSTED: ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
-    after:  "the program needs 21.95 GiB on each device, which has 15.48 GiB"
+        before: "RESOURCE_EXHAUSTED: ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
+        after:  "the program needs 21.95 GiB on each device, which has 15.48 GiB"
+
+    A message that does not say how much is reduced to its first line.
     """
     if match := _PROGRAM_SIZE.search(message):
         return f"the program needs {_gib(*match.groups()[:2])} on each device, which has {_gib(*match.groups()[2:])}"

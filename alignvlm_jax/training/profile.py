@@ -1,7 +1,9 @@
 """Traces some steps for TensorBoard's profile plugin, which shows the time of each operation on host and chips.
 
-alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
-pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
+    alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
+    pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
+
+Tracing slows down the traced steps, so speeds are best read from other steps.
 """
 
 from pathlib import Path
