@@ -1,6 +1,6 @@
-"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN, Llama-3.2-1B; the paper's three stages.
+r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN, Llama-3.2-1B; the paper's three stages.
 
-    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \\
+    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
 
 The backbones are folders in Hugging Face layout; `tools/import_hf.py` makes a checkpoint of the untrained model. The
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """Returns the experiment."""
     config = ConfigDict()
     config.seed = 0
     config.backbones = ConfigDict(dict(vision="siglip-so400m-patch14-384", language="Llama-3.2-1B-Instruct"))

@@ -1,7 +1,9 @@
-"""The paper's 3B model: like `alignvlm_1b.py`, with Llama-3.2-3B and half the batch in stages 2 and 3.
+r"""The paper's 3B model: like `alignvlm_1b.py`, with Llama-3.2-3B and half the batch in stages 2 and 3.
 
-    alignvlm train --config configs/alignvlm_3b.py --workdir runs/3b \\
+    alignvlm train --config configs/alignvlm_3b.py --workdir runs/3b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
+
+Source: arXiv 2502.01341.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +12,7 @@ from alignvlm_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
+    """Returns the experiment."""
     config = read_config_file("configs/alignvlm_1b.py")
     config.backbones.language = "Llama-3.2-3B-Instruct"
     config.model.language.update(

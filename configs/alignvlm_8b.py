@@ -1,7 +1,9 @@
-"""The paper's 8B model: like `alignvlm_1b.py`, with Llama-3.1-8B, half the batch in stages 2 and 3, rates of 1e-5.
+r"""The paper's 8B model: like `alignvlm_1b.py`, with Llama-3.1-8B, half the batch in stages 2 and 3, rates of 1e-5.
 
-    alignvlm train --config configs/alignvlm_8b.py --workdir runs/8b \\
+    alignvlm train --config configs/alignvlm_8b.py --workdir runs/8b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.1-8B-Instruct
+
+Source: arXiv 2502.01341.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +12,7 @@ from alignvlm_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
+    """Returns the experiment."""
     config = read_config_file("configs/alignvlm_1b.py")
     config.backbones.language = "Llama-3.1-8B-Instruct"
     config.model.language.update(

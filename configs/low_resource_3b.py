@@ -1,6 +1,6 @@
-"""The paper's low-resource comparison: the 3B model, two stages of LLaVA's data, any connector.
+r"""The paper's low-resource comparison: the 3B model, two stages of LLaVA's data, any connector.
 
-    alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \\
+    alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
     ... --config.model.connector=mlp | ovis | h_reducer | c_abstractor     # the other rows of the table
     ... --config.model.connector=perceiver --config.data.tiling.rule=ovis --config.model.newline=False
@@ -19,6 +19,7 @@ from alignvlm_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
+    """Returns the experiment."""
     config = read_config_file("configs/alignvlm_3b.py")
     config.model.newline = True
     config.data.tiling = ConfigDict(dict(rule="anyres_max_9", tile_size=384, max_tiles=9, thumbnail=True))

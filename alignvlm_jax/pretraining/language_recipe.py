@@ -111,9 +111,11 @@ class Speaker(nn.Module):
     config: LanguageConfig
 
     def setup(self):
+        """Creates the decoder."""
         self.language = LanguageModel(self.config)
 
     def __call__(self, batch):
+        """Returns the logits [B, L, V] of a batch of pages."""
         weight = batch["mixed"][..., None]
         inputs = (1 - weight) * self.language.embed(batch["tokens"])
         inputs += weight * self.language.embed(batch["other_tokens"])

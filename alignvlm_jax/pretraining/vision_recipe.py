@@ -48,6 +48,7 @@ class Reader(nn.Module):
 
     @nn.compact
     def __call__(self, tiles, tile_valid_hw):
+        """Returns the logits [B, M, N, C] of the character in each patch."""
         pixels = normalize_tiles(tiles, tile_valid_hw).reshape(-1, *tiles.shape[2:])
         features = VisionEncoder(self.config, name="vision")(pixels)
         logits = Dense(_NUM_CLASSES, ("embed", "vocab"), name="head")(features)
