@@ -18,10 +18,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
 from alignvlm_jax.parallel import sharding
-from alignvlm_jax.training import stages
 from alignvlm_jax.training.optimizer import make_optimizer
+from alignvlm_jax.training.stages import frozen_params, stage_optimizer, stage_schedules, trainable_params
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -61,21 +62,21 @@ class TrainState(flax.struct.PyTreeNode):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def create_state(stage: stages.StageConfig, params: Params) -> TrainState:
+def create_state(stage: StageConfig, params: Params) -> TrainState:
     """Returns the state that a stage starts with. It is pure: its shapes can be evaluated, or it can be jitted."""
-    opt_state = stages.stage_optimizer(stage).init(stages.trainable_params(stage, params))
+    opt_state = stage_optimizer(stage).init(trainable_params(stage, params))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, peak_learning_rates(stage))
 
 
 def peak_learning_rates(
-    stage: stages.StageConfig, sharding: jax.sharding.Sharding | None = None
+    stage: StageConfig, sharding: jax.sharding.Sharding | None = None
 ) -> dict[str, Float[Array, ""]]:
     """Returns the peak learning rate of each trainable part, placed on `sharding`."""
     rates = {part: jnp.float32(getattr(stage.learning_rates, part)) for part in stage.trainable}
     return {part: jax.device_put(rate, sharding) for part, rate in rates.items()}
 
 
-def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
+def abstract_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, to restore a checkpoint into or to compile with."""
     boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
@@ -89,12 +90,12 @@ def abstract_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh
     )
 
 
-def state_shardings(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainState:
+def state_shardings(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns the sharding of each array of the state, as a `TrainState` of `NamedSharding`s."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model_config, stage, mesh))
 
 
-def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh, params: Params) -> TrainState:
+def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, params: Params) -> TrainState:
     """Returns the state that a stage starts with, with every array created in its sharding.
 
     `params` may be on the host or on the mesh. In the latter case they are not copied, and the first step consumes
@@ -102,13 +103,13 @@ def place_state(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: M
     """
     shardings = state_shardings(model_config, stage, mesh)
     params = jax.device_put(params, shardings.params)
-    init = jax.jit(stages.stage_optimizer(stage).init, out_shardings=shardings.opt_state)
+    init = jax.jit(stage_optimizer(stage).init, out_shardings=shardings.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    opt_state = init(stages.trainable_params(stage, params))
+    opt_state = init(trainable_params(stage, params))
     return TrainState(step, params, opt_state, peak_learning_rates(stage, shardings.step))
 
 
-def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> TrainStep:
+def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     The batch is the packed batch with its leading axis K. The metrics are float32 scalars over the whole batch. A step
@@ -136,10 +137,10 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
         return output.loss, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        schedules = stages.stage_schedules(stage, state.learning_rates)
+        schedules = stage_schedules(stage, state.learning_rates)
         optimizer = make_optimizer(stage.optimizer, schedules)
-        trainable = stages.trainable_params(stage, state.params)
-        frozen = stages.frozen_params(stage, state.params)
+        trainable = trainable_params(stage, state.params)
+        frozen = frozen_params(stage, state.params)
 
         # Sum gradients and metrics over the microbatches.
         def accumulate(carry, microbatch):
@@ -186,7 +187,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig) -> 
     return train_step
 
 
-def jit_train_step(model_config: AlignVLMConfig, stage: stages.StageConfig, mesh: Mesh) -> TrainStep:
+def jit_train_step(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
     """Returns the step jitted for a mesh: the state keeps its shardings and is donated, the bins are sharded."""
     shardings = state_shardings(model_config, stage, mesh)
     return jax.jit(

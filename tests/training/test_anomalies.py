@@ -14,7 +14,7 @@ from alignvlm_jax.checkpoints import arrays
 from alignvlm_jax.checkpoints.workdir import find_checkpoint, read_meta
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.run import AnomalyConfig, DebugConfig
-from alignvlm_jax.data import packing as packed
+from alignvlm_jax.data.packing import empty_batch
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import anomalies
@@ -108,7 +108,7 @@ def nano_batch(config):
     """Returns a batch of full bins of noise, in the shapes of the config."""
     packing, rng = config.data.packing, np.random.default_rng(0)
     shape = (2, packing.bins_per_microbatch)
-    batch = packed.empty_batch(*shape, packing, tile_size=config.data.tiling.tile_size, pad_id=0)
+    batch = empty_batch(*shape, packing, tile_size=config.data.tiling.tile_size, pad_id=0)
     length = packing.tokens_per_bin
     batch["tokens"][...] = rng.integers(6, 500, (*shape, length))
     batch["targets"][...] = batch["tokens"]

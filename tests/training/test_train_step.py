@@ -15,8 +15,8 @@ from alignvlm_jax.config.stages import LearningRates
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, example_batch, random_parameters
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
-from alignvlm_jax.training import train_step as train_step_lib
 from alignvlm_jax.training.stages import stage_table
+from alignvlm_jax.training.train_step import abstract_state, create_state, jit_train_step, make_train_step, place_state
 from tests.training.batches import MODEL, random_batch, stage
 
 # Adam with a large eps is plain gradient descent: the update shows the gradient and not its sign. The first rate is 1.
@@ -34,12 +34,12 @@ def params():
 @functools.cache
 def jitted(stage_config):
     """Returns the jitted step, which tests of the same stage share."""
-    return jax.jit(train_step_lib.make_train_step(MODEL, stage_config))
+    return jax.jit(make_train_step(MODEL, stage_config))
 
 
 def run(stage_config, params, batches):
     """Returns the final state and the metrics of each step, on one device."""
-    state, history = train_step_lib.create_state(stage_config, params), []
+    state, history = create_state(stage_config, params), []
     for batch in batches:
         state, metrics = jitted(stage_config)(state, batch)
         history.append(jax.tree.map(float, metrics))
@@ -134,8 +134,8 @@ def test_a_mesh_gives_the_losses_of_one_device(params):
         "2x2x2": make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)),
     }.items():
         with jax.set_mesh(mesh):
-            state = train_step_lib.place_state(MODEL, config, mesh, jax.device_get(params))
-            step = train_step_lib.jit_train_step(MODEL, config, mesh)
+            state = place_state(MODEL, config, mesh, jax.device_get(params))
+            step = jit_train_step(MODEL, config, mesh)
             history = []
             for batch in batches:
                 state, metrics = step(state, sharding.shard_batch(batch, mesh))
@@ -150,9 +150,9 @@ def test_the_1b_step_holds_no_scores_of_all_words():
     """The step is traced at the paper's size, not run: a nine-tile page and its thumbnail, with less text."""
     model = AlignVLMConfig()
     words, visual, length = model.language.vocab_size, 10 * model.vision.num_patches, 320
-    state = jax.eval_shape(lambda: train_step_lib.create_state(stage(), nn.unbox(random_parameters(model, KEY))))
+    state = jax.eval_shape(lambda: create_state(stage(), nn.unbox(random_parameters(model, KEY))))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[None], example_batch(model, tiles=10, length=length)))
-    text = str(jax.make_jaxpr(train_step_lib.make_train_step(model, stage()))(state, batch))
+    text = str(jax.make_jaxpr(make_train_step(model, stage()))(state, batch))
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
     assert (words, model.language.hidden_size) in shapes and any(visual in shape for shape in shapes)
     assert not any({words, visual} <= set(shape) or {words, length} <= set(shape) for shape in shapes)
@@ -160,7 +160,7 @@ def test_the_1b_step_holds_no_scores_of_all_words():
 
 def test_muons_momentum_is_sharded_like_its_weights():
     config = stage(optimizer=OptimizerConfig("muon"))
-    abstract = train_step_lib.abstract_state(MODEL, config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    abstract = abstract_state(MODEL, config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     momentum = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt_state)
@@ -199,8 +199,8 @@ def test_another_learning_rate_is_not_another_program(params):
     for rate in (1e-3, 2e-3):
         config = stage(learning_rates=LearningRates(rate, rate, rate))
         with jax.set_mesh(mesh):
-            step = train_step_lib.jit_train_step(MODEL, config, mesh)
-            texts.append(step.lower(train_step_lib.abstract_state(MODEL, config, mesh), batch).as_text())
+            step = jit_train_step(MODEL, config, mesh)
+            texts.append(step.lower(abstract_state(MODEL, config, mesh), batch).as_text())
         state, _ = run(config, params, [batch])
         moved.append(optax.tree.norm(jax.tree.map(jnp.subtract, state.params, params)))
     assert texts[0] == texts[1]
