@@ -87,6 +87,7 @@ def train(
       distributed.MismatchError: if the processes are not set up alike.
     """
     workdir = Path(workdir)
+    # Processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.from_devices(mesh.devices.flatten())
@@ -100,8 +101,11 @@ def train(
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explain_errors(config, workdir),
     ):
+        # Plan the stages.
         plans = plan_stages(config, data, checkpointer)
         stages = [planned_stage(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
+
+        # Find where the run starts or resumes.
         anomalies_file = workdir / ANOMALIES_FILE if distributed.is_primary() else None
         anomalies = AnomalyWatch(config.anomalies, anomalies_file, distributed.log)
         resumption = Resumption(config, stages, mesh, checkpointer, make_params)
@@ -110,6 +114,8 @@ def train(
         params, progress = resumption.find_start()
         if progress.step:
             anomalies.load_state(checkpointer.data_state(progress) or {})
+
+        # Train the stages, one after the other.
         events = workdir / TENSORBOARD_FOLDER if distributed.is_primary() else None
         with (
             _progress_bar(sum(stage.steps for stage in stages), progress.step) as bar,
