@@ -128,7 +128,7 @@ def _drop_removed_setting(fields: dict[str, Any], key: str, expected: Any, path:
         value = _parse(type(expected), value)
     if value != expected:
         raise UserError(
-            f"{path}.{key}: this setting was removed; expected {expected} or no such key, got {describe_value(value)}"
+            f"{path}.{key}: expected {expected} or no such key, got {describe_value(value)}: this setting was removed"
         )
 
 
