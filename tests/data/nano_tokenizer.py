@@ -5,7 +5,7 @@ import pathlib
 
 import tokenizers
 
-import alignvlm_jax.backbones
+import alignvlm_jax.pretraining
 from alignvlm_jax.data.chat import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
 
 SPECIAL_TOKENS = ["<|begin|>", "<|pad|>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -17,7 +17,7 @@ TOKENIZER_CONFIG = {
     "extra_special_tokens": {"image_token": "<|image|>"},
     "clean_up_tokenization_spaces": False,
 }
-CHAT_TEMPLATE = pathlib.Path(alignvlm_jax.backbones.__path__[0], TEMPLATE_FILE).read_text()
+CHAT_TEMPLATE = pathlib.Path(alignvlm_jax.pretraining.__path__[0], TEMPLATE_FILE).read_text()
 
 _CORPUS = [
     "What is the total? 12.50",
