@@ -263,6 +263,7 @@ class ChatTokenizer:
             offsets.extend((start + shift, end + shift) for start, end in encoding.offsets[skip:])
             cursor += len(text)
 
+        # All special tokens are the template's here, because those typed by users are still hidden.
         at = 0
         for special in self._special.finditer(rendered):
             add_text(_unhide(rendered[at : special.start()], hidden))

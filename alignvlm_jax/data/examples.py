@@ -137,6 +137,7 @@ class ExampleReader:
             # The position seeds the random choices, so that `measure` and `make` see the same conversation.
             rng = np.random.default_rng((self.seed, position))
             messages, images = make_conversation(record, part.task, rng, self.max_turns)
+            # Sizes come from the headers of the images; pixels are not needed yet.
             plans = [
                 plan_tiles(
                     *image_size(image, name=_image_name(i, images), max_pixels=self.max_image_pixels), self.tiling

@@ -174,10 +174,10 @@ class Feed:
         """Runs in the planning thread: delivers batches until the feed is closed or an error occurs."""
         try:
             # Plan `prefetch` steps ahead, then finish the oldest step and plan a new one in turn.
-            planned = (self._plan() for _ in itertools.count())
-            ahead = collections.deque(itertools.islice(planned, self._prefetch))
-            while self._deliver(self._finish(*ahead.popleft())):
-                ahead.append(next(planned))
+            plans = (self._plan() for _ in itertools.count())
+            in_progress = collections.deque(itertools.islice(plans, self._prefetch))
+            while self._deliver(self._finish(*in_progress.popleft())):
+                in_progress.append(next(plans))
         except concurrent.futures.process.BrokenProcessPool:
             self._deliver(
                 UserError(
@@ -203,9 +203,9 @@ class Feed:
         """Takes the bins of one step from the windows and requests their examples."""
         bins = []
         for k in range(self._microbatches):
-            for place, source in enumerate(self._sources):
+            for index, source in enumerate(self._sources):
                 examples, refused = source.pop_bin()
-                bins.append(((k, place), self._pool.make(examples) if examples else None, refused))
+                bins.append(((k, index), self._pool.make(examples) if examples else None, refused))
         # The state belongs to the batch: it is the state after this step, however far ahead the planning is.
         return bins, self._row_states()
 
@@ -234,17 +234,18 @@ class Feed:
         return batch, state, all_refused
 
     def _row_states(self) -> RowStates:
+        """Returns the current states of the windows."""
         return {str(row): source.window.state() for row, source in zip(self._rows, self._sources, strict=True)}
 
     def _check_refusals(self, refused: Refused) -> None:
         """Counts a refused example and raises a `UserError` if there are too many of them."""
         # Reasons that differ only in numbers are counted together.
         self._reasons[re.sub(r"\d+", "N", refused.reason)] += 1
-        seen, lost = sum(source.num_seen for source in self._sources), self._reasons.total()
-        if lost > self._max_refused * max(seen, MIN_EXAMPLES_TO_JUDGE):
+        num_seen, num_refused = sum(source.num_seen for source in self._sources), self._reasons.total()
+        if num_refused > self._max_refused * max(num_seen, MIN_EXAMPLES_TO_JUDGE):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self._reasons.most_common(5))
             raise UserError(
-                f"{lost} of {seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
+                f"{num_refused} of {num_seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
                 f"({reasons}). Fix the data, or raise config.data.max_refused"
             )
 
@@ -262,6 +263,7 @@ class _Row:
     ):
         self.window, self.num_seen = window, 0
         self._pool, self._stride, self._on_refused = pool, stride, on_refused
+        # The row's share of the order, from the position where the window stopped.
         self._positions = (
             itertools.count(window.next_position, stride)
             if num_examples is None
@@ -276,6 +278,7 @@ class _Row:
     def pop_bin(self) -> tuple[list[MeasuredExample], list[Refused]]:
         """Returns the examples of the row's next bin, and the examples refused since the previous bin."""
         refused = []
+        # A refused example takes no place in the window, but it advances the position.
         while self.window.has_room and (example := self._next()) is not None:
             self.window.next_position += self._stride
             self.num_seen += 1
@@ -321,14 +324,17 @@ _worker_reader: ExampleReader | None = None
 
 
 def _init_worker(reader: ExampleReader) -> None:
+    """Runs once in each worker process."""
     global _worker_reader
     _worker_reader = reader
     exit_with_parent()
 
 
 def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[MeasuredExample | Refused]:
+    """Measures the examples at these positions; a worker process uses its own reader."""
     return [(reader or _worker_reader).measure(position) for position in positions]
 
 
 def _make(examples: Sequence[MeasuredExample], reader: ExampleReader | None = None) -> list[Example | Refused]:
+    """Makes measured examples; a worker process uses its own reader."""
     return [(reader or _worker_reader).make(example) for example in examples]

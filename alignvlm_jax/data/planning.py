@@ -82,6 +82,7 @@ def plan_stage(
             f"none of the {number} examples measured can be used. The first is {first.id} of {first.source}: "
             f"{first.reason}"
         )
+    # Pack all usable examples as one row, to estimate how many share a bin.
     bins = _count_bins(reader, iter(usable))
     microbatches = bins_per_step // rows if bins_per_step else max(1, round(global_batch * bins / len(usable) / rows))
     if number == total:
@@ -96,6 +97,7 @@ def plan_stage(
 
 
 def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -> list[MeasuredExample | Refused]:
+    """Measures the first `number` examples of the order."""
     pool = Pool(reader, threads=threads)
     try:
         starts = range(0, number, _POSITIONS_PER_TASK)

@@ -132,10 +132,12 @@ def prepare(
     # The rejects are written before the limit is checked, so that the user can look at them.
     _write_rejects(job)
     if summary.num_rejected > max_rejects * summary.total:
+        # The user may fix the data before the next run, so slices with refused records are converted again.
         notes.discard_rejected()
         raise UserError(_too_many_rejects(summary, max_rejects, job))
     if not summary.accepted:
         raise UserError(f"{', '.join(recipe.inputs)}: no records to make a data set of")
+    # Only this makes the folder a data set.
     job.dataset.finish(
         [notes.shard(index) for index in range(len(slices))],
         notes.folder,
@@ -170,6 +172,7 @@ def convert_slice(job: Job, task: Task) -> Summary:
     root = recipe.limits.image_root or str(epath.Path(piece.file).parent)
     rejects = []
 
+    # A generator keeps one record at a time in memory; refused records are collected besides.
     def accepted_records() -> Iterator[dict[str, Any]]:
         for item in FORMATS[recipe.format].read(piece, recipe.options):
             if isinstance(item, Refused):
@@ -186,6 +189,7 @@ def convert_slice(job: Job, task: Task) -> Summary:
         warnings.filterwarnings("ignore", module="PIL")  # about images that it can read nevertheless
         shard = job.dataset.write_shard(index, accepted_records(), job.notes.folder)
     seen = shard.records + len(rejects)
+    # A file that changed after planning has its records in other slices.
     if piece.records not in (None, seen):
         raise UserError(
             f"{piece.file} has changed since the conversion was started: expected {piece.records} records, got {seen}"
@@ -197,6 +201,7 @@ def convert_slice(job: Job, task: Task) -> Summary:
 def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects: float, progress: bool) -> Summary:
     """Converts the slices that are not finished, and stops when too many records are refused."""
     summary, finished = Summary(0, {}), set(job.notes.finished())
+    # Count what earlier runs have finished.
     for index in finished:
         summary += job.notes.summary(index)
     tasks = [(index, piece) for index, piece in enumerate(slices) if index not in finished]

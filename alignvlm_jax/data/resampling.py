@@ -90,15 +90,17 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
     # and its two vertical and two horizontal taps.
     row, col = (y + top)[:, None, :, None], (x + left)[None, :, None, :]  # [h', 1, 2, 1], [1, w', 1, 2]
     cell = row // rows * plan.grid[1] + col // cols + plan.first_cell
-    inside = cell * (rows * cols) + row % rows * cols + col % cols  # [h', w', 2, 2]
+    cell_sources = cell * (rows * cols) + row % rows * cols + col % cols  # [h', w', 2, 2]
+    # Append the newline to every row: source -1 with weight 1.
     newline = np.full((reduced_height, 1, 4), -1)
-    sources = np.concatenate([inside.reshape(reduced_height, reduced_width, 4), newline], axis=1).reshape(-1, 4)
+    sources = np.concatenate([cell_sources.reshape(reduced_height, reduced_width, 4), newline], axis=1).reshape(-1, 4)
     share = (y_weight[:, None, :, None] * x_weight[None, :, None, :]).reshape(reduced_height, reduced_width, 4)
     unit_weights = np.tile([1.0, 0.0, 0.0, 0.0], (reduced_height, 1, 1))
     weights = np.concatenate([share, unit_weights], axis=1).reshape(-1, 4)
+    # The thumbnail's tokens come first, each made of a single feature.
     if plan.thumbnail is not None:
-        whole = np.repeat(np.arange(rows * cols)[:, None] + plan.thumbnail * rows * cols, 4, axis=1)
-        sources = np.concatenate([whole, sources])
+        thumbnail_sources = np.repeat(np.arange(rows * cols)[:, None] + plan.thumbnail * rows * cols, 4, axis=1)
+        sources = np.concatenate([thumbnail_sources, sources])
         weights = np.concatenate([np.tile([1.0, 0.0, 0.0, 0.0], (rows * cols, 1)), weights])
     return Resampling(sources.astype(np.int32), weights.astype(np.float32))
 
@@ -125,6 +127,7 @@ def at_positions(visual_index: Int32[np.ndarray, " L"], resampling: Resampling, 
       resampling: Sources of the example's visual tokens; it may have more tokens than `visual_index` refers to.
       first_feature: Index in the bin of the example's first feature.
     """
+    # Text positions look up token 0 here and are set to zero below.
     number, is_visual = np.maximum(visual_index, 0), (visual_index >= 0)[:, None]
     if not len(resampling.sources):
         return Resampling(np.zeros((len(number), 4), np.int32), np.zeros((len(number), 4), np.float32))
@@ -140,7 +143,7 @@ def _unpad(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tupl
     """Returns (top, left) and (height, width), in tokens, of the cells without the black border."""
     (rows, cols), (width, height) = plan.grid, plan.image_size
     tall, wide = rows * token_grid[0], cols * token_grid[1]
-    # Compare in units of a token's width: a token need not be square.
+    # Lengths are in units of a token's height here and of its width below; a token need not be square.
     if width / height > (cols * token_grid[0]) / tall:
         kept = int(round(height * (cols * token_grid[0] / width), 7))  # a quotient of 26.999999 means 27
         border = (tall - max(kept, 1)) // 2
@@ -164,6 +167,7 @@ def _two_taps(size: int, reduced: int) -> tuple[np.ndarray, np.ndarray]:
     Pixel centers are at halves. Example: 3 values a b c and reduced = 2 give the sources [0 1] [1 2] and the weights
     [.75 .25] [.25 .75].
     """
+    # Centers of the reduced pixels, in source pixels.
     positions = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
     first = np.minimum(positions.astype(np.int64), size - 1)
     second = np.minimum(first + 1, size - 1)

@@ -87,7 +87,7 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     """
     builder = _open_builder(folder)
     splits = builder.info.splits
-    # Check the names first: TFDS would report an unknown split only by its own internal error.
+    # Check the names separately, for a message that lists the existing splits.
     if any(part.partition("[")[0].strip() not in splits for part in split.split("+")):
         raise UserError(f"no split {split!r} in {folder}: it has {', '.join(sorted(splits))}")
     features = builder.info.features
@@ -143,6 +143,7 @@ def write_dataset(
             metadata=tfds.core.MetadataDict(metadata or {}),
         )
         writer = tfds.core.SequentialWriter(info, _RECORDS_PER_SHARD, file_format="array_record")
+        # Splits are written one after the other, so only one chunk of records is in memory.
         writer.initialize_splits(list(splits))
         for split, records in splits.items():
             for chunk in _chunks(records):
@@ -180,6 +181,7 @@ def _chunks(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, 
 def _atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to write to, which gets its final name only if no error occurs."""
     partial = folder.with_name(folder.name + ".partial")
+    # Remove what a killed run left.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -177,6 +177,7 @@ def cut_tiles(
     The image is RGB or grayscale (mode L). Grayscale takes a third of the arithmetic and gives identical tiles.
     """
     tiles = np.zeros((plan.num_tiles, tile_size, tile_size, 3), np.uint8)
+    # The cells of a canvas are cut from one resized image; all other tiles are resized separately.
     if plan.canvas is None:
         separate_tiles = range(plan.num_tiles)
     else:

@@ -78,6 +78,7 @@ def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> lis
 
     Every example must fit into an empty bin.
     """
+    # The oldest example is always chosen. The others fill what it leaves of the bin.
     tokens, tiles = config.tokens_per_bin - waiting[0].tokens, config.tiles_per_bin - waiting[0].tiles
     # Backtracking starts at the end of `others`, so of equal sums it finds the one with the largest examples. Small
     # examples find room nearly anywhere and can wait.
@@ -86,12 +87,13 @@ def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> lis
         key=lambda i: (_fill_share(waiting[i].tokens, waiting[i].tiles, config), -i),
     )
     fitting = (1 << tokens + 1) - 1  # mask of the sums that do not exceed the free tokens
-    sums = [1] + [0] * tiles
+    sums = [1] + [0] * tiles  # at first only the empty subset: no tiles, no tokens
     sums_before = []  # for each of `others`, the sums reachable with the examples before it
     for i in others:
         n, m = waiting[i].tokens, waiting[i].tiles
         sums_before.append(sums)
         sums = [bits | (sums[j - m] << n & fitting if j >= m else 0) for j, bits in enumerate(sums)]
+    # For each number of tiles, only the largest number of tokens can be best.
     best = ((bits.bit_length() - 1, j) for j, bits in enumerate(sums) if bits)
     n, m = max(best, key=lambda total: _fill_share(*total, config))
     # Walk back from the best sum: an example is part of it if the rest is reachable without this example.

@@ -41,8 +41,8 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 problem = _first_line(error)
             # Every row is accounted for: the rest of a damaged group is refused row by row.
-            for lost in range(number, stop):
-                yield lost, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
+            for missing in range(number, stop):
+                yield missing, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
             number = stop
 
 
@@ -60,7 +60,7 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     except Refusal:
-        yield Slice(path, records=1)
+        yield Slice(path, records=1)  # which `read_slice` refuses with the reason
         return
     # Collect row groups until a slice has enough rows or bytes.
     start, first, rows, size = 0, 0, 0, 0

@@ -56,6 +56,7 @@ def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
     """Yields the captioned images of an archive; if it is damaged, the rest of it is one refused record."""
+    # The folder of an archive names the data set.
     source = options.source or posixpath.basename(posixpath.dirname(os.path.abspath(piece.file)))
     try:
         for sample in _samples(piece.file, options.max_record_bytes):
@@ -119,6 +120,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
             if match is None:
                 continue
             key, ending = match[1], match[2].lower()
+            # Another key begins the next sample.
             if sample is None or sample.key != key:
                 if sample is not None:
                     yield sample
@@ -148,6 +150,7 @@ def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     offset = member.offset
+                    # Files are read in place and never unpacked to disk; those that are too large are not read at all.
                     data = archive.extractfile(member).read() if member.isfile() and member.size <= max_bytes else None
                     if not member.isdir():
                         yield member.name, member.size, data

@@ -91,6 +91,7 @@ def write_corpus(
       UserError: if the folder holds another kind of data set.
     """
     folder = Path(folder)
+    # Keep a finished corpus with the same recipe, replace one of the same kind, refuse anything else.
     if store.is_occupied(folder):
         metadata = store.read_metadata(folder)
         if metadata == recipe:
@@ -159,6 +160,7 @@ def _records(
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     pending = collections.deque()
     while True:
+        # Two calls per process are submitted at a time; their results are read in order.
         while len(pending) < 2 * processes and (start := next(starts, None)) is not None:
             pending.append(executor.submit(draw, start, min(start + _DOCUMENTS_PER_CALL, size)))
         if not pending:

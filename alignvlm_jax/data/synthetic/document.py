@@ -151,6 +151,7 @@ def print_document(
 def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font: str) -> tuple[Page, Questions, int]:
     """Lays out a page; if the values do not fit, starts again with other values."""
     for _ in range(_ATTEMPTS):
+        # The page must be wide enough for the shortest line that every family can use.
         face = get_face(font, dice.uniform(*advance_range(font)))
         narrowest = max(_WIDTHS[0], math.ceil(_MIN_LINE_DIGITS * face.digit + 2 * _MARGIN))
         width = dice.integer(narrowest, _WIDTHS[1])

@@ -88,6 +88,7 @@ def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
     for group in range(groups):
         alike = group < groups // 2
         texts = _look_alikes(dice, names) if alike else _loners(dice, names)
+        # The shuffle assigns the rarities.
         names += [Name(text, group, alike, seen) for text, seen in zip(dice.shuffled(texts), COUNTS, strict=True)]
     return tuple(names)
 
@@ -229,6 +230,7 @@ def _deal_names(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ..
     columns: list[list[str]] = [[] for _ in range(_NAMES_PER_PAGE)]
     for name in draw_lexicon(seed, groups):
         times = name.seen if split == "train" else _PAGES_PER_NAME[split]
+        # Groups of one column never share a page.
         columns[order[name.group] % _NAMES_PER_PAGE] += [name.text] * times
     rows = zip(*[dice.shuffled(column) for column in columns], strict=True)
     return tuple([tuple(dice.shuffled(row)) for row in rows])

@@ -85,6 +85,7 @@ def render_page(
         for character in run.text:
             if character != " ":
                 glyph, dx, dy = glyph_image(face.font, face.size, character)
+                # Center the glyph in its cell.
                 pen = round(x + (face.pitches[character] - face.advances[character]) / 2)
                 draw.bitmap((pen + dx, baseline + dy), glyph, fill=look.ink)
             x += face.pitches[character]
@@ -111,6 +112,7 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
             box = (left + x - radius, top + y - radius, left + x + radius, top + y + radius)
             draw.ellipse(box, fill=look.ink)
             continue
+        # Coordinates are x and y in turn.
         points = [round(p + (top if i % 2 else left)) for i, p in enumerate(shape.points)]
         if shape.kind == "line":
             draw.line(points, fill=color, width=shape.width)
@@ -125,7 +127,9 @@ def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Imag
     pixels = np.asarray(page.convert("L") if look.grey else page, np.float32)
     height, width = pixels.shape[:2]
     grain = generator.standard_normal((height, width), np.float32) * np.float32(look.noise)
+    # Brightness changes linearly from top to bottom.
     grain += np.linspace(-look.shade, look.shade, height, dtype=np.float32)[:, None]
+    # Specks of dust are single dark pixels.
     if look.speckles:
         rows, columns = generator.integers(0, (height, width), (look.speckles, 2)).T
         grain[rows, columns] -= 90

@@ -40,6 +40,7 @@ def _bars_across(page: Page, values: Values, kind: Callable[[], str]) -> list[tu
     dice, face = page.dice, page.face
     names, numbers = _draw_marks(page, values, kind, dice.integer(3, 5), dice.pick((3, 4)), 5)
     name_width, number_width = (max(face.width(text) for text in texts) for texts in (names, numbers))
+    # From left to right: names, aligned at the axis, then bars and values.
     left = name_width + face.space * 0.6
     room = page.width - left - number_width - face.space * 0.6
     if room < 8:
@@ -111,6 +112,7 @@ def _upright_marks(
     column = page.width / count
     numbers = [values.draw(kind, lambda number: face.width(number) + 3 <= column) for _ in range(count)]
     names = [values.name(3, 4 if count == 2 else 3, face, column - 3) for _ in range(count)]
+    # From top to bottom: values, marks, axis, names.
     tallest = dice.uniform(40, 80)
     number_room = face.cap_height + 5
     axis = page.y + number_room + tallest
