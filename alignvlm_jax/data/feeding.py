@@ -245,8 +245,8 @@ class Feed:
         if num_refused > self._max_refused * max(num_seen, MIN_EXAMPLES_TO_JUDGE):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self._reasons.most_common(5))
             raise UserError(
-                f"{num_refused} of {num_seen} examples read so far were refused, more than the limit of {self._max_refused:.1%} "
-                f"({reasons}). Fix the data, or raise config.data.max_refused"
+                f"{num_refused} of {num_seen} examples read so far were refused, more than the limit of "
+                f"{self._max_refused:.1%} ({reasons}). Fix the data, or raise config.data.max_refused"
             )
 
 
