@@ -50,6 +50,7 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
         raise Refusal("image marks", f"the conversation has {marks} image marks for {len(conversation.images)} images")
+    # Encoding cannot fail here, because `_check_text` has refused half surrogate pairs.
     budget = _spend_bytes(limits.max_record_bytes, len(text.encode()))
     images = []
     for i, image in enumerate(conversation.images, 1):
