@@ -118,7 +118,7 @@ def test_exif_orientation(orientation, format):
 
 @pytest.mark.parametrize("format, what", [("TIFF", "pages"), ("GIF", "frames"), ("WEBP", "frames"), ("PNG", "frames")])
 def test_first_page_and_first_frame(format, what, caplog, monkeypatch):
-    """Of three frames or pages the first is read, and a warning is logged once, for the first such file."""
+    """Only the first of three frames or pages is read, and a warning is logged once, for the first such file."""
     monkeypatch.setattr(images, "_warned_about", set())
     first, second = PIL.Image.fromarray(_scene()), PIL.Image.fromarray(_scene()[::-1].copy())
     options = {"lossless": True} if format == "WEBP" else {}
