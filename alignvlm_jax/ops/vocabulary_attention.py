@@ -8,6 +8,8 @@
 
 Axes: T queries, D width, V vocabulary, Dv value width, K rows of the vocabulary in a block, k largest probabilities.
 
+`dense_align.py` holds the dense form, as the paper writes it; the tests compare with it.
+
 P is never held: the forward and the backward pass process the vocabulary one block at a time
 (`vocabulary_streaming.py`). mu and r come from `vocabulary_statistics.py`. With d_tv = scale_v dL/ds_tv,
 a1_t = sum_v d_tv and a2_t = sum_v d_tv z_tv, the gradients through the LayerNorm are

@@ -1,23 +1,11 @@
-"""Dense references for `ops/`: all logits of all queries, easy to read and run in float64.
+"""Dense reference of the loss, and comparisons with references in float64.
 
-Axes: T queries, D width, V vocabulary, Dv value width.
+The dense reference of ALIGN is in the package, `alignvlm_jax/ops/dense_align.py`.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def scores(q, keys, scale, bias, eps=1e-5):
-    """Returns the LayerNorm of `q @ keys.T` over the vocabulary, [..., V]."""
-    logits = q @ keys.T
-    centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
-    normed = centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + eps)
-    return normed * scale + bias
-
-
-def vocabulary_attention(q, keys, scale, bias, values, eps=1e-5):
-    return jax.nn.softmax(scores(q, keys, scale, bias, eps), axis=-1) @ values
 
 
 def entropy(probabilities):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.ops import vocabulary_attention, vocabulary_statistics, vocabulary_usage
+from alignvlm_jax.ops.dense_align import dense_distribution, dense_vocabulary_attention
 from alignvlm_jax.ops.vocabulary_statistics import covariance_is_cheaper
 from alignvlm_jax.ops.vocabulary_streaming import default_block_size
 from tests.ops import dense
@@ -60,8 +61,8 @@ def assert_is_dense(arguments, *, slack=0.0, **options):
     """Asserts that errors are within the tolerance, or within `slack` times those of the dense form in float32."""
     cotangent = random_cotangent(arguments)
     ours = with_gradients(functools.partial(vocabulary_attention, **options))(arguments, cotangent)
-    expected = in_float64(dense.vocabulary_attention, arguments, cotangent)
-    theirs = with_gradients(dense.vocabulary_attention)(arguments, cotangent) if slack else expected
+    expected = in_float64(dense_vocabulary_attention, arguments, cotangent)
+    theirs = with_gradients(dense_vocabulary_attention)(arguments, cotangent) if slack else expected
     for name, got, rounded, reference in zip(NAMES, ours, theirs, expected, strict=True):
         assert got.shape == reference.shape and got.dtype == jnp.float32
         assert dense.distance(got, reference) <= max(TOLERANCE, slack * dense.distance(rounded, reference)), name
@@ -104,7 +105,7 @@ def test_peaked_distributions(shape):
     q, keys, scale, bias, values = inputs(shape)
     order = jnp.argsort((q @ keys.T)[0])  # Words in increasing order of the first query's logits.
     arguments = [q, keys[order], 10 * scale, bias, values]
-    p = jax.nn.softmax(dense.scores(*arguments[:4]))
+    p = dense_distribution(*arguments[:4])
     assert jnp.max(p[0]) > 0.9
     # Scores of 40, and so P, are rounded to 2e-6, in the dense form as well.
     assert_is_dense(arguments, block_size=8, slack=2.0)
@@ -143,7 +144,7 @@ def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16(shape):
 
     ours = with_gradients(functools.partial(vocabulary_attention, block_size=128))(arguments, cotangent)
     theirs = with_gradients(dense_form)(arguments, cotangent)
-    expected = in_float64(dense.vocabulary_attention, arguments, cotangent)
+    expected = in_float64(dense_vocabulary_attention, arguments, cotangent)
     for name, got, rounded, reference in zip(NAMES, ours, theirs, expected, strict=True):
         assert got.dtype == jnp.bfloat16
         # Up to a fifth more: both errors are random sums of roundings. A sum in bfloat16 would be several times worse.
@@ -163,7 +164,7 @@ def test_entropy_and_largest_probabilities(top_k, entropy):
     arguments = inputs((3, 5))
     streamed = jax.jit(functools.partial(vocabulary_attention, top_k=top_k, entropy=entropy, block_size=32))
     value, summary = streamed(*arguments)
-    p = dense.in_float64(lambda *a: jax.nn.softmax(dense.scores(*a)), *arguments[:4])
+    p = dense.in_float64(dense_distribution, *arguments[:4])
     assert dense.distance(value, p @ np.asarray(arguments[4], float)) <= TOLERANCE
     if entropy:
         np.testing.assert_allclose(summary.entropy, dense.entropy(p), rtol=1e-5)
@@ -191,7 +192,7 @@ def test_the_summary_does_not_change_the_gradient():
 def test_usage_is_the_weighted_sum_of_p(block_size):
     q, keys, scale, bias, _ = inputs((3, 5))
     weights = np.random.default_rng(3).random((3, 5))
-    p = dense.in_float64(lambda *a: jax.nn.softmax(dense.scores(*a)), q, keys, scale, bias)
+    p = dense.in_float64(dense_distribution, q, keys, scale, bias)
     usage = vocabulary_usage(q, keys, scale, bias, weights=jnp.asarray(weights), block_size=block_size)
     assert dense.distance(usage, np.einsum("ab,abv->v", weights, p)) <= TOLERANCE
     assert dense.distance(vocabulary_usage(q, keys, scale, bias), p.sum((0, 1))) <= TOLERANCE

@@ -19,6 +19,7 @@ from alignvlm_jax.ops import (
     vocabulary_attention,
     vocabulary_statistics,
 )
+from alignvlm_jax.ops.dense_align import dense_distribution, dense_vocabulary_attention
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.ops import dense
 
@@ -89,7 +90,7 @@ def test_attention_is_that_of_one_device(mesh, rows, length, words):
     arrays = attention_inputs(rows, length, words)
     placed = place(mesh, arrays, words)
     value, gradients = compile_on(mesh, attention_with_gradients(streamed_attention), placed, 5)(*placed)
-    expected, expected_gradients = dense.in_float64(attention_with_gradients(dense.vocabulary_attention), *arrays)
+    expected, expected_gradients = dense.in_float64(attention_with_gradients(dense_vocabulary_attention), *arrays)
     assert dense.distance(value, expected) <= TOLERANCE
     for got, reference in zip(gradients, expected_gradients, strict=True):
         assert dense.distance(got, reference) <= TOLERANCE
@@ -97,7 +98,7 @@ def test_attention_is_that_of_one_device(mesh, rows, length, words):
 
 def test_summary_and_statistics_are_those_of_one_device(mesh):
     *arrays, _ = attention_inputs(8, 4, 96)
-    p = dense.in_float64(lambda *a: jax.nn.softmax(dense.scores(*a)), *arrays[:4])
+    p = dense.in_float64(dense_distribution, *arrays[:4])
 
     @jax.jit
     def run(*arrays):
@@ -161,7 +162,7 @@ def test_the_check_sees_a_dense_form(mesh):
     """The compiled dense form, on the same mesh, does hold queries times words, so the check above can fail."""
     arrays = attention_inputs(8, 256, 704)
     placed = place(mesh, arrays, 704)
-    text = compile_on(mesh, attention_with_gradients(dense.vocabulary_attention), placed, 5).as_text()
+    text = compile_on(mesh, attention_with_gradients(dense_vocabulary_attention), placed, 5).as_text()
     assert max(math.prod(_shape(shape)) for shape in re.findall(r"\w+\[([\d,]*)\]", text)) >= 8 * 256 // 4 * 704 // 2
 
 
