@@ -7,8 +7,8 @@ from alignvlm_jax.commands.arguments import Commands, positive
 
 DESCRIPTION = """\
 Write an HTML page that shows what a model reads in an image. Point at a patch to see the
-words that ALIGN maps it to, type a word to see where it occurs, or select an answer to
-see which patches it depends on. The page works offline and without a server.
+words that ALIGN maps it to, or type a word to see where it occurs. With --question, it
+also shows which patches an answer depends on. The page works offline and needs no server.
 """
 
 EPILOG = """\

@@ -39,7 +39,11 @@ def add(commands: Commands) -> None:
         "--seeds", type=positive, default=3, metavar="N", help="number of seeds of each run (default: 3)"
     )
     command.add_argument(
-        "--minutes", type=float, default=3.0, metavar="N", help="maximum training time of a run (default: 3)"
+        "--minutes",
+        type=float,
+        default=3.0,
+        metavar="N",
+        help="maximum training time of a run, in minutes (default: 3)",
     )
     command.add_argument("--jobs", type=positive, default=1, metavar="K", help="runs in parallel (default: 1)")
     command.add_argument(

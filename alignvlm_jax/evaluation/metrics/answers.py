@@ -159,5 +159,5 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
         raise ScorerAborted(f"VQA accuracy needs {_VQA_ANSWERS} references, got {len(references)}")
     answer = evalai_normalize(prediction)
     matches = [evalai_normalize(reference) == answer for reference in references]
-    # Each reference is left out once: its own match does not count then.
+    # Each of the ten terms omits one reference, and with it that reference's match.
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / _VQA_ANSWERS
