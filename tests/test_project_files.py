@@ -64,8 +64,13 @@ def test_readme_is_short_and_begins_with_the_two_commands():
     assert "make test " in first_screen and "make demo " in first_screen and "](docs/architecture.svg)" in first_screen
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_to_files(name):
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+def test_links_lead_to_files():
+    missing = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        missing += [
+            f"{page.relative_to(ROOT)}: {target}"
+            for target in targets
+            if "://" not in target and not (page.parent / target).exists()
+        ]
     assert not missing

@@ -40,7 +40,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns links to source files, which are not part of the site, into plain text."""
+    """Points links to notebooks at their pages, and turns links to other source files into plain text."""
+    markdown = re.sub(r"\]\(((?:tutorials/)?\w+)\.py\)", r"](\1.md)", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:alignvlm_jax|configs|tests|tools)[^)]*\)", r"\1", markdown)
 
 
