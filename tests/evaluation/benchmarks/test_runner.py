@@ -15,6 +15,7 @@ from alignvlm_jax import cli
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import runner
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
+from alignvlm_jax.evaluation.benchmarks.question import Question
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS, find_benchmarks
 from tests.evaluation.benchmarks import slow_run
 from tests.evaluation.benchmarks.drawn import write_docdownstream
@@ -142,8 +143,6 @@ def test_parts_of_a_message():
 
 
 def test_every_row_of_the_table_can_be_asked(tmp_path):
-    from alignvlm_jax.evaluation.benchmarks.question import Question
-
     for benchmark in BENCHMARKS.values():
         kinds = [""] if isinstance(benchmark.prompt, str) else list(benchmark.prompt)
         for kind in kinds:
