@@ -1,13 +1,14 @@
-"""Compiles the real training and decoding steps for TPUs that are not available, and reports their cost.
+"""Compiles the training and decoding steps for TPUs that need not be attached, and reports their cost.
 
 Axis letters: K microbatches, B bins (rows), M tiles per bin, L positions per bin.
 
     report = compile_train_step(experiment, topology_devices("v5e:16x16"), stage_index=2)
     report["fits"], report["per_chip_bytes"], report["capacity_bytes"]
 
-Every bin is assumed to be full of pages of the largest size: as many pages as M tiles hold, each with `TEXT_TOKENS` of
-text as far as L leaves room. Each page is an example. A step has the bins that `global_batch` examples need, rounded up
-to whole microbatches. (A real run uses fewer bins, because smaller pages share bins; it measures how many do.)
+Every bin is assumed to be full of pages of the largest size: as many pages as fit in M tiles, each with up to
+`TEXT_TOKENS` tokens of text, if L leaves room for them. Each page is an example. A step has the bins that
+`global_batch` examples need, rounded up to whole microbatches. (A real run needs fewer bins, because several smaller
+pages share a bin. It measures how many do.)
 """
 
 import dataclasses
@@ -61,15 +62,18 @@ def compile_train_step(
       rows_per_device: bins in a microbatch per position along `data` x `fsdp`.
 
     Returns:
-      The report: what fits, memory by kind, collectives, kernels, FLOPs and estimated times.
+      The report: whether the step fits, memory by kind, collectives, kernels, FLOPs and estimated times.
 
     Raises:
       UserError: if mesh, bins and devices do not fit together.
     """
+    # The number of steps does not change the program, but schedules need one.
     mesh = make_mesh(experiment.mesh, devices, slices=slices)
     model = resolve(experiment.model, devices[0])
     stage = dataclasses.replace(experiment.stages[stage_index], steps=1000, epochs=None)
     stage = dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
+
+    # Shapes of the batch.
     bins = rows_per_device * num_batch_shards(mesh)
     packing = experiment.data.packing
     pages = max(1, packing.tiles_per_bin // experiment.data.tiling.max_tiles_per_image)
@@ -83,14 +87,17 @@ def compile_train_step(
         for name, leaf in shapes.items()
         if name in FIELDS
     }
+
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
         compiled, seconds, text, failure = _compile(jit_train_step(model, stage, mesh), state, batch)
 
+    # FLOPs that the model needs for the full bins.
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
-    # The loss loops over chunks of the answers. It is the only loop whose number of iterations depends on the data.
+    # The loss loops over chunks of the answer tokens. This is the only loop whose number of iterations depends on the
+    # data, so the program does not say how often it runs.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
     chip, num_chips = _chip(devices)
@@ -133,28 +140,29 @@ def compile_decoding(
     rows_per_device: int = 1,
     answer_tokens: int = 128,
 ) -> dict[str, Report]:
-    """Lowers and compiles the two programs of answering: reading a full page ("prefill") and one token ("decode").
+    """Lowers and compiles the two programs of generation: reading a full page ("prefill"), and one token ("decode").
 
     Args:
       experiment: gives model and mesh. Weights are bfloat16.
       devices: devices of a topology.
       rows_per_device: questions per position along `data` x `fsdp`.
-      answer_tokens: space in the cache after the prompt.
+      answer_tokens: number of cache slots after the prompt.
 
     Returns:
       A report for each program, by its name.
     """
+    # Shapes and shardings of weights, cache, batch and tokens.
     mesh = make_mesh(experiment.mesh, devices)
     model, packing = resolve(experiment.model, devices[0]), experiment.data.packing
     rows = rows_per_device * num_batch_shards(mesh)
     boxed = jax.eval_shape(lambda: random_parameters(model, jax.random.key(0)))
     params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=placement),
         nn.unbox(boxed),
         sharding.parameter_shardings(boxed, mesh),
     )
     row_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    # Heads of the cache are sharded only if they divide over the `tensor` axis.
+    # The heads of the cache are sharded only if their number is divisible by the size of the `tensor` axis.
     head_axis = "tensor" if model.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
     kv_sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, head_axis))
 
@@ -162,7 +170,8 @@ def compile_decoding(
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), tree)
 
     def cache_sharding(leaf):
-        # Scalars, keys and values [layers, rows, slots, heads, head width], and one value per row.
+        # By rank: 0 for scalars, 5 for keys and values [layers, rows, slots, heads, head width]; all others have rows
+        # as their first axis.
         return {0: NamedSharding(mesh, PartitionSpec()), 5: kv_sharding}.get(leaf.ndim, row_sharding)
 
     batch = jax.eval_shape(
@@ -173,6 +182,7 @@ def compile_decoding(
     cache = with_shardings(jax.eval_shape(lambda: empty_cache(model.language, rows, slots)), cache_sharding)
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=row_sharding)
     network = AlignVLM(model)
+
     programs = {
         "prefill": (
             lambda params, cache, batch: network.apply({"params": params}, batch, cache, method="prefill"),
@@ -189,6 +199,7 @@ def compile_decoding(
     reports = {}
     for name, (function, argument) in programs.items():
         with jax.set_mesh(mesh), sharding.logical_rules():
+            # The cache is donated and keeps its shardings, as in a real decoding loop.
             out_shardings = (row_sharding, jax.tree.map(cache_sharding, cache))
             jitted = jax.jit(function, donate_argnums=1, out_shardings=out_shardings)
             compiled, seconds, text, failure = _compile(jitted, params, cache, argument)
@@ -231,7 +242,7 @@ def _compile(function, *arguments):
 
 
 def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dict[str, float]:
-    """Returns the content of a full bin: pages with as many tiles as fit, and text."""
+    """Returns the numbers of tiles and tokens of a full bin; the names are those of `train_flops`' arguments."""
     visual = tiles * tokens_per_tile(model)
     tokens = min(length, visual + pages * TEXT_TOKENS)
     if tokens - visual < 2:
@@ -248,7 +259,20 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
 
 
 def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, mesh: Mesh, memory) -> Report:
+    """Returns the part of the report that training and decoding share.
+
+    Args:
+      program: the parsed program; empty if it does not fit.
+      compiled: the compiled program, or None if it does not fit.
+      failure: the compiler's error, or None.
+      chip: data of the chips.
+      num_devices: number of devices.
+      mesh: the mesh.
+      memory: bytes per device of the program's arguments.
+    """
     capacity = int(_USABLE_MEMORY * chip.hbm_bytes / chip.devices_per_chip)
+
+    # Bytes that each device sends, by kind of collective and by network: within a slice (ICI), between slices (DCN).
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
     collectives = hlo_collectives.collectives(program, slice_of)
     traffic = {}
@@ -256,6 +280,8 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
         networks = traffic.setdefault(collective.kind, {"ici": 0.0, "dcn": 0.0})
         networks["dcn" if collective.crosses_slices else "ici"] += collective.count * collective.bytes_sent
     ici, dcn = (sum(networks[name] for networks in traffic.values()) for name in ("ici", "dcn"))
+
+    # Times if each resource were the only limit.
     executed = sum(hlo_work.flops(program).values())
     share = 1 / chip.devices_per_chip
     seconds = {
@@ -264,6 +290,8 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
         "ici": ici / (chip.ici_bandwidth * share),
         "dcn": dcn / (chip.dcn_bandwidth * share),
     }
+
+    # Memory besides the arguments. Results that reuse a donated argument's memory are not counted twice.
     if compiled is not None:
         analysis = compiled.memory_analysis()
         memory = memory | {
@@ -305,7 +333,7 @@ def _advice(memory: dict[str, float], capacity: int) -> list[str]:
     return [
         "fewer bins at a time: --rows-per-device 1, and config.data.packing.bins_per_microbatch to match",
         "recompute more: config.model.language.remat=full, config.model.vision.remat=full",
-        "cut each bin over several chips: mesh.tensor=2 or 4",
+        "split each bin across several chips: mesh.tensor=2 or 4",
         "smaller bins: config.data.packing.tokens_per_bin and tiles_per_bin, with data.tiling.max_tiles",
         spread,
     ]

@@ -4,12 +4,13 @@ A step whose loss or gradients are not finite leaves weights and optimizer uncha
 updates are counted here. After `max_skipped` in a row, either the weights or the data are bad. The run then rolls back
 to its last checkpoint and continues with the data that come *after* the failed steps:
 
-    checkpoint of step 100; updates 104, 105, 106 are skipped, step 107 has started; max_skipped = 3
-    back to the weights of step 100; batches 101 to 107 are skipped, the next step, 101, takes batch 108
+    max_skipped = 3, a checkpoint at step 100
+    updates 104, 105 and 106 are skipped; this is noticed when step 107 has started
+    the weights return to step 100, batches 101 to 107 are skipped, and the new step 101 uses batch 108
 
 The ranges of skipped batches are stored with every checkpoint, so the data remain a function of the seed, the step and
-that list. Skipped updates and jumps are reported in `anomalies.jsonl` in the workdir, with the names of the examples in
-the batch.
+those ranges. Skipped updates and jumps are reported in `anomalies.jsonl` in the workdir, with the names of the examples
+in the batch.
 """
 
 import collections
@@ -35,9 +36,9 @@ class AnomalyWatch:
     Steps are checked one step late: reading the loss of a step that is still running would wait for it.
 
     Attributes:
-      num_skipped_in_a_row: number of updates skipped since the last one that was not.
-      skipped_batches: ranges of batches that the run does not use again. Each has the stage and the step that the run
-        rolled back to, and the numbers of its first and last batch.
+      num_skipped_in_a_row: number of updates skipped since the last successful one.
+      skipped_batches: ranges of batches that the run does not use again. Each range has the stage and the step that the
+        run rolled back to, and the numbers of its first and last batch.
     """
 
     def __init__(self, config: AnomalyConfig, path: Path | None, log: Callable[[str], None]):
@@ -56,10 +57,11 @@ class AnomalyWatch:
 
     def state(self) -> dict[str, Any]:
         """Returns the state to store with a checkpoint; all steps before it must have been checked."""
+        # "left_out" is the key in the checkpoints of all versions.
         return {"skipped_in_a_row": self.num_skipped_in_a_row, "left_out": list(self.skipped_batches)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned, and forgets steps that are not checked yet."""
+        """Restores what `state` returned, and forgets the steps that are not checked yet."""
         self.num_skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.skipped_batches = list(state.get("left_out", []))
         self._pending.clear()
@@ -69,13 +71,13 @@ class AnomalyWatch:
 
         Args:
           step: its number over all stages.
-          measured: its metrics, which may still be computed.
+          measured: its metrics, which the devices may still be computing.
           names: returns the names of the examples in its batch. It is called only for an anomaly, by all processes.
         """
         self._pending.append((step, measured, names))
 
     def check(self, before: int) -> bool:
-        """Checks the steps before this one, and waits for them; returns True if too many updates were skipped."""
+        """Waits for the steps before `before` and checks them; returns True if too many in a row were skipped."""
         while self._pending and self._pending[0][0] < before:
             step, measured, names = self._pending.popleft()
             loss = float(measured["loss"])
@@ -93,7 +95,8 @@ class AnomalyWatch:
         return False
 
     def skip_batches(self, stage: int, step_in_stage: int, last_batch: int) -> None:
-        """Records a rollback to a step: the batches after it, up to the last one, are not used again."""
+        """Records a rollback to a step: the batches after it, up to `last_batch`, are not used again."""
+        # Earlier rollbacks within the stage have shifted the batches against the steps.
         first = step_in_stage + self.num_skipped_batches(stage) + 1
         skipped = {"stage": stage, "step_in_stage": step_in_stage, "first": first, "last": last_batch}
         self.skipped_batches.append(skipped)
@@ -106,15 +109,16 @@ class AnomalyWatch:
 
     def num_rollbacks_to(self, stage: int, step_in_stage: int) -> int:
         """Number of times that the run rolled back to this step."""
-        place = stage, step_in_stage
-        return sum((entry["stage"], entry["step_in_stage"]) == place for entry in self.skipped_batches)
+        target = stage, step_in_stage
+        return sum((entry["stage"], entry["step_in_stage"]) == target for entry in self.skipped_batches)
 
     def _is_spike(self, loss: float) -> bool:
         if not self._config.spike or len(self._losses) < _MIN_HISTORY:
             return False
         usual = statistics.median(self._losses)
-        # 1.4826 times the median absolute deviation estimates the standard deviation of a normal distribution, and
-        # is not moved by earlier jumps. Its floor keeps a loss that hardly varies from being reported all the time.
+        # 1.4826 times the median absolute deviation estimates the standard deviation of a normal distribution; unlike
+        # the sample's own, it is robust against earlier jumps. The floor of 0.1 % of the loss prevents constant reports
+        # while the loss hardly varies.
         spread = 1.4826 * statistics.median(abs(other - usual) for other in self._losses)
         return loss > usual + self._config.spike * max(spread, 1e-3 * abs(usual))
 

@@ -24,10 +24,11 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
 
     Args:
       config: the experiment.
-      stages: its stages, with their numbers of steps known.
+      stages: its stages, with their numbers of steps filled in.
       mesh: devices that it runs on.
-      workdir: folder that it is saved in.
+      workdir: folder of the run.
     """
+    # Size of the checkpoints on disk.
     states = [(stage, abstract_state(config.model, stage, mesh)) for stage in stages]
     checkpoint = max(_bytes((state.params, state.opt_state)) for _, state in states)
     number, remark = max_checkpoints_on_disk(config, sum(stage.steps for stage in stages))
@@ -42,6 +43,8 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
             "warning: the disk has less free space than that; use a smaller config.checkpoint.keep or another workdir "
             "(a save that fails leaves earlier checkpoints untouched)"
         )
+    # Memory of the stage that needs the most. Weights are the same in all stages; the optimizer state and the gradients
+    # grow with the trainable parts.
     stage, state = max(states, key=lambda item: _bytes_per_device(item[1].opt_state))
     trained = {part: state.params[part] for part in stage.trainable}
     lines.append(
@@ -53,10 +56,10 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
 
 
 def max_checkpoints_on_disk(config: ExperimentConfig, total_steps: int) -> tuple[int, str]:
-    """Returns how many checkpoints are on disk at once, and a remark about those that are kept permanently."""
+    """Returns the largest number of checkpoints on disk at once, and a remark about the permanent ones."""
     rules = config.checkpoint
     permanent = total_steps // rules.keep_every if rules.keep_every else 0
-    # One more for the checkpoint that is being written: older ones are deleted only when it is complete.
+    # One more for the checkpoint that is being written: an older one is deleted only after it is complete.
     number = rules.keep + rules.keep_best + permanent + 1
     return number, f" ({permanent} of them permanently)" if permanent else ""
 

@@ -9,7 +9,8 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
-# Keys that may differ when a run is resumed: they do not change what is computed.
+# Keys that may differ when a run resumes, because they do not change the trained weights. The mesh and the attention
+# kernels do so only by rounding.
 _MAY_DIFFER = (
     "checkpoint",
     "anomalies.spike",
@@ -30,7 +31,7 @@ _MAY_DIFFER = (
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A key whose value differs from the config that the run had so far."""
+    """A key whose value differs from the run's earlier config."""
 
     key: str
     before: Any
@@ -51,6 +52,7 @@ def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
     Keys that the saved config lacks have their defaults. A saved key that this version does not know is a difference.
     """
     try:
+        # Fills in the defaults of keys that were added since the config was saved.
         old = config_to_dict(config_from_dict(old))
     except UserError:
         pass
@@ -58,7 +60,7 @@ def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
 
 
 def describe(changes: Sequence[Change]) -> str:
-    """Returns the lines that are printed when a run is resumed."""
+    """Returns the lines that are printed when a run resumes."""
     if not changes:
         return "the config has not changed since the run started"
     return "\n".join(["the config has changed:", *(f"  {change}" for change in changes)])

@@ -12,18 +12,19 @@ from alignvlm_jax.training.train_step import TrainState, make_train_step
 def explain_skipped(
     model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, state: TrainState, batch: Batch, step: int
 ) -> None:
-    """Repeats a skipped step, operation by operation, and stops at the first NaN.
+    """Repeats a skipped step operation by operation, and raises an error at the first NaN.
 
     Args:
       model: config of the model.
       stage: the stage of the step.
       mesh: devices of the step.
-      state: state after the step, which a skipped step leaves as it was before.
+      state: state after the step. A skipped step leaves weights and optimizer as they were before.
       batch: batch of the step, on the mesh.
       step: number of the step, for the message.
 
     Raises:
-      UserError: always. It names the operation, or says that none gave NaN; then a value grew to infinity.
+      UserError: always. The message names the operation that produced the NaN. If there is none, a value grew to
+        infinity, and the message says so.
     """
     with jax.set_mesh(mesh), jax.disable_jit(), jax.debug_nans(True):
         try:
@@ -32,13 +33,17 @@ def explain_skipped(
             place = _innermost_line(error)
             raise UserError(f"step {step}: {str(error).splitlines()[0].rstrip('.')}{place}") from error
     raise UserError(
-        f"step {step}: its loss or gradients are not finite, but no single operation gives NaN: a value grows to "
+        f"step {step}: its loss or gradients are not finite, but no single operation returns NaN: a value grows to "
         "infinity (try float32, or a lower learning rate)"
     )
 
 
 def _innermost_line(error: BaseException) -> str:
-    """Describes the innermost line of this package that the operation, or the one it is the gradient of, is in."""
+    """Returns ", in FILE, line N (FUNCTION)" for the innermost line of this package in the error's traceback.
+
+    That line holds the operation that produced the NaN, or the operation whose gradient did. The result is empty if no
+    line of this package is in the traceback.
+    """
     place, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename

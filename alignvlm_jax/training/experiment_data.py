@@ -16,10 +16,10 @@ from alignvlm_jax.training.initial import load_tokenizer
 
 
 class TrainingData(Protocol):
-    """Interface of the training loop to the data."""
+    """Data as the training loop sees them."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        """Returns the number of steps of a stage and of microbatches per step, the same in every process."""
+        """Returns a stage's number of steps and of microbatches per step. All processes must get the same."""
 
     def batches(
         self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
@@ -31,20 +31,21 @@ class TrainingData(Protocol):
           stage: the stage.
           plan: its plan.
           state: state of the rows to continue from; None starts from the beginning.
-          rows: rows of each microbatch to make.
+          rows: the rows of each microbatch that this process makes.
         """
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Writes all that is needed to decode the model's tokens."""
+        """Writes everything that is needed to decode the model's tokens."""
 
 
 class ExperimentData:
-    """Data sets, tokenizer and pipeline that a config names."""
+    """Data sets, tokenizer and pipeline of an experiment, as its config describes them."""
 
     def __init__(self, config: ExperimentConfig):
         self._config = config
         self._chat = load_tokenizer(config)
         parts = [part for stage in config.stages for part in stage.mixture]
+        # Open the data sets of all stages now: a missing one must fail before training, not days into it.
         root = Path(config.data.root)
         self._sources = {
             pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
@@ -58,6 +59,7 @@ class ExperimentData:
             bins_per_step=stage.bins_per_step,
             steps=stage.steps,
             epochs=stage.epochs,
+            # Nothing else runs while a stage is planned, so the threads may use the cores of the workers.
             threads=max(self._config.data.read_threads, self._config.data.workers),
             progress=distributed.is_primary(),
         )

@@ -3,10 +3,10 @@
 Axes: N patches per tile, p patch side, d encoder width, f width of its MLP, D decoder width, F width of its MLP, V
 vocabulary, H query heads, G key-value heads, h head width, n length of a segment.
 
-The matrix products are counted that the *model* needs for the examples of a step, a multiply-add as two FLOP. Anything
-else that a program does (rematerialization, padding of bins, tiles and heads, masked blocks, statistics, elementwise
-work, the optimizer) is not counted, so that programs can be compared by their utilization. MFU in this sense is from
-Chowdhery et al., arXiv 2204.02311, appendix B.
+Only the matrix products that the *model* needs for the examples of a step are counted, with two FLOP per multiply-add.
+Everything else that a program does (rematerialization, padding of bins, tiles and heads, masked blocks, statistics,
+elementwise operations, the optimizer) is not counted, so programs can be compared by their utilization. This definition
+of MFU is from Chowdhery et al., arXiv 2204.02311, appendix B.
 
 Forward:
 
@@ -16,9 +16,9 @@ Forward:
                 per segment   layers · 4 Hh n(n+1)/2                 causal: of n² pairs only those that see each other
     loss        per answer    2DV                                    only where a token is to be predicted
 
-Backward, a product costs its forward FLOP once more for each factor that needs a gradient (`models/flop_counts.py`). So
-a trained part costs three times its forward pass, a frozen encoder once, and a frozen decoder after a trained connector
-twice (its attention three times).
+In the backward pass, a product costs its forward FLOP once more for each factor that needs a gradient
+(`models/flop_counts.py`). In total, a trained part costs three times its forward pass, a frozen encoder once, and a
+frozen decoder after a trained connector twice (its attention three times).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from alignvlm_jax.models.vision import VisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """FLOP of the parts of the model, for all examples and over all chips."""
+    """FLOP of each part of the model, for all examples and over all chips."""
 
     encoder: float
     connector: float
@@ -66,10 +66,12 @@ def train_flops(
     """
     trained = TrainedParts("vision" in trainable, "connector" in trainable, "language" in trainable)
     count_connector = connector_spec(config.connector).flops
+    # The LM head, per answer token.
     head = 2 * config.language.hidden_size * config.language.vocab_size
     return ModelFlops(
         encoder=tiles * _encoder(config.vision, trained),
         connector=tiles * count_connector(config.connector, connector_shape(config), trained),
+        # A causal segment of length n has n (n + 1) / 2 = (n² + n) / 2 pairs of a query and a key that it attends to.
         decoder=_decoder(config.language, trained, tokens, pairs=(squared_lengths + tokens) / 2),
         loss=answer_tokens * product_flops(head, weights=trained.language, inputs=trained.any),
     )
@@ -93,7 +95,7 @@ def _decoder(config: LanguageConfig, trained: TrainedParts, tokens: float, pairs
       config: the decoder.
       trained: the trained parts.
       tokens: number of tokens.
-      pairs: number of pairs of a query and a key that it sees.
+      pairs: number of pairs of a query and a key that it attends to.
     """
     width, queries = config.hidden_size, config.num_heads * config.head_width
     keys = config.num_kv_heads * config.head_width

@@ -62,7 +62,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         chat = ChatTokenizer.from_folder(folder)
         needed = chat.vocab_size
     else:
-        # The tokenizer of a language model for text alone: an image token and a chat template for images are added.
+        # The tokenizer of a text-only language model: an image token and a chat template for images are added.
         chat, needed, _ = import_tokenizer(folder, num_embeddings=rows)
     if needed > rows:
         raise UserError(
@@ -73,7 +73,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
 
 
 def _has_image_token(folder: Path) -> bool:
-    """Returns whether the tokenizer in the folder names an image token, as those of vision-language models do."""
+    """Returns whether the tokenizer in the folder names an image token, as that of a vision-language model does."""
     try:
         return "image_token" in special_names(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):

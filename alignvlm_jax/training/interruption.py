@@ -1,15 +1,15 @@
 """Turns signals and preemption notices into a flag, which the training loop reads after every step.
 
-The loop then finishes the step and saves the run. These set the flag:
+The loop then finishes the step and saves the run. The flag is set by:
 
 - SIGINT (Ctrl-C).
-- SIGTERM, which Slurm, Kubernetes, systemd and `docker stop` send before they take a machine away. It may go to one
-  process of the job or to all.
-- Google's notice that a spot machine will be taken in half a minute. The notice is published by Google's metadata
-  server, and not every launcher turns it into a signal in time.
+- SIGTERM, which Slurm, Kubernetes, systemd and `docker stop` send before they end a job. It may be sent to one process
+  of the job or to all.
+- Google's notice that a spot machine will be reclaimed in half a minute. Google's metadata server publishes the notice,
+  and not every launcher turns it into a signal in time.
 
 JAX's preemption service (`multihost_utils.reached_preemption_sync_point`) also makes the processes agree on a step, but
-only reacts to SIGTERM. Here they agree through a sum that they compute with every step anyway.
+only reacts to SIGTERM. Here the processes agree through a sum that they compute in every step anyway.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Interruption:
 
     Attributes:
       interrupted: True once the run should end.
-      preempted: True if the machine is about to be taken away.
+      preempted: True if the machine is about to be reclaimed.
     """
 
     def __init__(self):
@@ -70,13 +70,15 @@ class Interruption:
             return
         self.interrupted, self.preempted = True, preempted
         hint = "" if preempted else " (once more to stop at once)"
-        # Printing is not reentrant: it fails if the signal came in the middle of another print.
+        # Buffered output is not reentrant: printing fails if the signal arrived in the middle of another print.
         with contextlib.suppress(RuntimeError):
             tqdm.write(f"interrupted: finishing this step and saving{hint}")
 
     def _watch_google(self) -> None:
-        """Polls Google's metadata server in the background; it answers when the notice changes."""
+        """Polls Google's metadata server until the notice of a preemption arrives."""
+        # The server answers when the notice differs from the one that `etag` names, so polling costs nearly nothing.
         host, etag = os.environ.get(_HOST_VARIABLE, _HOST), "0"
+        # No proxy: only the machine itself can reach its metadata server.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while not self._closed.is_set():
             request = urllib.request.Request(f"http://{host}{_PATH}{etag}", headers={"Metadata-Flavor": "Google"})
@@ -95,7 +97,7 @@ class Interruption:
 
 
 def is_google_cloud() -> bool:
-    """Returns whether this is a machine in Google's cloud."""
+    """Returns whether this machine is in Google's cloud."""
     try:
         return _HOST_VARIABLE in os.environ or _PRODUCT.read_text().startswith("Google")
     except OSError:

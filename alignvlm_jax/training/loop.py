@@ -1,12 +1,12 @@
 """Runs an experiment: its stages one after the other, with checkpoints, logs, and a progress bar over all of them.
 
-Calling `train` again on the same workdir resumes the run. All that a step depends on is stored in the checkpoint
+Calling `train` again on the same workdir resumes the run. Everything that a step depends on is stored in the checkpoint
 (weights, optimizer, position in the data) or is a function of the config and the number of the step (schedules). An
 interrupted run therefore ends with exactly the weights of an uninterrupted one.
 
-With several processes (`parallel/distributed.py`) each of them calls `train`. It makes the rows of the batch that its
-devices hold, and saves the shards that they hold. Process 0 alone prints, and writes what is not sharded. A signal to
-any process stops all of them after the same step.
+With several processes (`parallel/distributed.py`), each of them calls `train`. A process makes the rows of the batch
+and saves the shards of the weights that its devices hold. Only process 0 prints and writes the other files. A signal
+to any process stops all of them after the same step.
 """
 
 import contextlib
@@ -68,26 +68,29 @@ def train(
 ) -> TrainResult:
     """Trains through all stages, or resumes the run in `workdir`.
 
-    With several processes, all of them call it within `distributed.initialized`.
+    With several processes, all of them must call it, within `distributed.initialized`.
 
     Args:
       config: the experiment.
       workdir: folder of the run; see `checkpoints/workdir.py`.
       open_data: opens the data that the batches come from.
       make_params: makes the weights that stage 1 starts with.
-      on_stage_start: called with the stage's index and its first weights, also when the run resumes within the stage.
+      on_stage_start: called with the stage's index and the weights before its first step in this session.
       on_step: called after each step with the number of steps done, over all stages.
       score: called every `config.evaluation.every_steps` steps with the weights and the mesh they are placed on. The
         scores it returns are logged. `evaluation.during_training` makes such a function.
-      allow_config_change: keys of the config that may differ from the config that the run started with.
+      allow_config_change: keys of the config that may differ from the earlier config of the run.
+
+    Returns:
+      The trained weights and the progress.
 
     Raises:
-      distributed.Interrupted: if SIGINT came, or SIGTERM (`Preempted`); the run is saved first.
+      distributed.Interrupted: on SIGINT, or on SIGTERM (`Preempted`); the run is saved first.
       UserError: if the config does not fit the data, the devices, their memory, or the run in `workdir`.
-      distributed.MismatchError: if the processes are not set up alike.
+      distributed.MismatchError: if the processes differ in their config, libraries or devices.
     """
     workdir = Path(workdir)
-    # Processes with different configs would wait for each other forever.
+    # Checked first: processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.from_devices(mesh.devices.flatten())
@@ -139,6 +142,7 @@ def train(
             )
             while progress.stage < len(stages):
                 index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]
+                # Position in the data: None unless the run resumes within the stage.
                 row_states = resumption.row_states(progress)
                 with contextlib.closing(data.batches(index, stage, plan, row_states, rows)) as batches:
                     state = resumption.make_state(progress, params)
@@ -152,7 +156,7 @@ def train(
 
 
 def _refusals_file() -> str:
-    """Returns the file in which this process names the examples it cannot use; every process has its own."""
+    """Returns the name of this process's file of refused examples. Processes do not share one file."""
     return "data_refused.jsonl" if distributed.is_primary() else f"data_refused.{jax.process_index()}.jsonl"
 
 

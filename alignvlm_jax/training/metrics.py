@@ -1,9 +1,9 @@
 """Turns the metrics of steps into lines on the terminal and curves in TensorBoard.
 
-Speeds are given for the whole run (`tokens_per_second`) and per chip. A chip is the unit that is sold, which may be two
-jax devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs that the model needs
-(`training/flops.py`). `mfu` is its share of the chip's published bfloat16 peak, whatever the dtype of the run. On a
-chip without a known peak, such as a CPU, there is no `mfu`.
+Speeds are given for the whole run (`tokens_per_second`) and per chip. A chip is the unit that is sold; it may hold two
+JAX devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs that the model needs
+(`training/flops.py`). `mfu` is that rate as a fraction of the chip's published bfloat16 peak, whatever the dtype of the
+run. On a chip without a known peak, such as a CPU, there is no `mfu`.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.training.flops import train_flops
 from alignvlm_jax.training.train_step import Metrics
 
-# Metrics that are summed, metrics that are only inputs of others, and metrics that become speeds. All other metrics are
-# averaged.
+# Treatment of a metric in a summary of several steps. Metrics that are not listed are averaged.
 _SUMMED = ("refused", "cut", "skipped")
-_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")
-_PER_SECOND = ("tokens", "tiles", "examples")
-_PER_CHIP = ("tokens", "tiles")
+_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")  # only inputs of other metrics
+_PER_SECOND = ("tokens", "tiles", "examples")  # shown as speeds
+_PER_CHIP = ("tokens", "tiles")  # shown as speeds per chip, too
 _MIN_SHOWN_WAIT = 0.03  # shares of time spent waiting below this are not printed
 
 
@@ -40,7 +39,7 @@ class Machine:
 
     Attributes:
       num_chips: number of chips.
-      chip: their kind; None if its peak is not known.
+      chip: data of their kind; None if its peak is not known.
     """
 
     num_chips: int
@@ -54,7 +53,7 @@ class Machine:
 
 
 def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[str, float]], float]:
-    """Returns a function that computes the FLOPs that the model needs for a step from the metrics of that step."""
+    """Returns a function from the metrics of a step to the FLOPs that the model needs for it."""
 
     def count(step: Mapping[str, float]) -> float:
         return train_flops(
@@ -75,7 +74,7 @@ class MetricsLog:
     Metrics stay on the device until they are written, so collecting them does not wait for the step.
 
     Attributes:
-      last: each metric, as it was last written.
+      last: latest written value of each metric.
     """
 
     def __init__(self, folder: Path | None, first_step: int, machine: Machine):
@@ -84,12 +83,12 @@ class MetricsLog:
         Args:
           folder: folder for TensorBoard's files; None writes none.
           first_step: number of steps that are already done.
-          machine: chips that the speeds refer to.
+          machine: chips that the run uses.
         """
-        # An earlier session may have logged steps after the checkpoint that the run resumes from. Those steps are done
-        # again, so `purge_step` drops their points.
         self._writer = None
         if folder is not None:
+            # An earlier session may have logged steps after the checkpoint that the run resumes from. Those steps are
+            # repeated, so `purge_step` drops their points.
             try:
                 self._writer = tensorboardX.SummaryWriter(
                     str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
@@ -117,10 +116,11 @@ class MetricsLog:
         self._steps.append(metrics)
 
     def write(self, step: int, stage: int) -> dict[str, float]:
-        """Writes a summary of the steps added since the last one; returns the summary, empty if there are none."""
+        """Writes and returns a summary of the steps added since the last summary; returns {} if there are none."""
         if not self._steps:
             return {}
-        # Raises an error if a step failed. Copying the metrics of a failed step would abort the process on a CPU.
+        # Raises an error if a step failed. Without this, copying the metrics of a failed step would abort the process
+        # on a CPU.
         jax.block_until_ready(self._steps)
         steps, self._steps = jax.device_get(self._steps), []
         now = time.monotonic()
@@ -134,16 +134,16 @@ class MetricsLog:
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values to TensorBoard's files, under their own names."""
-        # The writer's thread ends when the disk is full. More values would then fill its queue, and block forever.
+        # The writer's thread ends when the disk is full. More values would then fill its queue and block forever.
         if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            distributed.log("warning: the disk does not take TensorBoard's files; curves end here", file=sys.stderr)
+            distributed.log("warning: TensorBoard's files cannot be written; curves end here", file=sys.stderr)
             self._writer = None
         for name, value in values.items():
             if self._writer is not None and not math.isnan(value):
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes everything that is still queued, if the disk takes it."""
+        """Writes everything that is still queued, if the disk has space."""
         if self._writer is not None and self._writer.file_writer.event_writer._worker.is_alive():
             with contextlib.suppress(OSError):  # a full disk
                 self._writer.close()
@@ -152,10 +152,11 @@ class MetricsLog:
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:
     """Returns means over steps, and sums of counts.
 
-    The loss is weighted by answer tokens and the effective tokens by tiles, the numbers that they are means over. Loss
-    and gradient norm of skipped updates are excluded, because they are not finite.
+    The loss is weighted by answer tokens and the effective tokens are weighted by tiles, because these are the numbers
+    that each step's mean is over. Loss and gradient norm of skipped updates are excluded, because they are not finite.
     """
     columns = {name: np.array([float(step[name]) for step in steps]) for name in steps[0]}
+    # If all updates were skipped, the summary shows the NaN.
     if "skipped" in columns and not columns["skipped"].all():
         finite = columns["skipped"] == 0
         columns |= {name: columns[name][finite] for name in ("loss", "weight", "grad_norm") if name in columns}

@@ -1,7 +1,7 @@
 """Makes the optimizer: AdamW or Muon from Optax, with one learning rate per part of the model.
 
-The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"). All parts in the
-tree are trained. A frozen part is not in the tree: it gets no optimizer state and cannot change.
+The parameters are a nested dict whose top level names the *parts* ("vision", "connector", "language"). Every part in
+the tree is trained. A frozen part is absent from the tree, so it gets no optimizer state and cannot change.
 
 Axis letters: P layers stacked by `nn.scan`, D and F widths, V vocabulary.
 
@@ -22,7 +22,7 @@ from alignvlm_jax.config.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # Modules made by `nn.scan` have this name. Their weights have a leading axis with one slice per layer.
 STACKED = "layers"
-# The first layer is given pixels, not features of the model's width. As is usual with Muon, it is left to Adam.
+# The first layer takes pixels, not features of the model's width. As is usual with Muon, Adam trains it.
 NEVER_MUON = "patch_embedding"
 NEVER_DECAYED = ("bias", "scale")
 
@@ -63,7 +63,8 @@ def make_optimizer(
     if config.name == "adamw":
         steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     elif config.name == "muon":
-        # A learning rate of -1 cancels the sign that `muon` applies: the rates per part follow below, with the decay.
+        # `muon` multiplies by minus its learning rate; -1 makes that a factor of 1. The weight decay and the learning
+        # rate of each part are applied below.
         steps.append(
             optax.contrib.muon(
                 learning_rate=-1.0,
@@ -89,7 +90,7 @@ def make_optimizer(
 
 
 def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNumbers | None:
-    """Returns the row and column axes of the matrix that Muon makes orthogonal; None leaves the weight to Adam.
+    """Returns the row and column axes of the matrix that Muon orthogonalizes; None leaves the weight to Adam.
 
     All other axes are batch axes, so stacked layers are handled one by one:
 
@@ -98,7 +99,7 @@ def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNu
         language/embedding            [V, D]      None: its rows are looked up one by one, not multiplied as a matrix
         language/final_norm/scale     [D]         None
     """
-    first = int(STACKED in names)
+    first = int(STACKED in names)  # axis 0 of stacked layers is the layer
     if names[-1] == "kernel" and ndim - first == 2 and NEVER_MUON not in names:
         return MuonDimensionNumbers(first, first + 1)
     return None

@@ -22,7 +22,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @contextlib.contextmanager
 def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
-    """Turns an out-of-memory error, in compiling or running, into a `UserError`, and saves a memory profile.
+    """Turns an out-of-memory error of the compiler or of a program into a `UserError`, and saves a memory profile.
 
     The error says how much memory was needed (if XLA does), where the profile is, and which keys of the config to
     change.
@@ -33,6 +33,7 @@ def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         profile = workdir / MEMORY_PROFILE
+        # A failure to save the profile must not replace the error that it explains.
         try:
             jax.profiler.save_device_memory_profile(str(profile))
             profile_note = f"a memory profile is in {profile} (pprof -top {profile})"
@@ -57,7 +58,7 @@ def needed_memory(message: str) -> str:
 
 
 def remedies(config: ExperimentConfig) -> str:
-    """Returns what to change, the cheapest change first."""
+    """Returns a sentence with the changes of the config that save memory, the cheapest first."""
     changes = []
     if config.data.packing.bins_per_microbatch > 1:
         changes.append(

@@ -1,9 +1,9 @@
-"""Traces some steps for TensorBoard's profile plugin, which shows the time of each operation on host and chips.
+"""Traces some steps for TensorBoard's profile plugin, which shows the time of each operation on the host and the chips.
 
     alignvlm train --config FILE --workdir DIR --config.profile.steps=10:13
     pip install tensorboard xprof; tensorboard --logdir DIR     # tab "Profile"
 
-Tracing slows down the traced steps, so speeds are best read from other steps.
+Tracing slows down the traced steps, so read speeds from other steps.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ from alignvlm_jax.parallel import distributed
 class Profiler:
     """Traces the configured steps into `folder`/plugins/profile/.
 
-    Leaving it as a context manager ends a trace whose last step was not reached. With several processes, only the
-    primary process traces, and only its own devices.
+    It is a context manager, whose exit ends a trace that has not reached its last step. With several processes, only
+    the primary process traces, and only its own devices.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path):
@@ -35,7 +35,7 @@ class Profiler:
             jax.profiler.stop_trace()
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Returns a context manager to run step `number` in."""
+        """Returns a context manager for running step `number`, and starts the trace if this is its first step."""
         if number in self._steps and not self._is_tracing:
             jax.profiler.start_trace(str(self._folder))
             self._is_tracing = True
@@ -44,6 +44,7 @@ class Profiler:
     def after(self, number: int, outputs: Any) -> None:
         """Ends the trace if step `number`, which computes `outputs`, was its last."""
         if self._is_tracing and number + 1 not in self._steps:
+            # The step has only been dispatched. Without waiting, the trace would miss most of it.
             jax.block_until_ready(outputs)
             jax.profiler.stop_trace()
             self._is_tracing = False

@@ -1,4 +1,4 @@
-"""Finds where a run resumes, and builds the training state it continues with."""
+"""Finds the step that a run resumes from, and builds the training state for it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from alignvlm_jax.training.train_step import TrainState, abstract_state, peak_le
 
 @dataclasses.dataclass(frozen=True)
 class Resumption:
-    """Continues a run from its newest checkpoint, or starts it if there is none.
+    """Resumes a run from its newest checkpoint, or starts it if there is none.
 
     Attributes:
       config: the experiment.
-      stages: its stages, with their numbers of steps known.
+      stages: its stages, with their numbers of steps filled in.
       mesh: devices that the weights are placed on.
       checkpointer: the run's checkpoints.
       make_params: makes the weights that stage 1 starts with.
@@ -36,7 +36,10 @@ class Resumption:
     make_params: Callable[[ExperimentConfig], Params]
 
     def find_start(self) -> tuple[Params | None, Progress]:
-        """Returns the progress to continue from, and the weights if that is the start of a stage (else None)."""
+        """Returns the weights and the progress to continue from.
+
+        The weights are None if the run resumes within a stage; `make_state` then restores them with the optimizer.
+        """
         progress = self.checkpointer.latest()
         if progress is None:
             return self.make_params(self.config), Progress()
@@ -44,6 +47,7 @@ class Resumption:
         is_stage_done = progress.step_in_stage >= stage.steps
         if not is_stage_done and self.checkpointer.has_optimizer(progress):
             return None, progress
+        # The next stage has its own optimizer, so only the weights are restored.
         abstract = abstract_state(self.config.model, stage, self.mesh)
         params = self.checkpointer.restore_params(progress, abstract.params)
         return params, progress.next_stage() if is_stage_done else progress
@@ -65,8 +69,8 @@ class Resumption:
 
         Args:
           progress: where the run continues.
-          params: weights at the start of a stage, which gets a fresh optimizer. None restores weights and optimizer
-            from the checkpoint.
+          params: weights at the start of a stage, which gets a new optimizer state. None restores weights and optimizer
+            state from the checkpoint.
         """
         stage = self.stages[progress.stage]
         if params is not None:
@@ -74,5 +78,5 @@ class Resumption:
         abstract = abstract_state(self.config.model, stage, self.mesh)
         params, opt_state = self.checkpointer.restore(progress, abstract.params, abstract.opt_state)
         step = jax.device_put(np.int32(progress.step_in_stage), abstract.step.sharding)
-        # Learning rates belong to the config, not to the checkpoint.
+        # The learning rates come from the config, not from the checkpoint, because the user may have changed them.
         return TrainState(step, params, opt_state, peak_learning_rates(stage, abstract.step.sharding))

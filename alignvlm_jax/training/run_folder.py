@@ -1,4 +1,4 @@
-"""Prepares the folder of a run: makes a new one, or checks that the run in it has the same config."""
+"""Prepares the folder of a run: creates it, or checks that the run in it has the same config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
     Args:
       workdir: folder of the run.
       config: the experiment.
-      data: its data, which hold the tokenizer.
+      data: the data of the experiment, which include the tokenizer.
       allowed: keys of the config that may differ from those of the run in `workdir`.
 
     Raises:
@@ -37,6 +37,8 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
     is_resumed = bool(steps)
     is_up_to_date = False
     text = config_to_json(config)
+
+    # Compare the config with that of the run. Each checkpoint stores it, too, in case config.json is missing.
     if is_resumed:
         has_config = path.is_file()
         if has_config:
@@ -47,7 +49,7 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
         distributed.log(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
         is_up_to_date = has_config and path.read_text(encoding="utf-8") == text
-    # Every process has read the folder before process 0 writes to it.
+    # Barrier: every process must have read the folder before process 0 writes to it.
     distributed.gather_json("read")
     try:
         # A run that resumes with the same config writes nothing here, so a kill at this point cannot damage it.
@@ -56,11 +58,12 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
             if config.init_from is not None and not is_resumed:
                 write_history(workdir, history_of_run(config.init_from))
-            # Renamed when complete: a kill must not leave half a config.
+            # Written under another name and then renamed, so a kill cannot leave half a config.
             new = path.with_name(f".{path.name}.new")
             new.write_text(text, encoding="utf-8")
             new.replace(path)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    # Barrier: process 0 has written. A host that does not see the file is not on shared storage.
     distributed.gather_json("written")
     distributed.require_equal({f"{workdir} is on storage that the host shares with process 0": path.is_file()})

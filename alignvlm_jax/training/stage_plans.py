@@ -1,4 +1,4 @@
-"""Plans the stages of a run: their numbers of steps, and how many microbatches make up a step."""
+"""Plans the stages of a run: the number of steps, and the number of microbatches per step."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ def plan_stages(config: ExperimentConfig, data: TrainingData, checkpointer: Chec
     progress = checkpointer.latest()
     stored = checkpointer.data_state(progress) if progress else None
     if stored is not None:
-        # Compared with the checkpoint's config, not with config.json: that file already holds an allowed change,
-        # even if the run was killed before a checkpoint with new plans was saved.
+        # Compare with the checkpoint's config, not with config.json: that file already holds an allowed change, even
+        # if the run was killed before it could save a checkpoint with new plans.
         changes = config_changes.compare(checkpointer.config(progress), config)
         if not any(change.affects_results and change.key.startswith(("stages", "data")) for change in changes):
             return [StagePlan(**plan) for plan in stored["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
-    # Every process measures the same examples if every process sees the same data sets.
+    # Processes make the same plans only if they all read the same data sets.
     distributed.require_equal({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
     return plans
 
@@ -33,7 +33,7 @@ def planned_stage(config: ExperimentConfig, stage: StageConfig, plan: StagePlan)
 
 
 def describe_plan(config: ExperimentConfig, plan: StagePlan) -> str:
-    """Returns a line about the size of a step, printed at the start of a stage."""
+    """Returns the line about the size of a step that is printed when a stage starts."""
     return (
         f"a step: {plan.microbatches} x {config.data.packing.bins_per_microbatch} bins, about "
         f"{plan.examples_per_bin * _bins_per_step(config, plan):.0f} examples ({plan.examples_per_bin:.2f} a bin)"

@@ -22,7 +22,7 @@ def stage_schedules(
     """Returns the learning-rate schedule of each trainable part.
 
     Args:
-      stage: the stage, with its number of steps known.
+      stage: the stage, with its number of steps filled in.
       peaks: peak rates to use instead of the stage's own.
     """
     return {
@@ -55,7 +55,7 @@ def frozen_params(stage: StageConfig, params: dict[str, Any]) -> dict[str, Any]:
 def stage_table(stage: StageConfig, params: dict[str, Any]) -> str:
     """Returns the table that is printed when a stage starts: the size of each part and its learning rate.
 
-    The number of steps and of bins per step must be known.
+    The stage's numbers of steps and of bins per step must be filled in.
 
         stage "documents": 150 steps of 16 bins, muon, cosine schedule
         part              parameters              learning rate

@@ -1,10 +1,10 @@
-"""One optimizer step as a pure function, which is trained with, tested, and compiled ahead of time.
+"""One optimizer step as a pure function. Training, the tests and ahead-of-time compilation all use it.
 
 Axis letters: K microbatches, B bins (rows), L positions, M tiles per bin, V vocabulary.
 
 The loss of a step is the sum over all answer tokens of the *global* batch, divided by their total weight. It does not
-depend on how examples are packed into bins and bins into microbatches: every microbatch adds its sum of losses, its
-weight and the gradient of its sum, and the division is done once at the end.
+depend on how examples are packed into bins, and bins into microbatches: every microbatch contributes its sum of losses,
+its weight and the gradient of its sum, and the division happens once at the end.
 """
 
 from collections.abc import Callable
@@ -43,14 +43,14 @@ RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """State of the training within a stage.
+    """State of training within a stage.
 
     Attributes:
       step: optimizer steps done in this stage.
       params: all weights, float32, frozen ones included.
       opt_state: the optimizer's state of the trainable parts.
-      learning_rates: peak rate of each trainable part, which never changes. The rates are data of the compiled step and
-        not constants in it, so a tuning trial or a stage with other rates reuses the program from a compilation cache.
+      learning_rates: peak rate of each trainable part, constant within a stage. The rates are inputs of the compiled
+        step, not constants in it, so a tuning trial or a stage with other rates reuses the cached program.
     """
 
     step: Int[Array, ""]
@@ -63,7 +63,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def create_state(stage: StageConfig, params: Params) -> TrainState:
-    """Returns the state that a stage starts with. It is pure: its shapes can be evaluated, or it can be jitted."""
+    """Returns the state that a stage starts with. It can be jitted, and passed to `jax.eval_shape`."""
     opt_state = stage_optimizer(stage).init(trainable_params(stage, params))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, peak_learning_rates(stage))
 
@@ -77,7 +77,8 @@ def peak_learning_rates(
 
 
 def abstract_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
-    """Returns the shapes, dtypes and shardings of the state, to restore a checkpoint into or to compile with."""
+    """Returns the shapes, dtypes and shardings of the state, for restoring a checkpoint or compiling the step."""
+    # The boxes hold the logical axis names of the weights, from which their shardings follow.
     boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
     params = sharding.parameter_shardings(boxed, mesh)
@@ -96,13 +97,14 @@ def state_shardings(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh
 
 
 def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, params: Params) -> TrainState:
-    """Returns the state that a stage starts with, with every array created in its sharding.
+    """Returns the state that a stage starts with, every array created in its sharding.
 
-    `params` may be on the host or on the mesh. In the latter case they are not copied, and the first step consumes
-    them.
+    `params` may be on the host or on the mesh. In the latter case they are not copied, and the first step, which
+    donates its state, consumes them.
     """
     shardings = state_shardings(model_config, stage, mesh)
     params = jax.device_put(params, shardings.params)
+    # Jitted with output shardings: no device ever holds the whole optimizer state.
     init = jax.jit(stage_optimizer(stage).init, out_shardings=shardings.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     opt_state = init(trainable_params(stage, params))
@@ -121,17 +123,18 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
         output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
         tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
-        real = microbatch["segment_ids"] > 0
+        is_real = microbatch["segment_ids"] > 0  # not padding
         # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
-        squares = jnp.where(real, 2.0 * microbatch["positions"] + 1.0, 0.0)
+        squares = jnp.where(is_real, 2.0 * microbatch["positions"] + 1.0, 0.0)
         sums = {
             "loss": output.loss,
             "weight": output.weight,
             "answers": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
-            "tokens": jnp.sum(real).astype(jnp.float32),
+            "tokens": jnp.sum(is_real).astype(jnp.float32),
             "squared_lengths": jnp.sum(squares),
             "positions": jnp.float32(microbatch["segment_ids"].size),
             "tiles": tiles,
+            # A mean over tiles, turned back into a sum that microbatches can add up.
             "effective_tokens": output.effective_tokens * tiles,
         }
         return output.loss, sums
@@ -148,33 +151,37 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
         with sharding.logical_rules():
-            one = jax.tree.map(lambda field: field[0], batch)
+            first_microbatch = jax.tree.map(lambda field: field[0], batch)
             zeros = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                (trainable, jax.eval_shape(summed_loss, trainable, frozen, one)[1]),
+                (trainable, jax.eval_shape(summed_loss, trainable, frozen, first_microbatch)[1]),
             )
             # A scan over one microbatch is unrolled: without a loop, XLA can optimize the step as a whole.
             (gradients, sums), _ = jax.lax.scan(accumulate, zeros, batch, unroll=len(batch["tokens"]) == 1)
 
-        # Divide once by the total weight. A step without any answer has gradient 0, not NaN.
+        # Divide once by the total weight. The gradient of a step without any answer is 0, not NaN.
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         grad_norm = optax.tree.norm(gradients)
+
+        # Update weights and optimizer, unless the loss or a gradient is not finite. `where` on the device, because
+        # a decision on the host would have to wait for the gradients.
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        # The norm is not finite if any gradient is infinite or NaN. Then the old weights and optimizer are kept.
-        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        moved, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+        # One infinite or NaN gradient suffices to make the norm infinite or NaN.
+        is_finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        updated, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
             (optax.apply_updates(trainable, updates), opt_state),
             (trainable, state.opt_state),
         )
-        params = {**frozen, **moved}
+        params = {**frozen, **updated}
+
         metrics = {
             "loss": sums["loss"] / weight,
             "weight": sums["weight"],
             "answers": sums["answers"],
             "grad_norm": grad_norm,
-            "skipped": 1.0 - finite.astype(jnp.float32),
+            "skipped": 1.0 - is_finite.astype(jnp.float32),
             "tokens": sums["tokens"],
             "squared_lengths": sums["squared_lengths"],
             "token_fraction": sums["tokens"] / sums["positions"],
@@ -188,7 +195,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
 
 
 def jit_train_step(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
-    """Returns the step jitted for a mesh: the state keeps its shardings and is donated, the bins are sharded."""
+    """Returns the step jitted for a mesh. The state keeps its shardings and is donated; the bins are sharded."""
     shardings = state_shardings(model_config, stage, mesh)
     return jax.jit(
         make_train_step(model_config, stage),

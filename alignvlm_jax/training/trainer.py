@@ -46,9 +46,13 @@ from alignvlm_jax.training.train_step import (
 
 
 class _Signals(NamedTuple):
-    """Number of processes that were told to stop before the step: at all, and because of a preemption.
+    """Stop signals received by all processes before the step.
 
-    With several processes these are arrays that are still being computed.
+    With several processes the values are arrays that are still being computed.
+
+    Attributes:
+      interrupted: number of processes that were told to stop.
+      preempted: number of processes that were told to stop because of a preemption.
     """
 
     interrupted: Any
@@ -63,11 +67,11 @@ class _StageRun:
       stage: the stage, with its number of steps known.
       train_step: its compiled step.
       batches: its batches.
-      state: weights and optimizer; None only while they are replaced by those of a checkpoint.
+      state: weights and optimizer; None only while a rollback replaces them.
       progress: steps done.
-      last_batch: number of the batch taken last, counted from 1 over the whole stage, skipped batches included.
-      start_time: moment from which training time counts, by `time.monotonic`: the time of earlier sessions moves it
-        back, and the time spent on scoring moves it forward.
+      last_batch: number of the newest batch, counted from 1 over the whole stage, skipped batches included.
+      start_time: value of `time.monotonic` that training time is measured from. Earlier sessions move it back, scoring
+        moves it forward.
       measured: metrics of the newest step, on the devices; None before the first step and after a rollback.
       is_compiled: True once the first step is done.
     """
@@ -94,10 +98,10 @@ class Trainer:
 
     Attributes:
       config: the experiment.
-      stages: its stages, with their numbers of steps known.
+      stages: its stages, with their numbers of steps filled in.
       plans: the plans of the stages, saved with every checkpoint.
       mesh: devices of all processes.
-      resumption: gives the state to continue with after a rollback.
+      resumption: provides the state to continue with after a rollback.
       checkpointer: saves the run.
       interruption: tells whether this process was told to stop.
       profiler: traces some of the steps.
@@ -130,21 +134,21 @@ class Trainer:
         Args:
           state: weights and optimizer at `progress`. They are donated to the first step.
           progress: steps done.
-          batches: batches of the stage that follow.
+          batches: the remaining batches of the stage.
 
         Returns:
           The state and the progress at the end of the stage.
 
         Raises:
-          distributed.Interrupted: if a signal came to any process; the run is saved first.
+          distributed.Interrupted: if any process received a signal; the run is saved first.
           UserError: if updates are skipped again and again, or if the run cannot be saved.
         """
         run = self._start_stage(state, progress, batches)
         while not run.is_finished:
             batch, data_seconds = self._next_batch(run)
-            # Before the step is started, so that computing the sums does not wait for it.
-            counts, signals = self._exchange_signals(batch)
-            # Copied to the devices while they still compute the previous step.
+            # Queued before the step: devices run programs in order, so the sums do not wait for the step.
+            counts, signals = self._sum_over_processes(batch)
+            # The copy overlaps with the previous step, which the devices may still be computing.
             device_batch = sharding.shard_batch({name: batch[name] for name in self._fields}, self.mesh)
             self._run_step(run, device_batch)
             has_failed = self._check_anomalies(run, batch, device_batch)
@@ -153,7 +157,7 @@ class Trainer:
                 self.on_step(run.progress.step)
             stop = self._should_stop(signals)
             if not stop and self._maybe_score(run):
-                stop = self._should_stop(signals)  # a signal may have come in the meantime
+                stop = self._should_stop(signals)  # a signal may have arrived during scoring
             has_failed = has_failed or self._maybe_save(run, must_save=run.is_finished or stop is not None)
             if has_failed:
                 self._roll_back(run)
@@ -184,10 +188,10 @@ class Trainer:
         run.last_batch += 1
         return batch, time.monotonic() - start_time
 
-    def _exchange_signals(self, batch: Batch) -> tuple[dict[str, Any], _Signals]:
-        """Adds up over all processes what each counted in its rows of the batch, and the signals that came to it.
+    def _sum_over_processes(self, batch: Batch) -> tuple[dict[str, Any], _Signals]:
+        """Sums the example counts of the batch and the received signals over all processes.
 
-        With several processes the sums are arrays that are still being computed: nothing waits here.
+        With several processes the sums are arrays that are still being computed; this method does not wait for them.
         """
         sums = distributed.sum_over_processes(
             {
@@ -201,6 +205,7 @@ class Trainer:
 
     def _run_step(self, run: _StageRun, device_batch: Mapping[str, jax.Array]) -> None:
         """Waits for the previous step and starts the next one."""
+        # Keeps the host at most one step ahead, so batches do not pile up in device memory.
         jax.block_until_ready(run.measured)
         with self.profiler.step(run.progress.step + 1):
             run.state, run.measured = run.train_step(run.state, device_batch)
@@ -214,10 +219,11 @@ class Trainer:
 
     def _check_anomalies(self, run: _StageRun, batch: Batch, device_batch: Mapping[str, jax.Array]) -> bool:
         """Checks the step before the newest one; returns True if too many updates in a row were skipped."""
-        # Names are looked up only if the step turns out to be an anomaly.
+        # The lookup communicates between processes, so it is deferred until the step turns out to be an anomaly.
         names = functools.partial(_example_names, batch, run.batches)
         self.anomalies.add(run.progress.step, run.measured, names)
         has_failed = self.anomalies.check(before=run.progress.step)
+        # Reading "skipped" waits for the step: looking for NaNs costs the overlap of host and devices.
         if self.config.debug.nans and float(run.measured["skipped"]):
             debug.explain_skipped(self.config.model, run.stage, self.mesh, run.state, device_batch, run.progress.step)
         return has_failed
@@ -233,7 +239,7 @@ class Trainer:
             distributed.log(metrics.format_line(step, run.stage.name, summary))
             self.bar.set_postfix_str(f"loss {summary['loss']:.3f}")
         if not run.is_compiled:
-            # The first step includes compilation: speeds are measured from the second step on.
+            # The first step includes compilation, so speeds are measured from the second step on.
             jax.block_until_ready(run.measured)
             self.log.restart_clock()
             run.is_compiled = True
@@ -241,14 +247,15 @@ class Trainer:
     def _should_stop(self, signals: _Signals) -> type[distributed.Interrupted] | None:
         """Returns the exception that ends the run after this step, or None."""
         interrupted, preempted = signals
-        if jax.process_count() == 1:  # nobody to agree with: signals that came during the step count, too
+        if jax.process_count() == 1:
+            # A single process need not agree with others: it also acts on a signal that arrived during the step.
             interrupted, preempted = self.interruption.interrupted, self.interruption.preempted
         if not interrupted:
             return None
         return distributed.Preempted if preempted else distributed.Interrupted
 
     def _maybe_score(self, run: _StageRun) -> bool:
-        """Scores the weights and logs the scores, if they are due; returns whether it did."""
+        """Scores the weights if a scoring is due, and logs the scores; returns whether it did."""
         step = run.progress.step
         if not self.score or step % self.config.evaluation.every_steps:
             return False
@@ -260,7 +267,7 @@ class Trainer:
         seconds = time.monotonic() - start_time
         text = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
         distributed.log(f"step {step} {split} | {text} | scored in {seconds:.0f} s")
-        # Training stood still: neither its time nor its speed includes the pause.
+        # Training was paused: exclude the pause from the training time and from the speed.
         self.log.restart_clock()
         run.start_time += seconds
         return True
@@ -269,13 +276,14 @@ class Trainer:
         """Saves if `must_save` or if a checkpoint is due; returns True if too many updates in a row were skipped."""
         if not must_save and run.progress.step % self.config.checkpoint.every_steps:
             return False
-        # A checkpoint must not hide a failure, so the newest step is checked now and not one step late.
+        # A checkpoint must not hide a failure, so the newest step is checked now instead of one step late.
         jax.block_until_ready(run.state)
         if self.anomalies.check(before=run.progress.step + 1):
-            # Skips the batch that the next step would have used, as a failure that is noticed one step late does.
+            # A failure that is noticed one step late has used up one more batch. Take it here too, so that the batches
+            # that the rollback skips do not depend on when checkpoints are saved.
             self._next_batch(run)
             return True
-        # A rollback must return to before the first of several failures, not to a checkpoint between them.
+        # No checkpoint between several failures in a row: a rollback must return to before the first of them.
         if must_save or not self.anomalies.num_skipped_in_a_row:
             run.progress = dataclasses.replace(run.progress, train_seconds=time.monotonic() - run.start_time)
             params, opt_state = run.state.params, run.state.opt_state
@@ -295,13 +303,14 @@ class Trainer:
 
         Raises:
           UserError: if the config says to stop instead, if earlier rollbacks did not help, or if the last checkpoint
-            belongs to the stage before.
+            belongs to the previous stage.
         """
         config, failed = self.config.anomalies, run.progress
         reason = (
             f"{config.max_skipped} updates in a row were skipped by step {failed.step}: no finite loss or gradients"
         )
-        run.state, run.measured = None, None  # frees the memory that the checkpoint is about to need
+        # Free the device memory before the checkpoint is restored into it.
+        run.state, run.measured = None, None
         if config.then == "stop":
             raise UserError(
                 f"{reason}; {ANOMALIES_FILE} lists the examples (config.anomalies.then=rollback skips them)"
@@ -331,23 +340,24 @@ class Trainer:
 
     @functools.cached_property
     def _fields(self) -> tuple[str, ...]:
-        """Fields of a batch that the step reads."""
+        """Fields of a batch that the training step reads."""
         return FIELDS + (RESAMPLING_FIELDS if self.config.model.newline else ())
 
     @functools.cached_property
     def _counted_rows(self) -> Bool[np.ndarray, " b"]:
-        """Rows of this process that no other process counts."""
+        """Mask of this process's rows: True where this process counts the row, so that no row is counted twice."""
         return sharding.is_first_holder(self.mesh, self.config.data.packing.bins_per_microbatch)
 
 
 def _batch_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
-    """Numbers of examples that the data pipeline packed, truncated and refused in these rows."""
+    """Returns the numbers of examples that the data pipeline packed, truncated and refused in these rows."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
     return {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
 
 
 def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:
-    """Returns the names of the examples in a batch, in the rows of all processes; all processes must call it."""
+    """Returns the names of the examples in the global batch. All processes must call it."""
     numbers = np.unique(batch["example_ids"])
+    # Unused entries are -1.
     names = distributed.gather_json([batches.name(int(number)) for number in numbers if number >= 0])
     return sorted({name for process_names in names for name in process_names})
