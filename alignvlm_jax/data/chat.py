@@ -20,7 +20,8 @@ per visual token and numbers the repetitions. With the nano template and an imag
 answer or is the token that ends it.
 
 Text typed by a user stays text, even if it reads like a special token. Every such passage is replaced by a mark of
-private-use characters before the template is rendered, so all special tokens in the rendered text are the template's.
+private-use characters before the template is rendered, so all special tokens in the rendered text come from the
+template.
 A conversation without such passages (nearly all) is tokenized exactly as by transformers' `apply_chat_template`.
 """
 
@@ -53,7 +54,7 @@ END_TOKENS = "end_tokens"
 # A hidden passage is rendered as OPEN, its number, CLOSE. These characters are hidden too if a user's text has them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-# Put before a passage that is encoded separately, so that the tokenizer does not treat it as the start of a text.
+# Prepended to a passage that is encoded separately, so that the tokenizer does not treat it as the start of a text.
 _BREAK = "\ue002\ue003\ue002"
 
 
@@ -83,7 +84,8 @@ class ChatTokenizer:
         self._names = special_names(tokenizer_config)
         self._end_tokens = tuple(tokenizer_config.get(END_TOKENS, ()))
         added = self._tokenizer.get_added_tokens_decoder()
-        # Longest first: an alternation takes its first match, and one token may be the beginning of another.
+        # Longest first: a regular expression takes the first alternative that matches, and one token may be a prefix of
+        # another.
         specials = sorted((token for token in added.values() if token.special), key=lambda t: -len(t.content))
         if not specials:
             raise UserError(f"{TOKENIZER_FILE}: no special tokens found; a chat template needs them")
@@ -207,7 +209,10 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _continuation_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """`_plain_tokenizer` with `_BREAK` added; None unless a space is put before the first word of a text only."""
+        """`_plain_tokenizer` with `_BREAK` as a token, or None if the tokenizer does not need it.
+
+        Only the prepend scheme "first" needs it, which puts a space before the first word of a text and no other.
+        """
         if not re.search(r'"prepend_scheme":\s*"first"', self._files[0]):
             return None
         plain = _load_tokenizer(self._files[0])
@@ -230,7 +235,8 @@ class ChatTokenizer:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            # An answer begins where the prompt before it ends.
+            # An answer begins where the prompt before it ends. This requires that the template writes a prompt the same
+            # way if more messages follow, which is checked below.
             prompt = self._render(messages[:i], add_generation_prompt=True)
             end = self._special.search(rendered, len(prompt))
             if not rendered.startswith(prompt) or end is None:
@@ -263,20 +269,20 @@ class ChatTokenizer:
             offsets.extend((start + shift, end + shift) for start, end in encoding.offsets[skip:])
             cursor += len(text)
 
-        # All special tokens are the template's here, because those typed by users are still hidden.
-        at = 0
+        # All special tokens found here come from the template, because those typed by users are still hidden.
+        piece_start = 0
         for special in self._special.finditer(rendered):
-            add_text(_unhide(rendered[at : special.start()], hidden))
+            add_text(_unhide(rendered[piece_start : special.start()], hidden))
             ids.append(self._tokenizer.token_to_id(special.group().strip()))
             offsets.append((cursor, cursor + len(special.group())))
             cursor += len(special.group())
-            at = special.end()
-        add_text(_unhide(rendered[at:], hidden))
+            piece_start = special.end()
+        add_text(_unhide(rendered[piece_start:], hidden))
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
     def _expand(self, ids: np.ndarray, is_answer: np.ndarray, tokens_per_image: Sequence[int]) -> EncodedChat:
         """Repeats each image token once per visual token and numbers the repetitions."""
-        images = np.flatnonzero(ids == self.image_id)
+        images = np.flatnonzero(ids == self.image_id)  # positions of the image tokens, one per image
         if len(images) != len(tokens_per_image):
             raise UserError(f"the conversation has {len(images)} image marks for {len(tokens_per_image)} images")
         repeats = np.ones(len(ids), np.int64)
@@ -293,7 +299,7 @@ class ChatTokenizer:
         """Returns the id of the special token that the configuration names `name`."""
         token = self._names.get(name)
         if token is None:
-            raise UserError(f"{CONFIG_FILE}: it names no {name}")
+            raise UserError(f"{CONFIG_FILE}: {name} is missing")
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None or not self._special.fullmatch(token):
             raise UserError(f"{CONFIG_FILE}: {name} {token!r} is not a special token of {TOKENIZER_FILE}")
@@ -334,7 +340,7 @@ def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> d
 
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
-        raise UserError(f"a message's role must be 'user' or 'assistant', not {role!r}")
+        raise UserError(f"a message's role must be 'system', 'user' or 'assistant', not {role!r}")
     if isinstance(content, list | tuple):
         parts = [{**part, "text": hide(part.get("text"))} if part.get("type") == "text" else part for part in content]
         return {"role": role, "content": parts}

@@ -1,4 +1,4 @@
-"""Conversations from records: the messages and images that a task makes of a record's fields.
+"""Builds the messages and images of a task from the fields of a record.
 
 The tasks and the fields they read:
 
@@ -43,7 +43,7 @@ class Conversation(NamedTuple):
 def make_conversation(
     record: Record, task: Task, rng: np.random.Generator, max_turns: int | None = None
 ) -> Conversation:
-    """Returns the conversation that a task makes of a record.
+    """Returns the conversation for a task, built from a record.
 
     Args:
       record: The record; see the module docstring for its fields.

@@ -1,8 +1,9 @@
-"""Examples by their position in the order: records are read, tokenized and cut into tiles.
+"""Makes examples from records: reads, tokenizes and cuts them into tiles.
 
-This is done in two passes. `measure` returns the size of an example, for which it reads the size of each image but not
-its pixels; this is enough to decide which examples share a bin. `make` then decodes the images. Both are functions of
-the position alone. Any process can therefore make any example, and waiting examples need no memory beyond their sizes.
+An example is identified by its position in the order of the stage, and is made in two passes. `measure` returns the
+size of an example, for which it reads the size of each image but not its pixels; this is enough to decide which
+examples share a bin. `make` then decodes the images. Both are functions of the position alone. Any process can
+therefore make any example, and waiting examples need no memory beyond their sizes.
 
 An example that cannot be used (unreadable, no answer within the limit on text, larger than a bin) is returned as
 `Refused`, so that one bad record does not end a run.
@@ -47,15 +48,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleReader:
-    """All examples of a stage, by their position in its order. It can be pickled if the records can.
+    """All examples of a stage, by their position in its order. Picklable if the records are.
 
     Attributes:
       parts: The mixture.
-      chat: Tokenizer of conversations.
+      chat: Tokenizer for conversations.
       tiling: How images are cut into tiles.
       packing: Limits of a bin.
       token_grid: Rows and columns of one tile's visual tokens, after the connector.
-      seed: Seed of everything random; use another one for every stage.
+      seed: Seed of all random choices; use a different one for every stage.
       max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
       max_turns: See `pipeline.DataConfig`.
       max_image_pixels: See `pipeline.DataConfig`.
@@ -102,10 +103,10 @@ class ExampleReader:
             record = part.records[0]
             for field in FIELDS[part.task]:
                 if field not in record:
-                    fitting = [task for task, fields in FIELDS.items() if all(name in record for name in fields)]
+                    possible_tasks = [task for task, fields in FIELDS.items() if all(name in record for name in fields)]
                     raise UserError(
                         f"{part.name}: the task {part.task!r} reads the field {field!r}, but the records have only "
-                        f"{', '.join(record)}. Tasks for such records: {', '.join(fitting) or 'none'}"
+                        f"{', '.join(record)}. Tasks for such records: {', '.join(possible_tasks) or 'none'}"
                     )
 
     def measure(self, position: int) -> MeasuredExample | Refused:
@@ -147,7 +148,8 @@ class ExampleReader:
             tokens_per_image = [num_visual_tokens(plan, self.tiling, self.token_grid) for plan in plans]
             full_chat = self.chat.encode(messages, tokens_per_image)
             chat = cut_text(full_chat, self.max_text_tokens)
-            # Images whose tokens were cut off with the text are dropped. An image is cut off as a whole.
+            # Drop the images whose tokens were cut off with the text. `cut_text` never cuts through an image, so the
+            # images that stay are those that end within the remaining visual tokens.
             kept = int(np.searchsorted(np.cumsum(tokens_per_image), np.sum(chat.visual_index >= 0), side="right"))
             check_fits(chat, sum(plan.num_tiles for plan in plans[:kept]), self.packing)
         except UserError as error:
@@ -158,11 +160,11 @@ class ExampleReader:
     def _cut_images(self, prepared: "_PreparedExample") -> tuple[np.ndarray, np.ndarray]:
         """Decodes the images and cuts their tiles."""
         side = self.tiling.tile_size
-        # The empty arrays are for examples without images.
+        # The empty arrays give the result its shape if there are no images.
         tiles, valid_hw = [np.zeros((0, side, side, 3), np.uint8)], [np.zeros((0, 2), np.int32)]
         for i, (data, plan) in enumerate(zip(prepared.images, prepared.plans, strict=True)):
             name = _image_name(i, prepared.images)
-            image = open_image(data, name=name, max_pixels=self.max_image_pixels, keep_grey=True)
+            image = open_image(data, name=name, max_pixels=self.max_image_pixels, keep_gray=True)
             if image.size != plan.image_size:
                 raise UserError(
                     f"{name}: the decoded image has {image.size} pixels, but its header says {plan.image_size}"
@@ -186,7 +188,8 @@ class _PreparedExample:
 
 
 def number_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Returns the parts with `first_number` set: records are numbered through, parts of one data set share numbers."""
+    """Returns the parts with `first_number` set; records are numbered consecutively, once per data set."""
+    # Several parts may draw from one data set (with different tasks); they share the numbers of its records.
     first_numbers: dict[str, int] = {}
     next_number = 0
     for part in parts:

@@ -12,8 +12,8 @@ states of all windows are the complete state of the data.
     row 0   0     2     4     6    ...    ->   bins [0 4] [2] [6 8] ...
     row 1      1     3     5     7 ...    ->   bins [1 3 5] [7 9] ...
 
-One thread plans: it requests the sizes of examples, fills the windows, takes bins from them and requests their
-examples. A pool of threads or processes does the measuring and the making. Images are in memory only for the few
+A planning thread requests the sizes of examples, fills the windows, takes bins from them and requests their
+examples. A pool of threads or processes measures and makes the examples. Images are in memory only for the few
 batches that are being made or are ready.
 """
 
@@ -36,10 +36,10 @@ from alignvlm_jax.errors import UserError
 RowStates = Mapping[str, Any]
 """The state of each row, by row number; serializable as JSON."""
 
-# Positions measured per task: a message to a process and back costs as much as measuring one example.
+# Positions measured per task. A round trip to a worker process costs as much as measuring one example.
 _POSITIONS_PER_TASK = 16
 
-# The share of refused examples is judged only after this number of examples: earlier it is too noisy.
+# The share of refused examples is checked only after this number of examples; before that it is too noisy.
 MIN_EXAMPLES_TO_JUDGE = 1000
 
 
@@ -61,7 +61,7 @@ class BatchIterator(Protocol):
         """Returns the readable name of the example with this entry in `example_ids`."""
 
     def close(self) -> None:
-        """Ends the threads and processes behind the iterator."""
+        """Stops the threads and processes behind the iterator."""
 
 
 class Pool:
@@ -70,8 +70,8 @@ class Pool:
     def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
         self._reader = reader
         if workers:
-            # On Ctrl-C or SIGTERM the training process still finishes its step and saves. It may need these workers
-            # for that, so the signals must not end them.
+            # On Ctrl-C or SIGTERM the training process still finishes its step and saves a checkpoint. It may need
+            # these workers for that, so the signals must not end them.
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 workers, SignalBlockingContext(), initializer=_init_worker, initargs=(reader,)
             )
@@ -89,7 +89,7 @@ class Pool:
         return self._submit(_make, examples)
 
     def close(self) -> None:
-        """Ends the threads or processes; tasks that have not started are dropped."""
+        """Stops the threads or processes; tasks that have not started are dropped."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -104,7 +104,7 @@ class Feed:
       num_examples: Number of examples after which the order ends and bins are empty; None means an endless order.
       workers: Number of processes that make examples; 0 uses `threads` threads of this process.
       threads: Number of threads that make examples if there are no worker processes.
-      prefetch: Number of batches that are being made or are ready.
+      prefetch: Number of batches kept ready or in progress.
       max_refused: Largest share of refused examples since this feed was created; above it, the feed raises a
         `UserError`.
     """
@@ -131,7 +131,7 @@ class Feed:
         self._reasons: collections.Counter[str] = collections.Counter()
         self._state = self._row_states()
         self._refused: list[Refused] = []
-        # One slot is enough: `prefetch` bounds the batches in the making, and the queue only hands them over.
+        # One slot is enough: the queue only hands batches over, and `prefetch` limits how many are in progress.
         self._ready: queue.Queue = queue.Queue(1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
@@ -165,7 +165,7 @@ class Feed:
         return f"{records[index].get('id', index)} of {source}"
 
     def close(self) -> None:
-        """Ends the planning thread and the pool."""
+        """Stops the planning thread and the pool."""
         self._closed.set()
         self._thread.join()
         self._pool.close()
@@ -173,7 +173,7 @@ class Feed:
     def _run(self) -> None:
         """Runs in the planning thread: delivers batches until the feed is closed or an error occurs."""
         try:
-            # Plan `prefetch` steps ahead, then finish the oldest step and plan a new one in turn.
+            # Keep `prefetch` steps planned: finish the oldest, deliver it, and plan a new one.
             plans = (self._plan() for _ in itertools.count())
             in_progress = collections.deque(itertools.islice(plans, self._prefetch))
             while self._deliver(self._finish(*in_progress.popleft())):
@@ -190,7 +190,7 @@ class Feed:
 
     def _deliver(self, item: Any) -> bool:
         """Puts a batch or an error in the queue; returns False if the feed was closed before there was room."""
-        # A plain put() would block forever, and with it close(), once nobody takes batches any more.
+        # A plain put() would block forever once the consumer stops taking batches, and close() would wait for it.
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -201,7 +201,7 @@ class Feed:
 
     def _plan(self) -> tuple[list[Any], RowStates]:
         """Takes the bins of one step from the windows and requests their examples."""
-        bins = []
+        bins = []  # ((microbatch, row), future of the examples or None, refused examples) of each bin
         for k in range(self._microbatches):
             for index, source in enumerate(self._sources):
                 examples, refused = source.pop_bin()
@@ -220,16 +220,16 @@ class Feed:
             pad_id=reader.chat.pad_id,
             resampled=reader.tiling.rule == "anyres_max_9",
         )
-        for at, making, refused in bins:
-            results = making.result() if making else []
+        for place, future, refused in bins:
+            results = future.result() if future else []
             # Some damage shows only when an image is decoded, after the example was measured and given a bin.
             unreadable = [example for example in results if isinstance(example, Refused)]
             for example in unreadable:
                 self._check_refusals(example)
             examples = [example for example in results if isinstance(example, Example)]
-            write_bin(batch, at, examples, reader.tokens_per_tile)
+            write_bin(batch, place, examples, reader.tokens_per_tile)
             refused = refused + unreadable
-            batch["num_refused"][at] = len(refused)
+            batch["num_refused"][place] = len(refused)
             all_refused += refused
         return batch, state, all_refused
 
@@ -263,7 +263,7 @@ class _Row:
     ):
         self.window, self.num_seen = window, 0
         self._pool, self._stride, self._on_refused = pool, stride, on_refused
-        # The row's share of the order, from the position where the window stopped.
+        # The row's positions in the order, from the first one that has not entered the window.
         self._positions = (
             itertools.count(window.next_position, stride)
             if num_examples is None
@@ -271,7 +271,7 @@ class _Row:
         )
         self._measuring: collections.deque = collections.deque()
         self._measured: Iterator[MeasuredExample | Refused] = iter(())
-        # Measure one window width ahead: a bin takes at most that many examples from the window.
+        # Measure one window ahead: that is the largest number of examples that one bin can make room for.
         self._chunks_ahead = max(1, window.config.window // _POSITIONS_PER_TASK)
         self._look_ahead()
 
@@ -308,7 +308,7 @@ class _Row:
 
 
 def _make_window(reader: ExampleReader, row: int, state: RowStates | None) -> Window:
-    """Returns the window of a row, at the beginning or as `state` describes it."""
+    """Returns the window of a row, new or restored from `state`."""
     if state is None:
         return Window(reader.packing, row)
     if str(row) not in state:
@@ -319,7 +319,7 @@ def _make_window(reader: ExampleReader, row: int, state: RowStates | None) -> Wi
     return Window.from_state(reader.packing, state[str(row)])
 
 
-# In a worker process: the reader, which is sent once and not with every task.
+# The reader of a worker process, sent once instead of with every task.
 _worker_reader: ExampleReader | None = None
 
 

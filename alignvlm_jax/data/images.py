@@ -1,8 +1,8 @@
 """Opens the image files of real documents as plain RGB.
 
 Handles EXIF rotation, palettes, transparency (on white, like paper), grayscale of 1, 8 or 16 bits, CMYK and floating
-point. Of a multi-page TIFF only the first page is read and of an animation only the first frame; a log line says so. A
-file that cannot be read raises a `UserError` that names it, so that callers can skip one bad file.
+point. Only the first page of a multi-page TIFF and the first frame of an animation are read, with a warning in the log.
+A file that cannot be read raises a `UserError` that names it, so callers can skip one bad file.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def open_image(
     *,
     name: str | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    keep_grey: bool = False,
+    keep_gray: bool = False,
 ) -> PIL.Image.Image:
     """Reads an image file, or the bytes of one, as an upright RGB image.
 
@@ -44,7 +44,7 @@ def open_image(
       source: Path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
       name: Name of the image in error messages; by default the path.
       max_pixels: Larger images are refused before they are decoded (a small file can claim a billion pixels).
-      keep_grey: As for `to_rgb`.
+      keep_gray: See `to_rgb`.
 
     Raises:
       UserError: if the image cannot be read or is too large.
@@ -57,7 +57,7 @@ def open_image(
     with _open_checked(data, name, max_pixels) as image:
         _warn_about_more_pages(image, name)
         image.load()
-        return to_rgb(image, keep_grey=keep_grey)
+        return to_rgb(image, keep_gray=keep_gray)
 
 
 def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -67,8 +67,8 @@ def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MA
 
     Args:
       data: The encoded bytes.
-      name: As for `open_image`.
-      max_pixels: As for `open_image`.
+      name: See `open_image`.
+      max_pixels: See `open_image`.
     """
     with _open_checked(data, name, max_pixels) as image:
         if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):
@@ -103,9 +103,9 @@ _warned_about: set[str] = set()
 
 
 def _warn_about_more_pages(image: PIL.Image.Image, name: str) -> None:
-    """Logs, once for pages and once for frames, that the file has more of them than are read."""
+    """Warns that only the first page or frame of a file is read; once for pages and once for frames."""
     if image.format == "TIFF":
-        # The offset of the next page. Counting the pages would visit all of them.
+        # `next` is the offset of the second page, or 0. Counting the pages would visit all of them.
         what, more = "pages", image.tag_v2.next != 0
     else:
         what, more = "frames", getattr(image, "is_animated", False)

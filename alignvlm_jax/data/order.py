@@ -34,7 +34,7 @@ class ExampleOrder:
     Attributes:
       lengths: Number of records of each part.
       weights: Share of each part, relative to the others.
-      seed: Seed of everything random; use another one for every stage.
+      seed: Seed of all random choices; use a different one for every stage.
     """
 
     lengths: tuple[int, ...]
@@ -55,7 +55,7 @@ class ExampleOrder:
         # Shuffle within the block, then deal out the shuffled positions evenly by weight.
         count = block * _BLOCK + _shuffled(place, _BLOCK, (self.seed, len(self.lengths), block))
         # Split the first part from all others, then the second part from the rest, and so on. Of the first c
-        # positions, c * weight // rest belong to the part. Integers keep this exact at any position.
+        # positions, c * weight // rest belong to the part. Integer arithmetic keeps this exact at any position.
         rest = sum(self._integer_weights)
         for part, weight in enumerate(self._integer_weights):
             before, after = count * weight // rest, (count + 1) * weight // rest

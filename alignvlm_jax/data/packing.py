@@ -118,7 +118,7 @@ def cut_text(chat: EncodedChat, max_text_tokens: int) -> EncodedChat:
     text_so_far = np.cumsum(chat.visual_index < 0)
     if text_so_far[-1] <= max_text_tokens:
         return chat
-    # Position i ends an answer if token i is a weighted target (of position i - 1) and token i + 1 is not.
+    # Token i ends an answer if it is a target with weight (at position i - 1) and token i + 1 is not.
     weighted = chat.loss_weights > 0
     ends = np.append(False, weighted[:-1]) & ~weighted
     fitting = np.flatnonzero(ends & (text_so_far <= max_text_tokens))
@@ -145,9 +145,9 @@ def empty_batch(
 ) -> Batch:
     """Returns a batch of bins without examples, [K, b, ...].
 
-    Besides the model's inputs, each bin has counters for the training log: `num_examples`, `num_cut` and `num_refused`,
-    the number of examples refused while the bin was made. `resampled` adds the inputs of the tiling rule anyres_max_9:
-    `visual_sources` and `visual_weights` (see `resampling.py`).
+    Besides the model's inputs, each bin has counters for the training log: `num_examples`, `num_cut` (truncated
+    examples) and `num_refused` (examples refused while the bin was filled). `resampled` adds the inputs of the tiling
+    rule anyres_max_9: `visual_sources` and `visual_weights` (see `resampling.py`).
     """
     lead = (microbatches, rows)
     bin_of_tokens, bin_of_tiles = (*lead, config.tokens_per_bin), (*lead, config.tiles_per_bin)
@@ -174,7 +174,7 @@ def empty_batch(
 
 def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], tokens_per_tile: int) -> None:
     """Writes examples to the empty bin `at` = (microbatch, row); they must fit."""
-    start = tile = token = 0
+    start = tile = token = 0  # the first free position, tile and visual token of the bin
     for slot, example in enumerate(examples):
         n, m, visual = len(example.tokens), len(example.tiles), example.visual_index
         # The example's positions and tiles in the bin.
@@ -183,15 +183,16 @@ def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], to
         # One position shorter: the last token of an example has no target.
         batch["targets"][*at, start : start + n - 1] = example.tokens[1:]
         batch["loss_weights"][span] = example.loss_weights
-        batch["segment_ids"][span] = slot + 1
+        batch["segment_ids"][span] = slot + 1  # 0 is padding
         batch["positions"][span] = np.arange(n)
-        # Visual tokens are numbered through the whole bin.
+        # Visual tokens are numbered through the whole bin, not per example.
         batch["visual_index"][span] = np.where(visual >= 0, visual + token, -1)
         batch["tiles"][tile_span] = example.tiles
         batch["tile_valid_hw"][tile_span] = example.valid_hw
         batch["example_ids"][*at, slot] = example.number
         batch["num_cut"][at] += example.was_cut
         if example.resampling is not None:
+            # Sources count features, of which every tile has N; `tile` tiles come before this example's.
             sources, weights = at_positions(visual, example.resampling, tile * tokens_per_tile)
             batch["visual_sources"][span], batch["visual_weights"][span] = sources, weights
         start, tile, token = start + n, tile + m, token + int(np.sum(visual >= 0))

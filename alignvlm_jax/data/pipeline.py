@@ -30,7 +30,7 @@ from alignvlm_jax.data.tiling import TilingConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Location of the data and how they become batches.
+    """Location of the data, and settings for turning them into batches.
 
     Attributes:
       root: Folder that holds the data sets.
@@ -38,11 +38,11 @@ class DataConfig:
       packing: How rows are filled.
       max_turns: Largest number of questions used per record, with their images; None uses all.
       max_image_pixels: Larger images are refused.
-      max_refused: Share of refused examples above which the run ends (judged from the thousandth example on).
+      max_refused: Share of refused examples above which the run ends (checked from the thousandth example on).
       workers: Number of processes that make examples; 0 uses `read_threads` threads of the training process, which
         is enough for small models.
-      read_threads: Number of threads that make examples if there are no workers.
-      prefetch_batches: Number of batches that are being made or are ready at a time.
+      read_threads: Number of threads that make examples if `workers` is 0.
+      prefetch_batches: Number of batches kept ready or in progress ahead of the training loop.
     """
 
     root: str = "data"
@@ -66,7 +66,7 @@ class MixtureComponent(Protocol):
 
 
 def source_name(part: MixtureComponent) -> str:
-    """Returns the key of a component's records among the sources."""
+    """Returns the key of a component's records in `sources` of `make_reader`."""
     return f"{part.dataset}/{part.split}"
 
 
@@ -83,11 +83,11 @@ def make_reader(
     """Returns the reader of a stage's examples.
 
     Args:
-      sources: Random-access records by `source_name`: "dataset/split".
+      sources: Random-access records, by the keys of `source_name` ("dataset/split").
       mixture: Components to draw examples from, by weight.
-      chat: Tokenizer of conversations.
-      data: Other settings of the data.
-      seed: Hashed to the seed of the stage; use another one for every stage.
+      chat: Tokenizer for conversations.
+      data: The remaining data settings.
+      seed: Integers that are hashed into the stage's seed; use different ones for every stage.
       token_grid: Rows and columns of one tile's visual tokens, after the connector.
       max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
 

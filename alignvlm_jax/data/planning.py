@@ -1,7 +1,7 @@
 """Plans the number of bins per step and of steps per stage by measuring examples before the stage begins.
 
-The number of bins per step is fixed, because every other number would compile the training step again. A stage states
-its batch size in examples, as papers do. How many examples share a bin is measured with the windows and bins of
+The number of bins per step is fixed, because a change of it would recompile the training step. The config states the
+batch size in examples, as papers do. How many examples share a bin is measured with the windows and bins of
 training. The plan holds for the whole stage and is saved in its checkpoints.
 """
 

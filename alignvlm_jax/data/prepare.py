@@ -46,7 +46,7 @@ NAME = "conversations"
 REJECTS_FILE = "rejects.jsonl"
 DEFAULT_MAX_REJECTS = 0.01
 
-# The share of refused records is judged only after this number of records: earlier it is too noisy.
+# The share of refused records is checked only after this number of records; before that it is too noisy.
 _MIN_RECORDS_TO_JUDGE = 1000
 
 FEATURES = {
@@ -67,7 +67,7 @@ class Recipe:
       inputs: Files, folders of files, or patterns with `*`.
       split: Name of the split to write.
       options: Settings of the format.
-      limits: Settings of the checks; image paths start at `limits.image_root`.
+      limits: Settings of the checks; image paths are relative to `limits.image_root`.
     """
 
     format: str
@@ -129,15 +129,15 @@ def prepare(
     slices = _plan(job, files, fingerprint)
     summary = _convert(job, slices, convert or in_processes(), max_rejects, progress)
     notes = job.notes
-    # The rejects are written before the limit is checked, so that the user can look at them.
+    # Write the rejects before checking the limit, so that the user can see what was refused.
     _write_rejects(job)
     if summary.num_rejected > max_rejects * summary.total:
         # The user may fix the data before the next run, so slices with refused records are converted again.
         notes.discard_rejected()
         raise UserError(_too_many_rejects(summary, max_rejects, job))
     if not summary.accepted:
-        raise UserError(f"{', '.join(recipe.inputs)}: no records to make a data set of")
-    # Only this makes the folder a data set.
+        raise UserError(f"{', '.join(recipe.inputs)}: no usable records")
+    # Until this writes the metadata, the folder does not count as a data set.
     job.dataset.finish(
         [notes.shard(index) for index in range(len(slices))],
         notes.folder,
@@ -172,7 +172,7 @@ def convert_slice(job: Job, task: Task) -> Summary:
     root = recipe.limits.image_root or str(epath.Path(piece.file).parent)
     rejects = []
 
-    # A generator keeps one record at a time in memory; refused records are collected besides.
+    # A generator, so that only one record is in memory at a time; refused records are collected in `rejects`.
     def accepted_records() -> Iterator[dict[str, Any]]:
         for item in FORMATS[recipe.format].read(piece, recipe.options):
             if isinstance(item, Refused):
@@ -186,7 +186,7 @@ def convert_slice(job: Job, task: Task) -> Summary:
                 yield record
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # about images that it can read nevertheless
+        warnings.filterwarnings("ignore", module="PIL")  # PIL also warns about images that it can read
         shard = job.dataset.write_shard(index, accepted_records(), job.notes.folder)
     seen = shard.records + len(rejects)
     # A file that changed after planning has its records in other slices.
@@ -231,7 +231,7 @@ def _plan(job: Job, files: Sequence[str], fingerprint: str) -> list[Slice]:
                 "folder"
             )
         return plan[1]
-    if not notes.is_alone():
+    if not notes.has_no_other_files():
         raise UserError(f"{job.out} exists already: remove it or choose another folder")
     slices = FORMATS[job.recipe.format].plan(files, job.recipe.options)
     notes.write_plan(fingerprint, slices)
@@ -266,7 +266,7 @@ def _to_json(recipe: Recipe) -> Mapping[str, Any]:
 def _check(recipe: Recipe, max_rejects: float) -> None:
     """Raises a `UserError` if a setting is not valid."""
     if recipe.format not in FORMATS:
-        raise UserError(f"no format {recipe.format!r}: expected one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {recipe.format!r}: expected one of {', '.join(FORMATS)}")
     if not 0 <= max_rejects <= 1:
         raise UserError(f"max_rejects: expected a share from 0 to 1, got {max_rejects}")
     if recipe.options.records_per_shard < 1:

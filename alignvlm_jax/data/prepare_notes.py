@@ -1,7 +1,7 @@
 """Progress of a conversion: the plan, and a note for every finished shard.
 
-These are small files in `OUT/progress`, each written atomically. A shard without a note does not count as finished,
-whatever is on disk. A run that was killed at any point is therefore resumed by reading the notes.
+These are small files in `OUT/progress`, each written atomically. A shard counts as finished only if it has a note,
+whatever else is on disk. Reading the notes is therefore enough to resume a run that was killed at any point.
 """
 
 import collections
@@ -48,7 +48,7 @@ class Notes:
     def __init__(self, out: epath.Path):
         self.out, self.folder = out, out / _FOLDER
 
-    def is_alone(self) -> bool:
+    def has_no_other_files(self) -> bool:
         """Returns whether the data set's folder is missing or holds nothing but notes."""
         return not self.out.exists() or all(path.name == _FOLDER for path in self.out.iterdir())
 

@@ -4,7 +4,7 @@ Axis letters: T visual tokens of an image, M tiles of an image, N visual tokens 
 and n columns of them (N = n * n; rows and columns may differ).
 
 Under `ovis` and `internvl` the visual tokens of a page are the tokens of its tiles, tile after tile: T = M * N.
-LLaVA-NeXT's `anyres_max_9` puts the tokens of the cells side by side as the cells are on the page. Then:
+LLaVA-NeXT's `anyres_max_9` arranges the tokens of all cells in one grid, as the cells are arranged on the page. Then:
 
 1. Unpad: rows or columns that show only the black border are removed, the same number on both sides.
 2. Reduce: the remaining h by w tokens are shrunk bilinearly by r = sqrt(h w / (max_tiles N)) both ways, if r > 1.1.
@@ -41,7 +41,7 @@ try:
 except ImportError:  # in an exported model, where annotations stay strings that are never evaluated
     pass
 
-# A smaller reduction is not worth the blur (LLaVA-NeXT).
+# Below this, a reduction is not worth its blur (LLaVA-NeXT's constant).
 _MIN_REDUCTION = 1.1
 
 TokenGrid = tuple[int, int]
@@ -94,10 +94,11 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
     # Append the newline to every row: source -1 with weight 1.
     newline = np.full((reduced_height, 1, 4), -1)
     sources = np.concatenate([cell_sources.reshape(reduced_height, reduced_width, 4), newline], axis=1).reshape(-1, 4)
+    # The weight of a source is the product of its vertical and its horizontal weight.
     share = (y_weight[:, None, :, None] * x_weight[None, :, None, :]).reshape(reduced_height, reduced_width, 4)
     unit_weights = np.tile([1.0, 0.0, 0.0, 0.0], (reduced_height, 1, 1))
     weights = np.concatenate([share, unit_weights], axis=1).reshape(-1, 4)
-    # The thumbnail's tokens come first, each made of a single feature.
+    # The thumbnail's tokens come first. Each is a single feature: four equal sources, of which only the first counts.
     if plan.thumbnail is not None:
         thumbnail_sources = np.repeat(np.arange(rows * cols)[:, None] + plan.thumbnail * rows * cols, 4, axis=1)
         sources = np.concatenate([thumbnail_sources, sources])
@@ -106,13 +107,14 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
 
 
 def resample_images(plans: Sequence[TilePlan], config: TilingConfig, token_grid: TokenGrid) -> Resampling | None:
-    """Returns the sources of all images of an example, with features numbered through; None under other rules."""
+    """Returns the sources of all images of an example, with consecutive feature numbers; None under other rules."""
     if config.rule != "anyres_max_9":
         return None
     sources, weights = [np.zeros((0, 4), np.int32)], [np.zeros((0, 4), np.float32)]
     first = 0
     for plan in plans:
         image_resampling = resample(plan, config, token_grid)
+        # The newline, source -1, is the same for all images and is not shifted.
         sources.append(np.where(image_resampling.sources >= 0, image_resampling.sources + first, -1))
         weights.append(image_resampling.weights)
         first += plan.num_tiles * token_grid[0] * token_grid[1]
@@ -143,7 +145,9 @@ def _unpad(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tupl
     """Returns (top, left) and (height, width), in tokens, of the cells without the black border."""
     (rows, cols), (width, height) = plan.grid, plan.image_size
     tall, wide = rows * token_grid[0], cols * token_grid[1]
-    # Lengths are in units of a token's height here and of its width below; a token need not be square.
+    # A cell is square, but a token need not be: a cell's side is token_grid[0] token heights and token_grid[1] token
+    # widths. Lengths are in token heights here and in token widths below.
+    # A page with a larger aspect ratio than the canvas fills its width, and the border is above and below.
     if width / height > (cols * token_grid[0]) / tall:
         kept = int(round(height * (cols * token_grid[0] / width), 7))  # a quotient of 26.999999 means 27
         border = (tall - max(kept, 1)) // 2
@@ -155,6 +159,7 @@ def _unpad(plan: TilePlan, token_grid: TokenGrid) -> tuple[tuple[int, int], tupl
 
 def _reduced_size(height: int, width: int, max_tiles: int, per_tile: int) -> tuple[int, int]:
     """Returns (height, width) in tokens after the reduction."""
+    # Dividing both sides by the factor leaves the tokens of `max_tiles` tiles.
     factor = math.sqrt(height * width / (max_tiles * per_tile))
     if factor <= _MIN_REDUCTION:
         return height, width
@@ -167,7 +172,7 @@ def _two_taps(size: int, reduced: int) -> tuple[np.ndarray, np.ndarray]:
     Pixel centers are at halves. Example: 3 values a b c and reduced = 2 give the sources [0 1] [1 2] and the weights
     [.75 .25] [.25 .75].
     """
-    # Centers of the reduced pixels, in source pixels.
+    # Centers of the reduced pixels, in source pixels. The clamps repeat the border pixels.
     positions = np.maximum((np.arange(reduced) + 0.5) * (size / reduced) - 0.5, 0.0)
     first = np.minimum(positions.astype(np.int64), size - 1)
     second = np.minimum(first + 1, size - 1)

@@ -28,15 +28,15 @@ def formats() -> list[str]:
     return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
-def to_rgb(image: PIL.Image.Image, *, keep_grey: bool = False) -> PIL.Image.Image:
+def to_rgb(image: PIL.Image.Image, *, keep_gray: bool = False) -> PIL.Image.Image:
     """Converts an image in memory to upright RGB, with transparent parts white.
 
     Args:
       image: Image of any mode.
-      keep_grey: Whether an image without colors stays in one channel (mode L), which is faster to resize.
+      keep_gray: Whether an image without colors stays in one channel (mode L), which is faster to resize.
     """
     image = _to_opaque(image)
-    return image if keep_grey and image.mode == "L" else image.convert("RGB")
+    return image if keep_gray and image.mode == "L" else image.convert("RGB")
 
 
 def _to_opaque(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -44,12 +44,12 @@ def _to_opaque(image: PIL.Image.Image) -> PIL.Image.Image:
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16 bits per pixel, which convert() would clip at 255
-        return _from_grey(np.asarray(image).astype(np.float64) / 257.0)
+    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit values, which convert() would clip at 255
+        return _from_gray(np.asarray(image).astype(np.float64) / 257.0)
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float64))
-        # Floating-point images come in the range 0 ... 1 or 0 ... 255; the largest value tells which.
-        return _from_grey(values * 255.0 if values.max() <= 1.0 else values)
+        # Floating-point images have the range 0 ... 1 or 0 ... 255; the largest value shows which.
+        return _from_gray(values * 255.0 if values.max() <= 1.0 else values)
     # Lower-case "a": premultiplied alpha (La, RGBa). A palette or RGB image may name one transparent color.
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -67,6 +67,6 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
 
 
-def _from_grey(values: np.ndarray) -> PIL.Image.Image:
+def _from_gray(values: np.ndarray) -> PIL.Image.Image:
     """Returns an 8-bit grayscale image of values in 0 ... 255."""
     return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

@@ -73,7 +73,7 @@ class RecordSource:
             index -= shard.take
         others = [f"{shard.split}[:{shard.first}]"] * (shard.first > 0)
         others += [f"{shard.split}[{shard.after}:]"] * (shard.after < shard.total)
-        without = f", or leave it out: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
+        without = f", or omit it: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
         return (
             f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy{without}"
         )

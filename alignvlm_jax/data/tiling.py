@@ -198,14 +198,14 @@ def _cut_canvas(
     (rows, cols), (left, top), side = plan.grid, plan.canvas.origin, tiles.shape[1]
     for cell in range(rows * cols):
         y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner, relative to the image
-        # A negative corner is in the border: the image then begins inside the tile.
+        # A cell whose corner lies in the border (negative y or x): the image begins inside its tile.
         y0, x0 = max(y, 0), max(x, 0)
         part = image[y0 : max(y + side, 0), x0 : max(x + side, 0)]
         tiles[cell, y0 - y : y0 - y + part.shape[0], x0 - x : x0 - x + part.shape[1]] = part
 
 
 def _resize(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the pixels of an image after a bicubic, antialiased resize, as in the public code of all three rules."""
+    """Returns the pixels of the resized image (bicubic, antialiased, as in the public code of all three rules)."""
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
@@ -229,7 +229,7 @@ def _plan_ovis(width: int, height: int, config: TilingConfig) -> TilePlan:
 
 def _best_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
     """Returns the (rows, cols) that the rule ovis chooses."""
-    # Images a few pixels wide or high could get cells without width or height, which would be empty tiles.
+    # No more rows or columns than pixels: an image a few pixels wide would otherwise get cells of width 0.
     grids = [
         (rows, cols)
         for rows in range(1, min(config.max_tiles, height) + 1)
@@ -304,8 +304,8 @@ def _plan_anyres(width: int, height: int, config: TilingConfig) -> TilePlan:
     """Returns the tiles under the rule anyres_max_9."""
     side = config.tile_size
     rows, cols = _best_canvas(width, height, config)
-    across, down = cols * side / width, rows * side / height
-    # Fit the image to the tighter side, then center it on the canvas.
+    across, down = cols * side / width, rows * side / height  # scales that fill the canvas's width and height
+    # Use the smaller scale, so that the image fits, and center it on the canvas.
     if across < down:
         size = cols * side, min(math.ceil(height * across), rows * side)
     else:
@@ -324,6 +324,7 @@ def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, in
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         canvas_height, canvas_width = grid[0] * config.tile_size, grid[1] * config.tile_size
         scale = min(canvas_width / width, canvas_height / height)
+        # Enlarging an image adds no detail, so no more than its own pixels count.
         pixels = min(int(width * scale) * int(height * scale), width * height)
         return pixels, -(canvas_width * canvas_height)
 
@@ -335,7 +336,7 @@ def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, in
 
 
 def _canvas_boxes(width: int, height: int, rows: int, cols: int, canvas: Canvas, side: int) -> list[Box]:
-    """Returns the part of the page (and of the border around it) that each cell of the canvas shows."""
+    """Returns the box of each cell of the canvas in page pixels; it extends beyond the page where there is a border."""
 
     def edges(cells: int, size: int, origin: int, page: int) -> list[float]:
         return [(cell * side - origin) * page / size for cell in range(cells + 1)]

@@ -1,9 +1,9 @@
-"""Bin packing: subset sums over a small window of waiting examples.
+"""Packs bins by computing subset sums over a small window of waiting examples.
 
 Axis letters: n tokens and m tiles of one example, L positions and M tiles of a bin, W waiting examples.
 
 Each row of the batch has one `Window`. Examples enter it in order and W of them wait at a time. A bin consists of the
-example that has waited longest and the other waiting examples that fill the bin best together with it. This means:
+example that has waited longest and the other waiting examples that fill the bin best together with it. Consequences:
 
 * Nothing is dropped, and no example waits for more than W bins.
 * The contents of a bin depend only on the sizes of the preceding examples of this row, not on the number of hosts,
@@ -80,8 +80,8 @@ def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> lis
     """
     # The oldest example is always chosen. The others fill what it leaves of the bin.
     tokens, tiles = config.tokens_per_bin - waiting[0].tokens, config.tiles_per_bin - waiting[0].tiles
-    # Backtracking starts at the end of `others`, so of equal sums it finds the one with the largest examples. Small
-    # examples find room nearly anywhere and can wait.
+    # Sort by size. Backtracking starts at the end of `others`, so among equal sums it finds the one with the largest
+    # examples. Small examples fit nearly anywhere and can wait.
     others = sorted(
         (i for i in range(1, len(waiting)) if waiting[i].tokens <= tokens and waiting[i].tiles <= tiles),
         key=lambda i: (_fill_share(waiting[i].tokens, waiting[i].tiles, config), -i),
@@ -103,7 +103,7 @@ def choose_bin(waiting: Sequence[MeasuredExample], config: PackingConfig) -> lis
         if rest_n >= 0 and rest_m >= 0 and before[rest_m] >> rest_n & 1:
             chosen.append(i)
             n, m = rest_n, rest_m
-    # If there are too many, keep the largest: backtracking added those first.
+    # If there are more than `examples_per_bin`, keep the largest: backtracking added those first.
     return sorted(chosen[: config.examples_per_bin])
 
 

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(Exception):
-    """A worker process was killed; `tasks` are the started tasks, one of which it was working on."""
+    """A worker process was killed while it worked on one of `tasks`, the tasks submitted at that time."""
 
     def __init__(self, tasks: Sequence[Task]):
         super().__init__(f"a worker process died at one of {len(tasks)} tasks")
@@ -32,7 +32,7 @@ def run_tasks(
         for task in tasks:
             yield task, function(task)
         return
-    # "spawn": a fork of a process that has threads can hang.
+    # "spawn", because a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=exit_with_parent)
     remaining, running = iter(tasks), {}
@@ -68,7 +68,7 @@ class _SignalBlockingProcess(multiprocessing.context.SpawnProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        # SIGTERM, which terminate() sends by default, is blocked.
+        # The default implementation sends SIGTERM, which is blocked.
         self.kill()
 
 

@@ -249,8 +249,8 @@ def load(
 def _open(image: ImageSource) -> PIL.Image.Image:
     """Returns an image in RGB or gray."""
     if isinstance(image, PIL.Image.Image):
-        return images.to_rgb(image, keep_grey=True)
-    return images.open_image(image, keep_grey=True)
+        return images.to_rgb(image, keep_gray=True)
+    return images.open_image(image, keep_gray=True)
 
 
 def check_question(question: str) -> str:

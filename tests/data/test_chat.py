@@ -213,7 +213,7 @@ def test_wrong_folders(folder, tmp_path):
         ChatTokenizer.from_folder(tmp_path)
     with pytest.raises(UserError, match="line 1"):
         ChatTokenizer.from_folder(write_chat_folder(tmp_path / "a", template="{% if %}"))
-    with pytest.raises(UserError, match="names no image_token"):
+    with pytest.raises(UserError, match="image_token is missing"):
         config = {key: value for key, value in TOKENIZER_CONFIG.items() if key != "extra_special_tokens"}
         ChatTokenizer.from_folder(write_chat_folder(tmp_path / "b", config=config))
     with pytest.raises(UserError, match="'<img>' is not a special token"):

@@ -56,8 +56,8 @@ def test_conversations_of_all_kinds(chat):
         texts = chat.decode(example.tokens[learned])
         assert texts == "".join(expected)
         # Every tile shows the conversation's image at that position: the images have the grays 10 i, 10 i + 1, ...
-        greys = [int(tile[0, 0, 0]) for tile in example.tiles]
-        assert [grey for grey, _ in itertools.groupby(greys)] == [10 * number + j for j in range(images[number])]
+        grays = [int(tile[0, 0, 0]) for tile in example.tiles]
+        assert [gray for gray, _ in itertools.groupby(grays)] == [10 * number + j for j in range(images[number])]
 
 
 def test_text_is_cut_between_turns_together_with_images(chat):

@@ -34,7 +34,7 @@ def _check(image, tolerance=0):
     assert difference.max() <= tolerance
 
 
-def test_grey_palette_and_rgb():
+def test_gray_palette_and_rgb():
     page = PIL.Image.fromarray(_scene())
     _check(open_image(_encode(page)))
     _check(open_image(_encode(page.convert("RGB"))))
@@ -42,15 +42,15 @@ def test_grey_palette_and_rgb():
     _check(open_image(_encode(page.convert("P"), "GIF")), tolerance=2)
 
 
-def test_grey_may_stay_grey():
-    grey = PIL.Image.fromarray(_scene())
-    for page in (grey, PIL.Image.fromarray(_scene().astype(np.uint16) * 257), PIL.Image.fromarray(_scene() > 100)):
-        kept, color = open_image(_encode(page), keep_grey=True), open_image(_encode(page))
+def test_gray_may_stay_gray():
+    gray = PIL.Image.fromarray(_scene())
+    for page in (gray, PIL.Image.fromarray(_scene().astype(np.uint16) * 257), PIL.Image.fromarray(_scene() > 100)):
+        kept, color = open_image(_encode(page), keep_gray=True), open_image(_encode(page))
         assert kept.mode == "L" and color.mode == "RGB"
         np.testing.assert_array_equal(kept.convert("RGB"), color)
-    see_through = grey.convert("LA")
-    for page in (grey.convert("RGB"), grey.convert("P"), see_through):
-        assert open_image(_encode(page), keep_grey=True).mode == "RGB"
+    see_through = gray.convert("LA")
+    for page in (gray.convert("RGB"), gray.convert("P"), see_through):
+        assert open_image(_encode(page), keep_gray=True).mode == "RGB"
 
 
 def test_black_and_white():
@@ -88,8 +88,8 @@ def test_transparent_colours_become_white():
     palette = PIL.Image.fromarray(_scene()).convert("P")
     corner = open_image(_encode(palette, transparency=palette.getpixel((0, 0)))).getpixel((0, 0))
     assert corner == (255, 255, 255)
-    grey = open_image(_encode(PIL.Image.fromarray(_scene()), transparency=85))
-    assert grey.getpixel((15, 2)) == (255, 255, 255) and grey.getpixel((0, 0)) == (0, 0, 0)
+    gray = open_image(_encode(PIL.Image.fromarray(_scene()), transparency=85))
+    assert gray.getpixel((15, 2)) == (255, 255, 255) and gray.getpixel((0, 0)) == (0, 0, 0)
     color = open_image(_encode(PIL.Image.fromarray(_scene()).convert("RGB"), transparency=(85, 85, 85)))
     assert color.getpixel((15, 2)) == (255, 255, 255)
 

@@ -258,12 +258,12 @@ def test_a_killed_worker_is_an_error_that_names_the_files(pages, tmp_path, monke
 
 def test_mistakes_are_named(pages, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="no format 'llama'.*llava, docdownstream"):
+    with pytest.raises(UserError, match="unknown format 'llama'.*llava, docdownstream"):
         prepare(Recipe("llama", ("a",)), out)
     with pytest.raises(UserError, match="nowhere.json: no such file, and no .json or .jsonl"):
         prepare(Recipe("llava", (str(tmp_path / "nowhere.json"),)), out)
     write_json(pages / "a.json", [])
-    with pytest.raises(UserError, match="no records to make a data set of"):
+    with pytest.raises(UserError, match="no usable records"):
         prepare(recipe_for(pages), out, progress=False)
     with pytest.raises(UserError, match="max_rejects: expected a share from 0 to 1, got 5"):
         prepare(recipe_for(pages), out, max_rejects=5)

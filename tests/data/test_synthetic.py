@@ -142,16 +142,16 @@ def test_everything_printed_is_on_the_page(pages):
 
 def test_glyph_boxes_lie_on_ink(pages):
     for document in pages:
-        grey = np.asarray(document.image.convert("L"), float)
-        paper = np.percentile(grey, 75)
+        gray = np.asarray(document.image.convert("L"), float)
+        paper = np.percentile(gray, 75)
         ink = [
-            paper - grey[round(g.top) : round(g.bottom) + 1, round(g.left) : round(g.right) + 1].min()
+            paper - gray[round(g.top) : round(g.bottom) + 1, round(g.left) : round(g.right) + 1].min()
             for g in document.glyphs
         ]
         assert min(ink) > 40, document.id
         # No nearby position is better: boxes moved by half a line are on the paper between the lines.
-        darkness = _mean_darkness(document, grey, 0, 0)
-        assert darkness > _mean_darkness(document, grey, 0, -5) and darkness > _mean_darkness(document, grey, 0, 5)
+        darkness = _mean_darkness(document, gray, 0, 0)
+        assert darkness > _mean_darkness(document, gray, 0, -5) and darkness > _mean_darkness(document, gray, 0, 5)
 
 
 def test_boxes_rotate_with_the_page(pages):
@@ -220,10 +220,10 @@ def _is_label(word):
     return word.rstrip(":").isalpha() and not word.isupper()
 
 
-def _mean_darkness(document, grey, dx, dy):
-    height, width = grey.shape
+def _mean_darkness(document, gray, dx, dy):
+    height, width = gray.shape
     x = [min(max(round((g.left + g.right) / 2 + dx), 0), width - 1) for g in document.glyphs]
     y = [min(max(round((g.top + g.bottom) / 2 + dy), 0), height - 1) for g in document.glyphs]
     rows = np.clip(np.array(y)[:, None] + np.arange(-2, 3), 0, height - 1)
     columns = np.clip(np.array(x)[:, None] + np.arange(-2, 3), 0, width - 1)
-    return -grey[rows[:, :, None], columns[:, None, :]].mean()
+    return -gray[rows[:, :, None], columns[:, None, :]].mean()

@@ -272,8 +272,8 @@ def test_wrong_config():
 
 
 @pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
-def test_grey_is_cut_like_its_rgb(rule):
+def test_gray_is_cut_like_its_rgb(rule):
     page = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (310, 190), np.uint8))
     plan = plan_tiles(*page.size, TilingConfig(rule, tile_size=56))
-    for grey, color in zip(cut_tiles(page, plan, 56), cut_tiles(page.convert("RGB"), plan, 56), strict=True):
-        np.testing.assert_array_equal(grey, color)
+    for gray, color in zip(cut_tiles(page, plan, 56), cut_tiles(page.convert("RGB"), plan, 56), strict=True):
+        np.testing.assert_array_equal(gray, color)

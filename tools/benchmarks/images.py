@@ -134,7 +134,7 @@ def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes],
     plans = [_config(name, side, image.size, count) for image, count in zip(decoded, counts, strict=True)]
 
     def ours(image, config):
-        return cut_tiles(to_rgb(image, keep_grey=True), plan_tiles(*image.size, config), side)[0]
+        return cut_tiles(to_rgb(image, keep_gray=True), plan_tiles(*image.size, config), side)[0]
 
     def ours_float(image, config):
         tiles = ours(image, config).transpose(0, 3, 1, 2)
@@ -176,7 +176,7 @@ def _compare(name: str, side: int, backends: dict[str, Cut], files: list[bytes],
 
 
 def _open_ours(file: bytes) -> PIL.Image.Image:
-    return open_image(file, keep_grey=True)
+    return open_image(file, keep_gray=True)
 
 
 def _open_theirs(file: bytes) -> PIL.Image.Image:

@@ -47,6 +47,7 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
     _check_turns(conversation.messages)
     text = json.dumps([_stored_message(message) for message in conversation.messages], ensure_ascii=False)
     _check_text([conversation.id, conversation.source, *_texts(conversation.messages)])
+    # One mark per image, in order.
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
         raise Refusal("image marks", f"the conversation has {marks} image marks for {len(conversation.images)} images")
@@ -90,7 +91,7 @@ def _spend_bytes(budget: int, size: int) -> int:
 
 def _stored_message(message: Message) -> Message:
     """Returns a message as it is stored; only a user's message keeps its parts."""
-    # Many chat templates expect answers to be plain text.
+    # Other roles have no images, and many chat templates expect their content to be plain text.
     if message["role"] == "user":
         return message
     return {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}

@@ -79,10 +79,10 @@ class Slice:
 
     Attributes:
       file: File of the records.
-      start: Where they begin in the file, in a unit of the format: bytes of a JSON file, row groups of a Parquet file.
-      stop: Where they end.
+      start: Start of the records in the file, in the unit of the format: bytes in JSON, row groups in Parquet.
+      stop: End of the records, in the same unit.
       first: Number of the first record in the file.
-      records: Number of records to be used or refused, if it is known before reading.
+      records: Number of records, used and refused ones together, if it is known before reading.
       picks: Numbers of the selected records; None selects all.
     """
 
@@ -96,12 +96,12 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class FormatOptions:
-    """Settings of `plan` and `read`.
+    """Settings of a format's `plan` and `read`.
 
     Attributes:
       records_per_shard: Approximate number of records per slice.
-      source: Name of the data set; by default as stated in the records, otherwise the name of the file.
-      instruction: Text of the user beside the image in data that have only images and captions; by default none.
+      source: Name of the data set; by default the one stated in the records, or else the name of the file.
+      instruction: Text of the user next to the image, for data that have only images and captions; by default none.
       max_record_bytes: Larger records are refused without parsing them.
     """
 

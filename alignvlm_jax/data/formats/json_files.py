@@ -33,11 +33,12 @@ Buffer = bytes | mmap.mmap
 
 _BYTE_ORDER_MARK = re.compile(rb"(?:\xef\xbb\xbf)?")
 _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
-# A string ends at the latest with its line: after a lost quotation mark, the next line is read correctly again.
+# A string never spans lines, so after a lost quotation mark the next line is read correctly again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
-# A record longer than this may contain the next one: it is searched for then, and again whenever the length doubles.
-_PATIENCE = 2**20
+# An element longer than this may have swallowed the next record. It is searched for one then, and again whenever its
+# length doubles.
+_FIRST_SEARCH_BYTES = 2**20
 
 
 def count_records(file: str) -> int:
@@ -56,9 +57,10 @@ def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None)
             stops.append(stop)
     numbers = range(len(starts)) if picks is None else sorted(picks)
     slices = []
-    for at in range(0, len(numbers), options.records_per_shard):
-        chosen = numbers[at : at + options.records_per_shard]
+    for begin in range(0, len(numbers), options.records_per_shard):
+        chosen = numbers[begin : begin + options.records_per_shard]
         first, last = chosen[0], chosen[-1]
+        # `start` and `stop` of a slice span its records; `picks` is needed only if there are others between them.
         is_contiguous = last - first + 1 == len(chosen)
         slices.append(
             Slice(file, starts[first], stops[last], first, len(chosen), None if is_contiguous else tuple(chosen))
@@ -170,7 +172,7 @@ def _elements(buffer: Buffer, start: int, stop: int, separator: re.Pattern | Non
 
 def _end_of_element(buffer: Buffer, start: int, stop: int, separator: re.Pattern | None) -> int:
     """Returns the end of the element that begins at `start`."""
-    end, depth, patience = None, 0, _PATIENCE
+    end, depth, next_search = None, 0, _FIRST_SEARCH_BYTES
     # Find the closing bracket. A very long element may have lost a quotation mark: look for the next record in it.
     for token in _tokens(buffer, start, stop):
         if token[0] in (b"{", b"["):
@@ -180,10 +182,10 @@ def _end_of_element(buffer: Buffer, start: int, stop: int, separator: re.Pattern
         if depth == 0:
             end = token.end()
             break
-        if separator and token.start() - start > patience:
+        if separator and token.start() - start > next_search:
             if separator.search(buffer, start, token.start()):
                 break
-            patience *= 2
+            next_search *= 2
     # Cut the element before the next record if it has no end or is not valid JSON.
     next_record = separator and separator.search(buffer, start, end or stop)
     if next_record and (end is None or not _is_json(buffer[start:end])):
@@ -206,7 +208,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _between(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yields what is between two elements if it is more than commas and white space."""
+    """Yields the span between two elements if it holds more than commas and white space."""
     between = buffer[start:stop]
     if content := between.strip(_SPACE + b","):
         start += between.index(content)

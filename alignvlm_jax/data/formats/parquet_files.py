@@ -1,4 +1,4 @@
-"""Rows of Parquet files by row groups; damage costs only the row or the row group that has it."""
+"""Reads Parquet files by row groups; damage costs only the affected row or the rest of its row group."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
                         number += 1
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 problem = _first_line(error)
-            # Every row is accounted for: the rest of a damaged group is refused row by row.
+            # Account for every row: refuse the rest of a damaged group row by row.
             for missing in range(number, stop):
                 yield missing, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
             number = stop
@@ -60,7 +60,7 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     except Refusal:
-        yield Slice(path, records=1)  # which `read_slice` refuses with the reason
+        yield Slice(path, records=1)  # `read_slice` refuses it and states the reason
         return
     # Collect row groups until a slice has enough rows or bytes.
     start, first, rows, size = 0, 0, 0, 0

@@ -112,7 +112,7 @@ def _caption(files: dict[str, bytes]) -> str:
 
 
 def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
-    """Yields the samples of an archive; one that damage interrupts has a `problem`."""
+    """Yields the samples of an archive; a sample that damage cuts off has a `problem`."""
     sample = None
     try:
         for name, size, data in _members(path, max_bytes):
@@ -162,7 +162,7 @@ def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None
 
 def _check_end(file: BinaryIO, offset: int) -> None:
     """Raises `_DamagedArchive` unless the archive ends properly, with a block of zeros and nothing after it."""
-    # tarfile takes a damaged header for the end of the archive.
+    # tarfile mistakes a damaged header for the end of the archive, so check for the block of zeros.
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -177,7 +177,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def _open_archive(path: str) -> Iterator[BinaryIO]:
     """Opens an archive, decompressing gzip."""
     with open_binary(path) as file:
-        # The first bytes tell, not the name.
+        # Detect gzip by its magic number, because the file name need not say so.
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         with gzip.open(file) if compressed else contextlib.nullcontext(file) as unpacked:

@@ -1,4 +1,4 @@
-"""A corpus of synthetic documents on disk: drawn once, by several processes, then read by any number of runs."""
+"""Writes a corpus of synthetic documents to disk, drawn once by several processes and read by any number of runs."""
 
 import collections
 import concurrent.futures
@@ -33,7 +33,7 @@ FEATURES = {
 
 _KIND = "synthetic documents"
 _DOCUMENTS_PER_CALL = 64
-_DOCUMENTS_PER_PROCESS = 1_000  # documents; a second process takes longer to start than to draw fewer
+_DOCUMENTS_PER_PROCESS = 1_000  # fewer are drawn faster than another process starts
 _MAX_PROCESSES = 8
 
 
@@ -55,7 +55,7 @@ def build_corpus(
       seed: Seed of the documents.
       sizes: Number of documents of each split.
       progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
+      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
 
     Raises:
       UserError: if a split or size is not valid, or the folder holds another kind of data set.
@@ -85,7 +85,7 @@ def write_corpus(
         of records. Other processes may call the function.
       description: Description of the data set.
       progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
+      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
 
     Raises:
       UserError: if the folder holds another kind of data set.
@@ -122,7 +122,7 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
 
 
 def _fingerprint(seed: int) -> str:
-    """Returns a hash of what the program draws, so that a changed program replaces existing pages."""
+    """Returns a hash of the first documents, so that a change of the drawing code replaces an existing corpus."""
     digest = hashlib.sha256()
     for index in range(16):
         document = draw_document(seed, "train", index, render=False)
@@ -132,7 +132,7 @@ def _fingerprint(seed: int) -> str:
 
 
 class _InlineExecutor(concurrent.futures.Executor):
-    """Draws in this process, when a task is submitted."""
+    """Runs each task in this process as soon as it is submitted."""
 
     def submit(self, function, /, *arguments):
         """Calls the function and returns its result as a finished future."""
@@ -156,11 +156,11 @@ def _records(
     processes: int,
     bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the documents of a split in order; a few calls are drawn ahead of the writing."""
+    """Yields the documents of a split in order; a few batches are drawn ahead of the writer."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     pending = collections.deque()
     while True:
-        # Two calls per process are submitted at a time; their results are read in order.
+        # Keep two batches per process submitted, and read the results in order.
         while len(pending) < 2 * processes and (start := next(starts, None)) is not None:
             pending.append(executor.submit(draw, start, min(start + _DOCUMENTS_PER_CALL, size)))
         if not pending:

@@ -172,7 +172,7 @@ def _place_vertically(dice: Dice, page: Page) -> tuple[int, float]:
     A page is read as two tiles, cut at half its height, without a thumbnail. A line of text across the cut could not be
     read from the separate halves. The first of a few random positions without text on the cut is therefore used.
     """
-    spare = min(24.0, _HEIGHTS[1] - 2 * _MARGIN - page.y)
+    spare = min(24.0, _HEIGHTS[1] - 2 * _MARGIN - page.y)  # white space below the content, at most
     for _ in range(_PLACEMENT_ATTEMPTS):
         height = max(_HEIGHTS[0], math.floor(page.y + 2 * _MARGIN + dice.uniform(min(2.0, spare), spare)))
         top = dice.uniform(_MARGIN, max(_MARGIN, height - _MARGIN - page.y))

@@ -50,7 +50,7 @@ _KIND = "synthetic names"
 _NAMES_PER_PAGE = 3
 _PAGES_PER_NAME = {"validation": 4, "heldout": 12}  # number of pages that print each name
 _PATTERNS = (*NAME_PATTERNS[5], *NAME_PATTERNS[6])
-_STREAM = 3  # stream of the dice, after those of the ordinary documents' splits
+_STREAM = 3  # key of the random stream; the ordinary documents use 0, 1 and 2, one per split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
     """Returns groups of six names; the first half of the groups are look-alikes, the others loners.
 
     Args:
-      seed: Seed of everything random, including the rarities.
+      seed: Seed of all random choices, including the rarities.
       groups: Number of groups, a multiple of six.
 
     Raises:
@@ -132,7 +132,7 @@ def build_names_corpus(
         pages.
       splits: Splits to draw.
       progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, but no more than the work is worth.
+      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
     """
     lexicon = draw_lexicon(seed, groups)
     recipe = {
@@ -247,7 +247,7 @@ def _draw_records(seed: int, groups: int, split: str, start: int, stop: int) -> 
 
 
 def _fingerprint(seed: int, groups: int) -> str:
-    """Returns a hash of what the program draws, so that a changed program replaces existing pages."""
+    """Returns a hash of the first documents, so that a change of the drawing code replaces an existing corpus."""
     digest = hashlib.sha256()
     for index in range(8):
         document = draw_names_document(seed, "train", index, groups=groups, render=False)

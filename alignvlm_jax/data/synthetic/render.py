@@ -21,7 +21,7 @@ class Look:
       paper: Color of the paper.
       ink: Color of the text.
       mark: Color of bars and curves.
-      grey: Whether the scan has no colors.
+      gray: Whether the scan has no colors.
       noise: Standard deviation of the grain.
       blur: Radius of the blur in px.
       shade: Change of brightness from the middle to the bottom of the page.
@@ -31,7 +31,7 @@ class Look:
     paper: tuple[int, int, int]
     ink: tuple[int, int, int]
     mark: tuple[int, int, int]
-    grey: bool
+    gray: bool
     noise: float
     blur: float
     shade: float
@@ -46,7 +46,7 @@ def draw_look(dice: Dice) -> Look:
         paper=tuple(light - t for t in tint),
         ink=dice.pick(_INKS[:3]) if dice.chance(0.65) else dice.pick(_INKS),
         mark=dice.pick(_MARKS),
-        grey=dice.chance(0.5),
+        gray=dice.chance(0.5),
         noise=dice.uniform(2.0, 7.0),
         blur=dice.uniform(0.3, 0.5) if dice.chance(0.25) else 0.0,
         shade=dice.uniform(-14.0, 14.0),
@@ -124,7 +124,7 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, origin: tuple[float, float], shapes:
 
 def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Image.Image:
     """Adds grain, uneven light and specks of dust; some scans are without colors."""
-    pixels = np.asarray(page.convert("L") if look.grey else page, np.float32)
+    pixels = np.asarray(page.convert("L") if look.gray else page, np.float32)
     height, width = pixels.shape[:2]
     grain = generator.standard_normal((height, width), np.float32) * np.float32(look.noise)
     # Brightness changes linearly from top to bottom.
@@ -133,6 +133,6 @@ def _scan(page: Image.Image, look: Look, generator: np.random.Generator) -> Imag
     if look.speckles:
         rows, columns = generator.integers(0, (height, width), (look.speckles, 2)).T
         grain[rows, columns] -= 90
-    pixels = pixels + (grain if look.grey else grain[..., None])
+    pixels = pixels + (grain if look.gray else grain[..., None])
     scanned = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return scanned.convert("RGB") if look.grey else scanned
+    return scanned.convert("RGB") if look.gray else scanned

@@ -29,13 +29,13 @@ Difficulty = Literal["easy", "hard"]
 COVERED = {"easy": 1 / 8, "hard": 1 / 4}
 """Share of a capital's height that the bar covers."""
 
-# Charts print single marks and not lines of text.
+# Without charts, which label single marks instead of printing lines of text.
 _FAMILIES = ("receipt", "form", "table")
 
 
 def draw_restoration(seed: int, split: str, index: int, difficulty: Difficulty) -> tuple[Document, str, str]:
     """Returns a document with covered text, the question and its answer; a pure function of its arguments."""
-    # A stream separate from the document's, so that the document is the one of the ordinary corpus.
+    # A separate random stream, so that drawing from it does not change the document.
     dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))
     document = draw_document(seed, split, index, family=dice.pick(_FAMILIES))
     candidates = [

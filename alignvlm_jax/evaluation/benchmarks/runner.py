@@ -216,7 +216,7 @@ def _ask(
 
 
 def _cut(reader: Reader, image: ImageSource) -> CutImage:
-    return reader.cut(open_image(files.image_bytes(image), name=str(image), keep_grey=True))
+    return reader.cut(open_image(files.image_bytes(image), name=str(image), keep_gray=True))
 
 
 def content(text: str, num_images: int) -> list[dict[str, str]]:

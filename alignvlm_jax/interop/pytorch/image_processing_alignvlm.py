@@ -92,7 +92,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         tiling = self.tiling(**kwargs)
         pixel_values, plans = [], []
         for image in flatten_images(self.fetch_images(images)):
-            image = to_rgb(_to_pil(image), keep_grey=True)
+            image = to_rgb(_to_pil(image), keep_gray=True)
             plans.append(plan_tiles(*image.size, tiling))
             pixel_values.append(normalize_tiles(*cut_tiles(image, plans[-1], tiling.tile_size)))
         if not plans:

@@ -45,9 +45,9 @@ def test_tiles(pair, width, height):
 def unusual_images() -> dict[str, bytes]:
     """Returns image files of kinds that transformers' own loader reads differently or not at all."""
     scene = random_image(4, 34, 22)
-    grey = np.asarray(scene.convert("L"))
+    gray = np.asarray(scene.convert("L"))
     alpha = scene.convert("RGBA")
-    alpha.putalpha(PIL.Image.fromarray(grey))
+    alpha.putalpha(PIL.Image.fromarray(gray))
     rotation = PIL.Image.Exif()
     rotation[0x0112] = 6
     palette = scene.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
@@ -55,11 +55,11 @@ def unusual_images() -> dict[str, bytes]:
         "plain": (scene, "PNG", {}),
         "rotated": (scene, "JPEG", {"exif": rotation}),
         "alpha": (alpha, "PNG", {}),
-        "grey alpha": (alpha.convert("LA"), "PNG", {}),
+        "gray alpha": (alpha.convert("LA"), "PNG", {}),
         "palette": (palette, "PNG", {}),
         "transparent color": (palette, "PNG", {"transparency": palette.getpixel((0, 0))}),
-        "16 bits": (PIL.Image.fromarray(grey.astype(np.uint16) * 257), "PNG", {}),
-        "floats": (PIL.Image.fromarray(grey.astype(np.float32) / 255), "TIFF", {}),
+        "16 bits": (PIL.Image.fromarray(gray.astype(np.uint16) * 257), "PNG", {}),
+        "floats": (PIL.Image.fromarray(gray.astype(np.float32) / 255), "TIFF", {}),
         "cmyk": (scene.convert("CMYK"), "JPEG", {}),
         "bilevel": (scene.convert("1"), "PNG", {}),
     }

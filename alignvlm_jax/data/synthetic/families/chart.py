@@ -89,7 +89,7 @@ def _curve(page: Page, values: Values, kind: Callable[[], str]) -> list[tuple[st
     points = [coordinate for point in zip(centers, tops, strict=True) for coordinate in point]
     page.shapes.append(Shape("line", tuple(points), "mark", width=dice.integer(1, 2)))
     for number, center, top in zip(numbers, centers, tops, strict=True):
-        # Clear the paper behind the number, or a steep line would run through it.
+        # Clear the paper behind the number, because a steep curve would run through it.
         half = face.width(number) / 2
         page.shapes.append(Shape("fill", (center - half, top - 5 - face.cap_height, center + half, top - 3), "paper"))
         page.shapes.append(Shape("dot", (center, top, dice.uniform(1.6, 2.6)), "mark"))
@@ -130,7 +130,7 @@ def _upright_marks(
 def _draw_marks(
     page: Page, values: Values, kind: Callable[[], str], count: int, longest_name: int, longest_number: int
 ) -> tuple[list[str], list[str]]:
-    """Returns names and numbers that fit on lines of their own in pairs."""
+    """Returns names and numbers such that each pair fits on one line."""
     numbers = [values.draw(kind, lambda number: len(number) <= longest_number) for _ in range(count)]
     return [values.name(3, longest_name, page.face, page.room(number)) for number in numbers], numbers
 
