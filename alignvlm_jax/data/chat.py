@@ -70,11 +70,11 @@ class ChatTokenizer:
     """Encodes conversations and decodes answers.
 
     Attributes:
-      pad_id: Id of the padding token.
-      image_id: Id of the image placeholder.
-      end_ids: Ids of the tokens that end an answer: the token that the template writes after one, the end of text, and
+      pad_id: id of the padding token.
+      image_id: id of the image placeholder.
+      end_ids: ids of the tokens that end an answer: the token that the template writes after one, the end of text, and
         further tokens listed in the configuration.
-      vocab_size: Largest token id plus one.
+      vocab_size: largest token id plus one.
     """
 
     def __init__(self, tokenizer_json: str, tokenizer_config: Mapping[str, Any], chat_template: str):
@@ -145,8 +145,8 @@ class ChatTokenizer:
         """Encodes a complete conversation for training.
 
         Args:
-          messages: The conversation.
-          tokens_per_image: Number of visual tokens of each image, in order.
+          messages: the conversation.
+          tokens_per_image: number of visual tokens of each image, in order.
 
         Raises:
           UserError: if the conversation is not valid or has no answer.

@@ -46,10 +46,10 @@ def make_conversation(
     """Returns the conversation for a task, built from a record.
 
     Args:
-      record: The record; see the module docstring for its fields.
-      task: Name of the task.
-      rng: Source of the task's random choices.
-      max_turns: Largest number of questions, each with its answer; None keeps all. A conversation keeps its first turns
+      record: the record; see the module docstring for its fields.
+      task: name of the task.
+      rng: source of the task's random choices.
+      max_turns: largest number of questions, each with its answer; None keeps all. A conversation keeps its first turns
         (later ones may refer to earlier ones) and the images shown in them. A page's questions are drawn at random.
 
     Raises:

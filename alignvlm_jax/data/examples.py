@@ -32,11 +32,11 @@ class Part:
     """One data set of a mixture.
 
     Attributes:
-      name: Name of the data set in messages.
-      records: Random access to dicts with `id` and the fields that the task reads.
-      task: Task of the examples; see `conversations.py`.
-      weight: Share of the examples, relative to the other parts.
-      first_number: Number of its first record in `example_ids`.
+      name: name of the data set in messages.
+      records: random access to dicts with `id` and the fields that the task reads.
+      task: task of the examples; see `conversations.py`.
+      weight: share of the examples, relative to the other parts.
+      first_number: number of its first record in `example_ids`.
     """
 
     name: str
@@ -51,15 +51,15 @@ class ExampleReader:
     """All examples of a stage, by their position in its order. Picklable if the records are.
 
     Attributes:
-      parts: The mixture.
-      chat: Tokenizer for conversations.
-      tiling: How images are cut into tiles.
-      packing: Limits of a bin.
-      token_grid: Rows and columns of one tile's visual tokens, after the connector.
-      seed: Seed of all random choices; use a different one for every stage.
-      max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
-      max_turns: See `pipeline.DataConfig`.
-      max_image_pixels: See `pipeline.DataConfig`.
+      parts: the mixture.
+      chat: tokenizer for conversations.
+      tiling: how images are cut into tiles.
+      packing: limits of a bin.
+      token_grid: rows and columns of one tile's visual tokens, after the connector.
+      seed: seed of all random choices; use a different one for every stage.
+      max_text_tokens: limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
+      max_turns: see `pipeline.DataConfig`.
+      max_image_pixels: see `pipeline.DataConfig`.
     """
 
     parts: tuple[Part, ...]

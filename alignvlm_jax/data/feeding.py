@@ -97,15 +97,15 @@ class Feed:
     """Makes the batches of a stage, or some of their rows; a `BatchIterator`. Call `close` when done.
 
     Args:
-      reader: Reader of the stage's examples.
-      rows: Rows of a microbatch to make, in the order they have in the batch.
+      reader: reader of the stage's examples.
+      rows: rows of a microbatch to make, in the order they have in the batch.
       microbatches: K.
-      state: State of these rows to resume from (other rows are ignored); None starts at the beginning.
-      num_examples: Number of examples after which the order ends and bins are empty; None means an endless order.
-      workers: Number of processes that make examples; 0 uses `threads` threads of this process.
-      threads: Number of threads that make examples if there are no worker processes.
-      prefetch: Number of batches kept ready or in progress.
-      max_refused: Largest share of refused examples since this feed was created; above it, the feed raises a
+      state: state of these rows to resume from (other rows are ignored); None starts at the beginning.
+      num_examples: number of examples after which the order ends and bins are empty; None means an endless order.
+      workers: number of processes that make examples; 0 uses `threads` threads of this process.
+      threads: number of threads that make examples if there are no worker processes.
+      prefetch: number of batches kept ready or in progress.
+      max_refused: largest share of refused examples since this feed was created; above it, the feed raises a
         `UserError`.
     """
 

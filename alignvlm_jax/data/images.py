@@ -41,10 +41,10 @@ def open_image(
     """Reads an image file, or the bytes of one, as an upright RGB image.
 
     Args:
-      source: Path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
-      name: Name of the image in error messages; by default the path.
-      max_pixels: Larger images are refused before they are decoded (a small file can claim a billion pixels).
-      keep_gray: See `to_rgb`.
+      source: path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
+      name: name of the image in error messages; by default the path.
+      max_pixels: larger images are refused before they are decoded (a small file can claim a billion pixels).
+      keep_gray: see `to_rgb`.
 
     Raises:
       UserError: if the image cannot be read or is too large.
@@ -66,9 +66,9 @@ def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MA
     An image that is damaged after its header still has a size.
 
     Args:
-      data: The encoded bytes.
-      name: See `open_image`.
-      max_pixels: See `open_image`.
+      data: the encoded bytes.
+      name: see `open_image`.
+      max_pixels: see `open_image`.
     """
     with _open_checked(data, name, max_pixels) as image:
         if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):

@@ -32,9 +32,9 @@ class ExampleOrder:
     """The order of a stage's examples.
 
     Attributes:
-      lengths: Number of records of each part.
-      weights: Share of each part, relative to the others.
-      seed: Seed of all random choices; use a different one for every stage.
+      lengths: number of records of each part.
+      weights: share of each part, relative to the others.
+      seed: seed of all random choices; use a different one for every stage.
     """
 
     lengths: tuple[int, ...]

@@ -51,7 +51,7 @@ class PackingConfig:
       bins_per_microbatch: B, a multiple of the number of devices that a batch is sharded over. The examples are dealt
         out to this number of rows, and each row is packed independently; see `feeding.py`.
       examples_per_bin: X, the largest number of examples in a bin.
-      window: Number of examples of a row that wait to be packed together; see `window.py`.
+      window: number of examples of a row that wait to be packed together; see `window.py`.
     """
 
     tokens_per_bin: int = 8192
@@ -72,14 +72,14 @@ class Example:
     """One conversation with its tiles, ready to be packed.
 
     Attributes:
-      number: Number of the example in `example_ids`.
-      tokens: Token ids; an image placeholder stands for each visual token.
-      loss_weights: Weight of the target that follows each token.
-      visual_index: Index of the visual token at each position; -1 for text.
-      tiles: Pixels of all images' tiles.
-      valid_hw: Height and width of the image inside each tile.
-      was_cut: Whether turns at the end were dropped to stay within the limit on text.
-      resampling: Sources of each visual token, under the tiling rule anyres_max_9.
+      number: number of the example in `example_ids`.
+      tokens: token ids; an image placeholder stands for each visual token.
+      loss_weights: weight of the target that follows each token.
+      visual_index: index of the visual token at each position; -1 for text.
+      tiles: pixels of all images' tiles.
+      valid_hw: height and width of the image inside each tile.
+      was_cut: whether turns at the end were dropped to stay within the limit on text.
+      resampling: sources of each visual token, under the tiling rule anyres_max_9.
     """
 
     number: int
@@ -97,9 +97,9 @@ class Refused:
     """An example that cannot be used: unreadable, or too large for a bin.
 
     Attributes:
-      id: Id of the record.
-      source: Name of its data set.
-      reason: Readable explanation.
+      id: id of the record.
+      source: name of its data set.
+      reason: readable explanation.
     """
 
     id: str

@@ -26,9 +26,9 @@ class Status:
     """Metadata of a file.
 
     Attributes:
-      size: Size in bytes.
-      changed: Time of the last change; 0 if a bucket does not report it.
-      is_regular: Whether the path is a regular file.
+      size: size in bytes.
+      changed: time of the last change; 0 if a bucket does not report it.
+      is_regular: whether the path is a regular file.
     """
 
     size: int

@@ -33,16 +33,16 @@ class DataConfig:
     """Location of the data, and settings for turning them into batches.
 
     Attributes:
-      root: Folder that holds the data sets.
-      tiling: How pages are cut into tiles.
-      packing: How rows are filled.
-      max_turns: Largest number of questions used per record, with their images; None uses all.
-      max_image_pixels: Larger images are refused.
-      max_refused: Share of refused examples above which the run ends (checked from the thousandth example on).
-      workers: Number of processes that make examples; 0 uses `read_threads` threads of the training process, which
+      root: folder that holds the data sets.
+      tiling: how pages are cut into tiles.
+      packing: how rows are filled.
+      max_turns: largest number of questions used per record, with their images; None uses all.
+      max_image_pixels: larger images are refused.
+      max_refused: share of refused examples above which the run ends (checked from the thousandth example on).
+      workers: number of processes that make examples; 0 uses `read_threads` threads of the training process, which
         is enough for small models.
-      read_threads: Number of threads that make examples if `workers` is 0.
-      prefetch_batches: Number of batches kept ready or in progress ahead of the training loop.
+      read_threads: number of threads that make examples if `workers` is 0.
+      prefetch_batches: number of batches kept ready or in progress ahead of the training loop.
     """
 
     root: str = "data"
@@ -84,12 +84,12 @@ def make_reader(
 
     Args:
       sources: Random-access records, by the keys of `source_name` ("dataset/split").
-      mixture: Components to draw examples from, by weight.
-      chat: Tokenizer for conversations.
-      data: The remaining data settings.
-      seed: Integers that are hashed into the stage's seed; use different ones for every stage.
-      token_grid: Rows and columns of one tile's visual tokens, after the connector.
-      max_text_tokens: Limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
+      mixture: components to draw examples from, by weight.
+      chat: tokenizer for conversations.
+      data: the remaining data settings.
+      seed: integers that are hashed into the stage's seed; use different ones for every stage.
+      token_grid: rows and columns of one tile's visual tokens, after the connector.
+      max_text_tokens: limit on an example's text tokens (visual tokens are not counted); see `packing.cut_text`.
 
     Raises:
       UserError: if a data set is empty, or its records lack a field that the task needs.

@@ -31,10 +31,10 @@ class StagePlan:
     """The sizes that are fixed when a stage begins.
 
     Attributes:
-      steps: Number of steps.
+      steps: number of steps.
       microbatches: K of every step.
-      examples_per_bin: Measured average.
-      num_examples: Number of examples after which the order ends; None for an endless order.
+      examples_per_bin: measured average.
+      num_examples: number of examples after which the order ends; None for an endless order.
     """
 
     steps: int
@@ -60,13 +60,13 @@ def plan_stage(
     examples need on average; examples still in a window at the end are not used.
 
     Args:
-      reader: Reader of the stage's examples.
-      global_batch: Approximate number of examples per step; it is rounded to a whole number of microbatches.
-      bins_per_step: Fixed number of bins per step instead, a multiple of `bins_per_microbatch`.
-      steps: Length of the stage in steps; pass either this or `epochs`.
-      epochs: Length of the stage in epochs.
-      threads: Number of examples to measure at a time.
-      progress: Whether to show a progress bar if measuring takes seconds.
+      reader: reader of the stage's examples.
+      global_batch: approximate number of examples per step; it is rounded to a whole number of microbatches.
+      bins_per_step: fixed number of bins per step instead, a multiple of `bins_per_microbatch`.
+      steps: length of the stage in steps; pass either this or `epochs`.
+      epochs: length of the stage in epochs.
+      threads: number of examples to measure at a time.
+      progress: whether to show a progress bar if measuring takes seconds.
 
     Raises:
       UserError: if none of the measured examples can be used.

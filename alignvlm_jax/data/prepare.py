@@ -63,11 +63,11 @@ class Recipe:
     """Input and settings of a conversion; the data set depends only on these.
 
     Attributes:
-      format: One of `formats.FORMATS`.
-      inputs: Files, folders of files, or patterns with `*`.
-      split: Name of the split to write.
-      options: Settings of the format.
-      limits: Settings of the checks; image paths are relative to `limits.image_root`.
+      format: one of `formats.FORMATS`.
+      inputs: files, folders of files, or patterns with `*`.
+      split: name of the split to write.
+      options: settings of the format.
+      limits: settings of the checks; image paths are relative to `limits.image_root`.
     """
 
     format: str
@@ -110,11 +110,11 @@ def prepare(
     """Converts the input to a data set in the folder `out`, or resumes the conversion.
 
     Args:
-      recipe: Input and settings.
-      out: Folder of the data set; empty, or with the same conversion, finished or not.
-      max_rejects: Largest share of refused records; above it, the conversion stops.
-      progress: Whether to show a progress bar.
-      convert: Converts slices and yields the summary of each when it is done; by default `in_processes()`.
+      recipe: input and settings.
+      out: folder of the data set; empty, or with the same conversion, finished or not.
+      max_rejects: largest share of refused records; above it, the conversion stops.
+      progress: whether to show a progress bar.
+      convert: converts slices and yields the summary of each when it is done; by default `in_processes()`.
 
     Raises:
       UserError: if the settings or the input are not valid, the folder holds something else, or too many records are

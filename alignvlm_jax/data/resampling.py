@@ -52,8 +52,8 @@ class Resampling(NamedTuple):
     """Sources of visual tokens: a token is the sum over k of weights[:, k] * feature[sources[:, k]].
 
     Attributes:
-      sources: Indices among the M * N features of the image; -1 for the newline, which has weight 1 in k = 0.
-      weights: Weights of the sources.
+      sources: indices among the M * N features of the image; -1 for the newline, which has weight 1 in k = 0.
+      weights: weights of the sources.
     """
 
     sources: Int32[np.ndarray, "T 4"]
@@ -125,9 +125,9 @@ def at_positions(visual_index: Int32[np.ndarray, " L"], resampling: Resampling, 
     """Returns `visual_sources` and `visual_weights` [L, 4] of an example, zeros at text positions.
 
     Args:
-      visual_index: Index of the example's visual token at each position; -1 for text.
-      resampling: Sources of the example's visual tokens; it may have more tokens than `visual_index` refers to.
-      first_feature: Index in the bin of the example's first feature.
+      visual_index: index of the example's visual token at each position; -1 for text.
+      resampling: sources of the example's visual tokens; it may have more tokens than `visual_index` refers to.
+      first_feature: index in the bin of the example's first feature.
     """
     # Text positions look up token 0 here and are set to zero below.
     number, is_visual = np.maximum(visual_index, 0), (visual_index >= 0)[:, None]

@@ -32,8 +32,8 @@ def to_rgb(image: PIL.Image.Image, *, keep_gray: bool = False) -> PIL.Image.Imag
     """Converts an image in memory to upright RGB, with transparent parts white.
 
     Args:
-      image: Image of any mode.
-      keep_gray: Whether an image without colors stays in one channel (mode L), which is faster to resize.
+      image: image of any mode.
+      keep_gray: whether an image without colors stays in one channel (mode L), which is faster to resize.
     """
     image = _to_opaque(image)
     return image if keep_gray and image.mode == "L" else image.convert("RGB")

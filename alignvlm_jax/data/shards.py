@@ -38,10 +38,10 @@ class ShardedDataset:
     """A data set of one split that is being written.
 
     Attributes:
-      folder: Folder of the data set.
-      name: Name of the data set.
-      split: Name of the split.
-      features: Fields of a record.
+      folder: folder of the data set.
+      name: name of the data set.
+      split: name of the split.
+      features: fields of a record.
     """
 
     folder: epath.Path
@@ -53,9 +53,9 @@ class ShardedDataset:
         """Writes a shard and returns its size.
 
         Args:
-          index: Number of the shard.
-          records: The records of the shard.
-          scratch: Folder for the incomplete file, on the same disk.
+          index: number of the shard.
+          records: the records of the shard.
+          scratch: folder for the incomplete file, on the same disk.
         """
         serializer = tfds.core.example_serializer.ExampleSerializer(self.features.get_serialized_info())
         number, size, path = 0, 0, self.shard_path(index)

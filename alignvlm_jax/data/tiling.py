@@ -67,12 +67,12 @@ class TilingConfig:
     """Rule and sizes for cutting a page into tiles.
 
     Attributes:
-      rule: Name of the rule; see the module docstring.
-      tile_size: Side S of a tile in pixels; equals the `image_size` of the vision encoder.
-      max_tiles: Largest number of cells of a grid (without the thumbnail). Under anyres_max_9: the number of tiles to
+      rule: name of the rule; see the module docstring.
+      tile_size: side S of a tile in pixels; equals the `image_size` of the vision encoder.
+      max_tiles: largest number of cells of a grid (without the thumbnail). Under anyres_max_9: the number of tiles to
         whose tokens the cells are reduced, however many cells there are.
-      thumbnail: Whether to add the complete image if the grid has more than one cell; under anyres_max_9, always.
-      grid_side: Largest number of rows and of columns of an anyres_max_9 grid; the other rules ignore it.
+      thumbnail: whether to add the complete image if the grid has more than one cell; under anyres_max_9, always.
+      grid_side: largest number of rows and of columns of an anyres_max_9 grid; the other rules ignore it.
     """
 
     rule: Rule = "ovis"
@@ -112,12 +112,12 @@ class TilePlan:
 
     Attributes:
       image_size: (width, height) of the image.
-      boxes: The part of the page that each tile shows, in order. Whole pixels under ovis; the box of a tile with a
+      boxes: the part of the page that each tile shows, in order. Whole pixels under ovis; the box of a tile with a
         black border extends beyond the page.
       sizes: (height, width) in pixels of the image (or canvas) inside each tile.
       grid: (rows, cols) of the cells.
-      thumbnail: Index of the tile that shows the complete page, or None. The other tiles are the cells, row by row.
-      canvas: Canvas that the cells are cut from; None if each cell is cropped from the page and resized separately.
+      thumbnail: index of the tile that shows the complete page, or None. The other tiles are the cells, row by row.
+      canvas: canvas that the cells are cut from; None if each cell is cropped from the page and resized separately.
     """
 
     image_size: tuple[int, int]

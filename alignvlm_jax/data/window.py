@@ -40,9 +40,9 @@ class Window:
     """The examples of one row that wait for a bin, oldest first.
 
     Attributes:
-      config: Shapes of a bin.
-      next_position: Position in the order of the next example to enter the window.
-      waiting: The waiting examples.
+      config: shapes of a bin.
+      next_position: position in the order of the next example to enter the window.
+      waiting: the waiting examples.
     """
 
     config: PackingConfig

@@ -1,4 +1,4 @@
-"""A replacement for gs:// that keeps its files in a local folder: what epath needs of fsspec, without a network."""
+"""A replacement for gs:// that keeps its files in a local folder: the parts of fsspec that epath uses, offline."""
 
 import contextlib
 from collections.abc import Iterator

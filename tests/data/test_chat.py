@@ -1,4 +1,4 @@
-"""Tokens of conversations: equal to transformers', typed special tokens stay text, only answers have loss weight."""
+"""Tokens of conversations: same as from transformers, typed special tokens stay text, only answers have loss weight."""
 
 import json
 import pickle
@@ -62,14 +62,14 @@ def read(chat, ids):
 
 def answers(chat, encoded):
     """Returns the texts with loss weight, one for each contiguous range."""
-    stretches, current = [], []
+    spans, current = [], []
     for target, weight in zip(encoded.tokens[1:], encoded.loss_weights[:-1], strict=True):
         if weight:
             current.append(target)
         elif current:
-            stretches.append(read(chat, current))
+            spans.append(read(chat, current))
             current = []
-    return stretches + ([read(chat, current)] if current else [])
+    return spans + ([read(chat, current)] if current else [])
 
 
 def test_worked_example(chat):
@@ -90,7 +90,7 @@ def test_ids(chat):
     assert 262 < chat.vocab_size <= 340  # 6 special tokens, 256 bytes, and the merges that the small corpus allows
 
 
-def test_two_images_count_on(chat):
+def test_visual_index_continues_over_images(chat):
     encoded = chat.encode([user("Same?", images=2), assistant("no")], [2, 3])
     np.testing.assert_array_equal(encoded.visual_index[:8], [-1, -1, 0, 1, 2, 3, 4, -1])
 
@@ -102,7 +102,7 @@ def test_loss_on_answers_only_over_turns(chat):
     assert answers(chat, encoded) == ["one<|end|>", "<|end|>", " x <|end|>"]
 
 
-def test_prompt_is_how_training_begins(chat):
+def test_prompt_equals_the_beginning_of_the_training_tokens(chat):
     """Inference sees exactly the tokens before the first weighted target."""
     encoded = chat.encode([user("Total?", 1), assistant("12.50")], [3])
     prompt = chat.encode_prompt([user("Total?", 1)], [3])
@@ -138,7 +138,7 @@ def test_special_tokens_typed_by_users_stay_text(chat, special):
     )
     assert read(chat, encoded.tokens) == expected
     assert answers(chat, encoded) == [f"{answer}<|end|>", "c<|end|>"]
-    # As many special tokens as the template wrote, and two positions for the image.
+    # There are exactly the special tokens that the template wrote, including two positions for the image.
     specials = [chat.token_to_id(token) for token in SPECIAL_TOKENS]
     assert np.isin(encoded.tokens, specials).sum() == 9
     assert (encoded.visual_index >= 0).sum() == 2

@@ -1,4 +1,4 @@
-"""Conversations that each task makes of a record."""
+"""Conversations that each task builds from a record."""
 
 import json
 
@@ -69,6 +69,6 @@ def test_skipped_turns_lose_their_images():
         (prepared(1, turn("One?", "yes", 1), sizes=((9, 9), (9, 9))), "1 image marks for 2 images"),
     ],
 )
-def test_error_says_what_is_wrong_with_a_record(record, message):
+def test_invalid_record_is_refused_with_the_reason(record, message):
     with pytest.raises(UserError, match=message):
         make_conversation(record, "conversation", RNG)

@@ -83,7 +83,7 @@ def test_batches_hold_the_contents_of_the_records(reference, chat):
                     assert learned == "".join(m["content"] for m in messages if m["role"] == "assistant")
 
 
-def test_steps_are_of_one_shape_and_well_filled(reference):
+def test_steps_have_one_shape_and_well_filled_bins(reference):
     batches, _ = reference
     assert {batch["tokens"].shape for batch in batches} == {(MICROBATCHES, len(ROWS), PACKING.tokens_per_bin)}
     assert {batch["tiles"].dtype for batch in batches} == {np.dtype(np.uint8)}
@@ -204,11 +204,11 @@ def test_signals_to_the_whole_job_do_not_end_workers_and_a_killed_one_ends_the_r
     workers = workers()
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
-    started = time.monotonic()
+    start_time = time.monotonic()
     with pytest.raises(UserError, match="a process that reads data was killed"):
         for _ in range(100):
             next(feed)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - start_time < 30
     feed.close()
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 

@@ -1,4 +1,4 @@
-"""Images as in real documents: one scene in many encodings is read the same, and errors name bad files."""
+"""Image files: one scene is read identically from many encodings, and errors name bad files."""
 
 import io
 import struct
@@ -83,7 +83,7 @@ def test_transparency_becomes_white(mode):
     _check(open_image(_encode(page)))
 
 
-def test_transparent_colours_become_white():
+def test_transparent_colors_become_white():
     """Palette entry 0 and the gray value 85 are declared transparent, without an alpha channel."""
     palette = PIL.Image.fromarray(_scene()).convert("P")
     corner = open_image(_encode(palette, transparency=palette.getpixel((0, 0)))).getpixel((0, 0))
@@ -163,7 +163,7 @@ def test_transparent_first_frame():
 )
 def test_formats(format, mode, options, tolerance, tmp_path):
     page = PIL.Image.fromarray(_scene())
-    # PIL converts to some modes only from RGB. Not so for palettes, where it would dither.
+    # PIL converts to some modes only from RGB. Palettes are converted directly, because PIL would dither RGB.
     page = page.convert(mode) if mode == "P" else page.convert("RGB").convert(mode)
     (tmp_path / "page").write_bytes(_encode(page, format, **options))
     _check(open_image(tmp_path / "page"), tolerance)
@@ -176,7 +176,7 @@ def test_fax():
     np.testing.assert_array_equal(np.asarray(image), np.where(_scene() > 100, 255, 0)[..., None].repeat(3, axis=2))
 
 
-def test_sixteen_bits_a_colour():
+def test_sixteen_bits_per_channel():
     """A PNG that Pillow cannot write."""
     rows = (_scene().astype(">u2") * 257)[..., None].repeat(3, axis=2)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -186,7 +186,7 @@ def test_sixteen_bits_a_colour():
 
 @pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
 @pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
-def test_a_line_becomes_tiles(size, rule):
+def test_page_one_pixel_wide_becomes_tiles(size, rule):
     """A page one pixel wide or high: every tile shows part of it."""
     image = open_image(_encode(PIL.Image.new("L", size, 200)))
     assert image.size == size

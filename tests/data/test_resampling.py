@@ -115,7 +115,7 @@ def test_other_rules_take_every_token():
 
 
 def test_tokens_that_are_not_square():
-    """H-Reducer joins four columns to one. The border is that of square tokens, in units four times as wide."""
+    """H-Reducer merges four columns into one. The border is that of square tokens, in units four times as wide."""
     config = TilingConfig("anyres_max_9", tile_size=56, max_tiles=100)
     plan = plan_tiles(112, 40, config)  # one row of two cells; 40 of 56 rows of pixels show the image
     assert plan.grid == (1, 2)

@@ -14,7 +14,7 @@ from alignvlm_jax.evaluation.metrics import vcr_scores
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_bars_lie_on_the_answer_and_nowhere_else(index):
+def test_bars_cover_the_answer_and_nothing_else(index):
     easy, question, answer = draw_restoration(3, "train", index, "easy")
     hard, *same = draw_restoration(3, "train", index, "hard")
     assert [question, answer] == same and (question, answer) in zip(easy.questions, easy.answers, strict=True)

@@ -140,7 +140,7 @@ def test_everything_printed_is_on_the_page(pages):
             assert 0 <= glyph.left < glyph.right <= width and 0 <= glyph.top < glyph.bottom <= height
 
 
-def test_glyph_boxes_lie_on_ink(pages):
+def test_glyph_boxes_contain_ink(pages):
     for document in pages:
         gray = np.asarray(document.image.convert("L"), float)
         paper = np.percentile(gray, 75)

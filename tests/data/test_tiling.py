@@ -101,7 +101,7 @@ def test_grid_matches_second_implementation():
         assert all(max(size) == side and min(size) >= 1 for size in plan.sizes)
 
 
-def test_cut_tiles_places_the_picture_top_left():
+def test_cut_tiles_places_the_image_top_left():
     page = np.zeros((180, 96, 3), np.uint8)
     page[:90] = (10, 20, 30)
     page[90:] = (200, 210, 220)

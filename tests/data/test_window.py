@@ -22,7 +22,7 @@ def test_oldest_example_goes_first_and_small_ones_are_kept_for_later():
     config = PackingConfig(tokens_per_bin=10, tiles_per_bin=4)
     # Example 1 alone would fill the bin, but example 0 has waited longest.
     assert choose_bin(_measured((8, 1), (10, 4), (3, 1)), config) == [0]
-    # 6 tokens and 2 tiles are free. Either 1 or 2 and 3 fill them; 2 and 3 find room more easily later.
+    # 6 tokens and 2 tiles are free. Example 1 fills them, and so do 2 and 3 together, which fit more easily later.
     assert choose_bin(_measured((4, 2), (6, 2), (3, 1), (3, 1)), config) == [0, 1]
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_dropped_and_nothing_waits_long():
         assert [example.position for example in chosen] == sorted(example.position for example in chosen)
         bin_of |= {example.position: number for example in chosen}
     assert sorted(bin_of) == list(range(500)) and window.pop_bin() == []
-    # While it waits, at least one older example leaves with each bin.
+    # While an example waits, at least one older example leaves with each bin.
     assert all(bin_of[i] - min(bin_of[j] for j in range(i, min(i + 12, 500))) <= config.window for i in bin_of)
 
 

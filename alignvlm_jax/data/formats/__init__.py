@@ -22,10 +22,10 @@ class Format:
     """An input format.
 
     Attributes:
-      plan: Divides input files into slices.
-      read: Yields the conversations of a slice.
-      suffixes: Endings of the files that are read if the input is a folder.
-      referenced_files: Returns further files that the input files name.
+      plan: divides input files into slices.
+      read: yields the conversations of a slice.
+      suffixes: endings of the files that are read if the input is a folder.
+      referenced_files: returns further files that the input files name.
     """
 
     plan: Callable[[Sequence[str], FormatOptions], list[Slice]]

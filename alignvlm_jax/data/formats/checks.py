@@ -26,10 +26,10 @@ class Limits:
     """Limits beyond which readable records are refused.
 
     Attributes:
-      image_root: Folder that image paths start from and must stay in; by default the folder of the input file.
-      follow_links: Whether symbolic links may lead out of it.
-      max_pixels: Larger images are refused.
-      max_record_bytes: Larger conversations are refused, texts and images together.
+      image_root: folder that image paths start from and must stay in; by default the folder of the input file.
+      follow_links: whether symbolic links may lead out of it.
+      max_pixels: larger images are refused.
+      max_record_bytes: larger conversations are refused, texts and images together.
     """
 
     image_root: str | None = None

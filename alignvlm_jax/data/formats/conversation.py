@@ -42,11 +42,11 @@ class Conversation:
     """One example as its format describes it.
 
     Attributes:
-      where: File and record, for reports.
-      id: Id of the example.
-      source: Name of its data set.
-      messages: See the module docstring.
-      images: Bytes of image files, or their paths under the image root, in the order of the image marks.
+      where: file and record, for reports.
+      id: id of the example.
+      source: name of its data set.
+      messages: see the module docstring.
+      images: bytes of image files, or their paths under the image root, in the order of the image marks.
     """
 
     where: str
@@ -61,10 +61,10 @@ class Refused:
     """One refused record.
 
     Attributes:
-      where: File and record.
-      id: Id of the record, if it has one.
-      kind: Short category of the reason.
-      why: Full reason.
+      where: file and record.
+      id: id of the record, if it has one.
+      kind: short category of the reason.
+      why: full reason.
     """
 
     where: str
@@ -78,12 +78,12 @@ class Slice:
     """Records that are converted together.
 
     Attributes:
-      file: File of the records.
-      start: Start of the records in the file, in the unit of the format: bytes in JSON, row groups in Parquet.
-      stop: End of the records, in the same unit.
-      first: Number of the first record in the file.
-      records: Number of records, used and refused ones together, if it is known before reading.
-      picks: Numbers of the selected records; None selects all.
+      file: file of the records.
+      start: start of the records in the file, in the unit of the format: bytes in JSON, row groups in Parquet.
+      stop: end of the records, in the same unit.
+      first: number of the first record in the file.
+      records: number of records, used and refused ones together, if it is known before reading.
+      picks: numbers of the selected records; None selects all.
     """
 
     file: str
@@ -99,10 +99,10 @@ class FormatOptions:
     """Settings of a format's `plan` and `read`.
 
     Attributes:
-      records_per_shard: Approximate number of records per slice.
-      source: Name of the data set; by default the one stated in the records, or else the name of the file.
-      instruction: Text of the user next to the image, for data that have only images and captions; by default none.
-      max_record_bytes: Larger records are refused without parsing them.
+      records_per_shard: approximate number of records per slice.
+      source: name of the data set; by default the one stated in the records, or else the name of the file.
+      instruction: text of the user next to the image, for data that have only images and captions; by default none.
+      max_record_bytes: larger records are refused without parsing them.
     """
 
     records_per_shard: int = 2000
@@ -118,9 +118,9 @@ def text_message(role: Any, text: Any, mark: str = IMAGE_MARK) -> Message:
     separates images from the text before or after them is dropped; white space in the middle is kept.
 
     Args:
-      role: Role as the record states it.
-      text: Text of the message.
-      mark: Text that stands for an image.
+      role: role as the record states it.
+      text: text of the message.
+      mark: text that stands for an image.
 
     Raises:
       Refusal: if the role is unknown or the text is not text.

@@ -30,9 +30,9 @@ class Sampling:
 
     Attributes:
       strategy: "first", "end" or "random".
-      amount: Number of records, or a percentage (rounded up).
-      is_percentage: Whether `amount` is a percentage.
-      seed: Seed of "random": the file's path, so that every run selects the same records.
+      amount: number of records, or a percentage (rounded up).
+      is_percentage: whether `amount` is a percentage.
+      seed: seed of "random": the file's path, so that every run selects the same records.
     """
 
     strategy: str

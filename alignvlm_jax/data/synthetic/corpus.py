@@ -51,11 +51,11 @@ def build_corpus(
     depend on the number of processes.
 
     Args:
-      folder: Folder of the data set.
-      seed: Seed of the documents.
-      sizes: Number of documents of each split.
-      progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
+      folder: folder of the data set.
+      seed: seed of the documents.
+      sizes: number of documents of each split.
+      progress: whether to show a progress bar.
+      processes: number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
 
     Raises:
       UserError: if a split or size is not valid, or the folder holds another kind of data set.
@@ -78,14 +78,14 @@ def write_corpus(
     """Writes a data set of drawn documents of any kind; an existing one with the same recipe is kept.
 
     Args:
-      folder: Folder of the data set. Existing contents must be of the same kind, and are replaced.
-      recipe: All parameters that the records depend on, as JSON values; "kind" names the kind of data set. It is stored
+      folder: folder of the data set. Existing contents must be of the same kind, and are replaced.
+      recipe: all parameters that the records depend on, as JSON values; "kind" names the kind of data set. It is stored
         as metadata.
-      drawings: For each split, a function of a range (first, one after the last) that returns records, and the number
+      drawings: for each split, a function of a range (first, one after the last) that returns records, and the number
         of records. Other processes may call the function.
-      description: Description of the data set.
-      progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
+      description: description of the data set.
+      progress: whether to show a progress bar.
+      processes: number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
 
     Raises:
       UserError: if the folder holds another kind of data set.

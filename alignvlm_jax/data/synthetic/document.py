@@ -65,12 +65,12 @@ def draw_document(
     A pure function of its arguments.
 
     Args:
-      seed: Seed of the corpus.
-      split: Split of the document; it decides which values and fonts may be used.
-      index: Number of the document.
-      family: Family of the document; None draws one.
-      font: Font to print with; None draws one.
-      render: Whether to make the image. Everything else is the same without it.
+      seed: seed of the corpus.
+      split: split of the document; it decides which values and fonts may be used.
+      index: number of the document.
+      family: family of the document; None draws one.
+      font: font to print with; None draws one.
+      render: whether to make the image. Everything else is the same without it.
 
     Raises:
       UserError: if split, family or font is unknown, or the font is not for this split.
@@ -110,13 +110,13 @@ def print_document(
     """Returns a document of any family: laid out, placed on its page, with questions, printed and scanned.
 
     Args:
-      dice: Source of all random choices.
-      compose: Lays out a page, as in `families/`. It is called again with a fresh page if its values do not fit.
-      choose: Selects questions and phrasings; returns (question, answer) pairs.
-      id: Id of the document.
-      family: Name of the family.
-      font: Font to print with.
-      render: Whether to make the image.
+      dice: source of all random choices.
+      compose: lays out a page, as in `families/`. It is called again with a fresh page if its values do not fit.
+      choose: selects questions and phrasings; returns (question, answer) pairs.
+      id: id of the document.
+      family: name of the family.
+      font: font to print with.
+      render: whether to make the image.
     """
     page, questions, width = _lay_out(dice, compose, family, font)
     left = dice.uniform(_MARGIN, width - _MARGIN - page.width)

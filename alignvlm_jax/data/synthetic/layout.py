@@ -26,10 +26,10 @@ class Shape:
 
     Attributes:
       kind: "line" (through points), "fill" or "frame" (two corners) or "dot" (center and radius).
-      points: Coordinates of the points, x and y alternating; a dot has x, y and its radius.
+      points: coordinates of the points, x and y alternating; a dot has x, y and its radius.
       color: "rule" (ink), "faint" (a light ink), "mark" (bars, curves), "band" (a light mark) or "paper". A dot is
         always drawn in ink.
-      width: Width of a line in px.
+      width: width of a line in px.
     """
 
     kind: str

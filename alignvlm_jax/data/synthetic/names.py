@@ -58,10 +58,10 @@ class Name:
     """A word of the lexicon.
 
     Attributes:
-      text: The name, in capitals.
-      group: Number of its group of six; the rarity within a group is random.
-      has_look_alikes: Whether the other names of its group look like it. If not, no name of the lexicon does.
-      seen: Number of training pages that print it, once each.
+      text: the name, in capitals.
+      group: number of its group of six; the rarity within a group is random.
+      has_look_alikes: whether the other names of its group look like it. If not, no name of the lexicon does.
+      seen: number of training pages that print it, once each.
     """
 
     text: str
@@ -75,8 +75,8 @@ def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
     """Returns groups of six names; the first half of the groups are look-alikes, the others loners.
 
     Args:
-      seed: Seed of all random choices, including the rarities.
-      groups: Number of groups, a multiple of six.
+      seed: seed of all random choices, including the rarities.
+      groups: number of groups, a multiple of six.
 
     Raises:
       UserError: if `groups` is not a positive multiple of six.
@@ -126,13 +126,13 @@ def build_names_corpus(
     """Writes splits of the corpus to a folder, for `store.open_dataset`; an existing corpus is kept.
 
     Args:
-      folder: Folder of the data set.
-      seed: Seed of the lexicon and of the pages.
-      groups: Number of groups of names, a multiple of six; 24 give 2,728 training, 192 validation and 576 held-out
+      folder: folder of the data set.
+      seed: seed of the lexicon and of the pages.
+      groups: number of groups of names, a multiple of six; 24 give 2,728 training, 192 validation and 576 held-out
         pages.
-      splits: Splits to draw.
-      progress: Whether to show a progress bar.
-      processes: Number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
+      splits: splits to draw.
+      progress: whether to show a progress bar.
+      processes: number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
     """
     lexicon = draw_lexicon(seed, groups)
     recipe = {

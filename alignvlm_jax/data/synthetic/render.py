@@ -18,14 +18,14 @@ class Look:
     """Colors and scan defects of a page.
 
     Attributes:
-      paper: Color of the paper.
-      ink: Color of the text.
-      mark: Color of bars and curves.
-      gray: Whether the scan has no colors.
-      noise: Standard deviation of the grain.
-      blur: Radius of the blur in px.
-      shade: Change of brightness from the middle to the bottom of the page.
-      speckles: Number of specks of dust.
+      paper: color of the paper.
+      ink: color of the text.
+      mark: color of bars and curves.
+      gray: whether the scan has no colors.
+      noise: standard deviation of the grain.
+      blur: radius of the blur in px.
+      shade: change of brightness from the middle to the bottom of the page.
+      speckles: number of specks of dust.
     """
 
     paper: tuple[int, int, int]
@@ -67,14 +67,14 @@ def render_page(
     """Returns the page as an RGB image.
 
     Args:
-      size: Width and height.
-      origin: Position of the content.
-      angle: Rotation in degrees, counter-clockwise.
-      face: Face of the text.
-      runs: Text.
-      shapes: Shapes under the text.
-      look: Colors and scan defects.
-      generator: Source of the scan noise.
+      size: width and height.
+      origin: position of the content.
+      angle: rotation in degrees, counter-clockwise.
+      face: face of the text.
+      runs: text.
+      shapes: shapes under the text.
+      look: colors and scan defects.
+      generator: source of the scan noise.
     """
     page = Image.new("RGB", size, look.paper)
     draw = ImageDraw.Draw(page)

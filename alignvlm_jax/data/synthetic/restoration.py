@@ -80,10 +80,10 @@ def build_restoration_corpus(folder: str | Path, *, seed: int, sizes: Mapping[st
     """Writes a data set of these records, for `store.open_dataset(folder, split)`; an existing one is kept.
 
     Args:
-      folder: Folder of the data set.
-      seed: Seed of the documents.
-      sizes: Number of records of each split.
-      progress: Whether to show a progress bar.
+      folder: folder of the data set.
+      seed: seed of the documents.
+      sizes: number of records of each split.
+      progress: whether to show a progress bar.
     """
     recipe = {"kind": "restoration", "seed": seed, "sizes": dict(sizes), "covered": COVERED}
     drawings = {

@@ -60,8 +60,8 @@ class Values:
         """Returns a fitting value of this kind (`values.amount`, `values.date`, ...) that is new on the page.
 
         Args:
-          kind: Draws a value.
-          fits: Returns whether a value fits.
+          kind: draws a value.
+          fits: returns whether a value fits.
 
         Raises:
           DoesNotFitError: if no value of the split fits after many tries.

@@ -1,4 +1,4 @@
-"""Small data sets of every format, in the form that users have them."""
+"""Small data sets of every format, as users have them."""
 
 import functools
 import io
@@ -53,7 +53,7 @@ def docdownstream_record(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def embedded(number: int) -> dict[str, Any]:
-    """Returns an image in the form that Parquet files of the Hub have."""
+    """Returns an image as Parquet files on the Hub store it."""
     return {"bytes": image_bytes(number), "path": None}
 
 

@@ -36,7 +36,7 @@ def without_fsync(monkeypatch):
 
 
 def mutate(data: bytes, rng: random.Random, most: int = 4) -> bytes:
-    """Returns the data with a few changes such as disks, networks and people make."""
+    """Returns the data with a few random changes, such as disks, networks and people cause."""
     data = bytearray(data)
     for _ in range(rng.randint(1, most)):
         at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 7, 64, 700))
@@ -100,14 +100,16 @@ def test_damaged_files_of_every_format(name, tmp_path):
 def test_damaged_images(tmp_path):
     rng = random.Random("images")
     folder = write_images(tmp_path / "images", 0)
-    pictures = [image_bytes(i, format=kind) for i, kind in enumerate(("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"))]
+    encoded_images = [
+        image_bytes(i, format=kind) for i, kind in enumerate(("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"))
+    ]
     animated = io.BytesIO()
     frames = [PIL.Image.new("P", (9, 9), i) for i in range(3)]
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
-    pictures.append(animated.getvalue())
+    encoded_images.append(animated.getvalue())
     records = []
     for i in range(IMAGES):
-        (folder / f"{i}.png").write_bytes(mutate(pictures[i % len(pictures)], rng))
+        (folder / f"{i}.png").write_bytes(mutate(encoded_images[i % len(encoded_images)], rng))
         records.append(llava_record(i))
     file = write_json(tmp_path / "data.json", records)
     recipe = Recipe("llava", (str(file),), limits=Limits(str(folder), max_pixels=10**6))

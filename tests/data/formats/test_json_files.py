@@ -1,4 +1,4 @@
-"""Records in JSON files are found by their brackets, whatever is between them."""
+"""Records in JSON files are found by their brackets, even if the text between them is damaged."""
 
 import json
 import time
@@ -31,7 +31,7 @@ RECORDS = [
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("records_per_shard", [1, 2, 100])
-def test_every_record_is_found_as_json_has_it(tmp_path, indent, records_per_shard):
+def test_every_record_equals_what_json_parses(tmp_path, indent, records_per_shard):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS, indent=indent, ensure_ascii=False), encoding="utf-8")
     assert read(path, records_per_shard) == RECORDS
@@ -70,7 +70,7 @@ def test_empty_file_has_no_records(tmp_path, content):
         (b'[{"a": ' + b"9" * 5000 + b"}]", [Refusal]),
     ],
 )
-def test_damage_costs_the_record_that_has_it(tmp_path, content, outcomes):
+def test_damage_costs_only_the_damaged_record(tmp_path, content, outcomes):
     (tmp_path / "a.json").write_bytes(content)
     assert [type(record) for record in read(tmp_path / "a.json", 1)] == outcomes
 
@@ -79,9 +79,9 @@ def test_large_file_is_searched_once_whatever_its_records_begin_with(tmp_path):
     """Searching to the end of the file from every record, for a first key that never comes again, took minutes."""
     records = [{"id": 0}] + [{"image": i, "x": "y" * 400} for i in range(20_000)]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    began = time.process_time()
+    start_time = time.process_time()
     assert count_records(str(tmp_path / "a.json")) == 20_001
-    assert time.process_time() - began < 10
+    assert time.process_time() - start_time < 10
 
 
 def test_many_broken_records_in_a_large_file(tmp_path):

@@ -25,14 +25,14 @@ def test_strategies(strategy, amount, percent, chosen):
     assert Sampling(strategy, amount, percent, "a.json").choose(10) == chosen
 
 
-def test_random_is_the_same_every_time_and_another_for_another_file():
+def test_random_selection_depends_on_the_file_alone():
     first = Sampling("random", 10, True, "a.json").choose(1000)
     assert len(first) == 100 and first == sorted(set(first))
     assert first == Sampling("random", 10, True, "a.json").choose(1000)
     assert first != Sampling("random", 10, True, "b.json").choose(1000)
 
 
-def test_records_left_out_by_random_sampling_are_not_read(tmp_path):
+def test_records_not_selected_by_random_sampling_are_not_read(tmp_path):
     write_json(tmp_path / "a.json", [llava_record(i) for i in range(50)])
     (tmp_path / "mix.yml").write_text("datasets: [{json_path: a.json, sampling_strategy: 'random:20%'}]")
     options = FormatOptions(records_per_shard=3)

@@ -11,8 +11,8 @@ class Questions:
     """Questions about a document, as (phrasings, answer) pairs.
 
     Attributes:
-      direct: Questions from a name to its value.
-      reverse: Questions from a value to its name, which are asked rarely.
+      direct: questions from a name to its value.
+      reverse: questions from a value to its name, which are asked rarely.
     """
 
     direct: tuple[tuple[tuple[str, ...], str], ...]
