@@ -5,10 +5,10 @@
 
 Arrays are written in the background, and read as a whole or one slice at a time. They are stored in chunks of at most
 `_CHUNK_BYTES`, and stacked layers are split between layers first. Reading one layer of an 8B model (`StoredTree`)
-therefore reads that layer only, whatever mesh it was saved on.
+therefore reads only that layer, whatever mesh it was saved on.
 
-Orbax restores damaged files as wrong numbers without any error. `integrity.py` compares the files with their digests
-before anything is read here.
+Orbax restores damaged files as wrong numbers, without an error. The digests of `integrity.py` must therefore be
+verified before anything is read here.
 """
 
 import errno
@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from alignvlm_jax.errors import UserError
 
 _CHUNK_BYTES = 128 * 2**20
+# Errors of the disk and its folders: a save that fails with one may succeed later, or elsewhere.
 _STORAGE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -46,14 +47,15 @@ _STORAGE_ERRORS = (
 class StepStore:
     """Writes steps in the background, and restores them onto any mesh.
 
-    With several processes, all of them make the same calls.
+    With several processes, all of them must make the same calls.
     """
 
     def __init__(self):
         self._orbax = _make_orbax()
 
     def save(self, step: Path, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Starts to write each tree, and `meta` as JSON, into a folder of its own in `step`."""
+        """Starts to write each tree, and `meta` as JSON, into its own folder in `step`."""
+        # Orbax returns once the arrays are copied to the host, so the caller may donate them to the next step.
         args = {name: _save_in_chunks(tree) for name, tree in trees.items()}
         self._orbax.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(dict(meta))))
 
@@ -62,7 +64,12 @@ class StepStore:
         self._orbax.wait_until_finished()
 
     def restore(self, step: Path, **abstract: Any) -> Any:
-        """Returns the named trees, as attributes, with the shapes, dtypes and shardings of `abstract`."""
+        """Returns the trees of a step as attributes of one object.
+
+        Args:
+          step: folder of the step.
+          **abstract: shapes, dtypes and shardings of each tree to restore, by its name.
+        """
         args = ocp.args.Composite(**{name: _restore_into(tree) for name, tree in abstract.items()})
         return self._orbax.restore(step, args=args)
 
@@ -72,7 +79,7 @@ class StepStore:
         self._orbax = _make_orbax()
 
     def close(self) -> None:
-        """Waits for the writing threads and ends them."""
+        """Waits for the threads that write, and ends them."""
         self._orbax.close()
 
 
@@ -111,7 +118,7 @@ class StoredTree:
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
         try:
-            # The handler is called directly: a `Checkpointer` would look for metadata of the whole step, and warn.
+            # Calls the handler directly: a `Checkpointer` would look for metadata of the whole step, and warn.
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{self._folder} cannot be read: {str(error).splitlines()[0]}") from error
@@ -133,7 +140,7 @@ class StoredTree:
             raise UserError(f"{self._folder}: {path} cannot be read: {error}") from error
 
     def chunk_shape(self, path: str) -> tuple[int, ...]:
-        """Returns the shape of the chunks that an array is stored in, the smallest parts that can be read."""
+        """Returns the shape of an array's chunks, which are the smallest parts that can be read."""
         return tuple(self._open(path).chunk_layout.read_chunk.shape)
 
     def _open(self, path: str) -> tensorstore.TensorStore:
@@ -144,7 +151,7 @@ class StoredTree:
 
 
 def storage_error_message(error: Exception) -> str | None:
-    """Returns the system's message if the disk caused the error, else None: then it is a bug, to be raised as it is."""
+    """Returns the operating system's message if the disk caused the error; None means a bug, which must be raised."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     # tensorstore raises a ValueError that contains the system's message.
@@ -153,7 +160,7 @@ def storage_error_message(error: Exception) -> str | None:
 
 
 def _make_orbax() -> ocp.AsyncCheckpointer:
-    # If folders were created in the background, Orbax's threads would wait forever for one that cannot be created.
+    # With folders created in the background, Orbax's threads would wait forever for one that cannot be created.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
@@ -161,14 +168,15 @@ def _make_orbax() -> ocp.AsyncCheckpointer:
 def _save_in_chunks(tree: Any) -> ocp.args.PyTreeSave:
     def arguments(path, leaf):
         del leaf
-        stacked = any(getattr(key, "key", None) == "layers" for key in path)
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+        # Axis 0 of stacked layers is the layer: chunks are split along it first, so that one layer can be read alone.
+        is_stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if is_stacked else ())
 
     save_args = jax.tree_util.tree_map_with_path(arguments, tree)
-    # Data stay in memory until a file is full. The default size of a file is 2 GB.
+    # Data stay in memory until a file is full, and a file holds 2 GB by default: smaller files need less memory.
     return ocp.args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=2 * _CHUNK_BYTES)
 
 
 def _restore_into(abstract: Any) -> ocp.args.PyTreeRestore:
-    # StandardRestore does the same, but a checkpointer that has used it refuses to save with anything but StandardSave.
+    # StandardRestore does the same, but a checkpointer that has used it saves only with StandardSave from then on.
     return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))

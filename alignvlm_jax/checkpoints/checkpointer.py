@@ -1,7 +1,7 @@
-"""Saves the checkpoints of a running training in the background, finds them, and restores them onto any mesh.
+"""Saves the checkpoints of a run in the background, finds them, and restores them onto any mesh.
 
-When all files of a step are written, their digests are added (`integrity.py`). Only then are older steps deleted
-(`retention.py`). Damaged files raise no error by themselves, so digests are verified before anything is restored.
+A save has three steps: write the files, write their digests (`integrity.py`), and only then delete older checkpoints
+(`retention.py`). Reading damaged files raises no error, so the digests are verified before anything is restored.
 """
 
 import dataclasses
@@ -36,23 +36,24 @@ _MAX_FAILURES = 3  # failed saves in a row
 class Checkpointer:
     """Saves and restores the training states of one run.
 
-    Use it as a context manager: leaving it waits until the last save is complete. With several processes, all of them
-    make the same calls.
+    Use it as a context manager, whose exit waits until the last save is complete. With several processes, all of them
+    must make the same calls.
 
     A save that fails (a full disk, a folder that cannot be written) is reported at once and leaves earlier steps
     untouched. A run of one process continues and tries again at its next checkpoint; after `_MAX_FAILURES` failures in
-    a row it ends. A run of several processes ends at the first failure, because Orbax makes them wait for each other.
+    a row, it ends. A run of several processes ends at the first failure, because Orbax makes them wait for each other.
     """
 
     def __init__(self, workdir: Path, config: ExperimentConfig):
         self._config = config
         self._folder = (workdir / CHECKPOINTS_FOLDER).absolute()
         self._store = arrays.StepStore()
-        self._completing: threading.Thread | None = None
-        self._failure: tuple[Path, Exception] | None = None  # of the last save
+        self._completing: threading.Thread | None = None  # runs `_complete` for the save in progress
+        # The thread changes these attributes. The caller's thread uses them only after `_join`, so no lock is needed.
+        self._failure: tuple[Path, Exception] | None = None  # of the last save, with the folder of its step
         self._num_failures = 0  # in a row
         self._newest: int | None = None  # the step that was saved last, or is known to be undamaged
-        self._damaged: set[int] = set()  # steps
+        self._damaged: set[int] = set()  # steps whose files do not match their digests
         self._is_cleaned_up = False
 
     def __enter__(self) -> "Checkpointer":
@@ -63,6 +64,7 @@ class Checkpointer:
             if kind is None:
                 self.wait()
             elif self._completing:
+                # Finishes the save without raising its error, which would hide the error that ends the block.
                 self._completing.join()
         finally:
             self._store.close()
@@ -75,13 +77,13 @@ class Checkpointer:
         data: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves in the background. A step that is already saved is not written again.
+        """Saves a training state in the background. A step that is already saved is not written again.
 
         Args:
           progress: progress of the run.
           params: weights.
           opt_state: state of the optimizer.
-          data: state of the data, as values that JSON can hold; `data_state` returns it.
+          data: state of the data as values that JSON can hold; `data_state` returns it.
           metrics: the newest metrics, for `checkpoint.keep_best`.
 
         Raises:
@@ -91,7 +93,7 @@ class Checkpointer:
         self._save(progress, trees, {"data": data, "metrics": dict(metrics or {})})
 
     def save_params(self, progress: Progress, params: Params) -> None:
-        """Saves weights without an optimizer, which is created when a stage starts from them."""
+        """Saves weights without an optimizer state. A stage that starts from them creates a new one."""
         self._save(progress, {"params": params}, {})
 
     def wait(self) -> None:
@@ -103,17 +105,18 @@ class Checkpointer:
         self._join(failures_allowed=0)
 
     def latest(self) -> Progress | None:
-        """Returns the progress of the newest undamaged checkpoint, None if the run has none yet.
+        """Returns the progress of the newest undamaged checkpoint, or None if the run has none yet.
 
-        Damaged checkpoints are named in a warning. With several processes, each verifies a share of the files.
+        A warning names each damaged checkpoint. With several processes, each verifies a share of the files.
 
         Raises:
           UserError: if all checkpoints are damaged.
         """
         self._join()
-        is_sealed = {step: integrity.is_sealed(self._folder / str(step)) for step in numbered_steps(self._folder)}
-        # All processes go by what process 0 sees: on shared storage, others may see a step later.
-        is_sealed, reasons = dict(distributed.gather_json(list(is_sealed.items()))[0]), []
+        seen = {step: integrity.is_sealed(self._folder / str(step)) for step in numbered_steps(self._folder)}
+        # All processes use the list of process 0, because a new step may become visible to others later. It is sent as
+        # pairs, because the keys of a JSON object would turn into strings.
+        is_sealed, reasons = dict(distributed.gather_json(list(seen.items()))[0]), []
         for step in reversed(is_sealed):
             path = self._folder / str(step)
             if step != self._newest:
@@ -135,7 +138,7 @@ class Checkpointer:
         return None
 
     def data_state(self, progress: Progress) -> dict[str, Any] | None:
-        """Returns the state of the data saved at `progress`, None if none was saved."""
+        """Returns the state of the data saved at `progress`, or None if none was saved."""
         return read_meta(self._folder / str(progress.step)).get("data")
 
     def config(self, progress: Progress) -> dict[str, Any]:
@@ -143,16 +146,16 @@ class Checkpointer:
         return read_meta(self._folder / str(progress.step))["config"]
 
     def has_optimizer(self, progress: Progress) -> bool:
-        """Returns whether the checkpoint holds an optimizer, so that the run can resume in the middle of its stage."""
+        """Returns whether the checkpoint holds an optimizer state, which resuming within a stage requires."""
         return (self._folder / str(progress.step) / "opt_state").is_dir()
 
     def restore(self, progress: Progress, params: Params, opt_state: Any) -> tuple[Params, Any]:
-        """Returns the weights and the optimizer's state saved at `progress`.
+        """Returns the weights and the optimizer state saved at `progress`.
 
         Args:
           progress: the checkpoint to read.
           params: shapes, dtypes and shardings of the weights, on any mesh.
-          opt_state: shapes, dtypes and shardings of the optimizer's state.
+          opt_state: shapes, dtypes and shardings of the optimizer state.
         """
         restored = self._restore(progress, params=params, opt_state=opt_state)
         return restored.params, restored.opt_state
@@ -165,7 +168,7 @@ class Checkpointer:
         return self._store.restore(self._folder / str(progress.step), **abstract)
 
     def _save(self, progress: Progress, trees: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-        self._join()
+        self._join()  # one save at a time
         if progress.step == self._newest:
             return
         self._failure = None
@@ -174,7 +177,7 @@ class Checkpointer:
         try:
             if distributed.is_primary():
                 self._clean_up()
-                # A step of this number is damaged, or later than the checkpoint that the run resumed from.
+                # An existing step of this number is damaged, or later than the checkpoint that the run resumed from.
                 integrity.remove(step)
             self._store.save(step, trees, meta)
         except Exception as error:
@@ -188,6 +191,7 @@ class Checkpointer:
         try:
             self._store.wait()
             integrity.seal(step, jax.process_index(), jax.process_count())
+            # Only process 0 deletes older steps, so only it must know that the new one is complete everywhere.
             if distributed.is_primary():
                 integrity.wait_for_seals(step)
             self._newest, self._num_failures = int(step.name), 0
@@ -208,7 +212,7 @@ class Checkpointer:
         self._num_failures += 1
         if arrays.storage_error_message(error) is not None:
             self._store.reset()
-            # With several processes, others may still be writing here; the next start removes what is left.
+            # With several processes, others may still be writing here. The next session removes the remains.
             if jax.process_count() == 1:
                 integrity.remove(step)
                 shutil.rmtree(arrays.unfinished_folder(step), ignore_errors=True)
@@ -243,7 +247,7 @@ class Checkpointer:
 
     def _delete_old(self, newest: int) -> None:
         """Deletes the steps that the rules do not keep, damaged steps, and later steps."""
-        # Steps later than the newest come from before the run fell back to an earlier checkpoint.
+        # A step later than the newest was saved before the run returned to an earlier checkpoint.
         complete = [step for step in complete_steps(self._folder) if step <= newest and step not in self._damaged]
         metrics = {step: self._metrics(step) for step in complete}
         kept = kept_steps(metrics, self._config.checkpoint)
@@ -255,7 +259,7 @@ class Checkpointer:
         try:
             return read_meta(self._folder / str(step)).get("metrics") or {}
         except (OSError, ValueError):
-            # The old step was damaged after it was saved, which must not fail the new one.
+            # This old step was damaged after it was saved. That must not make the save of the new one fail.
             return {}
 
 

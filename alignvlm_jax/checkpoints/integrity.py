@@ -4,12 +4,12 @@
     checkpoints/120/digests.0-of-2.json      process 0: size and SHA-256 of each file it wrote, and of this list
     checkpoints/120/digests.1-of-2.json      process 1: the same for its files
 
-A step is *complete* if the digests of all processes exist and every file has its size (`incompleteness`, which is cheap
-and reads no arrays). It is *undamaged* if every file also has its digest (`damage`, which reads everything). Nothing
-relies on a rename, so a missing part is noticed on a disk as well as in an object store.
+A step is *complete* if the digests of all processes exist and every file has the recorded size (`incompleteness`, which
+is cheap and reads no arrays). It is *undamaged* if every file also has the recorded digest (`damage`, which reads all
+files). Nothing relies on atomic renames, so missing files are noticed on a disk as well as in an object store.
 
-Digests are taken seconds after the files are written. They detect any change to the files after that moment, but not
-numbers that faulty memory corrupted before.
+Digests are computed seconds after the files are written. They detect any later change to the files, but not numbers
+that faulty memory corrupted before.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
 
 
 def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
-    """Writes the digests of the files that `process` wrote. The step is complete when all processes have done so."""
+    """Writes the digests of the files that `process` wrote. The step is complete once all processes have done so."""
     files = sorted(
         path.relative_to(step)
         for path in step.rglob("*")
@@ -42,10 +42,11 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
             for file, digest in zip(files, digests, strict=True)
         }
     text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
+    # Syncing a file does not sync its name: that is an entry of its folder.
     for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
         _sync(folder)
-    # The digests come last, when the files themselves would survive a power failure: once a step is sealed, older
-    # steps are deleted.
+    # The digests are written last, when the files themselves would survive a power failure, because older steps are
+    # deleted once a step is sealed.
     digests = step / f"digests.{process}-of-{num_processes}.json"
     digests.write_text(text, encoding="utf-8")
     _sync(digests)
@@ -61,13 +62,14 @@ def is_sealed(step: Path) -> bool:
     if not matches or len(matches) < int(matches[0][2]):
         return False
     try:
-        return all((step / match[0]).read_bytes().endswith(b"}") for match in matches)  # else it is truncated
+        # A list that does not end with a brace is truncated.
+        return all((step / match[0]).read_bytes().endswith(b"}") for match in matches)
     except OSError:
         return True  # the digests exist but cannot be read
 
 
 def incompleteness(step: Path) -> str | None:
-    """Returns why a step is not complete, None if it is. Only the sizes of the files are checked."""
+    """Returns why a step is not complete, or None if it is. Checks only the sizes of its files."""
     try:
         for file, entry in _read_digests(step).items():
             path = step / file
@@ -81,12 +83,12 @@ def incompleteness(step: Path) -> str | None:
 
 
 def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0, 1)) -> str | None:
-    """Returns what is wrong with the files of a step, None if all of them match their digests.
+    """Returns what is wrong with the files of a step, or None if all of them match their digests.
 
     Args:
-      step: its folder.
+      step: folder of the step.
       parts: folders of the step to check.
-      share: (i, n) checks every n-th file, starting with the i-th: n processes check a step together.
+      share: (i, n) checks every n-th file, starting with the i-th, so that n processes can check a step together.
     """
     if reason := incompleteness(step):
         return reason
@@ -106,13 +108,15 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
 
 
 def wait_for_seals(step: Path, seconds: float = 600) -> None:
-    """Waits until all processes have sealed the step. The caller has sealed it, so their number is known.
+    """Waits until all processes have sealed the step.
+
+    The caller must have sealed it: the name of its list of digests holds the number of processes.
 
     Raises:
       OSError: if another process does not seal it in time.
     """
     deadline = time.monotonic() + seconds
-    # On shared storage, a file may become visible before its content: reading it is tried again.
+    # On shared storage, a file may become visible before its content, so a list that cannot be read is tried again.
     while True:
         try:
             _read_digests(step)
@@ -127,14 +131,14 @@ def wait_for_seals(step: Path, seconds: float = 600) -> None:
 
 def remove(step: Path) -> None:
     """Deletes a step."""
-    # The digests go first: if the deletion is interrupted, the step no longer counts as complete.
+    # Digests first: if the deletion is interrupted, the step no longer counts as complete.
     for path in step.glob("digests.*.json"):
         path.unlink(missing_ok=True)
     shutil.rmtree(step, ignore_errors=True)
 
 
 def _read_digests(step: Path) -> dict[str, dict]:
-    """Reads the entries of all processes, by file.
+    """Returns the recorded size and digest of each file, from the lists of all processes.
 
     Raises:
       OSError: if a list of digests cannot be read.
@@ -160,7 +164,7 @@ def _read_digests(step: Path) -> dict[str, dict]:
 
 def _writer(file: Path) -> int:
     """Returns the process that wrote a file."""
-    # Orbax has a folder per process, and leaves all other files to process 0.
+    # Orbax has one folder per process; process 0 writes all other files.
     processes = [match for part in file.parts if (match := _PROCESS.search(part))]
     return int(processes[0][1]) if processes else 0
 
@@ -173,7 +177,7 @@ def _digest(path: Path, sync: bool = False) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is physically on the disk."""
+    """Waits until a file, or the entries of a folder, are physically on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -189,4 +193,5 @@ def _digest_of_list(entries: dict) -> str:
 
 
 def _reason(error: Exception) -> str:
+    # `str` of an OSError would repeat the path.
     return (isinstance(error, OSError) and error.errno and os.strerror(error.errno)) or str(error)

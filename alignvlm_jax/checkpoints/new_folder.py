@@ -12,7 +12,7 @@ from alignvlm_jax.errors import UserError
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a scratch folder next to `folder`. It is renamed to `folder` if the block succeeds, and deleted if not.
+    """Yields a scratch folder, which is renamed to `folder` if the block succeeds and deleted otherwise.
 
     Raises:
       UserError: if `folder` exists and is not empty, or if the disk is full or cannot be written.
@@ -20,6 +20,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     check_is_free(folder)
     folder = Path(folder).absolute()
     try:
+        # Next to `folder`: a rename is atomic only within a file system.
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
@@ -27,6 +28,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         yield scratch
+        # `rmdir` fails if anything was written there in the meantime.
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)
@@ -39,10 +41,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_is_free(folder: str | Path) -> None:
-    """Checks, also before long work, that `folder` does not exist or is empty.
+    """Checks that `folder` does not exist or is empty. Call it before long work, whose result would have no place.
 
     Raises:
-      UserError: if it holds anything.
+      UserError: if `folder` exists and is not an empty folder.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

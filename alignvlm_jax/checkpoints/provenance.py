@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Returns the commit of this code, with "+changes" if it was edited since; None if it is not in a clone."""
+    """Returns the commit of this code, with "+changes" if files differ from it; None outside a clone."""
     root = Path(alignvlm_jax.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

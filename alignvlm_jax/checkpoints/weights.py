@@ -1,7 +1,8 @@
-"""Writes weights as a new workdir, and reads the weights of a run without its optimizer.
+"""Writes weights as a new workdir, and reads the weights of a run without its optimizer state.
 
 Weights are read from the step that `workdir.find_undamaged` returns: onto a mesh (`restore_params`), or one slice at a
-time into host memory (`ParameterReader`). Their history, a list of what was done to them, is stored next to them.
+time into host memory (`ParameterReader`). Their history is stored with them: a list of the trainings, imports and other
+changes that they result from.
 """
 
 import json
@@ -44,16 +45,16 @@ def write_checkpoint(
     history: Sequence[dict[str, Any]],
     progress: Progress | None = None,
 ) -> None:
-    """Writes weights that were not trained here as a workdir, for inference, further training and export.
+    """Writes weights from another source as a workdir, for inference, further training and export.
 
-    Everything is written into a scratch folder that is renamed at the end, so no checkpoint is ever half-written.
+    Everything is written into a scratch folder that is renamed at the end, so no half-written checkpoint can remain.
 
     Args:
       workdir: folder to write. It must not exist, or must be empty.
       config: the experiment to store with the weights.
-      params: weights on any devices, stored in the dtypes they have.
+      params: weights on any devices. They keep their dtypes.
       tokenizer: tokenizer of the language model.
-      history: what was done to the weights so far, oldest first; for the model card.
+      history: history of the weights, oldest entry first; shown in the model card.
       progress: steps that the weights were already trained for.
     """
     with new_folder(workdir) as scratch:
@@ -70,20 +71,20 @@ def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """Reads the history of a checkpoint's first weights; empty for a run that started from its backbones."""
+    """Reads the history of the weights that a run started with; empty if it started from its backbones."""
     path = find_checkpoint(folder)[0] / HISTORY_FILE
     return read_config_json(path) if path.is_file() else []
 
 
 def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
-    """Returns what was done to a checkpoint's weights, its own training included: the history of a run from it."""
+    """Returns the history of a checkpoint's weights, its own training included, for a run that starts from it."""
     reader = ParameterReader(folder)
     trained = {"what": "trained", "progress": reader.meta["progress"], "config": reader.meta["config"]}
     return [*reader.history, *([trained] if reader.step else [])]
 
 
 def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
-    """Returns a checkpoint's weights, without its optimizer, in `dtype`: on a mesh, or all on the first device."""
+    """Returns a checkpoint's weights in `dtype`, placed on a mesh or, without one, all on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(read_run_config(folder).model, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
@@ -102,7 +103,7 @@ def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str =
 
 
 def restore_params_into(folder: str | Path, abstract: Params) -> Params:
-    """Returns a checkpoint's weights, without its optimizer, with the shapes, dtypes and shardings of `abstract`."""
+    """Returns a checkpoint's weights with the shapes, dtypes and shardings of `abstract`."""
     workdir, step = find_undamaged(folder)
     return restore_tree(workdir / CHECKPOINTS_FOLDER / str(step) / "params", abstract)
 
@@ -113,8 +114,8 @@ class ParameterReader(StoredTree):
     Attributes:
       config: the experiment.
       step: the step of the checkpoint.
-      meta: what is stored with the step, such as its progress and versions.
-      history: what was done to the first weights of the run.
+      meta: metadata of the step, such as its progress and versions.
+      history: history of the weights that the run started with.
       tokenizer_folder: folder of the run's tokenizer.
       shapes: shape of every weight, by its path ("language/layers/mlp/gate/kernel").
       dtypes: dtype of every weight, by its path.

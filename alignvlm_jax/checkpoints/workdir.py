@@ -1,14 +1,14 @@
 """Defines the layout of the folder of a run, and finds the checkpoints in it.
 
     WORKDIR/config.json              the experiment
-    WORKDIR/history.json             origin of its first weights, if not the backbones that the config names
+    WORKDIR/history.json             origin of its initial weights, unless the config names it (backbones)
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
-        params/  opt_state/          weights; the stage's optimizer (`arrays.py`)
+        params/  opt_state/          weights; optimizer state of the stage (`arrays.py`)
         meta/                        `Progress`, state of the data, metrics, config, versions
         digests.0-of-1.json          size and digest of each file; without it the step is not complete
 
-A workdir contains all that is needed to resume the run, and to use and score the model. A workdir that was imported
+A workdir contains everything that is needed to resume the run, and to use and score the model. An imported workdir
 holds one step without `opt_state`. `integrity.py` defines when a step is complete, and when it is undamaged.
 """
 
@@ -40,9 +40,9 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-      step: optimizer steps done, over all stages; it names the checkpoint.
+      step: optimizer steps done, over all stages; also the name of the checkpoint's folder.
       stage: index of the current stage.
-      step_in_stage: steps done in that stage.
+      step_in_stage: optimizer steps done in that stage.
       train_seconds: seconds of training so far, over all sessions.
     """
 
@@ -57,7 +57,7 @@ class Progress:
 
 
 def read_meta(step: Path) -> dict[str, Any]:
-    """Reads what is stored with a step besides its arrays: progress, state of the data, metrics, config, versions."""
+    """Reads the metadata of a step: progress, state of the data, metrics, config and versions."""
     return json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
@@ -81,6 +81,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
       UserError: if it is neither, or if the step is not complete.
     """
     folder = Path(folder)
+    # A name that is not a folder.
     if not folder.is_dir():
         if trained_model(folder) != folder:
             raise UserError(_exported_message(folder, trained_model(folder)))
@@ -88,6 +89,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
             f"{folder}: no such folder; a checkpoint is the workdir of a training run (an exported folder, or "
             '"nano", can only be used for inference and scoring)'
         )
+    # The folder of one step, or a workdir. WORKDIR/checkpoints is accepted, too.
     if folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdigit():
         workdir, steps = folder.parent.parent, [int(folder.name)]
     else:
@@ -95,6 +97,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} of a training run")
+    # Without a complete step: tell an exported folder, an incomplete step and an early end of the run apart.
     if not steps:
         if is_alignvlm_folder(workdir):
             raise UserError(_exported_message(folder, workdir))
@@ -117,10 +120,13 @@ def _exported_message(name: Path, folder: Path) -> str:
 
 
 def find_undamaged(folder: str | Path) -> tuple[Path, int]:
-    """Returns what `find_checkpoint` does, for the newest step whose weights match their digests.
+    """Returns the workdir and the newest step whose weights match their digests.
 
-    All processes must call it: each verifies a share of the files, and all return the same step. A damaged step of a
-    workdir is named in a warning, and an older step is used instead.
+    All processes must call it: each verifies a share of the files, and all return the same step. If a step of a workdir
+    is damaged, a warning names it, and an older step is used instead.
+
+    Args:
+      folder: a workdir or the folder of one step, as for `find_checkpoint`.
 
     Raises:
       UserError: if no undamaged step is found.
@@ -129,8 +135,8 @@ def find_undamaged(folder: str | Path) -> tuple[Path, int]:
     checkpoints, reasons = workdir / CHECKPOINTS_FOLDER, []
     candidates = [newest] if Path(folder).name.isdigit() else reversed(complete_steps(checkpoints))
     for step in candidates:
-        sealed = max(path.stat().st_mtime_ns for path in (checkpoints / str(step)).glob("digests.*.json"))
-        if not (reason := _damage_of_weights(checkpoints / str(step), sealed)):
+        seal_time = max(path.stat().st_mtime_ns for path in (checkpoints / str(step)).glob("digests.*.json"))
+        if not (reason := _damage_of_weights(checkpoints / str(step), seal_time)):
             return workdir, step
         reasons.append(f"{checkpoints / str(step)}: {reason}")
         warn_skipped(checkpoints / str(step), reason)
@@ -138,20 +144,20 @@ def find_undamaged(folder: str | Path) -> tuple[Path, int]:
 
 
 def warn_skipped(step: Path, reason: str) -> None:
-    """Prints, once for all processes, that a damaged step is skipped."""
+    """Prints a warning, in process 0 only, that a damaged step is skipped."""
     distributed.log(f"warning: {step} is skipped: {reason}", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=64)
-def _damage_of_weights(step: Path, sealed: int) -> str | None:
-    """Returns what is wrong with the weights of a step; None if nothing is.
+def _damage_of_weights(step: Path, seal_time: int) -> str | None:
+    """Returns what is wrong with the weights of a step, or None if nothing is.
 
     Args:
-      step: its folder.
-      sealed: time at which the step was sealed. It is part of the key of the cache, because another run may write a
+      step: folder of the step.
+      seal_time: time at which the step was sealed. It is only part of the cache's key, because another run may write a
         step into a folder of the same name.
     """
-    del sealed
+    del seal_time
     share = (jax.process_index(), jax.process_count())
     reasons = distributed.gather_json(integrity.damage(step, ("params", "meta"), share=share))
     return next(filter(None, reasons), None)

@@ -29,17 +29,17 @@ def to_plain(value: Any) -> Any:
 
 
 class UnparsedText(str):
-    """Value from the command line that is not yet parsed as the type of its field."""
+    """Text from the command line that is not yet parsed as the type of its field."""
 
 
 def build(kind: Any, value: Any, path: str, default: Any) -> Any:
     """Converts a value to the annotated type of its field.
 
     Args:
-      kind: the type.
+      kind: the annotated type.
       value: nested dicts, lists and values, or unparsed text.
       path: path of the field, for messages.
-      default: default of the field. It gives the fields that a mapping omits.
+      default: default of the field, from which fields that a mapping omits are taken.
 
     Raises:
       UserError: if the value does not fit the type.
@@ -49,12 +49,14 @@ def build(kind: Any, value: Any, path: str, default: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path, default)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    # X | None
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, UnparsedText) and value.lower() == "none"):
             if type(None) in arguments:
                 return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
         return build(kind, value, path, default)
+    # All other types need parsed text.
     if isinstance(value, UnparsedText):
         value = _parse(kind, value)
     if origin is Literal:
@@ -66,6 +68,7 @@ def build(kind: Any, value: Any, path: str, default: Any) -> Any:
         return tuple(build(arguments[0], item, f"{path}.{index}", None) for index, item in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)
+    # Not `isinstance`: a bool is an int in Python, but not a whole number in a config.
     if type(value) is not kind:
         raise UserError(f"{path}: expected {_TYPE_NAMES[kind]}, got {describe_value(value)}")
     return value
@@ -84,7 +87,7 @@ def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
             raise UserError(f"{path}.{key}: no such key{suggestion(key, fields)}; {path} has {keys}")
     kinds, arguments = typing.get_type_hints(kind), {}
     for name, field in fields.items():
-        # An omitted field has the value of the outer default, if there is one, and else its own default.
+        # Default of the field: its value in the outer default if there is one, and otherwise its own default.
         if isinstance(default, kind):
             inherited = getattr(default, name)
         elif field.default_factory is not dataclasses.MISSING:
@@ -106,7 +109,7 @@ def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
 def _build_connector(value: Any, path: str, default: Any) -> Any:
     """Builds a connector's config from its name alone, or from its name and fields.
 
-    Without a name it is the connector of `default`, or ALIGN.
+    The name defaults to that of `default`, if there is one, and otherwise to ALIGN.
     """
     if isinstance(value, str):
         value = {"name": value}
@@ -122,7 +125,11 @@ def _build_connector(value: Any, path: str, default: Any) -> Any:
 
 
 def _drop_removed_setting(fields: dict[str, Any], key: str, expected: Any, path: str) -> None:
-    """Drops a setting that configs and checkpoints of earlier versions hold, if its value changes nothing."""
+    """Drops a setting of earlier versions from `fields` if its value is the one that changes nothing.
+
+    Raises:
+      UserError: if it has another value, because the model would not be the same without it.
+    """
     value = fields.pop(key, expected)
     if isinstance(value, UnparsedText):
         value = _parse(type(expected), value)
@@ -161,7 +168,7 @@ def check_one_of(path: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def suggestion(value: Any, candidates: Any) -> str:
-    """Returns ": did you mean 'seed'?" for a value that resembles one of the candidates, otherwise ""."""
+    """Returns ": did you mean 'seed'?" if the value resembles one of the candidates, otherwise ""."""
     matches = difflib.get_close_matches(str(value), [str(candidate) for candidate in candidates], n=1, cutoff=0.5)
     return f": did you mean {matches[0]!r}?" if matches else ""
 

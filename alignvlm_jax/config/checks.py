@@ -1,4 +1,4 @@
-"""Checks of an experiment beyond the types of its fields: allowed values, and sizes that must fit together.
+"""Checks an experiment beyond the types of its fields: allowed values, and sizes that must fit together.
 
 Every failed check raises a `UserError` that names the key's full path and the expected value.
 """
@@ -47,20 +47,23 @@ def _check_model(model: AlignVLMConfig) -> None:
         )
     if vision.hidden_size % vision.num_heads:
         raise UserError(
-            f"config.model.vision.num_heads: {vision.num_heads} heads do not divide hidden_size {vision.hidden_size}"
+            f"config.model.vision.num_heads: expected a divisor of hidden_size, {vision.hidden_size}, got "
+            f"{vision.num_heads}"
         )
     if language.head_dim is None and language.hidden_size % language.num_heads:
         raise UserError(
-            f"config.model.language.num_heads: {language.num_heads} heads do not divide hidden_size "
-            f"{language.hidden_size} (set head_dim for another width of the heads)"
+            f"config.model.language.num_heads: expected a divisor of hidden_size, {language.hidden_size}, got "
+            f"{language.num_heads} (set head_dim for heads of another width)"
         )
     if language.num_heads % language.num_kv_heads:
         raise UserError(
-            f"config.model.language.num_kv_heads: {language.num_kv_heads} do not divide num_heads {language.num_heads}"
+            f"config.model.language.num_kv_heads: expected a divisor of num_heads, {language.num_heads}, got "
+            f"{language.num_kv_heads}"
         )
     if language.head_width % 2:
         raise UserError(
-            f"config.model.language.head_dim: expected an even number (rotary pairs), got {language.head_width}"
+            "config.model.language.head_dim: expected an even number (rotary embeddings rotate pairs), got "
+            f"{language.head_width}"
         )
     spec = connector_spec(model.connector)
     if spec.check is not None:
@@ -74,17 +77,17 @@ def _check_tiles(config: ExperimentConfig) -> None:
             f"config.data.tiling.tile_size: expected the encoder's image_size, {config.model.vision.image_size}, "
             f"got {config.data.tiling.tile_size}"
         )
-    anyres = config.data.tiling.rule == "anyres_max_9"
-    if config.model.newline != anyres:
+    is_anyres = config.data.tiling.rule == "anyres_max_9"
+    if config.model.newline != is_anyres:
         raise UserError(
-            f"config.model.newline: expected {anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
+            f"config.model.newline: expected {is_anyres} with config.data.tiling.rule {config.data.tiling.rule!r}, got "
             f"{config.model.newline}: rows of visual tokens end with a newline only with anyres_max_9"
         )
     spec = connector_spec(config.model.connector)
-    if anyres and not spec.has_places:
+    if is_anyres and not spec.is_spatial:
         raise UserError(
-            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of neighbouring tiles, but the tokens of a "
-            f"{spec.title} have no places in their tile: expected ovis or internvl, or another connector"
+            "config.data.tiling.rule: anyres_max_9 joins the visual tokens of adjacent tiles, but the tokens of a "
+            f"{spec.title} have no positions in their tile: expected ovis or internvl, or another connector"
         )
 
 
@@ -114,7 +117,7 @@ def _check_data(config: ExperimentConfig) -> None:
         _check_positive("config.data", config.data, "max_turns")
     _check_not_negative("config.data", config.data, "workers", "max_refused")
     if config.data.max_refused > 1:
-        raise UserError(f"config.data.max_refused: expected a share from 0 to 1, got {config.data.max_refused}")
+        raise UserError(f"config.data.max_refused: expected a fraction from 0 to 1, got {config.data.max_refused}")
 
 
 def _check_stages(config: ExperimentConfig) -> None:
@@ -122,6 +125,7 @@ def _check_stages(config: ExperimentConfig) -> None:
         raise UserError("config.stages: expected at least one stage, got none")
     for index, stage in enumerate(config.stages):
         _check_stage(stage, f"config.stages.{index}")
+        # A step consists of whole microbatches.
         bins, rows = stage.bins_per_step, config.data.packing.bins_per_microbatch
         if bins is not None and (bins < 1 or bins % rows):
             raise UserError(
@@ -139,7 +143,7 @@ def _check_stage(stage: StageConfig, path: str) -> None:
     for index, part in enumerate(stage.trainable):
         check_one_of(f"{path}.trainable.{index}", part, PARTS)
         if part in stage.trainable[:index]:
-            raise UserError(f"{path}.trainable.{index}: {part!r} is named twice")
+            raise UserError(f"{path}.trainable.{index}: {part!r} is listed twice")
     if (stage.steps is None) == (stage.epochs is None):
         raise UserError(f"{path}: expected either steps or epochs, got {'neither' if stage.steps is None else 'both'}")
     _check_positive(path, stage, *(name for name in ("steps", "epochs") if getattr(stage, name) is not None))
@@ -172,6 +176,7 @@ def _check_optimizer(optimizer: OptimizerConfig, path: str) -> None:
 def _check_positive(path: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
+        # Written so that NaN fails, too.
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{path}.{name}: expected more than 0, got {value}")
 

@@ -1,4 +1,4 @@
-"""Complete description of an experiment."""
+"""Defines `ExperimentConfig`, the root of all settings."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class BackbonesConfig:
 
     Attributes:
       vision: a SigLIP folder in Hugging Face layout. "nano" is the encoder in the package, "nano-transcription" the one
-        trained without labels per patch, and "random" draws weights of the configured shape.
+        trained without a label for each patch, and "random" draws weights of the configured shape.
       language: a Llama folder in Hugging Face layout, "nano" or "random".
     """
 
@@ -35,12 +35,12 @@ class ExperimentConfig:
       tokenizer: a folder with tokenizer.json and its companion files; None uses the tokenizer that belongs to the
         weights.
       data: data sets, tiling and packing.
-      mesh: how devices are arranged.
+      mesh: arrangement of the devices.
       stages: the training stages, in order.
-      checkpoint: when the run is saved.
-      evaluation: how the weights are scored during training.
-      profile: which steps are traced.
-      anomalies: how skipped updates and jumps of the loss are handled.
+      checkpoint: when to save, and which checkpoints to keep.
+      evaluation: when and how to score the weights during training.
+      profile: steps to trace.
+      anomalies: reaction to skipped updates and to jumps of the loss.
       debug: aids for finding errors.
       log_every_steps: number of steps between two lines of the training log.
     """

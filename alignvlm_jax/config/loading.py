@@ -76,10 +76,10 @@ def _shipped_folders() -> list[Path]:
 
 
 def read_config_file(file: str | Path) -> Any:
-    """Returns what `get_config` of the file returns, unchecked. Config files that modify another one use it.
+    """Returns the unchecked config that the file's `get_config` returns, for config files that modify another one.
 
     Raises:
-      UserError: if the file fails, with the file's name and the line.
+      UserError: if the file fails. The message names the file and the line.
     """
     path = find_config(file)
     try:
@@ -92,6 +92,7 @@ def read_config_file(file: str | Path) -> Any:
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:  # the file is the user's code and may raise anything
+        # The innermost line of the config file itself, not of a library that it calls.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error

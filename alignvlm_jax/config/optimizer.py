@@ -3,8 +3,6 @@
 import dataclasses
 
 OPTIMIZERS = ("adamw", "muon")
-
-
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -18,7 +16,7 @@ class OptimizerConfig:
       b2: Adam's decay of the second moment.
       eps: Adam's epsilon.
       weight_decay: weight decay, scaled by the learning rate.
-      clip_norm: largest norm of all gradients together; None does not clip.
+      clip_norm: largest global norm of the gradients; None does not clip them.
       muon_beta: Muon's momentum.
       muon_rms: root mean square that Muon's updates are scaled to.
     """

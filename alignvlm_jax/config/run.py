@@ -1,4 +1,4 @@
-"""Settings of a run: when it is saved, scored and profiled, and how anomalies are handled."""
+"""Settings of a run: saving, scoring, profiling, and the handling of anomalies."""
 
 import dataclasses
 import re
@@ -7,16 +7,16 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Settings of the checkpoints: when the run is saved, and which checkpoints are kept.
+    """Settings of checkpoints: when to save the run, and which checkpoints to keep.
 
-    A checkpoint is kept if any of the three rules keeps it.
+    A checkpoint is kept if at least one of the rules `keep`, `keep_every` and `keep_best` keeps it.
 
     Attributes:
       every_steps: number of steps between checkpoints. The end of a stage is always saved.
-      keep: number of the newest checkpoints to keep. With 2 or more, the run can fall back if the newest is damaged.
+      keep: number of newest checkpoints to keep. With 2 or more, the run can use an older one if the newest is damaged.
       keep_every: every checkpoint whose step is a multiple of this is kept permanently; None keeps none. It must be a
         multiple of `every_steps`.
-      keep_best: number of the best checkpoints by `best_metric` to keep.
+      keep_best: number of best checkpoints to keep, by `best_metric`.
       best_metric: name of a metric in the training log, such as "loss". Its last logged value before the checkpoint
         counts.
       best: "min" if the smallest value is best, "max" if the largest is.
@@ -32,15 +32,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of the scoring during training, on a few documents. It does not change the course of the training.
+    """Settings of scoring during training, on a few documents. Scoring does not change the trained weights.
 
     Attributes:
       every_steps: number of steps between scores; None never scores.
       dataset: a folder under `data.root`; None uses the data set of the last stage.
       split: a split of the data set.
       limit: number of questions to ask, from the first; None asks all.
-      batch_size: questions decoded at once, rounded up to a multiple that the mesh divides.
-      max_new_tokens: length at which an unfinished answer is truncated. It is then wrong.
+      batch_size: number of questions decoded at once, rounded up to a multiple of what the mesh requires.
+      max_new_tokens: length at which an unfinished answer is truncated. It would be wrong anyway.
     """
 
     every_steps: int | None = None
@@ -53,16 +53,16 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AnomalyConfig:
-    """Settings of the handling of anomalies.
+    """Settings of the reaction to skipped updates and to jumps of the loss.
 
     Attributes:
-      max_skipped: number of skipped updates in a row that is too many.
+      max_skipped: number of skipped updates in a row at which the run reacts.
       then: reaction to too many skipped updates: "rollback" returns to the last checkpoint and skips the data since
         then, "stop" ends the run.
       max_rollbacks: number of rollbacks to the same checkpoint after which the run ends.
       spike: a loss is reported if it exceeds the median of the last hundred losses by more than this many times their
-        spread. The spread is the median distance from the median times 1.4826, which for a normal distribution is the
-        standard deviation. 0 reports none.
+        spread. The spread is 1.4826 times the median distance from the median, which for a normal distribution is the
+        standard deviation. 0 reports nothing.
     """
 
     max_skipped: int = 5
@@ -76,9 +76,9 @@ class DebugConfig:
     """Settings for debugging.
 
     Attributes:
-      nans: checks every step. A step whose loss or gradients are not finite is repeated operation by operation; the run
-        then ends and names the first operation that gave NaN. Every step is waited for, and the search takes minutes on
-        a large model.
+      nans: whether to check every step. A step whose loss or gradients are not finite is repeated operation by
+        operation; the run then ends and names the first operation that returned NaN. The loop waits for every step, and
+        the search takes minutes on a large model.
     """
 
     nans: bool = False
@@ -89,7 +89,7 @@ class ProfileConfig:
     """Settings of the profiler.
 
     Attributes:
-      steps: "first:stop" in steps of the run as the log counts them, from 1: "10:13" traces steps 10, 11 and 12. None
+      steps: "first:stop", in steps of the run counted from 1, as in the log: "10:13" traces steps 10, 11 and 12. None
         traces nothing. The first step of a stage includes compilation, so choose later ones. Traced steps are slower.
     """
 

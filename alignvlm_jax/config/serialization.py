@@ -1,4 +1,4 @@
-"""Converts experiments to and from nested dicts and JSON, in which they are saved with every checkpoint."""
+"""Converts experiments to and from nested dicts and JSON, the form in which every checkpoint stores its config."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,8 @@ def config_from_dict(raw: Mapping[str, Any]) -> ExperimentConfig:
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Returns the config as nested dicts and lists that JSON can hold; the inverse of `config_from_dict`."""
-    raw = json.loads(json.dumps(dataclasses.asdict(config)))
+    raw = json.loads(json.dumps(dataclasses.asdict(config)))  # turns tuples into lists
+    # The class of the connector's config is lost in a dict, so its name is added.
     raw["model"]["connector"]["name"] = connector_name(config.model.connector)
     return raw
 

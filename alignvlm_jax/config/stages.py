@@ -14,9 +14,9 @@ class MixturePart:
     Attributes:
       dataset: name of a data set under the data root.
       split: a split of the data set, or a part of one in TFDS's notation, "train[:90%]".
-      task: how a record becomes a conversation. "conversation" uses the conversation that `tools/prepare_data.py`
-        stored in it. For the demo's documents, "transcribe" asks for a transcription of the page, "qa" asks its
-        questions, and "mixed" does either; see `data/conversations.py`.
+      task: kind of conversation to make from a record. "conversation" uses the one that `tools/prepare_data.py` stored
+        in it. For the demo's documents, "transcribe" asks for a transcription of the page, "qa" asks its questions, and
+        "mixed" does either; see `data/conversations.py`.
       weight: share of the examples, relative to the other parts of the mixture.
     """
 
@@ -37,21 +37,21 @@ class LearningRates:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """Settings of one stage. The paper does not state optimizer, schedule and warm-up.
+    """Settings of one stage. The paper states no optimizer, schedule or warm-up.
 
     Attributes:
       name: name in tables, logs and checkpoints.
-      mixture: the data that it trains on.
+      mixture: the data sets that it trains on.
       trainable: the parts of the model that it trains. The others are frozen and have no optimizer state.
       steps: length in optimizer steps; None if `epochs` is given.
       epochs: length in passes over the mixture; None if `steps` is given.
-      global_batch: examples (not bins) per step, over all devices and microbatches. A step has the number of
+      global_batch: number of examples (not bins) per step, over all devices and microbatches. A step has the number of
         microbatches that comes closest, given the average number of examples per bin, which is measured at the start.
-      bins_per_step: number of bins per step, instead of `global_batch`; a multiple of
+      bins_per_step: number of bins per step; replaces `global_batch` if given. It must be a multiple of
         `data.packing.bins_per_microbatch`.
       learning_rates: peak rate of each part.
       schedule: decay of the rate after the warm-up.
-      warmup_steps: steps of linear warm-up.
+      warmup_steps: number of steps of linear warm-up.
       final_lr_fraction: rate at the end of the schedule, as a fraction of the peak.
       optimizer: the optimizer and its constants.
       max_text_tokens: largest number of text tokens of an example, not counting visual tokens. A longer example is

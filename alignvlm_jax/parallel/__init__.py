@@ -1,1 +1,1 @@
-"""Device mesh, sharding rules, processes of a run, and the cost of compiled programs."""
+"""Device mesh, sharding rules, the processes of a run, and the cost of compiled programs."""

@@ -1,8 +1,8 @@
 """Coordinates the processes of one run: start-up, shutdown, and the values they exchange outside the training step.
 
-Every process runs the same program on its own devices (`jax.distributed`). Process 0 is the *primary*: it alone prints,
-and it alone writes the files that exist once per run. A single process is its own primary, and every function here then
-returns at once.
+Every process runs the same program on its own devices (`jax.distributed`). Process 0 is the *primary*: only it prints,
+and only it writes the files that exist once per run. In a run of one process, that process is the primary, and the
+functions of this module return at once.
 """
 
 import atexit
@@ -31,9 +31,9 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.watch import EXIT_CODE, Watch
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_START_SECONDS = 300  # Time for all hosts to come up.
-_SHUTDOWN_SECONDS = 60  # Time for all processes to reach the end of the run.
-_FAILURE_SECONDS = 10  # How long a failing process 0 waits for the others.
+_START_SECONDS = 300  # time for all hosts to start
+_SHUTDOWN_SECONDS = 60  # time for all processes to reach the end of the run
+_FAILURE_SECONDS = 10  # time that a failing process 0 waits for the others
 _HEARTBEAT_SECONDS = 40
 """Timeout of JAX's own watch. It aborts a process if ours (`parallel/watch.py`) could not be set up."""
 
@@ -41,15 +41,15 @@ _GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
 class MismatchError(UserError):
-    """The processes do not have the same settings. Every process raises it."""
+    """Raised in every process if the processes do not have the same settings."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of the processes received a signal, and all of them saved the same step."""
+    """Raised in every process, after all have saved the same step, if one of them received a signal."""
 
 
 class Preempted(Interrupted):
-    """The signal was SIGTERM: the machine is being taken away, and the run should be started again."""
+    """Raised if the signal was SIGTERM: the machine is being reclaimed, and the run should be started again."""
 
     exit_code = 75
 
@@ -58,10 +58,10 @@ class Preempted(Interrupted):
 def initialized(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Context in which this process is one of the processes of the run.
+    """Connects this process to the run for the duration of a `with` block.
 
-    When one process fails or dies, the others end within a minute and name its machine. An error that is not raised in
-    every process leaves the context without waiting for the others, because they may be waiting for this process.
+    When one process fails or dies, the others end within a minute and name its machine. An error that may concern only
+    this process leaves the block without waiting for the others, because they may be waiting for this process.
 
     Args:
       coordinator: see `initialize`.
@@ -76,13 +76,14 @@ def initialized(
     try:
         yield
     except (MismatchError, Interrupted):
-        # Every process raises these, so the usual shutdown, which waits for all, works.
+        # Every process raises these, so the normal shutdown, which waits for all processes, works.
         _shut_down(watch)
         raise
     except BaseException as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        # At exit the error has been shown already. Our handler runs before JAX's, which would wait for all processes.
+        # When exit handlers run, the error has been printed. Handlers run in reverse order of registration, so ours
+        # runs before JAX's, which would wait for all processes.
         atexit.register(_exit_at_once, watch, text, code)
         raise
     _shut_down(watch)
@@ -119,9 +120,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             raise UserError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process-id: expected 0 to {num_processes - 1}, got {process_id}")
-    # We handle SIGTERM ourselves: the training loop agrees on a step to save, and other commands just end.
+    # SIGTERM is handled in this package: the training loop agrees on a step to save, and other commands just end.
     jax.config.update("jax_enable_preemption_service", False)
-    # When JAX's own timeout expires, it aborts the process with a stack trace. Our shorter timeout prints a message.
+    # JAX's own timeout aborts the process with a stack trace. This shorter one prints a message first.
     timeout = threading.Timer(_START_SECONDS, _give_up, [coordinator, process_id])
     timeout.daemon = True
     timeout.start()
@@ -131,14 +132,14 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             num_processes,
             process_id,
             initialization_timeout=2 * _START_SECONDS,
-            # With explicit arguments no cluster must be detected, and the process gets all devices of its machine.
+            # With explicit arguments, clusters are not detected, and the process gets all devices of its machine.
             cluster_detection_method="deactivate" if given else None,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, ValueError) and not is_multi_host(os.environ):
-            return  # A TPU outside of any pod: JAX found no other process.
+            return  # a TPU outside of any pod: JAX found no other process
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the other processes of the run cannot be found: {reason} (on a single TPU host, set "
@@ -149,7 +150,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
 
 def is_multi_host(environ: Mapping[str, str]) -> bool:
-    """Returns whether the environment variables describe one of several hosts."""
+    """Returns whether the environment variables say that this is one of several hosts."""
     tpu_workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     return (
         "JAX_COORDINATOR_ADDRESS" in environ
@@ -166,11 +167,11 @@ def is_primary() -> bool:
 
 
 def log(text: str, file: TextIO | None = None) -> None:
-    """Prints a line above any progress bar, once for all processes.
+    """Prints a line above any progress bar, in process 0 only.
 
     Args:
       text: the line.
-      file: where to print it; None means standard output.
+      file: stream to print it to; None means standard output.
     """
     if is_primary():
         tqdm.write(text, file=file)
@@ -186,11 +187,12 @@ def gather_json(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [json.loads(text)]
     me, everyone = jax.process_index(), range(jax.process_count())
-    # The lengths come first, because the arrays of the second sum must have the same shape everywhere.
+    # Each process fills its own row and leaves zeros elsewhere, so a sum collects all rows. The lengths are exchanged
+    # first, because the arrays of the second sum must have the same shape in every process.
     lengths = np.zeros(len(everyone), np.int32)
     lengths[me] = len(text)
     lengths = np.asarray(_sum(lengths))
-    # Rows are padded to a power of two, so the sum is compiled for few shapes only.
+    # Rows are padded to a power of two, so that the sum is compiled for few shapes.
     rows = np.zeros((len(everyone), 1 << int(lengths.max()).bit_length()), np.uint8)
     rows[me, : len(text)] = np.frombuffer(text, np.uint8)
     rows = np.asarray(_sum(rows))
@@ -208,7 +210,7 @@ def sum_over_processes(values: dict[str, float]) -> dict[str, Any]:
 
 
 def require_equal(experiment: Mapping[str, Any]) -> None:
-    """Checks before the first step that all processes have the same settings; all must call it.
+    """Checks, before the first step, that all processes have the same settings. All processes must call it.
 
     The check compares the config (by its hash, then key by key if the hashes differ), library versions and devices.
 
@@ -241,10 +243,14 @@ def require_equal(experiment: Mapping[str, Any]) -> None:
 
 
 def describe_differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> str:
-    """Returns text that names the processes that differ from the majority and how they differ; "" if none does.
+    """Returns a text that says which processes differ from the majority, and in what; "" if none does.
 
-    before: ["a", "b", "c"], [{"jax": "0.10.2"}, {"jax": "0.10.2"}, {"jax": "0.10.1"}]
-    after:  "jax: 0.10.2 on most; 0.10.1 on c (process 2)"
+        hosts, facts    ["a", "b", "c"], [{"jax": "0.10.2"}, {"jax": "0.10.2"}, {"jax": "0.10.1"}]
+        result          "jax: 0.10.2 on most; 0.10.1 on c (process 2)"
+
+    Args:
+      hosts: host name of each process.
+      facts: the facts to compare, by their names, of each process.
     """
     lines = []
     for name in dict.fromkeys(name for fact in facts for name in fact):
@@ -257,7 +263,7 @@ def describe_differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]
         ]
         if outliers:
             first_usual = f"on {hosts[values.index(usual)]} (process {values.index(usual)})"
-            # With two processes neither value is the usual one, so the message names both hosts.
+            # Without a majority, as with two processes, the message names a host for each value.
             usual_hosts = "on most" if values.count(usual) > len(values) / 2 else first_usual
             shown = f"{', '.join(outliers[:5])}{f' and {len(outliers) - 5} more' if len(outliers) > 5 else ''}"
             lines.append(f"{name}: {usual} {usual_hosts}; {shown}")
@@ -282,7 +288,7 @@ def _sum(local: Any) -> Any:
     devices = jax.local_devices()
 
     def place(leaf):
-        # The sum runs over devices. The first device of each process holds its value, and the others hold zeros.
+        # The sum is over devices, but each process must count once: its first device holds its value, all others zeros.
         pieces = [leaf[None] if device == devices[0] else np.zeros_like(leaf)[None] for device in devices]
         placed = [jax.device_put(piece, device) for piece, device in zip(pieces, devices, strict=True)]
         return jax.make_array_from_single_device_arrays((mesh.size, *leaf.shape), row_sharding, placed)
@@ -292,15 +298,15 @@ def _sum(local: Any) -> Any:
 
 
 def _sum_rows(tree: Any) -> Any:
-    # The dtype is given because `jnp.sum` would widen uint8 to uint32.
+    # An explicit dtype, because `jnp.sum` would widen uint8 to uint32.
     return jax.tree.map(lambda rows: jax.numpy.sum(rows, axis=0, dtype=rows.dtype), tree)
 
 
 def _start_watch() -> Watch:
     """Starts the mutual watch of all processes; all must call it."""
-    # `os._exit` from a thread: the main thread may be stuck in a collective.
+    # `os._exit` works from a thread while the main thread is stuck in a collective; an exception would not.
     watch = Watch(on_lost=lambda: os._exit(EXIT_CODE))
-    # Every process sends its own address and token. Those of process 0 are used.
+    # Every process sends its addresses and a token, because all must make the same call. Those of process 0 are used.
     here = {"host": socket.gethostname(), "addresses": _addresses(), "port": watch.port, "token": secrets.token_hex(16)}
     hosts = gather_json(here)
     first = hosts[0]
@@ -316,7 +322,7 @@ def _start_watch() -> Watch:
 
 
 def _shut_down(watch: Watch) -> None:
-    """Ends the run in this process; all processes call it and wait for each other."""
+    """Disconnects this process from the run. All processes must call it; they wait for each other."""
     jax.distributed.shutdown()
     watch.report_done()
 
@@ -340,7 +346,7 @@ def _addresses() -> list[str]:
             probe.connect(("192.0.2.1", 9))
             addresses.insert(0, probe.getsockname()[0])
         except OSError:
-            pass  # The machine has no route to the outside.
+            pass  # the machine has no route to the outside
     return list(dict.fromkeys(addresses))
 
 
@@ -361,8 +367,8 @@ def _give_up(coordinator: str | None, process_id: int | None) -> None:
 def _has_tpu(environ: Mapping[str, str]) -> bool:
     """Returns whether this machine is the host of a TPU.
 
-    The hosts of a pod created as TPU VMs have no environment variable that says so: a metadata server knows, and JAX
-    queries it.
+    On the hosts of a pod that was created as TPU VMs, no environment variable says so. Only a metadata server knows,
+    which JAX queries.
     """
     if not (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu"):
         return False

@@ -1,8 +1,8 @@
-"""Parses the text of a compiled program: its computations, their instructions, and how often each of them runs.
+"""Parses the text of a compiled program: its computations, their instructions, and how often each computation runs.
 
 `compiled.cost_analysis()` counts the body of a loop once. The models consist of loops (over layers, blocks of the
-vocabulary and microbatches), so here the body of a loop counts once per iteration. The number of iterations is read
-from the condition of the loop. If it depends on the data (as for the chunks of answers in the loss), the caller must
+vocabulary and microbatches), so this module counts the body of a loop once per iteration. The number of iterations is
+read from the text of the loop. If it depends on the data (as for the chunks of answers in the loss), the caller must
 provide it.
 
     program = Program(compiled.as_text(), trips=lambda op_name: 4)
@@ -73,13 +73,13 @@ class Program:
 
         Args:
           text: the value of `compiled.as_text()`.
-          trips: returns the number of iterations of a loop that ends depending on the data, given its op_name.
+          trips: returns the number of iterations of a loop, given its op_name, if that number depends on the data.
         """
         self._trips = trips
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current = None
-        # The metadata of a Pallas kernel contain line breaks. They are joined, so that an instruction is one line.
+        # The metadata of a Pallas kernel contain line breaks. Join these lines, so that an instruction is one line.
         for line in text.replace('\n"', ' "').replace("\n}}", "}}").splitlines():
             # "%name (parameters) -> type {" or "ENTRY %name ... {" starts a computation, and "}" ends it.
             if line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY")):
@@ -92,7 +92,7 @@ class Program:
             elif current is not None and " = " in line:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
-        # The loop to which each body belongs, with the computation that contains the loop.
+        # The loop of each loop body, with the name of the computation that contains the loop.
         self._while_of_body = {
             instruction.attribute("body"): (name, instruction)
             for name, body in self.computations.items()
@@ -105,8 +105,8 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, float]:
-        """Number of runs of each computation in one step; those inside a fusion run as often as the fusion."""
-        order, seen = [], set()
+        """Number of runs of each computation in one step. The computation of a fusion runs as often as the fusion."""
+        order, seen = [], set()  # order is a postorder of the call graph: callees before their callers
 
         def visit(name):
             if name in seen or name not in self.computations:
@@ -117,7 +117,7 @@ class Program:
             order.append(name)
 
         visit(self.entry)
-        # In reverse postorder all callers come before their callees, so a count is complete before it is used.
+        # Reversed, callers come before their callees, so a count is complete before it is used.
         runs = collections.defaultdict(float)
         runs[self.entry] = 1.0
         for name in reversed(order):
@@ -136,7 +136,7 @@ class Program:
                 if callee:
                     yield callee, 1.0
             elif instruction.opcode == "conditional":
-                # Which branch runs depends on the data. Every branch counts, which is an upper bound.
+                # The data decide which branch runs. Counting all branches gives an upper bound.
                 for callee in re.findall(r"(?:true|false)_computation=%([^,\s]+)", instruction.attributes):
                     yield callee, 1.0
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -148,7 +148,7 @@ class Program:
         known = re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return float(known.group(1))
-        # XLA's annotation is missing: find the counter's start and the bound in the text.
+        # Without XLA's annotation, find the start of the counter and its bound in the text.
         comparison = self._loop_condition(loop.attribute("condition"))
         if comparison is not None:
             counter, bound = comparison
@@ -163,8 +163,8 @@ class Program:
         """Parses a condition `counter < bound`.
 
         Returns:
-          The index of the counter in the tuple that the loop carries, and the bound: a number, or a tuple with the
-          index of the bound. None if the condition has another form.
+          The index of the counter in the tuple that the loop carries, and the bound: a number, or a 1-tuple with the
+          index of the bound in that tuple. None if the condition has another form.
         """
         body, root = self.computations[name], self.roots[name]
 
@@ -198,14 +198,14 @@ class Program:
         return (counter, (int(right.attribute("index")),)) if right.opcode == "get-tuple-element" else None
 
     def _initial_value(self, computation: str, loop: Instruction, index: int) -> str | None:
-        """Returns the name of the instruction that gives the initial value of one element of what a loop carries."""
+        """Returns the name of the instruction that computes the initial value of one element of a loop's carry."""
         start = self.computations[computation].get(loop.operands[0])
         return start.operands[index] if start and start.opcode == "tuple" else None
 
     def _integer_value(self, computation: str, name: str | None) -> int | None:
-        """Returns the integer that an instruction evaluates to, or None if the text does not tell.
+        """Returns the integer that an instruction evaluates to, or None if the text does not show it.
 
-        A value that an enclosing loop carries is assumed to keep its initial value.
+        A value carried by an enclosing loop is assumed to keep its initial value.
         """
         instruction = self.computations[computation].get(name)
         if instruction is None:
@@ -240,7 +240,7 @@ def _parse(line: str) -> Instruction:
 
 
 def _closing_parenthesis(text: str) -> int:
-    """Returns the index of the parenthesis that closes the one at the start."""
+    """Returns the index of the parenthesis that closes the one at the start of the text."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -250,7 +250,7 @@ def _closing_parenthesis(text: str) -> int:
 
 
 def parse_shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Returns dtype and dimensions of every array in a text such as "(f32[2,3], pred[])"."""
+    """Returns the dtype and the dimensions of every array in a text such as "(f32[2,3], pred[])"."""
     matches = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
     return tuple((dtype, tuple(int(size) for size in shape.split(",") if size)) for dtype, shape in matches)
 

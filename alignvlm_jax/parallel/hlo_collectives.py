@@ -1,8 +1,8 @@
-"""Lists the collectives of a compiled program from its text: what is sent, how often, and over which network.
+"""Lists the collectives of a compiled program from its text: bytes sent, number of runs, and network.
 
-Traffic between slices appears in the text as messages to the host, which reduces or distributes them, and not as
-collectives: `_between_slices` translates them. A collective that XLA splits to overlap it with other work appears
-several times in the text, as the parts of one chain. It is counted where the chain starts.
+Traffic between slices does not appear in the text as collectives, but as messages to the host, which reduces or
+distributes them; `_between_slices` translates these messages. A collective that XLA splits to overlap it with
+computation appears several times, as the parts of one chain. It is counted where the chain starts.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
     found = []
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
-        # The first part of each chain is an operand of the instruction that starts the asynchronous collective.
+        # First parts of chains: the operands of the instructions that start an asynchronous collective.
         started = {operand for i in body.values() if '"AsyncCollectiveStart"' in i.attributes for operand in i.operands}
         for instruction in body.values():
             kind = instruction.opcode.removesuffix("-start")
@@ -54,16 +54,17 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
             if kind not in _COLLECTIVES or instruction.opcode == "send":
                 continue
             if "chain_id=" in instruction.attributes and instruction.name not in started:
-                continue  # A later part of a chain.
+                continue  # a later part of a chain
             groups = _groups(instruction.attributes, len(slice_of_device))
             size = max(map(len, groups)) if groups else len(slice_of_device)
             if size == 1:
                 continue
             shapes = instruction.shapes
-            # The result of an asynchronous start is a tuple: the operands come first, then the results.
+            # The result of an asynchronous start is a tuple of the operands, followed by the results.
             if instruction.opcode.endswith("-start") and kind != "all-reduce" and len(shapes) > 1:
                 shapes = shapes[len(shapes) // 2 :][:1]
-            # Bytes of the result on one device. A ring of n devices sends (n - 1) / n of the gathered array.
+            # Bytes of the result on one device. In a ring of n devices, each sends (n - 1) / n of the complete array,
+            # and an all-reduce is a reduce-scatter and an all-gather. The result of a reduce-scatter is 1 / n of it.
             result = sum(array_bytes(*shape) for shape in shapes)
             sent = {
                 "all-gather": result * (size - 1) / size,
@@ -91,9 +92,9 @@ def _between_slices(message: Instruction) -> tuple[str, float]:
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """Returns the groups of devices that communicate; an empty list means all devices with each other.
+    """Returns the groups of devices that communicate; an empty list means that all devices form one group.
 
-    Each branch parses one of the notations of XLA.
+    Each branch parses one of XLA's notations.
     """
     # source_target_pairs={{0,1},{1,0}}
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
@@ -108,7 +109,7 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
         order = [i for i, name in enumerate(axes) if name not in along]
         order += [i for i, name in enumerate(axes) if name in along]
         return _split_box(num_devices, sizes, order, math.prod(axes[name] for name in along))
-    # replica_groups=[2,2]<=[2,2]T(1,0): the numbers of a box, its axes transposed, then cut into rows.
+    # replica_groups=[2,2]<=[2,2]T(1,0): number the devices of a box, transpose its axes, and cut it into rows.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         sizes = [int(size) for size in iota.group(3).split(",")]
@@ -122,7 +123,8 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
 
 
 def _split_box(num_devices: int, sizes: list[int], order: list[int], group_size: int) -> list[list[int]]:
-    """Returns the numbers 0, 1, ... of a box of `sizes`, its axes transposed to `order`, split into groups."""
+    """Numbers the elements of a box of `sizes`, transposes its axes to `order`, and splits the numbers into groups."""
+    # Like `np.arange(num_devices).reshape(sizes).transpose(order).reshape(-1, group_size)`.
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     numbers = [0]
     for axis in order:

@@ -1,6 +1,6 @@
-"""Counts the matrix products and the memory traffic of a compiled program from its text, loops multiplied out.
+"""Counts the matrix products and the memory traffic of a compiled program from its text, once per iteration of a loop.
 
-XLA's own analysis does not see inside Pallas kernels. The products of splash attention are added here.
+XLA's own analysis cannot see inside Pallas kernels. This module adds the products of splash attention.
 """
 
 import collections
@@ -48,8 +48,8 @@ def kernels(program: Program) -> dict[str, float]:
 def bytes_moved(program: Program) -> float:
     """Bytes between memory and the cores: operands and results of every instruction outside of fusions.
 
-    An operand that is only sliced counts with the bytes of the slice, a result that is updated in place with the bytes
-    of the update.
+    An operand that is only sliced counts as many bytes as the slice; a result that is updated in place counts as many
+    as the update.
     """
     # Computations of fusions: their instructions do not run on their own.
     fused = {
@@ -62,7 +62,7 @@ def bytes_moved(program: Program) -> float:
     total = 0.0
     for name, times in program.runs.items():
         if name in fused:
-            continue  # Inside a fusion, values stay in registers. `_moved` counts its operands and its result.
+            continue  # values inside a fusion stay in registers; `_moved` counts its operands and its result
         body = program.computations.get(name, {})
         for instruction in body.values():
             if instruction.opcode not in _FREE:
@@ -71,7 +71,7 @@ def bytes_moved(program: Program) -> float:
 
 
 def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]]:
-    """Returns the largest results of single instructions: bytes, shape and origin, each shape once."""
+    """Returns the largest results of single instructions as (bytes, shape, origin), each shape once."""
     best = {}
     for name in program.runs:
         for instruction in program.computations.get(name, {}).values():
@@ -87,7 +87,7 @@ def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]
 def _moved(program: Program, body: dict[str, Instruction], instruction: Instruction) -> float:
     """Bytes that one run of an instruction reads and writes."""
     inner = program.computations.get(instruction.attribute("calls") or "", {})
-    # A slice is read and written. An update is read and written into a buffer that is reused.
+    # A slice is read and then written. So is an update; the rest of its buffer is reused without being moved.
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * instruction.size
     if instruction.opcode == "dynamic-update-slice":
@@ -110,7 +110,7 @@ def _moved(program: Program, body: dict[str, Instruction], instruction: Instruct
 
 
 def _module_path(op_name: str) -> str:
-    """Returns the path of the modules that an instruction comes from, without the names that JAX adds."""
+    """Returns the path of the Flax modules that an instruction comes from, without the names that JAX adds."""
     words = re.sub(r"jit\([^)]*\)|[()]", "/", op_name).split("/")
     added = "while body cond closed_call shard_map jvp transpose checkpoint rematted_computation".split()
     return "/".join(word for word in words if word and word not in added and not word.startswith("AlignVLM"))
@@ -123,7 +123,8 @@ def _product_flops(instruction: Instruction, left: tuple[int, ...], right: tuple
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
         return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-    # dim_labels name the axes: b batch, f and o features, i inner, and a digit for each spatial axis.
+    # dim_labels name the axes: b batch, f features, i and o input and output features of the kernel, and a digit for
+    # each spatial axis.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     left_sizes, right_sizes, out_sizes = ({label: size for label, size in zip(*pair, strict=True)} for pair in zip(
         labels, (left, right, out), strict=True
@@ -161,7 +162,7 @@ def _windows(attributes: str) -> list[dict[str, int]]:
 
 @functools.cache
 def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, spread: int, dilate: int) -> int:
-    """Number of pairs of an output and a window position that read an input, and not padding or a gap of dilation.
+    """Number of pairs of an output and a window position that read an input, not padding or a gap of a dilation.
 
     XLA often writes matrix products as convolutions in which only one window position of each output reads an input.
 
@@ -186,14 +187,14 @@ def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, 
 def _splash_flops(instruction: Instruction) -> float:
     """Floating-point operations of one run of a splash-attention kernel."""
     kind = re.search(r"splash_\w+?_(fwd|dkv|dq)", instruction.name).group(1)
-    # The result with the most axes and elements is [..., heads, length, width]. Others are statistics of the softmax.
+    # The result with the most axes and elements is [..., heads, length, width]. The others are softmax statistics.
     shape = max((shape for _, shape in instruction.shapes), key=lambda shape: (len(shape), math.prod(shape)))
     *rows, heads, length, width = shape
     if kind == "dkv":
-        # Its results only have the key-value heads. The number of query heads is in the shapes of its operands.
+        # Its results have only the key-value heads. The shapes of its operands show the number of query heads.
         head_shapes = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
         heads = max((s[-3] for s in head_shapes), default=heads)
-    # The causal kernel skips the blocks above the diagonal, which are half of all.
+    # The causal kernel skips the blocks above the diagonal, about half of all.
     pairs = length * length * (0.5 if "language" in instruction.op_name else 1.0)
     return 2.0 * _SPLASH[kind] * math.prod(rows) * heads * pairs * width
 

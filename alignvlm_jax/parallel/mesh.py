@@ -1,11 +1,11 @@
-"""The device mesh: all devices as a box with three named axes.
+"""Builds the device mesh, which arranges all devices as a box with three named axes.
 
 `data`    devices along it hold the same weights and read different bins
 `fsdp`    devices along it read different bins and hold a part of every weight, which is gathered when it is used
 `tensor`  devices along it hold a part of the heads, of the MLPs' width and of the vocabulary, and read the same bins
 
-Within a TPU slice all chips are connected to each other (ICI). Between slices there is only the data-center network
-(DCN), which is far slower. So several slices are placed one after the other along `data`, where only gradients are
+Within a TPU slice, all chips are connected to each other (ICI). Between slices there is only the data-center network
+(DCN), which is far slower. Slices are therefore placed one after the other along `data`, where only gradients are
 exchanged, and `fsdp` and `tensor` stay within a slice:
 
     2 slices of 8 chips, data=4 fsdp=2 tensor=2    data 0, 1: slice 0    data 2, 3: slice 1
@@ -35,9 +35,9 @@ class MeshConfig:
       data: devices along `data`.
       fsdp: devices along `fsdp`.
       tensor: devices along `tensor`.
-      slices: number of groups of devices that are connected by a slow network only. -1 means what the devices report:
-        TPUs know their slices, and all other devices are one group. For GPUs, set it to the number of nodes to place
-        them along `data`.
+      slices: number of groups of devices with only a slow network between them. -1 uses what the devices report: TPUs
+        know their slices, and all other devices form one group. For GPUs, set it to the number of nodes, so that nodes
+        are placed along `data`.
     """
 
     data: int = -1
@@ -60,7 +60,7 @@ class MeshConfig:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Parses the value of `--mesh`, such as "data=2,fsdp=4"; axes that are not named have one device.
+    """Parses the value of `--mesh`, such as "data=2,fsdp=4". An axis that is not named has one device.
 
     Raises:
       UserError: if the text is malformed, or names an axis or size that does not exist.
@@ -75,11 +75,11 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, slices: int | None = None) -> Mesh:
-    """Returns a mesh in which neighbours are close to each other in the hardware. Use it under `jax.set_mesh`.
+    """Returns a mesh in which neighbors are close to each other in the hardware. Use it under `jax.set_mesh`.
 
     Args:
       config: sizes of the mesh.
-      devices: devices of the mesh, possibly those of a `jax.experimental.topologies` description; None means all.
+      devices: devices of the mesh, which may be those of a `jax.experimental.topologies` description; None means all.
       slices: replaces `config.slices`.
 
     Raises:
@@ -99,13 +99,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *
     if sizes[0] % len(groups):
         raise UserError(
             f"config.mesh: data={sizes[0]} must be a multiple of the {len(groups)} slices, which are placed along it "
-            f"(the network between slices is too slow for fsdp and tensor): {len(devices) // len(groups)} devices are "
-            "left in each for the other axes"
+            "(the network between slices is too slow for fsdp and tensor); each slice has "
+            f"{len(devices) // len(groups)} devices"
         )
-    # Arrange each slice as a box of its own, then stack the boxes along `data`.
+    # Arrange each slice as a box, then stack the boxes along `data`.
     slice_shape = (sizes[0] // len(groups), *sizes[1:])
     box = np.concatenate([_arrange(group, slice_shape) for group in groups])
-    # With Auto axes XLA propagates shardings from constraints. Linen does not support the default, Explicit.
+    # With Auto axes, XLA propagates shardings from constraints. Linen does not support JAX's default, Explicit.
     return Mesh(box, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -124,15 +124,16 @@ def _group_by_slice(devices: Sequence[jax.Device], num_slices: int) -> list[list
             raise UserError(f"config.mesh.slices: expected {len(slices)}, as the devices report, got {num_slices}")
         return [slices[i] for i in sorted(slices)]
     # Other devices do not report slices. They are split in order, which is the order of their processes.
-    if len(devices) % num_slices:  # Never true for -1, which divides every number.
+    if len(devices) % num_slices:  # -1 divides every number
         raise UserError(f"config.mesh.slices: {num_slices} slices do not divide {len(devices)} device(s)")
     size = len(devices) // max(1, num_slices)
     return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
 
 
 def _arrange(devices: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
-    """Returns the devices of one slice as a box, its axes along the axes of a TPU's torus where possible."""
+    """Returns the devices of one slice as a box, whose axes follow those of the TPU's torus where possible."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
-    except NotImplementedError:  # Two axes of the mesh must share one axis of the torus.
+    except NotImplementedError:
+        # Two axes of the mesh must share one axis of the torus.
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

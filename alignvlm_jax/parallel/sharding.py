@@ -1,4 +1,4 @@
-"""One table maps each named axis of a weight or an activation to axes of the mesh.
+"""Maps the named axes of weights and activations to axes of the mesh, by one table of rules.
 
 Axis letters: K microbatches, B bins, L sequence, D model width, F MLP width, V vocabulary.
 
@@ -26,7 +26,7 @@ RULES = (
     ("batch", ("data", "fsdp")),
     ("sequence", None),
     ("embed", "fsdp"),
-    ("embed_out", None),  # The second axis of a [D, D] matrix; "embed" already uses fsdp for the first one.
+    ("embed_out", None),  # second axis of a [D, D] matrix, whose first axis ("embed") already uses fsdp
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -41,7 +41,7 @@ BATCH_SPEC = PartitionSpec(None, ("data", "fsdp"))
 
 
 def logical_rules():
-    """Returns the context in which a model must be traced for the axis names of its activations to take effect."""
+    """Returns a context manager in which the axis names of activations take effect while a model is traced."""
     return nn.logical_axis_rules(RULES)
 
 
@@ -61,10 +61,10 @@ def parameter_shardings(boxed_params: Any, mesh: Mesh) -> Any:
 
 
 def optimizer_state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of an optimizer's state: moments are sharded like their weights, counters are replicated.
+    """Returns the shardings of an optimizer state: moments are sharded like their weights, counters are replicated.
 
     Args:
-      state: the optimizer's state; shapes suffice.
+      state: the optimizer state; shapes suffice.
       params: the weights that the optimizer updates.
       shardings: shardings of the weights.
       mesh: mesh of the shardings.
@@ -77,7 +77,7 @@ def optimizer_state_shardings(state: Any, params: Any, shardings: Any, mesh: Mes
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def find(path, leaf):
-        # However deep the moments are nested, a moment's path ends with the path of its weight:
+        # However deeply Optax nests its states, a moment's path ends with the path of its weight:
         # `[1].mu['language']['embedding']`.
         endings = (weight_shardings.get(path[start:]) for start in range(len(path)))
         shape, sharding = next((ending for ending in endings if ending), (None, replicated))
@@ -107,9 +107,12 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 
 
 def is_first_holder(mesh: Mesh, rows: int) -> Bool[np.ndarray, " b"]:
-    """Returns for each of the `local_rows` whether no process with a lower index holds it, to count each row once."""
+    """Returns a mask of the `local_rows`: True for a row that no process with a lower index holds.
+
+    Counting only these rows counts each row of the global batch once.
+    """
     _check_divides(mesh, rows)
-    # The lowest process that holds each row.
+    # Index of the first process that holds each row.
     holder = np.full(rows, jax.process_count())
     for device, (piece,) in NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1])).devices_indices_map((rows,)).items():
         holder[piece] = np.minimum(holder[piece], device.process_index)
@@ -136,7 +139,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def shard_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits the rows of fields [B, ...] over the mesh; every process has the complete fields."""
+    """Splits the rows of fields [B, ...] over the mesh. Every process must pass the complete fields."""
     row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[1]))
     return {
         name: jax.make_array_from_callback(field.shape, row_sharding, field.__getitem__)
@@ -153,19 +156,20 @@ def _check_divides(mesh: Mesh, rows: int) -> None:
 
 
 def _global_rows(mesh: Mesh, num_local: int) -> int:
-    """Returns B, the rows of a microbatch of which this process holds `num_local`; all pieces have the same size."""
+    """Returns B, the rows of a microbatch of which this process holds `num_local`."""
+    # All shards have the same number of rows, and `local_rows` of one row per shard are this process's shards.
     shards = num_batch_shards(mesh)
     return num_local * shards // len(local_rows(mesh, shards))
 
 
 def _drop_uneven_axes(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """Returns the sharding without the mesh axes that do not divide the axis of the array they are assigned to."""
+    """Returns the sharding without the mesh axes that do not divide the array axis that they are assigned to."""
 
     def keep(axes, size):
         names = (axes,) if isinstance(axes, str) else axes or ()
         return axes if size % math.prod(sharding.mesh.shape[name] for name in names) == 0 else None
 
-    # A spec may be shorter than the shape. The remaining axes are not split.
+    # A spec may be shorter than the shape; the axes that it lacks are not split.
     spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) - len(sharding.spec))
     return NamedSharding(
         sharding.mesh, PartitionSpec(*(keep(axes, size) for axes, size in zip(spec, leaf.shape, strict=True)))

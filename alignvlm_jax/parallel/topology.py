@@ -1,4 +1,4 @@
-"""Descriptions of TPU slices that are not attached: devices to compile for, on a machine without TPUs.
+"""Describes TPU slices that are not attached, so that a machine without TPUs can compile for them.
 
 libtpu, which the extra `tpu` installs, contains the TPU compiler and can describe any slice. It needs no chip.
 """
@@ -12,17 +12,17 @@ import jax
 
 from alignvlm_jax.errors import UserError
 
-# Without these variables libtpu searches for a TPU of this machine and its metadata server, and waits for them.
+# Without these variables, libtpu searches for the machine's TPU and its metadata server, and waits for them.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # No chip is claimed, so several processes may compile at the same time.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is claimed, so several processes may compile at the same time
 }
 
 
 def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
-    """Returns the devices of TPU slices. They work for shardings and for compilation, but cannot run anything.
+    """Returns the devices of TPU slices. They serve for shardings and compilation, but cannot run anything.
 
     Args:
       name: generation and shape of a slice, such as "v5e:16x16", "v5p:4x4x4" or "v6e:8x8".

@@ -1,22 +1,22 @@
 """Ends all processes of a run when one of them dies, with a message that names the machine that was lost.
 
-A process that waits in a collective cannot notice that a peer is gone. JAX's own runtime aborts it after a while, and
-only prints the number of a task. So each process starts a *watcher*: a second process that runs this file, with nothing
-but the standard library. The watcher notices how its own process ends (the pipe between them closes, even if the
-process is killed). The watchers exchange news over TCP, all of them through the watcher of process 0:
+A process that waits in a collective cannot notice that a peer is gone. JAX's runtime aborts it after a while, but only
+prints the number of a task. Each process therefore starts a *watcher*: a second process that runs this file and uses
+only the standard library. The watcher notices the end of its own process, because the pipe between them closes even if
+the process is killed. The watchers exchange messages over TCP, all of them through the watcher of process 0:
 
     process 2 killed -> its watcher -> watcher of 0 -> watchers of 1 and 3: each prints a message and ends its process
 
-A machine that disappears without closing its connections is noticed by missing heartbeats. The watcher prints the
-message itself, because its process may be stuck in C++, or may be aborted by JAX at the same moment.
+A machine that disappears without closing its connections is noticed by its missing heartbeats. The watcher itself
+prints the message, because its process may be stuck in C++, or may be aborted by JAX at the same moment.
 
-Messages between a process and its watcher, and between watchers, are lines of JSON: a list of a word and its arguments.
+A message between a process and its watcher, or between watchers, is a line of JSON: a list of a word and its arguments.
 
     process -> watcher   ["watch", settings]   start watching
                          ["done"]              the process ends normally
                          ["failed", text]      the process ends with an error
     watcher -> process   ["port", number]      the port that the watcher listens on
-                         ["lost"]              another process was lost: end now
+                         ["lost"]              another process was lost, so this one must end
                          ["alone"]             all other watchers are gone
     watcher -> watcher   ["hello", token, process]   ["done", process]   ["lost", process, text]   ["heartbeat"]
 """
@@ -38,9 +38,9 @@ SILENCE_SECONDS = 20.0
 """A machine that sends no heartbeat for this long counts as gone. It is well below the minute within which the other
 processes must end, and well above a short interruption of the network."""
 GRACE_SECONDS = 2.0
-"""How long a process may continue after a peer failed: it may fail for the same reason, and prints a better message."""
+"""Time that a process may continue after a peer failed. It may fail for the same reason, with a better message."""
 CRASH_SECONDS = 0.5
-"""How long a crash is held back: the process may have crashed because another one did, whose report must come first."""
+"""Delay before a crash is reported. If the process crashed because another one did, that one must be reported first."""
 EXIT_CODE = 4
 """Exit code of a process that ended because another one did."""
 
@@ -54,7 +54,8 @@ class Watch:
         Args:
           on_lost: called from a thread when this process must end; the reason has been printed by then.
         """
-        # The watcher gets its own session, so that Ctrl-C on the terminal does not end it before its process.
+        # A session of its own, so that Ctrl-C on the terminal does not end the watcher before its process. The flags
+        # -I and -S start a bare interpreter: fast, and independent of the user's packages and environment.
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -81,16 +82,16 @@ class Watch:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def report_done(self) -> None:
-        """Reports that this process is done: its end is no loss from now on."""
+        """Reports that this process is done, so that its end does not count as a loss."""
         self._leaving = True
         self._send("done")
 
     def report_failure(self, text: str, *, wait_seconds: float) -> None:
-        """Reports that this process ends with an error, which ends the others too.
+        """Reports that this process ends with an error, which also ends the others.
 
         Args:
           text: the error.
-          wait_seconds: how long to wait for the other processes to end, for a process that must end last.
+          wait_seconds: time to wait for the other processes to end; more than 0 for a process that must end last.
         """
         self._leaving = True
         self._send("failed", text)
@@ -100,7 +101,7 @@ class Watch:
         try:
             self._watcher.stdin.write(json.dumps(message).encode() + b"\n")
             self._watcher.stdin.flush()
-        except OSError:  # The watcher was killed. `_listen` notices it, too.
+        except OSError:  # the watcher was killed, which `_listen` notices, too
             self._alone.set()
 
     def _listen(self) -> None:
@@ -120,12 +121,12 @@ class _Link:
 
     def __init__(self, read: Callable[[int], bytes], write: Callable[[bytes], Any] | None = None):
         self._read, self._write = read, write
-        self._buffer = b""  # The start of a line that has not arrived completely.
-        self.process: int | None = None  # The process at the other end; None until its watcher says hello.
+        self._buffer = b""  # start of a line that has not arrived completely
+        self.process: int | None = None  # process at the other end; None until its watcher sends "hello"
         self.last_received = time.monotonic()
 
     def receive(self) -> list[list[Any]] | None:
-        """Returns the messages that have arrived; None if the other end is gone."""
+        """Returns the messages that have arrived, or None if the other end is gone."""
         try:
             data = self._read(65536)
         except OSError:
@@ -140,7 +141,7 @@ class _Link:
         try:
             self._write(json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # The next `receive` returns None.
+            pass  # the next `receive` returns None
 
 
 class Watcher:
@@ -150,10 +151,10 @@ class Watcher:
         self._parent = parent
         self._parent_state: Literal["running", "leaving", "gone"] = "running"
         self._process, self._hosts, self._token = 0, [""], ""
-        self._failure = ""  # The error with which the own process ended.
-        self._done: set[int] = set()  # Processes that ended normally.
+        self._failure = ""  # error with which the own process ended
+        self._done: set[int] = set()  # processes that ended normally
         self._next_heartbeat = 0.0
-        self._lost = False  # Whether any process was lost. Only the first one is reported.
+        self._has_loss = False  # whether any process was lost; only the first one is reported
         self._listener = socket.create_server(("", 0), backlog=1024)
         self._pipe = _Link(lambda size: os.read(0, size))
         self._links: dict[socket.socket, _Link] = {}
@@ -173,9 +174,9 @@ class Watcher:
                 self._add_link(self._listener.accept()[0], process=None)
             elif key.data is self._pipe:
                 self._receive_from_parent()
-            elif key.fileobj in self._links:  # An earlier message of this loop may have dropped the connection.
+            elif key.fileobj in self._links:  # an earlier message of this loop may have dropped the connection
                 self._receive(key.fileobj, key.data)
-        # Heartbeats follow the clock. If every received one were answered, two watchers would flood each other.
+        # Heartbeats follow the clock. If each watcher answered those it receives, two watchers would flood each other.
         if time.monotonic() < self._next_heartbeat:
             return
         self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
@@ -190,7 +191,7 @@ class Watcher:
         while self._parent_state == parent_state and (left := deadline - time.monotonic()) > 0:
             self._poll(min(left, HEARTBEAT_SECONDS / 2))
 
-    # Messages of the own process.
+    # Messages from the own process.
 
     def _receive_from_parent(self) -> None:
         messages = self._pipe.receive()
@@ -205,24 +206,25 @@ class Watcher:
                     self._handle_parent_failure(arguments[0])
         if messages is not None:
             return
-        # The pipe is closed: the own process is gone.
+        # The pipe is closed: the own process is gone. It counts as lost unless it announced its end.
         self._selector.unregister(0)
         if self._parent_state == "running":
             self._parent_state = "gone"
             if self._process != 0:
-                # JAX aborts this process when process 0 dies. Then process 0 is the one to report, and not this one.
+                # JAX may have aborted this process because process 0 died. Then process 0 must be reported instead: its
+                # watcher gets some time to do so.
                 self._poll_while("gone", CRASH_SECONDS)
             self._send_to_all("lost", self._process, "was killed or crashed")
         sys.exit()
 
     def _handle_parent_failure(self, text: str) -> None:
         self._failure = f"ended with an error: {text}"
-        # The process may have failed because another one was lost. The report of that one's watcher must come first.
-        # The pipe is not read while waiting: its end must not be handled yet.
+        # This process may have failed because another one was lost. Give the watcher of that process time to report
+        # first. The pipe is not read meanwhile, because the end of the own process must not be handled yet.
         self._selector.unregister(0)
         self._poll_while("leaving", 2 * CRASH_SECONDS)
         self._selector.register(0, selectors.EVENT_READ, self._pipe)
-        if not self._lost:
+        if not self._has_loss:
             self._send_to_all("lost", self._process, self._failure)
         self._send_alone_if_alone()
 
@@ -230,13 +232,13 @@ class Watcher:
         try:
             os.write(1, json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # The process is gone. The closed pipe on stdin will show it.
+            pass  # the process is gone, which the closed pipe on stdin will show
 
     def _send_alone_if_alone(self) -> None:
         if self._parent_state == "leaving" and not self._links:
             self._send_to_parent("alone")
 
-    # Messages of the other watchers.
+    # Messages from the other watchers.
 
     def _start(self, process: int, hosts: list[str], addresses: list[str], port: int, token: str) -> None:
         """Accepts connections in process 0, and connects to process 0 elsewhere."""
@@ -273,13 +275,13 @@ class Watcher:
             for word, *arguments in messages:
                 if word == "hello" and arguments[0] == self._token:
                     link.process = arguments[1]
-                elif link.process is None:  # The first message was no valid hello: this is no watcher of our run.
+                elif link.process is None:  # the first message is not a valid "hello": not a watcher of this run
                     return self._drop(connection, "")
                 elif word == "done":
                     self._done.add(arguments[0])
                 elif word == "lost":
                     self._handle_loss(*arguments)
-        except ValueError:  # Not JSON: some other program has connected to the port.
+        except ValueError:  # not JSON: some other program has connected to the port
             self._drop(connection, "sent an invalid message")
 
     def _drop(self, connection: socket.socket, reason: str) -> None:
@@ -293,14 +295,14 @@ class Watcher:
 
     def _handle_loss(self, process: int, reason: str) -> None:
         """Forwards and prints the loss of a process, then ends the own process unless it is already ending."""
-        if process in self._done or self._lost:
+        if process in self._done or self._has_loss:
             return
-        self._lost = True
+        self._has_loss = True
         self._send_to_all("lost", process, reason)
         if "error" in reason:
             # The own process may be about to fail with the same error. Give it time to print its own message.
             self._poll_while("running", GRACE_SECONDS)
-        # Print nothing if the own process is leaving, unless it failed for another reason than the lost process.
+        # Print nothing if the own process ends normally, or with the same error as the lost process.
         if self._parent_state == "leaving" and self._failure in ("", reason):
             return
         _print(
@@ -311,8 +313,8 @@ class Watcher:
             return
         if self._parent_state == "running":
             self._send_to_parent("lost")
-            # A process that is stuck in C++ cannot act on the message. The parent's id is checked because the process
-            # may have ended in the meantime, and its id may belong to another program.
+            # A process that is stuck in C++ cannot act on the message, so it is killed if its pipe does not close in
+            # time. If the process has ended, its id may belong to another program: `getppid` tells.
             if not _is_readable(0, GRACE_SECONDS) and os.getppid() == self._parent:
                 os.kill(self._parent, signal.SIGKILL)
         sys.exit()
@@ -336,7 +338,7 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # Slurm sends these signals to every process of a job. The watcher must outlive its process, which may have to save.
+    # Slurm sends these signals to every process of a job. The watcher must outlive its process, which may still save.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Watcher(int(sys.argv[1])).run()

@@ -47,7 +47,7 @@ class Resumption:
         is_stage_done = progress.step_in_stage >= stage.steps
         if not is_stage_done and self.checkpointer.has_optimizer(progress):
             return None, progress
-        # The next stage has its own optimizer, so only the weights are restored.
+        # A new stage begins, with an optimizer of its own, so only the weights are restored.
         abstract = abstract_state(self.config.model, stage, self.mesh)
         params = self.checkpointer.restore_params(progress, abstract.params)
         return params, progress.next_stage() if is_stage_done else progress

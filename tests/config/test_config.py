@@ -149,7 +149,7 @@ def test_a_removed_option_is_dropped_if_it_was_off():
         ("data.packing.tokens_per_bin=0", ["config.data.packing", "tokens_per_bin"]),
         ("data.packing.window=0", ["config.data.packing", "window"]),
         ("data.workers=-1", ["config.data.workers", "0 or more"]),
-        ("data.max_refused=2.0", ["config.data.max_refused", "a share"]),
+        ("data.max_refused=2.0", ["config.data.max_refused", "a fraction from 0 to 1"]),
         ("stages.0.bins_per_step=6", ["config.stages.0.bins_per_step", "multiple of", "4"]),
         ("model.vision.num_heads=3", ["config.model.vision.num_heads", "hidden_size 128"]),
         ("model.language.num_kv_heads=3", ["config.model.language.num_kv_heads", "num_heads 4"]),
@@ -199,5 +199,5 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expec
 
 def test_latents_without_positions_are_not_joined():
     overrides = ["model.newline=true", "data.tiling.rule=anyres_max_9", "model.connector=perceiver"]
-    assert "have no places in their tile" in error_message(overrides)
+    assert "have no positions in their tile" in error_message(overrides)
     assert load_config(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"

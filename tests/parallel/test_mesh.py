@@ -58,7 +58,7 @@ def test_slices_are_placed_along_data():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), chips)
     assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
     assert make_mesh(MeshConfig(data=-1, fsdp=4), chips, slices=2).shape["data"] == 4
-    with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices.*8 devices are left in each"):
+    with pytest.raises(UserError, match="data=1 must be a multiple of the 2 slices.*each slice has 8 devices"):
         make_mesh(MeshConfig(data=1, fsdp=-1), chips)
     with pytest.raises(UserError, match="mesh.slices: expected 2, as the devices report, got 4"):
         make_mesh(MeshConfig(slices=4), chips)

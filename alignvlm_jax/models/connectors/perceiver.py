@@ -148,5 +148,5 @@ SPEC = ConnectorSpec(
     token_grid=_token_grid,
     flops=_flops,
     weight_rows=_weight_rows,
-    has_places=False,
+    is_spatial=False,
 )

@@ -65,8 +65,8 @@ class ConnectorSpec:
       token_grid: returns rows and columns of the visual tokens of one tile.
       flops: returns the FLOP of one tile in a training step, given which parts are trained.
       weight_rows: returns the table of its weights, with paths and keys relative to the connector.
-      has_places: whether each visual token has a place in its tile. Tiles are joined at their edges (the tiling rule
-        anyres_max_9) only if so.
+      is_spatial: whether each visual token has a position in its tile. The tiling rule anyres_max_9, which joins tiles
+        at their edges, requires it.
       check: raises a `UserError` if the settings do not fit; None accepts all.
       seeded: names of the parameters that `seed` returns.
       seed: returns parameters that follow from the language-model head [V, D] instead of from a random draw.
@@ -82,7 +82,7 @@ class ConnectorSpec:
     token_grid: Callable[[Any, ConnectorShape], tuple[int, int]]
     flops: Callable[[Any, ConnectorShape, TrainedParts], float]
     weight_rows: Callable[[Any, ConnectorShape], tuple[Row, ...]]
-    has_places: bool = True
+    is_spatial: bool = True
     check: Callable[[Any, ConnectorShape], None] | None = None
     seeded: tuple[str, ...] = ()
     seed: Callable[[Any, ConnectorShape, Array], dict[str, Array]] | None = None
