@@ -47,17 +47,17 @@ def _check_model(model: AlignVLMConfig) -> None:
         )
     if vision.hidden_size % vision.num_heads:
         raise UserError(
-            f"config.model.vision.num_heads: expected a divisor of hidden_size, {vision.hidden_size}, got "
+            f"config.model.vision.num_heads: expected a divisor of hidden_size {vision.hidden_size}, got "
             f"{vision.num_heads}"
         )
     if language.head_dim is None and language.hidden_size % language.num_heads:
         raise UserError(
-            f"config.model.language.num_heads: expected a divisor of hidden_size, {language.hidden_size}, got "
+            f"config.model.language.num_heads: expected a divisor of hidden_size {language.hidden_size}, got "
             f"{language.num_heads} (set head_dim for heads of another width)"
         )
     if language.num_heads % language.num_kv_heads:
         raise UserError(
-            f"config.model.language.num_kv_heads: expected a divisor of num_heads, {language.num_heads}, got "
+            f"config.model.language.num_kv_heads: expected a divisor of num_heads {language.num_heads}, got "
             f"{language.num_kv_heads}"
         )
     if language.head_width % 2:

@@ -2,15 +2,16 @@
 
 Axes: B rows, L query positions, K key positions, H query heads, G key-value heads, R = H / G, h head width.
 
-Three kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads, and all support
-segments, so rows can be packed:
+Three kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
+segments, so several examples can be packed into a row:
 
     "splash"  TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal.
     "flash"   NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`.
               (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
-    "xla"     All devices, such as CPUs and older GPUs. In this file. Queries are processed in blocks, and the backward
-              pass recomputes the scores of a block, so no [L, K] array outlives its block. A causal block never reads
-              the keys after it. On a CPU this is 2-3 times as fast as the plain form, because scores stay in the cache.
+    "xla"     All devices, including CPUs and older GPUs. In this file. Queries are processed in blocks, and the
+              backward pass recomputes the scores of a block, so the scores of one block are held at a time. A causal
+              block never reads the keys after it. On a CPU this is 2-3 times as fast as a single product, because
+              scores stay in the cache.
 
 `default_kernel` chooses the kernel of a device. Shapes that a kernel does not support (such as a head width) fall back
 to "xla", with a warning.
@@ -31,9 +32,9 @@ from alignvlm_jax.ops import attention_flash, attention_splash
 
 KERNELS = ("splash", "flash", "xla")
 
-_MASKED = -1e30  # Finite, so that a row in which every key is masked (padding) has no NaN.
+_MASKED = -1e30  # finite: if every key of a query is masked, -inf would give NaN
 _QUERY_BLOCK = 64
-_MAX_BLOCKS = 32  # The blocks are unrolled, and more of them would take long to compile.
+_MAX_BLOCKS = 32  # the blocks are unrolled, and more of them would take long to compile
 _AMPERE = 8.0
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 class AttentionMesh:
     """Names of the mesh axes that split rows and heads.
 
-    XLA cannot split a Pallas kernel. Instead, each device calls it on its own rows and heads. Axes that the current
+    XLA cannot partition a Pallas kernel. Instead, each device calls it on its own rows and heads. Axes that the current
     mesh lacks, or that do not divide the size they should split, have no effect.
 
     Attributes:
@@ -102,18 +103,21 @@ def packed_attention(
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    # A Pallas kernel, if it supports the shapes.
     if kernel != "xla":
         module = attention_splash if kernel == "splash" else attention_flash
         reason = module.unsupported(query.shape, key.shape)
         if reason is None:
             return _on_each_device(module.attend, query, key, value, segment_ids, causal, mesh_axes)
         _warn_once(f"attention: {kernel} does not support {reason}; falling back to kernel xla, which is slower")
+
+    # Otherwise XLA, with a mask for each block of queries.
     length = query.shape[1]
 
     def mask(queries: slice, keys: slice) -> Bool[Array, "B l k"] | None:
         allowed = None
         if segment_ids is not None:
-            # [B, l, k]: query and key are in the same segment. Padding (0) attends to padding.
+            # [B, l, k]: query and key are in the same segment. Padding is segment 0 and attends to padding.
             allowed = segment_ids[:, queries, None] == segment_ids[:, None, keys]
         if causal:
             is_earlier = jnp.arange(length)[queries, None] >= jnp.arange(length)[None, keys]
@@ -152,22 +156,22 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    # Axes that do not divide their size are dropped: every device then computes all of these rows or heads.
+    # Without the axes that do not divide their size, every device computes all of these rows or heads.
     rows, heads = keep(mesh_axes.rows, query.shape[0]), keep(mesh_axes.heads, query.shape[2])
     if segment_ids is None:
-        # The kernels always take segments, which also mask the padding they add.
+        # The kernels always take segments, because these also mask the padding that they add.
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     attend = functools.partial(attend, causal=causal)
     if not rows and not heads:
         return attend(query, key, value, segment_ids)
     num_shards = math.prod(sizes[axis] for axis in heads)
     if key.shape[2] % num_shards:
-        # The devices do not divide the key-value heads, for instance because there are fewer heads. Repeat the heads
-        # until they do: then every device has the key-value heads of its query heads.
+        # The key-value heads cannot be split evenly, for instance because there are fewer heads than devices. Repeat
+        # each head until they can: then every device has the key-value heads of its query heads.
         copies = num_shards // math.gcd(key.shape[2], num_shards)
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
     head_spec, row_spec = P(rows or None, None, heads or None), P(rows or None)
-    # Replication is not checked: Pallas calls have no rule for it.
+    # No check of replication, because Pallas calls have no rule for it.
     return jax.shard_map(
         attend, in_specs=(head_spec, head_spec, head_spec, row_spec), out_specs=head_spec, check_vma=False
     )(query, key, value, segment_ids)
@@ -190,7 +194,7 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
     """
     batch, length, num_heads, width = query.shape
     groups, repeats = key.shape[2], num_heads // key.shape[2]
-    # Query [B, G, R, L, h], key [B, G, h, K], value [B, G, K, h].
+    # Group the query heads by key-value head: query [B, G, R, L, h], key [B, G, h, K], value [B, G, K, h].
     query = query.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4) * width**-0.5
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
@@ -205,7 +209,8 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
             scores = scores.reshape(batch, groups, repeats, size, -1)
             scores = jnp.where(allowed[:, None, None], scores, _MASKED)
             scores = scores.reshape(batch, groups, repeats * size, -1)
-        # Divide by the sum only after mixing: that is h instead of K divisions per query.
+        # Subtract the maximum, so that exp cannot overflow. It cancels in the result, so it needs no gradient. Divide
+        # by the sum only after mixing: that takes h instead of K divisions per query.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum("bgmk,bgkh->bgmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -216,7 +221,7 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
     block_size = max(_QUERY_BLOCK, -(-length // _MAX_BLOCKS))
     for start in range(0, length, block_size):
         queries = slice(start, min(start + block_size, length))
-        # The keys after a causal block are masked for all its queries: leave them out of the products.
+        # The keys after a causal block are masked for all its queries, so they are excluded from the products.
         keys = slice(0, queries.stop if causal else key.shape[3])
         block = attend(query[:, :, :, queries], key[..., keys], value[:, :, keys], mask(queries, keys))
         blocks.append(block)

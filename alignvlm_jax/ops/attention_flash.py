@@ -2,10 +2,10 @@
 
 Axes: B rows, L positions, H query heads, G key-value heads, h head width.
 
-The kernel (`jax.experimental.pallas.ops.gpu.attention`) supports segments and holds no scores outside a block: besides
-its inputs and its result it stores one float32 per query and head. It does not support grouped queries, so key-value
-heads are repeated. That takes L x H x h values each for keys and values (80 MB a row in bfloat16, for the 8B model and
-9,728 positions).
+The kernel (`jax.experimental.pallas.ops.gpu.attention`) supports segments and holds the scores of one block only:
+besides its inputs and its result, it stores one float32 per query and head. It does not support grouped queries, so the
+key-value heads are repeated. That takes L x H x h values each for keys and values (80 MB per row in bfloat16, for the
+8B model and 9,728 positions).
 """
 
 import jax.numpy as jnp
@@ -47,12 +47,13 @@ def attend(
     length, num_heads, width = query.shape[1:]
     padding = -length % _BLOCK
 
-    # Repeats the key-value heads to H heads, and pads the length to full blocks.
     def prepare(heads):
+        # Repeat the key-value heads to H heads, and pad the length to full blocks.
         heads = jnp.repeat(heads, num_heads // heads.shape[2], axis=2)
         return jnp.pad(heads, ((0, 0), (0, padding), (0, 0), (0, 0)))
 
-    # Two blocks of wide heads must fit into the shared memory of a multiprocessor, about 100 KB on consumer cards.
+    # Small blocks for wide heads: two blocks must fit into a multiprocessor's shared memory, about 100 KB on consumer
+    # cards.
     blocks = kernels.BlockSizes(
         block_q=_BLOCK,
         block_k=_BLOCK if width <= 64 else _BLOCK // 2,

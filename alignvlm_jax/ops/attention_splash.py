@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 _LANES = 128
 _NO_SEGMENT = -1
-_ONE_BLOCK = 1024  # A row of up to this length is one block.
-_BLOCK = 512
+_ONE_BLOCK = 1024  # a row of up to this length is one block
+_BLOCK = 512  # block size of longer rows
 
 
 def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
@@ -51,8 +51,8 @@ def attend(
     length, num_heads, width = query.shape[1:]
     padded, block = _padded_length(length)
 
-    # The kernel's layout is [H, L, h]; `vmap` adds the rows.
     def prepare(heads):
+        # The kernel's layout is [H, L, h]; `vmap` adds the rows.
         return jnp.pad(heads, ((0, 0), (0, padded - length), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     # Padding positions are a segment of their own, which no real position attends to.

@@ -2,9 +2,9 @@
 
     F' = softmax(LN_V(LN_D(f W1) W2ᵀ)) E_text                  arXiv 2502.01341, section 3
 
-Every logit of every query is held, so this form is for reading, for tests and for small inputs. The models use
-`vocabulary_attention.py`, which computes the same without ever holding P. All steps run in the dtype of the inputs;
-tests run them in float64.
+It holds every logit of every query, so it is meant for reading, for tests and for small inputs. The models use
+`vocabulary_attention.py`, which computes the same result one block of words at a time. All steps run in the dtype of
+the inputs; the tests use float64.
 
 Axes: d encoder width, D decoder width, V vocabulary, Dv value width.
 """

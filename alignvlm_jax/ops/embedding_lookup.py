@@ -3,9 +3,9 @@
 Axes: B rows of ids, V vocabulary, D width, n ids on a device, K rows of the table in a block; t and f, number of
 devices over which the rows of the table and its width are split.
 
-With plain indexing, XLA gathers the complete table in float32 (2 GB for the 8B model), and its gradient as well. Here
-each device looks up the ids whose rows it holds, and a sum over the devices combines them. If the width is split too,
-one block of rows at a time is gathered, as in `vocabulary_streaming.py`.
+With plain indexing, XLA gathers the complete table in float32 (2 GB for the 8B model), and also its gradient. Here,
+each device looks up the ids whose rows it holds, and a sum over the devices combines the results. If the width is
+split, too, one block of rows at a time is gathered, as in `vocabulary_streaming.py`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _BLOCK_SIZE = 16384
-"""K. Every block compares all ids again, so blocks are large."""
+"""K. Every block is compared with all ids, so few large blocks are best."""
 
 
 def embedding_lookup(
@@ -39,9 +39,9 @@ def embedding_lookup(
       mesh_axes: axes of the current mesh that split the first axis of `ids`, the rows and the width of the table.
     """
     axes = streaming.resolve(mesh_axes, num_queries=ids.shape[0], num_rows=table.shape[0], widths=table.shape[1:])
-    if axes == streaming.VocabularyMesh(axes.queries):  # The table is not split.
+    if axes == streaming.VocabularyMesh(axes.queries):  # the table is not split
         return jnp.take(table, ids, axis=0).astype(dtype)
-    # Without a split width nothing is gathered, and one block with all rows is enough.
+    # Unless the width is split, nothing is gathered, and one block with all rows is enough.
     return _lookup(_Options(axes, dtype, block_size if axes.widths else table.shape[0]), table, ids)
 
 
@@ -62,15 +62,15 @@ def _lookup(options: _Options, table: Float[Array, "V D"], ids: Int[Array, "B ..
         table, flat = streaming.Table(part, axes), _local_ids(ids, part.shape[0], axes)
 
         def step(start, size, found):
-            inside = (flat >= start) & (flat < start + size)
+            is_inside = (flat >= start) & (flat < start + size)
             block = table.read_block(start, size, options.dtype)
             # Ids outside the block read some row of it, which `where` discards.
             rows = jnp.take(block, jnp.clip(flat - start, 0, size - 1), axis=0)
-            return jnp.where(inside[:, None], rows, found)
+            return jnp.where(is_inside[:, None], rows, found)
 
         found = jnp.zeros((flat.size, table.width), options.dtype)
         found = streaming.stream(step, found, num_rows=table.num_rows, block_size=options.block_size)
-        # For each id one device holds the row and all others hold zeros, so the sum rounds nothing.
+        # For each id, one device holds the row and all others hold zeros, so the sum is exact in any dtype.
         return streaming.all_reduce(found, axes.vocabulary).reshape(*ids.shape, -1)
 
     ids_spec = streaming.query_spec(axes)
@@ -107,6 +107,6 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _local_ids(ids: Int[Array, "b ..."], num_rows: int, axes: streaming.VocabularyMesh) -> Int[Array, " n"]:
-    """Returns the ids, flattened and relative to the first row of this device; other devices' rows are out of range."""
+    """Returns the ids, flattened and relative to this device's first row. Ids of other devices are out of range."""
     first = jax.lax.axis_index(axes.vocabulary) * num_rows if axes.vocabulary else 0
     return ids.reshape(-1) - first

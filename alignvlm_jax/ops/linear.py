@@ -1,9 +1,9 @@
-"""A linear layer with products in the compute dtype and weight gradients that are summed in float32.
+"""Linear layer whose products run in the compute dtype and whose weight gradients are summed in float32.
 
 Axes: T rows (positions of all bins), i input width, o output width.
 
-In plain JAX the gradient of `x @ kernel.astype(bfloat16)` is bfloat16, and so is its sum over rows and, on a mesh, over
-devices. Here the product that computes the gradient returns float32, and devices exchange float32.
+In plain JAX, the gradient of `x @ kernel.astype(bfloat16)` is bfloat16, and so is its sum over rows and, on a mesh,
+over devices. Here, the product that computes the gradient returns float32, and devices exchange float32.
 """
 
 import jax
@@ -15,7 +15,7 @@ def linear(
     inputs: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "... o"]:
     """Returns `inputs @ kernel + bias` in the dtype of `inputs`; the gradients of kernel and bias are float32."""
-    # One matrix product of all rows: on a CPU, its gradient takes half the time of a batched product's.
+    # One matrix product of all rows: on a CPU, its gradient takes half the time of that of a batched product.
     rows = inputs.reshape(-1, inputs.shape[-1])
     outputs = _product(rows, kernel)
     if bias is not None:

@@ -1,19 +1,19 @@
-"""Language-model loss from hidden states and the LM head, without the logits of all positions and words.
+"""Language-model loss from hidden states and the LM head, without holding the logits of all positions and words.
 
 Axes: N positions, D width, V vocabulary, C positions in a chunk, K rows of the vocabulary in a block.
 
-Only positions with a non-zero weight are computed: the answers, a small part of a row. The positions are sorted so that
-these come first, and are processed in chunks of C, as many chunks as contain one. So shapes are static and no position
-is dropped:
+The loss is computed only where the weight is not zero: at the answers, a small part of a row. The positions are sorted
+so that these come first, and then processed in chunks of C, up to the last chunk that contains one. This way shapes are
+static, and no position is dropped:
 
     weights   0 0 1 1 0 0 2 0     C = 2
     order     2 3 6 0 1 4 5 7
     chunk 0   2 3
     chunk 1   6 0                 position 0 has weight 0
 
-As in ALIGN (`vocabulary_streaming.py`), there is a single pass over the vocabulary, with all chunks at each of its
-blocks. So a block of a head that is split over devices is gathered once, and devices may have different numbers of
-chunks.
+As in ALIGN (`vocabulary_streaming.py`), there is a single pass over the vocabulary; the loop over the chunks is inside
+the loop over its blocks. A block of a head that is split over devices is therefore gathered once, and devices may have
+different numbers of chunks.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
-_CHUNK_SIZES = (256, 2048)  # Smallest and largest C.
+_CHUNK_SIZES = (256, 2048)  # smallest and largest C
 
 
 def linear_cross_entropy(
@@ -46,7 +46,7 @@ def linear_cross_entropy(
     Args:
       hidden: hidden states of any leading shape; products are computed in their dtype, sums in float32.
       head: a row for each word, cast to the dtype of `hidden` one block at a time.
-      targets: the correct words, in [0, V) wherever the weight is not zero.
+      targets: ids of the correct words, in [0, V) wherever the weight is not zero.
       weights: weights of the positions; no gradient flows through them.
       z_loss: cost of a log(Z) far from 0; PaLM uses 1e-4.
       chunk_size: C; None means a sixteenth of the positions, but at least 256 and at most 2048.
@@ -107,12 +107,13 @@ def _forward(
         # One pass over the vocabulary: softmax and logit of the target at each position.
         empty = streaming.RunningSoftmax.empty(chunks.num_slots), jnp.zeros(chunks.num_slots)
         softmax, target_logits = chunks.over_vocabulary(head, score_block, empty)
-        # Chunks without weight were not computed. Give them finite values, because 0 * inf would be NaN below.
-        computed = jnp.arange(chunks.num_slots) < chunks.count * chunks.size
+        # Chunks without weight were skipped. Give them finite values, because 0 * inf would be NaN below.
+        is_computed = jnp.arange(chunks.num_slots) < chunks.count * chunks.size
         softmax = streaming.RunningSoftmax(
-            jnp.where(computed, softmax.maximum, 0.0), jnp.where(computed, softmax.total, 1.0)
+            jnp.where(is_computed, softmax.maximum, 0.0), jnp.where(is_computed, softmax.total, 1.0)
         )
-        # Merge over the devices that share the vocabulary: only one of them has the target's row.
+        # Merge over the devices that share the vocabulary. Only one of them has the target's row, and the others have
+        # summed zeros.
         softmax, sums = softmax.merge(
             softmax.shared_maximum(axes.vocabulary), {}, {"target": target_logits[:, None]}, axes.vocabulary
         )
@@ -163,8 +164,8 @@ def _loss_backward(options, residuals, cotangent):
 
         zeros = jnp.zeros(chunks.hidden.shape), jnp.zeros(head.part.shape)
         dhidden, dhead = chunks.over_vocabulary(head, add_block, zeros)
-        # A position has a part of its gradient on every device of the vocabulary, a row of the head on every device of
-        # the queries. The sum over the devices that share its columns is in `update_gradient`.
+        # Sum over devices: the gradient of a position over those that share the vocabulary, the gradient of a row of
+        # the head over those that share the positions. `update_gradient` has summed over those that share its columns.
         dhidden = streaming.all_reduce(dhidden, axes.vocabulary)
         dhead = streaming.all_reduce(dhead, axes.queries_only).astype(head.part.dtype)
         return chunks.restore_order(dhidden.astype(hidden.dtype)).reshape(hidden.shape), dhead
@@ -179,7 +180,7 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 class _Chunks:
-    """The positions of one device, those with a weight first, in chunks of C.
+    """Positions of one device in chunks of C, those with a weight first.
 
     Attributes:
       hidden: hidden states in the order of the chunks, padded to full chunks.
@@ -199,7 +200,7 @@ class _Chunks:
         self.size = min(options.chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
         self.num_slots = -(-num_positions // self.size) * self.size
         self._block_size = options.block_size or streaming.default_block_size(self.size)
-        # A stable sort of False (has a weight) before True.
+        # False (has a weight) sorts before True.
         self._order = jnp.argsort(weights == 0, stable=True)
         # Rounded up to full chunks.
         self.count = (jnp.sum(weights != 0) + self.size - 1) // self.size

@@ -18,7 +18,7 @@ a1_t = sum_v d_tv and a2_t = sum_v d_tv z_tv, the gradients through the LayerNor
     dL/dw_v = sum_t r_t (d_tv - a1_t/V - a2_t/V z_tv) q_t
             = sum_t r_t d_tv q_t  -  sum_t r_t a1_t/V q_t  -  (sum_t r_t² a2_t/V q_t q_tᵀ) (w_v - w̄)
 
-docs/vocabulary.md derives them. a1 and a2 are sums over the whole vocabulary, which are complete after the pass:
+docs/vocabulary.md derives them. a1 and a2 are sums over the whole vocabulary, which are known only after the pass:
 
 - with the covariance C, the terms that contain them are added after the pass, as products with D x D matrices;
 - without C (few queries), a2 must be known before the pass. The forward pass therefore also sums
@@ -85,7 +85,7 @@ def vocabulary_attention(
       values: a row for each word, cast like the keys.
       eps: epsilon of the LayerNorm.
       statistics: result of `vocabulary_statistics` for frozen keys, to avoid computing it in every call. No gradient of
-        the keys flows through it. It may be that of a larger table, of which `keys` are some rows.
+        the keys flows through it. It may belong to a larger table, of which `keys` has only some rows.
       entropy: whether to return the entropy of P.
       top_k: number of largest probabilities to return.
       block_size: K; None means `default_block_size`.
@@ -146,7 +146,7 @@ def vocabulary_usage(
     scorer = _Scorer(flat, keys, scale, bias, moments)
     fold = functools.partial(streaming.stream, num_rows=keys.num_rows, block_size=block_size)
 
-    # The first pass finds the normalizer of the softmax, the second one sums the probabilities.
+    # The first pass computes the normalizer of the softmax, the second one sums the probabilities.
     def update_softmax(start, size, running):
         return running.update(scorer.block(start, size)[0])[0]
 
@@ -253,7 +253,7 @@ def _attend_forward(options, inputs, statistics):
 
 def _attend_backward(options, saved, cotangents):
     inputs, statistics, residuals = saved
-    cotangent, _ = cotangents  # The summary is constant: its cotangent is ignored.
+    cotangent, _ = cotangents  # the summary counts as constant, so its cotangent is ignored
     return _backward(options, inputs, residuals, cotangent, frozen=statistics is not None), None
 
 
@@ -324,15 +324,15 @@ def _local_forward(
     axis_names = options.axes.vocabulary
     q, keys, values = inputs.q, inputs.keys, inputs.values
     num_queries = q.shape[0]
-    # Accelerators compute in bfloat16. A CPU computes in float32, and larger blocks no longer fit into its caches.
+    # float32 means a CPU here, whose caches larger blocks would not fit into. Accelerators compute in bfloat16.
     use_larger_blocks = not for_gradient and q.dtype != jnp.float32
     block_size = options.block_size or streaming.default_block_size(num_queries, inference=use_larger_blocks)
     moments = _moments(q, keys, statistics, eps=options.eps, block_size=block_size)
     scorer = _Scorer(q, keys, inputs.scale, inputs.bias, moments)
-    # Without C, the backward pass needs a2 in advance, and so a second mixture h.
+    # Without C, the backward pass needs a2 in advance, and for that a second mixture h.
     needs_tilted = for_gradient and moments.spread is None
-    # Rounded weights are divided by their own sum. So they add up to 1, and a large mean of the values is exact: it
-    # must not appear in the gradient's differences of mixtures.
+    # Weights that are rounded to bfloat16 are divided by their own sum, so that they add up to 1. Otherwise a
+    # large mean of the values would leave an error in the gradient's differences of mixtures.
     rounds_weights = q.dtype != jnp.float32
 
     def step(start, size, carry):
@@ -340,7 +340,7 @@ def _local_forward(
         scores, _ = scorer.block(start, size)
         block = values.read_block(start, size, q.dtype)
         running, weights, decay = previous.update(scores)
-        # Sums that are weighted by the distance to the largest score must be shifted when that score rises.
+        # Sums that contain the distance to the largest score must be shifted when that score rises.
         shift = (previous.maximum - running.maximum)[:, None]
         distance = scores - running.maximum[:, None]
         rounded = weights.astype(q.dtype)
@@ -460,7 +460,8 @@ def _local_backward(
             sums["a2"] += jnp.sum(dnormed * normed, axis=-1)
         else:
             dnormed -= (known_a2 / num_words)[:, None] * normed
-        # Rounded first and summed then, so that the gradient of q does not depend on the mean row, which may be large.
+        # a1 sums the rounded values, as the product below does: the mean row, which may be large, then cancels
+        # in the gradient of q.
         dlogits = (dnormed * rate).astype(q.dtype)
         sums["scaled_a1"] += jnp.sum(dlogits, axis=-1, dtype=jnp.float32)
         gradients = _Inputs(
@@ -474,7 +475,7 @@ def _local_backward(
 
     gradients = _Inputs(
         q=jnp.zeros(q.shape),
-        # Unless frozen, the gradient of the keys is corrected below, and only then rounded to their dtype.
+        # Unless the keys are frozen, their gradient is corrected below, and only then rounded to their dtype.
         keys=jnp.zeros(keys.part.shape, keys.part.dtype if frozen else jnp.float32),
         scale=jnp.zeros_like(inputs.scale),
         bias=jnp.zeros_like(inputs.bias),
@@ -485,7 +486,8 @@ def _local_backward(
     sums = {name: jnp.zeros(q.shape[:1]) for name in names}
     gradients, sums = streaming.stream(step, (gradients, sums), num_rows=keys.num_rows, block_size=block_size)
 
-    # Sum over devices: queries over the vocabulary, tables over the queries. Scale and bias share an all-reduce.
+    # Sum over devices: gradients of queries over the axes of the vocabulary, gradients of tables over those of the
+    # queries. Scale and bias share an all-reduce.
     sums = {name: total[:, None] for name, total in sums.items()}
     sums = streaming.all_reduce_columns({"dq": gradients.q, **sums}, axes.vocabulary)
     dkeys, dvalues = (
@@ -495,7 +497,7 @@ def _local_backward(
         {"scale": gradients.scale[:, None], "bias": gradients.bias[:, None]}, axes.queries
     )
 
-    # The terms of a1 and a2, which are complete only now: see the module's docstring.
+    # Add the terms with a1 and a2, which are known only now (see the module's docstring).
     dq, scaled_a1 = sums["dq"], sums["scaled_a1"]
     dq -= scaled_a1 * moments.mean_row
     scaled_a2 = None
@@ -525,7 +527,7 @@ def _add_statistics_gradient(
     scaled_a2: Float[Array, "T 1"] | None,
     block_size: int,
 ) -> Float[Array, "V/t D/f"]:
-    """Adds to the gradient of the keys what flows through the mean and the variance of the logits.
+    """Adds the parts of the gradient of the keys that flow through the mean and the variance of the logits.
 
     These are the second and the third term of dL/dw in the module's docstring.
 
@@ -554,7 +556,7 @@ def _add_statistics_gradient(
         correction = mean_term + streaming.dot(centered, matrix)
         return streaming.update_block(corrected, start, streaming.slice_block(corrected, start, size) - correction)
 
-    # Without row shards the gradient is corrected in place. Otherwise the correction is computed separately, and then
+    # Without row shards, the gradient is corrected in place. With them, the correction is computed separately and then
     # redistributed to the columns.
     corrected = jnp.zeros((row_shard.num_rows, keys.width)) if axes.widths else dkeys
     corrected = streaming.stream(correct, corrected, num_rows=row_shard.num_rows, block_size=block_size)
@@ -577,7 +579,7 @@ def _moments(
     eps: float,
     block_size: int,
 ) -> _Moments:
-    """Returns the moments of the logits, computed in the cheapest way."""
+    """Returns the moments of the logits, computed in the cheaper of the two ways."""
     if statistics is None:
         mean_of_rows = mean_row(keys, q.dtype)
         if not covariance_is_cheaper(*q.shape, keys.num_width_shards):
@@ -598,7 +600,7 @@ def _merge_top(
     k: int, top: tuple[Float[Array, "T k"], Int[Array, "T k"]], scores: Float[Array, "T K"], ids: Int[Array, " K"]
 ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
     """Merges the k largest scores so far with those of a block; returns scores and words."""
-    # The block is reduced to its own k largest first: sorting T x K scores costs more than the merge.
+    # Reduce the block to its own k largest scores first, so that the merge handles 2 k columns instead of k + K.
     scores, indices = jax.lax.top_k(scores, min(k, scores.shape[1]))
     scores = jnp.concatenate([top[0], scores], axis=1)
     ids = jnp.concatenate([top[1], jnp.take(ids, indices)], axis=1)
@@ -613,7 +615,7 @@ def _all_gather_top(
     if not axis_names:
         return top
     scores, ids = top
-    # From row numbers of this device to word ids.
+    # Turn row numbers of this device into word ids.
     ids += jax.lax.axis_index(axis_names) * num_local_rows
     scores, ids = (jax.lax.all_gather(leaf, axis_names, axis=1, tiled=True) for leaf in (scores, ids))
     scores, indices = jax.lax.top_k(scores, k)

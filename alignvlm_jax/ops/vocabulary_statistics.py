@@ -2,15 +2,15 @@
 
 Axes: T queries, V vocabulary, D width of a row, K rows in a block.
 
-The obvious way needs all V logits before the first one can be normalized. With the mean row w̄ of the table and its
-covariance C = (W - w̄)ᵀ(W - w̄)/V, it does not:
+Computed directly, they require all V logits before the first one can be normalized. The mean row w̄ of the table and its
+covariance C = (W - w̄)ᵀ(W - w̄)/V give them without any logit:
 
     mean over v of q·w_v     = q·w̄
     variance over v of q·w_v = qᵀ C q
 
-C costs V D² multiplications, of which about half are computed here because C is symmetric. A second pass over the table
-costs V T D. Which of them is cheaper depends on T (`covariance_is_cheaper`). If the table is frozen, C is computed once
-and kept. Devices that share the columns of the table each compute C of some of its rows (`Table.to_row_shards`).
+C costs V D² multiplications, of which only about half are done, because C is symmetric. A second pass over the table
+costs V T D. T decides which of the two is cheaper (`covariance_is_cheaper`). For a frozen table, C is computed once and
+kept. Each of the devices that share the columns of the table sums C over some of its rows (`Table.to_row_shards`).
 """
 
 import flax.struct
@@ -27,9 +27,7 @@ _PANEL_WIDTH = 128
 
 @flax.struct.dataclass
 class VocabularyStatistics:
-    """Statistics of the rows of a table, in float32.
-
-    They are kept for a frozen table, to avoid computing them in every call.
+    """Statistics of the rows of a table, in float32. For a frozen table, keep them instead of recomputing them.
 
     Attributes:
       mean: w̄.
@@ -44,8 +42,8 @@ class VocabularyStatistics:
     ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "... D"]]:
         """Returns mean and variance of the logits of queries, and C q, in float32."""
         q = q.astype(jnp.float32)
-        # By default a TPU would round both factors to bfloat16. HIGH takes three passes, which is affordable: these are
-        # only T D² of about V T D multiplications.
+        # By default, a TPU would round both factors to bfloat16. HIGH takes three passes, which is affordable: this
+        # product is only T D² of about V T D multiplications.
         spread = jnp.dot(q, self.covariance, precision=jax.lax.Precision.HIGH)
         return q @ self.mean, jnp.maximum(jnp.sum(q * spread, axis=-1), 0.0), spread
 
@@ -60,7 +58,7 @@ def vocabulary_statistics(
 
     Args:
       keys: a row for each word.
-      dtype: dtype of the queries, to which the table is cast for the logits; None means that of the table.
+      dtype: dtype of the queries, to which the table is cast for the logits; None means the dtype of the table.
       mesh_axes: axes of the current mesh that split the table.
     """
     axes = streaming.resolve(mesh_axes, num_queries=1, num_rows=keys.shape[0], widths=keys.shape[1:])
@@ -79,20 +77,21 @@ def covariance_is_cheaper(num_queries: int, width: int, num_width_shards: int = 
 
     The covariance needs V D² / 2 (forward) + V D² (backward), shared by f devices, and a second pass V T D + V T D. The
     backward terms are those of `vocabulary_attention`: with the covariance, one product of the table with a D x D
-    matrix; without it, one more mixture of the values in the forward pass. If both are about equal, the covariance
-    takes less time, because its products involve no softmax.
+    matrix; without it, one more mixture of the values in the forward pass. At equal cost, the covariance takes less
+    time, because its products involve no softmax.
 
     Args:
       num_queries: T.
       width: D.
       num_width_shards: f, the number of devices that share the columns of the table.
     """
+    # 3/2 V D² / f <= 2 V T D, multiplied by 2 f / (V D).
     return 3 * width <= 4 * num_queries * num_width_shards
 
 
 def mean_row(keys: streaming.Table, dtype: DTypeLike) -> Float[Array, " D"]:
     """Returns w̄ over the rows of all devices, in float32."""
-    # Rounded to the dtype of the logits first: this must be the mean of the rows that the logits are products of.
+    # Rounded to the dtype of the logits first: it must be the mean of the rows as the logits use them.
     total = jnp.sum(keys.part.astype(dtype), axis=0, dtype=jnp.float32)
     total = streaming.all_reduce(total, keys.axes.vocabulary) / keys.num_global_rows
     return streaming.all_gather(total, keys.axes.widths, axis=0)
@@ -118,6 +117,7 @@ def centered_rows(
     """
     rows = row_shard.read_block(start, size, dtype).astype(jnp.float32) - mean
     if not isinstance(num_real, int):
+        # Row shards may end with padding, whose rows must not become -mean.
         rows = jnp.where((start + jnp.arange(size) < num_real)[:, None], rows, 0.0)
     # Centered before it is rounded again: a large mean would otherwise dominate the products.
     return rows.astype(dtype)
@@ -128,12 +128,18 @@ def centered_covariance(
 ) -> Float[Array, "D D"]:
     """Returns C in float32.
 
-    Only panels on and above the diagonal are computed, which takes 5/8 of the products with four panels:
+    Only the panels on and above the diagonal are computed. With four panels, these are 5/8 of all products:
 
-    panels of 4:  0 0 0 0
-                    1 1 1
-                      2 2
-                        3
+        panel   0 0 0 0
+                  1 1 1
+                    2 2
+                      3
+
+    Args:
+      keys: the table.
+      mean: w̄.
+      dtype: dtype of the products.
+      block_size: K.
     """
     width = keys.width
     # Narrow tables use a single panel: smaller matrix products would not be faster.
@@ -142,8 +148,8 @@ def centered_covariance(
     stops = [*starts[1:], width]
     row_shard, num_real = keys.to_row_shards(dtype)
 
-    # Panel i is the product of its own columns with all columns from its first one on.
     def step(start, size, sums):
+        # Panel i is the product of its own columns with all columns from its first one on.
         rows = centered_rows(row_shard, num_real, mean, start, size, dtype)
         return [
             total + streaming.dot(rows[:, first:stop].T, rows[:, first:])
@@ -165,7 +171,7 @@ def streamed_variance(
 
     def step(start, size, total):
         logits = streaming.dot(q, keys.read_block(start, size, q.dtype).T)
-        # The mean is known already, so no large terms cancel as in E[x²] - E[x]².
+        # The mean is known, so no large terms cancel as in E[x²] - E[x]².
         return total + jnp.sum((logits - mean_logit[:, None]) ** 2, axis=-1)
 
     zeros = jnp.zeros((q.shape[0],))

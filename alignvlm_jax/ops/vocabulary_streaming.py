@@ -1,13 +1,13 @@
-"""One pass over the rows of a vocabulary table, a block at a time, shared by ALIGN and the loss.
+"""Streams over the rows of a vocabulary table, one block at a time; used by ALIGN, the embedding and the loss.
 
 No array of all queries and all words (T x V) is ever held.
 
 Axes: T queries, V vocabulary, D width of a row, Dv value width, K rows in a block; t and f, number of devices over
 which the rows of a table and its width are split.
 
-A pass works like flash attention over keys: `stream` iterates over the blocks, and `RunningSoftmax` keeps the largest
-score so far and the sum of exponentials relative to it, by which the sums weighted by these exponentials are rescaled
-(Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682).
+A pass works like flash attention over keys. `stream` iterates over the blocks. `RunningSoftmax` keeps the largest score
+so far and the sum of exponentials relative to it; whenever the largest score rises, all sums weighted by these
+exponentials are rescaled (Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, arXiv 2112.05682).
 
 On a mesh, `shard` splits the vocabulary over some axes and the queries over others. Each device passes over its own
 rows only, and the results are summed over the axes that split the vocabulary. The width of the tables may be split over
@@ -34,20 +34,20 @@ Tree = TypeVar("Tree")
 LOWEST = -1e30
 """Initial maximum: below every score, and finite, so that the difference of two such maxima is 0 instead of NaN."""
 
-_BLOCK_ROWS = (256, 4096)  # Smallest and largest K of a pass with gradient.
-_BLOCK_ELEMENTS = 1 << 26  # Scores of a block, T x K: 256 MB in float32.
+_BLOCK_ROWS = (256, 4096)  # smallest and largest K of a pass with gradient
+_BLOCK_ELEMENTS = 1 << 26  # largest number of scores of a block, T x K: 256 MB in float32
 
 
 def default_block_size(num_queries: int, *, inference: bool = False) -> int:
     """Returns K: 4096 rows, or fewer if the scores of a block would exceed 256 MB in float32, but at least 256.
 
-    Every block reads and writes the sums of all queries, T x D. With 4096 rows a TPU is still compute-bound. On a CPU
+    Every block reads and writes the sums of all queries, T x D. With 4096 rows, a TPU is still compute-bound. On a CPU,
     the time hardly depends on K. The measurements are in docs/vocabulary.md.
 
     Args:
       num_queries: T.
-      inference: whether this is a forward pass without gradient, on an accelerator. Rows and bytes then double: a
-        forward pass alone does less arithmetic for each sum that it moves, and a v6e is compute-bound from 8192 rows.
+      inference: whether this is a forward pass without gradient on an accelerator. All limits then double: a forward
+        pass alone does less arithmetic for each sum that it moves, and a v6e is compute-bound from 8192 rows on.
     """
     smallest, largest = _BLOCK_ROWS
     factor = 2 if inference else 1
@@ -59,8 +59,8 @@ def default_block_size(num_queries: int, *, inference: bool = False) -> int:
 def stream(step: Callable[[Array | int, int, Carry], Carry], carry: Carry, *, num_rows: int, block_size: int) -> Carry:
     """Folds `carry = step(start, size, carry)` over blocks of rows: a loop over full blocks, then the smaller last one.
 
-    before: num_rows=10, block_size=4
-    after:  step(0, 4, .) and step(4, 4, .) in one loop, then step(8, 2, .) with a shape of its own: no padding rows
+    With num_rows=10 and block_size=4, for example, a loop runs step(0, 4, .) and step(4, 4, .). Then step(8, 2, .) is
+    traced with a shape of its own, so no rows need padding.
     """
     full, ragged = divmod(num_rows, block_size)
     if full == 1:
@@ -81,7 +81,7 @@ def slice_block(
 def update_block(
     rows: Float[Array, "V ..."], start: Array | int, block: Float[Array, "K ..."]
 ) -> Float[Array, "V ..."]:
-    """Returns the rows with one block replaced. Inside a loop, XLA updates them in place."""
+    """Returns the rows with one block replaced. Inside a loop, XLA does this in place."""
     return jax.lax.dynamic_update_slice_in_dim(rows, block.astype(rows.dtype), start, 0)
 
 
@@ -150,7 +150,7 @@ class RunningSoftmax:
 
     def probabilities(self, scores: Float[Array, "T K"]) -> Float[Array, "T K"]:
         """Returns the probabilities of a block, given its scores, after all blocks were added."""
-        # exp(score - log Z) would be less exact: log Z rounds like a large score.
+        # exp(score - log Z) would be less exact, because the rounding error of log Z grows with the scores.
         return jnp.exp(scores - self.maximum[:, None]) * (1 / self.total)[:, None]
 
 
@@ -216,7 +216,8 @@ def resolve(mesh_axes: VocabularyMesh, *, num_queries: int, num_rows: int, width
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    # Widths may only be split over axes that split the queries: their devices exchange blocks of the tables.
+    # A split width works only over axes that also split the queries: the gradient of a block is then a sum over the
+    # devices that share its columns, since each has other queries.
     queries, width_axes = keep(mesh_axes.queries, num_queries), keep(mesh_axes.widths, math.gcd(*widths))
     return VocabularyMesh(
         queries, keep(mesh_axes.vocabulary, num_rows), width_axes if set(width_axes) <= set(queries) else ()
@@ -234,7 +235,7 @@ def shard(function: Callable, axes: VocabularyMesh, in_specs, out_specs) -> Call
     """
     if not axes.queries and not axes.vocabulary:
         return function
-    # Replication is not checked: `function` writes out its sums over the vocabulary and over the queries itself.
+    # No check of replication: `function` contains its sums over the vocabulary and over the queries explicitly.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -255,7 +256,7 @@ def table_spec(axes: VocabularyMesh) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The part of a table on one device: some of its rows, and some of the columns of each.
+    """Part of a table on one device: some of its rows, and some of their columns.
 
     Attributes:
       part: the values on this device.
@@ -287,7 +288,7 @@ class Table:
 
     def read_block(self, start: Array | int, size: int, dtype: DTypeLike) -> Float[Array, "K D"]:
         """Returns a block of rows with all columns, cast to `dtype`."""
-        # Cast first, then gather: fewer bytes are sent.
+        # Cast before gathering, so that fewer bytes are sent.
         block = slice_block(self.part, start, size, dtype)
         return all_gather(block, self.axes.widths, axis=1)
 
@@ -295,8 +296,8 @@ class Table:
         """Redistributes the rows of this device over the devices that share their columns.
 
         Returns:
-          The rows that this device gets, with all columns, and how many of them are real. The last device may get
-          padding rows at the end.
+          The rows that this device gets, with all columns, and the number of rows that are not padding. The last
+          devices may get padding.
         """
         if not self.axes.widths:
             return self, self.num_rows
@@ -309,14 +310,14 @@ class Table:
         return Table(rows), jnp.clip(self.num_rows - num_before, 0, rows_per_device)
 
     def from_row_shards(self, rows: Float[Array, "share D"]) -> Float[Array, "V/t D/f"]:
-        """Inverts `to_row_shards`: turns the rows of each device into its columns."""
+        """Inverts `to_row_shards`: from some rows with all columns to all rows with this device's columns."""
         if not self.axes.widths:
             return rows
         columns = jax.lax.all_to_all(rows, self.axes.widths, split_axis=1, concat_axis=0, tiled=True)
         return columns[: self.num_rows]
 
     def local_columns(self, row: Float[Array, " D"]) -> Float[Array, " D/f"]:
-        """Returns the columns of a row that this device has of the table."""
+        """Returns the part of a row that belongs to this device's columns."""
         if not self.axes.widths:
             return row
         size = self.part.shape[1]
