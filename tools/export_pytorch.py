@@ -21,7 +21,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the workdir of a training run, or one of its step folders")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to create; it must not exist or be empty")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to create; must be empty or not exist yet")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -33,7 +33,7 @@ from alignvlm_jax.parallel import sharding
 
 # Settings that do not change the shape of a model: they may differ between the config and the folder.
 _FREE_FIELDS = ("dtype", "attention", "remat", "max_position_embeddings", "vocab_scale_init")
-# Tables that may have more rows than those of the folder.
+# Parameters that may have more rows than in the folder, for added tokens.
 _GROWING = ("embedding", "lm_head")
 
 
@@ -54,7 +54,7 @@ def assemble(
       language_folder: a Llama folder; None draws random weights.
       mesh: devices for the weights, sharded by `parallel/sharding.py`; None is the first device.
       dtype: dtype of the weights.
-      seed: seed of the connector and of other random weights.
+      seed: seed of the connector and of all other random weights.
 
     Raises:
       UserError: if the config and a folder do not fit, or a folder is damaged; lists all problems.
@@ -136,11 +136,11 @@ def _check_fits(name: str, config: AlignVLMConfig, backbone: huggingface.Backbon
     """Checks that a backbone has the shape given in the config, except for added tokens."""
     expected, actual = getattr(config, name), backbone.config
     if name == "language" and expected.vocab_size > actual.vocab_size:
-        words, connector = actual.vocab_size, config.connector
-        if isinstance(connector, AlignConfig) and (connector.vocab_size or expected.vocab_size) > words:
+        num_words, connector = actual.vocab_size, config.connector
+        if isinstance(connector, AlignConfig) and (connector.vocab_size or expected.vocab_size) > num_words:
             raise UserError(
-                f"config.model.connector.vocab_size: expected {words}, the vocabulary of {backbone.folder}: ALIGN must "
-                f"not use the rows added by config.model.language.vocab_size {expected.vocab_size}"
+                f"config.model.connector.vocab_size: expected {num_words}, the vocabulary of {backbone.folder}: ALIGN "
+                f"must not use the rows added by config.model.language.vocab_size {expected.vocab_size}"
             )
         actual = dataclasses.replace(actual, vocab_size=expected.vocab_size)
     check_same_model(f"config.model.{name}", expected, actual, backbone.folder)
@@ -153,7 +153,7 @@ def _draw(config: AlignVLMConfig, abstract: Params, part: str, rng: jax.Array) -
 
 
 def _compile(function, abstract: Params):
-    """Jits `function` to return the leaves of its output that are in `abstract`, with their dtypes and shardings."""
+    """Jits `function`, restricted to the outputs that `abstract` names, with its dtypes and shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def select(*arguments):

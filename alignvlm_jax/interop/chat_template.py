@@ -5,7 +5,8 @@ content of each message to be a string; ours is a list of images and texts. A pr
 list into a string with the image token in place of the image. The original template follows unchanged. The same file
 serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM.
 
-If a template writes today's date, the prelude fixes it, so that the same conversation always gives the same tokens.
+If a template writes today's date, another prelude replaces it by a fixed date, so that the same conversation always
+gives the same tokens.
 """
 
 import json
@@ -16,8 +17,8 @@ import jinja2
 from alignvlm_jax.data.chat import compile_template
 from alignvlm_jax.errors import UserError
 
-# The date that Llama 3.1's template writes by default. The macro shadows transformers' function of the same name. The
-# text of the preludes is part of exported files: imports recognize it, so it must not change.
+# The date that Llama 3.1's template writes by default. The macro shadows transformers' function of the same name.
+# Exported files contain the text of the preludes, and imports recognize them by it, so it must never change.
 _DATE = {
     **{"%-d": "26", "%d": "26", "%m": "07", "%Y": "2024", "%y": "24", "%B": "July", "%b": "Jul"},
     **{"%A": "Friday", "%a": "Fri", "%j": "208", "%H": "00", "%M": "00", "%S": "00"},
@@ -78,7 +79,7 @@ def adapt_to_images(template: str, names: Mapping[str, str], notes: list[str]) -
     wrapped = _PARTS_PRELUDE.replace("IMAGE_TOKEN", image_token) + template
     if not _accepts_parts(wrapped, names):
         raise UserError(
-            "the chat template renders neither the user's text nor the image where expected; pass another template "
+            "the chat template does not render the user's text and the image as expected; pass another template "
             "with --chat-template"
         )
     return wrapped
@@ -88,7 +89,7 @@ def _accepts_parts(template: str, names: Mapping[str, str]) -> bool:
     """Returns whether strings and lists of parts render the same text, and an image renders as the image token."""
     compiled = compile_template(template)
     image_token = names["image_token"]
-    # Misspelled, so that a template does not contain these words itself.
+    # Misspelled, so that they cannot be part of the template's own text.
     texts = {"system": "sistem", "user": "qwestion", "assistant": "annswer"}
 
     def render(*roles, in_parts=False, image=False):
@@ -105,6 +106,7 @@ def _accepts_parts(template: str, names: Mapping[str, str]) -> bool:
         except (jinja2.TemplateError, TypeError, ValueError):
             return None
 
+    # Each text must appear exactly once.
     plain = render("user", "assistant")
     if plain is None or any(plain.count(texts[role]) != 1 for role in ("user", "assistant")):
         return False

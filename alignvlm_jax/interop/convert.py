@@ -104,7 +104,7 @@ def match(
     leaves = {"/".join(path): leaf for path, leaf in flatten_dict(abstract).items()}
     if sorted(leaves) != sorted(row.path for row in rows):
         raise ValueError(f"table and parameters differ: {sorted(set(leaves) ^ {row.path for row in rows})}")
-    # Names of the table -> keys of the files.
+    # Map the keys of the table to those of the files.
     names: dict[str, str] = {}
     missing, wrong, duplicated = [], [], []
     for key in files.shapes:
@@ -114,6 +114,7 @@ def match(
         if name in names:
             duplicated.append(key)
         names[name] = key
+    # Find the tensors of each row, and check their shapes and dtypes.
     sources, used = [], set()
     for row in rows:
         leaf, stacked = leaves[row.path], "{layer}" in row.key
@@ -178,8 +179,8 @@ class _ShardReader:
                 copy_blockwise(self._tensor(key)[index[1:]], shard[layer])
             return shard
         tensor = self._tensor(self._parameter.keys[0])
-        # A grown table is longer than its tensor: the slice ends early, and the remaining rows are the mean of all
-        # rows.
+        # A grown table is longer than its tensor, so the slice ends early. Fill the remaining rows with the mean of
+        # all rows of the tensor, summed in float64 because there may be 100,000 of them.
         old = tensor[index]
         copy_blockwise(old, shard[: len(old)])
         if len(old) < len(shard):
@@ -196,9 +197,10 @@ def _can_grow(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _grouped(keys: Iterable[str]) -> list[str]:
-    """Returns keys with those that differ only in the layer merged: "model.layers.{0,1,5}.mlp.up_proj.weight"."""
+    """Merges keys that differ only in the number of the layer: "model.layers.{0,1,5}.mlp.up_proj.weight"."""
     groups: dict[str, list[str]] = {}
     for key in keys:
+        # \0 marks the place of the number in the pattern, because it cannot occur in a key.
         number = re.search(r"(?<=\.)\d+(?=\.)", key)
         pattern = f"{key[: number.start()]}\0{key[number.end() :]}" if number else key
         groups.setdefault(pattern, []).append(number.group() if number else "")
@@ -216,6 +218,7 @@ def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns an uninitialized array in memory that XLA can adopt."""
     size = int(np.prod(shape)) * dtype.itemsize
+    # Allocate a few bytes more, and begin at the first aligned address.
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
@@ -223,7 +226,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
     """Copies `source` to `target` and converts the dtype."""
-    # Copying a transposed matrix block by block takes a third of the time.
+    # Blocks of a transposed matrix fit into the processor's cache: copying takes a third of the time.
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return

@@ -16,7 +16,7 @@
     README.md                      the model card
 
 Weights are read from the checkpoint one layer at a time and written one file at a time, on the host. This needs neither
-torch nor an accelerator, and the memory stays below the size of one file (5 GB) plus one matrix.
+torch nor an accelerator, and the peak memory is the size of one file (5 GB) plus one matrix.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def export_alignvlm(
 
     Args:
       checkpoint: a workdir (its latest step is used), or one of its step folders.
-      out: output folder; it must not exist or be empty.
+      out: output folder; it must be empty or not exist yet.
       dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every weight.
       max_shard_bytes: maximum size of a file of weights; larger models are split.
 
@@ -158,7 +158,7 @@ class _Source:
       reader: reader of its weights.
       model: config of the model.
       tiling: settings for cutting pages into tiles.
-      dtype: dtype in the exported config; also that of the weights unless they keep the checkpoint's dtypes.
+      dtype: dtype in the exported config. The weights have it too, unless they keep the checkpoint's dtypes.
       image_token: placeholder of an image in the text.
       image_id: its id.
       special_ids: ids of the tokens that begin, end and pad a text.
@@ -186,6 +186,7 @@ class _Source:
         """Writes the tensors of `rows`, whose paths are relative to `prefix` in the checkpoint."""
         reader = self.reader
         dtypes = reader.dtypes
+        # A few parameters of connectors keep their own dtype; `stored_dtypes` knows which.
         if self._dtype:
             stored = stored_dtypes(unflatten_dict(dtypes, sep="/"), self._dtype)
             dtypes = {path: jnp.dtype(dtype) for path, dtype in flatten_dict(stored, sep="/").items()}

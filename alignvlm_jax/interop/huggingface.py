@@ -1,4 +1,4 @@
-"""Reads and writes SigLIP and Llama folders in Hugging Face layout: `config.json` and safetensors.
+"""Reads and writes SigLIP and Llama folders in the layout of Hugging Face: `config.json` and safetensors.
 
     config, params = load_vision_folder("siglip/")        # VisionConfig, parameters of models.vision.VisionEncoder
     config, params = load_language_folder("llama/")       # LanguageConfig, parameters of models.language.LanguageModel
@@ -38,6 +38,7 @@ Params = dict[str, Any]
 # Tensors that AlignVLM does not use: the pooling head, the text tower, and buffers that older versions stored.
 _SIGLIP_UNUSED = ("vision_model.head.", "vision_model.embeddings.position_ids", "text_model.", "logit_")
 _LLAMA_UNUSED = ("model.rotary_emb.",)
+# Number of rows of two tied tables that are compared at a time.
 _COMPARED_ROWS = 4096
 _ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
 
@@ -90,7 +91,7 @@ def open_vision(folder: str | Path) -> Backbone:
     folder = Path(folder)
     config = read_vision_config(folder)
     files = TensorFiles(folder)
-    # Up to transformers 5.0, SiglipVisionModel had its layers in an inner `vision_model`, as SiglipModel does.
+    # SiglipModel, and SiglipVisionModel up to transformers 5.0, keep the layers in an inner `vision_model`.
     prefixed = any(key.startswith("vision_model.") for key in files.shapes)
     rename = None if prefixed else "vision_model.{}".format
     return Backbone(folder, config, files, tables.SIGLIP, rename, _SIGLIP_UNUSED)
@@ -122,7 +123,7 @@ def _check_tied(files: TensorFiles) -> None:
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if head not in files.shapes or files.shapes[head] != files.shapes.get(table):
         return
-    # Compared in blocks, to bound the memory.
+    # Compare block by block: the comparison of whole tables would need memory for a mask of their size.
     rows = range(0, files.shapes[head][0], _COMPARED_ROWS)
     blocks = (slice(start, start + _COMPARED_ROWS) for start in rows)
     if not all(np.array_equal(files.read(head, block), files.read(table, block)) for block in blocks):

@@ -159,10 +159,12 @@ class _RawConfig:
         return nested
 
     def get(self, name: str, default: Any) -> Any:
+        """Returns a field, or `default` if it is missing or null."""
         value = self.fields.get(name)
         return default if value is None else value
 
     def number(self, name: str, default: float | None) -> float:
+        """Returns a positive number. Anything else is added to the problems, and 1 is returned to continue."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             self.problems.append(f"{name} is {value!r}, expected a positive number")
@@ -170,7 +172,7 @@ class _RawConfig:
         return float(value)
 
     def count(self, name: str, default: int | None) -> int:
-        """Returns a positive integer; a `default` of 0 stands for "not given"."""
+        """Returns a positive integer. Anything else is a problem, except a `default` of 0, which means "not given"."""
         value = self.get(name, default)
         if value == default and value is not None:
             return value
@@ -190,6 +192,7 @@ class _RawConfig:
         return self.count(name, default)
 
     def must_be(self, name: str, expected: Any, default: Any) -> None:
+        """Adds a problem if a field has another value than the only one that the models support."""
         value = self.get(name, default)
         if value != expected:
             self.problems.append(f"{name} is {value!r}, only {expected!r} is supported")

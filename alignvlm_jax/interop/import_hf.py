@@ -29,7 +29,7 @@ from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
-# Stages, tiles and bins of a model whose shape is not that of a shipped config.
+# Source of the stages, tiling and packing of a model whose shape is not that of a shipped config.
 _PAPER_CONFIG = "alignvlm_1b.py"
 # Positions reserved for text when the number of tiles is limited by the decoder's context.
 _TEXT_TOKENS = 256
@@ -55,7 +55,7 @@ def import_huggingface(
     Args:
       vision: a SigLIP folder, or "nano".
       language: a Llama folder with its tokenizer, or "nano".
-      out: workdir to create; it must not exist or be empty.
+      out: workdir to create; it must be empty or not exist yet.
       connector: name of the connector; None uses that of the config.
       dtype: dtype of the weights in the checkpoint.
       mesh: devices that hold the weights during the import; None is the first device.
@@ -89,11 +89,11 @@ def import_huggingface(
             log(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
             config = _paper_config(encoder, decoder, dtype)
         _check_shape(config, encoder, decoder)
-        model = _model(config.model, decoder.vocab_size, tokenizer.num_embeddings, connector)
+        model = _adapt_model(config.model, decoder.vocab_size, tokenizer.num_embeddings, connector)
         config = dataclasses.replace(
             config,
             model=model,
-            data=_data(config, model, max_tiles, log),
+            data=_adapt_data(config, model, max_tiles, log),
             backbones=backbones,
             init_from=None,
             tokenizer=None,
@@ -129,7 +129,7 @@ def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) ->
     config = load_config(_PAPER_CONFIG)
     encoder, decoder = dataclasses.replace(encoder, dtype=dtype), dataclasses.replace(decoder, dtype=dtype)
     tiling = dataclasses.replace(config.data.tiling, tile_size=encoder.image_size)
-    # Minimal bins; `_data` enlarges them to hold one page.
+    # Minimal bins; `_adapt_data` enlarges them to hold one page.
     packing = dataclasses.replace(config.data.packing, tokens_per_bin=1, tiles_per_bin=1)
     return dataclasses.replace(
         config,
@@ -138,24 +138,26 @@ def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) ->
     )
 
 
-def _model(base: AlignVLMConfig, words: int, rows: int, connector: str | None) -> AlignVLMConfig:
-    """Returns `base` with an embedding table of `rows` rows and the given connector; ALIGN uses the first `words`."""
+def _adapt_model(base: AlignVLMConfig, num_words: int, num_rows: int, connector: str | None) -> AlignVLMConfig:
+    """Returns `base` with this connector and `num_rows` embedding rows, of which ALIGN uses the first `num_words`."""
     kind = connector_named(connector).config if connector else type(base.connector)
     settings = base.connector if isinstance(base.connector, kind) else kind()
-    rows = max(rows, base.language.vocab_size)
-    if isinstance(settings, AlignConfig) and rows > words:
-        settings = dataclasses.replace(settings, vocab_size=min(settings.vocab_size or words, words))
-    language = dataclasses.replace(base.language, vocab_size=rows)
+    num_rows = max(num_rows, base.language.vocab_size)
+    # Added rows (the image token, padding of the table) are not words, so ALIGN must not mix them into its output.
+    if isinstance(settings, AlignConfig) and num_rows > num_words:
+        settings = dataclasses.replace(settings, vocab_size=min(settings.vocab_size or num_words, num_words))
+    language = dataclasses.replace(base.language, vocab_size=num_rows)
     return dataclasses.replace(base, connector=settings, language=language)
 
 
-def _data(
+def _adapt_data(
     config: ExperimentConfig, model: AlignVLMConfig, max_tiles: int | None, log: Callable[[str], None]
 ) -> DataConfig:
     """Returns the data config with as many tiles per page as fit the context, and bins that hold a page."""
     tiling, packing = config.data.tiling, config.data.packing
     grid, positions = token_grid(model), model.language.max_position_embeddings
     requested = dataclasses.replace(tiling, max_tiles=max_tiles or tiling.max_tiles)
+    # Reduce the number of tiles until the largest page and some text fit the decoder's context.
     tiling = requested
     while tiling.max_tiles > 1 and max_visual_tokens(tiling, grid) + _TEXT_TOKENS > positions:
         tiling = dataclasses.replace(tiling, max_tiles=tiling.max_tiles - 1)
@@ -171,7 +173,7 @@ def _data(
         )
     tiles = tiling.max_tiles_per_image
     tokens = max_visual_tokens(tiling, grid) + max(stage.max_text_tokens for stage in config.stages)
-    # A bin must hold the largest page with its text.
+    # A bin must hold the largest page with its text; enlarge bins that are too small.
     if packing.tiles_per_bin < tiles or packing.tokens_per_bin < tokens:
         tokens = -(-tokens // _BIN_MULTIPLE) * _BIN_MULTIPLE
         packing = dataclasses.replace(packing, tokens_per_bin=tokens, tiles_per_bin=tiles)

@@ -2,8 +2,8 @@
 
     import_alignvlm("alignvlm-nano", "runs/back")
 
-A folder written by `export_alignvlm` gives the same checkpoint again: bit-identical weights, config, progress and
-history.
+A folder written by `export_alignvlm` is imported without loss: weights (bit for bit), config, progress and history
+equal those of the exported checkpoint.
 
 Folders saved by `save_pretrained` after further training in PyTorch are read as well. They have no
 `alignvlm_training.json`: the model and the tiling come from `config.json` and `processor_config.json`, and the rest of
@@ -37,7 +37,7 @@ from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
 
-# Source of the training stages for folders without `alignvlm_training.json`: the paper's.
+# Folders without `alignvlm_training.json` get the training stages of this config, which are the paper's.
 DEFAULT_CONFIG = "alignvlm_1b.py"
 _FROM_PYTORCH = "saved by PyTorch"
 
@@ -54,7 +54,7 @@ def import_alignvlm(
 
     Args:
       folder: contains config.json, safetensors, processor_config.json and a tokenizer.
-      out: workdir to create; it must not exist or be empty.
+      out: workdir to create; it must be empty or not exist yet.
       dtype: dtype of the weights; None keeps that of each tensor in the folder.
       mesh: devices that hold the weights during the import; None is the first device.
       base: source of settings that a folder without `alignvlm_training.json` lacks, such as stages.
@@ -77,7 +77,7 @@ def import_alignvlm(
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMFolder:
-    """Content of a folder; the fields are documented in `write_checkpoint`."""
+    """Content of an AlignVLM folder; see `write_checkpoint` for the fields."""
 
     config: ExperimentConfig
     params: Params
@@ -129,18 +129,20 @@ def _read_run(
 ) -> tuple[ExperimentConfig, Progress, list[dict[str, Any]]]:
     """Returns the experiment that the weights belong to, its progress, and the history before it."""
     file = folder / TRAINING_FILE
+    # An exported folder records its own config, progress and history.
     if file.is_file():
         training = _read_json(file)
         try:
             raw, history = training["config"], list(training["history"])
             progress = Progress(**training["meta"]["progress"])
         except (KeyError, TypeError) as error:
-            raise UserError(f"{file}: differs from what was exported ({error}); remove it") from error
+            raise UserError(f"{file}: not a file that `export_alignvlm` wrote ({error}); remove it") from error
         if "transformers_version" in config_json:
             # save_pretrained has written to the exported folder, so the weights may have been trained further.
             history.append({"what": "trained", "progress": training["meta"]["progress"], "config": raw})
             history.append({"what": _FROM_PYTORCH, "transformers": config_json["transformers_version"]})
             progress = Progress()
+    # Any other folder gets those of `base`, without the backbones and the tokenizer that `base` started from.
     else:
         base = dataclasses.replace(
             base or load_config(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None
@@ -151,6 +153,7 @@ def _read_run(
             raw["model"][part] |= {"dtype": dtype, "remat": "none"}
         raw["model"]["language"]["head_dim"] = None
         progress, history = Progress(), [{"what": _FROM_PYTORCH, "folder": folder.resolve().name}]
+    # The folder's own files decide the model and the tiling in both cases.
     raw["model"] = _read_model(folder, config_json, raw["model"])
     raw["data"]["tiling"] = _read_tiling(folder, raw["data"]["tiling"] if file.is_file() else None)
     try:
@@ -168,7 +171,7 @@ def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) 
     model = {"connector": config_json["connector_config"], "newline": bool(config_json.get("newline", False))}
     for name, part in (("vision", read_vision_config(folder, "vision_config")), ("language", language)):
         model[name] = dataclasses.asdict(part) | {field: run[name][field] for field in ("dtype", "remat")}
-    # PyTorch's config always has head_dim. Ours omits it if it follows from the other fields.
+    # PyTorch's config always has head_dim. In ours it is None if it follows from the other fields.
     if run["language"].get("head_dim") is None and language.head_width * language.num_heads == language.hidden_size:
         model["language"]["head_dim"] = None
     return model
@@ -194,7 +197,7 @@ def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: i
     """Reads the tokenizer and checks that it fits the model.
 
     Raises:
-      UserError: if it does not.
+      UserError: if it does not fit the model.
     """
     if (folder / TRAINING_FILE).is_file():
         tokenizer = ChatTokenizer.from_folder(folder)
@@ -216,6 +219,7 @@ def _read_params(files: TensorFiles, config: AlignVLMConfig, dtype: str | None, 
     rows = tables.alignvlm(config)
     abstract = abstract_parameters(config, mesh=mesh, dtype=dtype or "float32")
     if dtype is None:
+        # All layers of a stacked parameter have one dtype, so layer 0 stands for all of them.
         stored = {row.path: files.dtypes.get(row.key.format(layer=0)) for row in rows}
         leaves = flatten_dict(abstract, sep="/")
         abstract = unflatten_dict(
@@ -226,8 +230,8 @@ def _read_params(files: TensorFiles, config: AlignVLMConfig, dtype: str | None, 
 
 
 def _kept_dtype(stored: np.dtype | None, default: np.dtype) -> np.dtype:
-    """Returns the dtype of a stored weight if we support it, or else `default`."""
-    # Other dtypes are converted or refused by `convert.py`.
+    """Returns the dtype of a stored weight if checkpoints support it, or else `default`."""
+    # `convert.py` converts other dtypes to the default, or refuses them.
     return stored if stored is not None and stored.name in DTYPES else default
 
 

@@ -153,6 +153,7 @@ def _training(reader: ParameterReader) -> str:
         )
     if reader.step:
         passages.append("Trained:\n\n" + _run(reader.config, reader.meta["progress"]))
+    # A pruned checkpoint has no steps either, but its history says that its weights were trained.
     elif getattr(reader.config.model.connector, "kept_words", None) is None:
         passages.append("Not trained any further: these are initial weights.")
     versions = ", ".join(f"{name} {version}" for name, version in reader.meta.get("versions", {}).items())
@@ -215,6 +216,6 @@ def _limits(config: ExperimentConfig, part: str) -> str:
             "- A conversation, including its visual tokens, has at most "
             f"{config.model.language.max_position_embeddings} positions.\n"
             "- The connector and the parts trained with it saw only the data named above.\n"
-            "- Answers can be wrong, and they come without a confidence. The checkpoint contains no evaluation results."
+            "- Answers can be wrong, and they have no confidence score. The checkpoint contains no evaluation results."
         )
     return "- This part was trained inside a vision-language model and has not been evaluated on its own."

@@ -1,8 +1,8 @@
 """Conversion tables of the backbones and of the whole model: the PyTorch tensor of each parameter, and its transform.
 
-`SIGLIP` and `llama` are the tables of the backbones in transformers' layout, and `alignvlm` is the table of a whole
+`SIGLIP` and `llama` are the tables of the backbones in transformers' layout, and `alignvlm` is the table of a complete
 exported folder. The connectors' tables are in `models/connectors/`. Tables hold only names and axes: `convert.py` reads
-by them and `export.py` writes by them.
+tensors with them, and `export.py` writes them.
 """
 
 import dataclasses
@@ -51,17 +51,17 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
 
 
 def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
-    """Returns the table of a whole exported folder."""
+    """Returns the table of a complete exported folder."""
 
     def under(path: str, rows: tuple[Row, ...], rename: Callable[[str], str]) -> list[Row]:
         return [dataclasses.replace(row, path=f"{path}/{row.path}", key=rename(row.key)) for row in rows]
 
     def language_key(key: str) -> str:
-        # The head is outside the inner model: only the decoder's keys move under `language_model`.
+        # The LM head is outside the inner model, so only the decoder's keys move under `language_model`.
         return key if key.startswith("lm_head.") else key.replace("model.", "model.language_model.", 1)
 
     connector = connector_spec(config.connector).weight_rows(config.connector, connector_shape(config))
-    # PyTorch keeps the newline beside the connector, as LLaVA-NeXT does; here it is one of the connector's weights.
+    # In PyTorch the newline is next to the connector, as in LLaVA-NeXT; in JAX it is one of the connector's weights.
     newline = [Row("connector/newline", "model.image_newline")] if config.newline else []
     return (
         *newline,

@@ -63,7 +63,7 @@ def write_parameters(
       title: title of the progress bar.
 
     Raises:
-      UserError: as `write_tensors`.
+      UserError: see `write_tensors`.
     """
     sources: dict[TensorSpec, tuple[Row, tuple[int, ...]]] = {}
     for row in rows:
@@ -103,6 +103,7 @@ def write_tensors(
       UserError: if there is not enough free disk space, a file cannot be written, or values exceed the range of
         float16.
     """
+    # `folder` is usually a scratch folder (`new_folder`), so messages name its parent, which the user knows.
     total = sum(spec.num_bytes for spec in specs)
     free = shutil.disk_usage(folder).free
     if total > free:
@@ -129,7 +130,7 @@ def write_tensors(
 
 
 def split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Splits tensors into groups of consecutive ones that fit into a file."""
+    """Splits tensors into groups of consecutive tensors, each of which fits into a file."""
     shards, size = [[]], 0
     for spec in specs:
         if shards[-1] and size + spec.num_bytes > max_shard_bytes:
@@ -143,7 +144,7 @@ def split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list
 def _contiguous(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     """Returns the array in the layout of the file: C order, in the dtype of the spec."""
     if array.shape != spec.shape:
-        raise ValueError(f"{spec.key} has shape {array.shape}, its spec says {spec.shape}")
+        raise ValueError(f"{spec.key} has shape {array.shape}, expected {spec.shape}")
     if array.dtype == spec.dtype and array.flags.c_contiguous:
         return array
     tensor = np.empty(spec.shape, spec.dtype)

@@ -1,4 +1,4 @@
-"""Imports a language model's tokenizer from its Hugging Face folder, and exports ours for transformers.
+"""Imports the tokenizer of a Hugging Face folder, and exports a checkpoint's tokenizer for transformers.
 
 Tokenizers of the Llama family support only text. `import_tokenizer` chooses one of the tokens as the image placeholder
 (or adds one), adapts the chat template to images (`chat_template.py`), records all tokens that end an answer, and drops
@@ -37,8 +37,8 @@ _NEW_IMAGE_TOKEN = "<image>"
 # A table that has to grow is padded to a multiple of this: its matrix product stays fast, and it can be sharded.
 _ROW_MULTIPLE = 64
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-# Our own key in an exported tokenizer_config.json. It stores the rule that was removed from tokenizer.json; the import
-# restores it.
+# A key of exported tokenizer_config.json files that only this project uses. It keeps the rule that the export removes
+# from tokenizer.json, so that the import can restore it.
 _RULE = "plain_text_post_processor"
 _LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
@@ -92,12 +92,12 @@ def import_tokenizer(
 def export_tokenizer(
     tokenizer_folder: str | os.PathLike, out_folder: str | os.PathLike, *, language_only: bool = False
 ) -> None:
-    """Writes one of our tokenizers for transformers 5.x: tokenizer.json, tokenizer_config.json and the chat template.
+    """Writes the tokenizer of a checkpoint for transformers 5.x: tokenizer.json, tokenizer_config.json, chat template.
 
     Args:
       tokenizer_folder: tokenizer folder of a checkpoint.
       out_folder: output folder; created if needed. Existing files of these three names are replaced.
-      language_only: write the tokenizer of a plain language model, which is used without our processor. The rule that
+      language_only: write the tokenizer of a plain language model, which is used without the processor. The rule that
         adds the begin-of-text token to plain text is then kept as it was in the imported folder.
     """
     tokenizer_folder, out_folder = pathlib.Path(tokenizer_folder), pathlib.Path(out_folder)
@@ -118,7 +118,7 @@ def export_tokenizer(
         **names,
         "pad_token": token_of[chat.pad_id],
         "extra_special_tokens": {"image_token": image_token},
-        # Padding on the left: prompts of different lengths end, and are continued, at the same position.
+        # Pad on the left, so that prompts of different lengths end, and are continued, at the same position.
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         **{key: config[key] for key in ("model_max_length", END_TOKENS) if key in config},
@@ -133,19 +133,19 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     notes = []
     vocabulary = files.vocabulary
     vocabulary["padding"] = vocabulary["truncation"] = None
-    # Folders that we exported carry the rule that the export removed.
+    # Folders written by `export_tokenizer` keep the rule that the export removed.
     if _RULE in files.config:
         vocabulary["post_processor"] = files.config[_RULE]
     _add_missing(vocabulary, files.config)
     names = _find_names(files, vocabulary, notes)
-    ends = _listed_ends(files, _token_ids(vocabulary), notes)
+    end_tokens = _find_end_tokens(files, _token_ids(vocabulary), notes)
     if template is None:
         template = _find_template(files, notes)
 
     # Choose the image token.
-    named = names.pop("image_token", None)
-    taken = {*names.values(), *ends}
-    image_token = image_token or named or _find_image_token(vocabulary, taken, template)
+    named_token = names.pop("image_token", None)
+    taken = {*names.values(), *end_tokens}
+    image_token = image_token or named_token or _find_image_token(vocabulary, taken, template)
     if image_token in taken:
         raise UserError(f"the image token {image_token!r} begins, ends or pads a text: choose another one")
     if not re.fullmatch(r"<.+>|\[.+\]", image_token):
@@ -155,7 +155,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         _make_special(vocabulary, token)
     for entry in vocabulary["added_tokens"]:
         if entry.get("special"):
-            # A normalized token would get sentencepiece's leading blank, and would only be found in some places.
+            # If it were normalized, a token would get SentencePiece's leading space and be found only in some places.
             entry["normalized"] = False
 
     config = {
@@ -167,16 +167,17 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     limit = files.config.get("model_max_length")
     if isinstance(limit, int) and limit < 2**31:  # transformers writes 10**30 if there is no limit.
         config["model_max_length"] = limit
-    if ends:
-        config[END_TOKENS] = ends
+    if end_tokens:
+        config[END_TOKENS] = end_tokens
     chat = ChatTokenizer(_dump(vocabulary), config, adapt_to_images(template, special_names(config), notes))
-    # The `tokenizers` library numbers added tokens consecutively and ignores the ids in the file.
-    moved = [
+    # The `tokenizers` library ignores the ids of added tokens in the file and numbers them consecutively. If the ids
+    # have gaps, tokens would silently move to other rows of the embedding table.
+    renumbered = [
         entry["content"] for entry in vocabulary["added_tokens"] if chat.token_to_id(entry["content"]) != entry["id"]
     ]
-    if moved:
+    if renumbered:
         raise UserError(
-            f"{TOKENIZER_FILE}: its ids have gaps, so that {', '.join(map(repr, moved))} cannot be added after them; "
+            f"{TOKENIZER_FILE}: its ids have gaps, so {', '.join(map(repr, renumbered))} cannot be appended; "
             "choose an image token that is in the vocabulary"
         )
     return ImportedTokenizer(chat, rows, tuple(notes))
@@ -264,7 +265,7 @@ def _make_special(vocabulary: dict[str, Any], token: str) -> None:
 
 
 def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """Adds tokens, and marks them as special, that only tokenizer_config.json lists; transformers does the same."""
+    """Adds the tokens and special flags that only tokenizer_config.json lists, as transformers does."""
     listed = config.get("added_tokens_decoder") or {}
     try:
         listed = [{"id": int(i), **_FLAGS, "special": False, **entry} for i, entry in listed.items()]
@@ -292,7 +293,7 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
     names = special_names(files.special_map) | special_names(files.config)
     ids = _token_ids(vocabulary)
     token_of = {token_id: token for token, token_id in ids.items()}
-    # Some folders give only the ids, in the files of the model.
+    # Some folders state only the ids, in the files of the model. eos_token_id may be a list; the first entry counts.
     for name in ("bos_token", "eos_token"):
         for config in (files.generation, files.model):
             token_id = config.get(f"{name}_id")
@@ -301,6 +302,7 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
                 names[name] = token_of[token_id]
     if "eos_token" not in names:
         raise UserError(f'{CONFIG_FILE} does not name the token that ends a text: add "eos_token"')
+    # Drop names whose token does not exist. A missing image token is added later.
     for name, token in list(names.items()):
         if token in ids or name == "image_token":
             continue
@@ -316,7 +318,7 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
 def _find_template(files: _Files, notes: list[str]) -> str:
     """Returns the folder's chat template, or the default one."""
     template = files.template if files.template is not None else files.config.get("chat_template")
-    # Several named templates: a list of {"name", "template"} in tokenizer_config.json.
+    # Several templates are a list of {"name", "template"} in tokenizer_config.json, or a map from names to templates.
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
     if isinstance(template, Mapping):
@@ -370,7 +372,7 @@ def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, n
         where = ", a spare row of the embedding table" if added else ", which is already in the vocabulary"
         notes.append(f"image token {image_token!r} has id {image_id}{where}")
         return num_embeddings
-    # Round up.
+    # Grow the table to the next multiple.
     rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     notes.append(
         f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows from "
@@ -379,11 +381,11 @@ def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, n
     return rows
 
 
-def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:
+def _find_end_tokens(files: _Files, ids: Mapping[str, int], notes: list[str]) -> list[str]:
     """Returns the tokens that end a text.
 
-    They are listed in generation_config.json or else in config.json, and in tokenizer_config.json of folders that we
-    exported; the latter come first.
+    They are listed in generation_config.json or else in config.json. Those in the tokenizer_config.json of a folder
+    written by `export_tokenizer` come first.
     """
     listed = files.generation.get("eos_token_id", files.model.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
@@ -391,8 +393,9 @@ def _listed_ends(files: _Files, ids: Mapping[str, int], notes: list[str]) -> lis
     unknown = [token_id for token_id in listed if token_id not in token_of]
     if unknown:
         notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which belong to no token: ignored")
-    ours = [token for token in files.config.get(END_TOKENS) or () if token in ids]
-    return list(dict.fromkeys([*ours, *(token_of[token_id] for token_id in listed if token_id in token_of)]))
+    exported = [token for token in files.config.get(END_TOKENS) or () if token in ids]
+    # dict.fromkeys drops repetitions and keeps the order.
+    return list(dict.fromkeys([*exported, *(token_of[token_id] for token_id in listed if token_id in token_of)]))
 
 
 def _without_added_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:

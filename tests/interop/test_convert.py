@@ -29,8 +29,8 @@ TENSORS = {
     **{f"layers.{i}.weight": RNG.normal(size=(4, 200)) for i in range(LAYERS)},
     **{f"layers.{i}.scale": RNG.normal(size=(4,)) for i in range(LAYERS)},
 }
-# Written out by hand from the docstrings of tables.py: Linear's [out, in] transposed, Conv2d's window flattened by
-# rows.
+# Written out by hand from the docstrings of models/weight_table.py: Linear's [out, in] transposed, Conv2d's window
+# flattened by rows.
 PARAMS = {
     "table": TENSORS["table"],
     "layers": {

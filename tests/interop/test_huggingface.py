@@ -50,7 +50,7 @@ def write_with_inner_vision_model(folder, **changes):
     return model
 
 
-def write_whole(folder, **changes):
+def write_complete(folder, **changes):
     """Writes a complete SigLIP with both towers."""
     text = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
@@ -60,9 +60,9 @@ def write_whole(folder, **changes):
     return model.vision_model
 
 
-def write_whole_with_defaults_omitted(folder, **changes):
+def write_complete_with_defaults_omitted(folder, **changes):
     """Writes a folder as on the Hub: the vision config omits transformers' defaults, and there are old buffers."""
-    model = write_whole(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
+    model = write_complete(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
     brief = dict(intermediate_size=40, num_hidden_layers=1, image_size=20, patch_size=6)
     edit_config(folder, vision_config={"model_type": "siglip_vision_model", **brief})
     ids = {"vision_model.embeddings.position_ids": torch.arange(9)[None]}
@@ -77,8 +77,8 @@ def write_whole_with_defaults_omitted(folder, **changes):
         (write_vision_alone, {"vision_use_head": False}),
         (write_with_inner_vision_model, {"image_size": 28, "patch_size": 14}),
         (write_with_inner_vision_model, {"image_size": 32, "patch_size": 16, "vision_use_head": False}),
-        (write_whole, {"num_attention_heads": 3}),
-        (write_whole_with_defaults_omitted, {"num_attention_heads": 12}),
+        (write_complete, {"num_attention_heads": 3}),
+        (write_complete_with_defaults_omitted, {"num_attention_heads": 12}),
     ],
 )
 def test_siglip_features_match_transformers(tmp_path, write, changes):
@@ -115,7 +115,7 @@ def test_missing_config_keys_have_transformers_defaults(tmp_path):
 
 
 def run_language(config, params, tokens):
-    """Returns our logits, computed without a cache."""
+    """Returns the logits of the JAX model, computed without a cache."""
 
     def run(module, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -109,7 +109,7 @@ def test_onto_a_mesh_and_in_another_dtype(checkpoint, folder, tmp_path):
 
 
 def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
-    """`save_pretrained` does not write our training file: the model and the tiling come from its own files."""
+    """`save_pretrained` does not write `alignvlm_training.json`: model and tiling come from the files it does write."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
     assert reader.config.data.tiling == tiny_config().data.tiling
     found, original = reader.config.model, tiny_config(tied=False).model
     assert found.connector == original.connector
-    # The folder gives the compute dtype; the original config left it to the device.
+    # The folder states the compute dtype; the original config left it to the device.
     assert found.vision == dataclasses.replace(original.vision, dtype="float32")
     assert found.language == dataclasses.replace(original.language, dtype="float32")
     assert [event["what"] for event in reader.history] == ["saved by PyTorch"]
@@ -143,7 +143,7 @@ def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
 
 
 def test_a_model_saved_over_the_export_does_not_count_as_our_run(edited, tmp_path):
-    """`save_pretrained` writes its version to config.json and does not change our training file."""
+    """`save_pretrained` writes its version to config.json and leaves `alignvlm_training.json` unchanged."""
     _edit_json(edited / "config.json", transformers_version="5.23.0")
     import_alignvlm(edited, tmp_path / "back")
     reader = ParameterReader(tmp_path / "back")
@@ -200,7 +200,7 @@ def test_parts_that_do_not_belong_together(edited, tmp_path):
     _refused(f"{shard.name} is missing", edited, tmp_path)
     (tmp_path / "shard").rename(shard)
     (edited / "alignvlm_training.json").write_text('{"config": {}}')
-    _refused("differs from what was exported.*remove it", edited, tmp_path)
+    _refused("not a file that `export_alignvlm` wrote.*remove it", edited, tmp_path)
     (edited / "alignvlm_training.json").unlink()
     (edited / "processor_config.json").write_text('{"image_processor": {"tile_size": 16}}')
     _refused("has no rule, max_tiles, thumbnail", edited, tmp_path)

@@ -38,9 +38,9 @@ def sample():
         time.sleep(0.02)
 
 threading.Thread(target=sample, daemon=True).start()
-started = time.monotonic()
+start_time = time.monotonic()
 {work}
-seconds = round(time.monotonic() - started)
+seconds = round(time.monotonic() - start_time)
 print(json.dumps({{"seconds": seconds, "base_gb": base / 1e9, "peak_over_base_gb": (peak - base) / 1e9}}))
 """
 
@@ -61,7 +61,7 @@ from alignvlm_jax.inference.generate import pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.models.alignvlm import AlignVLM
-from alignvlm_jax.training import checkpoint
+from alignvlm_jax.checkpoints.weights import restore_params
 from alignvlm_jax.checkpoints.workdir import read_run_config
 """,
     work="""
@@ -72,7 +72,7 @@ model = dataclasses.replace(
     vision=dataclasses.replace(config.model.vision, dtype="float32"),
     language=dataclasses.replace(config.model.language, dtype="float32"),
 )
-params = checkpoint.restore_params(source)
+params = restore_params(source)
 chat = ChatTokenizer.from_folder(source + "/tokenizer")
 (prompt,) = Reader(model, params, chat, config.data.tiling).prompts(open_image(page), ["What is the total?"])
 batch = pad_prompts([prompt], rows=1, tile_size=model.vision.image_size, pad_id=chat.pad_id)
@@ -146,11 +146,11 @@ def test_one_image_gives_the_same_logits_in_jax_and_in_pytorch(folders):
         run(IMPORT, folders / "vision", folders / "language", out, "bfloat16")
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
     PIL.Image.fromarray(pixels).resize((300, 380)).save(folders / "page.png")
-    started = time.monotonic()
+    start_time = time.monotonic()
     export = [sys.executable, "tools/export_pytorch.py", "--checkpoint", out, "--out", folders / "exported"]
     exported = subprocess.run(export, capture_output=True, text=True)
     assert exported.returncode == 0, exported.stderr[-3000:]
-    print(json.dumps({"what": "export bfloat16", "seconds": round(time.monotonic() - started)}))
+    print(json.dumps({"what": "export bfloat16", "seconds": round(time.monotonic() - start_time)}))
     for name, program, source in (("jax", RUN_JAX, out), ("torch", RUN_TORCH, folders / "exported")):
         figures = run(program, source, folders / "page.png", folders / f"{name}.npz")
         print(json.dumps({"what": f"one image, {name}, float32", **figures}))

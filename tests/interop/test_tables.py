@@ -56,7 +56,7 @@ def shapes_of(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_every_parameter_has_one_row_and_every_row_a_key_of_its_own(name, tied):
+def test_every_parameter_has_one_row_and_every_row_a_unique_key(name, tied):
     config = tiny(CONNECTORS[name], tied=tied)
     rows = tables.alignvlm(config)
     assert sorted(row.path for row in rows) == sorted(shapes_of(config))
@@ -65,7 +65,7 @@ def test_every_parameter_has_one_row_and_every_row_a_key_of_its_own(name, tied):
     assert all(key.startswith("model.") or key == "lm_head.weight" for key in keys)
 
 
-def test_the_keys_of_the_contract():
+def test_documented_keys():
     keys = {row.key for row in tables.alignvlm(tiny(AlignConfig(), tied=False))}
     assert keys >= {
         "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
@@ -81,7 +81,7 @@ def test_the_keys_of_the_contract():
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_transforms_undo_each_other_and_know_the_tensors_shape(name):
+def test_transforms_are_inverses_and_know_the_shape_of_the_tensor(name):
     config = tiny(CONNECTORS[name])
     shapes = shapes_of(config)
     for row in tables.alignvlm(config):
@@ -100,7 +100,7 @@ def test_transforms_undo_each_other_and_know_the_tensors_shape(name):
         (WINDOW_CONV, torch.nn.Conv2d(6, 6, kernel_size=(1, 3), bias=False), (2, 6, 1, 3)),
     ],
 )
-def test_a_tensor_of_torchs_layer_becomes_a_kernel_that_computes_the_same(transform, layer, inputs):
+def test_kernels_converted_from_torch_layers_compute_the_same(transform, layer, inputs):
     inputs = torch.randn(inputs, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = layer(inputs).numpy().reshape(inputs.shape[0], -1)

@@ -181,8 +181,8 @@ def test_the_nano_tokenizer_is_exported(tmp_path):
 
 def test_a_partial_answer_can_be_continued(style):
     """transformers' continue_final_message searches for the last text in the rendered conversation."""
-    begun = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
-    text = style.exported.apply_chat_template(begun, continue_final_message=True, tokenize=False)
+    partial = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
+    text = style.exported.apply_chat_template(partial, continue_final_message=True, tokenize=False)
     assert text.endswith("It is") and text.count(style.image_token) == 1
 
 
@@ -223,7 +223,7 @@ def test_special_tokens_with_flags(name, flag, tmp_path):
 
 
 def test_special_tokens_typed_by_users_stay_text(style):
-    """Ours always keeps them as text; transformers does so on request, but may split the surrounding text otherwise."""
+    """`ChatTokenizer` always does this; transformers on request, but it may split the text around them differently."""
     rng = random.Random(3)
     specials = [style.exported.eos_token, style.image_token, style.exported.bos_token]
     typed = 0
@@ -231,7 +231,7 @@ def test_special_tokens_typed_by_users_stay_text(style):
         messages = random_chat(rng, images=True, more=specials)
         mine = style.chat.encode(messages, [1] * count_images(messages)).tokens
         theirs = style.exported.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
-        # Sentencepiece's leading blank need not be in front of the same words.
+        # SentencePiece's leading space need not be in front of the same words.
         assert style.read(mine).replace(" ", "") == style.read(theirs).replace(" ", "")
         for token_id in style.exported.all_special_ids:
             assert (mine == token_id).sum() == theirs.count(token_id)
@@ -282,7 +282,7 @@ EXPECTED_ANSWERS = {
     "base": [" 12.50<|end_of_text|>", "  no \n<|end_of_text|>"],
     "smollm2": ["12.50<|im_end|>", " no \n<|im_end|>"],
     "tinyllama": ["12.50</s>", "no \n</s>"],
-    # The template trims the text and adds a blank on both sides; the decoder removes the first one.
+    # The template trims the text and adds a space on both sides; the decoder removes the first one.
     "llama2": ["12.50 </s>", "no </s>"],
     "llama2_new": ["12.50 </s>", "no </s>"],
 }
@@ -357,7 +357,7 @@ def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_pa
 
 
 def test_date_is_fixed(write):
-    """The date is fixed even if a template calls the function; transformers and ours render the same text."""
+    """The date is fixed even if a template calls the function; transformers and `ChatTokenizer` agree."""
     template = "{{ strftime_now('%A %-d %B %Y, %d.%m.%y') }}" + SMOLLM2_TEMPLATE
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": template}})
     imported = import_tokenizer(folder, num_embeddings=512)
@@ -466,7 +466,7 @@ def test_llama3_padding_token(write):
 
 
 def test_locations_of_the_template(write):
-    """A template file has precedence over the config, older file names are read, and "default" is chosen by name."""
+    """A template file takes precedence over the config, older file names are read, and "default" is chosen by name."""
     expected = import_tokenizer(write("smollm2"), num_embeddings=600).chat.encode_prompt([user("a", 1)], [2]).tokens
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": SMOLLM2_TEMPLATE}]
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": named}})
@@ -525,7 +525,7 @@ def test_ids_with_gaps(write):
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["model"]["vocab"]["unseen"] = num_ids(folder) + 10
     (folder / TOKENIZER_FILE).write_text(json.dumps(vocabulary))
-    with pytest.raises(UserError, match="gaps, so that '<image>' cannot be added"):
+    with pytest.raises(UserError, match="gaps, so '<image>' cannot be appended"):
         import_tokenizer(folder, num_embeddings=600)
     assert import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>").chat.image_id == 3
 
@@ -547,7 +547,7 @@ def test_wrong_folders(write, tmp_path):
     assert "where there is no image" in fails(folder, image_token="<repo_name>", chat_template=template)
     assert "line 1" in fails(folder, chat_template="{% if %}")
     assert "be located" in fails(folder, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert "neither" in fails(folder, chat_template="{{ messages[0].role }}")
+    assert "does not render the user's text and the image" in fails(folder, chat_template="{{ messages[0].role }}")
     assert "does not name the token that ends a text" in fails(
         write("smollm2", {CONFIG_FILE: {"eos_token": None}, "generation_config.json": {"eos_token_id": None}})
     )

@@ -115,7 +115,7 @@ def _byte_level(special: list[str], *, first: bool) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
-    """Returns BPE over words that begin with a visible blank, with bytes as a fallback."""
+    """Returns BPE over words that begin with a visible space, with bytes as a fallback."""
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(

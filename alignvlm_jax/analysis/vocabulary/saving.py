@@ -34,7 +34,7 @@ def save_pruned(
       checkpoint: as for `inference.reader.load`.
       usage: from `mean_distribution` of this checkpoint.
       k: number of words to keep.
-      out: output folder; must not exist or be empty.
+      out: output folder; must be empty or not exist yet.
       statistics: as for `inference.vocabulary.prune_vocabulary`.
     """
     folder = trained_model(checkpoint)

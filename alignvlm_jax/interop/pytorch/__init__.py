@@ -1,8 +1,8 @@
 """The PyTorch AlignVLM: the "remote code" files in an exported folder, which transformers loads.
 
 The files import only torch, transformers, numpy, PIL and each other, never this package: users of an exported folder do
-not have it installed. Tiling, joining of tiles and conversion to RGB are the files used in training, copied under
-another name. The shims in this folder give them the same name inside the package.
+not have it installed. For tiling, resampling and conversion to RGB, the files used in training are copied under
+another name. The shims in this folder make them available under that name inside the package, too.
 """
 
 REMOTE_CODE_FILES: dict[str, str] = {

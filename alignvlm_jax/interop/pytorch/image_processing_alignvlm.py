@@ -5,10 +5,10 @@ Axes: M tiles of all images, S tile side, T visual tokens of all images.
     pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the image
     num_tiles     int64 [images]: number of tiles of each image, in order
 
-Under the tiling rule anyres_max_9, the visual tokens are mixtures of features, or ends of rows:
+Under the tiling rule anyres_max_9, a visual token is a weighted sum of up to four features, or the end of a row:
 
     visual_sources     int64 [T, 4]: indices into the features of all M tiles; -1 is the end of a row
-    visual_weights     float32 [T, 4]: weights of these features
+    visual_weights     float32 [T, 4]: weights of the sources
     num_visual_tokens  int64 [images]: number of visual tokens of each image
 """
 
@@ -108,7 +108,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls):
-        """Opens images given by a path, a URL or base64 text; images in nested lists are opened in place."""
+        """Opens images given by a path, a URL or base64 text; keeps the structure of nested lists."""
         # Replaces transformers' loader, which renders transparent images on black and clips 16-bit values at 255.
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
@@ -161,7 +161,7 @@ def _to_pil(image) -> PIL.Image.Image:
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise ValueError(f"expected a PIL image or uint8 [H, W, 3], got {array.dtype} of shape {array.shape}")
-    # Channels first, as in torch.
+    # Move the channels of a [C, H, W] array to the end.
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     return PIL.Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[-1:] == (1,) else array))

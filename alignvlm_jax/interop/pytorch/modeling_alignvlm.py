@@ -10,8 +10,8 @@ This is attention over the vocabulary, with queries LN_D(W1 f), keys W2 and valu
 computed in blocks, and the complete T x V matrix never exists: see `_stream_words` for inference and
 `_checkpoint_queries` for training.
 
-Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T = M * N visual features, d encoder width,
-D decoder width, V vocabulary, v a block of the vocabulary, B rows, L positions.
+Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T features (or, where stated, visual tokens)
+of all tiles, d encoder width, D decoder width, V vocabulary, v a block of the vocabulary, B rows, L positions.
 
 Encoder and decoder are transformers' own layers, and their attention uses its interface (`attn_implementation=` eager,
 sdpa, flash_attention_2, ...). transformers loads this file with `trust_remote_code`. It needs only torch and
@@ -102,7 +102,7 @@ def expected_embedding(query: torch.Tensor, words: Words) -> torch.Tensor:
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query = query.to(torch.get_autocast_dtype(device))
-    # The functions below choose their dtypes themselves.
+    # The functions below choose the dtype of every operation themselves.
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled():
             return _checkpoint_queries(query, words)
@@ -117,7 +117,7 @@ def word_distribution(query: torch.Tensor, words: Words) -> torch.Tensor:
 
 
 def _checkpoint_queries(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """Differentiable form: processes blocks of T against all of V, and recomputes the logits in the backward pass."""
+    """Differentiable form: processes blocks of queries, and recomputes their logits in the backward pass."""
     everything = slice(0, words.size)
     keys, values = words.keys(everything).to(query), words.values(everything).to(query)
     scale, bias = words.norm(everything)
@@ -141,12 +141,13 @@ def _scores(query, keys, scale, bias, words) -> torch.Tensor:
     scale, bias = scale.to(logits.dtype), bias.to(logits.dtype)
     if words.moments is None:
         return F.layer_norm(logits, logits.shape[-1:], scale, bias, words.eps)
+    # A pruned model normalizes with the statistics of its original vocabulary.
     mean, variance = words.moments(query)
     return (logits - mean) * torch.rsqrt(variance + words.eps) * scale + bias
 
 
 def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
-    """Inference form: processes blocks of V, in a first pass for LN_V's statistics and a second for the expectation."""
+    """Inference form: streams blocks of words, in one pass for LN_V's statistics and another for the expectation."""
     # The statistics could also be computed from the mean row and the covariance of W2, without the first pass. But this
     # D x D matrix must either be recomputed in float32, which costs more than a pass in bfloat16, or stored, which
     # gives wrong results as soon as the weights are modified. Only a pruned model stores it, because its statistics
@@ -199,7 +200,7 @@ def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 class _Float32Product(torch.autograd.Function):
     """Float32 product of half-precision matrices at their full speed on a GPU.
 
-    `torch.mm` with `out_dtype` has no gradient, so it is defined here.
+    `torch.mm` with `out_dtype` does not define a gradient; this class does.
     """
 
     @staticmethod
@@ -377,6 +378,7 @@ class CAbstractorConnector(nn.Module):
         hidden = (features + self.position_embedding).unflatten(1, (grid, grid))
         for block in self.before:
             hidden = block(hidden)
+        # Pooling needs the channels first; the blocks have them last.
         hidden = F.adaptive_avg_pool2d(hidden.permute(0, 3, 1, 2), self.side).permute(0, 2, 3, 1)
         for block in self.after:
             hidden = block(hidden)
@@ -454,6 +456,7 @@ class PerceiverLayer(nn.Module):
         def heads(projected):
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        # Latents attend to the features and to each other.
         queries = self.latents_norm(latents)
         context = torch.cat([self.context_norm(context), queries], dim=1)
         attended = F.scaled_dot_product_attention(
@@ -532,7 +535,7 @@ class AlignVLMVisionTower(SiglipPreTrainedModel):
 
 
 class AlignVLMPreTrainedModel(PreTrainedModel):
-    """Base class that handles weight initialization, and declares the features that transformers may use."""
+    """Base class that initializes weights and declares the features of transformers that the model supports."""
 
     config: AlignVLMConfig
     config_class = AlignVLMConfig
@@ -639,7 +642,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
         Args:
             pixel_values: [M, 3, S, S] tiles from the image processor.
-            visual_sources: [T, 4] indices of the features that each visual token is a mixture of, from the image
+            visual_sources: [T, 4] indices of the features that make up each visual token, from the image
                 processor. Required if tiles are joined (tiling rule anyres_max_9).
             visual_weights: [T, 4] weights of these features.
             **kwargs: `return_dict`; other arguments are ignored.
@@ -649,7 +652,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             or [T, 1, D] if tiles are joined.
 
         Raises:
-            ValueError: If `visual_sources` are missing, or given to a model that does not join tiles.
+            ValueError: If `visual_sources` is missing, or passed to a model that does not join tiles.
         """
         if (visual_sources is None) == self.config.newline:
             raise ValueError(
@@ -725,7 +728,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 _check_counts(input_ids == self.config.image_token_id, num_visual=0)
         elif visual is not None:
             raise ValueError("`pixel_values` require `input_ids`, which mark the places of the visual tokens")
-        # With a cache, the mask covers earlier positions too; only those of the new tokens are kept.
+        # With a cache, the mask also covers earlier positions; keep only those of the new tokens.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(
@@ -880,11 +883,11 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     ) -> torch.Tensor:
         """Returns the sum of -log p(label) divided by the number of labels; 0 if there are none."""
         targets = labels[:, 1:].to(hidden.device)
-        labelled = targets != _IGNORED_LABEL
-        # Logits only at the labelled positions.
-        logits = self.lm_head(hidden[:, :-1][labelled]).float()
-        total = F.cross_entropy(logits, targets[labelled], reduction="sum")
-        count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        has_label = targets != _IGNORED_LABEL
+        # Compute logits only where there is a label: visual tokens and prompts have none.
+        logits = self.lm_head(hidden[:, :-1][has_label]).float()
+        total = F.cross_entropy(logits, targets[has_label], reduction="sum")
+        count = has_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
     def prepare_inputs_for_generation(
@@ -905,7 +908,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # Later steps find the visual tokens in the cache.
+        # In later steps, the visual tokens are in the cache.
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("pixel_values", None)
             for name in ("mm_encoder_outputs", "visual_sources", "visual_weights"):

@@ -40,7 +40,7 @@ from .tiling_alignvlm import cut_tiles  # noqa: F401
 
 # Inserted after the first character of text that looks like a special token, so that it is not parsed as one.
 _MARK = "\ue000"
-# Placed in front of a passage that is encoded on its own, so that it is not treated as the start of the text.
+# Prepended to a passage that is encoded separately, so that it is not treated as the start of the text.
 _BREAK = "\ue002\ue003\ue002"
 
 
@@ -97,7 +97,7 @@ class AlignVLMProcessor(ProcessorMixin):
             raise ValueError("this model supports text and images, but not videos or audio")
         if text is None and images is None:
             raise ValueError("nothing to process: pass `text`, `images` or both")
-        # Both options may come as a keyword or in `text_kwargs`.
+        # Both options may be passed as a keyword or in `text_kwargs`.
         return_types = kwargs.pop("return_mm_token_type_ids", False)
         return_offsets = kwargs.pop("return_text_replacement_offsets", False)
         merged = self._merge_kwargs(AlignVLMProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -106,7 +106,7 @@ class AlignVLMProcessor(ProcessorMixin):
         return_offsets = text_kwargs.pop("return_text_replacement_offsets", False) or return_offsets
         return_tensors = text_kwargs.pop("return_tensors", None)
 
-        # Number of visual tokens of each image.
+        # Cut the images into tiles; `counts` is the number of visual tokens of each image.
         data, counts = {}, []
         images = None if images is None else list(flatten_images(images))
         if images:
@@ -117,6 +117,7 @@ class AlignVLMProcessor(ProcessorMixin):
         if text is None:
             return BatchFeature(data, tensor_type=return_tensors)
 
+        # Write one image token per visual token, then tokenize.
         texts = [text] if isinstance(text, str) else list(text)
         texts, offsets = self._repeat_image_tokens(texts, counts)
         text_inputs = self._tokenize(texts, text_kwargs)
@@ -131,7 +132,7 @@ class AlignVLMProcessor(ProcessorMixin):
         return features
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """Same as in transformers, except that special tokens in a user's text stay text (with `tokenize=True`)."""
+        """Extends transformers' method: with `tokenize=True`, special tokens in a message's text stay text."""
         if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
             conversation = self._hide_special_tokens(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -146,6 +147,7 @@ class AlignVLMProcessor(ProcessorMixin):
         remaining = iter(counts)
         expanded, offsets = [], []
         for text in texts:
+            # `shift` is the difference between a position in the expanded text and in the original.
             pieces, spans, start, shift = [], [], 0, 0
             for match in re.finditer(re.escape(self.image_token), text):
                 replacement = self.image_token * next(remaining)
@@ -175,13 +177,14 @@ class AlignVLMProcessor(ProcessorMixin):
     def _tokenize_marked(self, text: str) -> list[int]:
         """Returns the ids of a text with marks: special tokens without a mark, and plain text between them."""
         ids, start = [], 0
-        special, later = self._special_tokens(), self._later_tokenizer()
+        special, continuation = self._special_tokens(), self._continuation_tokenizer()
         for match in [*special.finditer(text), None]:
             # The plain text up to the next special token, without its marks.
             plain = text[start : match.start() if match else None]
             plain = re.sub(f"(.){_MARK}", r"\1", plain, flags=re.DOTALL)
-            if start and plain and later and _BREAK not in plain:
-                ids += later.encode(_BREAK + plain, add_special_tokens=False).ids[1:]
+            # _BREAK takes the space that the tokenizer puts before a first word; its token is dropped.
+            if start and plain and continuation and _BREAK not in plain:
+                ids += continuation.encode(_BREAK + plain, add_special_tokens=False).ids[1:]
             else:
                 ids += self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
             if match:
@@ -189,23 +192,24 @@ class AlignVLMProcessor(ProcessorMixin):
                 start = match.end()
         return ids
 
-    def _later_tokenizer(self):
-        """Returns a tokenizer for passages after the first, or None if the usual one serves.
+    def _continuation_tokenizer(self):
+        """Returns a tokenizer for all passages but the first, or None if the normal one is suitable.
 
-        Sentencepiece-style tokenizers (`prepend_scheme` "first") put a blank in front of the first word of a text only.
+        Only SentencePiece-style tokenizers with `prepend_scheme` "first" need one: they put a space before the first
+        word of a text, which a later passage must not get.
         """
         pre_tokenizer = self.tokenizer.backend_tokenizer.pre_tokenizer
         if pre_tokenizer is None or b'"prepend_scheme":"first"' not in pre_tokenizer.__getstate__():
             return None
-        later = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        later.encode_special_tokens = True
-        later.no_padding()
-        later.no_truncation()
-        later.add_tokens([AddedToken(_BREAK, normalized=False)])
-        return later
+        tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.add_tokens([AddedToken(_BREAK, normalized=False)])
+        return tokenizer
 
     def _special_tokens(self) -> re.Pattern:
-        """Returns a pattern of all special tokens; longer ones have precedence."""
+        """Returns a pattern of all special tokens; longer tokens take precedence."""
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 

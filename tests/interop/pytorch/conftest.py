@@ -36,7 +36,7 @@ class Pair:
         )
 
     def prompts(self, *conversations: list[dict]):
-        """Returns the prompts that our own reader computes from conversations."""
+        """Returns the prompts that the JAX reader computes from conversations."""
         return [folders.make_prompt(self.config, self.chat, messages) for messages in conversations]
 
 

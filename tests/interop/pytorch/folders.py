@@ -131,7 +131,7 @@ def random_image(seed: int, width: int, height: int) -> PIL.Image.Image:
 
 
 def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict]) -> Prompt:
-    """Returns our own reader's prompt for a conversation whose image parts contain {"image": image}."""
+    """Returns the JAX reader's prompt for a conversation whose image parts contain {"image": image}."""
     per_image = list(tiles_of(messages))
     counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in per_image]
     encoded = chat.encode_prompt(messages, counts)

@@ -1,4 +1,4 @@
-"""Compares the exported processor with our own reader: same tiles and token ids, for all forms of images."""
+"""Compares the exported processor with the JAX reader: same tiles and token ids, for all forms of images."""
 
 import base64
 import io
