@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= args.stage <= len(experiment.stages):
             raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
         devices = topology_devices(args.topology, slices=args.slices)
-        print(
-            f"compiling for {len(devices)} devices of {args.topology}; takes minutes", file=sys.stderr, flush=True
-        )
+        print(f"compiling for {len(devices)} devices of {args.topology}; takes minutes", file=sys.stderr, flush=True)
         if args.decode:
             report = ahead_of_time.compile_decoding(experiment, devices, rows_per_device=args.rows_per_device)
             reports = list(report.values())

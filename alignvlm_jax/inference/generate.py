@@ -109,7 +109,7 @@ class Generator:
     def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
         """Returns a generator with the same weights and noise on the connector's input (`models/feature_noise.py`)."""
         noisy = copy.copy(self)
-        noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.of(sigma, seed)}}
+        noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.create(sigma, seed)}}
         return noisy
 
     def generate(

@@ -1,1 +1,1 @@
-"""The networks: Linen modules that neither read nor write files."""
+"""The networks, as Flax Linen modules. Nothing in this package reads or writes files."""

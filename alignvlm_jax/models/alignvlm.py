@@ -3,15 +3,16 @@
 Axes: B rows (bins), L positions, M tiles per bin, S tile side, N features per tile, N' visual tokens per tile,
 T = M * N' visual tokens per bin, d encoder width, D decoder width, V vocabulary.
 
-The model reads the packed batches of `data/packing.py`. It embeds the text of each row, runs the encoder over the tiles
-and the connector over their features, and puts visual token `visual_index[l]` at position l where that is not -1:
+The model reads the packed batches of `data/packing.py`. It embeds the text of each row, runs the encoder on the tiles
+and the connector on their features, and puts visual token `visual_index[l]` at position l unless that index is -1:
 
     tokens        <begin> <user> <image> <image> What  is ...
     visual_index       -1     -1       0       1   -1  -1
     input              E      E        v0      v1   E   E        E: text embedding, v: visual token
 
-Under the tiling rule anyres_max_9 a visual token is a mixture of up to four outputs of the connector, or the learned
-end of a row. The batch then holds the mixtures as `visual_sources` and `visual_weights` (`data/resampling.py`).
+Under the tiling rule anyres_max_9, a visual token is a mixture of up to four outputs of the connector, or the learned
+vector that ends a row. The batch then holds the mixtures as `visual_sources` and `visual_weights`
+(`data/resampling.py`).
 """
 
 import dataclasses
@@ -45,14 +46,14 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMConfig:
-    """Settings of the whole model.
+    """Settings of the model.
 
     Attributes:
       vision: settings of the encoder.
       connector: settings of the connector; their class selects the connector.
       language: settings of the decoder.
-      newline: whether a learned vector ends every row of visual tokens. True exactly under the tiling rule
-        anyres_max_9. The vector is one of the connector's weights.
+      newline: whether a learned vector ends every row of visual tokens. It must be True with the tiling rule
+        anyres_max_9, and False otherwise. The vector is one of the connector's weights.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -62,7 +63,7 @@ class AlignVLMConfig:
 
 
 def connector_shape(config: AlignVLMConfig) -> ConnectorShape:
-    """Returns the sizes of the model around its connector."""
+    """Returns the sizes of the model that its connector depends on."""
     return ConnectorShape(
         grid_size=config.vision.grid_size,
         source_width=config.vision.hidden_size,
@@ -72,7 +73,10 @@ def connector_shape(config: AlignVLMConfig) -> ConnectorShape:
 
 
 def token_grid(config: AlignVLMConfig) -> tuple[int, int]:
-    """Returns rows and columns of one tile's visual tokens, after the connector; one row if tokens have no places."""
+    """Returns rows and columns of one tile's visual tokens, after the connector.
+
+    Tokens without positions in their tile (`ConnectorSpec.is_spatial`) form one row.
+    """
     return connector_spec(config.connector).token_grid(config.connector, connector_shape(config))
 
 
@@ -87,8 +91,8 @@ class AlignVLMOutput:
 
     Attributes:
       logits: scores of the next token, float32.
-      effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the bins' real tiles;
-        NaN for connectors without such a distribution.
+      effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the tiles that are
+        not padding; NaN for connectors without such a distribution.
     """
 
     logits: Float[Array, "B L V"]
@@ -97,7 +101,7 @@ class AlignVLMOutput:
 
 @flax.struct.dataclass
 class AlignVLMLoss:
-    """Loss of the model, not yet divided by its weight.
+    """Loss of the model, not divided by its weight.
 
     Attributes:
       loss: sum over positions of weight * -log p(target), float32.
@@ -111,7 +115,7 @@ class AlignVLMLoss:
 
 
 class Newline(nn.Module):
-    """The vector that ends a row of visual tokens, initialized like LLaVA-NeXT's `image_newline`."""
+    """Learned vector that ends a row of visual tokens, initialized like LLaVA-NeXT's `image_newline`."""
 
     size: int
 
@@ -122,7 +126,7 @@ class Newline(nn.Module):
 
 
 class AlignVLM(nn.Module):
-    """The whole model. Its parameters have the top-level keys `PARTS`."""
+    """Encoder, connector and decoder. The parameters have the top-level keys `PARTS`."""
 
     config: AlignVLMConfig
 
@@ -134,7 +138,7 @@ class AlignVLM(nn.Module):
         self.connector = make_connector(config.connector, output_size=config.language.hidden_size, dtype=dtype)
         self.language = LanguageModel(config.language)
         if config.newline:
-            # The newline is stored with the connector's weights, so that a stage trains or freezes them together.
+            # Stored with the connector's weights, so that a stage trains or freezes them together.
             self.newline = Newline(config.language.hidden_size)
             nn.share_scope(self.newline, self.connector)
 
@@ -169,7 +173,7 @@ class AlignVLM(nn.Module):
     def encode_images(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"] | None]:
-        """Turns the tiles of each bin into its visual tokens, in order, with the entropy of each (or None)."""
+        """Returns the visual tokens of each bin, in the order of its tiles, and the entropy of each (or None)."""
         features = self.encode_features(tiles, tile_valid_hw)
         output = self.connector(features, self.language.embedding)
         # [B * M, N', D] -> [B, T, D]
@@ -181,9 +185,9 @@ class AlignVLM(nn.Module):
     def encode_features(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> Float[Array, "B*M N d"]:
-        """Returns the encoder's features of every tile, which the connector reads.
+        """Returns the encoder's features of every tile, which are the input of the connector.
 
-        If the variables contain noise (`models/feature_noise.py`), it is added to them.
+        Noise is added to them if the variables contain it (`models/feature_noise.py`).
         """
         pixels = normalize_tiles(tiles, tile_valid_hw)
         features = self.vision(pixels.reshape(-1, *pixels.shape[2:]))
@@ -207,7 +211,7 @@ class AlignVLM(nn.Module):
 
         Args:
           batch: as for `__call__`; `segment_ids` is 1 on the prompt and 0 on padding.
-          cache: from `empty_cache`, with room for the prompts and for what will be decoded.
+          cache: from `empty_cache`, with enough slots for the prompts and the answers.
 
         Returns:
           Scores of the token that follows each prompt, and the filled cache.
@@ -229,12 +233,15 @@ class AlignVLM(nn.Module):
     def decode_step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Appends one text token to every row and scores the next.
+        """Appends one text token to every row and scores the next one.
 
         Args:
-          tokens: the tokens decoded last.
+          tokens: the newest token of each row.
           positions: their positions, which differ between rows if the prompts' lengths do.
           cache: keys and values of everything before.
+
+        Returns:
+          Scores of the next token of each row, and the extended cache.
         """
         inputs = self.language.embed(tokens[:, None])
         segment_ids = jnp.ones_like(tokens[:, None])
@@ -265,9 +272,9 @@ def _effective_tokens(entropy, tile_valid_hw) -> Float[Array, ""]:
     if entropy is None:
         return jnp.float32(jnp.nan)
     # Tiles of height 0 are padding of the bin.
-    real = (tile_valid_hw[..., 0] > 0).astype(jnp.float32)
-    per_tile = jnp.mean(jnp.exp(entropy).reshape(*real.shape, -1), axis=-1)
-    return jnp.sum(per_tile * real) / jnp.maximum(jnp.sum(real), 1.0)
+    is_real = (tile_valid_hw[..., 0] > 0).astype(jnp.float32)
+    per_tile = jnp.mean(jnp.exp(entropy).reshape(*is_real.shape, -1), axis=-1)
+    return jnp.sum(per_tile * is_real) / jnp.maximum(jnp.sum(is_real), 1.0)
 
 
 def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, length: int | None = None) -> Batch:
@@ -295,7 +302,7 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
 def stored_dtypes(params: Params, dtype: str) -> Params:
     """Returns the dtype of each parameter if weights are stored as `dtype`.
 
-    Connectors name a few parameters that keep their own dtype (`ConnectorSpec.exact_dtypes`).
+    A few parameters of connectors keep their own dtype (`ConnectorSpec.exact_dtypes`).
     """
     exact = exact_dtypes()
 
@@ -314,7 +321,7 @@ def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
 
 
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
-    """Replaces the connector's parameters that follow from the LM head, such as ALIGN's W2. Call it before stage 1."""
+    """Sets the connector's parameters that start from the LM head, such as ALIGN's W2. Call it before stage 1."""
     spec = connector_spec(config.connector)
     if spec.seed is None:
         return params

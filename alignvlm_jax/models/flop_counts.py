@@ -1,8 +1,8 @@
-"""FLOP of matrix products in a training step, by which of their factors need a gradient.
+"""Counts the FLOP of matrix products in a training step, depending on which factors need a gradient.
 
 The backward pass of a product costs its forward FLOP once more for each factor that needs a gradient: for the weights
-if their part is trained, and for the input if anything trained comes before it. `training/flops.py` counts the encoder,
-the decoder and the loss with these functions, and each connector counts itself (`models/connectors/`).
+if their part is trained, and for the input if anything before it is trained. `training/flops.py` counts the encoder,
+the decoder and the loss with these functions; each connector counts its own FLOP (`models/connectors/`).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class TrainedParts:
         return self.vision or self.connector
 
     def first_product(self, forward: float) -> float:
-        """Returns the FLOP of a connector's product of its weights and the encoder's features.
+        """Returns the FLOP of a connector's first product, of its weights and the encoder's features.
 
         Args:
           forward: FLOP of the forward pass.
@@ -35,7 +35,7 @@ class TrainedParts:
         return product_flops(forward, weights=self.connector, inputs=self.vision)
 
     def later_product(self, forward: float) -> float:
-        """Returns the FLOP of a connector's product of its weights and what it computed before.
+        """Returns the FLOP of a later product of a connector, of its weights and its own activations.
 
         Args:
           forward: FLOP of the forward pass.

@@ -1,4 +1,4 @@
-"""Resolution of "auto" in a config: the arithmetic and the attention kernel that suit the device.
+"""Resolves "auto" in a config to the dtype and the attention kernel that suit the device.
 
     device                          dtype      attention
     TPU                             bfloat16   splash

@@ -1,9 +1,9 @@
-"""The Llama decoder, for packed training rows and for cached decoding.
+"""Llama decoder, for packed training rows and for cached decoding.
 
 Axes: B rows, L positions, K cache slots, D model width, V vocabulary, H query heads, G key-value heads, h head width.
 
-Follows transformers' `LlamaForCausalLM`: RMSNorm before each block, rotary positions in the "rotate half" layout,
-grouped-query attention, SwiGLU, and a language-model head that may be the embedding table.
+It follows transformers' `LlamaForCausalLM`: RMSNorm before attention and MLP, rotary positions in the "rotate half"
+layout, grouped-query attention, SwiGLU, and a language-model head that may share the embedding table.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class LanguageConfig:
       rms_norm_eps: epsilon of every RMSNorm.
       tie_word_embeddings: whether the language-model head is the embedding table.
       max_position_embeddings: number of positions that the decoder was trained for.
-      remat: what the backward pass computes again, as in `VisionConfig`.
+      remat: rematerialization in the backward pass, as in `VisionConfig`.
       dtype: dtype of the arithmetic, as in `VisionConfig`.
       attention: attention kernel, as in `VisionConfig`.
     """
@@ -71,7 +71,7 @@ class LanguageConfig:
 
     @property
     def head_width(self) -> int:
-        """h: `head_dim` if given, else the model width divided by the number of heads."""
+        """h: `head_dim` if given, otherwise the model width divided by the number of heads."""
         return self.head_dim or self.hidden_size // self.num_heads
 
 
@@ -79,12 +79,13 @@ class LanguageConfig:
 class KVCache:
     """Keys and values of the positions decoded so far.
 
-    All rows write the same slots, so that one update serves the batch. `filled` marks the slots that count for a row.
+    All rows write to the same slots, so that one update serves the batch. `filled` marks the slots that count for a
+    row.
 
     Attributes:
       keys: keys, one slice per layer.
       values: values, one slice per layer.
-      filled: whether a slot holds a real position of its row (padding slots stay False).
+      filled: whether a slot holds a real position of its row; False for padding and for free slots.
       index: the next slot to write.
     """
 
@@ -107,7 +108,7 @@ def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCa
 
 
 class LanguageModel(nn.Module):
-    """The decoder: from embeddings to hidden states, with `embed` before and `logits` or `loss` after."""
+    """Decoder, which maps embeddings to hidden states; `embed` comes before it, `logits` or `loss` after."""
 
     config: LanguageConfig
 
@@ -143,7 +144,7 @@ class LanguageModel(nn.Module):
           positions: rotary positions; they restart with each example of a packed row.
           segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example per row.
           cache: if given, the L new positions are appended to it and attend to all of it.
-          cache_is_empty: promises that the cache holds nothing. The new positions then attend only to each other, with
+          cache_is_empty: whether the cache is known to be empty. The new positions then attend only to each other, with
             the faster kernel of packed rows.
 
         Returns:
@@ -151,15 +152,17 @@ class LanguageModel(nn.Module):
         """
         cosines, sines = rotary_table(self.config, positions)
         context = _Context(cosines, sines, segment_ids)
+        # Training: packed rows without a cache.
         if cache is None:
             hidden, _ = self.layers(inputs, context, None)
             return self.final_norm(hidden), None
 
+        # Decoding: mark the new slots, and tell the layers where to write.
         length, num_slots = inputs.shape[1], cache.filled.shape[1]
         filled = jax.lax.dynamic_update_slice(cache.filled, segment_ids > 0, (0, cache.index))
         context = context.replace(index=cache.index)
         if not cache_is_empty:
-            # A query sees the filled slots of its row, up to its own.
+            # A query attends to the filled slots of its row, up to its own slot.
             query_slots = cache.index + jnp.arange(length)
             causal = jnp.arange(num_slots)[None, :] <= query_slots[:, None]
             context = context.replace(visible=filled[:, None, :] & causal[None])
@@ -173,10 +176,8 @@ class LanguageModel(nn.Module):
     def loss(
         self, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns the sum over positions of weight * -log p(target), and the sum of the weights; keeps no logits."""
-        return linear_cross_entropy(
-            hidden, self._head_table(), targets, weights, mesh_axes=layers.vocabulary_mesh()
-        )
+        """Returns the sum over positions of weight * -log p(target), and the sum of the weights."""
+        return linear_cross_entropy(hidden, self._head_table(), targets, weights, mesh_axes=layers.vocabulary_mesh())
 
     def _head_table(self) -> Float[Array, "V D"]:
         return self.embedding if self.config.tie_word_embeddings else self.head
@@ -190,7 +191,7 @@ class _Context:
       cosines: cosines of the rotary angles.
       sines: sines of the rotary angles.
       segment_ids: segment of each position; 0 is padding.
-      visible: cache slots that each query sees; None if the queries attend only to each other.
+      visible: cache slots that each query attends to; None if the queries attend only to each other.
       index: first cache slot to write; None without a cache.
     """
 
@@ -237,7 +238,7 @@ class DecoderAttention(nn.Module):
         key = rotate(project("key", config.num_kv_heads), context.cosines, context.sines)
         value = project("value", config.num_kv_heads)
         if cache is not None:
-            # The new keys and values must be in the cache before the queries read it.
+            # Before the attention, because queries also attend to the new positions.
             start = (0, context.index, 0, 0)
             cache = (
                 jax.lax.dynamic_update_slice(cache[0], key, start),
@@ -270,6 +271,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """Returns the output of the MLP."""
+
         def dense(features, axes, name):
             return layers.Dense(features, axes, use_bias=False, dtype=self.dtype, name=name)
 
@@ -281,7 +283,10 @@ class GatedMLP(nn.Module):
 def rotary_table(
     config: LanguageConfig, positions: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L 1 h"], Float[Array, "B L 1 h"]]:
-    """Returns cosines and sines of the rotary angles, float32, each frequency twice (for the two halves of a head)."""
+    """Returns the cosines and sines of the rotary angles in float32.
+
+    Each frequency occurs twice, once for each half of a head.
+    """
     half = config.head_width // 2
     frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:
@@ -300,9 +305,9 @@ def rotate(
 
 
 def _scale_frequencies(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
-    """Divides the low frequencies by `factor`, keeps the high ones and blends between (transformers' `llama3` rule)."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between (transformers' `llama3` rule)."""
     wavelengths = 2 * math.pi / frequencies
-    # Full turns within the context length that the model was first trained with.
+    # Number of full turns within the context length of the original training.
     turns = scaling.original_max_position_embeddings / wavelengths
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0.0, 1.0)

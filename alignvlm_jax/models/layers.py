@@ -1,6 +1,6 @@
 """Layers that the encoder, the connectors and the decoder share.
 
-Every parameter has logical axis names. `parallel/sharding.py` holds the one table that maps them to a mesh.
+Every parameter has logical axis names. The table in `parallel/sharding.py` maps them to a mesh.
 """
 
 from collections.abc import Callable
@@ -79,12 +79,12 @@ def constrain(inputs: Array, *axes: str | None) -> Array:
 
 
 def vocabulary_mesh() -> VocabularyMesh:
-    """Returns the mesh axes that shard bins, vocabulary and widths. Outside `sharding.logical_rules` there are none."""
+    """Returns the mesh axes that shard bins, vocabulary and widths; none outside of `sharding.logical_rules`."""
     return VocabularyMesh(*_mesh_axes("batch"), *_mesh_axes("vocab", "embed"))
 
 
 def attention_mesh() -> AttentionMesh:
-    """Returns the mesh axes that shard rows and heads. Outside `sharding.logical_rules` there are none."""
+    """Returns the mesh axes that shard rows and heads; none outside of `sharding.logical_rules`."""
     return AttentionMesh(*_mesh_axes("batch", "heads"))
 
 
@@ -95,7 +95,7 @@ def _mesh_axes(*names: str) -> list[tuple[str, ...]]:
 
 
 class Parameters(nn.Module):
-    """Parameters of a layer whose arithmetic is done elsewhere, declared as name=(init, axes, shape)."""
+    """Holder of the parameters of a layer that is computed elsewhere, declared as name=(init, axes, shape)."""
 
     @nn.compact
     def __call__(self, **declared: tuple[Callable, tuple[str | None, ...], tuple[int, ...]]) -> dict[str, Array]:
@@ -109,20 +109,18 @@ def remat_policy(name: str) -> Callable | None:
 
 
 def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
-    """Stacks `layer` `num_layers` times under one `nn.scan`.
-
-    Compile time then does not grow with depth.
+    """Stacks `layer` `num_layers` times under one `nn.scan`, so that compile time does not grow with depth.
 
     Args:
       layer: a module called as `layer(carry, *inputs) -> (carry, outputs)`.
       num_layers: depth; parameters get a leading axis "layers" of this size.
-      remat: what the backward pass computes again: "none", "dots" or "full".
-      in_axes: for each of the inputs after the carry, 0 (one slice per layer) or `nn.broadcast`.
+      remat: rematerialization in the backward pass: "none", "dots" (all but matrix products) or "full".
+      in_axes: for each input after the carry, 0 (one slice per layer) or `nn.broadcast`.
 
     Returns:
       A module class whose instances hold all layers.
     """
-    # Inside a scan the barriers of `prevent_cse` are not needed and only cost time (see `jax.checkpoint`).
+    # Inside a scan, the barriers of `prevent_cse` are not needed and only cost time (see `jax.checkpoint`).
     if remat != "none":
         layer = nn.remat(layer, policy=remat_policy(remat), prevent_cse=False)
     return nn.scan(

@@ -1,9 +1,10 @@
-"""The SigLIP vision transformer: from one tile to one feature per patch.
+"""SigLIP vision transformer, which maps a tile to one feature per patch.
 
 Axes: B tiles, S tile side in pixels, p patch side in pixels, N patches (features) per tile, d encoder width.
 
-Follows transformers' `SiglipVisionTransformer` without its pooling head: the features are `last_hidden_state`, after
-the final LayerNorm. The paper does not say which layer it reads. The Ovis recipe that it builds on reads this one.
+It follows transformers' `SiglipVisionTransformer` without the pooling head: the features are `last_hidden_state`, after
+the final LayerNorm. The paper does not state which layer its connector reads; the Ovis recipe that it builds on reads
+this one.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class VisionConfig:
       num_layers: number of transformer blocks.
       num_heads: attention heads of each block.
       layer_norm_eps: epsilon of every LayerNorm.
-      remat: what the backward pass computes again: "none", "dots" (all but matrix products) or "full".
+      remat: rematerialization in the backward pass: "none", "dots" (all but matrix products) or "full".
       dtype: dtype of the arithmetic; "auto" is bfloat16 on accelerators and float32 on CPUs (`models/hardware.py`).
       attention: attention kernel, one of `ops.attention.KERNELS`; "auto" is the fastest on the device.
     """
@@ -59,19 +60,19 @@ def normalize_tiles(tiles: UInt8[Array, "*b S S 3"], valid_hw: Int[Array, "*b 2"
     """Maps pixels to [-1, 1] as SigLIP does, and everything outside the image to exactly 0.
 
     Args:
-      tiles: pixels; the image is in the top left corner.
+      tiles: pixels, with the image in the top left corner.
       valid_hw: height and width of the image in each tile.
     """
-    # No pixel value maps to 0: 127.5 is not an integer. So padding differs from every color.
+    # No pixel value maps to 0, because 127.5 is not an integer. Padding therefore differs from every color.
     side = tiles.shape[-2]
     rows = jnp.arange(side) < valid_hw[..., 0:1]
     columns = jnp.arange(side) < valid_hw[..., 1:2]
-    inside = rows[..., :, None, None] & columns[..., None, :, None]
-    return jnp.where(inside, tiles.astype(jnp.float32) / 127.5 - 1.0, 0.0)
+    is_inside = rows[..., :, None, None] & columns[..., None, :, None]
+    return jnp.where(is_inside, tiles.astype(jnp.float32) / 127.5 - 1.0, 0.0)
 
 
 def extract_patches(tiles: Float[Array, "B S S 3"], patch_size: int) -> Float[Array, "B N p*p*3"]:
-    """Cuts tiles into flattened patches in raster order, dropping a remainder on the right and at the bottom."""
+    """Cuts tiles into flattened patches in raster order, and drops a remainder at the right and at the bottom."""
     batch, side = tiles.shape[:2]
     grid = side // patch_size
     tiles = tiles[:, : grid * patch_size, : grid * patch_size]
@@ -81,7 +82,7 @@ def extract_patches(tiles: Float[Array, "B S S 3"], patch_size: int) -> Float[Ar
 
 
 class VisionEncoder(nn.Module):
-    """The encoder. It expects tiles from `normalize_tiles`."""
+    """Vision encoder. It expects tiles from `normalize_tiles`."""
 
     config: VisionConfig
 

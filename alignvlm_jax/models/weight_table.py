@@ -1,9 +1,9 @@
-"""Rows of the conversion tables between our parameters and PyTorch's tensors.
+"""Rows of the tables that convert between the parameters of this package and PyTorch's tensors.
 
-A `Row` pairs the path of a parameter in our tree with the key of a tensor in PyTorch's state dict, and says how the
-axes differ. Tables are sequences of rows: each connector has its own (`models/connectors/`), and `interop/tables.py`
-holds those of the backbones and of the whole model. `interop/convert.py` reads by them, `interop/tensor_writer.py`
-writes by them.
+A `Row` pairs the path of a parameter with the key of a tensor in PyTorch's state dict, and holds the transform between
+their axes. A table is a sequence of rows. Each connector has its own (`models/connectors/`); `interop/tables.py` holds
+those of the backbones and of the complete model. `interop/convert.py` reads weights with these tables, and
+`interop/tensor_writer.py` writes weights with them.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Conversion between a tensor and a parameter, in both directions. Both return views where numpy can.
+    """Conversion between a tensor and a parameter. Both directions return views where NumPy can.
 
     Attributes:
-      to_jax: returns the parameter for a tensor.
-      to_torch: returns the tensor for a parameter.
-      torch_shape: returns the tensor's shape for a parameter's shape.
+      to_jax: converts a tensor to the parameter.
+      to_torch: converts a parameter to the tensor.
+      torch_shape: converts the shape of a parameter to that of the tensor.
     """
 
     to_jax: Callable[[np.ndarray], np.ndarray]
@@ -33,8 +33,8 @@ class Transform:
 def _conv(torch_shape: Callable[[Shape], Shape]) -> Transform:
     """Returns the transform of a convolution whose stride equals its kernel.
 
-    torch.nn.Conv2d holds [out, channel, row, column]. Our kernel multiplies flattened windows, in the order (row,
-    column, channel).
+    The weight of torch.nn.Conv2d is [out, channel, row, column]. Here, such a convolution is a matrix product with
+    flattened windows, so the kernel is [row * column * channel, out].
     """
 
     def to_torch(kernel: np.ndarray) -> np.ndarray:
@@ -58,13 +58,13 @@ def _window_shape(shape: Shape) -> Shape:
 
 
 SAME = Transform(lambda tensor: tensor, lambda array: array, lambda shape: shape)
-# torch.nn.Linear holds [out, in]; our Dense holds [in, out].
+# The weight of torch.nn.Linear is [out, in]; the kernel of `Dense` is [in, out].
 TRANSPOSED = Transform(lambda tensor: tensor.T, lambda array: array.T, lambda shape: shape[::-1])
-# Square patches of RGB.
+# Convolution of square RGB patches.
 CONV = _conv(_patch_shape)
-# Windows of one row, with as many channels out as in.
+# Convolution of windows within a row, with the same number of input and output channels.
 WINDOW_CONV = _conv(_window_shape)
-# A depthwise torch.nn.Conv2d holds [channel, 1, row, column]; ours is [row, column, channel].
+# The weight of a depthwise torch.nn.Conv2d is [channel, 1, row, column]; the kernel is [row, column, channel].
 DEPTHWISE = Transform(
     lambda tensor: tensor[:, 0].transpose(1, 2, 0),
     lambda array: array.transpose(2, 0, 1)[:, None],
@@ -78,8 +78,8 @@ class Row:
 
     Attributes:
       path: path of the parameter, such as "layers/attention/query/kernel".
-      key: key of the tensor. `{layer}` stands for the number of a layer, whose tensors are stacked on a leading axis of
-        the parameter, because layers run under `nn.scan`.
+      key: key of the tensor. `{layer}` stands for the number of a layer: the tensors of all layers are stacked along
+        the first axis of the parameter, because layers run under `nn.scan`.
       transform: conversion between the two.
     """
 
@@ -89,11 +89,11 @@ class Row:
 
 
 def linear_rows(path: str, key: str, *, bias: bool) -> list[Row]:
-    """Returns the rows of a torch.nn.Linear, which is our `Dense`."""
+    """Returns the rows that convert between a torch.nn.Linear and a `Dense`."""
     rows = [Row(f"{path}/kernel", f"{key}.weight", TRANSPOSED)]
     return rows + [Row(f"{path}/bias", f"{key}.bias")] if bias else rows
 
 
 def layer_norm_rows(path: str, key: str) -> list[Row]:
-    """Returns the rows of a torch.nn.LayerNorm."""
+    """Returns the rows that convert between a torch.nn.LayerNorm and a `LayerNorm`."""
     return [Row(f"{path}/scale", f"{key}.weight"), Row(f"{path}/bias", f"{key}.bias")]

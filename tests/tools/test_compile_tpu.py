@@ -61,9 +61,7 @@ def test_a_model_that_does_not_fit_is_reported_with_advice(tmp_path):
 
 def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
     file = tmp_path / "report.json"
-    done = compile_tpu(
-        "--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", "--json", str(file), *TWO_LAYERS
-    )
+    done = compile_tpu("--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", "--json", str(file), *TWO_LAYERS)
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     # 2.05 billion float32 weights of two layers and three tables of words, and twice that for Adam, over four chips.

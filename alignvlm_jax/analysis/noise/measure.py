@@ -163,7 +163,7 @@ def feature_distances(
         features = encode(model, variables, tiles, valid_hw)
         clean = connect(model, variables, features)
         for number, sigma in enumerate(sigmas):
-            noisy = connect(model, variables, FeatureNoise.of(sigma, seed).add_to(features, jnp.asarray(tiles)))
+            noisy = connect(model, variables, FeatureNoise.create(sigma, seed).add_to(features, jnp.asarray(tiles)))
             sums[number] += np.asarray(_cosine_distances(clean, noisy, origins))[:, is_real].sum((1, 2))
     by_sigma = [tuple(row) for row in (sums / num_tokens).tolist()]
     # Rounding can make the mean variance of constant features slightly negative.

@@ -1,10 +1,10 @@
-"""Connectors: from the encoder's features to the decoder's inputs, all with one signature.
+"""Connectors, which map the encoder's features to inputs of the decoder. All have the same signature.
 
     connector(features [B, N, d], text_embedding [V, D]) -> ConnectorOutput(tokens [B, N', D], entropy [B, N'] | None)
 
 B tiles, N features per tile, d encoder width, N' visual tokens per tile, D decoder width, V vocabulary.
 
-Each connector is one file, which ends in its `SPEC`; `registry.py` says what that holds and how to add a connector.
+Each connector is one file, which ends with its `SPEC`. `registry.py` documents the spec and how to add a connector.
 """
 
 import flax.linen as nn

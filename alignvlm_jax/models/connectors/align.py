@@ -1,4 +1,4 @@
-"""ALIGN: each visual feature becomes a distribution over the LLM's vocabulary, and then the expected text embedding.
+"""ALIGN: maps each visual feature to a distribution over the LLM's vocabulary, and that to its mean text embedding.
 
     P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
     F' = P · E_text                            a point in the convex hull of the text embeddings
@@ -7,22 +7,22 @@ Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabula
 Source: arXiv 2502.01341, section 3.
 Forward FLOP of a tile: N (2dD + 2DV + 2VD) for W1, the logits and the expected embedding.
 
-W2 starts as a copy of the LM head and is a separate parameter afterwards. E_text is the decoder's live embedding table,
-so gradients reach it through the connector too.
+W2 starts as a copy of the LM head and is a separate parameter afterwards. E_text is the decoder's own embedding table,
+so gradients reach it through the connector, too.
 
 This is attention with queries LN_D(W1 f), keys W2 and values E_text, and it is computed as such:
-`ops/vocabulary_attention.py` passes over the words in blocks and never holds P. For frozen weights the collection
-"vocabulary" may hold "statistics" (`inference/vocabulary.py` computes them), the mean and covariance of the rows of W2:
-LN_V's statistics then need not be computed at every call.
+`ops/vocabulary_attention.py` passes over the words in blocks and never holds P. For frozen weights, the collection
+"vocabulary" may hold "statistics", the mean and covariance of the rows of W2 (`inference/vocabulary.py` computes them).
+LN_V's statistics then need not be computed in every call.
 
 A model may be pruned to the words that it uses (`kept_words`, `inference/vocabulary.py`). W2 and LN_V's parameters then
-have k rows, and there are three more parameters, which are permanently frozen and keep their dtypes (`EXACT`):
+have k rows. Three more parameters are frozen permanently and keep their dtypes (`EXACT`):
 
     word_ids         [k]     the words that the rows belong to
     key_mean         [D]     mean of the rows that LN_V takes its statistics from
     key_covariance   [D, D]  covariance of these rows
 
-By default these rows are all rows before pruning, so that the logits of the kept words stay what they were.
+By default, these are all rows before pruning, so that pruning does not change the scores of the kept words.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ EXACT = {"word_ids": "int32", "key_mean": "float32", "key_covariance": "float32"
 
 
 class AlignConnector(nn.Module):
-    """The connector. `log_distribution` returns P itself, for analyses of small inputs."""
+    """ALIGN connector. `log_distribution` returns P itself, for analyses of small inputs."""
 
     config: AlignConfig
     output_size: int
@@ -83,9 +83,9 @@ class AlignConnector(nn.Module):
     def describe(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
     ) -> tuple[Float[Array, "B N D"], VocabularySummary]:
-        """Returns the visual tokens, and the entropy and `top_k` likeliest words of each P.
+        """Returns the visual tokens, and the entropy and the `top_k` most probable words of each P.
 
-        The words are ids of the embedding table, in a pruned model too.
+        The words are ids of the embedding table, also in a pruned model.
         """
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         tokens, summary = vocabulary_attention(
@@ -101,7 +101,7 @@ class AlignConnector(nn.Module):
             mesh_axes=layers.vocabulary_mesh(),
         )
         if top_k and self.config.kept_words is not None:
-            # From rows of the pruned W2 to ids of the embedding table.
+            # Turn rows of the pruned W2 into ids of the embedding table.
             summary = summary.replace(top_ids=self._parameter("word_ids")[summary.top_ids])
         return tokens, summary
 
@@ -132,7 +132,7 @@ class AlignConnector(nn.Module):
         return text_embedding[: self.config.vocab_size]
 
     def statistics(self) -> VocabularyStatistics | None:
-        """Returns the statistics of LN_V's rows, if they are known. Call `query_and_keys` first."""
+        """Returns the statistics of the rows of W2, or None if they are not known. Call `query_and_keys` first."""
         if self.config.kept_words is not None:
             return VocabularyStatistics(self._parameter("key_mean"), self._parameter("key_covariance"))
         return self.get_variable("vocabulary", "statistics")
@@ -180,7 +180,7 @@ def _token_grid(config: AlignConfig, shape: ConnectorShape) -> tuple[int, int]:
 
 
 def _flops(config: AlignConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
-    # The dense form over the full vocabulary is counted, even in a pruned model.
+    # Count the dense form over the full vocabulary, even for a pruned model.
     words, width = config.vocab_size or shape.vocab_size, shape.output_width
     # The values are the decoder's embeddings, so they are trained with the decoder and not with the connector.
     mixture = product_flops(2 * words * width, weights=trained.language, inputs=trained.before_decoder)

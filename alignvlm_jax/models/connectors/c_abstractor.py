@@ -36,8 +36,8 @@ class CAbstractorConfig(ConnectorConfig):
     """Settings of the C-Abstractor; the defaults are those of HoneyBee.
 
     Attributes:
-      num_tokens: visual tokens of a tile, S squared.
-      depth: number of blocks before the pooling; the same number follows after it.
+      num_tokens: number of visual tokens per tile, S squared.
+      depth: number of blocks before the pooling, and also of those after it.
       hidden_size: C.
     """
 
@@ -47,7 +47,7 @@ class CAbstractorConfig(ConnectorConfig):
 
 
 class CAbstractorConnector(nn.Module):
-    """Turns the N features of a tile into `num_tokens` tokens, which lie on a square grid like the features."""
+    """Maps the N features of a tile to `num_tokens` tokens, which form a square grid like the features."""
 
     config: CAbstractorConfig
     output_size: int
@@ -62,6 +62,7 @@ class CAbstractorConnector(nn.Module):
         position = layers.param(self, "position_embedding", init, ("position", "embed"), (num_features, width))
         grid = math.isqrt(num_features)
         hidden = (features + position.astype(features.dtype)).reshape(batch, grid, grid, width)
+        # Convolutions on the full grid, pooling, convolutions on the smaller grid.
         for index in range(config.depth):
             hidden = RegNetBlock(config.hidden_size, self.dtype, name=f"before_{index}")(hidden)
         hidden = adaptive_average_pool(hidden, math.isqrt(config.num_tokens))
@@ -82,7 +83,9 @@ class RegNetBlock(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "B g g c"]) -> Float[Array, "B g g C"]:
         """Returns the output of the block."""
+
         def conv(inputs, name, axes):
+            # A 1 x 1 convolution is a Dense layer on the channels.
             outputs = layers.Dense(self.features, axes, False, self.dtype, name=name)(inputs)
             return layers.LayerNorm(_EPS, name=f"{name}_norm")(outputs)
 
@@ -93,11 +96,13 @@ class RegNetBlock(nn.Module):
         )
         hidden = depthwise_3x3(hidden, kernel.astype(hidden.dtype))
         hidden = nn.silu(layers.LayerNorm(_EPS, name="depthwise_norm")(hidden))
+        # Squeeze and excitation: scale each channel by a gate that is computed from the mean over the grid.
         squeezed = layers.Dense(round(_SQUEEZE * width), ("mlp", "embed"), dtype=self.dtype, name="squeeze")(
             jnp.mean(hidden, axis=(1, 2))
         )
         excited = layers.Dense(self.features, ("embed", "mlp"), dtype=self.dtype, name="excite")(nn.silu(squeezed))
         hidden = conv(hidden * nn.sigmoid(excited)[:, None, None], "conv_out", ("mlp", "embed"))
+        # The residual connection needs a projection if the block changes the number of channels.
         shortcut = inputs if width == self.features else conv(inputs, "shortcut", ("embed", "mlp"))
         return nn.silu(hidden + shortcut)
 
@@ -105,14 +110,14 @@ class RegNetBlock(nn.Module):
 def depthwise_3x3(inputs: Float[Array, "B g g C"], kernel: Float[Array, "3 3 C"]) -> Float[Array, "B g g C"]:
     """Convolves each channel with its own 3 x 3 kernel; the grid is padded with zeros."""
     rows, columns = inputs.shape[1:3]
-    # XLA fuses nine shifted products into one pass. A grouped convolution of C groups is slow on CPUs.
+    # XLA fuses nine shifted products into one pass. A grouped convolution with C groups would be slow on CPUs.
     padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = (padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
     return sum(shifted)
 
 
 def adaptive_average_pool(inputs: Float[Array, "B g g C"], side: int) -> Float[Array, "B S S C"]:
-    """Averages windows as torch.nn.AdaptiveAvgPool2d does: if S does not divide g they overlap."""
+    """Averages windows as torch.nn.AdaptiveAvgPool2d does; they overlap if S does not divide g."""
     averages = jnp.asarray(_pooling_windows(inputs.shape[1], side), inputs.dtype)
     return jnp.einsum("sg,bghc,th->bstc", averages, inputs, averages)
 
@@ -136,9 +141,11 @@ def _token_grid(config: CAbstractorConfig, shape: ConnectorShape) -> tuple[int, 
 
 def _flops(config: CAbstractorConfig, shape: ConnectorShape, trained: TrainedParts) -> float:
     source, channels, width = shape.source_width, config.hidden_size, shape.output_width
-    # A place on the grid takes two products and nine shifts. Pooling and squeezing are too small to count.
+    # Per position of the grid, a block takes two 1 x 1 convolutions and nine shifted products. Pooling and squeezing
+    # are too small to count.
     block = 4 * channels**2 + 18 * channels
-    # The first block changes the width: `conv_in` does, and a convolution in the shortcut if the widths differ.
+    # In the first block, `conv_in` reads the encoder's width, and so does the shortcut's convolution if the widths
+    # differ.
     widen = 2 * source * channels * (1 if source == channels else 2)
     first_block = trained.first_product(widen) + trained.later_product(block - 2 * channels**2)
     before = shape.num_features * (first_block + trained.later_product((config.depth - 1) * block))

@@ -1,4 +1,4 @@
-"""The H-Reducer of DocOwl 1.5: merges `window` neighbours of a row into one token, since text runs along rows.
+"""H-Reducer of DocOwl 1.5: merges `window` neighboring features of a row into one token, since text runs along rows.
 
 Axes: B tiles, N features per tile (a square grid of side g), d encoder width, D decoder width, V vocabulary.
 Forward FLOP of a tile: N' (2wd² + 2dD), with windows of w features and N' visual tokens per tile.
@@ -23,7 +23,8 @@ class HReducerConfig(ConnectorConfig):
     """Settings of the H-Reducer.
 
     Attributes:
-      window: features of a row merged into one token; a row that it does not divide is padded with zeros (27 -> 28).
+      window: number of features of a row that are merged into one token. If it does not divide the row, the row is
+        padded with zeros (27 -> 28).
     """
 
     window: int = 4

@@ -1,4 +1,4 @@
-"""The MLP connector of LLaVA-1.5: Linear, GELU, Linear on each feature.
+"""MLP connector of LLaVA-1.5: Linear, GELU and Linear, applied to each feature.
 
 Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary.
 Forward FLOP of a tile: N (2dD + 2D²).
@@ -31,7 +31,7 @@ class MLPConnector(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         """Returns the visual tokens of tiles."""
-        # An MLP may map a feature anywhere, not only among the text embeddings as ALIGN does.
+        # Unlike ALIGN's, the outputs of an MLP are not confined to the convex hull of the text embeddings.
         del text_embedding
         hidden = layers.Dense(self.output_size, ("embed", "mlp"), dtype=self.dtype, name="linear_in")(features)
         hidden = nn.gelu(hidden, approximate=False)

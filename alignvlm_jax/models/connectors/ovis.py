@@ -1,4 +1,4 @@
-"""The Ovis connector: a distribution over visual words of its own, and their expected embedding.
+"""Ovis connector: maps each feature to a distribution over learned visual words, and that to their mean embedding.
 
     z = softmax(LayerNorm(Linear(d, K) f)),   token = z · table,   table in R^(K x D) learned from scratch
 
@@ -33,7 +33,7 @@ class OvisConfig(ConnectorConfig):
 
 
 class OvisConnector(nn.Module):
-    """Connector computed like ALIGN, but over visual words of its own instead of the decoder's vocabulary."""
+    """Ovis connector, computed like ALIGN but over a table of visual words instead of the decoder's vocabulary."""
 
     config: OvisConfig
     output_size: int

@@ -1,9 +1,9 @@
-"""The Perceiver resampler of Idefics2: a fixed number of learned latents attends to the features.
+"""Perceiver resampler of Idefics2: a fixed number of learned latents attends to the features.
 
 Axes: B tiles, N features per tile, R latents, d encoder width, I width of the gated MLP in front, D decoder width, V
 vocabulary, H query heads, G key-value heads, h head width.
 
-Follows transformers' `Idefics2Connector`: a gated MLP d -> D, then `depth` layers in which the latents attend to the
+It follows transformers' `Idefics2Connector`: a gated MLP d -> D, then `depth` layers in which the latents attend to the
 features and to themselves, each with RMSNorm and a gated MLP, and a final RMSNorm.
 
 Forward FLOP of a tile: N · 2 (2dI + ID) + depth · (2 (2RDHh + 2(N+R)DGh + 12RD²) + 4R (N+R) Hh).
@@ -29,8 +29,8 @@ class PerceiverConfig(ConnectorConfig):
     """Settings of the Perceiver resampler; the defaults are those of Idefics2.
 
     Attributes:
-      num_latents: R, visual tokens per tile.
-      depth: layers.
+      num_latents: R, the number of visual tokens per tile.
+      depth: number of layers.
       num_heads: H.
       num_kv_heads: G.
       head_dim: h.
@@ -48,7 +48,7 @@ class PerceiverConfig(ConnectorConfig):
 
 
 class PerceiverConnector(nn.Module):
-    """Turns the N features of a tile into `num_latents` tokens."""
+    """Maps the N features of a tile to `num_latents` tokens."""
 
     config: PerceiverConfig
     output_size: int
@@ -89,6 +89,7 @@ class PerceiverLayer(nn.Module):
             dense = layers.Dense(num_heads * config.head_dim, ("embed", "heads"), False, self.dtype, name=name)
             return dense(inputs).reshape(*inputs.shape[:2], num_heads, config.head_dim)
 
+        # The features are the slots of a cache in which every latent sees everything.
         visible = jnp.ones((1, 1, context.shape[1]), bool)
         attended = cached_attention(
             project(queries, "query", config.num_heads),
@@ -103,7 +104,7 @@ class PerceiverLayer(nn.Module):
 
 
 def _token_grid(config: PerceiverConfig, shape: ConnectorShape) -> tuple[int, int]:
-    # Latents have no places in their tile: they form one row.
+    # Latents have no positions in their tile, so they form one row.
     return 1, config.num_latents
 
 

@@ -1,4 +1,4 @@
-"""The registry of connectors: all that the rest of the package knows of a connector is its `ConnectorSpec`.
+"""Registry of connectors. The rest of the package knows a connector only by its `ConnectorSpec`.
 
 To add a connector, write a file with its settings, its module and its spec, and register the spec:
 
@@ -10,8 +10,8 @@ To add a connector, write a file with its settings, its module and its spec, and
 
     register(ConnectorSpec(name="mean", title="Mean", config=MeanConfig, module=MeanConnector, ...))
 
-A config then names it (`model.connector=mean`), and it trains, is saved and restored, is counted and converted like the
-others. `tests/models/connectors/test_new_connector.py` does exactly that.
+A config then selects it (`model.connector=mean`). Training, checkpoints, FLOP counts and conversion work as for the
+other connectors. `tests/models/connectors/test_new_connector.py` shows a complete example.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from alignvlm_jax.models.weight_table import Row
 
 
 class ConnectorConfig:
-    """Base class of the connectors' settings, which are frozen dataclasses."""
+    """Base class of the connectors' settings. Subclasses are frozen dataclasses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorShape:
-    """Sizes of the model around a connector.
+    """Sizes of the model that a connector depends on.
 
     Attributes:
-      grid_size: features in a row of a tile, and rows of a tile.
+      grid_size: number of features along one side of a tile.
       source_width: d, the width of the encoder.
       output_width: D, the width of the decoder.
-      vocab_size: V, rows of the decoder's embedding table.
+      vocab_size: V, the number of rows of the decoder's embedding table.
     """
 
     grid_size: int
@@ -48,18 +48,20 @@ class ConnectorShape:
 
     @property
     def num_features(self) -> int:
-        """N, the features of a tile."""
+        """N, the number of features of a tile."""
         return self.grid_size**2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConnectorSpec:
-    """Everything about one connector. Functions are called with its config and the `ConnectorShape` around it.
+    """Everything that the package knows about one connector.
+
+    The functions are called with the connector's config and the `ConnectorShape` of the model.
 
     Attributes:
       name: name in configs, such as "h_reducer".
       title: name in reports, such as "H-Reducer".
-      description: what it does, for the model card: a noun phrase.
+      description: noun phrase that describes the connector in a model card.
       config: dataclass of its settings.
       module: the Flax module, called as `module(config, output_size=D, dtype=dtype)`.
       token_grid: returns rows and columns of the visual tokens of one tile.
@@ -67,11 +69,11 @@ class ConnectorSpec:
       weight_rows: returns the table of its weights, with paths and keys relative to the connector.
       is_spatial: whether each visual token has a position in its tile. The tiling rule anyres_max_9, which joins tiles
         at their edges, requires it.
-      check: raises a `UserError` if the settings do not fit; None accepts all.
+      check: raises a `UserError` if the settings do not fit the shape; None accepts all settings.
       seeded: names of the parameters that `seed` returns.
-      seed: returns parameters that follow from the language-model head [V, D] instead of from a random draw.
-      exact_dtypes: parameters that keep their dtype whatever the dtype of the weights is, with that dtype.
-      removed_settings: settings of earlier versions, with the one value that old configs may still hold.
+      seed: returns the parameters that start from the language-model head [V, D] instead of random values.
+      exact_dtypes: dtype of each parameter that is not stored in the dtype of the other weights.
+      removed_settings: settings of earlier versions, each with the only value that old configs may still hold.
     """
 
     name: str
@@ -94,10 +96,10 @@ _SPECS: dict[str, ConnectorSpec] = {}
 
 
 def register(spec: ConnectorSpec) -> None:
-    """Makes a connector known under its name.
+    """Registers a connector under its name.
 
     Raises:
-      ValueError: if the name or the config class is taken.
+      ValueError: if the name or the config class is registered already.
     """
     for other in _SPECS.values():
         if other.name == spec.name or other.config is spec.config:
@@ -116,7 +118,7 @@ def connector_names() -> tuple[str, ...]:
 
 
 def connector_named(name: str) -> ConnectorSpec:
-    """Returns the connector of a name.
+    """Returns the connector that is registered under a name.
 
     Raises:
       UserError: if there is none.
@@ -141,5 +143,5 @@ def connector_spec(config: ConnectorConfig) -> ConnectorSpec:
 
 
 def exact_dtypes() -> dict[str, str]:
-    """Returns the parameters of all connectors that keep their own dtype, with that dtype."""
+    """Returns the `exact_dtypes` of all connectors together."""
     return {name: dtype for spec in _SPECS.values() for name, dtype in spec.exact_dtypes.items()}
