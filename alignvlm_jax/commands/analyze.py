@@ -1,6 +1,8 @@
 """`alignvlm analyze`: noise, vocabulary, geometry and names."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from alignvlm_jax.commands.arguments import Commands, add_views, non_negative, number_list, positive, size_list
 
@@ -172,68 +174,41 @@ def add(commands: Commands) -> None:
     add_views(names)
 
 
+def _run(args: argparse.Namespace, run: Callable[..., Any], *names: str, **options: Any) -> None:
+    """Runs an analysis with the named arguments of the command line, and with further options."""
+    run(args.checkpoint, args.data, args.out, **{name: getattr(args, name) for name in names}, **options)
+
+
 def _analyze_noise(args: argparse.Namespace) -> None:
     from alignvlm_jax.analysis.noise.corruptions import parse_corruptions
     from alignvlm_jax.analysis.noise.measure import SIGMAS
     from alignvlm_jax.analysis.noise.run import run
 
-    run(
-        args.checkpoint,
-        args.data,
-        args.out,
-        split=args.split,
-        limit=args.limit,
+    _run(
+        args,
+        run,
+        "split",
+        "limit",
+        "seed",
+        "batch_size",
         sigmas=args.sigmas or SIGMAS,
         corruptions=parse_corruptions(args.corruptions),
-        seed=args.seed,
-        batch_size=args.batch_size,
     )
 
 
 def _analyze_vocabulary(args: argparse.Namespace) -> None:
     from alignvlm_jax.analysis.vocabulary.run import run
 
-    run(
-        args.checkpoint,
-        args.data,
-        args.out,
-        split=args.split,
-        usage_split=args.usage_split,
-        pages=args.pages,
-        sizes=args.sizes,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        prune=args.prune,
-        save=args.save,
-        statistics=args.statistics,
-    )
+    _run(args, run, "split", "usage_split", "pages", "sizes", "limit", "batch_size", "prune", "save", "statistics")
 
 
 def _analyze_geometry(args: argparse.Namespace) -> None:
     from alignvlm_jax.analysis.geometry.run import run
 
-    run(
-        args.checkpoint,
-        args.data,
-        args.out,
-        split=args.split,
-        pages=args.pages,
-        tokens=args.tokens,
-        hull_tokens=args.hull_tokens,
-        seed=args.seed,
-    )
+    _run(args, run, "split", "pages", "tokens", "hull_tokens", "seed")
 
 
 def _analyze_names(args: argparse.Namespace) -> None:
     from alignvlm_jax.analysis.rare_names.run import run
 
-    run(
-        args.checkpoint,
-        args.data,
-        args.out,
-        split=args.split,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        views=args.views,
-        seed=args.seed,
-    )
+    _run(args, run, "split", "limit", "batch_size", "views", "seed")

@@ -90,37 +90,24 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax.evaluation.benchmarks.table import find_benchmarks
     from alignvlm_jax.parallel.mesh import parse_mesh
 
-    mesh = parse_mesh(args.mesh) if args.mesh else None
     if args.benchmark is not None:
         find_benchmarks(args.benchmark)
         if not args.data:
             raise UserError("--benchmark needs --data, the folder with the benchmark's files")
         if args.control != "none":
             raise UserError("--control cannot be used with --benchmark; it is for documents only")
-        with distributed_run(args):
-            evaluate_benchmarks(
-                args.checkpoint,
-                args.benchmark,
-                data=args.data,
-                split=args.split,
-                limit=args.limit,
-                batch_size=args.batch_size,
-                views=args.views,
-                json_file=args.json,
-                predictions_file=args.predictions,
-                mesh=mesh,
-            )
-        return
+    options = dict(
+        data=args.data,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        views=args.views,
+        json_file=args.json,
+        predictions_file=args.predictions,
+        mesh=parse_mesh(args.mesh) if args.mesh else None,
+    )
     with distributed_run(args):
-        runner.evaluate_checkpoint(
-            args.checkpoint,
-            data=args.data,
-            split=args.split or "heldout",
-            control=args.control,
-            limit=args.limit,
-            batch_size=args.batch_size,
-            views=args.views,
-            json_file=args.json,
-            predictions_file=args.predictions,
-            mesh=mesh,
-        )
+        if args.benchmark is not None:
+            evaluate_benchmarks(args.checkpoint, args.benchmark, split=args.split, **options)
+        else:
+            split = args.split or "heldout"
+            runner.evaluate_checkpoint(args.checkpoint, split=split, control=args.control, **options)

@@ -9,23 +9,12 @@ import pytest
 from alignvlm_jax.inference.generate import Generator, Prompt, greedy_decode, pad_prompts
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig
-from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.models.vision import VisionConfig
+from tests.tiny_models import tiny_language, tiny_vision
 
 CONFIG = AlignVLMConfig(
-    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2),
+    vision=tiny_vision(),
     connector=AlignConfig(vocab_scale_init=8.0),
-    language=LanguageConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        rope_theta=1e4,
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-    ),
+    language=tiny_language(48, rope_theta=1e4, tie_word_embeddings=True, max_position_embeddings=512),
 )
 END, PAD = 1, 0
 

@@ -20,9 +20,8 @@ from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
-from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.models.vision import VisionConfig
 from tests.data.nano_tokenizer import write_chat_folder
+from tests.tiny_models import tiny_language, tiny_vision
 from tests.training.batches import stage
 
 QUESTION = "What is the total?"
@@ -33,19 +32,9 @@ MAX_NEW = 6
 def reader(tmp_path_factory) -> Reader:
     tokenizer = ChatTokenizer.from_folder(write_chat_folder(tmp_path_factory.mktemp("tokenizer")))
     config = AlignVLMConfig(
-        vision=VisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
-        ),
+        vision=tiny_vision(),
         connector=AlignConfig(vocab_scale_init=8.0),
-        language=LanguageConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_layers=1,
-            num_heads=4,
-            num_kv_heads=2,
-            max_position_embeddings=128,
-        ),
+        language=tiny_language(tokenizer.vocab_size, num_layers=1, max_position_embeddings=128),
     )
     params = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(config, rng)))(jax.random.key(0))
     tiling = TilingConfig(tile_size=16, max_tiles=4, thumbnail=False)

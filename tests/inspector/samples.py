@@ -16,9 +16,8 @@ from alignvlm_jax.inspector.inspection import Answer
 from alignvlm_jax.inspector.words import PatchWords
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
-from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.models.vision import VisionConfig
 from tests.data.nano_tokenizer import write_chat_folder
+from tests.tiny_models import tiny_language, tiny_vision
 
 QUESTION = "What is the total?"
 
@@ -31,19 +30,9 @@ def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
     side = 32 if rule == "anyres_max_9" else 16
     tokenizer = ChatTokenizer.from_folder(write_chat_folder(folder))
     config = AlignVLMConfig(
-        vision=VisionConfig(
-            image_size=side, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
-        ),
+        vision=tiny_vision(side),
         connector=AlignConfig(vocab_scale_init=8.0),
-        language=LanguageConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            max_position_embeddings=256,
-        ),
+        language=tiny_language(tokenizer.vocab_size, max_position_embeddings=256),
         newline=rule == "anyres_max_9",
     )
 

@@ -19,10 +19,9 @@ from alignvlm_jax.models.connectors import (
     OvisConfig,
     PerceiverConfig,
 )
-from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.layers import Dense
-from alignvlm_jax.models.vision import VisionConfig
 from alignvlm_jax.models.weight_table import CONV, TRANSPOSED, WINDOW_CONV
+from tests.tiny_models import tiny_language, tiny_vision
 
 CONNECTORS = {
     "align": AlignConfig(),
@@ -36,16 +35,8 @@ CONNECTORS = {
 
 
 def tiny(connector, *, tied: bool = True) -> AlignVLMConfig:
-    vision = VisionConfig(image_size=20, patch_size=5, hidden_size=12, intermediate_size=20, num_layers=2, num_heads=2)
-    language = LanguageConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        tie_word_embeddings=tied,
-    )
+    vision = tiny_vision(20, patch_size=5, hidden_size=12, intermediate_size=20, num_layers=2)
+    language = tiny_language(48, hidden_size=16, intermediate_size=24, num_layers=3, tie_word_embeddings=tied)
     return AlignVLMConfig(vision, connector, language)
 
 

@@ -10,21 +10,13 @@ from alignvlm_jax.config.optimizer import OptimizerConfig
 from alignvlm_jax.config.stages import LearningRates, MixturePart, StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig
-from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.models.vision import VisionConfig
+from tests.tiny_models import tiny_language, tiny_vision
 
 MODEL = AlignVLMConfig(
-    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
+    vision=tiny_vision(num_layers=2),
     connector=AlignConfig(),
-    language=LanguageConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        rope_theta=10000.0,
-        max_position_embeddings=128,
+    language=tiny_language(
+        48, hidden_size=16, intermediate_size=32, num_heads=2, rope_theta=10000.0, max_position_embeddings=128
     ),
 )
 LENGTH = 40

@@ -30,9 +30,8 @@ from alignvlm_jax.models.connectors import (
     OvisConfig,
     PerceiverConfig,
 )
-from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.models.vision import VisionConfig
 from tests.data.nano_tokenizer import write_chat_folder
+from tests.tiny_models import tiny_language, tiny_vision
 
 TILING = TilingConfig(tile_size=20, max_tiles=4)
 CONNECTORS = {
@@ -48,17 +47,12 @@ CONNECTORS = {
 def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
     """Returns a config with 3 x 3 patches per tile (two pixels remain) and an embedding table of 352 rows."""
     return AlignVLMConfig(
-        vision=VisionConfig(
-            image_size=20, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=2
-        ),
+        vision=tiny_vision(20, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=2),
         connector=CONNECTORS[connector],
-        language=LanguageConfig(
-            vocab_size=352,
-            hidden_size=32,
+        language=tiny_language(
+            352,
             intermediate_size=48,
             num_layers=3,
-            num_heads=4,
-            num_kv_heads=2,
             head_dim=8,
             rope_theta=1e4,
             tie_word_embeddings=tied,
