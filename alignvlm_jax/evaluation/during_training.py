@@ -19,13 +19,12 @@ from alignvlm_jax.training.initial import load_tokenizer
 
 
 def during_training(config: ExperimentConfig) -> Callable[[Params, Mesh], dict[str, float]] | None:
-    """Returns a function from weights and their mesh to scores: the share of exact matches.
+    """Returns a function that scores weights on their mesh by exact match, or None if the config requests no scores.
 
-    The result is None if `config.evaluation` requests no evaluation. With several processes, all of them have to call
-    the function.
+    With several processes, all of them have to call the function.
 
     Raises:
-      UserError: if the data set does not exist. This is before training begins.
+      UserError: if the data set does not exist. The error is raised here, before training begins.
     """
     settings = config.evaluation
     if settings.every_steps is None:

@@ -7,7 +7,7 @@ meaningful for few questions and for scores near 0 or 1: for 0 right of 20 it is
 import dataclasses
 import math
 
-_Z = 1.959964  # 95 % of a normal distribution are within this number of standard deviations.
+_Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations of its mean.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tally:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % score interval."""
         if not self.total:
-            return 0.0, 1.0
+            return 0.0, 1.0  # Nothing is known without questions.
         # Wilson (1927): the shares at which a score test at the 5 % level would just not reject the observed one.
         share, weight = self.right / self.total, _Z**2 / self.total
         middle = share + weight / 2
@@ -133,6 +133,7 @@ def format_table(reports: dict[str, Report]) -> str:
     font not trained       110   0.71 [0.62-0.79]  0.00 [0.00-0.03]
     all                    500   0.89 [0.86-0.91]  0.00 [0.00-0.01]
     """
+    # All reports score the same questions, so the first one has the families of all.
     first = next(iter(reports.values()))
     rows = {family: [report.per_family[family] for report in reports.values()] for family in first.per_family}
     if first.unseen_font.total:

@@ -7,7 +7,7 @@ Controls replace the images and keep questions and answers. A model that reads i
     wrong   a page of another document of the same family; measures what the family's layout and usual values reveal
 
 Conversations written by `tools/prepare_data.py` are scored in the same way. Each turn of the assistant is an expected
-answer, and the prompt has the turns before it as they are in the data. Of the controls, they support `blank`.
+answer, and its prompt contains the preceding turns as they are in the data. They do not support the control `wrong`.
 """
 
 import contextlib
@@ -62,10 +62,10 @@ def evaluate(
     title: str = "evaluating",
     seed: int = 0,
 ) -> Report:
-    """Asks all questions on all documents and counts the exact answers.
+    """Asks all questions about all documents and counts the exact matches.
 
-    With several processes, all of them ask the same questions to a reader on a mesh of all their devices, and get the
-    same report.
+    With several processes, all of them have to call this with the same arguments and a reader on a mesh of all their
+    devices. All get the same report.
 
     Args:
       reader: model to evaluate.
@@ -73,7 +73,7 @@ def evaluate(
       control: replacement of the images.
       unseen_fonts: fonts that get a row of their own.
       limit: maximum number of questions.
-      max_new_tokens: maximum length of an answer. A truncated answer is wrong anyway.
+      max_new_tokens: maximum length of an answer. A longer answer is truncated, and counts as wrong.
       title: title of the progress bar.
       seed: seed for the choice of wrong images.
 
@@ -137,8 +137,8 @@ def evaluate_checkpoint(
       views: number of views of each image (see `inference/views.py`).
       json_file: file for the scores.
       predictions_file: file for the answers, as JSON lines.
-      mesh: device mesh. The default is the first device for one process, and `fsdp` over all devices for several,
-        which holds the weights no matter how the run was trained.
+      mesh: device mesh. By default, one process uses its first device, and several processes shard the weights over
+        all devices (`fsdp`).
 
     Raises:
       UserError: if the data set is not given or not found.
@@ -147,9 +147,10 @@ def evaluate_checkpoint(
     settings = {"checkpoint": checkpoint, "views": views, **arguments}
     # Processes with different arguments would wait for each other forever.
     distributed.require_equal({name: str(value) for name, value in settings.items()})
+    # Sharding over all devices fits the weights of any run, however it was trained.
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
-    # Errors in the checkpoint and the data are found before the model is loaded.
+    # Loading the model takes long, so the checkpoint and the data are checked first.
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
@@ -159,7 +160,7 @@ def evaluate_checkpoint(
     records = store.open_dataset(folder, split)
     reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
     report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
-    # All processes have the report; one of them prints and writes it.
+    # All processes have the report; only the primary one prints and writes it.
     if not distributed.is_primary():
         return report
     shown = {"none": "the page itself", "blank": "a blank page", "wrong": "another page of its family"}[control]
@@ -190,7 +191,7 @@ def derangement(families: Sequence[str], seed: int) -> list[int]:
     Raises:
       UserError: if a family has only one document.
     """
-    # Each family is shuffled into a ring, in which every document gets its neighbor.
+    # Each family is shuffled into a ring, in which every document gets its neighbor's index.
     rng = np.random.default_rng(seed)
     others = [-1] * len(families)
     for family in sorted(set(families)):
@@ -211,7 +212,7 @@ def write_predictions(report: Report, file: str | pathlib.Path) -> None:
 
 
 def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:
-    """Writes figures as JSON."""
+    """Writes numbers and settings as JSON."""
     with _open_for_writing(file) as out:
         json.dump(figures, out, indent=2, ensure_ascii=False)
         out.write("\n")
@@ -226,7 +227,7 @@ class _Document:
       id: id of the document.
       family: family of the document, or source of the conversation.
       font: font of the document.
-      questions: questions on the document.
+      questions: questions about the document.
       answers: expected answers.
       turns: messages up to and including each question, for a conversation; None for a document.
     """
@@ -241,8 +242,7 @@ class _Document:
 
 
 def _documents(records: Sequence[Record]) -> Iterator[_Document]:
-    """Yields the documents that have questions."""
-    # Without their images, which may not fit in memory.
+    """Yields the documents that have questions, without their images, which may not all fit in memory."""
     for index in range(len(records)):
         record = records[index]
         if "conversation" in record:
@@ -274,15 +274,16 @@ def _conversation(index: int, record: Record) -> _Document:
 
 
 def _text(message: Message) -> str:
-    # The content is a string, or a list of parts of which only texts have the key "text".
+    # The content is a string or a list of parts. Only text parts have the key "text".
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[_Document]:
-    """Returns the documents with the first `limit` questions. No further documents are read."""
+    """Returns the documents that contain the first `limit` questions, and does not read further documents."""
     selected, remaining = [], sys.maxsize if limit is None else limit
     for document in documents:
+        # The last document may keep only some of its questions.
         kept = {name: getattr(document, name)[:remaining] for name in ("questions", "answers")}
         turns = document.turns and document.turns[:remaining]
         selected.append(dataclasses.replace(document, **kept, turns=turns))
@@ -297,13 +298,13 @@ def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[
 def _prompts(
     reader: Reader, records: Sequence[Record], document: _Document, image_document: _Document, *, blank: bool
 ) -> list[Prompt]:
-    """Returns prompts for the questions on a document, with the images of another one."""
+    """Returns prompts for the questions about `document`, with the images of `image_document`."""
     record = records[image_document.index]
     if document.turns is None:
         return reader.prompts(_open_image(record["image"], image_document.id, blank), document.questions)
     try:
         cut_images = [reader.cut(_open_image(data, "image", blank)) for data in record["images"]]
-        # A turn's prompt has only the images that were shown up to it.
+        # The prompt of a turn has only the images shown up to that turn.
         return [reader.chat_prompt(turns, cut_images[: _count_images(turns)]) for turns in document.turns]
     except UserError as error:
         raise UserError(f"{document.id}: {error}") from error
@@ -316,14 +317,14 @@ def _open_image(data: bytes, name: str, blank: bool) -> PIL.Image.Image:
 
 
 def _count_images(messages: Sequence[Message]) -> int:
-    # A content that is a string has no images.
+    # Content that is a plain string has no images.
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     return sum(part["type"] == "image" for content in contents for part in content)
 
 
 @contextlib.contextmanager
 def _open_for_writing(file: str | pathlib.Path) -> Iterator[TextIO]:
-    """Opens a file for writing that gets its final name only when it is complete."""
+    """Opens a file for writing, and gives it its final name only when it is complete."""
     file = pathlib.Path(file)
     # The process id keeps two evaluations that write the same file apart.
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")

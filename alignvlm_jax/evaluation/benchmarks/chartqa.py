@@ -26,7 +26,7 @@ def _read_original(folder: pathlib.Path, split: str) -> Iterator[Question] | Non
     return (
         question
         for half, paths in paths_by_half.items()
-        for path in paths[:1]
+        for path in paths[:1]  # A half may be missing.
         for question in files.questions(
             files.records(files.json_file(path), str(path)),
             functools.partial(_question_from_original, path.parent / "png", half),
@@ -35,7 +35,7 @@ def _read_original(folder: pathlib.Path, split: str) -> Iterator[Question] | Non
 
 
 def _question_from_original(images: pathlib.Path, half: str, row: Row) -> Question:
-    # The files have no ids: a question's id is the number of its record.
+    # The files have no ids, so a question's id is the number of its record.
     number = row.where.rpartition(" ")[2]
     return Question(
         id=f"{half}:{number}",

@@ -12,8 +12,9 @@ r"""Reader of mPLUG's DocDownstream-1.0: eight of the paper's benchmarks in one 
                                        {"value": "1/8/93", "value_variants": ["1/8/93", "1-8-93"]}]}]}
     meta/TextVQA/TextVQA_0.5.1_val.json
 
-A message holds only one of the accepted answers, so scores against it are too low for benchmarks that accept several.
-The folder meta/ has all accepted answers. Without it, the answer in the messages is used, and `Question.extra` says so.
+A message contains only one of the accepted answers, so scores against it are too low for benchmarks that accept
+several. The folder meta/ has all accepted answers. Without it, the answer in the messages is used, with a remark in
+`Question.extra`.
 Source: X-PLUG/mPLUG-DocOwl, DocOwl1.5: README, docowl_benchmark_evaluate.py, evaluation/due_benchmarks_eval.py.
 """
 
@@ -80,7 +81,8 @@ def _read(dataset: str, folder: pathlib.Path, split: str) -> Iterable[Question] 
     make = functools.partial(_question, dataset, folder)
     questions = list(files.questions(files.json_lines(paths[0]), make))
     if not own_files:
-        # A damaged line in the file of all data sets may belong to any of them, so it does not count for this one.
+        # A damaged line in the shared file may belong to any data set, so it does not count for this one. `_question`
+        # sets `document` in all questions of this data set.
         questions = [question for question in questions if not question.problem or question.document]
     if dataset in _WITH_DUE_REFERENCES:
         return _with_due_references(questions, dataset, folder, split)
@@ -100,7 +102,7 @@ def _question(dataset: str, folder: pathlib.Path, row: Row) -> Question | None:
     if row.fields.get("dataset_name", dataset) != dataset:
         return None
     line = row.where.rpartition(" ")[2]
-    # A document is set from the start: it marks the question as one of this data set even if the rest is damaged.
+    # `document` is set at once: it marks the question as one of this data set, even if the rest of it is damaged.
     question = Question(id=f"{dataset}:{line}", where=row.where, document=row.where)
     try:
         return _fill(question, dataset, folder, row)
@@ -142,7 +144,7 @@ def _fill(question: Question, dataset: str, folder: pathlib.Path, row: Row) -> Q
 
 
 def _key_in(text: str, dataset: str) -> str:
-    """Returns the key that a question about a form asks for; "" for other data sets."""
+    """Returns the key that a question about a form asks for, or the question if it has none; "" for other data sets."""
     if dataset not in KEYS:
         return ""
     return next((key for key in KEYS[dataset] if key in text), text)
@@ -204,7 +206,7 @@ def _match(question: Question, record: Any, where: str, dataset: str, references
             question, problem=question.problem or f"{where}: document and question cannot be read ({error})"
         )
     key = _key_in(text, dataset)
-    # DUE's key of a value is the form's key, or else the question itself.
+    # DUE files a value under the key of a form, or else under the question itself.
     values = references.get((name, key or text), ())
     if dataset in KEYS:
         return dataclasses.replace(question, document=name, group=key, values=values, extra=None)
@@ -214,7 +216,7 @@ def _match(question: Question, record: Any, where: str, dataset: str, references
         )
     accepted = tuple(dict.fromkeys(itertools.chain.from_iterable(values)))
     if dataset == "WikiTableQuestions":
-        # An answer must have all values, so each value is a reference of its own, in its first spelling.
+        # An answer must contain all values, so each value is a reference of its own, in its first spelling.
         accepted = tuple(spellings[0] for spellings in values)
     return dataclasses.replace(question, document=name, references=accepted, extra=None)
 
@@ -246,7 +248,7 @@ def _with_ten_answers(questions: list[Question], folder: pathlib.Path, split: st
         )
     data = files.json_file(file)
     rows = [Row(*record) for record in files.records(data.get("data") if isinstance(data, dict) else data, str(file))]
-    # The questions have no ids of the original file: image and text identify them.
+    # The questions lack the ids of the original file, so image and text identify them.
     originals = {(row.text("image_id"), row.text("question")): row for row in rows}
     completed = []
     for question in questions:

@@ -38,14 +38,14 @@ class Row:
         raise RowError(f"{self.where}: no field {' or '.join(map(repr, names))} (available fields: {available})")
 
     def text(self, *names: str) -> str:
-        """Returns the first of these fields that is present as text; it must be a string or a number."""
+        """Returns the first present one of these fields as text. It must be a string or a number."""
         value = self.get(*names)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise RowError(f"{self.where}: expected text in field {names[0]!r}, got {str(value)[:60]!r}")
         return str(value)
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """Returns the first of these fields that is present as texts; it must be a list of strings or numbers."""
+        """Returns the first present one of these fields as texts. It must be a list of strings or numbers."""
         value = self.get(*names)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str | int | float) for item in value):
             raise RowError(f"{self.where}: expected a list of texts in field {names[0]!r}, got {str(value)[:60]!r}")
@@ -57,8 +57,8 @@ def questions(rows: Iterable[tuple[Any, str]], make: Callable[[Row], Question | 
 
     Args:
       rows: pairs of a row's fields and its location. An error takes the place of a record that cannot be parsed.
-      make: converts one row. It returns None for a row of another benchmark, and raises `UserError` for an incomplete
-        one.
+      make: function that converts one row. It returns None for a row of another benchmark, and raises `UserError` for
+        an incomplete one.
     """
     for fields, where in rows:
         try:
@@ -117,23 +117,23 @@ def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[t
     parquet, arrow_error = _parquet()
     try:
         with parquet.ParquetFile(file) as table:
-            # One row group in memory at a time.
             names = table.schema_arrow.names
             present_columns = tuple(name for name in image_columns if name in names)
             text_columns = [name for name in names if name not in present_columns]
             number = 0
+            # Only one row group is in memory at a time, and without its images, which are large.
             for group in range(table.num_row_groups):
-                # Images are large: only the other columns are read here.
                 rows = table.read_row_group(group, columns=text_columns).to_pylist() if text_columns else []
                 counts = _image_counts(table, group, present_columns)
                 for row in range(table.metadata.row_group(group).num_rows):
                     number += 1
                     fields = dict(rows[row]) if text_columns else {}
                     for name in present_columns:
+                        # A cell holds one image (None), a list of that many images, or nothing (False).
                         cell = Cell(file, group, row, name, present_columns)
                         count = counts[name][row]
                         fields[name] = cell if count is None else None
-                        # False, an empty cell, counts as 0 here.
+                        # False is an int too, and means 0 here.
                         if isinstance(count, int):
                             cells = [Cell(file, group, row, name, present_columns, i) for i in range(count)]
                             fields[name] = cells or None
@@ -185,14 +185,14 @@ def _row_group(file: pathlib.Path, group: int, columns: tuple[str, ...]) -> Any:
 
 
 def _image_counts(table: Any, group: int, columns: Sequence[str]) -> dict[str, list[int | None | bool]]:
-    """Returns an entry per row of a group: None for one image, the length of a list of images, False if empty."""
+    """Returns an entry per column and row: None for one image, the length of a list of images, or False if empty."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     leaves = [table.schema.column(i).path for i in range(len(table.schema))]
     counts: dict[str, list[int | None | bool]] = {}
     for name in columns:
-        # Most files store a path next to the bytes. It also tells whether the cell is empty, and it is small.
+        # Most files store a path next to the bytes. It is small, and shows as well whether the cell is empty.
         path_leaves = [leaf for leaf in leaves if leaf.startswith(f"{name}.") and leaf.endswith(".path")]
         column = table.read_row_group(group, columns=path_leaves or [name])[name]
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)

@@ -14,10 +14,10 @@ class Layout:
     """One form in which a benchmark is published.
 
     Attributes:
-      name: publisher of this form.
+      name: name of this form and its publisher, for messages.
       expected: expected files, with {split} as a placeholder for the split's name; shown if none is found.
-      read: function of a folder and a split ("val" or "test") that returns the questions, or None if the folder does
-        not have this layout.
+      read: function that takes a folder and a split ("val" or "test") and returns the questions, or None if the folder
+        does not have this layout.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reader of MMMU: questions on thirty subjects, with one or several images within the text.
+"""Reader of MMMU: questions from thirty subjects, with one or more images within the text.
 
     Accounting/validation-00000-of-00001.parquet     id ("validation_Accounting_1"), question ("... <image 1> ..."),
     Agriculture/validation-...                        options ("['$6', '$7']", as text), answer ("B"), question_type
@@ -22,7 +22,7 @@ from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Question
 
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 _MENTION = re.compile(r"<image (\d)>")
-_SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")
+_SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")  # "Accounting" in the id "validation_Accounting_1"
 
 
 def _read(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
@@ -56,7 +56,7 @@ def place_images(question: Question, row: Row) -> Question:
     """Returns the question with an image mark and an image in place of each mention."""
     numbers = [int(number) for text in (question.text, *question.choices) for number in _MENTION.findall(text)]
     images = tuple(row.get(f"image_{number}") for number in numbers)
-    # An image that the text does not mention comes before the question.
+    # If the text mentions no image, the first image comes before the question.
     if not images and "image_1" in row:
         return dataclasses.replace(question, images=(row.get("image_1"),))
     return dataclasses.replace(

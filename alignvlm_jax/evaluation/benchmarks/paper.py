@@ -1,8 +1,8 @@
 """Scores from the paper (arXiv 2502.01341), printed next to ours.
 
-The figures come from three tables: the main one after all training stages (1B, 3B and 8B; baselines 3B; the 3B model
-with its vocabulary pruned to 3.4K words at evaluation), text restoration on VCR, and the low-resource setting (LLaVA
-data, 3B). The paper scores with VLMEvalKit, and uses the validation splits of DocVQA, InfoVQA and TextVQA.
+The numbers come from three tables: the main one after all training stages (models of 1B, 3B and 8B; baselines of 3B;
+and the 3B model with its vocabulary pruned to 3.4K words at evaluation), text restoration on VCR, and the low-resource
+setting (LLaVA data, 3B). The paper scores with VLMEvalKit, on the validation splits of DocVQA, InfoVQA and TextVQA.
 """
 
 from collections.abc import Mapping

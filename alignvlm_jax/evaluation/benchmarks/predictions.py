@@ -69,7 +69,7 @@ class Predictions:
             changed = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
             changes = "; ".join(f"{key} was {stored.get(key)!r} and is {settings.get(key)!r}" for key in changed)
             raise UserError(
-                f"{self.path}: its answers to {benchmark} were made with other settings: {changes}. Name another "
+                f"{self.path}: the answers to {benchmark} come from a run with other settings: {changes}. Name another "
                 "--predictions file, or remove this one"
             )
         return self.answers.setdefault(benchmark, {})
@@ -86,7 +86,7 @@ class Predictions:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}). Run the same command again to resume from here"
+                f"{self.path}: cannot be written ({error.strerror}). Run the same command again to resume"
             ) from error
 
     def _lock(self) -> None:
@@ -95,10 +95,11 @@ class Predictions:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"{self.path}: another run is writing to it") from error
-            # Other errors mean a file system without locks. The user must then not start two runs at once.
+            # Other errors mean a file system without locks, where nothing prevents two runs at once.
 
     def _read(self) -> None:
         content = self._file.read()
+        # A line that a crash cut off has no newline at its end.
         complete_size = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:complete_size].splitlines(), start=1):
             try:
@@ -113,6 +114,6 @@ class Predictions:
                     f"{self.path}: line {number} was not written by `alignvlm eval --benchmark` ({error}). Name "
                     "another --predictions file, or remove this one"
                 ) from error
-        # Drops a partial last line, so that appending continues after the last complete one.
+        # Drop a partial last line, so that new records are appended to the last complete one.
         self._file.seek(complete_size)
         self._file.truncate()

@@ -45,8 +45,8 @@ class Question:
     Attributes:
       id: unique id within the benchmark; the benchmark's own id if it has one.
       where: file and record, for messages.
-      text: question without the benchmark's prompt. `IMAGE` marks the place of an image; images without a mark come
-        first.
+      text: question, without the benchmark's prompt around it. `IMAGE` marks the place of an image; images without a
+        mark come first.
       images: images in the order in which the model sees them.
       references: accepted answers; None if the benchmark withholds them.
       group: part of the benchmark with a score of its own, such as a subject; "" for none.

@@ -1,6 +1,6 @@
-"""Runs benchmarks for `alignvlm eval --benchmark`: reads questions, asks them, and prints the scores with the paper's.
+"""Runs benchmarks for `alignvlm eval --benchmark`: reads and asks questions, and prints scores next to the paper's.
 
-Answers are appended to a file of predictions as they come, and a later run does not ask these questions again.
+Answers are appended to a file of predictions as they arrive, and a later run does not ask these questions again.
 """
 
 import contextlib
@@ -72,7 +72,8 @@ def evaluate_benchmarks(
     identity, pruned = identify(checkpoint), is_pruned(checkpoint)
     if views > 1:
         identity["views"] = views  # Answers from several views must not mix with others in the file of predictions.
-    # Missing packages and broken files are reported before anything that takes long.
+    # Missing packages and broken files are reported before anything that takes long. Scoring nothing imports the
+    # packages of a metric.
     for row in benchmarks:
         row.metric((), {})
     questions_by_name = {row.name: read_questions(row, pathlib.Path(data), split or row.split) for row in benchmarks}
@@ -161,10 +162,11 @@ def run(
       limit: maximum number of questions.
     """
     start_time = time.monotonic()
+    # Stored answers count only for the same model, prompt and questions. The limit may differ between runs.
     settings = {**identity, "split": split, "prompt": benchmark.prompt, "max_new_tokens": benchmark.max_new_tokens}
     settings["questions"] = fingerprint(questions)
     stored_answers = predictions.begin(benchmark.name, settings) if predictions is not None else {}
-    # The primary process is the first; its stored answers decide what all processes ask.
+    # Index 0 is the primary process. Its stored answers decide what all processes ask.
     answers: dict[str, str | None] = dict(distributed.gather_json(stored_answers)[0])
     questions = list(questions)[:limit]
     problems = {question.id: question.problem for question in questions if question.problem}
@@ -202,9 +204,9 @@ def _ask(
     last_images: tuple[tuple[ImageSource, ...], list[CutImage]] = ((), [])
     for question in questions:
         try:
-            # Questions about the same page usually follow each other, so its tiles are kept.
+            # Questions about the same page usually follow each other, so the tiles of the last page are kept.
             if question.images != last_images[0]:
-                last_images = ((), [])  # A failure below must not leave the images of another question.
+                last_images = ((), [])  # If the next line fails, the images of another question must not remain.
                 last_images = question.images, [_cut(reader, image) for image in question.images]
             messages = [{"role": "user", "content": content(benchmark.ask(question), len(question.images))}]
             prompts[question.id] = reader.chat_prompt(messages, last_images[1])
@@ -229,6 +231,7 @@ def content(text: str, num_images: int) -> list[dict[str, str]]:
     if len(pieces) - 1 > num_images:
         raise UserError(f"the question has places for {len(pieces) - 1} images, got {num_images}")
     parts = [{"type": "image"}] * (num_images - len(pieces) + 1)
+    # Every piece but the first follows an image. Pieces of whitespace only are dropped.
     for i, piece in enumerate(pieces):
         parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece.strip())
     return parts

@@ -1,9 +1,9 @@
 """Scores and their confidence intervals.
 
 Every score is a ratio of two sums over units. A mean is right / asked; F1 is 2 right / (predicted + expected). The 95 %
-interval of a proportion is Wilson's. Other scores get the central 95 % of 2,000 bootstrap samples of the units, drawn
-with a fixed seed. Both treat units as independent. Questions about the same page are not, so the true interval is
-somewhat wider.
+interval of a proportion is Wilson's. The interval of another score is the central 95 % of 2,000 bootstrap samples of
+the units, drawn with a fixed seed. Both intervals treat units as independent. Questions about the same page are not, so
+the true interval is somewhat wider.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def mean(name: str, values: Sequence[float]) -> Score:
     """Returns the mean of values from 0 to 1."""
     if not len(values):
         return Score(name, math.nan, None, 0)
-    # A proportion. Wilson's interval holds near 0 and 1 too, where bootstrap samples hardly vary.
+    # For proportions, Wilson's interval also holds near 0 and 1, where bootstrap samples hardly vary.
     if set(values) <= {0.0, 1.0}:
         tally = Tally(int(sum(values)), len(values))
         return Score(name, tally.exact_match, tally.interval, len(values))
@@ -72,11 +72,12 @@ def ratio(name: str, numerators: Sequence[float], denominators: Sequence[float])
     if not len(tops):
         return Score(name, math.nan, None, 0)
     value = tops.sum() / bottoms.sum() if bottoms.sum() else 0.0
-    # Bootstrap over units: each sample weights a unit by the number of times it was drawn.
+    # Bootstrap over units: in each sample, a unit's weight is the number of times it was drawn.
     rng = np.random.default_rng(0)
     samples = np.zeros(_BOOTSTRAP_SAMPLES)
     for i in range(_BOOTSTRAP_SAMPLES):
         weights = np.bincount(rng.integers(0, len(tops), len(tops)), minlength=len(tops))
+        # The denominator is resampled together with the numerator, because both belong to the same units.
         bottom = np.sum(weights * bottoms)
         samples[i] = np.sum(weights * tops) / bottom if bottom else 0.0
     low, high = np.percentile(samples, [2.5, 97.5])

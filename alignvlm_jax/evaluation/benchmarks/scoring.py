@@ -1,7 +1,7 @@
 """Scores of all answers to a benchmark, built on the metrics in `evaluation/metrics`.
 
 A `Metric` takes questions and their answers. The answer to a question that could not be asked is None, which every
-metric counts as wrong. Other answers come from `Reader.answer`, without blanks at their ends.
+metric counts as wrong. The other answers come from `Reader.answer`, which strips them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def mean_of(name: str, answer_metric: AnswerMetric, **others: AnswerMetric) -> M
     Args:
       name: name of the score.
       answer_metric: score of one answer.
-      **others: further scores of one answer, averaged over all answers only. Underscores in their names become blanks.
+      **others: further scores of one answer, averaged over all answers only. Underscores in their names become spaces.
     """
 
     def metric(questions: Sequence[Question], answers: Answers) -> Scores:
@@ -70,13 +70,15 @@ def wtq_split(answer: str, question: Question) -> float:
 def forms(questions: Sequence[Question], answers: Answers) -> Scores:
     """Returns F1 over the values of documents, for DeepForm and KLC.
 
-    The primary score is mPLUG-DocOwl's, where the answer "None" means that the document has no such value. It is needed
-    because a question is asked for every key: without it, every absent key costs a false value. Plain DUE F1 counts
-    "None" as a value.
+    The primary score is mPLUG-DocOwl's, for which the answer "None" means that the document has no such value. This
+    matters because a question is asked for every key: plain DUE F1, the other score, counts "None" as a value, and
+    therefore as a wrong one for every absent key.
     """
+    # A document has a question for each key, possibly on each of its pages.
     documents = defaultdict(list)
     for question in questions:
         documents[question.document or question.id].append(question)
+    # F1 and a bootstrap interval over documents, once without the answers "None" and once with them.
     scores = []
     for name, dropped in (("F1, answers None dropped", ("None",)), ("F1, plain DUE", ())):
         tops, bottoms = [], []
@@ -97,7 +99,7 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
 
 
 def tablevqa(questions: Sequence[Question], answers: Answers) -> Scores:
-    """Returns the accuracy on TableVQA-Bench: of all questions, of each part, and the strict one of fintabnetqa."""
+    """Returns the accuracy on TableVQA-Bench: overall, for each part, and the strict one for fintabnetqa."""
 
     def correct(answer: str, question: Question) -> float:
         return float(metrics.tablevqa_correct(question.group, answer, question.references[0]))
@@ -134,7 +136,7 @@ def mmmu(questions: Sequence[Question], answers: Answers) -> Scores:
 
     The official code guesses an option at random for such answers.
     """
-    unnamed = []
+    unnamed = []  # For each multiple-choice answer, 1 if it names no option.
 
     def is_correct(answer: str, question: Question) -> float:
         if question.kind == "open":
@@ -160,11 +162,11 @@ def gqa_accuracy(answer: str, question: Question) -> float:
 def pope(questions: Sequence[Question], answers: Answers) -> Scores:
     """Returns POPE's scores.
 
-    The primary one is F1 of the answer yes, VLMEvalKit's overall score. The others are the accuracy, the share of yes,
-    and F1 and accuracy of each part.
+    The primary one is F1 of the answer yes, which is VLMEvalKit's overall score. The others are the accuracy, the share
+    of answers that are yes, and the F1 and accuracy of each part.
     """
     expected = [question.references == ("yes",) for question in questions]
-    # A question that could not be asked counts as answered wrongly.
+    # A question that could not be asked counts as wrong: its prediction is the opposite of what is expected.
     predicted = [
         not is_yes if (answer := answers[question.id]) is None else metrics.pope_says_yes(answer)
         for question, is_yes in zip(questions, expected, strict=True)

@@ -1,4 +1,4 @@
-"""Reader of SEED-Bench: multiple-choice questions about photographs. Questions about videos are skipped.
+"""Readers of SEED-Bench: multiple-choice questions about photographs. Questions about videos are skipped.
 
     SEED-Bench.json                             {"questions": [{"question_id": "101669", "question": "How many ...?",
     SEED-Bench-image/1454426_2591111986           "choice_a": "One", ..., "choice_d": "Four", "answer": "A",

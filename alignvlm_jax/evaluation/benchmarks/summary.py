@@ -33,10 +33,11 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
 
     Args:
       outcomes: outcomes of one checkpoint.
-      pruned: whether its vocabulary is pruned. If so, the table has a column for the paper's pruned model.
+      pruned: whether the checkpoint's vocabulary is pruned. If so, the table has a column for the paper's pruned model.
     """
     models = list(dict.fromkeys(model for outcome in outcomes for model in outcome.benchmark.paper))
     models = [model for model in models if pruned or model != PRUNED]
+    # A row per benchmark and score, then the average.
     rows = [["", "count", "ours", *models]]
     for outcome in outcomes:
         name = f"{outcome.benchmark.title} {outcome.split}"
@@ -51,7 +52,7 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
     if (average := average_of(AVERAGED, outcomes)) is not None:
         paper_cells = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
         rows.append(["average of the nine", "", f"{average:.2f}", *paper_cells])
-    # Rows of further scores are shorter: they have no cells for the paper's models.
+    # Align the columns. Rows of further scores are shorter: they have no cells for the paper's models.
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -61,7 +62,7 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
 
 
 def average_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> float | None:
-    """Returns the mean score of these benchmarks in percent, as the paper averages, or None unless all were scored."""
+    """Returns the unweighted mean score of these benchmarks in percent, like the paper, or None unless all have one."""
     values = {
         outcome.benchmark.name: 100 * outcome.scores.primary.value
         for outcome in outcomes
@@ -71,7 +72,7 @@ def average_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> float | Non
 
 
 def format_notes(outcomes: Sequence[Outcome]) -> str:
-    """Returns the notes below the table: limits, unasked questions, missing references, origin of paper scores."""
+    """Returns the notes below the table: limits, problems, missing references, and the origin of the paper's scores."""
     lines = []
     for outcome in outcomes:
         title = outcome.benchmark.title
@@ -98,7 +99,7 @@ def _paper_notes(outcomes: Sequence[Outcome]) -> list[str]:
     names = [outcome.benchmark.name for outcome in outcomes]
     lines = [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in map(MARKS.get, names)]
     if set(GENERAL) & set(names):
-        # Directly below the footnote with one star.
+        # Directly below the footnote with one star, which is the first line.
         averages = _format_averages(LOW_RESOURCE[GENERAL])
         lines.insert(1, f"  averages of these models on MMMU, SEED, MM-Vet, POPE and GQA: {averages}")
     if (average := average_of(FOUR, outcomes)) is not None:
@@ -138,7 +139,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _remarks(outcome: Outcome) -> list[str]:
-    """Returns each remark that file readers made on questions once, with the number of questions."""
+    """Returns each distinct remark of the file readers, with the number of questions it is about."""
     counts = Counter(question.extra for question in outcome.questions if isinstance(question.extra, str))
     return [f"{remark} ({count} questions)" for remark, count in counts.items()]
 

@@ -7,7 +7,7 @@ or phrase." to VQA questions. In a prompt, `{question}` is the benchmark's quest
 line ("A. ...").
 
 TableVQA-Bench and VCR use their authors' prompts in VLMEvalKit's wording. The general benchmarks use the prompts of
-lmms-eval and LLaVA; LLaVA's training data end their questions in the same words.
+lmms-eval and LLaVA, which end in the same words as the questions in LLaVA's training data.
 
 `max_new_tokens` is close to lmms-eval's value where it has one, and otherwise enough for the longest reference.
 """
@@ -92,7 +92,7 @@ class Benchmark:
       name: name on the command line.
       title: name in tables and messages.
       layouts: published forms; the first one whose files exist is read.
-      split: default split: the one that the paper scores, or else the customary one.
+      split: default split, which is the one that the paper scores, or else the usual one.
       prompt: prompt template, or templates by `Question.kind`.
       prompt_source: source of the prompt.
       max_new_tokens: maximum length of an answer.

@@ -17,7 +17,8 @@ from alignvlm_jax.evaluation.benchmarks.files import Row
 from alignvlm_jax.evaluation.benchmarks.layout import Layout
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
-# Only the first is shown to the model. The others are listed so that these large columns are not read as text.
+# Only the first one is shown to the model. The others are listed because columns that are not are read as text, and
+# these are large.
 _IMAGES = ("stacked_image", "image", "only_it_image", "only_it_image_small")
 
 

@@ -22,8 +22,8 @@ Every function scores one question from 0 to 1; only `due_f1` scores a data set.
 over its questions, unless a docstring says otherwise.
 
 Answers are not cleaned up first. If a popular harness strips or rewrites answers, the docstring says so, and a
-comparison with that harness has to do the same. A single string in place of a list of accepted answers is the only
-accepted answer. `ScorerAborted` is raised where the official scorer would stop with an error.
+comparison with that harness has to do the same. A single string in place of a list of accepted answers is taken as the
+only accepted answer. `ScorerAborted` is raised where the official scorer would stop with an error.
 """
 
 from alignvlm_jax.evaluation.metrics.answers import anls, evalai_normalize, relaxed_accuracy, vqa_accuracy

@@ -14,7 +14,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_DIGITS)}}
 _ARTICLES = ("a", "an", "the")
-# mmf passes re.UNICODE, which is 32, in the position of re.sub's count.
+# mmf passes re.UNICODE, whose value is 32, as the argument `count` of re.sub.
 _MAX_PERIODS = 32
 
 _CONTRACTED = """
@@ -32,15 +32,15 @@ def anls(prediction: str, references: str | Sequence[str]) -> float:
     """Returns the normalized Levenshtein similarity (ANLS) of one answer, for DocVQA and InfoVQA.
 
     Reproduces the script of the RRC server (copied in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py). Both texts are
-    stripped and lower-cased, and blanks are collapsed. The similarity is 1 minus the edit distance over the length of
-    the longer text. The most similar reference counts, and a similarity below 0.5 becomes 0.
+    stripped and lower-cased, and runs of whitespace are collapsed. The similarity is 1 minus the edit distance over the
+    length of the longer text. The most similar reference counts, and a similarity below 0.5 becomes 0.
 
     Details that affect scores:
 
     - Exactly 0.5 is kept ("15" for "16"). The DUE evaluator, mPLUG-DocOwl and pix2struct make it 0.
     - The distance is between the collapsed texts, but it is divided by the length of the original ones in upper case
-      (ß counts as two letters). Blanks therefore raise the score of a wrong answer: six blanks alone score 0.67 for
-      "ab". Newer versions of VLMEvalKit divide by the collapsed length.
+      (ß counts as two letters). Extra spaces therefore raise the score of a wrong answer: six spaces alone score 0.67
+      for "ab". Newer versions of VLMEvalKit divide by the collapsed length.
     - Digits, punctuation, articles and accents count like any letter. A list is one string; InfoVQA lists its
       permutations as references.
     - An empty answer scores 0, unless a reference is empty too.
@@ -50,7 +50,7 @@ def anls(prediction: str, references: str | Sequence[str]) -> float:
 
 
 def _normalized_distance(reference: str, prediction: str) -> float:
-    # The official script measures the length before it collapses blanks.
+    # The official script measures the length before it collapses whitespace.
     length = max(len(reference.upper()), len(prediction.upper()))
     return edit_distance(_collapsed(reference), _collapsed(prediction)) / length if length else 0.0
 
@@ -68,7 +68,7 @@ def relaxed_accuracy(prediction: str, references: str | Sequence[str]) -> float:
     Details that affect scores:
 
     - A number is anything that Python's `float` accepts: "1e3", "1_000" and full-width digits, but not "1,000", "$5"
-      or "five". A text that ends in % loses all its final % and is divided by 100: "50%" equals "0.5", not "50".
+      or "five". A text that ends in % loses all its final % signs and is divided by 100: "50%" equals "0.5", not "50".
     - A reference of zero is compared as text: "0.0" is wrong for "0".
     - "nan" and "inf" never match, not even themselves.
     - Floating-point rounding decides at exactly 5 %: 0.95 for 1 is wrong, 0.21 for 0.2 is right. The tolerance applies
@@ -82,7 +82,7 @@ def relaxed_accuracy(prediction: str, references: str | Sequence[str]) -> float:
 
 def _is_relaxed_match(prediction: str, reference: str) -> bool:
     number, target = _read_number(prediction), _read_number(reference)
-    # A target of zero has no relative tolerance, and falls through to the comparison of texts.
+    # A relative error to zero is undefined, so a target of zero falls through to the comparison of texts.
     if number is not None and target:
         return abs(number - target) / abs(target) <= _RELAXED_TOLERANCE
     return prediction.lower() == reference.lower()
@@ -96,8 +96,8 @@ def _read_number(text: str) -> float | None:
 
 
 def _contractions() -> dict[str, str]:
-    """Returns the correct spelling of each contraction that lacks one of its apostrophes."""
-    # A word with several apostrophes has one entry for each missing one.
+    """Returns a mapping from contractions that lack an apostrophe to their correct spelling."""
+    # A word with several apostrophes has an entry for each one that may be missing.
     fixes = {}
     for word in _CONTRACTED:
         for place in [i for i, letter in enumerate(word) if letter == "'"]:
@@ -111,25 +111,25 @@ _CONTRACTIONS = _contractions()
 
 
 def evalai_normalize(text: str) -> str:
-    """Returns an answer as EvalAI's processor rewrites it before the comparison, for TextVQA.
+    """Returns an answer rewritten as by EvalAI's processor before the comparison, for TextVQA.
 
     Reproduces `EvalAIAnswerProcessor` in facebookresearch/mmf, m4c_evaluators.py; lmms-eval has the same code. It
     lower-cases the text, deletes commas and question marks, separates 's, deletes punctuation or replaces it by a
-    blank, deletes periods, turns number words up to ten into digits, drops articles, and restores missing apostrophes,
+    space, deletes periods, turns number words up to ten into digits, drops articles, and restores missing apostrophes,
     in this order.
 
     Details that affect scores:
 
-    - A punctuation mark that touches a blank anywhere in the text is deleted everywhere ("red - blue-green" becomes
-      "red bluegreen"); otherwise it becomes a blank. Commas are deleted before that, so "red,white" is "redwhite".
-    - $ % # & * : apostrophes and smart quotes are kept.
+    - A punctuation mark that touches a space anywhere in the text is deleted everywhere ("red - blue-green" becomes
+      "red bluegreen"); otherwise it becomes a space. Commas are deleted before that, so "red,white" is "redwhite".
+    - The characters $ % # & * : and apostrophes and smart quotes are kept.
     - Periods before a digit are kept. Of the others, only the first 32 are deleted. "5." becomes "5".
-    - "none" becomes "0". A single letter a is an article: "vitamin a" becomes "vitamin".
+    - "none" becomes "0". The word "a" always counts as an article: "vitamin a" becomes "vitamin".
     - "whats" becomes "what's", but "what's" becomes "what 's".
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    # Blanks are searched for in the text as it was before any mark was replaced.
+    # As in mmf, a mark is compared with the text as it was before any mark was replaced.
     original = text
     for mark in _PUNCTUATION:
         text = text.replace(mark, "" if f"{mark} " in original or f" {mark}" in original else " ")
@@ -152,7 +152,7 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
       unchanged if all references agree.
 
     Raises:
-      ScorerAborted: if there are not exactly ten references. The official scorer asserts it.
+      ScorerAborted: if there are not exactly ten references, which the official scorer asserts.
     """
     references = accepted_answers(references)
     if len(references) != _VQA_ANSWERS:

@@ -18,16 +18,16 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
     Raises:
       UserError: if `texts` is a string.
     """
-    # Its letters would be scored one by one, and the score would look plausible.
+    # A string is a sequence too: its letters would be scored one by one, and the score would look plausible.
     if isinstance(texts, str):
         raise UserError(f"{name}: expected a list of strings, got the string {texts!r}. Pass [{texts!r}]")
 
 
 def accepted_answers(references: str | Sequence[str]) -> Sequence[str]:
-    """Returns the accepted answers as a sequence. A single string is the only accepted answer.
+    """Returns the accepted answers as a sequence. A single string is taken as the only accepted answer.
 
     Raises:
-      ScorerAborted: if there is none. The official scorers fail too: they take the minimum, the maximum or the first.
+      ScorerAborted: if there are none. The official scorers fail too: they take the minimum, the maximum or the first.
     """
     if isinstance(references, str):
         return (references,)

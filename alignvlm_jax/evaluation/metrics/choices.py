@@ -20,7 +20,7 @@ def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
     """Returns the letter that an answer names, or None if it names none, for MMMU's multiple-choice questions.
 
     Reproduces `parse_multi_choice_response` in MMMU-Benchmark/MMMU, eval/eval_utils.py; lmms-eval has the same code. It
-    searches for "(A)", then for "A" before a blank or the end, then for "A.", and then, in answers of more than five
+    searches for "(A)", then for "A" before a space or the end, then for "A.", and then, in answers of more than five
     words, for the text of an option, ignoring case. The first search that finds an option decides. If it finds several,
     the one closest to the end of the answer counts.
 
@@ -35,7 +35,7 @@ def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
       prediction: answer of the model.
       choices: texts of the options; their letters are A, B, ...
     """
-    # One pass over the marks, as in the official code: marks behind others may remain.
+    # One pass over the marks, as in the official code: of "B.'" the period remains, because ' comes last.
     for mark in _MARKS_AROUND:
         prediction = prediction.strip(mark)
     text = f" {prediction} "
@@ -56,16 +56,16 @@ def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
 def mmmu_open(prediction: str, references: Sequence[str]) -> bool:
     """Returns whether an open answer contains an accepted answer, for MMMU.
 
-    Reproduces `parse_open_response` and `eval_open` in MMMU-Benchmark/MMMU, eval/eval_utils.py. From each line of the
-    answer, the shortest text after words like "is" or "therefore" is taken (in the last line also after "="), or the
-    whole answer if there is none, and all numbers in these texts. A number is right if it equals an accepted number,
-    both rounded to two decimals. A text is right if it contains an accepted text.
+    Reproduces `parse_open_response` and `eval_open` in MMMU-Benchmark/MMMU, eval/eval_utils.py. The candidates are the
+    shortest text after words like "is" or "therefore" in each line of the answer (in the last line also after "="), or
+    the whole answer if there is no such text, and all numbers in these texts. A number is right if it equals an
+    accepted number, both rounded to two decimals. A text is right if it contains an accepted text.
 
     Details that affect scores:
 
-    - The official code splits sentences at capital letters, but after lower-casing. Only lines are split.
+    - The official code splits sentences at capital letters, but only after lower-casing, so only lines are split.
     - "is " is found within words too, such as "this ".
-    - An accepted text of a single letter must be next to a blank in the answer.
+    - An accepted text of a single letter must be next to a space in the answer.
     """
     accepted = {value for reference in accepted_answers(references) for value in _normalized(reference)}
     parts = _key_parts(prediction)
@@ -88,7 +88,7 @@ def _key_parts(prediction: str) -> list[str]:
         shortest = ""
         for lead in leads:
             tail = line.split(lead)[-1].strip()
-            # As in the official code, an empty tail replaces an earlier one, and any later tail replaces it.
+            # As in the official code, an empty tail replaces an earlier one, and is replaced by any later one.
             if lead in line and (not shortest or len(tail) < len(shortest)):
                 shortest = tail
         if shortest and shortest not in _TRIVIAL:
@@ -97,7 +97,7 @@ def _key_parts(prediction: str) -> list[str]:
 
 
 def _normalized(text: str) -> list[float | str]:
-    """Returns a number rounded to two decimals, a text in lower case, or a single letter with a blank on each side."""
+    """Returns a number rounded to two decimals, a text in lower case, or a letter with a space before and after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -118,8 +118,8 @@ def seed_accuracy(prediction: str, reference: str) -> float:
 def pope_says_yes(prediction: str) -> bool:
     """Returns whether an answer counts as yes, for POPE.
 
-    Reproduces evaluate.py in AoiDragon/POPE. Only the text before the first period counts, without commas. It means no
-    if one of its words is "No", "no" or "not", and yes otherwise. An empty answer is therefore a yes, and so is "NO".
+    Reproduces evaluate.py in AoiDragon/POPE. Only the text before the first period counts, without commas. It is a no
+    if one of its words is "No", "no" or "not", and a yes otherwise. An empty answer is therefore a yes, and so is "NO".
     lmms-eval compares the whole answer, in lower case, with "yes" and "no" instead.
     """
     words = prediction.split(".")[0].replace(",", "").split(" ")

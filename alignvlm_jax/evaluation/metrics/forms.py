@@ -15,16 +15,16 @@ def due_f1(
     Details that affect scores:
 
     - F1 is a micro average: precision is over all predicted values, recall over all expected ones.
-    - Only the case of values is normalized. Blanks, dates and currencies count as written, and "1,000" differs from
+    - Only the case of values is normalized. Spaces, dates and currencies count as written, and "1,000" differs from
       "1000". "A | B" is one value, and so is an empty string.
     - Within a document, each predicted value is paired with the first unpaired value that it equals. A second
       prediction of the same value is wrong. The greedy order can lose a match that another pairing would find.
-    - Documents are paired by position; their names are not checked. Surplus documents of either side do not count, so
-      a run that stopped half-way does not lose score.
+    - Documents are paired by position; their names are not checked. Surplus documents on either side do not count, so
+      a run that stopped halfway does not lose score.
     - A document without values on both sides has no effect. The score is 0 if there are no values at all. A reference
       key without a value is not counted as missed.
     - mPLUG-DocOwl asks one question per key, strips answers, deletes their newlines and drops the answer "None" (but
-      not "none" or "None."). This raises the score. The caller has to do so when preparing the predictions.
+      not "none" or "None."). This raises the score, and is left to the caller.
 
     Args:
       documents_predicted: list of (key, value) for each document.
@@ -32,7 +32,7 @@ def due_f1(
         is the only accepted value.
     """
     num_predicted = num_expected = num_right = 0
-    # Not strict, like the evaluator: surplus documents are dropped.
+    # `zip` is not strict: like the evaluator, it drops surplus documents.
     for predicted, document in zip(documents_predicted, documents_expected, strict=False):
         entries = [(key, [accepted] if isinstance(accepted, str) else accepted) for key, accepted in document]
         expected = [(key, accepted) for key, accepted in entries if len(accepted)]

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from alignvlm_jax.errors import UserError
 
 _REFUSALS = ("I can't", "I cannot", "无法", "抱歉")
-_BLANK = {"en": " ", "zh": ""}
+_SEPARATOR = {"en": " ", "zh": ""}  # Joins the tokens of a window.
 _CHINESE_MODEL = "zh_core_web_sm"
 
 
 def vcr_scores(prediction: str, references: str | Sequence[str], language: str) -> tuple[list[float], list[float]]:
     """Returns exact match and Jaccard index of every covered text of one image, for VCR.
 
-    Reproduces src/evaluation/evaluation_metrics.py in tianyu-z/VCR; lmms-eval and VLMEvalKit agree. The answer is cut
-    into windows with as many tokens as the covered text. The window most similar to the covered text is scored
+    Reproduces src/evaluation/evaluation_metrics.py in tianyu-z/VCR; lmms-eval and VLMEvalKit agree. A window as long as
+    the covered text, in tokens, slides over the answer. The position most similar to the covered text is scored
     (`difflib`; the first one on ties). It is an exact match if its tokens are those of the covered text; the Jaccard
     index compares both sets of tokens.
 
@@ -24,10 +24,10 @@ def vcr_scores(prediction: str, references: str | Sequence[str], language: str) 
     - A window must share a token with the covered text. An answer one token too short has no window, and both scores
       are 0.
     - The Jaccard index ignores order: a permutation scores 1, but is no exact match.
-    - Case counts. Double blanks and newlines are tokens.
+    - Case counts. Double spaces and newlines are tokens.
     - "I can't", "I cannot", "sorry" (in any case), 无法 or 抱歉 anywhere in the answer make all its scores 0, even if
       the covered text contains the word. (The official filter is less strict for some models that it knows by name.)
-    - Text before the last "Assistant: " is ignored. lmms-eval scores it too.
+    - Text before the last "Assistant: " is ignored here, but scored by lmms-eval.
     - The score of the data set is the mean over covered texts, not over images.
 
     Tokens are spaCy's. English uses its rules (the trained parts of en_core_web_sm only tag tokens), and Chinese the
@@ -35,7 +35,7 @@ def vcr_scores(prediction: str, references: str | Sequence[str], language: str) 
 
     Args:
       prediction: answer of the model, with all covered texts.
-      references: covered texts; a string is the only one. An empty list gives empty results.
+      references: covered texts. A string is taken as the only one. An empty list gives empty results.
       language: en or zh.
 
     Returns:
@@ -43,7 +43,7 @@ def vcr_scores(prediction: str, references: str | Sequence[str], language: str) 
     """
     if isinstance(references, str):
         references = (references,)
-    if language not in _BLANK:
+    if language not in _SEPARATOR:
         raise UserError(f"unknown language {language!r} of VCR: expected one of en and zh")
     answer = prediction.split("Assistant: ")[-1]
     if "sorry" in answer.lower() or any(refusal in answer for refusal in _REFUSALS):
@@ -53,22 +53,23 @@ def vcr_scores(prediction: str, references: str | Sequence[str], language: str) 
     exact, jaccard = [], []
     for reference in references:
         reference_tokens = tokenize(reference)
-        window = _best_window(tokens, reference_tokens, reference, _BLANK[language])
+        window = _best_window(tokens, reference_tokens, reference, _SEPARATOR[language])
         exact.append(float(bool(window) and window == reference_tokens))
         jaccard.append(len({*window} & {*reference_tokens}) / len({*window, *reference_tokens}) if window else 0.0)
     return exact, jaccard
 
 
-def _best_window(tokens: list[str], reference_tokens: list[str], text: str, blank: str) -> list[str]:
+def _best_window(tokens: list[str], reference_tokens: list[str], text: str, separator: str) -> list[str]:
     """Returns the window of tokens whose text is most similar to `text`; empty if no window shares a token."""
-    # `ratio` depends on the order of its texts. The second one is preprocessed, so it is set only once.
+    # `ratio` depends on the order of its texts, so the order is the official one. The second text is preprocessed by
+    # `SequenceMatcher`, and therefore set only once.
     matcher = difflib.SequenceMatcher(None, "", text)
     best, similarity = [], 0.0
     for start in range(len(tokens) - len(reference_tokens) + 1):
         window = tokens[start : start + len(reference_tokens)]
         if set(window).isdisjoint(reference_tokens):
             continue
-        matcher.set_seq1(blank.join(window))
+        matcher.set_seq1(separator.join(window))
         ratio = matcher.ratio()
         if ratio > similarity:
             best, similarity = window, ratio

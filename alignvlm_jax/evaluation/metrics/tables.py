@@ -1,7 +1,7 @@
 """Metrics of questions about tables: WikiTableQuestions' denotation accuracy, TabFact and TableVQA-Bench.
 
-The official evaluator of WikiTableQuestions runs on Python 2.7. TableVQA-Bench has a copy of it that runs on Python 3.
-The same code decides differently there, so the shared functions take the version of Python to imitate.
+The official evaluator of WikiTableQuestions runs on Python 2.7. TableVQA-Bench runs a copy of it on Python 3, where the
+same code gives other results. The functions shared by both therefore take the Python version to imitate.
 """
 
 import math
@@ -16,12 +16,12 @@ from alignvlm_jax.evaluation.metrics.arguments import ScorerAborted, check_texts
 _Python = Literal[2, 3]
 
 _SAME_NUMBER = 1e-6
-_UNKNOWN = -1
+_UNKNOWN = -1  # A part of a date that is given as xx.
 
 _QUOTES = str.maketrans(dict.fromkeys("‘’´`", "'") | dict.fromkeys("“”", '"') | dict.fromkeys("‐‑‒–—−", "-"))
-# Citations at the end of a text: brackets with any content, brackets with digits at the start, and footnote marks. In
-# the official expression, digits in brackets match in two ways, which takes exponential time for many of them. In
-# Python 2, only ASCII digits are digits.
+# Citations at the end of a text: brackets with any content, or with digits if the text has nothing else, and footnote
+# marks. In the official expression, digits in brackets match in two ways, which takes exponential time for many of
+# them; here, the position decides between the two. In Python 2, only ASCII digits are digits.
 _CITATIONS = {
     python: re.compile(rf"(?:(?<!^)\[[^\]]*\]|^\[{digit}+\]|[•♦†‡*#+])*$")
     for python, digit in ((2, "[0-9]"), (3, r"\d"))
@@ -34,7 +34,7 @@ _UNITS = re.compile(
     r"\b(?:dollar|gallons|square feet|shares|mbtu|mbpd|mbbls|mmbtu|unit|gwh|year|mmcf|mile|mboe)s?\b", re.IGNORECASE
 )
 _POWERS = (("thousand", "e3"), ("million", "e6"), ("billion", "e9"))
-# The order matters: unit words after a blank are replaced first, together with the blank.
+# The order matters: a word after a space is replaced first, together with the space.
 _SCALES = (
     *((re.compile(rf" \b{word}\b"), power) for word, power in _POWERS),
     *((re.compile(rf"\b{word}\b"), power) for word, power in _POWERS),
@@ -69,9 +69,9 @@ def wtq_denotation(
 
     Args:
       predicted_items: items of the model's answer.
-      targets: `targetValue` of the data set, split and unescaped.
-      target_canon: `targetCanon` of the data set, split and unescaped: the targets as numbers or dates. An empty string
-        stands for the target itself.
+      targets: field `targetValue` of the data set, split and unescaped.
+      target_canon: field `targetCanon` of the data set, split and unescaped: the targets as numbers or dates. An empty
+        string stands for the target itself.
 
     Raises:
       ScorerAborted: if a number is too large for a float, where the official evaluator fails too, or if the number of
@@ -118,11 +118,11 @@ def tablevqa_correct(subset: str, prediction: str, reference: str | int) -> bool
       run.
     - vtabfact: the answer must contain "true" or "false", in any case, but not both. "untrue" and "not true" count as
       true. The reference is 1 or 0.
-    - fintabnetqa: the headline ("relieved") score, for which numbers may also match without their unit: "$3,852
-      billion" is right for "$3,852 million". $ ( ) and commas are deleted, so "(1,234)" is not negative. Words like
-      "shares" or "years" are deleted. "million" becomes e6, but not in "3million"; % becomes e-2.
+    - fintabnetqa: the main ("relieved") score, for which numbers may also match without their scale: "$3,852 billion"
+      is right for "$3,852 million". $ ( ) and commas are deleted, so "(1,234)" is not negative. Words like "shares" or
+      "years" are deleted. "million" becomes e6, but not in "3million"; % becomes e-2.
 
-    VLMEvalKit drops a leading "Answer: " first; it is kept here. The overall accuracy of the benchmark weights the
+    VLMEvalKit first drops a leading "Answer: ", which is kept here. The overall accuracy of the benchmark weights the
     subsets by their number of questions.
 
     Raises:
@@ -146,7 +146,7 @@ def tablevqa_correct(subset: str, prediction: str, reference: str | int) -> bool
 
 
 def fintabnetqa_strictly_correct(prediction: str, reference: str | int) -> bool:
-    """Returns whether an answer to TableVQA-Bench's fintabnetqa is right including its unit.
+    """Returns whether an answer to TableVQA-Bench's fintabnetqa is right, including its scale.
 
     This is the benchmark's second, strict score. It differs from `tablevqa_correct` in that the scaled numbers must be
     equal: "$641.8 million" is wrong for "$641.8".
@@ -155,7 +155,7 @@ def fintabnetqa_strictly_correct(prediction: str, reference: str | int) -> bool:
 
 
 def _unescaped(text: str) -> list[str]:
-    r"""Returns the items of a list in the data set's notation: joined by bars, with \n, \p for a bar, and \\."""
+    r"""Returns the items of a list in the data set's notation: joined by bars, with \n, \p (a bar) and \\ escaped."""
     return [item.replace(r"\n", "\n").replace(r"\p", "|").replace(r"\\", "\\") for item in text.split("|")]
 
 
@@ -186,7 +186,7 @@ class _Value(NamedTuple):
 
 
 def _read(texts: Sequence[str], canonical: Sequence[str], python: _Python) -> list[_Value]:
-    """Returns the distinct values of texts. Of equal values, the first one and its spelling are kept."""
+    """Returns the distinct values of texts. Of equal values, the first one is kept, with its spelling."""
     try:
         values = [_value(text, canon or text, python) for text, canon in zip(texts, canonical, strict=True)]
     except OverflowError as error:
@@ -205,7 +205,7 @@ def _is_same_set(predicted: list[_Value], targets: list[_Value]) -> bool:
 
 
 def _is_same(target: _Value, predicted: _Value) -> bool:
-    """Returns whether two values have equal texts, or are of one kind with equal contents."""
+    """Returns whether two values have equal texts, or are of the same kind with equal contents."""
     if target.text == predicted.text:
         return True
     if target.kind != predicted.kind:
@@ -219,8 +219,8 @@ def _is_same(target: _Value, predicted: _Value) -> bool:
 
 
 def _value(text: str, canonical: str, python: _Python) -> _Value:
-    """Reads a text as a number, a date or a text, by its canonical value."""
-    # The official order: a number, else a date, else a text. A date with only a year is a number.
+    """Returns a text as a number, a date or a text, depending on its canonical value."""
+    # The official order: a number, or else a date, or else a text. A date with only a year is a number.
     number, date = _number(canonical, python), None
     if number is None:
         date = _date(canonical, python)
@@ -228,7 +228,7 @@ def _value(text: str, canonical: str, python: _Python) -> _Value:
             number, date = date[0], None
     if number is not None:
         if python == 2:
-            float(number)  # Python 2 rounds through floats, and raises OverflowError if a number is too large for one.
+            float(number)  # Python 2 rounds via a float, and raises OverflowError if the number is too large for one.
         # Truncated, not rounded, as in the official code.
         if abs(number - round(number)) < _SAME_NUMBER:
             number = int(number)
@@ -245,7 +245,7 @@ def _value(text: str, canonical: str, python: _Python) -> _Value:
 
 def _normalize(text: str, python: _Python) -> str:
     """Returns the text as the evaluator normalizes it."""
-    # Accents are separate characters of category Mn after NFKD.
+    # NFKD splits accents from their letters, into characters of category Mn.
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
     text = text.translate(_QUOTES)
     # Removing one kind of decoration can reveal another.
@@ -256,14 +256,14 @@ def _normalize(text: str, python: _Python) -> str:
         text = _DETAILS.sub("", text.strip())
         text = _QUOTED.sub(r"\1", text.strip())
     text = re.sub(r"\s+", " ", text.removesuffix("."))
-    # Python 2 lower-cases each letter alone. Python 3 turns a Σ at the end of a word into ς.
+    # Python 2 lower-cases each letter on its own. Python 3 turns a Σ at the end of a word into ς.
     text = "".join(c.lower() for c in text) if python == 2 else text.lower()
     return text.strip()
 
 
 def _number(text: str, python: _Python) -> int | float | None:
     """Returns the finite number that a text denotes, or None."""
-    # Integers first: they keep their exact value, however long they are.
+    # Integers come first, because they keep their exact value, however long they are.
     try:
         return _integer(text, python)
     except ValueError:
@@ -284,8 +284,8 @@ def _number(text: str, python: _Python) -> int | float | None:
 
 
 def _integer(text: str, python: _Python) -> int:
-    """Returns int(text) as that Python version computes it."""
-    # Python 2 rejects underscores, and allows blanks after the sign.
+    """Returns int(text) as computed by that version of Python."""
+    # Python 2 rejects underscores, and allows spaces after the sign.
     if python == 3:
         return int(text)
     if not _PYTHON2_INTEGER.fullmatch(text):
