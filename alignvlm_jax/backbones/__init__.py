@@ -1,11 +1,11 @@
-"""Finds backbones, among them the nano backbones: a small SigLIP encoder and a small Llama decoder in the package.
+"""Finds backbones, including the nano backbones: a small SigLIP encoder and a small Llama decoder in this package.
 
 AlignVLM aligns a trained vision encoder with a trained language model, so both must exist first. The nano backbones
 stand in for SigLIP and Llama in runs that must fit on a laptop. `make backbones` trains them again; `nano/README.md` is
 their model card.
 
-`NANO_MODEL` is the folder of the two joined by ALIGN and trained by the demo, as written by `tools/export_pytorch.py`
-but without its code.
+`NANO_MODEL` is the folder of the two backbones joined by ALIGN and trained by the demo, as `tools/export_pytorch.py`
+writes it, but without code.
 """
 
 import os
@@ -24,7 +24,7 @@ _SHIPPED = {
 
 
 def backbone_folder(kind: str, name: str) -> Path:
-    """Returns the folder of a backbone in Hugging Face layout.
+    """Returns the Hugging Face folder of a backbone.
 
     Args:
       kind: "vision" or "language".

@@ -13,12 +13,12 @@ CORPUS = "documents"
 SIZES = {"train": 24_000, "validation": 300, "heldout": 300}
 """Pages per split. With three or four questions per page, these are about a thousand held-out questions."""
 
-# Not the experiment's seed: runs with different seeds are compared on the same documents.
+# Not the seed of the experiment, because runs with different seeds are compared on the same documents.
 _SEED = 0
 
 
 def draw_corpus(folder: pathlib.Path, sizes: Mapping[str, int] = SIZES) -> None:
-    """Draws the documents into `folder`, unless the same documents are already there."""
+    """Draws the documents into `folder`, unless it already holds the same documents."""
     build_corpus(folder, seed=_SEED, sizes=sizes)
 
 

@@ -13,7 +13,7 @@ from alignvlm_jax.inspector.words import patch_words
 from alignvlm_jax.models.connectors import AlignConfig
 
 _ENLARGEMENT = 5
-_COLUMN_WIDTH = 4  # characters per patch, of which one is a space
+_COLUMN_WIDTH = 4  # characters per patch, including one space
 
 
 def show_example(reader: Reader, record: runner.Record, report: Report, out: pathlib.Path) -> str:
@@ -39,7 +39,7 @@ def show_example(reader: Reader, record: runner.Record, report: Report, out: pat
 
 def _patch_words(reader: Reader, image: PIL.Image.Image) -> list[list[list[str]]]:
     """Returns the word with the largest probability in ALIGN's distribution, by tile, row and column of patches."""
-    # The words depend on the page alone, so any question will do.
+    # The words depend only on the page, so the question does not matter.
     prompt = reader.prompts(image, ["?"])[0]
     variables = reader.generator.variables
     words = patch_words(reader.config, variables, prompt.tiles, prompt.tile_valid_hw, k=1, progress=False)

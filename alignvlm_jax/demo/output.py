@@ -2,7 +2,7 @@
 
 
 def show(text: str) -> None:
-    """Prints a line at once, also if the output is a file or a pipe."""
+    """Prints a line without buffering it, also if the output is a file or a pipe."""
     print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs evaluations whose results are kept in files, so that a repeated demo does not run them again."""
+"""Runs evaluations and keeps their results in files, so that a repeated demo does not run them again."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ def score_once(
     Args:
       name: name of the evaluation and of its files.
       make_reader: loads the model; called only if the evaluation runs.
-      key: identifies the model and the data.
+      key: hash that identifies the model and the data; see `make_key`.
       records: the documents.
       out: folder of the files.
       control: replaces the pages by blank or wrong ones.
@@ -48,7 +48,7 @@ def score_once(
 
 
 def make_key(*values) -> str:
-    """Returns a short hash of values, which JSON must be able to hold."""
+    """Returns a short hash of values that can be converted to JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

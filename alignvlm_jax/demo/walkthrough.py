@@ -4,7 +4,7 @@
     OUT/checkpoint/      the workdir of the training run, for `ask` and `eval` as --checkpoint
     OUT/evaluation/      every answer of every evaluation, one JSON line each
     OUT/example.png      a held-out page (example_large.png: the same page, enlarged)
-    OUT/results.json     the figures
+    OUT/results.json     the scores, with config and versions
 
 Each step writes its result to a file. It is skipped if the file exists and was written with the same config.
 """
@@ -52,7 +52,7 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
     workdir = out / "checkpoint"
     out.mkdir(parents=True, exist_ok=True)
 
-    show(f"AlignVLM demo, into {out}. On two CPU cores: a minute to draw the documents, ten to train, a few to score.")
+    show(f"AlignVLM demo in {out}. On two CPU cores: a minute to draw the documents, ten to train, a few to score.")
     show("You can interrupt it at any time: run the same command again to resume.")
 
     show_heading(1, "documents")
@@ -88,7 +88,7 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
 
 
 def _untrained_reader(config: ExperimentConfig) -> Reader:
-    """Returns the backbones joined by a fresh connector, which is what stage 1 starts from."""
+    """Returns a reader of the initial weights of stage 1: the backbones and a freshly initialized connector."""
     params = initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     return Reader(config.model, params, load_tokenizer(config), config.data.tiling)
 
@@ -96,7 +96,7 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
     """Trains, or resumes training; the progress includes the seconds of all sessions."""
     loop.train(config, workdir, score=during_training(config))
-    # Read from the checkpoint and not from the result: a repeated demo will find the same progress there.
+    # Read the progress from the checkpoint, where a repeated demo finds the same: it is part of the key of the scores.
     with Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()
     show(f"trained {progress.step} steps in {progress.train_seconds:.0f} s")
@@ -104,9 +104,10 @@ def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
 
 
 def _show_next_steps(config: ExperimentConfig, out: pathlib.Path, workdir: pathlib.Path, question: str) -> None:
+    """Prints the folders of the results and commands to try next."""
     show_heading(6, "next steps")
     show(f"checkpoint  {workdir}")
-    show(f"figures     {out / 'results.json'}")
+    show(f"results     {out / 'results.json'}")
     show(f"answers     {out / 'evaluation'}")
     show("\nAsk another question, score it again, view the training curves, train another connector:\n")
     arguments = f'--checkpoint {workdir} {out / "example.png"} --question "{question}"'
@@ -119,6 +120,7 @@ def _show_next_steps(config: ExperimentConfig, out: pathlib.Path, workdir: pathl
 
 
 def _results(config: ExperimentConfig, reports: dict[str, Report], seconds: float) -> dict:
+    """Returns the content of `results.json`."""
     heldout, before, blank, wrong = reports.values()
     score = {name: report.overall.to_json()["exact_match"] for name, report in reports.items()}
     return {

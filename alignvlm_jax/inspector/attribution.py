@@ -1,7 +1,7 @@
 """Integrated gradients of an answer: how much each patch of the page contributed to it.
 
-Axes: T visual tokens' features (the patches of all tiles), D model width, A answer tokens, G rows of the result (one
-per answer token, or a single row for the whole answer).
+Axes: T patches of all tiles, D model width, A answer tokens, G rows of the result (one per answer token, or a single
+row for the whole answer).
 
 v_t is what ALIGN gives the decoder for patch t of the page, and b_t the same for a white page of the same size. With
 f_a(v) = log p(answer token a | page v, question, previous tokens), the share of patch t in token a is
@@ -89,14 +89,14 @@ def attribute(
     Returns:
       The shares and the log-probabilities that they add up to.
     """
-    # A nine-tile page is thousands of positions, so activations are recomputed in the backward pass.
+    # A nine-tile page has thousands of positions, so recompute activations in the backward pass.
     language = dataclasses.replace(config.language, remat="full")
     model = AlignVLM(dataclasses.replace(config, language=language))
     batch = _append_answer(config, prompt, answer)
-    # Answers are padded to a multiple of 16 tokens: those of similar length share a compiled program.
+    # Pad to a multiple of 16 tokens, so that answers of similar length share a compiled program.
     padded = np.zeros(-(-len(answer) // _LENGTH_STEP) * _LENGTH_STEP, np.int32)
     padded[: len(answer)] = answer
-    # Each row selects the tokens whose log-probabilities are summed for one map.
+    # One row per map: it selects the tokens whose log-probabilities are summed. Padding tokens have weight 0.
     token_weights = np.eye(len(answer), len(padded), dtype=np.float32)
     if not per_token:
         token_weights = token_weights.sum(axis=0, keepdims=True)
@@ -105,7 +105,7 @@ def attribute(
     with tqdm(total=steps * len(token_weights), desc="attributing the answer", disable=not progress) as bar:
         for step in range(steps):
             for row, weights in enumerate(token_weights):
-                # Midpoint rule.
+                # Midpoint rule: the gradient at the center of each interval stands for the interval.
                 shares[row] += _shares(*fixed, weights, visual, blank, (step + 0.5) / steps)
                 bar.update()
     log_probs, blank_log_probs = (np.asarray(_log_probs(*fixed, tokens))[: len(answer)] for tokens in (visual, blank))

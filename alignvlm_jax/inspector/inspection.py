@@ -24,7 +24,8 @@ from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_word
 from alignvlm_jax.models.alignvlm import token_grid
 
 _MAX_WORDS = 1000
-# Answer tokens times patches (64 tokens on a nine-tile page). A larger product gets a single map for the whole answer.
+# Answer tokens times patches up to which every token gets its own map (64 tokens on a nine-tile page). Above it, there
+# is a single map for the whole answer.
 _MAX_SHARES = 64 * 7290
 
 
@@ -65,7 +66,7 @@ class Inspection:
     """Everything that a page shows, before it is packed.
 
     Attributes:
-      unused_patches: True for patches that the language model does not receive.
+      unused_patches: true for patches that the language model does not receive.
       vocabulary: V, the number of words that P ranges over.
     """
 
@@ -153,6 +154,7 @@ def inspect_image(
         name = name or os.path.basename(os.fspath(image))
         image = images.open_image(image)
     image = images.to_rgb(image)
+    # The words of each patch do not depend on the questions.
     plan = plan_tiles(*image.size, reader.tiling)
     tiles, valid_hw = cut_tiles(image, plan, reader.tiling.tile_size)
     variables = reader.generator.variables
@@ -239,7 +241,7 @@ def inspect_to_file(
       config: settings.
 
     Raises:
-      UserError: as `inspect_image`, and if the file cannot be written.
+      UserError: see `inspect_image`; also if the file cannot be written.
     """
     checkpoint = os.fspath(checkpoint)
     inspection = inspect_image(load(checkpoint), image, questions, name=name, checkpoint=checkpoint, config=config)

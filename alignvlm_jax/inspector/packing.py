@@ -51,6 +51,7 @@ def pack_words(
     if probabilities.size > MAX_ENTRIES:
         # The probability of the last word that still fits.
         floor = max(floor, float(np.partition(probabilities, -MAX_ENTRIES, axis=None)[-MAX_ENTRIES]))
+    # Drop the words below the floor, and number the distinct words of the page.
     kept = probabilities >= floor
     # Words are sorted by probability: the first one is the likeliest.
     kept[:, 0] = True
@@ -73,8 +74,8 @@ def pack_words(
 
 def pack_maps(maps: Float[np.ndarray, "G T"]) -> dict:
     """Returns signed maps as int16 [G, T]; +-32767 stands for the largest magnitude of each map (`scales`)."""
-    # int16, because thousands of small shares must still add up to the same sum: with the 127 steps of int8, a tenth of
-    # the sum is lost on a nine-tile page.
+    # int16, because thousands of small shares must still add up to the same sum. With the 127 steps of int8, a tenth of
+    # the sum would be lost on a nine-tile page.
     scales = np.max(np.abs(maps), axis=1, initial=1e-12)
     return {"scales": scales.tolist(), "values": encode(np.round(maps / scales[:, None] * 32767), "<i2")}
 

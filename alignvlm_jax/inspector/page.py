@@ -13,7 +13,7 @@ import PIL.Image
 from alignvlm_jax.errors import UserError
 
 _WEB = pathlib.Path(__file__).parent / "web"
-# The files are concatenated into one script, in this order: a file uses the top-level names of those before it.
+# The files are concatenated into one script, in this order, because a file uses the top-level names of those before it.
 _SCRIPTS = ("data", "places", "state", "drawing", "patch", "search", "answer", "controls", "facts")
 _LONGEST_SIDE = 2048
 _LARGEST_PNG = 600_000
@@ -67,7 +67,7 @@ def write(text: str, file: str | os.PathLike) -> None:
 def image_url(image: PIL.Image.Image) -> str:
     """Returns the image as a data URL.
 
-    The longer side is reduced to 2048 pixels. The image is a PNG if that takes at most 0.6 MB, and else a JPEG.
+    The longer side is reduced to 2048 pixels. The image is a PNG if that takes at most 0.6 MB, otherwise a JPEG.
     """
     image = image.convert("RGB")
     if max(image.size) > _LONGEST_SIDE:

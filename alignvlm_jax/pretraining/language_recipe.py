@@ -64,6 +64,7 @@ def draw_conversation(rng: np.random.Generator, questions, answers, transcriptio
 
 def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "train") -> grain.MapDataset:
     """Returns batches of pages as text; element i is the batch of step i."""
+    # Class 0, a blank patch, is read as a space.
     token_of_class = np.array([chat.encode_text(character)[0] for character in " " + CHARACTERS], np.int32)
 
     def draw(index: int) -> dict[str, np.ndarray]:
@@ -71,11 +72,13 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
         document = draw_document(config.seed, split, index, render=False)
         plan = plan_tiles(*document.size, NANO_TILING)
         classes = patch_classes(document, plan, NANO_TILING.tile_size, NANO_VISION.patch_size).reshape(-1)
+        # Blur some pages: drop characters, and draw the weight of another token's embedding at each position.
         mixed = np.zeros(LENGTH, np.float32)
         if rng.random() < _BLURRED:
             classes = np.where(rng.random(classes.shape) < _MISSING, 0, classes)
             mixed[:] = rng.uniform(0, _MAX_MIXED) * rng.random(LENGTH)
 
+        # Tokenize a conversation about the page, as in the training of AlignVLM.
         turns = draw_conversation(rng, document.questions, document.answers, document.transcription)
         messages = []
         for number, (question, answer) in enumerate(turns):
@@ -89,7 +92,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
         tokens[:length] = encoded.tokens[:length]
         on_page = np.zeros(LENGTH + 1, bool)
         on_page[:length] = encoded.visual_index[:length] >= 0
-        tokens[on_page] = token_of_class[classes]
+        tokens[on_page] = token_of_class[classes]  # the page's characters instead of image placeholders
         weights = np.zeros(LENGTH + 1, np.float32)
         weights[:length] = encoded.loss_weights[:length]
         return {
@@ -105,8 +108,8 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
     return pages.map(draw).batch(config.batch_size, drop_remainder=True)
 
 
-class Speaker(nn.Module):
-    """Decoder that reads blurred pages."""
+class PageDecoder(nn.Module):
+    """Decoder whose input embeddings are mixed with those of other tokens, as on blurred pages."""
 
     config: LanguageConfig
 
@@ -125,10 +128,10 @@ class Speaker(nn.Module):
 
 
 def make_language_backbone(out: str | Path, workdir: str | Path, config: PretrainConfig) -> dict[str, float]:
-    """Makes the tokenizer, trains the decoder and writes both; returns the accuracy on validation pages."""
+    """Trains the tokenizer and the decoder, writes both, and returns the accuracy on validation pages."""
     save_tokenizer(out, seed=config.seed)
     chat = ChatTokenizer.from_folder(out)
-    model = Speaker(NANO_LANGUAGE)
+    model = PageDecoder(NANO_LANGUAGE)
     batches = make_batches(config, chat)
     example = jax.tree.map(jnp.asarray, batches[0])
     params = nn.unbox(model.init(jax.random.key(config.seed), example)["params"])

@@ -2,7 +2,8 @@
 
 Axes: M tiles, N patches per tile (raster order), P characters printed on the page.
 
-The encoder is pre-trained with these labels (one character per patch), and the decoder reads pages laid out by them.
+The encoder is pre-trained on these labels (one character per patch). The decoder is pre-trained on pages in which each
+patch is replaced by its character.
 """
 
 import numpy as np
@@ -30,6 +31,7 @@ def patch_classes(document: Document, plan: TilePlan, tile_size: int, patch_size
     classes = np.zeros((plan.num_tiles, grid, grid), np.int32)
     centers = np.array([((g.left + g.right) / 2, (g.top + g.bottom) / 2) for g in document.glyphs], np.float32)
     tiles, points = plan.map_points(centers)
+    # Glyphs come in reading order, so `line` holds the characters to the left of the current one.
     for glyph, tile, (x, y) in zip(document.glyphs, tiles, points, strict=True):
         row, column = min(int(y // patch_size), grid - 1), min(int(x // patch_size), grid - 1)
         line = classes[tile, row]

@@ -1,7 +1,7 @@
-"""Makes the nano decoder's tokenizer: byte-level BPE with 512 tokens, trained on the text of training documents.
+"""Trains the nano decoder's tokenizer: byte-level BPE with 512 tokens, on the text of training documents.
 
 Words of questions and labels become single tokens. Capitals, digits, punctuation and spaces are never merged: values
-on a page consist of them, one character per patch, so each patch corresponds to one token.
+on a page consist of them, with one character per patch, so each patch corresponds to one token.
 """
 
 import json
@@ -31,6 +31,8 @@ def save_tokenizer(folder: str | Path, *, seed: int, num_documents: int = 3000, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizers.Tokenizer(models.BPE())
+    # A piece is a word in lower case, with a space and a capital before it, or a single character. BPE merges only
+    # within pieces.
     pieces = tokenizers.Regex(r" ?[A-Z]?[a-z]+|\s|[A-Z]|[0-9]|[^\sA-Za-z0-9]")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,6 +1,6 @@
 """Training loop of the nano backbones: resumable, for one small model and one loss, without a mesh.
 
-`training/` trains AlignVLM. This loop trains the backbones it starts from, on a machine without any other models.
+`training/` trains AlignVLM. This loop trains the nano backbones that it starts from.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class PretrainConfig:
       warmup_steps: steps of linear warm-up; a cosine decay to 2 % of the peak follows.
       weight_decay: weight decay, scaled by the learning rate.
       seed: seed of the drawn pages and of the initial weights.
-      save_every: steps between checkpoints.
+      save_every: number of steps between checkpoints.
       validation_pages: number of pages that the trained model is scored on.
     """
 
@@ -73,6 +73,7 @@ def pretrain(
     manager = ocp.CheckpointManager(
         Path(workdir).absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
+    # Resume from the last checkpoint. Batches are a function of the step, so the data needs no state.
     first = manager.latest_step() or 0
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(state))

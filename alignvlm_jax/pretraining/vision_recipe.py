@@ -5,8 +5,8 @@ Axes: B pages, M tiles per page, S tile side, N patches per tile, d encoder widt
 There are two objectives. Both train a linear head that is discarded afterwards:
 
   "patches"        predicts the character under each patch, as the renderer placed it.
-  "transcription"  predicts the page's characters in raster order with CTC, without their places. The connectors are
-                   compared on such an encoder, because labels per patch supervise ALIGN's own output space.
+  "transcription"  predicts the page's characters in raster order with CTC, without their positions. Connectors are
+                   compared on such an encoder, because labels per patch would supervise the output space of ALIGN.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ OBJECTIVES = ("patches", "transcription")
 _NUM_CLASSES = len(CHARACTERS) + 1
 
 
-class Reader(nn.Module):
-    """Encoder with a head that classifies characters."""
+class CharacterClassifier(nn.Module):
+    """Encoder with a linear head that predicts the character in each patch."""
 
     config: VisionConfig
 
     @nn.compact
     def __call__(self, tiles, tile_valid_hw):
-        """Returns the logits [B, M, N, C] of the character in each patch."""
+        """Returns the logits of the character in each patch, [B, M, N, C]."""
         pixels = normalize_tiles(tiles, tile_valid_hw).reshape(-1, *tiles.shape[2:])
         features = VisionEncoder(self.config, name="vision")(pixels)
         logits = Dense(_NUM_CLASSES, ("embed", "vocab"), name="head")(features)
@@ -56,7 +56,7 @@ class Reader(nn.Module):
 
 
 def make_batches(config: PretrainConfig, split: str = "train") -> grain.MapDataset:
-    """Returns batches of pages that are drawn when they are needed; element i is the batch of step i."""
+    """Returns batches of pages, drawn on access; element i is the batch of step i."""
 
     def draw(index: int) -> dict[str, np.ndarray]:
         document = draw_document(config.seed, split, index)
@@ -88,6 +88,7 @@ def transcription_loss(logits, batch):
 
     The metric `named` is the number of patches classified as a character, per printed character.
     """
+    # One sequence per page: the patches of all tiles, in raster order. CTC's blank is class 0.
     logits = logits.reshape(logits.shape[0], -1, logits.shape[-1])
     characters = batch["characters"]
     losses = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), characters, characters == 0)
@@ -98,6 +99,7 @@ def transcription_loss(logits, batch):
 def best_path(logits: Float[Array, "B M N C"]) -> list[str]:
     """Returns CTC's best path of each page: the most likely class of each patch, with runs merged, without blanks."""
     classes = np.asarray(jnp.argmax(logits, -1)).reshape(logits.shape[0], -1)
+    # A patch that repeats its predecessor's class belongs to the same character (CTC).
     kept = (np.diff(classes, axis=1, prepend=-1) != 0) & (classes > 0)
     return ["".join(CHARACTERS[c - 1] for c in page[keep]) for page, keep in zip(classes, kept, strict=True)]
 
@@ -112,8 +114,8 @@ def character_error_rate(predicted: Sequence[str], batch: Mapping[str, np.ndarra
 def make_vision_backbone(
     out: str | Path, workdir: str | Path, config: PretrainConfig, objective: str = "patches"
 ) -> dict[str, float]:
-    """Trains the encoder and writes it in Hugging Face layout; returns the metrics on validation pages."""
-    model = Reader(NANO_VISION)
+    """Trains the encoder, writes it as a Hugging Face folder, and returns the metrics on validation pages."""
+    model = CharacterClassifier(NANO_VISION)
     batches = make_batches(config)
     example = jax.tree.map(jnp.asarray, batches[0])
     params = nn.unbox(model.init(jax.random.key(config.seed), example["tiles"], example["tile_valid_hw"])["params"])

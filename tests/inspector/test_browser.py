@@ -130,10 +130,10 @@ def test_pointing_at_a_patch_lists_its_words(desk, found, patch):
     )
 
 
-def test_a_click_holds_a_patch_and_escape_releases_it(desk):
+def test_a_click_pins_a_patch_and_escape_unpins_it(desk):
     desk.mouse.click(*place(desk, 2000))
     desk.mouse.move(*place(desk, 4000))
-    assert "held" in desk.text_content("#patch-place") and desk.evaluate("inspector.state.patch") == 2000
+    assert "pinned" in desk.text_content("#patch-place") and desk.evaluate("inspector.state.patch") == 2000
     desk.keyboard.press("Escape")
     desk.mouse.move(*place(desk, 4001))
     assert desk.evaluate("inspector.state.patch") == 4001

@@ -33,7 +33,7 @@ Buffer = bytes | mmap.mmap
 
 _BYTE_ORDER_MARK = re.compile(rb"(?:\xef\xbb\xbf)?")
 _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
-# A string never spans lines, so after a lost quotation mark the next line is read correctly again.
+# In JSON, a string cannot span lines. After a lost quotation mark, the next line is therefore read correctly again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
 # An element longer than this may have swallowed the next record. It is searched for one then, and again whenever its

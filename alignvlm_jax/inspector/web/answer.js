@@ -6,7 +6,7 @@ const maps = data.questions.map(({ maps }) => maps && {
   values: numbers(maps.values, Int16Array),
 });
 
-// The map in use, unpacked once: redrawing asks for it again with every frame.
+// The selected map, unpacked once and kept, because every frame that is drawn needs it.
 let unpacked = { key: "", map: null };
 /** Returns the patches' shares in the selected token or in the whole answer, or null without an attribution. */
 function answerMap() {
@@ -20,6 +20,7 @@ function answerMap() {
   return unpacked.map;
 }
 
+/** Updates the card with the question, the answer and the tabs of other questions. */
 function showAnswer() {
   $("question-card").hidden = !data.questions.length;
   document.querySelector("#views [value=answer]").disabled = !maps[state.question];
@@ -30,7 +31,7 @@ function showAnswer() {
   const hasTokenMaps = packed && packed.scales.length > 1;
   $("answer").classList.toggle("empty", !tokens.length);
   if (hasTokenMaps) {
-    const parts = tokens.flatMap((token, i) => [blankBefore(token, i), tokenButton(token, i + 1)]);
+    const parts = tokens.flatMap((token, i) => [spaceBefore(token, i), tokenButton(token, i + 1)]);
     $("answer").replaceChildren(...parts);
   } else $("answer").textContent = tokens.length ? answer : "no answer";
   showAnswerNote();
@@ -52,7 +53,7 @@ function showAnswer() {
 }
 
 /** Returns the white space before a token, which stays outside its button; the first token has none. */
-const blankBefore = ({ text }, i) => (i && !isBlank(text) ? text.slice(0, text.length - text.trimStart().length) : "");
+const spaceBefore = ({ text }, i) => (i && !isBlank(text) ? text.slice(0, text.length - text.trimStart().length) : "");
 
 function tokenButton(token, map) {
   const button = document.createElement("button");
@@ -71,6 +72,7 @@ function tokenButton(token, map) {
   return button;
 }
 
+/** Updates the note below the answer: the probability of the selected token, or of the whole answer. */
 function showAnswerNote() {
   const { tokens } = currentQuestion();
   const packed = maps[state.question];

@@ -1,13 +1,15 @@
 // Input: pointer, touch, keyboard and buttons.
 
+/** Switches to a view: page, words, doubt, answer or find. */
 function setView(view) {
   state.view = view;
   document.querySelector(`#views [value=${view}]`).checked = true;
   draw();
 }
 
+/** Switches between the tiles and the thumbnail. */
 function setLayer(layer) {
-  // Keep showing the same place of the page: the patch of the new layer at the center of the current one.
+  // Stay at the same place of the page: select the new layer's patch at the center of the current patch.
   const [left, top, right, bottom] = state.patch < 0 ? [0, 0, 0, 0] : rectangle(state.patch);
   state.layer = layer;
   if (state.query.trim()) state.result = locate(state.query);
@@ -18,7 +20,7 @@ function setLayer(layer) {
 
 /** Zooms by a factor (0: fits the page) and keeps the point (x, y) of the viewport in place. */
 function zoom(factor, x = frame.width / 2, y = frame.height / 2) {
-  // Zoom in until the narrowest patch is 88 pixels wide, and not further.
+  // The largest zoom makes the narrowest patch 88 pixels wide.
   let narrowest = 1e9;
   for (const t of patchesOf(state.layer)) {
     const [left, , right] = rectangle(t);
@@ -52,7 +54,7 @@ function reveal(t) {
 }
 
 viewport.addEventListener("pointermove", (event) => {
-  if (event.pointerType === "touch" || state.held) return;
+  if (event.pointerType === "touch" || state.pinned) return;
   const t = patchAt(...pointOf(event));
   if (t >= 0) show(t);
 });
@@ -60,7 +62,7 @@ viewport.addEventListener("pointermove", (event) => {
 viewport.addEventListener("click", (event) => {
   const t = patchAt(...pointOf(event));
   if (t < 0) return;
-  show(t, { held: !(state.held && t === state.patch) });
+  show(t, { pinned: !(state.pinned && t === state.patch) });
   // On a phone the words are below the page. Scroll them into view; the page is sticky and stays visible.
   if (isNarrow() && $("patch").getBoundingClientRect().top > innerHeight - 200) {
     const smooth = !matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -88,7 +90,7 @@ viewport.addEventListener("keydown", (event) => {
     }
     announce();
   } else if (event.key === "Enter" || event.key === " ") {
-    show(state.patch, { held: !state.held });
+    show(state.patch, { pinned: !state.pinned });
     announce();
   } else if (event.key === "+" || event.key === "=") zoom(1.5);
   else if (event.key === "-") zoom(1 / 1.5);
@@ -103,7 +105,7 @@ document.addEventListener("keydown", (event) => {
     $("search").focus();
     $("search").select();
   }
-  if (event.key === "Escape" && state.held) show(state.patch, { held: false });
+  if (event.key === "Escape" && state.pinned) show(state.patch, { pinned: false });
 });
 
 $("search").addEventListener("input", () => {

@@ -1,6 +1,6 @@
 "use strict";
-// Unpacks the data and formats numbers and words. Patches are numbered tile by tile, and row by row within a tile; `t`
-// is such a number.
+// Unpacks the data (packing.py describes the encoding) and formats numbers and words. Patches are numbered tile by
+// tile, and row by row within a tile; `t` is such a number.
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
@@ -12,6 +12,7 @@ const PATCHES = data.rows * data.columns; // patches per tile
 const TOTAL = data.tiles.length * PATCHES;
 const NUM_WORDS = text.words.length;
 
+/** Returns the numbers of a base64 string as a typed array. */
 function numbers(base64, Type) {
   const binary = atob(base64);
   const bytes = new Uint8Array(binary.length);
@@ -23,8 +24,9 @@ const entryWord = numbers(text.entries, NUM_WORDS <= 65536 ? Uint16Array : Uint3
 const entryShare = Float32Array.from(numbers(text.probabilities, Uint16Array), (code) =>
   Math.exp((code / 65535) * text.lowest),
 );
+// Effective number of words of each patch: exp(entropy) = V ** (entropy / ln V).
 const effective = Float32Array.from(numbers(text.entropy, Uint16Array), (code) => text.vocabulary ** (code / 65535));
-const leftOut = data.leftOut ? numbers(data.leftOut, Uint8Array) : null;
+const unusedPatches = data.leftOut ? numbers(data.leftOut, Uint8Array) : null;
 
 // The words of patch t are the entries from firstEntry[t] up to firstEntry[t + 1], likeliest first.
 const firstEntry = new Uint32Array(TOTAL + 1);
@@ -36,6 +38,7 @@ const byWord = new Uint32Array(entryWord.length);
 const patchOfEntry = new Uint32Array(entryWord.length);
 const mass = new Float64Array(NUM_WORDS); // sum of a word's P over the patches
 const peak = new Float32Array(NUM_WORDS); // largest P of a word
+// Counting sort: count the entries of each word, sum up the counts, then put each entry in its place.
 for (const word of entryWord) firstPlace[word + 1]++;
 for (let word = 0; word < NUM_WORDS; word++) firstPlace[word + 1] += firstPlace[word];
 {
@@ -51,8 +54,9 @@ for (let word = 0; word < NUM_WORDS; word++) firstPlace[word + 1] += firstPlace[
   }
 }
 
-const BLANKS = { " ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥" };
-const marked = (word) => word.replace(/[ \n\r\t]/g, (blank) => BLANKS[blank]);
+// Visible marks for white space.
+const MARKS = { " ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥" };
+const marked = (word) => word.replace(/[ \n\r\t]/g, (space) => MARKS[space]);
 const isBlank = (word) => word.trim() === "";
 /** Returns the key that a word is looked up by: trimmed, in lower case. */
 const keyOf = (word) => (isBlank(word) ? marked(word) : word.trim().toLowerCase().normalize("NFC"));

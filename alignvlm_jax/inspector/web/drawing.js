@@ -22,26 +22,27 @@ function layOut() {
   frame.width = viewport.clientWidth;
   frame.height = viewport.clientHeight;
   frame.scale = fit * state.zoom;
-  const whole = { x: Math.floor(width * frame.scale), y: Math.floor(height * frame.scale) };
-  $("spacer").style.width = `${Math.max(frame.width, whole.x)}px`;
-  $("spacer").style.height = `${Math.max(frame.height, whole.y)}px`;
-  // Measure again: the spacer may have brought scroll bars, which take space.
+  const scaled = { width: Math.floor(width * frame.scale), height: Math.floor(height * frame.scale) };
+  $("spacer").style.width = `${Math.max(frame.width, scaled.width)}px`;
+  $("spacer").style.height = `${Math.max(frame.height, scaled.height)}px`;
+  // Measure again: the spacer may have added scroll bars, which take up space.
   frame.width = viewport.clientWidth;
   frame.height = viewport.clientHeight;
   viewport.classList.toggle("fits", state.zoom === 1);
-  const dense = Math.min(devicePixelRatio || 1, 2);
+  const density = Math.min(devicePixelRatio || 1, 2); // canvas pixels per CSS pixel
   for (const context of [base, cursor]) {
     const canvas = context.canvas;
-    canvas.width = Math.round(frame.width * dense);
-    canvas.height = Math.round(frame.height * dense);
+    canvas.width = Math.round(frame.width * density);
+    canvas.height = Math.round(frame.height * density);
     canvas.style.width = `${frame.width}px`;
     canvas.style.height = `${frame.height}px`;
-    context.setTransform(dense, 0, 0, dense, 0, 0);
+    context.setTransform(density, 0, 0, density, 0, 0);
   }
   place();
   draw();
 }
 
+/** Computes the offset of the page: centered if it fits, otherwise scrolled. */
 function place() {
   frame.left = Math.max(0, (frame.width - data.image.width * frame.scale) / 2) - viewport.scrollLeft;
   frame.top = Math.max(0, (frame.height - data.image.height * frame.scale) / 2) - viewport.scrollTop;
@@ -107,7 +108,7 @@ function heat() {
     return { value: (t) => map[t] / max, color: colors.for, against: colors.against, title, ticks };
   }
   const values = state.result.values;
-  // A word that is likely nowhere stays pale.
+  // A word that is unlikely everywhere stays pale.
   let max = FULL_COLOR_AT;
   for (const t of patchesOf(state.layer)) max = Math.max(max, values[t]);
   const ticks = ["0", percent(max / 4), percent(max)];
@@ -128,6 +129,7 @@ function layerSums(map) {
   return sums.length < 2 ? "" : `: ${sums.map(([name, sum]) => `${name} ${signed(sum)}`).join(", ")}`;
 }
 
+/** Draws the coloring that `heat` returns, with its legend. */
 function drawHeat({ value, color, against, title, ticks }) {
   base.fillStyle = `rgb(${color})`;
   let isNegative = false;
@@ -163,6 +165,7 @@ function legend(title, gradient, ticks) {
 
 const MONO_WIDTH = 0.602; // width of a monospaced letter, relative to the font size
 
+/** Draws the likeliest word of each patch, in a font size that fits the patch. */
 function drawWords() {
   base.fillStyle = colors.ink;
   base.textAlign = "center";
@@ -180,15 +183,16 @@ function drawWords() {
       base.fillRect(x + width / 2 - 0.75, y + height / 2 - 0.75, 1.5, 1.5);
       continue;
     }
-    // The largest font size that fits the patch; long words may instead be cut to stay readable.
-    const fitting = Math.min(height * 0.74, (width * 0.96) / (MONO_WIDTH * word.length));
-    const wanted = Math.max(fitting, Math.min(height * 0.32, 8));
-    if (wanted < 4) { // Too small to read: a bar whose length is proportional to the word's.
+    // The largest font size that fits the patch. Long words are not shrunk below a readable size, but cut.
+    const fittingSize = Math.min(height * 0.74, (width * 0.96) / (MONO_WIDTH * word.length));
+    const fontSize = Math.max(fittingSize, Math.min(height * 0.32, 8));
+    if (fontSize < 4) { // Too small to read: a bar whose length is proportional to the word's.
       const length = Math.min(0.84, 0.14 * word.length) * width;
       base.fillRect(x + (width - length) / 2, y + height * 0.36, length, Math.max(1, height * 0.28));
       continue;
     }
-    const rounded = Math.round(wanted * 2) / 2;
+    // Setting the font is slow, so sizes are rounded to half a pixel and the font is set only when the size changes.
+    const rounded = Math.round(fontSize * 2) / 2;
     if (rounded !== size) base.font = `${(size = rounded)}px ${family}`;
     const room = Math.max(1, Math.floor((width * 0.98) / (MONO_WIDTH * size)));
     if (word.length > room) word = room > 2 ? `${word.slice(0, room - 1)}…` : word.slice(0, room);
@@ -197,6 +201,7 @@ function drawWords() {
   legend("The likeliest word of each patch; faint where the model is unsure. Zoom in to read small words.", null);
 }
 
+/** Draws the borders of the tiles, if there are several. */
 function drawTiles() {
   if (state.view === "page") legend("Point at a patch or tap it to list its words.", null);
   const tiles = data.layers[state.layer].tiles;
@@ -217,9 +222,9 @@ function drawCursor() {
   if (!width || !height) return;
   // A dark line on a wider light one is visible on any background.
   cursor.strokeStyle = "rgba(255, 255, 255, 0.9)";
-  cursor.lineWidth = state.held ? 6 : 4;
+  cursor.lineWidth = state.pinned ? 6 : 4;
   cursor.strokeRect(x, y, width, height);
-  cursor.strokeStyle = `${state.held ? colors.focus : "#111"}`;
-  cursor.lineWidth = state.held ? 3 : 1.5;
+  cursor.strokeStyle = `${state.pinned ? colors.focus : "#111"}`;
+  cursor.lineWidth = state.pinned ? 3 : 1.5;
   cursor.strokeRect(x, y, width, height);
 }

@@ -32,7 +32,7 @@ function firstPatch() {
   for (const t of patchesOf(0)) {
     if (!onPage(t)) continue;
     const entry = firstEntry[t];
-    // The penalty of 2 puts white space behind every other word.
+    // A probability is at most 1, so the penalty of 2 ranks white space behind every other word.
     const score = map ? map[t] : entryShare[entry] - (isBlank(text.words[entryWord[entry]]) ? 2 : 0);
     if (score > best) [patch, best] = [t, score];
   }
@@ -50,5 +50,5 @@ setTheme(darkScheme.matches);
 setView(maps[0] ? "answer" : "words");
 layOut();
 
-// For tests and for the browser's console.
+// For tests and the browser's console.
 window.inspector = { data, state, frame, rectangle, patchAt, neighbor, locate, findChains, answerMap, drawPage };

@@ -24,27 +24,28 @@ const crop = $("crop").getContext("2d");
 function showWord(element, word) {
   const inner = isBlank(word) ? "" : word.trim();
   const [before, after] = inner ? word.split(inner).map(marked) : [marked(word), ""];
-  const mark = (blank) => make("span", { className: "mark", textContent: blank });
+  const mark = (space) => make("span", { className: "mark", textContent: space });
   element.replaceChildren(...(before ? [mark(before)] : []), inner, ...(after ? [mark(after)] : []));
 }
 
-/** Selects a patch. A held patch stays selected when the pointer moves. */
-function show(t, { held = state.held } = {}) {
-  if (t === state.patch && held === state.held) return;
+/** Selects a patch; a pinned patch stays selected when the pointer moves. */
+function show(t, { pinned = state.pinned } = {}) {
+  if (t === state.patch && pinned === state.pinned) return;
   state.patch = t;
-  state.held = held;
+  state.pinned = pinned;
   drawCursor();
   describe();
 }
 
+/** Updates the panel: the words of the selected patch, its place, and its share in the answer. */
 function describe() {
   const t = state.patch;
   if (t < 0) return;
   const start = firstEntry[t];
   const count = firstEntry[t + 1] - start;
   const top = text.words[entryWord[start]];
-  $("patch-title").textContent = isBlank(top) ? `${marked(top)} (blank)` : `“${top.trim()}”`;
-  $("patch-place").textContent = `${placeOf(t)}${state.held ? " · held" : ""}`;
+  $("patch-title").textContent = isBlank(top) ? `${marked(top)} (white space)` : `“${top.trim()}”`;
+  $("patch-place").textContent = `${placeOf(t)}${state.pinned ? " · pinned" : ""}`;
   const words = effective[t];
   $("patch-doubt").textContent = `${words < 1.05 ? "1.0" : short(words)} effective words`;
   const map = answerMap();
@@ -67,22 +68,24 @@ function describe() {
   const more = Math.max(0, count - SHOWN_WORDS);
   const rest = [];
   if (more) rest.push(`${more} more: ${percent(Math.max(0, known - listed))}`);
-  rest.push(`all words not kept: ${percent(Math.max(0, 1 - known))}`);
+  rest.push(`words not kept: ${percent(Math.max(0, 1 - known))}`);
   $("rest").textContent = rest.join(" · ");
   drawCrop(t);
 }
 
 const contribution = (share) => (Math.abs(share) < 0.005 ? "No contribution" : `Contribution: ${signed(share)} nats`);
 
+/** Returns the place of a patch as text: its tile, row and column. */
 function placeOf(t) {
   const tile = Math.floor(t / PATCHES);
   const row = Math.floor((t % PATCHES) / COLUMNS) + 1;
   const { name: layer, tiles } = data.layers[state.layer];
   const name = layer === "thumbnail" ? layer : `tile ${tiles.indexOf(tile) + 1} of ${tiles.length}`;
-  const note = leftOut && leftOut[t] ? " · not shown to the language model" : "";
+  const note = unusedPatches && unusedPatches[t] ? " · not shown to the language model" : "";
   return `${name} · row ${row}, column ${(t % COLUMNS) + 1}${note}`;
 }
 
+/** Draws the part of the page around a patch. */
 function drawCrop(t) {
   const [left, top, right, bottom] = rectangle(t);
   const side = crop.canvas.width;
@@ -111,7 +114,7 @@ function announce() {
     const start = firstEntry[state.patch];
     const words = [];
     for (let entry = start; entry < Math.min(start + 3, firstEntry[state.patch + 1]); entry++) {
-      words.push(`${marked(text.words[entryWord[entry]].trim()) || "blank"}, ${percent(entryShare[entry])}`);
+      words.push(`${marked(text.words[entryWord[entry]].trim()) || "white space"}, ${percent(entryShare[entry])}`);
     }
     $("announcement").textContent = `${placeOf(state.patch)}: ${words.join("; ")}`;
   }, 180);

@@ -41,7 +41,7 @@ function neighbor(t, dx, dy) {
   const [left, top, right, bottom] = rectangle(t);
   const x = (left + right) / 2;
   const y = (top + bottom) / 2;
-  // A strip at the edge of a tile may belong to no patch, so several distances beyond the border are tried.
+  // A strip at the edge of a tile may belong to no patch, so try several distances beyond the patch's border.
   for (const distance of [0.02, 0.3, 0.6, 0.9]) {
     const other = patchAt(
       x + dx * ((right - left) / 2 + distance * (right - left)),
@@ -52,6 +52,7 @@ function neighbor(t, dx, dy) {
   return -1;
 }
 
+/** Yields the patches of a layer. */
 function* patchesOf(layer) {
   for (const tile of data.layers[layer].tiles) {
     for (let t = tile * PATCHES; t < (tile + 1) * PATCHES; t++) yield t;

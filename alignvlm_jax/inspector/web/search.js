@@ -1,9 +1,9 @@
 // Finds a word on the page: patches that name it, and chains of neighboring patches that spell it.
 
-const MIN_PIECE = 0.002; // P of a piece of a word, for the patch to take part in a chain
-const MIN_CHAIN = 0.1; // geometric mean of P over the patches of a chain
+const MIN_PIECE = 0.002; // minimum P of a piece of a word for its patch to be part of a chain
+const MIN_CHAIN = 0.1; // minimum score of a chain: the geometric mean of P over its patches
 
-/** Returns the map of a word, its chains, and the text of the legend. */
+/** Returns the map of a word, the chains that spell it, and the text of the legend. */
 function locate(query) {
   const key = keyOf(query);
   const words = (wordsOfKey.get(key) ?? []).filter((word) => !state.excluded.has(word));
@@ -54,6 +54,7 @@ function findChains(letters) {
       let chain = { log, patches: [t] };
       if (position + key.length < letters.length) {
         const next = neighbor(t, 1, 0);
+        // One patch may be skipped, for example a space between two pieces.
         const afterNext = next < 0 ? -1 : neighbor(next, 1, 0);
         const rests = [next, afterNext]
           .filter((u) => u >= 0).map((u) => best(u, position + key.length)).filter(Boolean);
@@ -75,6 +76,7 @@ function findChains(letters) {
   return chains.sort((one, other) => other.score - one.score);
 }
 
+/** Returns the result of a search as text. */
 function resultText(query, single, expected, chains) {
   const parts = [];
   if (single > 0) parts.push(`at most ${percent(single)} in a patch, ${short(expected)} expected on the page`);
@@ -120,7 +122,7 @@ function search(query, { typed = false } = {}) {
   draw();
 }
 
-/** Lists the tokens that count as the query: with a leading blank, with a capital. Each can be excluded. */
+/** Lists the tokens that count as the query, such as those with a leading space or a capital. Each can be excluded. */
 function showVariants(words) {
   const chips = words.length < 2 ? [] : words.map((word) => {
     const chip = document.createElement("button");
@@ -141,6 +143,7 @@ function showVariants(words) {
 
 let suggestions = []; // [word, largest P] of each
 let activeSuggestion = -1;
+/** Lists up to seven words that begin with the text in the search field, likeliest first. */
 function suggest() {
   const key = keyOf($("search").value);
   suggestions = [];

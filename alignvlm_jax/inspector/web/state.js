@@ -5,9 +5,9 @@ const state = {
   layer: 0,
   zoom: 1,
   patch: -1, // the selected patch, whose words are listed
-  held: false, // whether the patch stays selected when the pointer moves
+  pinned: false, // whether the patch stays selected when the pointer moves
   question: 0,
-  map: 0, // attribution map: 0 the whole answer, 1 its first token, ...
+  map: 0, // attribution map: 0 is the whole answer, 1 its first token, ...
   query: "",
   excluded: new Set(), // words that match the query but are not counted
   result: null, // result of the search
