@@ -1,4 +1,4 @@
-r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN, Llama-3.2-1B; the paper's three stages.
+r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN and Llama-3.2-1B, trained in the paper's three stages.
 
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
@@ -7,8 +7,8 @@ The backbones are folders in Hugging Face layout; `tools/import_hf.py` makes a c
 data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
 
 Source: arXiv 2502.01341. Stages, trained parts, global batches, learning rates, text lengths and epochs are the
-paper's. It does not state optimizer, schedule and warm-up; those here are the usual ones of VLM recipes: AdamW without
-weight decay, a cosine decay to 0, 500 steps of warm-up.
+paper's. It does not state the optimizer, the schedule and the warm-up. This config uses common choices of VLM recipes:
+AdamW without weight decay, a cosine decay to 0, and 500 steps of warm-up.
 """
 
 from ml_collections import ConfigDict
@@ -53,9 +53,9 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A scanned page is nine tiles and its thumbnail, 7,290 visual tokens. Bins of two pages, 29 x 512 tokens, are 97 %
-    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins of one page would be a quarter
-    # padding, because they need space for 2,048 tokens of text.
+    # A scanned page is nine tiles and a thumbnail, 7,290 visual tokens. Bins for two pages, 29 x 512 tokens, are 97 %
+    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins for one page would be a quarter
+    # padding, because they need space for 2,048 text tokens.
     config.data = ConfigDict()
     config.data.root = "data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))

@@ -1,4 +1,4 @@
-r"""The paper's 3B model: like `alignvlm_1b.py`, with Llama-3.2-3B and half the batch in stages 2 and 3.
+r"""The paper's 3B model: `alignvlm_1b.py` with Llama-3.2-3B and half the batch in stages 2 and 3.
 
     alignvlm train --config configs/alignvlm_3b.py --workdir runs/3b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct

@@ -1,4 +1,4 @@
-r"""The paper's 8B model: like `alignvlm_1b.py`, with Llama-3.1-8B, half the batch in stages 2 and 3, rates of 1e-5.
+r"""The paper's 8B model: `alignvlm_1b.py` with Llama-3.1-8B, half the batch in stages 2 and 3, and rates of 1e-5.
 
     alignvlm train --config configs/alignvlm_8b.py --workdir runs/8b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.1-8B-Instruct

@@ -1,17 +1,17 @@
-r"""A test of the training on one 16 GB GPU: SigLIP-base/16 at 224 px and SmolLM2-135M, on the demo's documents.
+r"""Test of training on one 16 GB GPU: SigLIP-base/16 at 224 px and SmolLM2-135M, on the demo's documents.
 
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug
 
-Weights are random and the tokenizer is the nano backbone's, so nothing is downloaded. It shows that training runs and
-how fast; the model learns nothing useful. With real backbones:
+Weights are random, and the tokenizer is that of the nano backbone, so nothing needs to be downloaded. The run shows
+that training works and how fast it is; the model learns nothing useful. With real backbones:
 
     python tools/import_hf.py --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \
         --config configs/debug_gpu.py --out runs/smol
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol \
         --config.model.language.vocab_size=49216 --config.model.connector.vocab_size=49152
 
-(SmolLM2 has no unused token: the image token needs a new row, and rows are added in multiples of 64. The import prints
-this.)
+SmolLM2 has no unused token, so the image token needs a new row, and rows are added in multiples of 64. The import
+prints both sizes.
 """
 
 from ml_collections import ConfigDict

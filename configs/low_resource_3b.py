@@ -1,4 +1,4 @@
-r"""The paper's low-resource comparison: the 3B model, two stages of LLaVA's data, any connector.
+r"""The paper's low-resource comparison: the 3B model with any connector, trained on LLaVA's data in two stages.
 
     alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
@@ -9,8 +9,8 @@ anyres_max_9 joins tiles by the positions of their tokens on the page. A Perceiv
 row keeps the tiles separate. The paper does not say how it joined them.
 
 Source: arXiv 2502.01341. Data (LLaVA-558K, then LLaVA-NeXT-779K, one epoch each), trained parts, learning rates and the
-tiling rule are the paper's. It does not state batches and warm-up; those here are LLaVA-NeXT's: 256 and 128, and a
-cosine decay to 0 after a warm-up of 3 % of the steps. Convert the data with `tools/prepare_data.py --format llava`.
+tiling rule are the paper's. It does not state batch sizes and warm-up. This config uses LLaVA-NeXT's: 256 and 128, and
+a cosine decay to 0 after a warm-up of 3 % of the steps. Convert the data with `tools/prepare_data.py --format llava`.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
-"""AlignVLM at a scale that two CPU cores train in ten minutes: two nano backbones joined by ALIGN.
+"""Small AlignVLM, which two CPU cores train in ten minutes: the nano backbones joined by ALIGN.
 
     alignvlm demo                                                       # draws the documents, trains, scores
-    alignvlm train --config configs/nano.py --workdir runs/nano         # draws what is missing, trains
+    alignvlm train --config configs/nano.py --workdir runs/nano         # draws missing documents, trains
 
 The stages are the paper's: the full model on captions (here: transcribing pages), the full model on documents (here:
 both tasks), then the language model and the connector on document tasks (here: questions), with the vision encoder
@@ -45,8 +45,8 @@ def get_config() -> ConfigDict:
     )
 
     # Stage 1 trains the connector fast and the other parts slowly, because an untrained connector feeds noise to the
-    # decoder. The number of steps matters, not that of pages (loss 0.9 after 100 steps of 16 pages and of 32 pages), so
-    # batches are small.
+    # decoder. The number of steps matters, not the number of pages (the loss is 0.9 after 100 steps both with 16 and
+    # with 32 pages per step), so batches are small.
     config.stages = [
         stage("captions", task="transcribe", steps=300, batch=8, connector=4e-3, others=2e-4),
         stage("documents", task="mixed", steps=300, batch=16, connector=2e-3, others=6e-4),

@@ -1,12 +1,12 @@
-"""The recipe with which the connectors are compared: equal steps and equal pages, with no advantage for any of them.
+"""Recipe of the comparison of connectors: all get the same steps and pages, and none has an advantage.
 
     alignvlm reproduce --out runs/reproduce                                      # all connectors, seeds and parts
     alignvlm train --config configs/reproduce.py --workdir runs/mlp --config.model.connector=mlp      # one run of it
 
-There are two stages: the model first transcribes pages, until the connector works, then transcribes pages and answers
-questions. A bin holds one page, so every connector sees the same pages in the same step, however many visual tokens it
-makes of a page (`reproduce/recipe.py` sizes the bin accordingly). The connector's learning rate is tuned, over the same
-grid for all connectors; the ratio between the stages is fixed.
+There are two stages. The model first transcribes pages, until the connector works; then it transcribes pages and
+answers questions. A bin holds one page, so every connector sees the same pages in the same step, however many visual
+tokens a page has with it (`reproduce/recipe.py` sets the size of the bin accordingly). The connector's learning rate is
+tuned over the same grid for all connectors; the ratio of the rates of the two stages is fixed.
 """
 
 from ml_collections import ConfigDict

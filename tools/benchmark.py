@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs the benchmarks of the library. Figures are written to a JSON file, plots to docs/.
+"""Runs the benchmarks of the library.
 
 Usage:
 
     tools/benchmark.py vocab --json vocab.json            ALIGN over the vocabulary: time, memory and agreement compared
                                                           with dense JAX and eager PyTorch, and the cost of decoding
-    tools/benchmark.py vocab --quick                      the same at small sizes, in seconds, as a smoke test
+    tools/benchmark.py vocab --quick                      smoke test at small sizes, in seconds
     tools/benchmark.py vocab --parts agreement memory     some parts only
     tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, but no TPU)
     tools/benchmark.py data --json data.json              cutting images into tiles, compared with transformers
@@ -29,7 +29,7 @@ def main() -> int:
         help_line = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=help_line, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.add_argument("--json", type=Path, help="write the figures to this file")
+        command.add_argument("--json", type=Path, help="write the results to this file")
         module.add_arguments(command)
     args = parser.parse_args()
     figures = COMMANDS[args.command].run(args)
@@ -37,7 +37,7 @@ def main() -> int:
         return 1
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"wrote the figures to {args.json}")
+        print(f"wrote the results to {args.json}")
     return 0
 
 

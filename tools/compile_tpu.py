@@ -1,4 +1,4 @@
-"""Compiles the steps of a config for TPUs, on a machine without one, and reports memory, collectives and speed.
+"""Compiles the training or decoding steps of a config for TPUs, on a machine without TPUs, and reports their cost.
 
     pip install "alignvlm-jax[tpu]"
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
@@ -6,8 +6,9 @@
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
 
 Any key of the config can be set with --config.path.to.key=value. The memory is what the compiler allocates. Collectives
-and FLOP are counted in the compiled program, with loops multiplied out. Times are estimates from a roofline model. All
-bins are assumed to be full of the largest pages, and a step to have the number of examples in the stage's global_batch.
+and FLOP are counted in the compiled program, once per iteration of a loop. Times are estimates from a roofline model.
+All bins are assumed to be full of pages of the largest size, and a step to have the examples of the stage's
+global_batch.
 
 Exit codes: 0 the program fits; 2 invalid arguments; 3 it does not fit; 4 attention fell back to kernel xla.
 """
@@ -18,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-# Set before JAX is imported: nothing runs, and libtpu must not search for chips.
+# Must be set before JAX is imported. Nothing runs on a device, and libtpu must not search for chips.
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= args.stage <= len(experiment.stages):
             raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
         devices = topology_devices(args.topology, slices=args.slices)
-        print(f"compiling for {len(devices)} devices of {args.topology}; takes minutes", file=sys.stderr, flush=True)
+        print(
+            f"compiling for {len(devices)} devices of {args.topology}, which takes minutes", file=sys.stderr, flush=True
+        )
         if args.decode:
             report = ahead_of_time.compile_decoding(experiment, devices, rows_per_device=args.rows_per_device)
             reports = list(report.values())
@@ -57,19 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"compile_tpu: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for one in reports:
-        print(describe(one))
+    for entry in reports:
+        print(describe(entry))
     if args.json:
         request = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
         request["effort"] = args.effort
         Path(args.json).write_text(json.dumps({**request, **report}, indent=2) + "\n", encoding="utf-8")
-    if not all(one["fits"] for one in reports):
+    if not all(entry["fits"] for entry in reports):
         return DOES_NOT_FIT
-    return FELL_BACK if any("xla" in one["attention"].values() for one in reports) else 0
+    return FELL_BACK if any("xla" in entry["attention"].values() for entry in reports) else 0
 
 
 def describe(report: ahead_of_time.Report) -> str:
     """Returns the report as text."""
+    # The program and its memory.
     capacity, memory = report["capacity_bytes"], report["memory"]
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     lines = [
@@ -81,7 +85,8 @@ def describe(report: ahead_of_time.Report) -> str:
         f"  {'total':<14}{sum(memory.values()) / 1e9:>9.2f} GB of {capacity / 1e9:.2f}",
     ]
     if report["failure"]:
-        lines += ["  error of the compiler: " + report["failure"].splitlines()[0][:300]]
+        lines += ["  compiler error: " + report["failure"].splitlines()[0][:300]]
+    # A training step: its size. Decoding has no bins.
     if "bins" in report:
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
@@ -93,8 +98,9 @@ def describe(report: ahead_of_time.Report) -> str:
         ]
     lines += [f"executed TFLOP per chip: {report['executed_flops_per_chip'] / 1e12:,.1f}"]
     lines += ["", "collectives, GB sent per chip"]
-    for kind, wires in report["collectives"].items():
-        lines.append(f"  {kind:<20} ICI {wires['ici'] / 1e9:>9.2f}   DCN {wires['dcn'] / 1e9:>9.2f}")
+    for kind, networks in report["collectives"].items():
+        lines.append(f"  {kind:<20} ICI {networks['ici'] / 1e9:>9.2f}   DCN {networks['dcn'] / 1e9:>9.2f}")
+    # Estimated times.
     kernels = ", ".join(f"{part} {kernel}" for part, kernel in report["attention"].items()) or "as compiled"
     estimate = report["estimate"]
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in estimate["seconds"].items())
@@ -107,11 +113,12 @@ def describe(report: ahead_of_time.Report) -> str:
     ]
     if "model_flops_utilization" in estimate:
         lines.append(f"  MFU at most {100 * estimate['model_flops_utilization']:.0f} %")
+    # Advice for a program that does not fit.
     if not report["fits"]:
         lines += ["", "largest buffers"]
         lines += [f"  {b['bytes'] / 1e9:7.2f} GB  {b['shape']:<28} {b['from']}" for b in report["largest_buffers"]]
         lines += [
-            "advice, the most effective first",
+            "suggestions, most effective first",
             *(f"  - {advice}" for advice in report["advice"]),
         ]
     return "\n".join(lines) + "\n"
@@ -123,7 +130,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="config file of the experiment")
     parser.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8"
+        "--topology", required=True, metavar="KIND:SHAPE", help="TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8"
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, placed along data")
     parser.add_argument("--stage", type=int, default=1, metavar="I", help="number of the stage, from 1 (default: 1)")
@@ -143,7 +150,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         type=float,
         default=0.0,
         metavar="X",
-        help="effort of the compiler: -1 takes a fifth of the time, for a worse schedule (default: 0)",
+        help="effort of the compiler: -1 takes a fifth of the time and gives a worse schedule (default: 0)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report to this file")
     args, rest = parser.parse_known_args(argv)

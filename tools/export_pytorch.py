@@ -5,7 +5,7 @@
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out llama-nano --language-only
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out siglip-nano --vision-only
 
-The export needs neither torch nor transformers nor an accelerator. Without --dtype, every weight keeps its dtype, and
+The export needs no torch, no transformers and no accelerator. Without --dtype, every weight keeps its dtype, and
 `tools/import_pytorch.py` restores a bit-identical checkpoint. For serving, use --dtype bfloat16.
 """
 
@@ -32,14 +32,14 @@ def main() -> None:
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="maximum size of a file of weights (default: 5GB); memory stays below one file plus one matrix",
+        help="maximum size of a file of weights (default: 5GB); the export needs memory for one file and one matrix",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
     part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late: --help stays fast, and jax sees the variable above.
+    # Imported late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop import export
 

@@ -1,6 +1,6 @@
-"""An exported model that answers messages; shared by the adapters for evaluation harnesses.
+"""Loads an exported model and answers messages; shared by the adapters for evaluation harnesses.
 
-Needs torch and transformers 5, but neither JAX nor alignvlm_jax.
+It needs torch and transformers 5, but neither JAX nor alignvlm_jax.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class ExportedModel:
 
         Args:
           pretrained: the folder, or the name of its upload on the Hugging Face Hub.
-          device: torch device; auto is the first CUDA device, or else the CPU.
-          dtype: data type of the weights; auto keeps the stored one.
+          device: torch device; "auto" is the first CUDA device, or the CPU if there is none.
+          dtype: dtype of the weights; "auto" keeps the stored one.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,7 @@ class ExportedModel:
           max_new_tokens: maximum length of an answer.
 
         Returns:
-          The answers, in the order of the messages, without blanks at their ends.
+          The answers, in the order of the messages, without leading and trailing white space.
         """
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in contents],
@@ -50,6 +50,6 @@ class ExportedModel:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        # `generate` returns the prompts too; they all have the same padded length.
+        # `generate` returns the prompts, too. All have the same padded length.
         texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -5,13 +5,14 @@
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b --init-from runs/1b_start
 
 Weights must be safetensors, in one file or in shards with an index. The vision folder may contain a complete SigLIP or
-SigLIP 2 of fixed resolution, or its vision model alone. The language folder must contain a Llama 2 or 3, SmolLM2 or
-TinyLlama with its tokenizer. Neither torch nor transformers is needed, and the memory is that of the converted weights.
+SigLIP 2 of fixed resolution, or only its vision model. The language folder must contain a Llama 2 or 3, SmolLM2 or
+TinyLlama with its tokenizer. Neither torch nor transformers is needed. The import needs as much memory as the converted
+weights.
 
-The shape of the model comes from the folders. The rest of the checkpoint's config (stages, tiles, bins, compute
-precision) comes from --config. Without it, it comes from the shipped config of the same shapes (configs/debug_gpu.py
-for SigLIP-base/16 at 224 px with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px with Llama-3.2-1B, and so
-on). If there is none, the stages are those of the paper.
+The folders determine the shape of the model. The rest of the checkpoint's config (stages, tiles, bins, compute
+precision) comes from --config. Without --config, it comes from the shipped config for the same shapes
+(configs/debug_gpu.py for SigLIP-base/16 at 224 px with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px
+with Llama-3.2-1B, and so on). If there is none, the stages are those of the paper.
 
 The config matters for `alignvlm ask` (tiles, precision) and for training in this workdir. `alignvlm train --config FILE
 --init-from CHECKPOINT` takes only the weights and the tokenizer from the checkpoint, and everything else from FILE.
@@ -67,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late: --help stays fast, and jax sees the variable above.
+    # Imported late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.interop.import_hf import import_huggingface
     from alignvlm_jax.parallel.mesh import parse_mesh
 
@@ -92,7 +93,8 @@ def main() -> None:
     print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page. Ask, export or train it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
     words = getattr(model.connector, "vocab_size", None)
-    if words is not None:  # The embedding table has grown; a config written for the folders has the old size.
+    if words is not None:
+        # Tokens were added to the embedding table. A config for the original folders has the old size.
         command += f" --config.model.language.vocab_size={model.language.vocab_size}"
         command += f" --config.model.connector.vocab_size={words}"
     print(f"  {command}")

@@ -3,9 +3,9 @@
 
     tools/import_pytorch.py --folder alignvlm-nano --out runs/back
 
-A folder written by `tools/export_pytorch.py` gives the same checkpoint again: bit-identical weights, config, progress
+Importing a folder that `tools/export_pytorch.py` wrote restores the checkpoint: bit-identical weights, config, progress
 and history. Folders saved after further training in PyTorch (`model.save_pretrained` and `processor.save_pretrained`)
-are read as well; their stages are then those of --config.
+can also be imported; their stages are then those of --config.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="source of the settings missing in a folder without alignvlm_training.json (default: the paper's config)",
+        help="config with the settings that a folder without alignvlm_training.json lacks (default: the paper's)",
     )
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late: --help stays fast, and jax sees the variable above.
+    # Imported late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Runs an exported model in lmms-eval: registers it as `alignvlm`, and then calls lmms-eval's own command.
+"""Runs an exported model in lmms-eval: registers it as `alignvlm`, then calls lmms-eval's own command.
 
     tools/export_pytorch.py --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
     pip install lmms-eval
     tools/lmms_eval_alignvlm.py --model alignvlm --model_args pretrained=alignvlm-3b --tasks docvqa_val,chartqa \
         --batch_size 8 --output_path logs
 
-model_args: pretrained=FOLDER[,device=cuda:1][,dtype=bfloat16][,bare_questions=True]. `bare_questions` asks the question
-without the text that the task adds (its `post_prompt`). Questions in DocDownstream, on which the paper's main models
-are fine-tuned, do not have such a text either. Decoding is always greedy, whatever temperature a task sets. Tasks that
-compare likelihoods or have several rounds are refused. Written for lmms-eval 0.7.3 and its `simple` model interface.
+model_args: pretrained=FOLDER[,device=cuda:1][,dtype=bfloat16][,bare_questions=True]. `bare_questions` omits the text
+that the task adds to the question (its `post_prompt`). Questions in DocDownstream, on which the paper's main models are
+fine-tuned, have no such text either. Decoding is always greedy, whatever temperature a task sets. Tasks that compare
+likelihoods or have several rounds are not supported. Written for lmms-eval 0.7.3 and its `simple` model interface.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ import sys
 from itertools import groupby
 from typing import Any
 
-# For exported_model, and for lmms-eval, which imports this file by name.
+# Makes exported_model importable, and also this file, which lmms-eval imports by name.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from exported_model import ExportedModel
@@ -28,7 +28,7 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 
 class AlignVLM(lmms):
-    """Model of lmms-eval's `simple` interface: takes requests, and returns texts in the same order."""
+    """Model with lmms-eval's `simple` interface: it takes requests and returns texts in the same order."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class AlignVLM(lmms):
         """Answers requests in batches."""
         answers = []
         with tqdm(total=len(requests), desc="alignvlm", unit="question", disable=self.rank != 0) as progress:
-            # A batch has the same options. Adjacent requests are usually of one task, whose options are all the same.
+            # All requests of a batch must have the same options. Adjacent ones usually belong to one task, so they do.
             for (max_new_tokens, until), group in groupby(requests, key=lambda request: _options(request.args[1])):
                 group = list(group)
                 for start in range(0, len(group), self.batch_size):
@@ -65,7 +65,7 @@ class AlignVLM(lmms):
         return answers
 
     def _content(self, request: Any) -> list[dict[str, Any]]:
-        """Returns the parts of the message: images first, then the text."""
+        """Returns the parts of a request's message: images first, then the text."""
         text, _, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         visuals = [] if doc_to_visual is None else doc_to_visual(doc)
@@ -74,11 +74,11 @@ class AlignVLM(lmms):
         return [{"type": "image", "image": visual} for visual in visuals or []] + [{"type": "text", "text": text}]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Refuses tasks that compare likelihoods."""
+        """Raises an error, because tasks that compare likelihoods are not supported."""
         raise NotImplementedError("alignvlm: tasks that compare likelihoods are not supported, only generate_until")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Refuses tasks with several rounds."""
+        """Raises an error, because tasks with several rounds are not supported."""
         raise NotImplementedError("alignvlm: tasks with several rounds are not supported, only generate_until")
 
 

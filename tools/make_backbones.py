@@ -4,10 +4,10 @@
     tools/make_backbones.py                       both, one after the other
     tools/make_backbones.py --only vision         one of them; the two can run in parallel, on one core each
     tools/make_backbones.py --only vision --objective transcription --out /tmp/vision_transcription
-                                                  an encoder trained without labels per patch
+                                                  an encoder trained without a label for each patch
 
-Run the same command again to resume from the last checkpoint in --workdir. Progress and scores are printed, and the
-scores are also written to `scores.json` in the folder of each backbone's checkpoints.
+Run the same command again to resume from the last checkpoint in --workdir. Progress and scores are printed. The scores
+are also written to `scores.json` in the folder of each backbone's checkpoints.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def report(name: str, scores: dict[str, float], workdir: Path) -> None:
-    """Prints a backbone's scores on validation pages, and writes them to its working folder."""
+    """Prints a backbone's scores on validation pages and writes them to its folder of checkpoints."""
     (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 

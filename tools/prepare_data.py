@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-r"""Converts conversations about images to a data set for training.
+r"""Converts conversations about images to a training data set.
 
     tools/prepare_data.py --format llava --input llava_v1_5_mix665k.json --images playground/data --out data/llava
 
     tools/prepare_data.py --format webdataset --input 'gs://bucket/cc12m/*.tar' --out gs://bucket/data/cc12m \
         --runner DataflowRunner --project ... --region ... --temp_location gs://bucket/tmp
 
-OUT becomes a TFDS data set in ArrayRecord files. Records that cannot be used are listed in OUT/rejects.jsonl with the
-reason. If the command is interrupted or killed, run it again to resume. With --runner the conversion is an Apache Beam
-pipeline, and arguments that are not listed here are passed to Beam. Its workers need this package, in a container or by
---setup_file.
+OUT becomes a TFDS data set in ArrayRecord files. OUT/rejects.jsonl lists the records that cannot be used, with the
+reason. If the command is interrupted or killed, run it again to resume. With --runner, the conversion is an Apache Beam
+pipeline, and arguments that are not listed here are passed to Beam. Its workers need this package, in a container or
+through --setup_file.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    """Returns the arguments of this command, and the remaining ones, which are for Beam."""
+    """Returns the arguments of this command, and the remaining ones for Beam."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -71,7 +71,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--max-rejects",
         type=float,
         default=prepare.DEFAULT_MAX_REJECTS,
-        help="stop if a larger share of the records is refused (default: %(default)s)",
+        help="stop if a larger fraction of the records is refused (default: %(default)s)",
     )
     parser.add_argument(
         "--max-pixels", type=int, default=limits["max_pixels"], help="refuse larger images (default: %(default)s)"
@@ -82,7 +82,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         default=limits["max_record_bytes"],
         help="refuse larger records (default: %(default)s)",
     )
-    parser.add_argument("--follow-links", action="store_true", help="allow links in the image folder to lead out of it")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="allow links in the image folder to point out of it"
+    )
     parser.add_argument(
         "--records-per-shard",
         type=int,

@@ -1,13 +1,14 @@
-"""Writes the table of docs/tpu.md: which config fits which slice, compiled row by row by tools/compile_tpu.py.
+"""Writes the table of docs/tpu.md, which shows whether a config fits a TPU slice, one row per call of compile_tpu.py.
 
-    make test-tpu                          all missing rows (minutes each; 4 GB of memory)
-    python tools/tpu_table.py --only 8b    rows whose name contains "8b"
-    python tools/tpu_table.py --redo       all rows again
-    python tools/tpu_table.py --effort -1  in a fifth of the time; such rows are marked with *
+    make test-tpu                          compile all missing rows (minutes each; 4 GB of memory)
+    python tools/tpu_table.py --only 8b    only rows whose name contains "8b"
+    python tools/tpu_table.py --redo       compile all rows again
+    python tools/tpu_table.py --effort -1  take a fifth of the time; such rows are marked with *
     python tools/tpu_table.py --list       print the commands
 
-A finished row is stored as docs/tpu/NAME.json, and compiled again only if its command changes. So an interrupted table
-can be continued. A program that does not fit is a valid row. One that falls back to slower attention is an error.
+A finished row is stored as docs/tpu/NAME.json and is compiled again only if its command changes, so an interrupted
+table can be continued. A program that does not fit is a valid row. A program that falls back to slower attention is an
+error.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def _compile(name: str, arguments: str, effort: float) -> None:
     """Compiles a row in a separate process and stores it."""
     scratch = ROWS_FOLDER / f"{name}.part"
     command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
-    # The row gets its final name only when it is complete.
+    # A scratch file until the row is complete: a file with the final name counts as finished.
     code = subprocess.run([*command, "--effort", str(effort), "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
         raise SystemExit(f"{name}: compile_tpu.py failed with exit code {code}; the row was not stored")
@@ -87,7 +88,7 @@ def _read_row(name: str) -> dict | None:
 
 
 def _write_page() -> None:
-    """Replaces the table in the page, between the markers, by one of all finished rows."""
+    """Replaces the table between the markers of the page with a table of all finished rows."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
@@ -105,9 +106,9 @@ def table() -> str:
         row = _read_row(name)
         if row is None:
             continue
-        estimate, wires = row["estimate"], row["collectives"].values()
+        estimate, traffic = row["estimate"], row["collectives"].values()
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
-        ici, dcn = (sum(kind[wire] for kind in wires) / 1e9 for wire in ("ici", "dcn"))
+        ici, dcn = (sum(kind[network] for kind in traffic) / 1e9 for network in ("ici", "dcn"))
         total = f"{row['per_chip_bytes'] / 1e9:.1f}" if row["per_chip_bytes"] else "more"
         slices = f"{row['slices']} x " if row["slices"] > 1 else ""
         lines.append(

@@ -1,19 +1,19 @@
-"""Fill of bins: packing compared with padding (one example per row) and bucketing, on lengths like those of training.
+"""Measures how full bins are: packing compared with padding and bucketing, on lengths like those of training.
 
 The bins are those of configs/alignvlm_1b.py, and the windows those of training (`data/window.py`). The lengths are
 drawn from `packing_lengths.json`: for each data set, the share of images with each number of tiles, and the share of
 texts in each range of tokens.
 
-These distributions were not counted, because the data sets are not available here. They follow from what is published
-about them. DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch, for which the
+These distributions were not counted, because the data sets are not available here. They are derived from published
+descriptions. DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch, for which the
 `ovis` rule uses all nine tiles and the thumbnail, except for a few small ones; 3.9 questions per page, of 8 words, with
 answers of 2 words, mostly one question per record. CC-12M: JPEGs of more than 400 pixels in both directions and aspect
 ratios of at most 2.5 to 1 (the filters of the data set), long sides about log-normal around 800 pixels, cut by the
 `ovis` rule; captions of 20 words on average with a long tail. Both include the tokens of the Llama 3 chat template.
 
-Padding gives every example a row that fits the longest possible one: the most tiles of an image and 2,048 text tokens.
-Bucketing sorts examples into classes of similar length and pads each row to the longest of its class. Each class is a
-separate shape, for which the training step must be compiled and a batch filled.
+Padding gives every example a row that fits the longest possible one: the largest number of tiles, and 2,048 text
+tokens. Bucketing sorts examples into classes of similar length and pads each row to the longest example of its class.
+Each class is a separate shape, for which the training step must be compiled and a batch filled.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from alignvlm_jax.models.alignvlm import tokens_per_tile
 
 LENGTHS = Path(__file__).parent / "packing_lengths.json"
 CONFIG = "configs/alignvlm_1b.py"
-BAR_TOKENS, BAR_TILES = 0.95, 0.90
-SHARES = (0.5, 0.2, 0.8)  # Of DocVQA. The target applies to the first one.
+BAR_TOKENS, BAR_TILES = 0.95, 0.90  # required fill
+SHARES = (0.5, 0.2, 0.8)  # shares of DocVQA; the target applies to the first one
 WINDOWS = (1, 4, 8, 16, 32, 64, 128)
 BUCKETS = 4
 _BINS_QUICK = 100
@@ -48,13 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Fills bins with each method, prints a table, and returns the figures."""
+    """Fills bins with each method, prints a table, and returns the results."""
     config = load_config(CONFIG)
     packing, per_tile = config.data.packing, tokens_per_tile(config.model)
     bins = _BINS_QUICK if args.quick else args.bins
     longest = config.data.tiling.max_tiles_per_image, max(stage.max_text_tokens for stage in config.stages)
     figures = {"bins": bins, "packing": dataclasses.asdict(packing), "mixtures": {}}
     print(f"{bins} bins of {packing.tokens_per_bin} tokens and {packing.tiles_per_bin} tiles\n")
+    # All methods on each mixture.
     for share in SHARES:
         examples = draw_examples(share, per_tile, seed=0)
         methods = {
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> dict:
             print(f"  {name:<26}{fill['tokens']:>8.1%} {fill['tiles']:>8.1%} {fill['examples_per_bin']:>14.2f}")
         print()
         figures["mixtures"][f"{share:.0%} docvqa"] = methods
+    # Packing with windows of different sizes.
     examples = draw_examples(SHARES[0], per_tile, seed=0)
     figures["windows"] = {}
     print(f"{'window':<28}  tokens    tiles   us/bin")
@@ -114,7 +116,7 @@ def pad(examples: list[MeasuredExample], bins: int, tiles: int, tokens: int) -> 
 
 
 def bucket(examples: list[MeasuredExample], bins: int, buckets: int) -> dict[str, float]:
-    """Pads every example to the size of the longest one in its class of lengths, one example per row."""
+    """Pads every example to the size of the longest one of its class, one example per row."""
     by_length = sorted(examples[:bins], key=lambda example: example.tokens)
     classes = [part for part in _split(by_length, buckets) if part]
     shapes = [(max(e.tokens for e in part), max(e.tiles for e in part)) for part in classes for _ in part]

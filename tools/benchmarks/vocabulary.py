@@ -1,10 +1,10 @@
-"""ALIGN over the vocabulary: time, memory and agreement, compared with dense JAX and eager PyTorch.
+"""Measures time, memory and agreement of ALIGN, compared with dense JAX and eager PyTorch.
 
 Axes: T queries (visual tokens), D width, V vocabulary.
 
-It runs on the device that JAX finds: a CPU in float32, or a GPU in bfloat16 (with PyTorch compiled as well). The timed
-programs take turns, and the best of several rounds counts, so other work on the machine slows all of them equally or
-not at all.
+It runs on the device that JAX finds: a CPU in float32, or a GPU in bfloat16, where compiled PyTorch is measured, too.
+The timed programs take turns, and the best of several rounds counts, so other load on the machine affects all of them
+equally.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Runs the requested parts, prints their figures and returns them."""
+    """Runs the requested parts; prints and returns their results."""
     device = jax.devices()[0]
     figures = {
         "device": device.device_kind,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict:
     return figures
 
 
-# The forms that are compared.
+# The forms that are compared, and their inputs.
 
 
 def dense(q, keys, scale, bias, values):
@@ -86,7 +86,7 @@ def dense(q, keys, scale, bias, values):
 
 
 def dense_rounded(q, keys, scale, bias, values):
-    """Computes the same with logits in the dtype of the inputs, like a bfloat16 program in PyTorch."""
+    """Computes the formula with logits in the dtype of the inputs, like a bfloat16 program in PyTorch."""
     logits = (q @ keys.T).astype(jnp.float32)
     logits -= jnp.mean(logits, axis=-1, keepdims=True)
     logits *= jax.lax.rsqrt(jnp.mean(logits**2, axis=-1, keepdims=True) + EPS)
@@ -104,13 +104,14 @@ def with_gradients(attention):
 
 
 def make_inputs(size, dtype) -> list[jax.Array]:
-    """Returns inputs with the scale and the non-zero mean of a language model's embeddings, and the cotangent."""
+    """Returns the five inputs, with tables that resemble a language model's embeddings, and the cotangent."""
     num_queries, width, words = size
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
 
+    # The rows of an embedding table have a non-zero mean.
     keys = 0.02 * normal(words, width) + 0.01 * normal(width)
     values = 0.02 * normal(words, width) + 0.01 * normal(width)
     scale, bias = 2 + 0.2 * normal(words), 0.2 * normal(words)
@@ -160,7 +161,7 @@ def agreement(args) -> dict:
 
 
 def memory(args) -> dict:
-    """Reads the temporary bytes of forward + backward from the compiler, without running anything."""
+    """Returns the temporary bytes of forward + backward according to the compiler. Nothing is run."""
     queries = (64, 256) if args.quick else MEMORY_QUERIES
     width, words = (64, 4000) if args.quick else MEMORY_SIZE[1:]
     figures = {"width": width, "words": words, "queries": list(queries), "gradients": [], "dense": [], "streaming": []}
@@ -218,7 +219,8 @@ def times(args) -> dict:
 
 
 def time_size(size, args) -> dict:
-    """Times all programs of one size and prints their figures."""
+    """Times all programs of one size; prints and returns the results."""
+    # The programs.
     inputs = make_inputs(size, working_dtype())
     streamed = functools.partial(vocabulary_attention, eps=EPS, block_size=args.block_size)
     statistics = jax.jit(vocabulary_statistics)(inputs[1])
@@ -241,6 +243,8 @@ def time_size(size, args) -> dict:
     if not args.no_torch:
         for what, torch_programs in make_torch_programs(inputs).items():
             programs[what] |= torch_programs
+
+    # Their times and temporary memory, relative to the dense form.
     figures = {}
     for what, contenders in programs.items():
         figures[what] = take_turns(contenders, 2 if args.quick else args.rounds)
@@ -254,7 +258,9 @@ def time_size(size, args) -> dict:
                 f"time {_label(size)} {what:<8}{name:<15} {result['best']:8.3f} s  {result['of_dense']:.2f} of dense"
                 f"   temporary {(result['temporary_bytes'] or 0) / 1e9:.3f} GB"
             )
-    # The time of the streaming form is also compared with the rate of a plain matrix product of the same size.
+
+    # The rate of the streaming form, relative to that of a plain matrix product of the same size. The forward pass has
+    # two products, the backward pass four more.
     matmul = CompiledProgram(lambda q, keys: q @ keys.T, *inputs[:2])
     best = take_turns({"matmul": matmul}, 3)["matmul"]["best"]
     rate = 2 * np.prod(size) / best
@@ -267,7 +273,7 @@ def time_size(size, args) -> dict:
 
 
 class CompiledProgram:
-    """A compiled JAX program with its inputs, ready to be timed."""
+    """Compiled JAX program with its inputs, ready to be timed."""
 
     def __init__(self, function, *inputs):
         self._program = jax.jit(function).lower(*inputs).compile()
@@ -313,7 +319,7 @@ def make_torch_programs(inputs) -> dict:
 
 
 class TorchProgram:
-    """A PyTorch program, ready to be timed. Its peak memory is the memory it allocates besides its inputs."""
+    """PyTorch program, ready to be timed. Its peak memory excludes its inputs."""
 
     def __init__(self, function, device: str):
         self._function, self._device, self._peak = function, device, None
@@ -328,8 +334,8 @@ class TorchProgram:
             torch.cuda.synchronize()
             self._peak = torch.cuda.max_memory_allocated() - before
         elif sys.platform == "linux" and self._peak is None:
-            # Measured once: the peak memory of this process, which is reset before. Unlike JAX's figure, it includes
-            # the results.
+            # Measured once: the peak memory of this process, which is reset first ("5" in clear_refs does that). Unlike
+            # JAX's number, it includes the results.
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
             self._function()
@@ -338,7 +344,7 @@ class TorchProgram:
             self._function()
 
     def temporary_bytes(self) -> int | None:
-        """Peak memory of a run in bytes; None if it was not measured."""
+        """Peak memory of a call in bytes; None if it was not measured."""
         return self._peak
 
 
@@ -367,9 +373,9 @@ def take_turns(programs: dict, rounds: int) -> dict:
 
 
 def decoding(args) -> dict:
-    """Times the connector for a page with frozen weights: ALIGN (also cached and pruned) and the MLP.
+    """Times the connector of a frozen model on a page: ALIGN (plain, cached and pruned) and the MLP.
 
-    A page has ten tiles. One tile is run, and its time is multiplied by ten.
+    A page has ten tiles. One tile is measured, and its time is multiplied by ten.
     """
     encoder, width, words, kept, features = (32, 64, 4000, 100, 49) if args.quick else (1152, 2048, 128256, 3400, 729)
     tiles_per_page = 10
@@ -414,7 +420,7 @@ def _pruned_connector(connector, usage, kept: int, dtype: str):
     return config.connector, {"params": params["connector"]}
 
 
-# Which form is better at which size.
+# Comparison of both forms at many sizes.
 
 
 def sweep(args) -> list[dict]:

@@ -1,16 +1,16 @@
-"""ALIGN over the vocabulary compiled for TPUs, on a machine without one: memory, FLOPs and bytes from the compiler.
+"""Measures the memory, FLOPs and bytes of ALIGN compiled for TPUs, on a machine without TPUs.
 
 Axes: T visual tokens on a chip, D width, V vocabulary, K rows of the vocabulary in a block.
 
     pip install "alignvlm-jax[tpu]"          installs libtpu; elsewhere: pip install --target DIR libtpu
     PYTHONPATH=DIR tools/benchmark.py vocab-tpu
 
-The compiler counts the body of a loop once. So FLOPs and bytes are taken from two programs without a loop, over one
-block of rows and over nearly two. Their difference is the cost per row, by which the first one is extended to V rows.
-The memory is that of the complete program.
+The compiler counts the body of a loop once. FLOPs and bytes are therefore taken from two programs without a loop, over
+one block of rows and over nearly two. Their difference gives the cost per row, with which the cost of the first program
+is extrapolated to V rows. The memory is that of the complete program.
 
-A program is compute-bound if it performs more FLOPs per byte of memory traffic than the chip can in the time it takes
-to move a byte.
+A program is compute-bound if its FLOPs per byte of memory traffic exceed the chip's ratio of peak FLOP/s to memory
+bandwidth.
 """
 
 import argparse
@@ -49,18 +49,18 @@ def run(args: argparse.Namespace) -> dict | None:
             print(f"vocab-tpu: skipped, {error}")
             return None
         figures["chips"][chip] = {
-            f"{what} K={block_size}": measure(chip, device, what, size, block_size)
-            for what in ("forward", "both")
+            f"{kind} K={block_size}": measure(chip, device, kind, size, block_size)
+            for kind in ("forward", "both")
             for block_size in block_sizes
         }
     return figures
 
 
-def measure(chip: str, device, what: str, size, block_size: int) -> dict:
-    """Compiles one program, prints its figures and returns them."""
+def measure(chip: str, device, kind: str, size, block_size: int) -> dict:
+    """Compiles one program; prints and returns the compiler's numbers."""
     num_queries, width, words = size
-    program = functools.partial(compile_for, device, what, num_queries, width, block_size=block_size)
-    # The second block has 128 rows less than the first: two equal blocks would become a loop.
+    program = functools.partial(compile_for, device, kind, num_queries, width, block_size=block_size)
+    # The second block has 128 rows fewer than the first, because two equal blocks would become a loop.
     one, two = (program(rows).cost_analysis() for rows in (block_size, 2 * block_size - 128))
 
     def total(key: str) -> float:
@@ -74,7 +74,7 @@ def measure(chip: str, device, what: str, size, block_size: int) -> dict:
         temporary = analysis.temp_size_in_bytes
         resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        print(f"{chip} {what:<8} K={block_size:<5} does not fit: {str(error).splitlines()[0][:160]}")
+        print(f"{chip} {kind:<8} K={block_size:<5} does not fit: {str(error).splitlines()[0][:160]}")
         temporary = resident = None
     figures = {
         "temporary_bytes": temporary,
@@ -87,15 +87,18 @@ def measure(chip: str, device, what: str, size, block_size: int) -> dict:
     }
     if temporary is not None:
         print(
-            f"{chip} {what:<8} K={block_size:<5} temporary {temporary / 1e9:6.3f} GB besides {resident / 1e9:.2f} GB,"
+            f"{chip} {kind:<8} K={block_size:<5} temporary {temporary / 1e9:6.3f} GB besides {resident / 1e9:.2f} GB,"
             f" {flops / 1e12:7.1f} TFLOP, {traffic / 1e9:7.1f} GB moved,"
             f" {flops / traffic:5.0f} FLOP/byte (chip: {ratio:.0f})"
         )
     return figures
 
 
-def compile_for(device, what: str, num_queries: int, width: int, words: int, *, block_size: int):
-    """Compiles for queries and results in bfloat16, and tables and their gradients in float32, as in training."""
+def compile_for(device, kind: str, num_queries: int, width: int, words: int, *, block_size: int):
+    """Compiles the "forward" pass, or "both" passes, with the dtypes of training.
+
+    Queries and results are bfloat16; tables and their gradients are float32.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(shape, dtype=jnp.float32):
@@ -109,6 +112,6 @@ def compile_for(device, what: str, num_queries: int, width: int, words: int, *, 
         value, pull_back = jax.vjp(attention, q, keys, scale, bias, values)
         return value, *pull_back(cotangent)
 
-    if what == "forward":
+    if kind == "forward":
         return jax.jit(attention).lower(queries, *tables).compile()
     return jax.jit(both).lower(queries, *tables, queries).compile()

@@ -1,8 +1,8 @@
-"""MkDocs hooks: tutorials written as notebooks, and links that lead out of docs/.
+"""MkDocs hooks for tutorials written as notebooks, and for links that point out of docs/.
 
 A tutorial is a notebook in jupytext's percent format, docs/tutorials/NAME.py. It is executed while the site is built
-and becomes the page tutorials/NAME.md, with what its cells print and show. `mkdocs serve` skips the outputs, so that
-pages reload quickly.
+and becomes the page tutorials/NAME.md, with the outputs of its cells. `mkdocs serve` skips the outputs, so that pages
+reload quickly.
 """
 
 import base64
@@ -17,15 +17,15 @@ import jupytext
 import nbclient
 from mkdocs.structure.files import File
 
-# The outputs of all cells as HTML, by the number in their placeholder. They are inserted after Markdown has run,
-# because Markdown would break an HTML output that contains empty lines.
+# The outputs of all cells as HTML, by the number in their placeholder. They are inserted after Markdown has been
+# rendered, because Markdown would break HTML that contains empty lines.
 _outputs: dict[int, str] = {}
 _numbers = itertools.count()
 _is_executing = True
 
 
 def on_startup(command, dirty):
-    """Leaves out the outputs of notebooks while pages are edited."""
+    """Skips the outputs of notebooks while pages are edited."""
     global _is_executing
     _is_executing = command != "serve"
 
@@ -40,7 +40,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points links to notebooks at their pages, and turns links to other source files into plain text."""
+    """Makes links to notebooks point to their pages, and turns links to other source files into plain text."""
     markdown = re.sub(r"\]\(((?:tutorials/)?\w+)\.py\)", r"](\1.md)", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./(?:alignvlm_jax|configs|tests|tools)[^)]*\)", r"\1", markdown)
 
@@ -51,6 +51,7 @@ def on_page_content(content, page, config, files):
 
 
 def _notebook_page(source: pathlib.Path) -> str:
+    """Executes a notebook and returns it as Markdown, with a placeholder for each output."""
     notebook = jupytext.read(source)
     if _is_executing:
         client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
@@ -77,6 +78,7 @@ def _to_html(output) -> str:
         return data["text/html"]
     for kind in ("image/png", "image/jpeg"):
         if kind in data:
+            # Encoded again, because the base64 text of a notebook contains line breaks.
             encoded = base64.b64encode(base64.b64decode(data[kind])).decode()
             return f'<img alt="output" src="data:{kind};base64,{encoded}">'
     return f"<pre>{html.escape(data['text/plain'])}</pre>"

@@ -1,4 +1,4 @@
-"""Summarizes the rounds of a soak test, as figures and as the list in docs/reliability.md."""
+"""Summarizes the rounds of a soak test as numbers, and as the list in docs/reliability.md."""
 
 import collections
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def summarize(rounds: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the figures of all rounds.
+    """Returns the summary of all rounds.
 
     Args:
       rounds: results of `runs.run_round`.
@@ -17,6 +17,7 @@ def summarize(rounds: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> 
     sessions = [session for result in rounds for run in result["runs"].values() for session in run["sittings"]]
     counts = collections.Counter(session["event"] for session in sessions)
     killed = [session for session in sessions if -9 in session["codes"]]
+    # Exit code 75 means that the run was preempted and saved.
     stopped = [session["seconds_to_stop"] for session in sessions if session["codes"] == [75] * len(session["codes"])]
     differences = [result["runs"]["another"]["largest_loss_difference"] for result in rounds]
     return {
@@ -50,7 +51,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Returns the summary as a Markdown list."""
     s = summary
     lost = f"{len(s['lost'])} things were lost" if s["lost"] else "nothing was lost"
-    # These two statements are only true if nothing was lost.
+    # These two claims hold only if nothing was lost.
     newest, same = ("", "") if s["lost"] else (", always from the newest complete step", ", the same ones in all runs")
     slowest = s["slowest_seconds_to_stop"]
     lines = [

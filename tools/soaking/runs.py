@@ -1,4 +1,4 @@
-"""Runs of a round, their failures, and the checks that nothing is lost; see tools/soak.py."""
+"""Starts the runs of a round, causes their failures, and checks that nothing is lost; see tools/soak.py."""
 
 import contextlib
 import dataclasses
@@ -37,13 +37,13 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.train_step import abstract_state
 
 _PAGES = 400
-_DAMAGED = 12  # Number of damaged pages among them.
+_DAMAGED = 12  # damaged pages among them
 _DISK_MEGABYTES = 220
 _EVENTS = ("kill", "kill", "kill", "sigterm", "sigterm", "disk")
-_MAX_EVENTS = 6  # Failures of a run. The sessions after that have none.
-_MAX_SESSIONS = 10  # Sessions in which a run must finish.
-_MAX_SECONDS = 900  # A session that takes longer hangs. (Processes wait 300 s for one that never starts.)
-_CLOSE = 0.01  # Largest relative difference of losses on different meshes.
+_MAX_EVENTS = 6  # number of sessions with a failure; later sessions have none
+_MAX_SESSIONS = 10  # number of sessions in which a run must finish
+_MAX_SECONDS = 900  # a session that takes longer hangs (processes wait 300 s for one that never starts)
+_CLOSE = 0.01  # largest relative difference of losses on different meshes
 _MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))
 
 
@@ -55,8 +55,8 @@ class Session:
       event: the failure: "kill", "sigterm", "disk" (a full disk, then a kill), or "" for none.
       mesh: sizes of the mesh.
       processes: number of processes.
-      damaged: the file of the newest checkpoint that was damaged before the start, and how; "" for none.
-      from_step: the newest complete step at the start.
+      damaged: file of the newest checkpoint that was damaged before the start, and the kind of damage; "" for none.
+      from_step: the newest undamaged step at the start.
       steps: number of steps taken.
       codes: exit codes, one for each process.
       seconds: duration.
@@ -81,7 +81,7 @@ class Session:
 
 
 def draw_documents(root: Path) -> Path:
-    """Writes a corpus in which some images cannot be decoded, and returns the data root."""
+    """Writes a corpus with some images that cannot be decoded, and returns the data root."""
     if store.is_occupied(root / "documents"):
         return root
     build_corpus(root / "sound", seed=0, sizes={"train": _PAGES})
@@ -101,14 +101,15 @@ def draw_documents(root: Path) -> Path:
 
 
 def run_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[str, Any]:
-    """Runs a clean run and two runs with failures; returns the failures and what was lost.
+    """Executes a clean run and two runs with failures; returns the failures and everything that was lost.
 
     Args:
       folder: folder of the round.
       data: data root.
-      steps: steps of each run.
+      steps: number of steps of each run.
       rng: source of all random choices.
     """
+    # The clean run, whose batches, losses and weights the others are compared with.
     seed, mesh = rng.randrange(2**31), rng.choice(_MESHES)
     config = _config(data, steps, seed)
     clean = Run(folder / "clean", config, folder.parent / "cache")
@@ -119,6 +120,8 @@ def run_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[
         raise RuntimeError(f"the clean run failed: {clean.surprises}")
     result = {"mesh": mesh, "seed": seed, "runs": {"clean": clean.report()}, "lost": [], "surprises": []}
     result["refused"] = len(clean.refused())
+
+    # The runs with failures. The last sessions have none, so that the run finishes.
     for name in ("same", "another"):
         with _small_disk(folder / name / "disk") as disk:
             run = Run(folder / name, config, folder.parent / "cache", disk=disk, pace=clean)
@@ -139,7 +142,8 @@ def run_round(folder: Path, data: Path, steps: int, rng: random.Random) -> dict[
             result["runs"][name] = run.report()
             result["lost"] += [f"{folder.name}, {name}: {lost}" for lost in run.lost]
             result["surprises"] += [f"{folder.name}, {name}: {surprise}" for surprise in run.surprises]
-            if run.lost and disk:  # The small disk is unmounted after the run: keep the evidence.
+            if run.lost and disk:
+                # The small disk is unmounted after the run: keep the evidence.
                 shutil.copytree(disk / "run", folder / name / "run")
     return result
 
@@ -149,7 +153,7 @@ class Run:
 
     Attributes:
       folder: folder of journal, configs and outputs.
-      workdir: folder of the run itself, on the small disk if there is one.
+      workdir: workdir of the run, on the small disk if there is one.
       sessions: the sessions so far.
       lost: descriptions of what was lost, which must not happen.
       surprises: descriptions of sessions that ended unexpectedly, which the next session must repair.
@@ -170,16 +174,16 @@ class Run:
         self.lost: list[str] = []
         self.surprises: list[str] = []
         self.difference = 0.0
-        self._pace, self._start_time = pace, 0.0
+        self._pace, self._start_time = pace, 0.0  # `pace` is the run whose speed the failures are timed by
 
     def report(self) -> dict[str, Any]:
-        """Returns the figures of the run for the report."""
+        """Returns the results of the run for the report."""
         steps = max(self._journal(), default=0)
         sessions = [dataclasses.asdict(session) for session in self.sessions]
         return {"steps": steps, "largest_loss_difference": self.difference, "sittings": sessions}
 
     def damage_newest(self, session: Session, rng: random.Random) -> None:
-        """Damages one file of the newest checkpoint, if there is another one to fall back to."""
+        """Damages one file of the newest checkpoint, if there is an older one that the run can use instead."""
         undamaged = self._undamaged()
         if len(undamaged) < 2:
             return
@@ -280,7 +284,7 @@ class Run:
             "JAX_NUM_CPU_DEVICES": str(math.prod(session.mesh) // session.processes),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache.absolute()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "NPROC": "64",  # Threads of XLA. Devices that wait for each other block some of them.
+            "NPROC": "64",  # threads of XLA; devices that wait for each other block some of them
             "PYTHONUNBUFFERED": "1",
         }
         port, processes = _free_port(), []
@@ -293,7 +297,7 @@ class Run:
         return processes
 
     def _cause_failure(self, session: Session, processes: list[subprocess.Popen], rng: random.Random) -> None:
-        """Waits for a random moment, rarely before the first step, and causes the failure."""
+        """Waits for a random moment, seldom before the first step, and causes the failure of the session."""
         number = len(self.sessions) - 1
         if rng.random() < 0.15:
             _wait(rng.uniform(0, self._pace.seconds_to_first_step()), processes)
@@ -307,7 +311,7 @@ class Run:
             _wait(rng.uniform(0, 12 * self._pace.seconds_per_step()), processes)
         failure_time = time.monotonic()
         if session.event == "sigterm":
-            # One of two processes may get the signal alone. Both must stop.
+            # Sometimes only one of two processes gets the signal. Both must stop.
             for process in processes if rng.random() < 0.5 else processes[:1]:
                 process.send_signal(signal.SIGTERM)
         else:
@@ -317,7 +321,8 @@ class Run:
         session.seconds_to_stop = round(time.monotonic() - failure_time, 2)
 
     def _check(self, number: int, session: Session) -> None:
-        """Records the result of a session, and what was lost or unexpected."""
+        """Records the result of a session, and everything that was lost or unexpected."""
+        # Read the output, the checkpoints and the journal.
         outputs = [self._output(number, process) for process in range(session.processes)]
         text = "".join(output.read_text(errors="replace") for output in outputs)
         session.passed_over = "is skipped: " in text
@@ -326,10 +331,12 @@ class Run:
         session.while_saving = any(path.name not in complete for path in self._checkpoints.glob("*"))
         taken = [step for step, notes in sorted(self._journal().items()) if number in notes]
         session.steps = len(taken)
+
+        # Check them.
         if taken and taken[0] != session.from_step + 1:
             self.lost.append(f"session {number} resumed from step {taken[0] - 1}, not {session.from_step}")
         in_training = "memory of each device" in text
-        # A kill or a signal may arrive after the end of the run, or before training can save anything.
+        # A kill or a signal may arrive after the end of the run, or before there is anything to save.
         has_expected_codes = {
             "": _all_ended(session, 0),
             "kill": -signal.SIGKILL in session.codes or _all_ended(session, 0),
@@ -377,7 +384,7 @@ class Run:
         return journal
 
     def _losses(self) -> list[tuple[int, float]]:
-        """Returns step and loss of every line that the sessions logged."""
+        """Returns the step and the loss of every logged line, over all sessions."""
         texts = [self._output(number, 0).read_text(errors="replace") for number in range(len(self.sessions))]
         matches = [re.findall(r"^step (\d+) \w+ \| loss ([\d.]+)", text, re.MULTILINE) for text in texts]
         return [(int(step), float(loss)) for session_matches in matches for step, loss in session_matches]
@@ -394,15 +401,15 @@ def _all_ended(session: Session, *codes: int) -> bool:
 def _config(data: Path, steps: int, seed: int) -> ExperimentConfig:
     """Returns the config of a short run of the nano model: two different stages, saved every third step.
 
-    The learning rates are a tenth of the demo's. At the full rates, the rounding of the last bit, which differs between
-    meshes, sometimes grows to a quarter of the loss within 20 steps of AdamW, and losses could not be compared.
+    The learning rates are a tenth of the demo's. At the full rates, rounding differences between meshes sometimes grow
+    to a quarter of the loss within 20 steps of AdamW, so that losses could not be compared.
     """
     config = load_config("configs/nano.py")
     first, _, last = (_with_lower_rates(stage) for stage in config.stages)
     adamw = dataclasses.replace(first.optimizer, name="adamw")
     first = dataclasses.replace(first, steps=steps - steps // 3, warmup_steps=4, global_batch=4, optimizer=adamw)
     last = dataclasses.replace(last, steps=steps // 3, warmup_steps=4, global_batch=4)
-    packing = dataclasses.replace(config.data.packing, tokens_per_bin=288, tiles_per_bin=2)  # One page per bin.
+    packing = dataclasses.replace(config.data.packing, tokens_per_bin=288, tiles_per_bin=2)  # one page per bin
     return dataclasses.replace(
         config,
         seed=seed,
@@ -424,13 +431,13 @@ def _small_disk(folder: Path) -> Iterator[Path | None]:
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MEGABYTES}m", "none", str(folder)]
     try:
-        allowed = subprocess.run(mount, capture_output=True).returncode == 0
+        is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
     except OSError:
-        allowed = False
+        is_mounted = False
     try:
-        yield folder if allowed else None
+        yield folder if is_mounted else None
     finally:
-        if allowed:
+        if is_mounted:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 

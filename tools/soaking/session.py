@@ -1,10 +1,10 @@
-"""Process of one session of a run: like `alignvlm train`, with a journal of the batches it trained on.
+"""Runs one process of a session, like `alignvlm train`, and writes a journal of the batches it trains on.
 
     python session.py '{"config": "config.json", "workdir": "run", "journal": "journal.jsonl", "sitting": 3}'
 
-The journal gets a line per step: {"sitting": 3, "step": 12, "rows": {"0": hash of row 0, ...}, "refused": [ids]}, where
-"sitting" is the number of the session. If a session has several processes, each writes the rows that it made to the
-same file.
+It appends a line per step to the journal: {"sitting": 3, "step": 12, "rows": {"0": hash of row 0, ...}, "refused":
+[ids]}, where "sitting" is the number of the session. Each process of a session writes the rows that it made to the same
+file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from alignvlm_jax.training.experiment_data import ExperimentData
 
 
 class _RecordingFeed:
-    """A `BatchIterator` that keeps the hashes and refusals of the last batch."""
+    """Wrapper of a `BatchIterator` that keeps the hashes and the refusals of the newest batch."""
 
     def __init__(self, feed, rows):
         self._feed, self._rows = feed, rows
@@ -63,7 +63,7 @@ def main() -> int:
             "rows": feeds[-1].hashes,
             "refused": feeds[-1].refusals,
         }
-        os.write(journal, json.dumps(note).encode() + b"\n")  # A single write, which a kill cannot split.
+        os.write(journal, json.dumps(note).encode() + b"\n")  # a single write, which a kill cannot split
 
     config = config_from_dict(read_config_json(Path(arguments["config"])))
     try:
