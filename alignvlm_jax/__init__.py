@@ -16,7 +16,7 @@ from alignvlm_jax.errors import UserError
 def load(checkpoint, **options):
     """Loads the trained model in `checkpoint` (a workdir, an exported folder, or "nano") for questions about images.
 
-    See `inference.reader`.
+    The options and the returned `Reader` are described in `inference.reader.load`.
     """
     # Imported here because `import alignvlm_jax` and `alignvlm --help` must not wait for jax.
     from alignvlm_jax.inference.reader import load as load_reader

@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line. `overrides` of the result has the --config.key=value pairs as "key=value"."""
     parser, commands = _parsers()
-    # argparse does not know --config.key options: they are taken from the arguments that it leaves.
+    # argparse does not know the --config.key options. They are taken from the arguments that it does not recognize.
     args, rest = parser.parse_known_args(argv)
     args.debug = getattr(args, "debug", False)
     command = commands[args.command]
@@ -126,8 +126,8 @@ def _quiet_logs(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
-        # libtpu may be installed without a TPU, to compile for one. JAX would then search for TPUs, and libtpu would
-        # print warnings that there are none.
+        # libtpu may be installed on a machine without a TPU, to compile for one. JAX would then search for TPUs, and
+        # libtpu would warn that there are none.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

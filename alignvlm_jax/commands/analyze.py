@@ -7,7 +7,7 @@ from typing import Any
 from alignvlm_jax.commands.arguments import Commands, add_views, non_negative, number_list, positive, size_list
 
 DESCRIPTION = """\
-Analyze a checkpoint on the pages of a data set. Each analysis writes its figures as
+Analyze a checkpoint on the pages of a data set. Each analysis writes its numbers as
 JSON, a plot, and a paragraph that explains the plot to OUT.
 """
 
@@ -84,9 +84,9 @@ examples:
   alignvlm analyze names --checkpoint runs/align --checkpoint runs/mlp --data data/names --out runs/names
   alignvlm analyze names --checkpoint runs/align --data data/names --out runs/names --views 4
 
-The figures are meaningful for models trained on the corpus's training pages; `alignvlm
-reproduce --only names` trains some. With --views, each checkpoint is scored twice: with
-one view and with K views of every page.
+The results are meaningful only for models trained on the corpus's training pages;
+`alignvlm reproduce --only names` trains some. With --views, each checkpoint is scored
+twice: with one view and with K views of every page.
 """
 
 
@@ -107,7 +107,7 @@ def add(commands: Commands) -> None:
         )
         command.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
         command.add_argument("--split", default="heldout", metavar="NAME", help="split to use (default: heldout)")
-        command.add_argument("--out", required=True, metavar="DIR", help="output folder for figures, plots and text")
+        command.add_argument("--out", required=True, metavar="DIR", help="output folder for numbers, plots and text")
         command.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions")
         command.add_argument(
             "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"

@@ -26,8 +26,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def style() -> dict[str, Any]:
-    """Returns the arguments that all parsers are made with: the format of help, no abbreviations, and --debug."""
-    # --debug is accepted before and after the command. SUPPRESS keeps the second parser from resetting the first.
+    """Returns the keyword arguments of all parsers: the format of help, no abbreviations, and the option --debug."""
+    # --debug is accepted before and after the command. SUPPRESS keeps the command's parser, whose default would be
+    # False, from resetting an option before the command.
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument(
         "--debug",
@@ -63,11 +64,11 @@ class Commands:
 
         Args:
           name: name of the command.
-          run: function that executes it; None if it has commands of its own.
-          summary: its line in the list of commands.
+          run: function that executes the command; None if it has subcommands.
+          summary: one line for the list of commands.
           description: help text before the arguments.
           epilog: help text after the arguments, which starts with examples.
-          takes_overrides: whether it accepts --config.key=value.
+          takes_overrides: whether the command accepts --config.key=value.
 
         Returns:
           The parser of the command, for its own arguments.
@@ -101,7 +102,7 @@ def add_distributed(command: argparse.ArgumentParser) -> None:
 
 
 def distributed_run(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """Returns a context in which this process takes part in a distributed run; it has no effect on a single process."""
+    """Returns a context in which this process takes part in a distributed run, or alone without other processes."""
     from alignvlm_jax.parallel import distributed
 
     return distributed.initialized(args.coordinator, args.num_processes, args.process_id)

@@ -11,7 +11,7 @@ matches count. The table has rows for each family of documents and for the font 
 not in the training data, with 95 % confidence intervals.
 
 With --benchmark, score it on published benchmarks with their official metrics, next to
-the paper's scores. Answers are stored as they come; run the same command again to
+the paper's scores. Answers are stored as they arrive; run the same command again to
 resume.
 """
 

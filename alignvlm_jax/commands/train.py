@@ -22,9 +22,9 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
   alignvlm train --config configs/nano.py --workdir runs/scored --config.evaluation.every_steps=100
 
---config.path.to.key=value sets any field of the config. An unknown name is refused, with
-the closest valid one. A path such as configs/nano.py is searched in the current folder
-first, and then among the configs in the package.
+--config.path.to.key=value sets any field of the config. An unknown name is refused, and
+the closest valid one is suggested. A path such as configs/nano.py is looked up in the
+current folder first, and then among the configs in the package.
 
 WORKDIR gets config.json, tokenizer/, checkpoints and TensorBoard event files (`pip
 install tensorboard`, `tensorboard --logdir WORKDIR`). Pass it to `eval` and `ask` as

@@ -11,8 +11,8 @@ when every row has ended. All rows write to the same slots of the cache, and pad
     row 1      | p p p p p p p .              | a a a <end>
     positions  | 0 1 2 3 4 . . .              | 5 6 7         (row 0: they continue from the end of the prompt)
 
-An answer therefore does not depend on the other prompts in the batch. B, L and M are rounded up to a few values, to
-compile rarely.
+An answer therefore does not depend on the other prompts in the batch. B, L and M are rounded up, so that only a few
+shapes are compiled.
 
 The images of a prompt may come in K views (`inference/views.py`). K adjacent rows then form one prompt, and the next
 token of all of them is the one with the highest mean log-probability.
@@ -108,7 +108,7 @@ class Generator:
 
     def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
         """Returns a generator with the same weights and noise on the connector's input (`models/feature_noise.py`)."""
-        noisy = copy.copy(self)
+        noisy = copy.copy(self)  # A shallow copy, which shares the weights.
         noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.create(sigma, seed)}}
         return noisy
 
@@ -124,6 +124,7 @@ class Generator:
         """
         answers: list = [None] * len(prompts)
         for indices in self._batches(prompts):
+            # A prompt with K views takes K adjacent rows.
             views = prompts[indices[0]].num_views
             batch = pad_prompts(
                 [view for i in indices for view in prompts[i].views()],
@@ -132,7 +133,7 @@ class Generator:
                 pad_id=self.pad_id,
             )
             decoded = self._decode(batch, max_new_tokens, views)
-            # Rows beyond the prompts are padding of the batch.
+            # Rows beyond the prompts are padding. An answer ends before its first end token.
             for i, row in zip(indices, decoded[: len(indices)], strict=True):
                 ends = np.flatnonzero(np.isin(row, self.end_ids))
                 answers[i] = row[: ends[0]] if len(ends) else row
@@ -142,7 +143,7 @@ class Generator:
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Yields the indices of the prompts of each batch."""
-        # Prompts of similar size share a batch, which keeps padding small. A batch has one number of views.
+        # Prompts of similar size share a batch, which keeps padding small. All prompts of a batch have the same K.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
         for views in sorted({prompt.num_views for prompt in prompts}):
             indices, size = [i for i in order if prompts[i].num_views == views], self._max_prompts(views)
@@ -156,7 +157,7 @@ class Generator:
         rows = min(self._max_prompts(views), _power_of_two(prompts))
         # All views of a prompt are on one device, so B itself must be divisible by the number of shards.
         shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
-        return -(-rows // shards) * shards
+        return -(-rows // shards) * shards  # Rounded up.
 
     def _decode(self, batch: Batch, max_new_tokens: int, views: int) -> Int[np.ndarray, "B A"]:
         options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
@@ -179,7 +180,7 @@ class Generator:
 
 
 def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:
-    """Returns a batch with one prompt per row. Further rows are padding.
+    """Returns a batch with one prompt per row. Rows beyond the prompts are padding.
 
     before: tokens of lengths 5 and 7, rows=4
     after:  tokens [4, 64], segment_ids 1 at the first 5 and 7 positions of rows 0 and 1, else 0
@@ -196,6 +197,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
         "tiles": np.zeros((rows, num_tiles, tile_size, tile_size, 3), np.uint8),
         "tile_valid_hw": np.zeros((rows, num_tiles, 2), np.int32),
     }
+    # Copy each prompt to the start of its row.
     for row, prompt in enumerate(prompts):
         batch["tokens"][row, : len(prompt.tokens)] = prompt.tokens
         batch["segment_ids"][row, : len(prompt.tokens)] = 1
@@ -247,7 +249,7 @@ def greedy_decode(
 
     def decode(state):
         step, token, ended, answers, cache = state
-        # The end token itself is still written; rows that ended before it get padding.
+        # The end token itself is written; rows that have already ended get padding.
         answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
         ended |= jnp.isin(token, jnp.array(end_ids))
         # Positions continue from each row's own prompt, while the slot of the cache is the same for all rows.
@@ -257,7 +259,7 @@ def greedy_decode(
     answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
     # Rows without a prompt have ended from the start, so that they do not keep the loop running.
     start = (0, _next_tokens(logits, views), prompt_lengths == 0, answers, cache)
-    # All views of a prompt have the same answer.
+    # All views of a prompt have the same answer, so every K-th row is enough.
     return jax.lax.while_loop(unfinished, decode, start)[3][::views]
 
 

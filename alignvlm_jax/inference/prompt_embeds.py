@@ -33,7 +33,7 @@ def prompt_embeds(generator: Generator, prompts: Sequence[Prompt]) -> list[Float
     config = generator.config
     batch = pad_prompts(prompts, rows=len(prompts), tile_size=config.vision.image_size, pad_id=generator.pad_id)
     vectors = np.asarray(_embed(AlignVLM(config), generator.variables, batch), np.float32)
-    # Without the padding of the batch.
+    # Remove the padding of the batch.
     return [row[: len(prompt.tokens)] for row, prompt in zip(vectors, prompts, strict=True)]
 
 

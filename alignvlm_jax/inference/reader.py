@@ -55,7 +55,7 @@ class Reader:
 
     Attributes:
       config: configuration of the model.
-      tokenizer: tokenizer of chats.
+      tokenizer: tokenizer of conversations.
       tiling: settings of the tiles.
       num_views: number of views of each image.
       generator: decoder of prompts, with the model's parameters.
@@ -93,7 +93,7 @@ class Reader:
     def with_views(self, number: int) -> "Reader":
         """Returns a reader with the same weights that sees every image `number` times, shifted by parts of a patch.
 
-        It reads print better, and takes `number` times the work (see `inference/views.py`).
+        It reads text more accurately, at `number` times the work (see `inference/views.py`).
 
         Raises:
           UserError: if `number` is less than 1.
@@ -113,14 +113,14 @@ class Reader:
           max_new_tokens: maximum length of the answer.
 
         Returns:
-          The answer, without blanks at its ends.
+          The answer, without whitespace at its ends.
         """
         return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
 
     def ask_batch(
         self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
     ) -> list[str]:
-        """Answers many questions on one image each.
+        """Answers many questions, each about one image.
 
         The answers are the same as those of single calls of `ask`, but batches are faster.
 
@@ -156,7 +156,7 @@ class Reader:
             return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
         offsets = views.offsets(self.num_views, plan, self.config.vision.patch_size).tolist()
         tiles_per_view = [cut_tiles(views.shift(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
-        # The frame does not move, so the valid parts are the same in all views.
+        # Only the content is shifted, not the frame, so the valid parts are the same in all views.
         (tiles, valid_hw), *others = tiles_per_view
         return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]))
 
@@ -170,6 +170,7 @@ class Reader:
         Raises:
           UserError: if the conversation is too long for the model.
         """
+        # Encode the text, with a placeholder for each visual token.
         plans, grid = [image.plan for image in cut_images], token_grid(self.config)
         tokens_per_image = [num_visual_tokens(plan, self.tiling, grid) for plan in plans]
         chat = self.tokenizer.encode_prompt(messages, tokens_per_image)
@@ -209,7 +210,7 @@ class Reader:
           on_batch: function called after each batch with the number of prompts it answered.
 
         Returns:
-          The answers, in the order of the prompts, without blanks at their ends.
+          The answers, in the order of the prompts, without whitespace at their ends.
         """
         answers = self.generator.generate(prompts, max_new_tokens, on_batch=on_batch)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
@@ -226,7 +227,7 @@ def load(
       batch_size: maximum number of questions answered at once.
       dtype: data type of the weights. By default, weights stored in bfloat16 stay so if the model computes in bfloat16,
         and all others become float32.
-      mesh: devices for the weights and each batch. The default is the first device alone.
+      mesh: mesh over which the weights and each batch are distributed. The default is the first device alone.
 
     Returns:
       A reader for questions about images.
@@ -241,6 +242,7 @@ def load(
     else:
         source = ParameterReader(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
+        # A checkpoint stores its weights in one dtype, except for a few of the connector's; the embedding tells which.
         is_bfloat16 = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
         params = restore_params(folder, mesh, dtype=dtype or ("bfloat16" if is_bfloat16 else "float32"))
     return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size, mesh=mesh)

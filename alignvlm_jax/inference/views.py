@@ -38,7 +38,7 @@ def offsets(number: int, plan: TilePlan, patch_size: int) -> Int[np.ndarray, "K 
       patch_size: patch size of the vision encoder, in pixels of a tile.
     """
     rows = max(divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0)
-    # Shifts in parts of a patch, then in pixels of a tile, then in pixels of the image, rounded.
+    # The shifts in parts of a patch become pixels of a tile, and then pixels of the image, rounded to integers.
     y, x = np.meshgrid(_centered(rows), _centered(number // rows), indexing="ij")
     left, top, right, bottom = plan.boxes[plan.first_cell]
     height, width = plan.sizes[plan.first_cell]

@@ -50,9 +50,10 @@ def prune_vocabulary(
     *,
     statistics: Literal["full", "kept"] = "full",
 ) -> tuple[AlignVLMConfig, Params]:
-    """Keeps ALIGN's rows of W2 and of the values for the k most used words. The decoder keeps its whole vocabulary.
+    """Prunes ALIGN to the rows of W2 and of the values for its k most used words.
 
-    The pruned model (`AlignConfig.kept_words`) works like any other, but it cannot be trained.
+    The decoder keeps its whole vocabulary. The pruned model (`AlignConfig.kept_words`) works like any other, but it
+    cannot be trained.
 
     Args:
       config: configuration of the model.
@@ -76,7 +77,7 @@ def prune_vocabulary(
         raise UserError(
             f"prune_vocabulary: this model is already pruned to {connector.kept_words} words; prune the full model"
         )
-    params = nn.meta.unbox(params)
+    params = nn.meta.unbox(params)  # Removes Flax's boxes of logical axis names.
     w2 = params["connector"]["w2"]
     if usage.shape != w2.shape[:1]:
         raise UserError(
@@ -87,6 +88,7 @@ def prune_vocabulary(
     # Kept words are in the order of the vocabulary. Of equally used words, the first ones are kept.
     words = np.sort(np.argsort(-np.asarray(usage), kind="stable")[:k])
     pruned = {name: leaf[words] if name in WORD_PARAMETERS else leaf for name, leaf in params["connector"].items()}
+    # LN_V's statistics are stored, because the removed rows are no longer there to compute them from.
     rows = w2 if statistics == "full" else pruned["w2"]
     row_statistics = _statistics(rows, hardware.resolve(config.language).dtype)
     pruned |= {
