@@ -33,7 +33,7 @@ _TILES_PER_BATCH = 16
 
 
 def model_config(checkpoint: str | os.PathLike) -> AlignVLMConfig:
-    """Returns the config of a checkpoint's model without loading weights, for checks before any long work."""
+    """Returns the config of a checkpoint's model without loading its weights, for checks before any long work."""
     folder = trained_model(checkpoint)
     return (read_alignvlm_config(folder) if is_alignvlm_folder(folder) else read_run_config(folder)).model
 
@@ -75,17 +75,18 @@ def page_indices(records: Sequence[Record], pages: int) -> list[tuple[int, int]]
     )
     indices = list(itertools.islice(all_indices, pages))
     if not indices:
-        raise UserError(f"none of the {len(records):,} records has an image, and an analysis needs pages")
+        raise UserError(f"none of the {len(records):,} records has an image; an analysis needs pages")
     return indices
 
 
 def tile_batches(
     reader: Reader, records: Sequence[Record], pages: int, *, title: str
 ) -> Iterator[tuple[UInt8[np.ndarray, "1 M S S 3"], Int[np.ndarray, "1 M 2"]]]:
-    """Yields the tiles of the first `pages` pages, cut as the reader cuts them, and the valid size of each tile.
+    """Yields the tiles of the first `pages` pages, cut by the reader, and the valid size of each tile.
 
     All batches have the same shape. The last one is padded with tiles of valid size 0 x 0.
     """
+    # Tiles that wait for their batch to be full.
     side = reader.tiling.tile_size
     tiles, valid_hw = np.zeros((0, side, side, 3), np.uint8), np.zeros((0, 2), np.int32)
 

@@ -118,7 +118,7 @@ def test_pull_is_a_half_by_chance_and_one_where_common_names_attract():
     summary = summarize(pulled)
     assert summary["look-alikes"]["pull"]["value"] == 1 and summary["look-alikes"]["pull"]["rarer"] == 0
     assert summary["loners"]["pull"]["value"] is None
-    assert "rarity costs" in report.describe({"model": summary})
+    assert "rarity hurts" in report.describe({"model": summary})
 
 
 def test_two_models_are_compared_group_by_group():

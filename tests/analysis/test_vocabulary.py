@@ -200,7 +200,7 @@ def test_other_connectors_and_incomplete_arguments_are_refused(tmp_path, capsys)
     with pytest.raises(UserError, match="MLP: only ALIGN"):
         mean_distribution(random_reader(MLPConfig()), records(), pages=1)
     argv = ["analyze", "vocabulary", "--checkpoint", "x", "--data", "d", "--out", str(tmp_path), "--prune", "5"]
-    assert cli.main(argv) == 2 and "--prune K and --save DIR go together" in capsys.readouterr().err
+    assert cli.main(argv) == 2 and "--prune K and --save DIR must be used together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_other_connectors_and_incomplete_arguments_are_refused(tmp_path, capsys)
         (["full"], {"sizes": [20, 4000]}, "--sizes 4000: .*full has 480 words"),
         (["full"], {"prune": 481, "save": "new"}, "--prune 481: .*full has 480 words"),
         (["folder"], {"sizes": [481]}, "--sizes 481: .*folder has 480 words"),
-        (["pruned"], {"sizes": [5]}, "--sizes 5: .*pruned is pruned to 30 words"),
-        (["pruned"], {"prune": 30, "save": "new"}, "--prune 30: .*not pruned again"),
+        (["pruned"], {"sizes": [5]}, "--sizes 5: .*pruned is already pruned to 30 words"),
+        (["pruned"], {"prune": 30, "save": "new"}, "--prune 30: .*is already pruned to 30 words"),
         (["full"], {"prune": 5, "save": "pruned"}, "pruned exists already and is not empty"),
         (["full"], {"out": "file"}, "file: cannot be written"),
         (["full"], {"out": "file/below"}, "below: cannot be written"),

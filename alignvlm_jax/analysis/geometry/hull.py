@@ -2,9 +2,9 @@
 
 Axes: T visual tokens, V vocabulary, D decoder width, S vertices of a face, E edges of a face from its first vertex.
 
-The distance to the hull is a minimum over all mixtures of text embeddings. Wolfe's algorithm (Finding the nearest point
-in a polytope, 1976) finds it by moving from face to face. The result comes with two bounds. With x the best point so
-far and t the token,
+The distance to the hull is a minimum over all mixtures of text embeddings. Wolfe's algorithm ("Finding the nearest
+point in a polytope", 1976) finds it by moving from face to face. The result comes with two bounds. With x the best
+point so far and t the token,
 
     |x - t|                                          is an upper bound, because x is in the hull
     min over words v of (x - t)·(e_v - t) / |x - t|  is a lower bound, because the whole hull is behind that plane
@@ -44,13 +44,16 @@ class HullDistances:
 def hull_distances(
     visual: Float[np.ndarray, "T D"], text: Float[np.ndarray, "V D"], *, max_steps: int = MAX_STEPS
 ) -> HullDistances:
-    """Runs Wolfe's algorithm for all tokens at once; a step costs V x D multiplications per token.
+    """Returns bounds of the distance of each token to the hull.
+
+    Wolfe's algorithm runs for all tokens at once. A step costs V x D multiplications per token.
 
     Args:
       visual: the tokens.
       text: the vertices of the hull.
       max_steps: maximum number of steps. The bounds of a token that needs more stay apart.
     """
+    # Start at the nearest word of each token.
     visual = np.asarray(visual, np.float64)
     _, start = nearest_words(visual, text)
     faces = [_Face(text[word] - token) for word, token in zip(start, visual, strict=True)]
@@ -65,6 +68,7 @@ def hull_distances(
         products, words = lowest_products(points, text)
         remaining = []
         for token, point, product, word in zip(open_tokens, points, products, words, strict=True):
+            # In the module docstring's terms, `point` is x - t, and `projection` the minimum of (x - t)·(e_v - t).
             length = np.linalg.norm(point)
             projection = product - point @ visual[token]
             if length > 1e-12 * scale:
@@ -72,10 +76,12 @@ def hull_distances(
             # Stop when the gap between the bounds is no larger than rounding.
             if length <= 1e-9 * scale or length**2 - projection <= 1e-9 * length * scale:
                 continue
+            # Also stop when the new word brings the point no nearer, because of rounding.
             if not faces[token].add(text[word] - visual[token]):
                 continue
             remaining.append(token)
         open_tokens = remaining
+    # Rounding can put the lower bound slightly above the upper one.
     upper = np.array([np.linalg.norm(face.point) for face in faces])
     return HullDistances(np.minimum(lower, upper), upper)
 
@@ -98,6 +104,7 @@ class _Face:
     def add(self, vertex: Float64[np.ndarray, " D"]) -> bool:
         """Adds a vertex and moves to the point of the new simplex nearest to 0; returns False if that is no nearer."""
         previous, previous_distance = (self.vertices, self.weights, self._inverse), np.linalg.norm(self.point)
+        # The new vertex has weight 0 at first, so the point does not move yet.
         inverse = _with_edge(self._inverse, self.vertices[1:] - self.vertices[0], vertex - self.vertices[0])
         vertices, weights = np.concatenate([self.vertices, vertex[None]]), np.append(self.weights, 0.0)
         while True:
@@ -124,7 +131,7 @@ class _Face:
 
 
 def _with_edge(inverse: _Inverse, edges: Float64[np.ndarray, "E D"], edge: Float64[np.ndarray, " D"]) -> _Inverse:
-    """Returns the inverse inner products after one edge is appended; None if it depends on the others."""
+    """Returns the inverse inner products after one edge is appended; None if it is linearly dependent on the others."""
     if inverse is None:
         return None
     # Block inversion: split the new edge into its part along the old edges and its part orthogonal to them.
@@ -139,6 +146,7 @@ def _with_edge(inverse: _Inverse, edges: Float64[np.ndarray, "E D"], edge: Float
 
 def _without_edges(inverse: _Inverse, is_kept: Bool[np.ndarray, " E"]) -> _Inverse:
     """Returns the inverse inner products of the edges that are kept."""
+    # Edges are removed one by one, each by the inverse of the block inversion in `_with_edge`.
     while inverse is not None and not is_kept.all():
         removed = int(np.flatnonzero(~is_kept)[0])
         column, square = np.delete(inverse[removed], removed), inverse[removed, removed]
@@ -158,6 +166,7 @@ def _affine_weights(
     """
     edges = vertices[1:] - vertices[0]
     tolerance = 1e-13 * np.linalg.norm(edges, axis=1) * np.linalg.norm(vertices[0])
+    # Rounding errors accumulate in an inverse that was updated many times. If it fails, a new one is computed.
     for candidate in (inverse, None):
         if candidate is None:
             try:

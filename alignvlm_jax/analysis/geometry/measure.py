@@ -40,12 +40,12 @@ class Plane:
 
 
 def principal_plane(text: Float[np.ndarray, "V D"], visual: Float[np.ndarray, "T D"]) -> Plane:
-    """Runs PCA of both groups together in float64, each with half of the weight whatever its size."""
+    """Runs PCA on both groups together in float64. Each group has half of the weight, whatever its size."""
     means = [np.mean(group, axis=0, dtype=np.float64) for group in (text, visual)]
     origin = (means[0] + means[1]) / 2
-    # Each scatter is a mean over its group, so both groups weigh the same.
+    # Each scatter is a mean over its group, so both groups have the same weight.
     scatters = [_scatter(group, origin) for group in (text, visual)]
-    # `eigh` returns the eigenvalues in ascending order: the principal axes are the last two columns.
+    # `eigh` returns the eigenvalues in ascending order: the principal axes are the last two columns, in reverse.
     axes = np.linalg.eigh(scatters[0] + scatters[1])[1][:, :-3:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # the sign of an eigenvector is arbitrary
     explained = []
@@ -124,16 +124,19 @@ def measure_geometry(
       records: documents.
       pages: number of pages, from the first.
       tokens: number of their visual tokens, drawn at random.
-      hull_tokens: number of those tokens whose distance to the hull is found.
+      hull_tokens: number of those tokens whose distance to the hull is computed.
       seed: seed of the draws.
     """
+    # Draw visual tokens, and words for the distances between words.
     rng = np.random.default_rng(seed)
     text = np.asarray(reader.generator.variables["params"]["language"]["embedding"], np.float32)
     visual = visual_tokens(reader, records, pages)
     visual = visual[np.sort(rng.permutation(len(visual))[:tokens])]
     words = text[np.sort(rng.permutation(len(text))[:_PLOTTED_WORDS])]
+    # The plane comes from all text embeddings, but only some of them are plotted.
     plane = principal_plane(text, visual)
     plotted = dataclasses.replace(plane, text=plane.text[np.sort(rng.permutation(len(text))[:_PLOTTED_WORDS])])
+    # Distances: to words, between words, and to the hull.
     nearest, _ = nearest_words(visual, text)
     between, _ = nearest_words(words, text, other=True)
     spread = float(np.sqrt(np.trace(_scatter(text, np.mean(text, axis=0, dtype=np.float64)))))

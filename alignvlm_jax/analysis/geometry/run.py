@@ -27,7 +27,7 @@ def run(
       split: split of the pages.
       pages: number of pages, from the first.
       tokens: number of their visual tokens, drawn at random.
-      hull_tokens: number of those tokens whose distance to the hull is found.
+      hull_tokens: number of those tokens whose distance to the hull is computed.
       seed: seed of the draws.
     """
     output.check_folder(out)

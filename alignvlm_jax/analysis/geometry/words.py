@@ -25,7 +25,7 @@ def nearest_words(
     Args:
       visual: the tokens.
       text: the text embeddings.
-      other: if True, the tokens are rows of `text`, and the nearest row at a different position is found.
+      other: if True, the tokens are rows of `text`, and rows equal to the token are skipped.
     """
     visual = np.asarray(visual, np.float64)
     lowest, indices = np.full(len(visual), np.inf), np.zeros(len(visual), np.int64)
@@ -35,6 +35,7 @@ def nearest_words(
         # |a - b|^2 = |a|^2 + |b|^2 - 2ab needs one matrix product per block.
         distances = squares[:, None] + (words**2).sum(-1) - 2 * visual @ words.T
         if other:
+            # The squared distance of a token to itself is 0 only up to rounding.
             distances = np.where(distances > 1e-9 * squares[:, None], distances, np.inf)
         nearest = distances.argmin(axis=1)
         distances = distances[np.arange(len(visual)), nearest]

@@ -27,7 +27,7 @@ class Corruption:
     level: float
 
     def apply(self, image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-        """Returns the corrupted page, of the same size; `rng` makes the free choices, such as the sense of rotation."""
+        """Returns the corrupted page, in the same size; `rng` makes random choices, such as the sense of rotation."""
         return CORRUPTIONS[self.kind].apply(image, self.level, rng)
 
 
@@ -39,7 +39,7 @@ class CorruptionKind:
       apply: corrupts a page at a level.
       axis: meaning and unit of a level, as the label of an axis.
       clean: the level that changes nothing.
-      levels: the levels that are measured by default, from mild to strong.
+      levels: levels measured by default, from mild to strong.
       valid: the lowest and the highest level that a user can ask for.
     """
 

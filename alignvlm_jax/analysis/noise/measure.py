@@ -10,8 +10,8 @@ A large vector that all tokens share makes every such distance small. The distan
 origins:
 
     plain      the zero vector, as in the paper
-    centered   the mean text embedding. It hides movement too if all visual tokens lie far from it on one side
-    tokens     the mean visual token without noise. This leaves the part that differs between patches
+    centered   the mean text embedding; this also hides movement if all visual tokens lie far from it on one side
+    tokens     the mean visual token without noise; this leaves the part that differs between patches
 
 Sigma has the unit of the features, which differs between encoders: sigma 3 may drown the features of one encoder and
 barely change those of another. `feature_deviation`, the spread of the features themselves, gives the scale.
@@ -46,7 +46,7 @@ class NoisePoint:
     Attributes:
       sigma: standard deviation of the noise, in the unit of the features.
       relative_sigma: `sigma` divided by the standard deviation of the features.
-      tally: the questions answered right.
+      tally: right answers and questions.
       cosine_distance: mean over visual tokens of 1 - cos(token, token without noise), as in the paper.
       centred_cosine_distance: the same after the mean text embedding is subtracted from both tokens.
       token_centred_cosine_distance: the same after the mean visual token is subtracted from both tokens.
@@ -61,7 +61,7 @@ class NoisePoint:
 
     @property
     def score(self) -> float:
-        """Share of the questions answered exactly right."""
+        """Share of questions answered with an exact match."""
         return self.tally.exact_match
 
     @property
@@ -78,7 +78,12 @@ class NoisePoint:
 
 @dataclasses.dataclass(frozen=True)
 class CorruptionPoint:
-    """The questions answered right on corrupted pages."""
+    """Score on pages with one corruption.
+
+    Attributes:
+      corruption: kind and level of the corruption.
+      tally: right answers and questions.
+    """
 
     corruption: Corruption
     tally: Tally
@@ -137,7 +142,7 @@ def feature_noise(
 def feature_distances(
     reader: Reader, records: Sequence[Record], sigmas: Sequence[float], *, seed: int = 0, pages: int = _PAGES
 ) -> Distances:
-    """Measures the distances without any scores; takes the arguments of `feature_noise`."""
+    """Measures only the distances, without asking questions; takes the arguments of `feature_noise`."""
     model, variables = AlignVLM(reader.config), reader.generator.variables
     width = variables["params"]["language"]["embedding"].shape[1]
 
@@ -156,7 +161,8 @@ def feature_distances(
     text_mean = np.asarray(jnp.mean(variables["params"]["language"]["embedding"], axis=0, dtype=jnp.float32))
     origins = np.stack([np.zeros(width), text_mean, token_sum / num_tokens]).astype(np.float32)
 
-    # Second pass: every sigma against the tokens without noise, from the three origins.
+    # Second pass: the distances at every sigma from the tokens without noise, seen from the three origins. Features are
+    # computed again, because those of all pages may not fit in memory.
     sums = np.zeros((len(sigmas), len(origins)))
     for tiles, valid_hw in tile_batches(reader, records, pages, title="distances"):
         is_real = valid_hw[0, :, 0] > 0

@@ -19,7 +19,7 @@ class NoiseReport:
     """Measurements of one checkpoint.
 
     Attributes:
-      features: points under feature noise, by rising sigma; the first is without noise.
+      features: points under feature noise, in ascending order of sigma; the first is without noise.
       images: points on corrupted pages.
     """
 
@@ -28,7 +28,7 @@ class NoiseReport:
 
     @property
     def clean(self) -> Tally:
-        """The questions answered right without noise."""
+        """Right answers and questions without noise."""
         return self.features[0].tally
 
 
@@ -83,6 +83,7 @@ def plot_images(reports: Mapping[str, NoiseReport]) -> matplotlib.figure.Figure:
 
 def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
     """Returns Markdown that states what the plots show."""
+    # A paragraph per checkpoint: the score without noise, at about the paper's sigma, and where it halves.
     lines = ["# Noise", "", "![](noise.png)", ""]
     for name, report in reports.items():
         shown = min(report.features[1:], key=lambda point: abs(point.sigma - PAPER_SIGMA), default=None)
@@ -129,10 +130,10 @@ def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
 
 
 def _compare(reports: Mapping[str, NoiseReport]) -> list[str]:
-    """Ranks the checkpoints that have a score to lose by their loss; returns nothing if there are fewer than two.
+    """Returns text that ranks checkpoints with a score above 0 by their loss, or nothing if there are fewer than two.
 
-    They are compared at the sigma next to the standard deviation of the features and at the paper's sigma, at which a
-    small model may have lost everything.
+    They are compared at the sigma closest to the standard deviation of the features, and at the one closest to the
+    paper's sigma, at which a small model may have lost its whole score.
     """
     able = {name: report for name, report in reports.items() if report.clean.right and len(report.features) > 1}
     if len(able) < 2:
@@ -151,6 +152,6 @@ def _compare(reports: Mapping[str, NoiseReport]) -> list[str]:
         order = sorted(changes, key=lambda name: -changes[name])
         ranking = ", ".join(f"{name} {changes[name]:+.1f} points" for name in order)
         lines.append(
-            f"Side by side at sigma {noisy_points[index].sigma:g}, from the least loss to the largest: {ranking}."
+            f"Side by side at sigma {noisy_points[index].sigma:g}, from the smallest loss to the largest: {ranking}."
         )
     return [*lines, ""]

@@ -1,10 +1,10 @@
-"""Asks for names in three ways: the model, its decoder alone, and its visual tokens.
+"""Three ways to obtain the names on a page: from the model, from its decoder alone, and from its visual tokens.
 
     ask_names      asks the model
     ask_decoder    asks the decoder, with the embeddings of the letters in place of the visual tokens; errors that occur
                    here are errors of the decoder
-    read_letters   finds the letter to which the visual tokens are nearest, at the one glyph by which look-alikes
-                   differ; this is what the connector reports, whatever the decoder answers
+    read_letters   finds the letter nearest to the visual tokens, at the one glyph in which look-alikes differ; this is
+                   what the connector reports, whatever the decoder answers
 
 Axes: B pages, T visual tokens of a page, D decoder width.
 """
@@ -40,7 +40,7 @@ _MAX_NEW_TOKENS = 16
 def ask_names(
     reader: Reader, folder: str | Path, *, split: str = "heldout", limit: int | None = None
 ) -> list[NameAnswer]:
-    """Returns the reader's answers to the questions for names.
+    """Returns the reader's answers to the questions that ask for names.
 
     Args:
       reader: the model.
@@ -66,13 +66,13 @@ def ask_decoder(
     """
     _check_one_token_per_patch(reader)
     lexicon = read_lexicon(folder)
+    # Token of each class of patches; class 0, no character, is spelled as a space.
     spelling = np.array([reader.tokenizer.encode_text(letter)[0] for letter in " " + CHARACTERS], np.int32)
     vision = reader.config.vision
     answers: list[Answer] = []
     for pages in _batches(folder, split, "names, spelled"):
         prompts, questions = [], []
         for record, document in pages:
-            # The class of a patch is the index of its character in `spelling`.
             plan = plan_tiles(*document.size, reader.tiling)
             classes = patch_classes(document, plan, vision.image_size, vision.patch_size).reshape(-1)
             page_prompts = reader.prompts(images.open_image(record["image"]), record["questions"])
@@ -89,9 +89,9 @@ def ask_decoder(
 def read_letters(reader: Reader, folder: str | Path, answers: Sequence[NameAnswer]) -> list[NameAnswer]:
     """Returns the answers with `letter` set for the names that have look-alikes.
 
-    The visual tokens of the patches under the distinguishing glyph are compared with the embeddings of the letters by
-    which the names of the group differ. The comparison is by cosine after the mean embedding is subtracted from both,
-    and the closest pair of token and letter decides.
+    The visual tokens of the patches under the distinguishing glyph are compared with the embeddings of the letters in
+    which the names of the group differ. They are compared by cosine similarity, after the mean embedding is subtracted
+    from both, and the closest pair of token and letter decides.
 
     Raises:
       UserError: if the model does not have one visual token per patch.
@@ -100,6 +100,7 @@ def read_letters(reader: Reader, folder: str | Path, answers: Sequence[NameAnswe
     letters = distinguishing_letters(read_lexicon(folder))
     embedding = np.asarray(reader.generator.variables["params"]["language"]["embedding"], np.float32)
     mean = embedding.mean(axis=0)
+    # Indices of the answers to read, by page, so that each page is encoded once.
     answers_of_page = collections.defaultdict(list)
     for number, answer in enumerate(answers):
         if answer.name.group in letters:
@@ -138,7 +139,7 @@ def _check_one_token_per_patch(reader: Reader) -> None:
 def _batches(
     folder: str | Path, split: str, title: str, indices: Sequence[int] | None = None
 ) -> Iterator[list[tuple[runner.Record, Document]]]:
-    """Yields records in batches, each with its document drawn again, which tells the positions of the glyphs."""
+    """Yields records in batches, each with its document drawn again for the positions of the glyphs."""
     records, groups = store.open_dataset(folder, split), store.read_metadata(folder)["groups"]
     order = range(len(records)) if indices is None else indices
     with tqdm(total=len(order), desc=title, unit="page", dynamic_ncols=True, leave=None) as progress:
@@ -151,6 +152,7 @@ def _batches(
 def _spell(prompt: Prompt, letters: Int[np.ndarray, " T"]) -> Prompt:
     """Returns the prompt with text tokens in place of its visual tokens."""
     is_visual = prompt.visual_index >= 0
+    # The maximum keeps text, whose index is -1, a valid index. `where` then selects the text's own token.
     tokens = np.where(is_visual, letters[np.maximum(prompt.visual_index, 0)], prompt.tokens)
     return Prompt(tokens, np.full_like(prompt.visual_index, -1), prompt.tiles[:0], prompt.tile_valid_hw[:0])
 
@@ -160,7 +162,7 @@ def _patches_of_letter(reader: Reader, document: Document, name: str, position: 
     start = "".join([glyph.char for glyph in document.glyphs]).index(name)
     glyph = document.glyphs[start + position]
     plan, patch = plan_tiles(*document.size, reader.tiling), reader.config.vision.patch_size
-    # Three points across the middle of the glyph, in pixels of the page, mapped into their tiles.
+    # Take three points across the middle of the glyph, in pixels of the page, and map them into their tiles.
     x = glyph.left + (glyph.right - glyph.left) * np.array([0.25, 0.5, 0.75])
     tiles, points = plan.map_points(np.stack([x, np.full(3, (glyph.top + glyph.bottom) / 2)], axis=1))
     grid = reader.config.vision.grid_size
@@ -169,7 +171,7 @@ def _patches_of_letter(reader: Reader, document: Document, name: str, position: 
 
 
 def _visual_tokens(reader: Reader, prompts: Sequence[Prompt]) -> Float[np.ndarray, "B T D"]:
-    # A fixed number of rows, so that the last, shorter batch does not compile another program.
+    # The number of rows is fixed, so that the last, shorter batch does not compile another program.
     batch = pad_prompts(
         prompts, rows=_PAGES_PER_BATCH, tile_size=reader.config.vision.image_size, pad_id=reader.generator.pad_id
     )

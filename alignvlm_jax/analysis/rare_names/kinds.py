@@ -1,4 +1,4 @@
-"""Kinds of answers to questions for names: right, a look-alike, another name, an ending, or garble."""
+"""Kinds of answers to questions that ask for names: right, a look-alike, another name, an ending, or garble."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ KINDS = (
 )
 """All kinds of answers.
 
-The last three are not names of the corpus. The two before "garble" end as another name does, whatever they begin with.
+The last three are not names of the corpus. The two before "garble" end like another name, whatever they begin with.
 """
 
 _MIN_ENDING = 3  # letters
@@ -29,7 +29,7 @@ _MIN_ENDING = 3  # letters
 
 @dataclasses.dataclass(frozen=True)
 class NameAnswer:
-    """An answer to a question for a name of the lexicon.
+    """An answer to a question that asks for a name of the lexicon.
 
     Attributes:
       document: id of the page.
@@ -52,15 +52,15 @@ class NameAnswer:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "NameAnswer":
-        """Returns the answer that `to_json` wrote."""
+        """Returns the answer from the JSON values of `to_json`."""
         return cls(**{**fields, "name": Name(**fields["name"])})
 
 
 def classify(answers: Sequence[Answer], lexicon: Sequence[Name]) -> list[NameAnswer]:
-    """Returns the answers to questions for names, each with its kind. Answers to other questions are skipped.
+    """Returns the answers to questions that ask for names, each with its kind. Other answers are skipped.
 
     Args:
-      answers: all answers about each page; their expected texts tell what else the page prints.
+      answers: all answers about each page. Their expected texts tell what else is printed on the page.
       lexicon: the names of the corpus.
     """
     names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
@@ -101,8 +101,8 @@ def count_endings(lexicon: Iterable[Name]) -> collections.Counter[str]:
 def classify_ending(name: Name, predicted: str, endings: Mapping[str, int]) -> str:
     """Returns whether an answer that is not a name has a more common or a rarer ending than the right answer.
 
-    The longest known ending of the answer is compared with as many letters of the right answer. Names are asked for
-    equally often, so both kinds are equally frequent if rarity does not matter.
+    The longest known ending of the answer is compared with the same number of last letters of the right answer. All
+    names are asked for equally often, so both kinds are equally frequent if rarity does not matter.
 
     Args:
       name: the right answer.
@@ -122,6 +122,7 @@ def distinguishing_letters(lexicon: Iterable[Name]) -> dict[int, tuple[int, str]
     for name in lexicon:
         if name.has_look_alikes:
             groups[name.group].append(name.text)
+    # Look-alikes have equal lengths and differ in one position.
     letters = {}
     for group, texts in groups.items():
         position = next(i for i, column in enumerate(zip(*texts, strict=True)) if len(set(column)) > 1)

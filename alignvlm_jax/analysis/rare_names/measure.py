@@ -2,9 +2,9 @@
 
     error against rarity    share of wrong answers by the number of training pages that print the name
     rarity gap              error on names seen at most once minus error on names seen 64 times and more
-    pull                    of the wrong answers that are another name of the group, the share that is a more common
-                            one. Names are asked for equally often, so this is 1/2 if rarity does not matter
-    pull of endings         the same for wrong answers that are not names, but end as another name of the corpus does
+    pull                    share of more common names among the wrong answers that are another name of the group. All
+                            names are asked for equally often, so this is 1/2 if rarity does not matter
+    pull of endings         the same for wrong answers that are not names, but end like another name of the corpus
     letter agreement        how often the visual tokens are nearest to the true letter (`answers.py`)
 
 Intervals are 95 % percentile intervals of a bootstrap over groups of names, because answers about one name are not
@@ -86,7 +86,7 @@ def compare(answers: Sequence[NameAnswer], others: Sequence[NameAnswer], *, seed
 
 
 def letter_agreement(answers: Sequence[NameAnswer], lexicon: Sequence[Name]) -> dict[str, Any]:
-    """Returns how often the visual tokens were nearest to the true letter, by kind of answer and by rarity, as JSON.
+    """Returns how often the visual tokens are nearest to the true letter, by kind of answer and by rarity, as JSON.
 
     Args:
       answers: from `answers.read_letters`.
@@ -151,7 +151,7 @@ def _is_wrong(answer: NameAnswer) -> bool:
 def _count(
     answers: Sequence[NameAnswer], is_counted: Callable[[NameAnswer], bool]
 ) -> tuple[Float[np.ndarray, "G C"], Float[np.ndarray, "G C"]]:
-    """Returns, for each group and rarity, the number of answers that `is_counted` accepts, and of all answers."""
+    """Returns the number of answers that `is_counted` accepts, and of all answers, for each group and rarity."""
     # Groups may be numbered with gaps, so every group that occurs gets a row of its own.
     groups = {group: row for row, group in enumerate(sorted({answer.name.group for answer in answers}))}
     counted, asked = np.zeros((2, len(groups), len(COUNTS)))
@@ -165,12 +165,13 @@ def _count(
 def _rate(
     counted: Float[np.ndarray, "G C"], asked: Float[np.ndarray, "G C"], columns: Bool[np.ndarray, " C"]
 ) -> Statistic:
-    # The ratio of sums over the chosen groups; a group may be chosen several times.
+    # The ratio of sums over the chosen groups. A bootstrap sample may choose a group several times.
     return lambda rows: counted[rows][..., columns].sum((-2, -1)) / asked[rows][..., columns].sum((-2, -1))
 
 
 def _bootstrap(statistic: Statistic, groups: int, seed: int) -> Estimate:
-    # Every resampling draws as many groups as there are, with replacement.
+    # Every resampling draws with replacement, as many groups as there are. The fixed seed draws the same groups for all
+    # statistics, so differences between models are paired.
     rows = np.random.default_rng(seed).integers(0, max(groups, 1), (_RESAMPLINGS, groups))
     # A resampling without any answer of the kind gives 0 / 0 and is excluded from the interval.
     with np.errstate(invalid="ignore", divide="ignore"):

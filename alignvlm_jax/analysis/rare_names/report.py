@@ -11,16 +11,16 @@ from alignvlm_jax.data.synthetic.names import COUNTS
 
 
 def plot(models: dict[str, dict[str, Any]]) -> matplotlib.figure.Figure:
-    """Plots error against rarity, one line per model; names with look-alikes on the left, loners on the right.
+    """Plots error against rarity with one line per model; look-alikes are on the left, loners on the right.
 
     Args:
       models: the result of `measure.summarize` for each model, by name.
     """
-    figure, axes = output.new_plot(2, title="Names answered wrong, by how many training pages print them")
+    figure, axes = output.new_plot(2, title="Names answered wrong, by number of training pages that print them")
     for axis, subset in zip(axes, ("look-alikes", "loners"), strict=True):
         for number, (name, summary) in enumerate(models.items()):
             rows = [row for row in summary[subset]["by_count"] if row["questions"]]
-            # The lines are shifted a little against each other, so that their intervals do not overlap.
+            # The lines are shifted slightly against each other, so that their intervals do not overlap.
             x = [COUNTS.index(row["seen"]) + 0.08 * (number - (len(models) - 1) / 2) for row in rows]
             y, low, high = (np.array([100 * row["error"][key] for row in rows]) for key in ("value", "low", "high"))
             bars = np.maximum([y - low, high - y], 0)
@@ -39,7 +39,7 @@ def describe_comparison(first: str, comparisons: dict[str, dict[str, Any]]) -> s
     return " ".join(
         f"The error of {name} differs from that of {first} by {_points(difference['error'])}: by "
         f"{_points(difference['error_on_rare'])} on names seen at most once, and by "
-        f"{_points(difference['error_on_common'])} on names seen {COMMON[0]} times and more; its rarity gap is wider "
+        f"{_points(difference['error_on_common'])} on names seen {COMMON[0]} times or more; its rarity gap is wider "
         f"by {_points(difference['rarity_gap'])}."
         for name, difference in comparisons.items()
     )
@@ -51,24 +51,24 @@ def describe(results: dict[str, Any]) -> str:
     rarest, commonest = overall["by_count"][0], overall["by_count"][-1]
     pull, endings = look_alikes["pull"], overall["pull_of_endings"]
     text = [
-        f"Of {overall['questions']} questions for names, {_percent(overall['error'])} are answered wrong. For names "
-        f"never seen in training it is {_percent(rarest['error'])}, and for names seen {commonest['seen']} times "
-        f"{_percent(commonest['error'])}. The rarity gap, the error on names seen at most once minus that on names "
-        f"seen {COMMON[0]} times and more, is {_points(overall['rarity_gap'])} "
+        f"Of {overall['questions']} questions that ask for names, {_percent(overall['error'])} are answered wrong. For "
+        f"names never seen in training the error is {_percent(rarest['error'])}, and for names seen "
+        f"{commonest['seen']} times it is {_percent(commonest['error'])}. The rarity gap, the error on names seen at "
+        f"most once minus that on names seen {COMMON[0]} times or more, is {_points(overall['rarity_gap'])} "
         f"({_points(look_alikes['rarity_gap'])} among look-alikes); {_verdict(overall['rarity_gap'], 0)}.",
         f"Names that were taken for a look-alike were taken for a more common one {pull['commoner']} times and for a "
         f"rarer one {pull['rarer']} times"
         + (f" ({_percent(pull)} more common; 50 % if rarity did not matter)" if pull["value"] is not None else "")
         + f": {_verdict(pull, 0.5)}.",
-        f"Of the answers that are not names, {endings['commoner']} end as a more common name does and "
-        f"{endings['rarer']} as a rarer one: {_verdict(endings, 0.5)}.",
+        f"Of the answers that are not names, {endings['commoner']} end like a more common name and "
+        f"{endings['rarer']} like a rarer one: {_verdict(endings, 0.5)}.",
     ]
     if "decoder alone" in results:
         alone = results["decoder alone"]["look-alikes"]
         text.append(
             f"The decoder alone, given the letters themselves, errs on {_percent(alone['error'])} of the look-alikes "
-            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} commoner, "
-            f"{alone['pull']['rarer']} rarer)."
+            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} taken for a more common name, "
+            f"{alone['pull']['rarer']} for a rarer one)."
         )
         text += _describe_letters(results["tokens say the true letter"])
     return " ".join(text)
@@ -86,7 +86,7 @@ def _describe_letters(agreement: dict[str, Any]) -> list[str]:
         return []
     overruled = ": in the latter, the decoder overruled the visual tokens" if agreement["pulled"]["answers"] else ""
     return [
-        "At the one letter that distinguishes look-alikes the visual tokens are nearest to the true one "
+        "At the one letter that distinguishes look-alikes, the visual tokens are nearest to the true letter "
         f"{' and '.join(shares)}{overruled}."
     ]
 
@@ -104,9 +104,9 @@ def _points(estimate: dict[str, Any]) -> str:
 
 
 def _verdict(estimate: dict[str, Any], null: float) -> str:
-    """Returns a conclusion: whether the interval contains `null`, the value expected if rarity does not matter."""
+    """Returns a conclusion from whether the interval contains `null`, the value expected if rarity does not matter."""
     if estimate["value"] is None:
         return "too few answers to tell"
     if estimate["low"] > null:
-        return "rarity costs"
-    return "commonness costs" if estimate["high"] < null else "no effect of rarity is distinguishable from chance"
+        return "rarity hurts"
+    return "commonness hurts" if estimate["high"] < null else "no effect of rarity is distinguishable from chance"

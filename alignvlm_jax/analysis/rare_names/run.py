@@ -19,7 +19,7 @@ def analyze(
 ) -> dict[str, Any]:
     """Returns all measures of one model and its answers, as JSON.
 
-    A reader with several views per image is only asked for names: the other measurements need a single view.
+    A reader with several views per image only answers questions; the other measurements need a single view.
 
     Args:
       reader: the model.
@@ -62,6 +62,7 @@ def run(
       views: if above 1, each checkpoint is asked again with `views` views of every page (`inference/views.py`).
       seed: seed of the bootstrap.
     """
+    # Check the arguments, then measure every checkpoint with one view and with `views` views.
     output.check_folder(out)
     read_lexicon(data)  # refuses other corpora before any model is loaded
     models = {}
@@ -69,6 +70,7 @@ def run(
         for number in sorted({1, views}):
             title = name if number == 1 else f"{name}, {number} views"
             models[title] = analyze(reader.with_views(number), data, split=split, limit=limit, seed=seed)
+    # Write the report, with a comparison of all other models with the first.
     text = [f"# Rare names\n\n{split} pages of {data}; intervals are 95 %, over groups of names.\n"]
     text += [f"## {name}\n\n{report.describe(results)}\n" for name, results in models.items()]
     first, *others = models

@@ -2,7 +2,7 @@
 
 Axes: V vocabulary, k words kept, M tiles in a batch, N features per tile, d encoder width.
 
-P itself, patches x words, is never allocated: `usage` processes the words in blocks.
+P itself, an array of patches x words, is never allocated: `usage` processes the words in blocks.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class VocabularyUse:
 
     Attributes:
       mean: P averaged over patches, in the order of the embedding table; 0 for pruned words. Sums to 1.
-      effective_per_patch: exp(entropy of P) averaged over patches: the number of words that make up one patch.
+      effective_per_patch: exp(entropy of P) averaged over patches: the effective number of words of one patch.
       patches: number of patches.
       pages: number of pages.
     """
@@ -55,12 +55,13 @@ class VocabularyUse:
 
     @property
     def effective_of_mean(self) -> float:
-        """exp(entropy of `shares`): the number of words that make up all patches together."""
+        """Effective number of words of all patches together: exp(entropy of `shares`)."""
         used = self.shares[self.shares > 0]
         return float(np.exp(-(used * np.log(used)).sum()))
 
     def words_for(self, mass: float) -> int:
         """Returns the smallest number of words that together have the share `mass`."""
+        # The small number makes up for rounding in the sum.
         return int(np.searchsorted(np.cumsum(self.shares), mass - 1e-12) + 1)
 
     def words_above(self, probability: float = THRESHOLD) -> int:
@@ -100,7 +101,7 @@ def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PA
     # The sum differs from the number of patches by rounding only.
     mean = word_sums / word_sums.sum()
     if config.kept_words is not None:
-        # Put the words of a pruned model back to their positions in the full vocabulary.
+        # Put the words of a pruned model back in their positions in the full vocabulary.
         kept, mean = mean, np.zeros(reader.config.language.vocab_size)
         mean[np.asarray(variables["params"]["connector"]["word_ids"])] = kept
     return VocabularyUse(mean, float(effective / patches), patches, len(page_indices(records, pages)))
@@ -138,7 +139,7 @@ class VocabularyPoint:
       words: number of words kept, k.
       statistics: rows from which LN_V takes its mean and variance.
       kept_mass: share of the mass of the mean P that the kept words have.
-      tally: the questions answered right.
+      tally: right answers and questions.
     """
 
     words: int
@@ -148,7 +149,7 @@ class VocabularyPoint:
 
     @property
     def score(self) -> float:
-        """Share of the questions answered exactly right."""
+        """Share of questions answered with an exact match."""
         return self.tally.exact_match
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def vocabulary_curve(
     limit: int | None = None,
     statistics: Statistics = "full",
 ) -> list[VocabularyPoint]:
-    """Scores the reader pruned to each of `sizes` words. The size of the whole vocabulary is the reader itself.
+    """Scores the reader pruned to each of `sizes` words. The size of the whole vocabulary stands for the reader itself.
 
     The cost per size is one evaluation of `limit` questions and the compilation of a model of another shape.
 

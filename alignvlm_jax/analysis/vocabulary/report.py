@@ -21,9 +21,9 @@ class VocabularyReport:
     """Measurements of one checkpoint.
 
     Attributes:
-      use: the use of the words.
-      top_words: the most used words as text, with their mean probabilities.
-      full: scores by rising number of words, with the LN_V statistics of all words.
+      use: use of the words.
+      top_words: most used words as text, with their mean probabilities.
+      full: scores in ascending order of the number of words, with the LN_V statistics of all words.
       kept: the same with the LN_V statistics of the kept words.
     """
 
@@ -80,7 +80,7 @@ def plot(reports: Mapping[str, VocabularyReport]) -> matplotlib.figure.Figure:
 
 def _plot_mass(axes: Axes, use: VocabularyUse, name: str, style: dict[str, Any]) -> None:
     """Plots the mass that remains outside the most used words, with a marker at each of `MASSES`."""
-    # Clipped from below: on the logarithmic axis, 0 has no position.
+    # Clipped from below, because 0 has no position on a logarithmic axis.
     remaining = np.maximum(1 - np.cumsum(use.shares), 1e-7)
     axes.plot(
         np.arange(1, len(remaining) + 1), remaining, label=name, color=style["color"], linestyle=style["linestyle"]
@@ -90,7 +90,7 @@ def _plot_mass(axes: Axes, use: VocabularyUse, name: str, style: dict[str, Any])
 
 
 def _plot_top_words(axes: Axes, top_words: list[tuple[str, float]], name: str) -> None:
-    # Control characters and pieces of characters are shown escaped.
+    # Control characters and partial characters are shown escaped.
     labels = [ascii(word)[1:-1] if not word.isprintable() else f"\u201c{word}\u201d" for word, _ in top_words]
     rows = np.arange(len(labels))[::-1]
     axes.barh(rows, [100 * p for _, p in top_words], color="#7f7f7f")
@@ -127,7 +127,7 @@ def _describe_scores(report: VocabularyReport, split: str) -> list[str]:
     unpruned = report.unpruned
     if unpruned is None or len(report.full) < 2:
         return []
-    # Points are by rising size, and the model with all words always qualifies.
+    # Points are in ascending order of size, and the model with all words always qualifies.
     smallest = next(point for point in report.full if point.tally.interval[1] >= unpruned.score)
     lines = [
         f"With all {unpruned.words:,} words, {output.percent(unpruned.tally)} of {unpruned.tally.total} questions of "

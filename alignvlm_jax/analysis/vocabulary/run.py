@@ -43,7 +43,7 @@ def run(
       split: split whose questions are asked.
       usage_split: split on which words are counted.
       pages: number of pages on which words are counted.
-      sizes: numbers of words to keep; None chooses them by their mass.
+      sizes: numbers of words to keep; None for those of `default_sizes`.
       limit: if set, only the first `limit` questions are asked.
       batch_size: questions decoded at once.
       prune: number of words of the pruned checkpoint; requires `save`.
@@ -55,7 +55,7 @@ def run(
     """
     # Refuse everything that can be refused before the first model is loaded.
     if (prune is None) != (save is None) or prune is not None and len(checkpoints) > 1:
-        raise UserError("--prune K and --save DIR go together, with one --checkpoint")
+        raise UserError("--prune K and --save DIR must be used together, and with a single --checkpoint")
     for checkpoint in checkpoints:
         _check_sizes(checkpoint, sizes, prune)
     if save is not None:
@@ -96,9 +96,9 @@ def _check_sizes(checkpoint: str, sizes: Sequence[int] | None, prune: int | None
     words = connector.kept_words or connector.vocab_size or config.language.vocab_size
     for option, size in (*(("--sizes", size) for size in sizes or ()), *([("--prune", prune)] if prune else [])):
         if size > words:
-            raise UserError(f"{option} {size}: {checkpoint} has {words:,} words: choose from 1 to {words}")
+            raise UserError(f"{option} {size}: {checkpoint} has {words:,} words; choose from 1 to {words}")
         if connector.kept_words is not None and (size, option) != (words, "--sizes"):
             raise UserError(
-                f"{option} {size}: {checkpoint} is pruned to {words:,} words and is not pruned again: use the full "
-                f"model, or omit {option}"
+                f"{option} {size}: {checkpoint} is already pruned to {words:,} words; use the full model, or omit "
+                f"{option}"
             )

@@ -37,6 +37,7 @@ def save_pruned(
       out: output folder; must be empty or not exist yet.
       statistics: as for `inference.vocabulary.prune_vocabulary`.
     """
+    # Load the weights, and the history that records their origin.
     folder = trained_model(checkpoint)
     if is_alignvlm_folder(folder):
         found = read_alignvlm(folder)
