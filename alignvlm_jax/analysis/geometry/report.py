@@ -72,7 +72,8 @@ def describe(geometries: Mapping[str, Geometry], split: str) -> str:
             f"{nearest:.3f}; between a text embedding and the nearest other one it is "
             f"{geometry.between_words / geometry.spread:.3f}. Of {len(hull.upper)} tokens, "
             f"{100 * geometry.outside:.0f} % are outside the convex hull of the text embeddings, "
-            f"each proven by a separating plane, and {100 * geometry.inside:.0f} % are a mixture of them, to within {TOLERANCE:g}"
+            f"each proven by a separating plane, and {100 * geometry.inside:.0f} % are a mixture of them, "
+            f"to within {TOLERANCE:g}"
             + (f"; {100 * geometry.undecided:.0f} % are undecided" if geometry.undecided > 1e-9 else "")
             + f". The median distance to the hull is {lower:.3f} to {upper:.3f}. The plane shows "
             f"{100 * geometry.plane.explained[0]:.0f} % of the variance of the text embeddings and "
