@@ -58,10 +58,12 @@ def make_conversation(
     if task == "conversation":
         messages = _first_turns(_parse(_field(record, "conversation")), max_turns)
         images = list(_field(record, "images"))
+        # `max_turns` may have dropped messages, and with them the last images.
         shown = sum(part["type"] == "image" for message in messages for part in _parts(message))
         if max_turns is None and shown != len(images):
             raise UserError(f"the conversation has {shown} image marks for {len(images)} images")
         return Conversation(messages, images[:shown])
+    # The other tasks build a conversation from the fields of a page.
     if task == "mixed":
         task = "transcribe" if rng.random() < 0.5 else "qa"
     if task == "transcribe":

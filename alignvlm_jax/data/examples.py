@@ -121,6 +121,7 @@ class ExampleReader:
         prepared = self._prepare(measured.position)
         if isinstance(prepared, Refused):
             return prepared
+        # Damage to an image may show only now, when its pixels are decoded.
         try:
             tiles, valid_hw = self._cut_images(prepared)
         except UserError as error:

@@ -101,6 +101,7 @@ def make_reader(
         data.tiling,
         data.packing,
         token_grid,
+        # Hash the integers into the single seed that the reader takes.
         int(np.random.SeedSequence(seed).generate_state(1)[0]),
         max_text_tokens,
         data.max_turns,

@@ -71,6 +71,7 @@ class Notes:
 
     def finished(self) -> list[int]:
         """Returns the numbers of the slices that have a note."""
+        # Notes are named by the number of their slice, so the pattern excludes the plan.
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
 
     def write(self, index: int, shard: Shard, rejects: Sequence[Refused]) -> None:

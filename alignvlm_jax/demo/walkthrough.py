@@ -61,6 +61,7 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
     show(", ".join(f"{size:,} {split}" for split, size in sizes.items()) + f" pages in {folder}")
 
     show_heading(2, "before training: shipped backbones, fresh connector")
+    # The key changes with the config and the corpus; scores with another key are computed again.
     key = make_key(config_to_dict(config), store.read_metadata(folder))
     score = functools.partial(score_once, out=out / "evaluation", records=heldout)
     before = score("before", lambda: _untrained_reader(config), key=key)
@@ -69,6 +70,7 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
     progress = _train(config, workdir)
 
     show_heading(4, "held-out documents, with values and a font that training never used")
+    # Load the trained model at most once, and only if a score is missing.
     trained = functools.cache(lambda: alignvlm_jax.load(workdir))
     key = make_key(key, dataclasses.asdict(progress))
     reports = {

@@ -161,6 +161,7 @@ def inspect_image(
     k = config.words_per_patch
     words = patch_words(reader.config, variables, tiles, valid_hw, k=k, progress=progress)
 
+    # Answer the questions.
     prompts = reader.prompts(image, questions)
     answers = []
     if prompts:

@@ -70,6 +70,7 @@ def export_alignvlm(
     """
     source = _Source(checkpoint, dtype)
     with new_folder(out) as folder:
+        # Weights and tokenizer, the code that runs them, and the configs that transformers reads.
         source.write_weights(folder, tables.alignvlm(source.model), "", max_shard_bytes)
         export_tokenizer(source.reader.tokenizer_folder, folder)
         for name, file in REMOTE_CODE_FILES.items():
@@ -172,6 +173,7 @@ class _Source:
         self.tiling = self.reader.config.data.tiling
         self._dtype = dtype
         self._check_shapes(checkpoint)
+        # config.json states a single dtype; the embedding table's stands for all weights.
         self.dtype = dtype or self.reader.dtypes["language/embedding"].name
         chat = ChatTokenizer.from_folder(self.reader.tokenizer_folder)
         names = special_names(json.loads((self.reader.tokenizer_folder / TOKENIZER_CONFIG_FILE).read_text("utf-8")))
@@ -218,6 +220,7 @@ class _Source:
         Raises:
           UserError: if they differ; lists all problems.
         """
+        # eval_shape computes the shapes of a model with this config without allocating it.
         boxed = jax.eval_shape(lambda: random_parameters(self.model, jax.random.key(0)))
         expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
         actual = self.reader.shapes

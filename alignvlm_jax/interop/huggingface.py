@@ -140,6 +140,7 @@ def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
       UserError: if the folder, its config or its tensors are not those of a SigLIP.
     """
     with open_vision(folder) as backbone:
+        # Only the shapes matter, so any input of the right shape will do.
         side = backbone.config.image_size
         abstract = _abstract(VisionEncoder(backbone.config), jnp.zeros((1, side, side, 3)))
         return backbone.config, convert.read(backbone.match(abstract), backbone.folder)

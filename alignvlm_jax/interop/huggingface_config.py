@@ -37,11 +37,13 @@ def read_vision_config(folder: str | Path, section: str | None = None) -> Vision
             f"{raw.path}: this is a NaFlex SigLIP 2, which accepts images of any shape; AlignVLM cuts square tiles and "
             'needs an encoder of fixed resolution (model_type "siglip", such as siglip2-so400m-patch14-384)'
         )
+    # Refuse other models, and settings that `VisionEncoder` does not implement.
     others = [kind for kind in kinds if kind not in ("siglip", "siglip_vision_model")]
     if others:
         raise UserError(f"{raw.path}: model_type is {others[0]!r}, expected 'siglip' or 'siglip_vision_model'")
     raw.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     raw.must_be("num_channels", 3, 3)
+    # The defaults are those of transformers' SiglipVisionConfig.
     config = VisionConfig(
         image_size=raw.side("image_size", 224),
         patch_size=raw.side("patch_size", 16),
@@ -75,11 +77,13 @@ def read_language_config(folder: str | Path, section: str | None = None) -> Lang
     kind = raw.get("model_type", None)
     if kind != "llama":
         raise UserError(f"{raw.path}: model_type is {kind!r}, expected 'llama'")
+    # Refuse settings that `LanguageModel` does not implement.
     raw.must_be("hidden_act", "silu", "silu")
     raw.must_be("attention_bias", False, False)
     raw.must_be("mlp_bias", False, False)
     hidden_size, num_heads = raw.count("hidden_size", 4096), raw.count("num_attention_heads", 32)
     theta, scaling = _read_rope(raw)
+    # The defaults are those of transformers' LlamaConfig.
     config = LanguageConfig(
         vocab_size=raw.count("vocab_size", 32000),
         hidden_size=hidden_size,
@@ -116,6 +120,7 @@ def _read_rope(raw: "_RawConfig") -> tuple[float, RopeScaling | None]:
     settings = raw.nested({"rope_theta": raw.get("rope_theta", 10000.0), **rope})
     theta = settings.number("rope_theta", 10000.0)
     settings.must_be("partial_rotary_factor", 1.0, 1.0)
+    # The first files of Llama 3.1 spell `rope_type` as `type`.
     kind = settings.get("rope_type", None) or settings.get("type", "default")
     if kind == "default":
         return theta, None
@@ -154,6 +159,7 @@ class _RawConfig:
 
     def nested(self, fields: dict[str, Any]) -> "_RawConfig":
         """Returns a reader of other fields of the same file; it shares the list of problems."""
+        # Bypass __init__, which would read the file again.
         nested = object.__new__(_RawConfig)
         nested.path, nested.problems, nested.fields = self.path, self.problems, fields
         return nested

@@ -78,12 +78,14 @@ def import_huggingface(
     backbones = BackbonesConfig(str(vision), str(language))
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
     with new_folder(out) as folder:
+        # The folders determine the shapes and the tokenizer.
         encoder, decoder = read_vision_config(vision), read_language_config(language)
         tokenizer = import_tokenizer(
             language, num_embeddings=decoder.vocab_size, image_token=image_token, chat_template=chat_template
         )
         for note in tokenizer.notes:
             log(note)
+        # A config file determines everything else.
         config = load_config(config_file) if config_file else _shipped_config(encoder, decoder)
         if config is None:
             log(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
@@ -99,6 +101,7 @@ def import_huggingface(
             tokenizer=None,
         )
         config = config_from_dict(config_to_dict(config))  # Validates it.
+        # Build the weights on their devices and write the checkpoint.
         devices = None if mesh is None else make_mesh(mesh)
         params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}

@@ -98,6 +98,7 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
     counts = {name: _count(reader, name) for name in PARTS}
     fields = dataclasses.asdict(config.model.connector)
     settings = ", ".join(f"{name} {value}" for name, value in fields.items())
+    # One row per part, with its parameters and its shape.
     rows = [
         (
             "vision",
@@ -116,6 +117,7 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
     rows = [row for row in rows if part in ("alignvlm", row[0])]
     lines = ["| part | parameters | |", "|---|---|---|", *(f"| {a} | {b:,} | {c} |" for a, b, c in rows)]
     if part == "alignvlm":
+        # A sentence about the connector, and one about the tiles and tokens of a page.
         has_thumbnail = tiling.thumbnail and tiling.max_tiles_per_image > 1
         joined = tiling.rule == "anyres_max_9"
         tiles = f"up to {tiling.grid_side**2 if joined else tiling.max_tiles} tiles of {tiling.tile_size} px (rule "

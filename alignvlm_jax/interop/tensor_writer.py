@@ -65,6 +65,7 @@ def write_parameters(
     Raises:
       UserError: see `write_tensors`.
     """
+    # A stacked parameter [layers, ...] becomes one tensor per layer.
     sources: dict[TensorSpec, tuple[Row, tuple[int, ...]]] = {}
     for row in rows:
         shape, stacked = shapes[row.path], "{layer}" in row.key
@@ -123,6 +124,7 @@ def write_tensors(
             except safetensors.SafetensorError as error:
                 raise UserError(f"{folder.parent}: {name} cannot be written: {error}") from error
             (folder / name).chmod(0o644)  # The library creates files that only their owner may read.
+    # The index comes last, when all the files that it names exist.
     if len(shards) > 1:
         files = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}

@@ -360,12 +360,14 @@ def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, n
             f"{TOKENIZER_FILE} has {_next_id(ids)} ids, but the embedding table has {num_embeddings} rows: "
             f"none for {len(outside)} tokens ({some}). Does this tokenizer belong to another model?"
         )
+    # Published tables have some spare rows; many of them suggest the tokenizer of another model.
     unused = num_embeddings - len(set(ids.values()))
     if unused > num_embeddings // 2:
         notes.append(
             f"{unused} of the embedding table's {num_embeddings} rows belong to no token of {TOKENIZER_FILE}: "
             "make sure that the tokenizer belongs to this model"
         )
+    # The image token needs a row: its own, a spare one, or one that is added to the table.
     added = image_token not in ids
     image_id = _next_id(ids) if added else ids[image_token]
     if image_id < num_embeddings:

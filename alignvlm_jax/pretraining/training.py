@@ -64,6 +64,7 @@ def pretrain(
       batches: element i is the batch of step i.
       workdir: folder for checkpoints.
     """
+    # The state: parameters, and the optimizer's moments.
     schedule = make_schedule(
         config.learning_rate, steps=config.steps, warmup_steps=config.warmup_steps, final_fraction=0.02
     )
@@ -86,6 +87,7 @@ def pretrain(
             "loss": loss
         } | metrics
 
+    # Draw the remaining batches in the background while the model trains.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     data = iter(batches.slice(slice(first, config.steps)).to_iter_dataset(options))
     start_time = time.time()

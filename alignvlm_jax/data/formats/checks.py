@@ -136,6 +136,7 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
     """Returns the path of an image, which must not leave the root by `..`, an absolute path or a link."""
     if "\0" in name:
         raise Refusal("image path", f"the image path has a NUL character: {name!r}")
+    # normpath resolves `..` in the text of the path; realpath below resolves links.
     relative = os.path.normpath(os.path.relpath(name, image_root) if os.path.isabs(name) else name)
     if relative.split(os.sep)[0] == os.pardir:
         raise Refusal("image path", f"{name}: outside the image root {image_root}")

@@ -61,6 +61,7 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 def turns(conversations: Any) -> list[Message]:
     """Returns the messages of LLaVA's turns."""
     turns = [expect_object(turn, "a turn") for turn in expect_list(conversations, "'conversations'")]
+    # Some data sets use the keys of the messages format instead of LLaVA's.
     return [text_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
 
 

@@ -81,6 +81,7 @@ def _messages(row: dict[str, Any], num_images: int) -> tuple[list[Message], list
 def _message(message: dict[str, Any]) -> Message:
     """Returns a message whose content is a text or a list of parts."""
     role, content = message.get("role"), message.get("content")
+    # In plain text, `<image>` marks the images. Parts state the places of images themselves.
     if not isinstance(content, list):
         return text_message(role, content)
     if not isinstance(role, str) or role not in ROLES:
@@ -118,6 +119,7 @@ def _image_order(numbers: Sequence[Any], num_images: int) -> list[int]:
 def _cauldron_messages(texts: Sequence[Any], num_images: int) -> list[Message]:
     """Returns the messages of the Cauldron's texts, with all images before the first question."""
     messages = []
+    # An entry holds a question and its answer.
     for turn in (expect_object(turn, "a text") for turn in texts):
         for role in ("user", "assistant"):
             messages.append({"role": role, "content": [text_part(expect_text(turn.get(role), f"the {role}'s text"))]})

@@ -92,6 +92,7 @@ def _read_entry(entry: Any, file: str, position: int) -> MixtureEntry:
     if strategy == "all":
         return MixtureEntry(path, None)
     match = _STRATEGY.fullmatch(str(strategy))
+    # match[3] is the percent sign, if there is one.
     if match is None or match[3] and int(match[2]) > 100:
         examples = "'all', 'first:1000', 'end:5%' or 'random:10%'"
         raise UserError(f"{where}: sampling_strategy is {strategy!r}; expected something like {examples}")

@@ -125,6 +125,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
                 if sample is not None:
                     yield sample
                 sample = _Sample(key)
+            # Collect the files of the sample; it is refused if one of them cannot be used.
             if ending not in _USED_ENDINGS:
                 continue
             if ending in sample.files:
@@ -134,6 +135,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
             elif data is not None:
                 sample.files[ending] = data
     except _DamagedArchive as damage:
+        # Yield the sample that the damage cuts off, then let `read` report the damage.
         if sample is not None:
             sample.problem = Refusal("damaged file", f"{damage}; the sample may be incomplete")
             yield sample

@@ -118,6 +118,7 @@ def print_document(
       font: font to print with.
       render: whether to make the image.
     """
+    # Lay out the content and place it on a page, slightly rotated.
     page, questions, width = _lay_out(dice, compose, family, font)
     left = dice.uniform(_MARGIN, width - _MARGIN - page.width)
     height, top = _place_vertically(dice, page)
@@ -127,6 +128,7 @@ def print_document(
     while not _is_inside(glyphs, width, height):
         angle /= 2
         glyphs = _place_glyphs(page, (left, top), (width, height), angle)
+    # Choose the questions before rendering, so that they are the same without an image.
     selected = choose(dice, questions)
     image = None
     if render:

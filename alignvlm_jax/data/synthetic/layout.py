@@ -110,6 +110,7 @@ class Page:
 
         The first column is aligned left, all others either right or left.
         """
+        # The widest cell of each column determines its width; the rest of the page is divided among the gaps.
         widths = [[self.face.width(cell) for cell in row] for row in rows]
         column_widths = [max(column) for column in zip(*widths, strict=True)]
         spare = self.width - sum(column_widths)

@@ -81,6 +81,7 @@ def render_page(
     _draw_shapes(draw, origin, shapes, look)
     left, top = origin
     for run in runs:
+        # Round the baseline once per run, so that all its letters are at the same height.
         x, baseline = left + run.x, round(top + run.baseline)
         for character in run.text:
             if character != " ":
@@ -89,6 +90,7 @@ def render_page(
                 pen = round(x + (face.pitches[character] - face.advances[character]) / 2)
                 draw.bitmap((pen + dx, baseline + dy), glyph, fill=look.ink)
             x += face.pitches[character]
+    # The scanner: rotation, blur, and noise on top of both.
     page = page.rotate(angle, Image.Resampling.BILINEAR, fillcolor=look.paper)
     if look.blur:
         page = page.filter(ImageFilter.GaussianBlur(look.blur))

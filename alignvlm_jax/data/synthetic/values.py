@@ -39,6 +39,7 @@ class DoesNotFitError(Exception):
 
 def split_of(value: str) -> str:
     """Returns the only split whose documents may print this value."""
+    # The first 32 bits of the hash as a number from 0 to 1.
     share = int.from_bytes(hashlib.sha256(value.translate(_PUNCTUATION).encode()).digest()[:4], "big") / 2**32
     if share < _TRAIN_SHARE:
         return "train"

@@ -67,6 +67,7 @@ class AlignVLMConfig(PretrainedConfig):
             vision_config = SiglipVisionConfig(**{"vision_use_head": False, **(vision_config or {})})
         if not isinstance(text_config, LlamaConfig):
             text_config = LlamaConfig(**(text_config or {}))
+        # The decoder's own config must agree with this one.
         text_config.tie_word_embeddings = tie_word_embeddings
         self.vision_config = vision_config
         self.text_config = text_config

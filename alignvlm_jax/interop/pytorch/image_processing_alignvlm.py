@@ -92,6 +92,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         tiling = self.tiling(**kwargs)
         pixel_values, plans = [], []
         for image in flatten_images(self.fetch_images(images)):
+            # Grayscale pages stay in one channel until their tiles are cut, which is faster.
             image = to_rgb(_to_pil(image), keep_gray=True)
             plans.append(plan_tiles(*image.size, tiling))
             pixel_values.append(normalize_tiles(*cut_tiles(image, plans[-1], tiling.tile_size)))
@@ -99,6 +100,7 @@ class AlignVLMImageProcessor(BaseImageProcessor):
             raise ValueError("no images were passed; omit `images` for text alone")
         num_tiles = np.asarray([plan.num_tiles for plan in plans], np.int64)
         data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": num_tiles}
+        # Only under anyres_max_9: the features that make up each visual token.
         resampling = resample_images(plans, tiling, self.token_grid)
         if resampling is not None:
             data["visual_sources"] = resampling.sources.astype(np.int64)

@@ -171,10 +171,11 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
             count += size
         return mean, squares / words.size
 
+    # First pass: mean and variance of each query's logits over all words.
     mean, variance = (words.moments or stream_moments)(query)
     inverse_deviation = torch.rsqrt(variance + words.eps)
 
-    # Online softmax: rescale the sums whenever a block raises the maximum.
+    # Second pass, an online softmax: rescale the sums whenever a block raises the maximum.
     maximum, total, expected = torch.full_like(mean, -math.inf), torch.zeros_like(mean), 0.0
     for block in words.blocks(block_size):
         scale, bias = words.norm(block)
@@ -861,6 +862,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             visual_weights=visual_weights,
             **kwargs,
         )
+        # The loss computes its own logits, only where there are labels. Logits for the caller are optional.
         hidden = outputs.last_hidden_state
         loss = None if labels is None else self.label_loss(hidden, labels, num_items_in_batch)
         if return_logits is None:
