@@ -106,6 +106,7 @@ def table() -> str:
         row = _read_row(name)
         if row is None:
             continue
+        # Collectives are summed over their kinds, per network.
         estimate, traffic = row["estimate"], row["collectives"].values()
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
         ici, dcn = (sum(kind[network] for kind in traffic) / 1e9 for network in ("ici", "dcn"))

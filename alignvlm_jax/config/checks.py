@@ -33,6 +33,7 @@ def check(config: ExperimentConfig) -> None:
 
 def _check_model(model: AlignVLMConfig) -> None:
     vision, language = model.vision, model.language
+    # Allowed values and positive sizes.
     for name, part in (("vision", vision), ("language", language)):
         path = f"config.model.{name}"
         check_one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
@@ -41,6 +42,7 @@ def _check_model(model: AlignVLMConfig) -> None:
         _check_positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
     _check_positive("config.model.vision", vision, "image_size", "patch_size")
     _check_positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
+    # Sizes that must divide each other.
     if vision.patch_size > vision.image_size:
         raise UserError(
             f"config.model.vision.patch_size: expected at most image_size, {vision.image_size}, got {vision.patch_size}"
@@ -65,6 +67,7 @@ def _check_model(model: AlignVLMConfig) -> None:
             "config.model.language.head_dim: expected an even number (rotary embeddings rotate pairs), got "
             f"{language.head_width}"
         )
+    # The connector checks its own settings.
     spec = connector_spec(model.connector)
     if spec.check is not None:
         spec.check(model.connector, connector_shape(model))
@@ -144,6 +147,7 @@ def _check_stage(stage: StageConfig, path: str) -> None:
         check_one_of(f"{path}.trainable.{index}", part, PARTS)
         if part in stage.trainable[:index]:
             raise UserError(f"{path}.trainable.{index}: {part!r} is listed twice")
+    # Length, sizes and rates.
     if (stage.steps is None) == (stage.epochs is None):
         raise UserError(f"{path}: expected either steps or epochs, got {'neither' if stage.steps is None else 'both'}")
     _check_positive(path, stage, *(name for name in ("steps", "epochs") if getattr(stage, name) is not None))

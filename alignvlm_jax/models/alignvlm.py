@@ -201,7 +201,7 @@ class AlignVLM(nn.Module):
         if self.config.newline:
             gathered = mix_visual(visual, self.newline(), batch["visual_sources"], batch["visual_weights"])
         else:
-            # -1 (text) gathers token 0, which the `where` below discards.
+            # At text positions (-1) this gathers token 0, which the `where` below discards.
             gathered = jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
         inputs = jnp.where((index >= 0)[..., None], gathered.astype(text.dtype), text)
         return layers.constrain(inputs, "batch", "sequence", None)
@@ -308,6 +308,7 @@ def stored_dtypes(params: Params, dtype: str) -> Params:
 
     def find(path, leaf):
         del leaf
+        # The paths are those of unboxed parameters: the first key is the part, the last one the parameter.
         part, name = path[0].key, path[-1].key
         return exact.get(name, dtype) if part == "connector" else dtype
 

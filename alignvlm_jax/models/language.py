@@ -244,6 +244,7 @@ class DecoderAttention(nn.Module):
                 jax.lax.dynamic_update_slice(cache[0], key, start),
                 jax.lax.dynamic_update_slice(cache[1], value, start),
             )
+        # With earlier positions in the cache, attend to its slots; otherwise (training, prefill) only to the inputs.
         if context.visible is not None:
             attended = cached_attention(query, *cache, visible=context.visible)
         else:
@@ -291,6 +292,7 @@ def rotary_table(
     frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:
         frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    # float32: bfloat16 cannot represent large positions.
     angles = positions[..., None, None].astype(jnp.float32) * jnp.concatenate([frequencies, frequencies])
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -299,6 +301,7 @@ def rotate(
     heads: Float[Array, "B L heads h"], cosines: Float[Array, "B L 1 h"], sines: Float[Array, "B L 1 h"]
 ) -> Float[Array, "B L heads h"]:
     """Rotates each pair (i, i + h/2) of a head by its angle."""
+    # For halves (a, b): (a cos - b sin, b cos + a sin).
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (heads * cosines + rotated * sines).astype(heads.dtype)

@@ -283,6 +283,7 @@ def _forward(
         )
 
         def unflatten(leaf):
+            # From [T, ...] to the leading axes of the queries.
             return leaf.reshape(*inputs.q.shape[:-1], *leaf.shape[1:])
 
         return unflatten(mixed), jax.tree.map(unflatten, summary), residuals

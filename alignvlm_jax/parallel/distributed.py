@@ -230,6 +230,7 @@ def require_equal(experiment: Mapping[str, Any]) -> None:
         "global devices": jax.device_count(),
         "device kind": jax.local_devices()[0].device_kind,
     }
+    # Sorted keys: equal configs must have equal texts.
     text = json.dumps(experiment, sort_keys=True)
     gathered = gather_json([socket.gethostname(), facts, hashlib.sha256(text.encode()).hexdigest()])
     hosts, facts, hashes = zip(*gathered, strict=True)

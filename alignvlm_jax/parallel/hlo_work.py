@@ -145,6 +145,7 @@ def _windows(attributes: str) -> list[dict[str, int]]:
     sizes = fields["size"].split("x")
 
     def values(name, default):
+        # XLA omits fields that have their defaults.
         return fields[name].split("x") if name in fields else [default] * len(sizes)
 
     return [

@@ -145,13 +145,13 @@ class _Link:
 
 
 class Watcher:
-    """The watcher of one process."""
+    """Watches one process, its parent, and exchanges messages with the other watchers."""
 
     def __init__(self, parent: int):
         self._parent = parent
         self._parent_state: Literal["running", "leaving", "gone"] = "running"
         self._process, self._hosts, self._token = 0, [""], ""
-        self._failure = ""  # error with which the own process ended
+        self._failure = ""  # error that the parent ended with
         self._done: set[int] = set()  # processes that ended normally
         self._next_heartbeat = 0.0
         self._has_loss = False  # whether any process was lost; only the first one is reported
@@ -162,7 +162,7 @@ class Watcher:
         self._selector.register(0, selectors.EVENT_READ, self._pipe)
 
     def run(self) -> None:
-        """Watches until the own process has ended or was ended, then exits."""
+        """Watches until the parent has ended or was ended, then exits."""
         self._send_to_parent("port", self._listener.getsockname()[1])
         while True:
             self._poll(HEARTBEAT_SECONDS / 2)
@@ -186,12 +186,12 @@ class Watcher:
                 self._drop(connection, f"has sent nothing for {SILENCE_SECONDS:.0f} s")
 
     def _poll_while(self, parent_state: str, seconds: float) -> None:
-        """Handles messages for `seconds`, or until the own process leaves the given state."""
+        """Handles messages for `seconds`, or until the parent leaves the given state."""
         deadline = time.monotonic() + seconds
         while self._parent_state == parent_state and (left := deadline - time.monotonic()) > 0:
             self._poll(min(left, HEARTBEAT_SECONDS / 2))
 
-    # Messages from the own process.
+    # Messages from the parent.
 
     def _receive_from_parent(self) -> None:
         messages = self._pipe.receive()
@@ -206,12 +206,12 @@ class Watcher:
                     self._handle_parent_failure(arguments[0])
         if messages is not None:
             return
-        # The pipe is closed: the own process is gone. It counts as lost unless it announced its end.
+        # The pipe is closed: the parent is gone. It counts as lost unless it announced its end.
         self._selector.unregister(0)
         if self._parent_state == "running":
             self._parent_state = "gone"
             if self._process != 0:
-                # JAX may have aborted this process because process 0 died. Then process 0 must be reported instead: its
+                # JAX may have aborted the parent because process 0 died. Then process 0 must be reported instead: its
                 # watcher gets some time to do so.
                 self._poll_while("gone", CRASH_SECONDS)
             self._send_to_all("lost", self._process, "was killed or crashed")
@@ -219,8 +219,8 @@ class Watcher:
 
     def _handle_parent_failure(self, text: str) -> None:
         self._failure = f"ended with an error: {text}"
-        # This process may have failed because another one was lost. Give the watcher of that process time to report
-        # first. The pipe is not read meanwhile, because the end of the own process must not be handled yet.
+        # The parent may have failed because another process was lost. Give the watcher of that process time to report
+        # first. The pipe is not read meanwhile, because the end of the parent must not be handled yet.
         self._selector.unregister(0)
         self._poll_while("leaving", 2 * CRASH_SECONDS)
         self._selector.register(0, selectors.EVENT_READ, self._pipe)
@@ -232,7 +232,7 @@ class Watcher:
         try:
             os.write(1, json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # the process is gone, which the closed pipe on stdin will show
+            pass  # the parent is gone, which the closed pipe on stdin will show
 
     def _send_alone_if_alone(self) -> None:
         if self._parent_state == "leaving" and not self._links:
@@ -294,15 +294,15 @@ class Watcher:
             self._handle_loss(link.process, reason)
 
     def _handle_loss(self, process: int, reason: str) -> None:
-        """Forwards and prints the loss of a process, then ends the own process unless it is already ending."""
+        """Forwards and prints the loss of a process, then ends the parent unless it is already ending."""
         if process in self._done or self._has_loss:
             return
         self._has_loss = True
         self._send_to_all("lost", process, reason)
         if "error" in reason:
-            # The own process may be about to fail with the same error. Give it time to print its own message.
+            # The parent may be about to fail with the same error. Give it time to print its own message.
             self._poll_while("running", GRACE_SECONDS)
-        # Print nothing if the own process ends normally, or with the same error as the lost process.
+        # Print nothing if the parent ends normally, or with the same error as the lost process.
         if self._parent_state == "leaving" and self._failure in ("", reason):
             return
         _print(
@@ -313,8 +313,8 @@ class Watcher:
             return
         if self._parent_state == "running":
             self._send_to_parent("lost")
-            # A process that is stuck in C++ cannot act on the message, so it is killed if its pipe does not close in
-            # time. If the process has ended, its id may belong to another program: `getppid` tells.
+            # A parent that is stuck in C++ cannot act on the message, so it is killed if its pipe does not close in
+            # time. `getppid` changes when the parent ends; after that, its id may belong to another program.
             if not _is_readable(0, GRACE_SECONDS) and os.getppid() == self._parent:
                 os.kill(self._parent, signal.SIGKILL)
         sys.exit()

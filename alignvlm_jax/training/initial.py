@@ -50,6 +50,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     Raises:
       UserError: if it needs more rows than the language model's vocabulary has.
     """
+    # In order of precedence: a folder named by the config, the checkpoint's tokenizer, the decoder's tokenizer.
     if config.tokenizer is not None:
         folder = Path(config.tokenizer)
     elif config.init_from is not None:

@@ -207,6 +207,7 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
 
     On a chip without a known peak there is no MFU.
     """
+    # Speeds are NaN if no step was timed; the words per patch are NaN for connectors without a distribution over words.
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]
     if not math.isnan(summary["tokens_per_second"]):
@@ -220,6 +221,7 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
     if not math.isnan(summary["effective_tokens"]):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
     pieces.append("lr " + "/".join(f"{rate:.1e}" for rate in sorted(set(rates.values()), reverse=True)))
+    # Problems are shown only if there are any.
     if summary.get("data_wait", 0.0) > _MIN_SHOWN_WAIT:
         pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")
     if summary.get("skipped"):

@@ -64,7 +64,7 @@ class _StageRun:
     """Mutable state of the loop over the steps of one stage.
 
     Attributes:
-      stage: the stage, with its number of steps known.
+      stage: the stage, with its number of steps filled in.
       train_step: its compiled step.
       batches: its batches.
       state: weights and optimizer; None only while a rollback replaces them.
@@ -305,6 +305,7 @@ class Trainer:
           UserError: if the config says to stop instead, if earlier rollbacks did not help, or if the last checkpoint
             belongs to the previous stage.
         """
+        # Reasons to give up instead.
         config, failed = self.config.anomalies, run.progress
         reason = (
             f"{config.max_skipped} updates in a row were skipped by step {failed.step}: no finite loss or gradients"
@@ -326,6 +327,9 @@ class Trainer:
                 f"{reason}, after {config.max_rollbacks} rollbacks to step {progress.step}. Try "
                 "--config.debug.nans=true, a lower learning rate, or an earlier checkpoint"
             )
+
+        # Continue from the checkpoint. The iterator over the batches is not rewound, so the batches since then are
+        # skipped; they are recorded, because a resumed run must skip them, too.
         self.anomalies.skip_batches(progress.stage, progress.step_in_stage, run.last_batch)
         distributed.log(
             f"warning: {reason}; back to step {progress.step}, continuing after batch number {run.last_batch}"

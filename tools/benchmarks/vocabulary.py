@@ -294,6 +294,7 @@ def make_torch_programs(inputs) -> dict:
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[inputs[0].dtype.name]
     arrays = [torch.tensor(np.asarray(array.astype(jnp.float32)), device=device).to(dtype) for array in inputs]
+    # The inputs q, keys, scale, bias and values; the last array is the cotangent.
     leaves = [array.requires_grad_(True) for array in arrays[:5]]
 
     def forward(q, keys, scale, bias, values):
@@ -392,6 +393,7 @@ def decoding(args) -> dict:
         module = make_connector(config, output_size=width, dtype=dtype)
         return nn.unbox(module.init(jax.random.key(0), inputs, embedding))["params"]
 
+    # The programs. Pruning keeps the words with the largest usage, here random.
     align, usage = initial(AlignConfig()), rng.random(words)
     statistics = jax.jit(functools.partial(vocabulary_statistics, dtype=dtype))(align["w2"])
     cached = {"params": align, "vocabulary": {"statistics": statistics}}
@@ -401,6 +403,8 @@ def decoding(args) -> dict:
         "align pruned": program(*_pruned_connector(align, usage, kept, dtype)),
         "mlp": program(MLPConfig(), {"params": initial(MLPConfig())}),
     }
+
+    # Their times.
     figures = take_turns(programs, 2 if args.quick else args.rounds)
     full, mlp = figures["align cached"]["best"], figures["mlp"]["best"]
     for name, result in figures.items():

@@ -114,12 +114,14 @@ class AlignConnector(nn.Module):
         hidden = layers.Dense(width, ("embed", "embed_out"), config.use_bias, self.dtype, name="w1")(features)
         query = layers.LayerNorm(config.layer_norm_eps, name="hidden_norm")(hidden)
 
+        # LN_V is part of `vocabulary_attention`, so only its parameters are declared here.
         vocab_size = _num_words(config, text_embedding.shape[0])
         keys = layers.param(self, "w2", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab_size, width))
         scale_init = nn.initializers.constant(config.vocab_scale_init)
         scale = layers.param(self, "vocab_norm_scale", scale_init, ("vocab",), (vocab_size,))
         bias = layers.param(self, "vocab_norm_bias", nn.initializers.zeros, ("vocab",), (vocab_size,))
         if config.kept_words is not None:
+            # Placeholders, whose values come from the pruned checkpoint.
             self.param("word_ids", nn.with_logical_partitioning(_first_words, (None,)), vocab_size)
             layers.param(self, "key_mean", nn.initializers.zeros, (None,), (width,))
             layers.param(self, "key_covariance", nn.initializers.zeros, (None, None), (width, width))
@@ -147,6 +149,7 @@ class AlignConnector(nn.Module):
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.statistics()
+        # A pruned model has only some of the logits, but LN_V's statistics are those of all words.
         if statistics is None:
             mean, variance = jnp.mean(logits, axis=-1), jnp.var(logits, axis=-1)
         else:

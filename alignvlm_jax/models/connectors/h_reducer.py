@@ -44,6 +44,7 @@ class HReducerConnector(nn.Module):
         batch, num_features, width = features.shape
         grid, window = math.isqrt(num_features), self.config.window
         rows = features.reshape(batch, grid, grid, width)
+        # Pad each row on the right to a multiple of the window.
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -grid % window), (0, 0)))
         # A convolution whose stride equals its width is a Dense layer on each flattened window.
         windows = rows.reshape(batch, grid * (rows.shape[2] // window), window * width)

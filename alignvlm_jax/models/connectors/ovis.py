@@ -53,6 +53,7 @@ class OvisConnector(nn.Module):
         table = layers.param(
             self, "table", nn.initializers.normal(0.02), ("vocab", "embed"), (num_words, self.output_size)
         )
+        # As in ALIGN, but the queries are the features themselves: W1 and LN_D have no counterpart here.
         tokens, summary = vocabulary_attention(
             features.astype(self.dtype),
             head["kernel"].T,

@@ -64,6 +64,7 @@ class PerceiverConnector(nn.Module):
         latents = layers.param(
             self, "latents", nn.initializers.normal(1.0), ("position", "embed"), (config.num_latents, width)
         )
+        # All tiles start with the same latents.
         latents = jnp.broadcast_to(latents.astype(self.dtype), (features.shape[0], *latents.shape))
         for index in range(config.depth):
             latents = PerceiverLayer(config, width, self.dtype, name=f"layer_{index}")(latents, context)
@@ -83,6 +84,7 @@ class PerceiverLayer(nn.Module):
         config = self.config
         queries = layers.RMSNorm(config.rms_norm_eps, name="latents_norm")(latents)
         context = layers.RMSNorm(config.rms_norm_eps, name="context_norm")(context)
+        # Keys and values are those of the features and of the latents, which thereby attend to themselves.
         context = jnp.concatenate([context, queries], axis=1)
 
         def project(inputs, name, num_heads):
