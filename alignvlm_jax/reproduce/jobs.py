@@ -1,10 +1,10 @@
 """Jobs: one run each, with a folder and a result.
 
-    OUT/runs/PART/ENCODER/CONNECTOR/VARIANT/result.json     the result; exists exactly if the job is done
+    OUT/runs/PART/ENCODER/CONNECTOR/VARIANT/result.json     the result; written when the job ends
                                            /workdir/        checkpoints, if the job trains
                                            /log.txt         output of its process
 
-The list of jobs depends on the options only. A job that is done is never repeated.
+The list of jobs depends only on the options. A job that is done is not repeated.
 """
 
 import dataclasses
@@ -21,18 +21,19 @@ class Job:
     """One run.
 
     Attributes:
-      part: the part of the report it belongs to, which defines how it is run.
+      part: part of the report that the job belongs to, which defines how the job is run.
       encoder: one of `options.ENCODERS`.
       connector: one of `options.CONNECTORS`.
       seed: seed of the initial connector weights and of the order of the data. The order is the same for all
         connectors.
-      variant: distinguishes it from the other jobs of its part with the same seed, such as "rate1e-3".
+      variant: name that distinguishes the job from others of its part with the same seed, such as "rate-x4".
       setting: values that `variant` stands for, read by the part.
-      needs: names of the jobs whose results it uses.
+      needs: names of the jobs whose results this one uses.
       needs_weights: whether it uses their trained weights as well.
-      wave: jobs run wave by wave, so that a run that is stopped early has first results of everything.
+      wave: number of the job's wave. Jobs run wave by wave, so that a comparison that is stopped early has first
+        results of everything.
       weight: rough duration, in units of a training run.
-      runs_alone: whether no other job may run at the same time, because it measures time.
+      runs_alone: whether no other job may run at the same time, because this one measures time.
     """
 
     part: str
@@ -49,7 +50,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Unique name, which is also its folder below OUT/runs."""
+        """Unique name of the job, and its folder below OUT/runs."""
         last = f"{self.variant}-seed{self.seed}" if self.variant else f"seed{self.seed}"
         return f"{self.part}/{self.encoder}/{self.connector}/{last}"
 
@@ -58,7 +59,7 @@ class Job:
         return out / "runs" / self.name
 
     def workdir(self, out: Path) -> Path:
-        """Returns the folder of its checkpoints, if it trains."""
+        """Returns the folder of the job's checkpoints, if it trains."""
         return self.folder(out) / "workdir"
 
     def __getitem__(self, name: str) -> Any:
@@ -71,7 +72,7 @@ Result = dict[str, Any]
 
 
 def read_result(out: Path, job: Job) -> Result | None:
-    """Returns the result of the job, or None if it is not done."""
+    """Returns the result of the job, or None if there is none yet."""
     try:
         return json.loads((job.folder(out) / RESULT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -79,5 +80,5 @@ def read_result(out: Path, job: Job) -> Result | None:
 
 
 def is_done(result: Result | None, minutes: float) -> bool:
-    """Returns True if the job needs no more work; one that was stopped at a time limit continues under a higher one."""
+    """Returns True if the job needs no more work. One that was stopped at a time limit resumes under a higher limit."""
     return result is not None and (result["status"] == COMPLETE or result["minutes"] >= minutes)

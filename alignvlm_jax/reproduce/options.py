@@ -71,14 +71,14 @@ class Options:
         for name in _FIXED:
             if getattr(previous, name) != getattr(self, name):
                 raise UserError(
-                    f"{out} holds runs made with {name} {getattr(previous, name)!r}, not {getattr(self, name)!r}: "
+                    f"{out} holds runs with {name} {getattr(previous, name)!r}, got {getattr(self, name)!r}: "
                     "one report cannot mix the two; choose another --out"
                 )
         write_json(dataclasses.asdict(self), out / OPTIONS_FILE)
 
     @classmethod
     def load(cls, out: Path) -> "Options":
-        """Returns the options that `save` wrote."""
+        """Returns the options that were saved in a folder."""
         raw = json.loads((out / OPTIONS_FILE).read_text(encoding="utf-8"))
         return cls(**{name: _tuples(value) for name, value in raw.items()})
 

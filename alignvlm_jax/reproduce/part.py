@@ -50,12 +50,13 @@ class Part:
     Attributes:
       name: name for `--only`, and first folder of its jobs.
       title: title of its section.
-      jobs: returns the jobs that the options ask for.
-      run: runs a job in its own process; the return value becomes `found` in the result.
-      section: returns its section of the report as Markdown, from however few results there are, and writes its plots
-        into the folder. None adds no section.
-      claims: returns lines about the paper's claims, generated from the results. None adds no lines.
-      closed_jobs: returns the jobs of closed experiments, which are never run and reported only if they have results.
+      jobs: function that returns the jobs for the options.
+      run: function that runs a job in its own process. Its return value becomes `found` in the result.
+      section: function that returns the section of the report as Markdown, and writes its plots into the folder. It
+        accepts any number of results, even none. None adds no section.
+      claims: function that returns lines about the paper's claims, generated from the results. None adds no lines.
+      closed_jobs: function that returns the jobs of closed experiments. They are never run, and are reported only if
+        they have results.
     """
 
     name: str

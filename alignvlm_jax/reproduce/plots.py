@@ -66,7 +66,7 @@ def curves(
     *,
     logarithmic: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Plots one panel per title and one curve per name, given as x and y; y may have intervals."""
+    """Plots one panel per title, with one curve per name, given as x and y. The values of y may have intervals."""
     figure, row = plt.subplots(
         1,
         len(panels),

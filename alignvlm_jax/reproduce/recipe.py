@@ -1,8 +1,8 @@
-"""The training config of a job: `configs/reproduce.py` with the changes of the job and no others.
+"""The training config of a job: `configs/reproduce.py` with only the changes of the job.
 
 Everything else is the same for all connectors: the backbones, the pages of every step, the number of steps, the
-schedule, and the learning rates of encoder and decoder. A bin holds one page, so neither the number of visual tokens
-nor the length of a text changes which pages share a step.
+schedule, and the learning rates of encoder and decoder. A bin holds one page, so which pages share a step depends
+neither on the number of visual tokens nor on the length of a text.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from alignvlm_jax.models.alignvlm import tokens_per_tile
 from alignvlm_jax.models.connectors import connector_names
 from alignvlm_jax.reproduce.options import FAIR, Options
 
-# Sizes for tiles of 10 x 10 features, a decoder of width 128 and 512 words. A connector that reduces the number of
-# tokens keeps at least the share that it keeps in the paper: a nano page has a letter in nearly every patch.
+# Sizes for tiles of 10 x 10 features, and a decoder of width 128 with 512 words. A connector that reduces the number of
+# tokens keeps at least the same share as in the paper, because a nano page has a letter in nearly every patch.
 NANO_SIZES = {
     "align": dict(vocab_scale_init=2.0),
     "mlp": {},
-    # 64 latents as in Idefics2, here for 100 features (there for 729); heads as wide as those of the decoder.
+    # 64 latents as in Idefics2, here for 100 features (729 there); heads as wide as those of the decoder.
     "perceiver": dict(num_latents=64, depth=3, num_heads=4, num_kv_heads=2, head_dim=32),
     # As many visual words as ALIGN has words.
     "ovis": dict(num_words=512),
     "h_reducer": dict(window=4),
-    # 8 x 8 tokens from 10 x 10 features (in the paper 12 x 12 from 27 x 27).
+    # 8 x 8 tokens from 10 x 10 features (12 x 12 from 27 x 27 in the paper).
     "c_abstractor": dict(num_tokens=64, hidden_size=128),
 }
 
@@ -69,7 +69,7 @@ def experiment(
     """Returns the config of a run.
 
     Args:
-      options: names the recipe.
+      options: options of the command, which name the recipe.
       data: folder of the data sets.
       connector: connector of the job.
       encoder: encoder of the job.

@@ -1,4 +1,4 @@
-"""Writes report.md and its plots from the results of the jobs alone, whichever way they turned out."""
+"""Writes report.md and its plots from nothing but the results of the jobs, whatever they are."""
 
 from pathlib import Path
 
@@ -91,21 +91,20 @@ Equal steps are not equal seconds or parameters: see "Seconds and memory".
 
 Not equal, and in whose favor:
 
-- **The decoder favors ALIGN, and next MLP and Ovis.** It was pre-trained on pages written as text, with one character
+- **The decoder favors ALIGN, then MLP and Ovis.** It was pre-trained on pages written as text, with one character
   for each patch in the position of the visual token. ALIGN can express exactly that from its first step, in the
   decoder's own embeddings. The paper's decoders never saw such text, so its comparison has no such advantage.
   Connectors with one token per patch find the positions of that pre-training; those that reduce the number of tokens
   do not.
-- **Only ALIGN starts from the decoder's weights.** W2 is a copy of the LM head, as in the paper. This is ALIGN's idea
-  and not a favor done here; the other connectors have nothing to copy.
+- **Only ALIGN starts from the decoder's weights.** W2 is a copy of the LM head, as in the paper. This is part of ALIGN,
+  not an advantage added here; the other connectors have nothing to copy.
 - **The shipped encoder favors ALIGN more.** It was trained to name the character under each patch, which supervises
   what ALIGN expresses. The other encoder learned from whole transcriptions; the comparison on it is the fair one.
 - **Fewer tokens are cheaper.** Perceiver, H-Reducer and C-Abstractor give the decoder fewer tokens per page, and
   their steps are faster. On pages with a character in nearly every patch, reducing also loses more than on
   photographs.
 - The learning rates of encoder and decoder come from the demo's recipe, which was developed with ALIGN.
-- Nano scale: characters of a synthetic print, a decoder of a million parameters. What holds here need not hold at 3B,
-  nor the reverse.
+- Nano scale: synthetic print, a decoder of a million parameters. What holds here need not hold at 3B, and vice versa.
 
 {table}
 """

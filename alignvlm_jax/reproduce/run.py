@@ -13,7 +13,7 @@ from alignvlm_jax.reproduce.parts import names, restoration
 from alignvlm_jax.reproduce.report import write_report
 
 _CORPUS_SEED = 0
-# Results and reports are small and can be committed; these files are not.
+# Results and reports are small and can be committed. These files and folders should not be.
 _IGNORED = "data/\ncache/\nworkdir/\nlog.txt\n.lock\n"
 
 
@@ -27,12 +27,13 @@ def reproduce(
       out: output folder.
       at_once: number of jobs that run at the same time.
       only: names of parts to run; the jobs that they need run too.
-      report_only: if True, no job runs.
+      report_only: whether to write only the report, without running any job.
 
     Raises:
       UserError: if some jobs failed. The report on the others is written.
       distributed.Interrupted: on a signal. The report on the existing results is written.
     """
+    # `jobs` is computed first, because it refuses unknown parts and connectors.
     jobs = parts.all_jobs(options, only)
     if report_only:
         print(f"report: {write_report(options, out)}")
@@ -45,6 +46,7 @@ def reproduce(
     options.save(out)
     (out / ".gitignore").write_text(_IGNORED, encoding="utf-8")
 
+    # Draw the data sets that the jobs use, unless they exist.
     data = out / "data"
     if options.data is None:
         build_corpus(data / "documents", seed=_CORPUS_SEED, sizes=dict(options.sizes))
@@ -66,7 +68,7 @@ def _link(link: Path, target: Path) -> None:
     """Links the existing documents into the output folder; nothing is written to the target.
 
     Raises:
-      UserError: if the link's path is taken by something else.
+      UserError: if the target is not a data set, or the path of the link is taken by something else.
     """
     store.open_dataset(target, "heldout")
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Runs all jobs, several at once, each in its own process. Can be stopped at any time and resumed by the same call.
+"""Runs all jobs, several at once, each in its own process. It can be stopped at any time, and resumed by the same call.
 
 A job that is done has a result and is not run again. A job that fails is reported at the end, and the jobs that need it
-are skipped; the others continue. Ctrl-C and SIGTERM are passed to the processes as SIGTERM, on which each saves its
-state.
+are skipped; the others continue. Ctrl-C and SIGTERM are passed on to the processes as SIGTERM, at which each one saves
+its state.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from alignvlm_jax.reproduce.options import Options
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
-# Makes glibc ask Linux for pages of 2 MB. XLA allocates the memory of a step anew every time, and with pages of 4 kB
-# that takes a fifth of the step.
+# Makes glibc request pages of 2 MB from Linux. XLA allocates its memory anew in every step, and with pages of 4 kB that
+# takes a fifth of the time.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _SAVE_TIMEOUT = 120.0  # seconds for a process to save its state
 _POLL_INTERVAL = 0.5  # seconds
@@ -53,7 +53,7 @@ def run_all(
       out: output folder.
       jobs: the jobs, each after those it needs.
       at_once: number of processes at the same time; with two or more, each is given its share of the cores.
-      command: returns the command that runs a job.
+      command: function that returns the command of a job's process.
 
     Returns:
       For each job that failed or was skipped, a line with the reason.
@@ -62,6 +62,8 @@ def run_all(
       distributed.Interrupted: on a signal, after all processes have saved.
       UserError: if another process works on `out`.
     """
+    # Sort the jobs: those to run (`waiting`), those with a complete result (`finished`), and those that were stopped at
+    # the same time limit before (`problems`).
     previous = {job: read_result(out, job) for job in jobs}
     undone = [job for job in jobs if not is_done(previous[job], options.minutes)]
     repeated = _without_weights(out, undone, previous)
@@ -110,6 +112,7 @@ def run_all(
                 problem = process.problem(code)
                 if problem is None:
                     finished.add(process.job.name)
+                # After a signal, a process without a result was only stopped and is no problem.
                 elif not interruption.signal_number:
                     problems[process.job.name] = problem
                     tqdm.write(problem)
@@ -163,7 +166,7 @@ class _Process:
         self._log = folder / LOG_FILE
         share = 1 if job.runs_alone else at_once
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        # Every slot has its own cores; with more slots than cores, all processes share all cores.
+        # Every slot has its own cores. With more slots than cores, all processes share all cores.
         own_cores = set(cores[slot::share]) if share <= len(cores) else set(cores)
         with open(self._log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -172,7 +175,7 @@ class _Process:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env={**_ENVIRONMENT, **os.environ},
-                start_new_session=True,  # the terminal sends Ctrl-C to the scheduler only, which passes it on
+                start_new_session=True,  # The terminal then sends Ctrl-C only to the scheduler, which passes it on.
             )
         if own_cores:
             os.sched_setaffinity(self._process.pid, own_cores)
@@ -237,7 +240,7 @@ class _Interruption:
         for process in self._running.values():
             process.kill() if self.signal_number else process.stop()
         if not self.signal_number:
-            tqdm.write("interrupted: the runs are saving (once more to stop at once)")
+            tqdm.write("interrupted: the runs are saving their state (interrupt again to stop at once)")
         self.signal_number = number
 
 
@@ -252,5 +255,5 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{out}: another `alignvlm reproduce` is at work there") from error
+            raise UserError(f"{out}: another `alignvlm reproduce` is already running there") from error
         yield

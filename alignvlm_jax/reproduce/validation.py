@@ -1,6 +1,6 @@
 """Validation loss, by which the connectors' learning rates are chosen.
 
-Exact match is 0 until a run can read, so it cannot distinguish a run that nearly reads from one that never will. The
+Exact match is 0 until a model can read, so it cannot distinguish a run that is close from one that will never read. The
 loss of the right answers can, from the first step on.
 """
 
@@ -20,7 +20,7 @@ PAGES = 64
 
 
 class OnePagePerBin(ExperimentData):
-    """Data of a recipe whose bins hold one page each. Such a plan needs no measurement of the data."""
+    """Data of a recipe whose bins hold one page each, so that the plan of a stage needs no measurement of the data."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
         """Returns the plan of a stage: the configured steps, with one example per bin."""
@@ -31,7 +31,7 @@ class OnePagePerBin(ExperimentData):
 class ValidationLoss:
     """Mean loss of the answer tokens over the first `PAGES` pages of the validation split, with all their questions.
 
-    The pages and questions and their order are the same for every connector and seed.
+    The pages, the questions and their order are the same for every connector and seed.
     """
 
     def __init__(self, config: ExperimentConfig, dataset: str | None = None):

@@ -53,8 +53,8 @@ class Work:
       out: output folder of the command.
       job: the job.
       folder: folder of the job.
-      share: number of jobs that share the machine. The time limit counts time of the whole machine.
-      training: facts about the training, which become entries of the result.
+      share: number of jobs that share the machine. The time limit is for a job that has the machine to itself.
+      training: data about the training, which become entries of the result.
     """
 
     def __init__(self, options: Options, out: Path, job: Job, share: int = 1):
@@ -76,8 +76,8 @@ class Work:
     def on_pages(self, config: ExperimentConfig, fraction: float) -> ExperimentConfig:
         """Returns the config restricted to a fraction of the run's pages.
 
-        1 stands for as many pages as the recipe's steps consume when each is seen once. The number of steps stays the
-        same, so fewer pages are seen more often.
+        A fraction of 1 is the number of pages that the recipe's steps consume if each page is seen once. The number of
+        steps stays the same, so fewer pages are seen more often.
         """
         seen = recipe.pages_seen(self.experiment().stages)
         pages = min(max(1, round(fraction * seen)), len(self.records("train")))
@@ -88,7 +88,7 @@ class Work:
         return store.open_dataset(self.data / dataset, split)
 
     def train(self, config: ExperimentConfig) -> Params:
-        """Trains or resumes, and adds the facts about it to `training`.
+        """Trains or resumes, and records data about the training in `training`.
 
         Raises:
           OverTimeError: if the job exceeds its minutes.
@@ -99,7 +99,7 @@ class Work:
         # Score a few times during training, for the learning curve.
         evaluation = dataclasses.replace(config.evaluation, every_steps=max(1, last_step // _CURVE_POINTS))
         config = dataclasses.replace(config, evaluation=evaluation)
-        # Of `share` jobs at the same time, each gets that much more time.
+        # With `share` jobs at the same time, each gets `share` times the limit.
         clock = _Clock(workdir, config, 60 * self.options.minutes * self.share)
         loss = ValidationLoss(config)
         curve = _Curve(self.folder / CURVE_FILE)
@@ -125,7 +125,7 @@ class Work:
                 score=score,
             ).params
         finally:
-            # Also recorded for a run that is stopped, which continues from here.
+            # Also recorded for a run that is stopped, because its result is written too.
             self.training |= {
                 "steps": clock.step,
                 "steps_asked": last_step,
@@ -134,7 +134,7 @@ class Work:
                 "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "curve": curve.points,
             }
-        # The steps need not be a multiple of the interval between the points of the curve.
+        # The last step gets a point even if the number of steps is not a multiple of the interval between points.
         if not curve.points or curve.points[-1][0] != last_step:
             curve.add(last_step, loss(params))
         self.training["parameters"] = {
@@ -144,7 +144,7 @@ class Work:
         return params
 
     def reader(self, job: Job | None = None) -> Reader:
-        """Returns the trained model of this job, or of another."""
+        """Returns the trained model of this job, or of another job."""
         return alignvlm_jax.load((job or self.job).workdir(self.out))
 
     def score(self, reader: Reader, records: Sequence[Any], limit: int | None, **arguments: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Work:
           job: the name of the job.
           status: "complete", or "over time" if it reached the time limit of `minutes`.
           found: the measurements of the part.
-          config, steps, parameters, curve, ...: facts about the training, if it trains.
+          config, steps, parameters, curve, ...: data about the training, if the job trains.
         """
         result: Result = {
             "job": self.job.name,
@@ -220,7 +220,7 @@ def digits(score: dict[str, Any]) -> Int[np.ndarray, " Q"]:
 
 
 class _Clock:
-    """Measures the seconds of training over all sessions of the run, without scoring, and ends it at the limit."""
+    """Measures the seconds of training over all invocations of a run, without scoring, and ends it at the limit."""
 
     def __init__(self, workdir: Path, config: ExperimentConfig, limit: float):
         # A resumed run continues with the seconds of its checkpoint.
@@ -241,7 +241,7 @@ class _Clock:
 
     def start_stage(self, index: int, params: Params) -> None:
         """Starts the clock, or a new stage."""
-        self._stage, self._last_time = index, None  # the first step compiles and is not timed
+        self._stage, self._last_time = index, None  # The first step compiles and is not timed.
         self._start_time = self._start_time or time.monotonic()
 
     def tick(self, step: int) -> None:
@@ -272,13 +272,14 @@ class _Clock:
 
 
 class _Curve:
-    """Validation loss by step, stored in a file because a run may take several sessions."""
+    """Validation loss by step, stored in a file because a run may take several invocations."""
 
     def __init__(self, file: Path):
         self._file = file
         self.points: list[list[float]] = json.loads(file.read_text()) if file.is_file() else []
 
     def add(self, step: int, loss: float) -> None:
-        """Adds a point. Later points, from before the run resumed from a checkpoint, are dropped and measured again."""
+        """Adds a point, and drops points of this and later steps."""
+        # A run that resumes from an older checkpoint measures such points again.
         self.points = [point for point in self.points if point[0] < step] + [[step, round(loss, 5)]]
         write_json(self.points, self._file)

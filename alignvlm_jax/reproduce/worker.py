@@ -1,7 +1,7 @@
 """The process of one job: `python -m alignvlm_jax.reproduce.worker OUT JOB SHARE PARENT`, started by `scheduler.py`.
 
-The exit codes are those of `alignvlm`: 0 done (or out of time, as the result says), 2 an error that the user can fix,
-75 and 130 stopped and resumable.
+The exit codes are those of `alignvlm`: 0 if the job is done or out of time (the result tells which), 2 for an error
+that the user can fix, 75 or 130 if it was stopped and can be resumed.
 """
 
 import os
@@ -20,9 +20,10 @@ from alignvlm_jax.reproduce.options import Options
 def main(arguments: list[str]) -> int:
     """Runs the job and returns the exit code."""
     out, name, share, parent = Path(arguments[0]), arguments[1], int(arguments[2]), int(arguments[3])
-    # The scheduler passes its process id. Reading it here would miss a scheduler that ended while jax was imported.
+    # The scheduler passes its own process id. `os.getppid()` would return another one here if the scheduler had ended
+    # while JAX was being imported.
     _stop_with(parent)
-    # Jobs differ in few programs, so most of what one job compiles serves the others.
+    # Jobs have most of their programs in common, so they share a compilation cache.
     jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     options = Options.load(out)
@@ -38,9 +39,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _stop_with(parent: int) -> None:
-    """Ends this process as SIGTERM does when the process that started it is gone, even if it was killed."""
+    """Sends this process SIGTERM when the process that started it is gone, even if that one was killed."""
 
     def watch():
+        # A process whose parent has ended gets another parent.
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), 15)

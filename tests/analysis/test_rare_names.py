@@ -165,12 +165,12 @@ def test_kinds_of_answers_that_do_not_occur_are_not_described():
     def described(*answers):
         agreement = letter_agreement(answers, LEXICON)
         text = report.describe({"model": summary, "decoder alone": summary, "tokens say the true letter": agreement})
-        return text.partition(" rarer).")[2].partition("the visual tokens are ")[2]
+        return text.partition(" for a rarer one).")[2].partition("the visual tokens are ")[2]
 
     in_right, in_pulled = "in 100 % (of 1) of right answers", "in 100 % (of 1) of answers pulled to a more common name"
     overruled = ": in the latter, the decoder overruled the visual tokens."
-    assert described(right, pulled) == f"nearest to the true one {in_right} and {in_pulled}{overruled}"
-    assert described(right) == f"nearest to the true one {in_right}."
+    assert described(right, pulled) == f"nearest to the true letter {in_right} and {in_pulled}{overruled}"
+    assert described(right) == f"nearest to the true letter {in_right}."
     assert described() == ""
 
 

@@ -1,7 +1,7 @@
 """Measures the effect of rarity on answers about names.
 
     error against rarity    share of wrong answers by the number of training pages that print the name
-    rarity gap              error on names seen at most once minus error on names seen 64 times and more
+    rarity gap              error on names seen at most once minus error on names seen 64 times or more
     pull                    share of more common names among the wrong answers that are another name of the group. All
                             names are asked for equally often, so this is 1/2 if rarity does not matter
     pull of endings         the same for wrong answers that are not names, but end like another name of the corpus

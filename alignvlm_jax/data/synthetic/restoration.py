@@ -1,7 +1,7 @@
 """Pages on which the text of an answer is partly covered, after VCR (arXiv 2406.06462): a test of reading the rest.
 
 In a document of the corpus, the answer to one of its own questions is struck through, glyph by glyph, with bars of the
-paper's color:
+page's color:
 
     easy   the middle eighth of a capital's height: one px, and people still read it
     hard   a quarter of it: two or three px of about eight, and people guess

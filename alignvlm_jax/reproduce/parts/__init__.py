@@ -33,7 +33,7 @@ def named(name: str) -> Part:
 
 
 def closed_jobs(options: Options) -> list[Job]:
-    """Returns the jobs of closed experiments, which are never run and reported only if they have results."""
+    """Returns the jobs of closed experiments, which are never run, and reported only if they have results."""
     return [job for part in PARTS if part.closed_jobs is not None for job in part.closed_jobs(options)]
 
 

@@ -48,7 +48,7 @@ def run(work: Work) -> dict[str, Any]:
 def right_answers(
     results: Results, connector: str, encoder: str
 ) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
-    """Returns 1 for each seed and question answered right and 0 for the others, and the questions on each page."""
+    """Returns 1 (right) or 0 by seed and question, and the number of questions on each page; None without results."""
     runs = results.by_seed(lambda seed: job(connector, encoder, seed))
     scores = [result["found"]["heldout"] for result in runs.values()]
     if not scores:
@@ -98,7 +98,7 @@ def section(results: Results, folder: Path) -> str:
 _INTRODUCTION = (
     "Exact match of free greedy decoding on held-out pages, whose values training never saw.\n\n"
     "- Intervals are 95 % and cover both other seeds and other pages ({seeds} seeds at most; Student's t for each, "
-    "added in squares).\n"
+    "added in quadrature).\n"
     "- *ANLS* is DocVQA's score of the same answers.\n"
     "- *Blank page* and *another page* ask the same questions with the image replaced by a white page or by another "
     "page of the same family. They measure what can be guessed without reading."
@@ -142,7 +142,7 @@ def _curves(results: Results, encoder: str) -> dict[str, tuple[list[float], list
 
 
 def claims(results: Results) -> list[str]:
-    """Returns the claims that ALIGN answers more questions than each other connector."""
+    """Returns the claims that ALIGN answers more questions than each of the other connectors."""
     lines = []
     for encoder in results.options.encoders:
         for other in results.options.connectors:

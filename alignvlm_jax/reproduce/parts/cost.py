@@ -28,7 +28,7 @@ from alignvlm_jax.training.train_step import FIELDS, jit_train_step, place_state
 _STEPS = 12
 _QUESTIONS = 64
 _ROUNDS = 3
-# Every row decodes this many tokens: the answers of an untrained model do not end, so the work is equal.
+# Every answer has this many tokens. An untrained model does not end its answers, so all connectors do the same work.
 _NEW_TOKENS = 16
 
 
@@ -58,6 +58,7 @@ def run(work: Work) -> dict[str, Any]:
 
 def _train(config: ExperimentConfig, stage: StageConfig, mesh: jax.sharding.Mesh, params: Params) -> tuple[float, int]:
     """Returns the median seconds of a step, and the bytes that the compiled step needs besides the training state."""
+    # Prepare the data and the state of the last stage.
     data = OnePagePerBin(config)
     plan = data.plan(len(config.stages) - 1, stage)
     rows = range(config.data.packing.bins_per_microbatch)
@@ -77,13 +78,14 @@ def _train(config: ExperimentConfig, stage: StageConfig, mesh: jax.sharding.Mesh
             seconds.append(time.monotonic() - start_time)
     finally:
         batches.close()
+    # The first step is slower than the others, and not counted.
     return statistics.median(seconds[1:]), compiled.memory_analysis().temp_size_in_bytes
 
 
 def _answer(reader: Reader, records: Sequence[Any]) -> float:
     """Returns the seconds for a batch of questions, the best of a few rounds after one that compiles."""
     prompts = []
-    # By index: a data set reports the end of an iteration as a damaged record.
+    # Records are read by index, because iterating past the end of a data set is reported as a damaged record.
     for index in range(min(_QUESTIONS, len(records))):
         record = records[index]
         prompts += reader.prompts(images.open_image(record["image"]), record["questions"][:1])

@@ -1,4 +1,4 @@
-"""Fewer pages, seen more often, in the same number of steps: a sixteenth and a quarter of them."""
+"""Training on a sixteenth and a quarter of the pages, which are seen more often in the same number of steps."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def section(results: Results, folder: Path) -> str:
 
 
 def _lead(results: Results, other: str, fraction: float) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
-    """Returns ALIGN's right answers minus those of another connector, and the questions on each page."""
+    """Returns ALIGN's right answers minus those of another connector, and the number of questions on each page."""
     first, second = _runs(results, "align", fraction), _runs(results, other, fraction)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:

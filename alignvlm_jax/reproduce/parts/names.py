@@ -2,8 +2,8 @@
 
 Every run follows the recipe from the backbones on, but on a mixture of pages of names and ordinary documents. Each page
 of names occurs once. The names and their rarity are drawn again for each seed, so different seeds have different names.
-One option is compared: several views of each page, with which the trained models are asked once more. Another option,
-words of ALIGN's own, has been removed: its existing results are still reported, and no new ones are made.
+One option is compared: several views of each page, with which the trained models are asked again. Another option, words
+of ALIGN's own, has been removed: its existing results are still reported, but it is not run again.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def _all_jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    """Trains, unless the variant uses another's model, and asks for names and about documents."""
+    """Trains, unless the variant uses the model of another, and asks for names and about documents."""
     variant, folder, limit = work.job["variant"], work.data / dataset(work.job.seed), work.options.questions
     if variant.views > 1:
         single_view = job(variant._replace(views=1), work.job.encoder, work.job.seed)
@@ -159,12 +159,12 @@ def pack(answers: Sequence[NameAnswer]) -> list[str]:
 
 
 def unpack(lines: Sequence[str], seed: int) -> list[NameAnswer]:
-    """Returns the answers of `pack`. Their group numbers are unique over seeds, whose names are different."""
+    """Returns the answers from the lines of `pack`. Group numbers are unique over seeds, whose names differ."""
     lexicon, answers = draw_lexicon(seed, GROUPS), []
     names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
     for line in lines:
         text, predicted, kind, letter = line.split("\t")
-        if kind == "garble":  # in results that are older than the kinds of endings
+        if kind == "garble":  # Older results do not distinguish the kinds of endings.
             kind = classify_ending(names[text], predicted, endings)
         name = dataclasses.replace(names[text], group=names[text].group + seed * GROUPS)
         answers.append(NameAnswer("", name, predicted, kind, letter or None))
@@ -184,6 +184,7 @@ def _answers(runs: dict[int, Result], key: str = "answers") -> list[NameAnswer]:
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, lines, curves = results.options, [], {"with look-alikes": {}, "without look-alikes": {}}
+    # A row of the table and a curve in each panel for every variant that has results.
     for variant in _VARIANTS:
         runs = _runs(results, variant)
         if not runs:
@@ -218,10 +219,10 @@ _INTRODUCTION = (
     "main table{closed}.\n\n"
     "- *{views} views*: the same models, with {views} views of each page, shifted by parts of a patch, for {views} "
     "times the work.\n"
-    "- *Rare*: error on names seen at most once. *Common*: error on names seen 64 times and more. *Gap*: the "
+    "- *Rare*: error on names seen at most once. *Common*: error on names seen 64 times or more. *Gap*: the "
     "difference.\n"
     "- *Taken for*: names taken for a more common look-alike : for a rarer one.\n"
-    "- *Ends like*: answers that are not names, but end as a more common name does : as a rarer one; then the share "
+    "- *Ends like*: answers that are not names, but end like a more common name : like a rarer one; then the share "
     "of the former, 1/2 if rarity did not matter.\n"
     "- *Decoder alone*: error with the letters themselves in place of the visual tokens.\n"
     "- *Letter of the tokens*: how often the visual tokens are nearest to the true one of the letters that distinguish "

@@ -1,4 +1,4 @@
-"""Restoration of covered print, after VCR: by the models of the main table, before and after training for it."""
+"""Restoration of covered print, modeled on VCR: by the models of the main table, before and after training for it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def continued(config: ExperimentConfig, start: Path) -> ExperimentConfig:
 
 
 def _scores(answers: Sequence[runner.Answer]) -> dict[str, Any]:
-    """Returns the two scores of VCR, with one entry per page; for the intervals, a page is one draw."""
+    """Returns the two scores of VCR, with one entry per page; each page counts as one draw for the intervals."""
     exact, jaccard = [], []
     for answer in answers:
         answer_exact, answer_jaccard = vcr_scores(answer.predicted, [answer.expected], "en")
@@ -127,8 +127,8 @@ def section(results: Results, folder: Path) -> str:
     columns = [f"{difficulty}, {name}" for difficulty in DIFFICULTIES for name in ("before", "trained", "Jaccard")]
     table = [f"| connector | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     introduction = (
-        "Bars in the paper's color strike through the answer to one question of each page, with a height of an eighth "
-        "(easy) or a quarter (hard) of a capital. The model has to read the answer all the same.\n\n"
+        "Bars in the color of the page strike through the answer to one question of each page, with a height of an "
+        "eighth (easy) or a quarter (hard) of a capital. The model has to read the answer all the same.\n\n"
         "- *Before*: exact match of the models of the main table, which never saw covered print.\n"
         f"- *Trained*: each model continues for {SHARE:.0%} of the steps of its last stage, half on covered pages and "
         "half on plain questions, with all parts at the learning rate of the decoder. One training covers both "

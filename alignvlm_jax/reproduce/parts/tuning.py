@@ -1,4 +1,4 @@
-"""The connector's learning rate: equally many trials for each connector, on the same grid, by validation loss."""
+"""The connector's learning rate: the same number of trials for each connector, on one grid, by validation loss."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,7 @@ def chosen_factor(out: Path, connector: str, encoder: str) -> float:
     losses = {factor: _loss(result) for factor, result in results.items()}
     best = min(losses, key=losses.__getitem__)
     if not math.isfinite(losses[best]):
-        raise UserError(f"no trial of {connector} on {encoder} reached a finite loss: see {out}/runs/tuning")
+        raise UserError(f"no trial of {connector} on {encoder} reached a finite loss; see {out}/runs/tuning")
     return best
 
 

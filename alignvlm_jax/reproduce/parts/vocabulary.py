@@ -42,7 +42,7 @@ def jobs(options: Options) -> list[Job]:
 def run(work: Work) -> dict[str, Any]:
     """Counts the words on validation pages and scores the pruned models on held-out ones."""
     reader = work.reader(accuracy.job("align", work.job.encoder, work.job.seed))
-    # Counting on the pages of the score would favor the pruned models.
+    # Counting words on the pages that are scored would favor the pruned models.
     usage = mean_distribution(reader, work.records("validation"), pages=_PAGES)
     kept = np.cumsum(np.sort(usage)[::-1])
     records, size = work.records("heldout"), len(usage)
@@ -66,6 +66,7 @@ def run(work: Work) -> dict[str, Any]:
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, curves, lines = results.options, {}, []
+    # A table and a curve for each encoder, over the shares in ascending order and the whole vocabulary.
     for encoder in options.encoders:
         encoder_jobs = [job for job in jobs(options) if job.encoder == encoder]
         runs = [result["found"] for result in results.complete(encoder_jobs).values()]
