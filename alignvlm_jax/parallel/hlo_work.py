@@ -149,8 +149,14 @@ def _windows(attributes: str) -> list[dict[str, int]]:
         return fields[name].split("x") if name in fields else [default] * len(sizes)
 
     return [
-        dict(size=int(size), stride=int(stride), low=int(pad.split("_")[0]), spread=int(spread), dilate=int(dilate))
-        for size, stride, pad, spread, dilate in zip(
+        dict(
+            size=int(size),
+            stride=int(stride),
+            padding=int(pad.split("_")[0]),  # "low_high"; the end of the input limits the high side
+            input_dilation=int(input_dilation),
+            window_dilation=int(window_dilation),
+        )
+        for size, stride, pad, input_dilation, window_dilation in zip(
             sizes,
             values("stride", 1),
             values("pad", "0_0"),
@@ -162,7 +168,9 @@ def _windows(attributes: str) -> list[dict[str, int]]:
 
 
 @functools.cache
-def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, spread: int, dilate: int) -> int:
+def _count_valid_pairs(
+    source: int, out: int, size: int, stride: int, padding: int, input_dilation: int, window_dilation: int
+) -> int:
     """Number of pairs of an output and a window position that read an input, not padding or a gap of a dilation.
 
     XLA often writes matrix products as convolutions in which only one window position of each output reads an input.
@@ -172,16 +180,16 @@ def _count_valid_pairs(source: int, out: int, size: int, stride: int, low: int, 
       out: length of the output.
       size: length of the window.
       stride: step of the window.
-      low: padding before the input.
-      spread: dilation of the input.
-      dilate: dilation of the window.
+      padding: padding before the input.
+      input_dilation: distance between the elements of the input; there are gaps between them.
+      window_dilation: distance between the positions of the window.
     """
     count = 0
-    for place in range(size):
+    for offset in range(size):
         for position in range(out):
-            # A dilated input has real values only at multiples of `spread`.
-            index = position * stride + place * dilate - low
-            count += 0 <= index <= (source - 1) * spread and index % spread == 0
+            # A dilated input has values only at multiples of the dilation.
+            index = position * stride + offset * window_dilation - padding
+            count += 0 <= index <= (source - 1) * input_dilation and index % input_dilation == 0
     return count
 
 

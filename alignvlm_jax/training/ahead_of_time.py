@@ -67,9 +67,9 @@ def compile_train_step(
     Raises:
       UserError: if mesh, bins and devices do not fit together.
     """
-    # The number of steps does not change the program, but schedules need one.
     mesh = make_mesh(experiment.mesh, devices, slices=slices)
     model = resolve(experiment.model, devices[0])
+    # The schedules need a number of steps. It does not change the cost of a step.
     stage = dataclasses.replace(experiment.stages[stage_index], steps=1000, epochs=None)
     stage = dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
 
@@ -96,8 +96,8 @@ def compile_train_step(
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
-    # The loss loops over chunks of the answer tokens. This is the only loop whose number of iterations depends on the
-    # data, so the program does not say how often it runs.
+    # The loss loops over the chunks that contain answer tokens. It is the only loop whose number of iterations depends
+    # on the data and is not part of the program.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
     chip, num_chips = _chip(devices)
@@ -106,6 +106,7 @@ def compile_train_step(
         "optimizer": _bytes_per_device(state.opt_state),
         "batch": _bytes_per_device(batch),
     }
+
     report = _report(program, compiled, failure, chip, len(devices), mesh, memory)
     flops = {part.name: getattr(needed, part.name) for part in dataclasses.fields(needed)}
     report |= {
