@@ -163,7 +163,7 @@ def test_a_second_scheduler_on_the_same_folder_is_refused(tmp_path):
     lock = str(tmp_path / scheduler._LOCK_FILE)
     with subprocess.Popen([sys.executable, "-c", holder, lock], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another `alignvlm reproduce` is at work"):
+        with pytest.raises(UserError, match="another `alignvlm reproduce` is already running"):
             scheduler.run_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=command(tmp_path / "log"))
         process.kill()
 
