@@ -19,7 +19,7 @@ per visual token and numbers the repetitions. With the nano template and an imag
 `loss_weights` belong to *targets*: position i predicts tokens[i + 1], so its weight is 1 if tokens[i + 1] is part of an
 answer or is the token that ends it.
 
-Text typed by a user stays text, even if it reads like a special token. Every such passage is replaced by a mark of
+Text typed by a user stays text, even if it looks like a special token. Every such passage is replaced by a mark of
 private-use characters before the template is rendered, so all special tokens in the rendered text come from the
 template.
 A conversation without such passages (nearly all) is tokenized exactly as by transformers' `apply_chat_template`.
@@ -327,7 +327,7 @@ class ChatTokenizer:
 
 
 def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> dict[str, Any]:
-    """Returns a copy with marks for the passages that read like special tokens, which are appended to `hidden`."""
+    """Returns a copy with marks for the passages that look like special tokens, which are appended to `hidden`."""
 
     def hide(text):
         if not isinstance(text, str):

@@ -34,7 +34,7 @@ TRANSCRIBE_INSTRUCTION = "Read the page."
 
 
 class Conversation(NamedTuple):
-    """Messages in the form that `chat.ChatTokenizer` takes, and the encoded images they show, in order."""
+    """Messages in the format of `chat.ChatTokenizer`, and the encoded images they show, in order."""
 
     messages: list[Message]
     images: list[bytes]

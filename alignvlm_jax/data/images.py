@@ -17,7 +17,7 @@ import PIL.Image
 from alignvlm_jax.data.rgb import formats, to_rgb
 from alignvlm_jax.errors import UserError
 
-# An A4 page at 600 dots per inch has 35 million pixels. Decoded, this many take a quarter of a gigabyte.
+# An A4 page at 600 dots per inch has 35 million pixels. The limit is a quarter of a gigabyte when decoded to RGB.
 DEFAULT_MAX_PIXELS = 80_000_000
 
 _log = logging.getLogger(__name__)

@@ -62,7 +62,7 @@ class ExampleOrder:
             if after > before:
                 return part, before
             count, rest = count - before, rest - weight
-        raise AssertionError("the last part takes all that is left")
+        raise AssertionError("the last part must take every remaining position")
 
     @functools.cached_property
     def _integer_weights(self) -> tuple[int, ...]:

@@ -172,16 +172,16 @@ def empty_batch(
     }
 
 
-def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], tokens_per_tile: int) -> None:
-    """Writes examples to the empty bin `at` = (microbatch, row); they must fit."""
+def write_bin(batch: Batch, index: tuple[int, int], examples: Sequence[Example], tokens_per_tile: int) -> None:
+    """Writes examples to the empty bin with this index, (microbatch, row); they must fit."""
     start = tile = token = 0  # the first free position, tile and visual token of the bin
     for slot, example in enumerate(examples):
         n, m, visual = len(example.tokens), len(example.tiles), example.visual_index
         # The example's positions and tiles in the bin.
-        span, tile_span = (*at, slice(start, start + n)), (*at, slice(tile, tile + m))
+        span, tile_span = (*index, slice(start, start + n)), (*index, slice(tile, tile + m))
         batch["tokens"][span] = example.tokens
         # One position shorter: the last token of an example has no target.
-        batch["targets"][*at, start : start + n - 1] = example.tokens[1:]
+        batch["targets"][*index, start : start + n - 1] = example.tokens[1:]
         batch["loss_weights"][span] = example.loss_weights
         batch["segment_ids"][span] = slot + 1  # 0 is padding
         batch["positions"][span] = np.arange(n)
@@ -189,14 +189,14 @@ def write_bin(batch: Batch, at: tuple[int, int], examples: Sequence[Example], to
         batch["visual_index"][span] = np.where(visual >= 0, visual + token, -1)
         batch["tiles"][tile_span] = example.tiles
         batch["tile_valid_hw"][tile_span] = example.valid_hw
-        batch["example_ids"][*at, slot] = example.number
-        batch["num_cut"][at] += example.was_cut
+        batch["example_ids"][*index, slot] = example.number
+        batch["num_cut"][index] += example.was_cut
         if example.resampling is not None:
             # Sources count features, of which every tile has N; `tile` tiles come before this example's.
             sources, weights = at_positions(visual, example.resampling, tile * tokens_per_tile)
             batch["visual_sources"][span], batch["visual_weights"][span] = sources, weights
         start, tile, token = start + n, tile + m, token + int(np.sum(visual >= 0))
-    batch["num_examples"][at] = len(examples)
+    batch["num_examples"][index] = len(examples)
 
 
 def fill_fractions(batch: Batch) -> dict[str, float]:

@@ -109,7 +109,10 @@ def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.P
     """Yields the files at any depth of a folder that end with one of `suffixes`."""
     if is_local(folder):  # os.walk does not follow links, which may lead back to the folder.
         yield from (
-            epath.Path(at) / name for at, _, names in os.walk(folder) for name in names if name.endswith(suffixes)
+            epath.Path(parent) / name
+            for parent, _, names in os.walk(folder)
+            for name in names
+            if name.endswith(suffixes)
         )
         return
     for entry in folder.iterdir():  # epath's own walk() drops the gs:// of the paths it returns.

@@ -20,8 +20,8 @@ from alignvlm_jax.errors import UserError
 
 # Positions measured per task.
 _POSITIONS_PER_TASK = 16
-# Examples to measure. The first number gives the examples per bin to a few percent; the second gives the bins per epoch
-# to about one percent.
+# Number of examples to measure. The first estimates the examples per bin to a few percent, the second the bins per
+# epoch to about one percent.
 _SAMPLE_SIZE = 512
 _EPOCH_SAMPLE_SIZE = 8192
 

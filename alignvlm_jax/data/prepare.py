@@ -9,7 +9,7 @@ data set has the fields
 
     id, source      text
     images          a list of the bytes of image files, unchanged
-    conversation    JSON text: messages as `chat.ChatTokenizer` takes them
+    conversation    JSON text: messages in the format of `chat.ChatTokenizer`
 
 The conversation is one JSON text and not a sequence of roles and texts for two reasons. TFDS without TensorFlow reads
 it a quarter faster (114 against 149 microseconds for a record of eight messages and 60 kB, parsing included). And the

@@ -28,10 +28,10 @@ _RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, s
 
 
 class _ShardPart(NamedTuple):
-    """`take` records of one file; the complete file has the records `first` to `after` - 1 of the split's `total`."""
+    """Some records of one file; the complete file has the records `first` to `after` - 1 of the split's `total`."""
 
     file: str
-    take: int
+    num_records: int
     split: str
     first: int
     after: int
@@ -68,9 +68,9 @@ class RecordSource:
         """Returns a message that names the damaged file and the split without it."""
         # Find the file: the parts are in the order of the records.
         for shard in self._shard_parts:
-            if index < shard.take:
+            if index < shard.num_records:
                 break
-            index -= shard.take
+            index -= shard.num_records
         others = [f"{shard.split}[:{shard.first}]"] * (shard.first > 0)
         others += [f"{shard.split}[{shard.after}:]"] * (shard.after < shard.total)
         without = f", or omit it: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
@@ -153,14 +153,14 @@ def write_dataset(
 
 def _shard_parts(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPart]:
     """Yields the files that hold the records of a split, or of parts of splits, in the order of the records."""
-    # Records of each file: the split's name, the first one, the one after the last, and the split's total.
-    places = {}
+    # Location of each file's records: split, first record, the one after the last, and number of records in the split.
+    locations = {}
     for name, info in splits.items():
         ends = list(itertools.accumulate(info.shard_lengths))
         for file, length, end in zip(info.filepaths, info.shard_lengths, ends, strict=True):
-            places[str(file)] = name, end - length, end, ends[-1]
+            locations[str(file)] = name, end - length, end, ends[-1]
     for instruction in splits[split].file_instructions:
-        yield _ShardPart(str(instruction.filename), instruction.take, *places[str(instruction.filename)])
+        yield _ShardPart(str(instruction.filename), instruction.take, *locations[str(instruction.filename)])
 
 
 def _open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:

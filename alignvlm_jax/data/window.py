@@ -69,7 +69,7 @@ class Window:
 
     @classmethod
     def from_state(cls, config: PackingConfig, state: Mapping[str, Any]) -> "Window":
-        """Returns the window that `state` was taken from."""
+        """Restores a window from the result of `state`."""
         return cls(config, state["next"], [MeasuredExample(*example) for example in state["waiting"]])
 
 

@@ -31,7 +31,7 @@ def score_once(
       key: hash that identifies the model and the data; see `make_key`.
       records: the documents.
       out: folder of the files.
-      control: replaces the pages by blank or wrong ones.
+      control: replaces the pages with blank or wrong ones.
     """
     result_file, answers_file = out / f"{name}.json", out / f"{name}.jsonl"
     if result_file.is_file() and (past := json.loads(result_file.read_text()))["key"] == key:

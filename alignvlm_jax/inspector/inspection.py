@@ -101,7 +101,7 @@ class Inspection:
                 words.probabilities.reshape(-1, k),
                 words.entropy.reshape(-1),
                 vocabulary=self.vocabulary,
-                text_of=self.tokenizer.token_text,
+                token_text=self.tokenizer.token_text,
             ),
             "questions": [self._question(answer) for answer in self.answers],
         }

@@ -36,7 +36,7 @@ def pack_words(
     entropy: Float[np.ndarray, " T"],
     *,
     vocabulary: int,
-    text_of: Callable[[int], str],
+    token_text: Callable[[int], str],
 ) -> dict:
     """Returns the patches' words as JSON.
 
@@ -45,7 +45,7 @@ def pack_words(
       probabilities: their probabilities.
       entropy: entropy of each patch's complete distribution, in nats.
       vocabulary: V, the number of words that the distribution ranges over.
-      text_of: returns the text of a token.
+      token_text: returns the text of a token.
     """
     floor = FLOOR
     if probabilities.size > MAX_ENTRIES:
@@ -63,7 +63,7 @@ def pack_words(
         "kept": ids.shape[1],
         "floor": floor,
         "lowest": _LOWEST,
-        "words": [text_of(int(word)) for word in words],
+        "words": [token_text(int(word)) for word in words],
         "ids": encode(words, "<u4"),
         "counts": encode(kept.sum(axis=1), "<u2"),
         "entries": encode(entries, "<u2" if len(words) <= 65536 else "<u4"),

@@ -120,7 +120,8 @@ def check_same_model(path: str, expected: Any, actual: Any, folder: str | Path) 
     """
     if type(expected) is not type(actual):  # Only connectors can be of different types.
         raise UserError(f"{path} is {expected}, but {folder} has {actual}")
-    if isinstance(expected, LanguageConfig):  # A head_dim of None stands for a width; compare the widths.
+    # A head_dim of None means hidden_size / num_heads, so compare the resulting widths.
+    if isinstance(expected, LanguageConfig):
         expected = dataclasses.replace(expected, head_dim=expected.head_width)
         actual = dataclasses.replace(actual, head_dim=actual.head_width)
     differences = [

@@ -5,7 +5,7 @@ content of each message to be a string; ours is a list of images and texts. A pr
 list into a string with the image token in place of the image. The original template follows unchanged. The same file
 serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM.
 
-If a template writes today's date, another prelude replaces it by a fixed date, so that the same conversation always
+If a template writes today's date, another prelude replaces it with a fixed date, so that the same conversation always
 gives the same tokens.
 """
 

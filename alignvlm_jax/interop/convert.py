@@ -106,7 +106,7 @@ def match(
         raise ValueError(f"table and parameters differ: {sorted(set(leaves) ^ {row.path for row in rows})}")
     # Map the keys of the table to those of the files.
     names: dict[str, str] = {}
-    missing, wrong, duplicated = [], [], []
+    missing, mismatched, duplicated = [], [], []
     for key in files.shapes:
         name = rename(key) if rename else key
         if name.startswith(ignore):
@@ -127,17 +127,17 @@ def match(
             shape, dtype = files.shapes[key], files.dtypes[key].name
             allowed, description = _INTEGERS if jnp.issubdtype(leaf.dtype, jnp.integer) else _FLOATS
             if dtype not in allowed:
-                wrong.append((key, f"has dtype {dtype}, expected {description}"))
+                mismatched.append((key, f"has dtype {dtype}, expected {description}"))
             elif shape != expected and not (row.path in grow and _can_grow(shape, expected)):
-                wrong.append((key, f"has shape {list(shape)}, the config says {list(expected)}"))
+                mismatched.append((key, f"has shape {list(shape)}, the config says {list(expected)}"))
         sources.append(ParameterSource(row.path, leaf, files, row.transform, tuple(present), stacked))
     # Report all problems, with the layers of a stacked parameter in one entry.
-    problems = [f"{keys} is missing" for keys in _grouped(missing)]
-    for reason in dict.fromkeys(reason for _, reason in wrong):
-        problems += [f"{keys} {reason}" for keys in _grouped(key for key, why in wrong if why == reason)]
-    problems += [f"{keys} appears twice, under different names" for keys in _grouped(duplicated)]
+    problems = [f"{keys} is missing" for keys in _merge_layers(missing)]
+    for reason in dict.fromkeys(reason for _, reason in mismatched):
+        problems += [f"{keys} {reason}" for keys in _merge_layers(key for key, why in mismatched if why == reason)]
+    problems += [f"{keys} appears twice, under different names" for keys in _merge_layers(duplicated)]
     extra = [key for name, key in names.items() if name not in used]
-    problems += [f"{keys} is not part of this model" for keys in _grouped(extra)]
+    problems += [f"{keys} is not part of this model" for keys in _merge_layers(extra)]
     if problems:
         raise UserError(f"{source}: the tensors do not fit the config: " + "; ".join(problems))
     return sources
@@ -196,7 +196,7 @@ def _can_grow(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(shape) == len(expected) and 0 < shape[0] <= expected[0] and shape[1:] == expected[1:]
 
 
-def _grouped(keys: Iterable[str]) -> list[str]:
+def _merge_layers(keys: Iterable[str]) -> list[str]:
     """Merges keys that differ only in the number of the layer: "model.layers.{0,1,5}.mlp.up_proj.weight"."""
     groups: dict[str, list[str]] = {}
     for key in keys:

@@ -142,7 +142,7 @@ def _count(reader: ParameterReader, part: str) -> int:
 
 def _training(reader: ParameterReader) -> str:
     """Returns the training history of the weights, followed by this checkpoint's own run."""
-    passages = [_event(event) for event in reader.history]
+    passages = [_describe_event(event) for event in reader.history]
     if not reader.history:
         backbones = reader.config.backbones
         passages.append(
@@ -154,7 +154,7 @@ def _training(reader: ParameterReader) -> str:
             )
         )
     if reader.step:
-        passages.append("Trained:\n\n" + _run(reader.config, reader.meta["progress"]))
+        passages.append("Trained:\n\n" + _describe_run(reader.config, reader.meta["progress"]))
     # A pruned checkpoint has no steps either, but its history says that its weights were trained.
     elif getattr(reader.config.model.connector, "kept_words", None) is None:
         passages.append("Not trained any further: these are initial weights.")
@@ -162,28 +162,28 @@ def _training(reader: ParameterReader) -> str:
     return "\n\n".join([*passages, *([f"Saved by: {versions}."] if versions else [])])
 
 
-def _event(event: Mapping[str, Any]) -> str:
+def _describe_event(event: Mapping[str, Any]) -> str:
     """Returns the text of one entry of the history; past training runs are described like the last one."""
     if event.get("what") == "trained":
         try:
             config = config_from_dict(event["config"])
         except UserError:  # A config of an older version, with different keys.
             return f"Trained for {event['progress']['step']} steps."
-        return "Trained:\n\n" + _run(config, event["progress"])
-    details = [f"- {name}: {_shown(value)}" for name, value in event.items() if name != "what"]
+        return "Trained:\n\n" + _describe_run(config, event["progress"])
+    details = [f"- {name}: {_format_value(value)}" for name, value in event.items() if name != "what"]
     what = str(event.get("what", "step"))
     return "\n".join([f"{what[:1].upper()}{what[1:]}:", "", *details])
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {_format_value(item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_format_value, value))
     return f"`{value}`"
 
 
-def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
+def _describe_run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
     """Returns a table of the stages of a run, with the number of completed steps."""
     lines = [
         "| stage | data | trained parts | steps done | examples per step | peak learning rates | optimizer |",
@@ -191,11 +191,11 @@ def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
     ]
     for index, stage in enumerate(config.stages):
         if index < progress["stage"]:
-            done = _length(stage)
+            done = _stage_length(stage)
         elif index == progress["stage"]:
-            done = f"{progress['step_in_stage']} of {_length(stage)}"
+            done = f"{progress['step_in_stage']} of {_stage_length(stage)}"
         else:
-            done = f"0 of {_length(stage)}"
+            done = f"0 of {_stage_length(stage)}"
         rates = ", ".join(f"{part} {getattr(stage.learning_rates, part):.2g}" for part in stage.trainable)
         optimizer = f"{stage.optimizer.name}, {stage.schedule}, {stage.warmup_steps} steps of warm-up"
         data = ", ".join(
@@ -208,7 +208,7 @@ def _run(config: ExperimentConfig, progress: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _length(stage: StageConfig) -> str:
+def _stage_length(stage: StageConfig) -> str:
     return str(stage.steps) if stage.steps is not None else f"{stage.epochs:g} epochs"
 
 

@@ -53,7 +53,7 @@ def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
 def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
     """Returns the table of a complete exported folder."""
 
-    def under(path: str, rows: tuple[Row, ...], rename: Callable[[str], str]) -> list[Row]:
+    def prefixed(path: str, rows: tuple[Row, ...], rename: Callable[[str], str]) -> list[Row]:
         return [dataclasses.replace(row, path=f"{path}/{row.path}", key=rename(row.key)) for row in rows]
 
     def language_key(key: str) -> str:
@@ -65,7 +65,7 @@ def alignvlm(config: AlignVLMConfig) -> tuple[Row, ...]:
     newline = [Row("connector/newline", "model.image_newline")] if config.newline else []
     return (
         *newline,
-        *under("vision", SIGLIP, "model.vision_tower.{}".format),
-        *under("connector", connector, "model.connector.{}".format),
-        *under("language", llama(config.language.tie_word_embeddings), language_key),
+        *prefixed("vision", SIGLIP, "model.vision_tower.{}".format),
+        *prefixed("connector", connector, "model.connector.{}".format),
+        *prefixed("language", llama(config.language.tie_word_embeddings), language_key),
     )

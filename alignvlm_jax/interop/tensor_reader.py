@@ -81,7 +81,7 @@ class TensorFiles:
         elif (self.folder / INDEX_FILE).is_file():
             self._open_shards()
         else:
-            self._problems.append(_no_weights(self.folder))
+            self._problems.append(_describe_missing_weights(self.folder))
         if self._problems:
             self.close()
             raise UserError(f"{self.folder}: " + "; ".join(self._problems))
@@ -160,7 +160,7 @@ class TensorFiles:
         return True
 
 
-def _no_weights(folder: Path) -> str:
+def _describe_missing_weights(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))

@@ -112,11 +112,11 @@ def export_tokenizer(
         vocabulary["post_processor"] = _without_added_tokens(rule)
     names = special_names(config)
     image_token = names.pop("image_token")
-    token_of = {token_id: token for token, token_id in _token_ids(vocabulary).items()}
+    tokens_by_id = {token_id: token for token, token_id in _token_ids(vocabulary).items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
-        "pad_token": token_of[chat.pad_id],
+        "pad_token": tokens_by_id[chat.pad_id],
         "extra_special_tokens": {"image_token": image_token},
         # Pad on the left, so that prompts of different lengths end, and are continued, at the same position.
         "padding_side": "left",
@@ -292,14 +292,14 @@ def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) 
     """Returns the special tokens by name ({"bos_token": "<s>", ...}), without those that the vocabulary lacks."""
     names = special_names(files.special_map) | special_names(files.config)
     ids = _token_ids(vocabulary)
-    token_of = {token_id: token for token, token_id in ids.items()}
+    tokens_by_id = {token_id: token for token, token_id in ids.items()}
     # Some folders state only the ids, in the files of the model. eos_token_id may be a list; the first entry counts.
     for name in ("bos_token", "eos_token"):
         for config in (files.generation, files.model):
             token_id = config.get(f"{name}_id")
             token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
-            if name not in names and token_id in token_of:
-                names[name] = token_of[token_id]
+            if name not in names and token_id in tokens_by_id:
+                names[name] = tokens_by_id[token_id]
     if "eos_token" not in names:
         raise UserError(f'{CONFIG_FILE} does not name the token that ends a text: add "eos_token"')
     # Drop names whose token does not exist. A missing image token is added later.
@@ -391,13 +391,15 @@ def _find_end_tokens(files: _Files, ids: Mapping[str, int], notes: list[str]) ->
     """
     listed = files.generation.get("eos_token_id", files.model.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
-    token_of = {token_id: token for token, token_id in ids.items()}
-    unknown = [token_id for token_id in listed if token_id not in token_of]
+    tokens_by_id = {token_id: token for token, token_id in ids.items()}
+    unknown = [token_id for token_id in listed if token_id not in tokens_by_id]
     if unknown:
         notes.append(f"eos_token_id lists {', '.join(map(str, unknown))}, which belong to no token: ignored")
     exported = [token for token in files.config.get(END_TOKENS) or () if token in ids]
     # dict.fromkeys drops repetitions and keeps the order.
-    return list(dict.fromkeys([*exported, *(token_of[token_id] for token_id in listed if token_id in token_of)]))
+    return list(
+        dict.fromkeys([*exported, *(tokens_by_id[token_id] for token_id in listed if token_id in tokens_by_id)])
+    )
 
 
 def _without_added_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:

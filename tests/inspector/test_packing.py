@@ -24,7 +24,7 @@ def test_words_survive_packing():
     probabilities = np.sort(rng.dirichlet(np.full(40, 0.05), 50))[:, ::-1][:, :12]
     ids = np.stack([rng.permutation(500)[:12] for _ in range(50)])
     entropy = rng.uniform(0, math.log(500), 50)
-    text = packing.pack_words(ids, probabilities, entropy, vocabulary=500, text_of=str)
+    text = packing.pack_words(ids, probabilities, entropy, vocabulary=500, token_text=str)
     assert json.loads(json.dumps(text)) == text
     for found, words, shares in zip(unpack(text), ids, probabilities, strict=True):
         kept = shares >= packing.FLOOR
@@ -39,7 +39,7 @@ def test_words_survive_packing():
 
 def test_the_likeliest_word_of_a_patch_is_kept_below_the_floor():
     text = packing.pack_words(
-        np.array([[3, 5]]), np.array([[8e-6, 7e-6]]), np.array([11.7]), vocabulary=128256, text_of=str
+        np.array([[3, 5]]), np.array([[8e-6, 7e-6]]), np.array([11.7]), vocabulary=128256, token_text=str
     )
     ((only,),) = unpack(text)
     assert only[0] == "3" and only[1] == pytest.approx(8e-6, rel=2e-4)
@@ -48,7 +48,9 @@ def test_the_likeliest_word_of_a_patch_is_kept_below_the_floor():
 def test_more_patches_raise_the_floor(monkeypatch):
     monkeypatch.setattr(packing, "MAX_ENTRIES", 200)
     probabilities = np.sort(np.random.default_rng(0).dirichlet(np.full(30, 0.3), 50))[:, ::-1]
-    text = packing.pack_words(np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, text_of=str)
+    text = packing.pack_words(
+        np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, token_text=str
+    )
     assert text["floor"] > packing.FLOOR and 200 <= sum(map(len, unpack(text))) <= 250
     for pairs, dense in zip(unpack(text), probabilities, strict=True):
         assert len(pairs) == max(1, np.sum(dense >= text["floor"]))

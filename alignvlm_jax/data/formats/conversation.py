@@ -1,7 +1,7 @@
 r"""The output of every format: conversations that are not checked yet, and refused records.
 
-Messages have the form that `chat.ChatTokenizer` takes, so they need no translation when they are read for training. An
-image's position is a part of its own: text typed by a user, such as `<image>` or `<|eot_id|>`, stays text.
+Messages are in the format of `chat.ChatTokenizer`, so they need no conversion when they are read for training. The
+position of an image is a separate part. Text typed by a user, such as `<image>` or `<|eot_id|>`, therefore stays text.
 
     "<image>\nWhat is the total?"
     -> {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the total?"}]}

@@ -5,7 +5,7 @@ from typing import Any
 
 from alignvlm_jax.data.synthetic.document import Document, draw_document
 
-_COMPRESSION = 1  # scan noise hardly compresses: a higher level takes three times as long for a tenth less size
+_COMPRESSION = 1  # scan noise hardly compresses; a higher level takes three times as long and saves a tenth
 
 
 def to_record(document: Document) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_autocast_is_bfloat16():
 
 
 def test_the_product_for_gpus_has_the_right_gradient(monkeypatch):
-    """cuBLAS computes a float32 product of bfloat16 factors; the test replaces it by a substitute."""
+    """cuBLAS computes a float32 product of bfloat16 factors; the test replaces it with a substitute."""
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
     t = tensors(torch.bfloat16)
     left, right, weights = t["query"], t["keys"].T.contiguous(), torch.randn(QUERIES, WORDS)

@@ -1,4 +1,4 @@
-"""Forms: a title and a few fields, each label beside its value or above it."""
+"""Forms: a title and a few fields, each label next to its value or above it."""
 
 from collections.abc import Sequence
 
