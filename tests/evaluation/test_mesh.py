@@ -1,4 +1,4 @@
-"""Tests of evaluation on a mesh: of a checkpoint and during training, the predictions equal those of one device."""
+"""Tests of evaluation on a mesh, of a checkpoint and during training: the predictions equal those of one device."""
 
 import dataclasses
 

@@ -34,7 +34,7 @@ from alignvlm_jax.evaluation.metrics import restoration
         ("", ["x"], 0.0),
         ("", [""], 1.0),
         ("  ", [""], 1.0),
-        ("      ", ["ab"], 1 - 2 / 6),  # the flaw: blanks increase only the denominator
+        ("      ", ["ab"], 1 - 2 / 6),  # the flaw: spaces increase only the denominator
         ("ax" + " " * 8, ["bc"], 1 - 2 / 10),
         ("ß", ["s"], 0.5),  # one replaced letter, divided by the two letters of "SS"
         ("b, a", ["a, b"], 0.5),  # a list is one string
@@ -296,7 +296,8 @@ def test_many_citations_do_not_take_exponential_time():
     assert time.process_time() - start_time < 1
 
 
-# TabFact: mPLUG-DocOwl's parser_line, llm_benchmark_eval and exact_match. Unlike the others, these were read, not run.
+# TabFact: mPLUG-DocOwl's parser_line, llm_benchmark_eval and exact_match. Unlike the others, these results come from
+# reading the code, not from running it.
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ def test_tablevqa_refuses_unknown_subsets_and_references():
         ("quick brown cat", "quick brown fox", 0, 2 / 4),
         ("Quick brown fox", "quick brown fox", 0, 2 / 4),
         ("QUICK BROWN FOX", "quick brown fox", 0, 0),
-        ("quick brown  fox", "quick brown fox", 0, 2 / 4),  # the double blank is a token: "quick brown  "
+        ("quick brown  fox", "quick brown fox", 0, 2 / 4),  # the double space is a token: "quick brown  "
         ("quick\nbrown fox", "quick brown fox", 0, 2 / 4),
         ("quick brown fox.", "quick brown fox.", 1, 1),
         ("a b a", "a a a", 0, 1 / 2),  # the Jaccard index is over sets
@@ -454,9 +455,9 @@ def test_vcr_scores_every_covered_text():
     assert metrics.vcr_scores("a blue dog", [], "en") == ([], []), "no covered text"
 
 
-def test_vcr_in_chinese_joins_tokens_without_blanks(monkeypatch):
-    # Tokens by hand, because zh_core_web_sm is not available here. Without blanks, the similarity to 天蓝 is 4/5 for
-    # 蓝天 蓝 and 1/2 for 蓝 蓝. With blanks it would be 1/3 and 2/5, and the Jaccard index 1/2.
+def test_vcr_in_chinese_joins_tokens_without_spaces(monkeypatch):
+    # The tokens are given, because zh_core_web_sm is not available here. Without spaces, the similarity to 天蓝 is 4/5
+    # for 蓝天 蓝 and 1/2 for 蓝 蓝. With spaces it would be 1/3 and 2/5, and the Jaccard index 1/2.
     tokens = {"蓝天蓝蓝": ["蓝天", "蓝", "蓝"], "天蓝": ["天", "蓝"]}
     monkeypatch.setattr(restoration, "_tokenizer", lambda language: tokens.get)
     assert metrics.vcr_scores("蓝天蓝蓝", ["天蓝"], "zh") == ([0], [pytest.approx(1 / 3)])

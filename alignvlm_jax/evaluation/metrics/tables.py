@@ -19,9 +19,9 @@ _SAME_NUMBER = 1e-6
 _UNKNOWN = -1  # A part of a date that is given as xx.
 
 _QUOTES = str.maketrans(dict.fromkeys("‘’´`", "'") | dict.fromkeys("“”", '"') | dict.fromkeys("‐‑‒–—−", "-"))
-# Citations at the end of a text: brackets with any content, or with digits if the text has nothing else, and footnote
-# marks. In the official expression, digits in brackets match in two ways, which takes exponential time for many of
-# them; here, the position decides between the two. In Python 2, only ASCII digits are digits.
+# Citations at the end of a text: brackets with any content (or only digits, if they start the text) and footnote marks.
+# In the official expression, digits in brackets match in two ways, which takes exponential time for many of them; here,
+# the position decides between the two. In Python 2, only ASCII digits are digits.
 _CITATIONS = {
     python: re.compile(rf"(?:(?<!^)\[[^\]]*\]|^\[{digit}+\]|[•♦†‡*#+])*$")
     for python, digit in ((2, "[0-9]"), (3, r"\d"))
