@@ -1,4 +1,4 @@
-"""Tests that pages are found in documents and in conversations alike."""
+"""Tests that pages are found in both documents and conversations."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.analysis.tiny import random_reader, records
 
 
 def conversations():
-    """Returns four pages of `records` as `tools/prepare_data.py` writes them: 0, 1, 0 and 3 in a conversation."""
+    """Returns four pages of `records` as conversations of `tools/prepare_data.py`, with 0, 1, 0 and 3 pages."""
     pages = [record["image"] for record in records()[:4]]
     found = []
     for number, shown in enumerate(([], pages[:1], [], pages[1:])):

@@ -61,7 +61,7 @@ def test_noise_of_a_tile_depends_on_its_pixels_and_the_seed_only(reader, tiles):
     assert np.abs(drawn(1, order) - drawn(0, order)).mean() > 0.5
 
 
-def test_answers_under_noise_do_not_depend_on_the_batch_and_leave_the_reader_alone(reader):
+def test_answers_under_noise_do_not_depend_on_the_batch_and_leave_the_reader_unchanged(reader):
     pages = [images.open_image(record["image"]) for record in records()[:3]]
     before = reader.ask_batch(pages, [QUESTION] * 3, max_new_tokens=6)
     noisy = reader.with_feature_noise(3.0)
@@ -126,7 +126,7 @@ def test_points_are_scores_of_the_reader_under_each_sigma(reader, monkeypatch):
     assert points[1].relative_sigma == pytest.approx(2 / deviation)
 
 
-def test_pages_are_corrupted_each_in_its_own_way_and_always_the_same():
+def test_a_page_is_always_corrupted_in_the_same_way():
     page = images.open_image(records()[0]["image"])
     for corruption in DEFAULT_CORRUPTIONS:
         corrupted = CorruptedRecords(records(), corruption, seed=0)
@@ -219,7 +219,7 @@ def test_files_are_written(reader, tmp_path, monkeypatch):
     for name in ("ALIGN", "MLP"):
         shown = results["features"][name][1]["cosine_distance"]
         assert f"**{name}**" in text and f"{shown:.4f}" in text
-    assert "from the least loss to the largest: ALIGN -20.0 points, MLP -60.0 points" in text
+    assert "from the smallest loss to the largest: ALIGN -20.0 points, MLP -60.0 points" in text
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"noise.json", "noise.md", "noise.png", "noise_images.png"}
 
@@ -233,7 +233,7 @@ def test_checkpoints_with_a_score_to_lose_are_ranked():
         return report.NoiseReport(points, [])
 
     text = report.describe({"ALIGN": noise_report(80, 76, 63, 3), "MLP": noise_report(73, 65, 47, 0)}, "heldout")
-    assert "at sigma 1, from the least loss to the largest: ALIGN -17.0 points, MLP -26.0 points." in text
-    assert "at sigma 3, from the least loss to the largest: MLP -73.0 points, ALIGN -77.0 points." in text
+    assert "at sigma 1, from the smallest loss to the largest: ALIGN -17.0 points, MLP -26.0 points." in text
+    assert "at sigma 3, from the smallest loss to the largest: MLP -73.0 points, ALIGN -77.0 points." in text
     text = report.describe({"ALIGN": noise_report(80, 76, 63, 3), "MLP": noise_report(0, 0, 0, 0)}, "heldout")
     assert "Side by side" not in text

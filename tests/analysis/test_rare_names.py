@@ -96,8 +96,8 @@ def test_error_by_count_is_the_share_of_wrong_answers():
     json.dumps(results, allow_nan=False)
 
 
-def test_no_effect_of_rarity_is_not_taken_for_one():
-    """The interval of the gap contains 0 in about 95 of 100 simulations without one."""
+def test_chance_is_not_taken_for_an_effect_of_rarity():
+    """The interval of the gap contains 0 in about 95 of 100 simulations without an effect."""
     inside = 0
     for seed in range(40):
         gap = summarize(simulate(lambda seen: 0.3, per_name=2, seed=seed))["all"]["rarity_gap"]

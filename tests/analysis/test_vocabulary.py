@@ -1,4 +1,4 @@
-"""Tests of the vocabulary analysis: use against the full P; pruned models are saved, loaded, exported, not trained."""
+"""Tests of the vocabulary analysis: use against the full P, and pruned models, which are saved, loaded and exported."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Fake results in the format of the jobs, in which each connector is right at a given rate."""
+"""Fake results in the format of the jobs, in which each connector has a given share of right answers."""
 
 import zlib
 from pathlib import Path

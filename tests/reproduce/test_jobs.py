@@ -1,4 +1,4 @@
-"""Tests of the list of jobs and its order, which depend on the options only."""
+"""Tests of the list of jobs and its order, which depend only on the options."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_the_list_of_jobs():
     }
 
 
-def test_as_many_trials_for_every_connector():
+def test_every_connector_has_the_same_number_of_trials():
     trials = [job for job in parts.all_jobs(OPTIONS) if job.part == "tuning"]
     factors_by_connector = {
         (job.connector, job.encoder): sorted(other["factor"] for other in trials if other.connector == job.connector)
@@ -78,5 +78,5 @@ def test_options_of_a_folder_are_kept(tmp_path):
     more = dataclasses.replace(OPTIONS, seeds=5, minutes=4.0)
     more.save(tmp_path)
     assert Options.load(tmp_path) == more
-    with pytest.raises(UserError, match="questions None, not 100"):
+    with pytest.raises(UserError, match="questions None, got 100"):
         dataclasses.replace(OPTIONS, questions=100).save(tmp_path)

@@ -96,9 +96,9 @@ def test_answers_are_kept_in_lines():
     assert back[0].name.group == one.group + names.GROUPS, "groups of two seeds are not the same"
 
 
-def test_the_report_tells_who_is_better_on_rare_names(tmp_path):
+def test_the_report_tells_which_model_is_better_on_rare_names(tmp_path):
     write_results(OPTIONS, tmp_path, {"align": 0.5, "mlp": 0.7}, only=("names",))
-    # The runs with words of ALIGN's own are no longer made, but results of earlier versions are still reported.
+    # Runs with words of ALIGN's own are no longer done, but results of earlier versions are still reported.
     for job in [*names.jobs(OPTIONS), *names.closed_jobs(OPTIONS)]:
         if job["variant"].words or job["variant"].views > 1:
             write_result(tmp_path, job, 0.9 if job.connector == "align" else 0.7)

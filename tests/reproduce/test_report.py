@@ -1,4 +1,4 @@
-"""Tests that the report follows the results, whichever way they turn out, and names what is missing."""
+"""Tests that the report follows the results, whatever they are, and names what is missing."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of whole jobs, from training to the report, with a tiny model. Every job compiles: minutes in all."""
+"""Tests of complete jobs, from training to the report, with a tiny model. Every job compiles, so they take minutes."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_tuning_and_the_main_run(options, out):
     assert (main.folder(out) / "result.json").stat().st_size < 20_000
 
 
-def test_parts_that_build_upon_a_run(options, out):
+def test_parts_that_build_on_a_run(options, out):
     """Covers the other parts of one connector, on the run of the main table."""
     options = dataclasses.replace(options, connectors=("align",))
     for job in parts.all_jobs(options, ["noise", "vocabulary", "restoration", "cost"]):
@@ -85,7 +85,7 @@ def test_a_run_past_its_minutes_is_marked_and_can_be_resumed(options, out):
     assert (result["status"], result["steps"]) == (COMPLETE, result["steps_asked"])
 
 
-def test_all_parts_in_processes_of_which_one_is_killed(options, out):
+def test_all_parts_with_one_process_killed(options, out):
     """Covers all parts in the command's own processes, the first of which is killed during training."""
     options.save(out)
     names.build(out / "data", options.seeds)

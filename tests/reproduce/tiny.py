@@ -30,7 +30,7 @@ MODEL = [
 
 
 def make_options(folder: pathlib.Path, **changes) -> Options:
-    """Returns options of the tiny recipe and writes its backbones and data into `folder`, also the output folder."""
+    """Returns options of the tiny recipe, and writes its backbones and data into `folder`, the output folder."""
     build_corpus(folder / "data" / "documents", seed=0, sizes=SIZES, progress=False)
     restoration.build(folder / "data", SIZES)
     overrides = (*MODEL, *STAGES, f"backbones.vision={folder / 'vision'}", f"backbones.language={folder / 'language'}")
