@@ -4,7 +4,7 @@
     tools/soak.py --minutes 60 --out runs/soak        an hour; the report is runs/soak/report.json and report.md
     tools/soak.py --minutes 5 --seed 7                a shorter test, of one or two rounds
 
-It needs only CPU cores. As root, it stores each run on a small file system of its own, which it fills at times.
+It needs only CPU cores. As root, it stores each run with failures on a small file system, which it fills at times.
 
 A round trains the same short run three times (two stages, AdamW then Muon, on documents some of which are damaged):
 

@@ -42,7 +42,7 @@ def _check_model(model: AlignVLMConfig) -> None:
         _check_positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
     _check_positive("config.model.vision", vision, "image_size", "patch_size")
     _check_positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
-    # Sizes that must divide each other.
+    # Sizes that must fit together.
     if vision.patch_size > vision.image_size:
         raise UserError(
             f"config.model.vision.patch_size: expected at most image_size, {vision.image_size}, got {vision.patch_size}"

@@ -40,7 +40,7 @@ class EvaluationConfig:
       split: a split of the data set.
       limit: number of questions to ask, from the first; None asks all.
       batch_size: number of questions decoded at once, rounded up to a multiple of what the mesh requires.
-      max_new_tokens: length at which an unfinished answer is truncated. It would be wrong anyway.
+      max_new_tokens: length at which an unfinished answer is truncated. A truncated answer is wrong anyway.
     """
 
     every_steps: int | None = None

@@ -43,7 +43,7 @@ class FeatureNoise:
 
 def _digests(tiles: UInt8[Array, "B M S S 3"]) -> UInt32[Array, "B*M"]:
     """Returns a hash of each tile; two different tiles have the same hash with a probability of 2^-32."""
-    # A sum with random factors, modulo 2^32. Adding 1 makes black pixels count, too.
+    # A sum with random factors, modulo 2^32. Adding 1 gives a black tile a random hash, too.
     pixels = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1).astype(jnp.uint32)
     factors = jax.random.bits(jax.random.key(0), pixels.shape[1:], jnp.uint32)
     return jnp.sum((pixels + 1) * factors, axis=1, dtype=jnp.uint32)

@@ -9,8 +9,8 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
-# Keys that may differ when a run resumes, because they do not change the trained weights. The mesh and the attention
-# kernels do so only by rounding.
+# Keys that may differ when a run resumes, because they do not change the trained weights (the mesh and the attention
+# kernels change only their rounding).
 _MAY_DIFFER = (
     "checkpoint",
     "anomalies.spike",

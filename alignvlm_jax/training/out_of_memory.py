@@ -33,7 +33,7 @@ def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         profile = workdir / MEMORY_PROFILE
-        # A failure to save the profile must not replace the error that it explains.
+        # A failure to save the profile must not hide the out-of-memory error.
         try:
             jax.profiler.save_device_memory_profile(str(profile))
             profile_note = f"a memory profile is in {profile} (pprof -top {profile})"
