@@ -1,4 +1,4 @@
-"""Turns signals and preemption notices into a flag, which the training loop reads after every step.
+"""Turns signals and preemption notices into a flag, which the training loop reads at every step.
 
 The loop then finishes the step and saves the run. The flag is set by:
 
