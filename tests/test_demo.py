@@ -1,4 +1,4 @@
-"""The demo from end to end with a tiny model and a few documents, then `ask` and `eval` on its checkpoint."""
+"""Tests of the demo from end to end with a tiny model and few documents, then of `ask` and `eval` on its checkpoint."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The structure of the package: imports point one way, and stand at the top of their file."""
+"""Tests of the structure of the package: imports point one way, and are at the top of their file."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "alignvlm_jax"
 
 # Each command imports what it needs when it runs, so that `alignvlm --help` does not wait for jax. `alignvlm_jax.load`
-# does the same. The files of interop/pytorch/ are copied beside exported models and import each other there.
+# does the same. The files of interop/pytorch/ are copied next to exported models, and import each other there.
 MAY_IMPORT_LATE = ("commands/", "cli.py", "__init__.py", "interop/pytorch/")
 
 

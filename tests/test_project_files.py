@@ -1,4 +1,4 @@
-"""The files around the code: workflows, CITATION.cff, the README's length, and the links between Markdown files."""
+"""Tests of the files around the code: workflows, CITATION.cff, README, and the links between Markdown files."""
 
 import pathlib
 import re
@@ -27,7 +27,7 @@ def test_workflows_follow_the_schema():
     check_schema("vendor.github-workflows", *WORKFLOWS)
 
 
-# lint.yml runs actionlint too: it can be installed only where its binary can be downloaded.
+# lint.yml runs actionlint too. This test needs an installed one, because its package downloads a binary.
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")
 def test_workflows_pass_actionlint():
     done = subprocess.run(["actionlint", *WORKFLOWS], cwd=ROOT, capture_output=True, text=True)

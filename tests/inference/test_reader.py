@@ -116,7 +116,7 @@ def test_weights_stay_bfloat16_if_stored_and_used_in_it(reader, tmp_path):
 
 
 def test_pages_with_joined_tiles(reader):
-    """anyres_max_9: pages of several sizes give the same answers in a batch as alone, up to the edge of each."""
+    """Pages of several sizes have no tokens beyond their edges, and the same answers in a batch as alone."""
     config = dataclasses.replace(reader.config, newline=True)
     params = jax.jit(lambda rng: jax.tree.map(lambda leaf: leaf * 4, random_parameters(config, rng)))(jax.random.key(0))
     tiling = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2, grid_side=3)

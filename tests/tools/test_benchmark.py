@@ -1,4 +1,4 @@
-"""The benchmark tool at small sizes: it runs and writes its figures."""
+"""Tests of the benchmark tool at small sizes: it runs and writes its figures."""
 
 import json
 import os

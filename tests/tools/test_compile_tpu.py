@@ -1,4 +1,4 @@
-"""tools/compile_tpu.py: its output, report and exit codes for real steps compiled by libtpu, without a TPU.
+"""Tests of tools/compile_tpu.py: output, report and exit codes for real steps compiled by libtpu, without a TPU.
 
 The tests use low compiler effort, which takes a fifth of the time. The programs are the same, with worse schedules.
 `make test-tpu` compiles the full models with normal effort.

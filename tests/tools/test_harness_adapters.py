@@ -1,7 +1,7 @@
 """Tests of the adapters for lmms-eval and VLMEvalKit, with fakes of both packages, which are not installed here.
 
 The fakes have the signatures of lmms-eval 0.7.3's `lmms_eval.api.model.lmms` and `api.instance.Instance.args`, and of
-VLMEvalKit's `vlmeval.vlm.base.BaseModel`. docs/benchmarks.md says what was tried with the real packages.
+VLMEvalKit's `vlmeval.vlm.base.BaseModel`. docs/benchmarks.md lists what was tried with the real packages.
 """
 
 import abc
@@ -102,7 +102,7 @@ def test_lmms_eval_gets_answers(monkeypatch, exported, rows):
     options = {"max_new_tokens": 24, "until": ["\n\n"], "temperature": 0}
     requests = [
         types.SimpleNamespace(
-            args=(f"{row['question']}\nShortly.", options, lambda doc: [doc["image"]], i, "drawn", "test")
+            args=(f"{row['question']}\nBe brief.", options, lambda doc: [doc["image"]], i, "drawn", "test")
         )
         for i, row in enumerate(rows)
     ]
@@ -113,8 +113,8 @@ def test_lmms_eval_gets_answers(monkeypatch, exported, rows):
     assert tool._truncate("12.50\n\nBecause", ("\n\n",)) == "12.50"
     with pytest.raises(NotImplementedError, match="likelihoods"):
         model.loglikelihood(requests)
-    with pytest.raises(ValueError, match="unknown colour"):
-        tool.AlignVLM(pretrained=str(exported), colour="red")
+    with pytest.raises(ValueError, match="unknown color"):
+        tool.AlignVLM(pretrained=str(exported), color="red")
 
 
 def test_vlmevalkit_gets_answers(monkeypatch, exported, rows, tmp_path):

@@ -300,11 +300,11 @@ def test_the_jobset_is_valid(manifests, validator):
     validator.validate(manifests[1])
 
 
-def misspelt(jobset):
+def misspelled_field(jobset):
     jobset["spec"]["replicatedJob"] = jobset["spec"].pop("replicatedJobs")
 
 
-def misplaced(jobset):
+def misplaced_field(jobset):
     job_of(jobset)["nodeSelector"] = job_of(jobset)["template"]["spec"].pop("nodeSelector")
 
 
@@ -325,7 +325,8 @@ def number_in_a_label(jobset):
 
 
 @pytest.mark.parametrize(
-    "change", [misspelt, misplaced, number_as_text, rule_without_name, always_restarted, number_in_a_label]
+    "change",
+    [misspelled_field, misplaced_field, number_as_text, rule_without_name, always_restarted, number_in_a_label],
 )
 def test_the_schema_refuses_what_kubernetes_refuses(manifests, validator, change):
     jobset = copy.deepcopy(manifests[1])

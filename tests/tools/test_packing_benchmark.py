@@ -1,4 +1,4 @@
-"""`benchmark.py packing`: a thousand bins reach the target fill."""
+"""Tests of `benchmark.py packing`: a thousand bins reach the target share of real content."""
 
 import argparse
 import json

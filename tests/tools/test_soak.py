@@ -1,4 +1,4 @@
-"""The checks of the soak test: they notice every kind of loss. (`make test-large` runs the soak test itself.)"""
+"""Tests of the soak test's checks, which notice every kind of loss. (`make test-large` runs the soak test itself.)"""
 
 import json
 
@@ -11,7 +11,7 @@ STEPS = 6
 
 
 def write_run(folder, notes, losses) -> runs.Run:
-    """Writes the journal and the output of a run whose sessions took these steps with these losses."""
+    """Writes the journal and the output of a run that took these steps with these losses, and returns the run."""
     folder.mkdir()
     run = runs.Run(folder, ExperimentConfig(), folder / "cache")
     for session in sorted({note["sitting"] for note in notes}):
