@@ -1,4 +1,4 @@
-"""Checkpoints on disks that fail: damaged files are named, damaged steps are skipped, and the last good step stays."""
+"""Checkpoints on failing disks: damaged files are named, damaged steps are skipped, the last good step is kept."""
 
 import contextlib
 import json
@@ -21,20 +21,21 @@ from tests.training import breakage
 
 
 def state_at(step: int, size: int = 64) -> tuple[dict, dict]:
-    """Weights and a state of the optimizer that tell the step they belong to."""
+    """Returns weights and an optimizer state whose values show the step they belong to."""
     weights = jnp.full((size,), step, jnp.float32)
     return {"language": {"embedding": weights}}, {"mu": {"embedding": weights + 1}}
 
 
 def write_steps(workdir, *steps, size=64, metrics=None, **config) -> Checkpointer:
+    """Saves the steps in order; `metrics` is {step: metrics}, and `config` holds fields of `CheckpointConfig`."""
     with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(**{"keep": 10, **config}))) as checkpointer:
         for step in steps:
             checkpointer.save(Progress(step, 0, step), *state_at(step, size), {"rows": step}, (metrics or {}).get(step))
     return checkpointer
 
 
-def newest(workdir) -> int | None:
-    """Returns the step that a run would resume from, after restoring it and checking its arrays."""
+def restored_step(workdir) -> int | None:
+    """Returns the step that a run would resume from, or None, after restoring it and checking its arrays."""
     with Checkpointer(workdir, ExperimentConfig()) as checkpointer:
         progress = checkpointer.latest()
         if progress is None:
@@ -54,16 +55,16 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def run(written, tmp_path):
-    """A copy of a run with the steps 10 and 20."""
+    """A copy of a run with steps 10 and 20, for the test to damage."""
     return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
 
 
-def files_of(step: pathlib.Path) -> list[pathlib.Path]:
+def list_files(step: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in step.rglob("*") if path.is_file())
 
 
 def test_the_newest_step_is_resumed_from_and_records_what_wrote_it(run):
-    assert newest(run) == 20
+    assert restored_step(run) == 20
     meta = read_meta(run / "checkpoints" / "20")
     assert meta["versions"] == provenance.versions() and {"jax", "alignvlm_jax"} <= set(meta["versions"])
     git = provenance.git_revision()
@@ -73,7 +74,7 @@ def test_the_newest_step_is_resumed_from_and_records_what_wrote_it(run):
 @pytest.mark.parametrize("how", ["flipped", "truncated", "deleted"])
 def test_any_damaged_file_is_named(run, capsys, how):
     step = run / "checkpoints" / "20"
-    files = files_of(step)
+    files = list_files(step)
     assert len(files) > 15
     for path in files:
         before = path.read_bytes()
@@ -83,7 +84,7 @@ def test_any_damaged_file_is_named(run, capsys, how):
             path.write_bytes(before[:-1])
         else:
             path.write_bytes(flip(before))
-        if before or how == "deleted":
+        if before or how == "deleted":  # An empty file can only be deleted.
             reason = integrity.damage(step)
             assert reason and (str(path.relative_to(step)) in reason or path.name.startswith("digests")), path
         path.write_bytes(before)
@@ -91,21 +92,22 @@ def test_any_damaged_file_is_named(run, capsys, how):
 
 
 def flip(data: bytes) -> bytes:
+    """Returns the data with one bit flipped, in the middle byte."""
     middle = len(data) // 2
     return data[:middle] + bytes([byte ^ 1 for byte in data[middle : middle + 1]]) + data[middle + 1 :]
 
 
-def test_a_flipped_byte_of_a_weight_is_seen(run, capsys):
-    """Orbax restores it as another number; see design.md, "Known facts"."""
+def test_a_flipped_byte_of_a_weight_is_detected(run, capsys):
+    """Without digests nothing would notice it: Orbax restores the changed number without an error."""
     step = run / "checkpoints" / "20"
     path = max((step / "params").rglob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
     path.write_bytes(flip(path.read_bytes()))
-    assert newest(run) == 10
+    assert restored_step(run) == 10
     assert f"{step} is skipped: {path.relative_to(step)} does not match its digest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["empty", "half deleted", "not finished", "digests torn"])
-def test_half_a_step_is_skipped(run, capsys, how):
+def test_an_incomplete_step_is_skipped(run, capsys, how):
     step = run / "checkpoints" / "20"
     if how == "empty":
         shutil.rmtree(step)
@@ -116,14 +118,14 @@ def test_half_a_step_is_skipped(run, capsys, how):
         (step / "digests.0-of-1.json").rename(step / "digests.0-of-2.json")
     else:
         (step / "digests.0-of-1.json").write_bytes((step / "digests.0-of-1.json").read_bytes()[:-20])
-    assert newest(run) == 10 and complete_steps(run / "checkpoints") == [10]
+    assert restored_step(run) == 10 and complete_steps(run / "checkpoints") == [10]
     assert f"{step} is skipped" in capsys.readouterr().err
     shutil.rmtree(run / "checkpoints" / "10")
-    if how == "half deleted":  # it was complete before
+    if how == "half deleted":  # The step was complete once, so starting over would lose it.
         with pytest.raises(UserError, match="no undamaged checkpoint"):
-            newest(run)
-    else:  # the state after a kill during the first save
-        assert newest(run) is None
+            restored_step(run)
+    else:  # A kill during the first save leaves this; the run starts over.
+        assert restored_step(run) is None
 
 
 def test_a_run_does_not_start_over_if_all_checkpoints_are_damaged(run):
@@ -131,16 +133,16 @@ def test_a_run_does_not_start_over_if_all_checkpoints_are_damaged(run):
         path = run / "checkpoints" / str(step) / "meta" / "metadata"
         path.write_bytes(flip(path.read_bytes()))
     with pytest.raises(UserError, match=r"to resume from \(step 20: meta/metadata .*; step 10: "):
-        newest(run)
-    for step in (10, 20):  # the same for checkpoints of versions that did not write digests
+        restored_step(run)
+    for step in (10, 20):  # The same holds for checkpoints of versions that wrote no digests.
         (run / "checkpoints" / str(step) / "digests.0-of-1.json").unlink()
     with pytest.raises(UserError, match="no undamaged checkpoint"):
-        newest(run)
+        restored_step(run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
 
 
 def test_a_skipped_step_does_not_count_as_kept(run):
-    """20 is damaged, and 30 is saved: if two steps are kept, 10 is the one to fall back to."""
+    """Step 20 is damaged when step 30 is saved. With `keep=2`, step 10 must stay, as the step to fall back to."""
     path = next(iter((run / "checkpoints" / "20" / "params" / "d").iterdir()))
     path.write_bytes(flip(path.read_bytes()))
     config = ExperimentConfig(checkpoint=CheckpointConfig(keep=2))
@@ -153,19 +155,19 @@ def test_a_skipped_step_does_not_count_as_kept(run):
 
 def test_a_problem_with_an_old_step_does_not_affect_the_new_one(run, capsys):
     path = run / "checkpoints" / "10" / "meta" / "metadata"
-    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])  # no longer valid UTF-8
     write_steps(run, 30, keep=3)
-    assert newest(run) == 30
+    assert restored_step(run) == 30
     with breakage.immutable(run / "checkpoints" / "20"):
         write_steps(run, 40, keep=1)
-    assert newest(run) == 40
+    assert restored_step(run) == 40
     assert "older checkpoints could not be deleted" in capsys.readouterr().err
 
 
-def test_digests_that_are_being_written_are_waited_for(run):
+def test_digests_of_other_hosts_are_waited_for(run):
     step = run / "checkpoints" / "20"
     complete = (step / "digests.0-of-1.json").read_text()
-    (step / "digests.0-of-1.json").write_text(complete[:100])  # as another host sees the file if it reads too early
+    (step / "digests.0-of-1.json").write_text(complete[:100])  # What another host sees if it reads too early.
     writer = threading.Timer(0.3, (step / "digests.0-of-1.json").write_text, [complete])
     writer.start()
     integrity.wait_for_seals(step, seconds=60)
@@ -176,36 +178,37 @@ def test_digests_that_are_being_written_are_waited_for(run):
 
 
 def test_a_step_is_sealed_only_once_its_files_are_on_the_disk(tmp_path, monkeypatch):
-    """A sealed step lets older steps be deleted, so it must survive a power failure at that moment."""
-    synced, written = [], []
+    """Older steps are deleted once a step is sealed, so the sealed step must survive a power failure at that moment."""
+    synced, num_synced_before_digests = [], []
     fsync, write_text = os.fsync, pathlib.Path.write_text
 
-    def note(handle):
+    def recording_fsync(handle):
         synced.append(os.readlink(f"/proc/self/fd/{handle}"))
         fsync(handle)
 
-    def write(path, *arguments, **named):
+    def recording_write_text(path, *arguments, **named):
         if path.name.startswith("digests"):
-            written.append(len(synced))
+            num_synced_before_digests.append(len(synced))
         return write_text(path, *arguments, **named)
 
     write_steps(tmp_path, 10)
     step = tmp_path / "checkpoints" / "10"
     (step / "digests.0-of-1.json").unlink()
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(pathlib.Path, "write_text", write)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(pathlib.Path, "write_text", recording_write_text)
     integrity.seal(step)
-    before = set(synced[: written[0]])
-    files = [path for path in files_of(step) if not path.name.startswith("digests")]
+    # First all files and folders are synced, then the digests are written and synced.
+    before = set(synced[: num_synced_before_digests[0]])
+    files = [path for path in list_files(step) if not path.name.startswith("digests")]
     folders = {str(path) for path in (step, *step.rglob("*")) if path.is_dir()} | {str(step.parent)}
     assert {str(path) for path in files} | folders <= before
-    assert synced[written[0] :] == [str(step / "digests.0-of-1.json"), str(step)]
+    assert synced[num_synced_before_digests[0] :] == [str(step / "digests.0-of-1.json"), str(step)]
 
 
 def test_a_step_is_complete_with_its_last_file_and_not_before(run):
     """Files appear one by one and nothing is renamed, as in an object store."""
     source, copy = run / "checkpoints" / "20", run / "checkpoints" / "30"
-    for order in (files_of(source), files_of(source)[::-1]):
+    for order in (list_files(source), list_files(source)[::-1]):
         for path in order:
             assert integrity.incompleteness(copy), f"complete without {path}"
             (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -214,20 +217,21 @@ def test_a_step_is_complete_with_its_last_file_and_not_before(run):
         shutil.rmtree(copy)
 
 
-def test_each_process_vouches_for_what_it_wrote(run):
+def test_each_process_seals_the_files_it_wrote(run):
     step = run / "checkpoints" / "20"
     (step / "digests.0-of-1.json").unlink()
+    # The step of one process becomes one that two processes wrote.
     (step / "params" / "ocdbt.process_0").rename(step / "params" / "ocdbt.process_1")
     integrity.seal(step, 0, 2)
     assert "process 1" in integrity.incompleteness(step)
     integrity.seal(step, 1, 2)
-    shares = [set(json.loads((step / f"digests.{i}-of-2.json").read_text())["files"]) for i in (0, 1)]
-    assert not shares[0] & shares[1] and all("ocdbt.process_1" in file or "process_1" in file for file in shares[1])
+    sealed = [set(json.loads((step / f"digests.{i}-of-2.json").read_text())["files"]) for i in (0, 1)]
+    assert not sealed[0] & sealed[1] and all("ocdbt.process_1" in file or "process_1" in file for file in sealed[1])
     assert integrity.damage(step) is None
-    for path in shares[1]:
+    for path in sealed[1]:
         (step / path).write_bytes(flip((step / path).read_bytes()))
-        found = [integrity.damage(step, share=(i, 2)) for i in (0, 1)]
-        assert found.count(None) == 1, "exactly one of the two reads the file"
+        reasons = [integrity.damage(step, share=(i, 2)) for i in (0, 1)]
+        assert reasons.count(None) == 1, "exactly one of the two processes checks the file"
         (step / path).write_bytes(flip((step / path).read_bytes()))
 
 
@@ -237,7 +241,7 @@ def test_a_run_that_fell_back_overwrites_the_steps_it_skipped(run):
     write_steps(run, 15, keep=1)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["15"], "20 is later than the step to resume from"
     write_steps(run, 20, keep=2)
-    assert newest(run) == 20
+    assert restored_step(run) == 20
 
 
 def test_weights_are_not_read_from_a_damaged_step(run, capsys):
@@ -251,9 +255,10 @@ def test_weights_are_not_read_from_a_damaged_step(run, capsys):
         find_undamaged(step)
 
 
-def test_the_rules_decide_which_steps_are_kept(tmp_path):
+def test_retention_rules_choose_the_steps_to_keep(tmp_path):
     losses = {step: {"loss": loss} for step, loss in zip(range(1, 9), (9, 3, 8, 7, 6, float("nan"), 5, 4), strict=True)}
     write_steps(tmp_path, *range(1, 9), metrics=losses, keep=2, keep_every=4, keep_best=1)
+    # The best loss is that of step 2; 4 and 8 are multiples of `keep_every`; 7 and 8 are the newest two.
     assert complete_steps(tmp_path / "checkpoints") == [2, 4, 7, 8]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "7", "8"]
 
@@ -274,7 +279,8 @@ def file_in_the_way(workdir):
     (workdir / "away").rename(workdir / "checkpoints")
 
 
-BROKEN = {
+# How the disk fails -> (context manager that breaks the disk, expected message).
+FAILURES = {
     "full disk": (full_disk, "No space left on device"),
     "read-only": (breakage.read_only, "Read-only file system"),
     "no permission": (lambda workdir: breakage.immutable(workdir / "checkpoints"), "Operation not permitted"),
@@ -282,21 +288,22 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_disk_that_fails_costs_no_step(tmp_path, capsys, how):
-    breaks, message = BROKEN[how]
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_failing_disk_costs_no_step(tmp_path, capsys, how):
+    break_disk, message = FAILURES[how]
+    # A file system of its own, which can be filled and made read-only without harm to others.
     parent = tmp_path if how == "no permission" else breakage.small_disk(tmp_path / "disk", 4)
     with contextlib.nullcontext(parent) if how == "no permission" else parent as workdir:
         with Checkpointer(workdir, ExperimentConfig(checkpoint=CheckpointConfig(keep=1))) as checkpointer:
             save = lambda step: checkpointer.save(Progress(step, 0, step), *state_at(step, 100_000), {"rows": step})  # noqa: E731
             save(1)
             checkpointer.wait()
-            with breaks(workdir):
+            with break_disk(workdir):
                 save(2)
                 with pytest.raises(UserError, match=f"step 2 could not be saved in {workdir}/checkpoints/2: {message}"):
                     checkpointer.wait()
             assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
-            save(3)  # the run continues
+            save(3)  # The disk works again, and so does the checkpointer.
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
         params, _ = checkpointer.restore(Progress(3, 0, 3), *state_at(0, 100_000))
         np.testing.assert_array_equal(params["language"]["embedding"], 3)

@@ -139,7 +139,7 @@ def test_evaluation_during_training_does_not_change_it(experiment, tmp_path, cap
     losses = {}
     no_evaluation = dataclasses.replace(experiment, evaluation=EvaluationConfig())
     assert during_training(no_evaluation) is None
-    without = tiny.train(tmp_path / "without", no_evaluation, losses=losses, made=[])
+    without = tiny.train(tmp_path / "without", no_evaluation, losses=losses, examples=[])
     score, scores = during_training(experiment), []
 
     def recording_score(params, mesh):
@@ -148,7 +148,7 @@ def test_evaluation_during_training_does_not_change_it(experiment, tmp_path, cap
         return scores[-1]
 
     scored_losses = {}
-    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, made=[], score=recording_score)
+    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, examples=[], score=recording_score)
     assert scored_losses == losses
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(scored.params), jax.device_get(without.params))
     assert len(scores) == 2 and all(0 <= figures["exact_match"] <= 1 for figures in scores)

@@ -1,7 +1,7 @@
-"""Starts the processes of a run on this machine.
+"""Starts the processes of a distributed run on this machine.
 
-Each process runs `worker.py` with its own devices and joins the run by explicit arguments, like
-`alignvlm train --coordinator`.
+Each process runs `worker.py` with its own CPU devices and joins the run by explicit arguments, as
+`alignvlm train --coordinator` does.
 """
 
 import dataclasses
@@ -37,17 +37,18 @@ class Process:
             time.sleep(0.05)
 
 
-def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **arguments) -> list[Process]:
+def start(folder: pathlib.Path, task: str, num_processes: int, *, devices: int = 2, **arguments) -> list[Process]:
     """Starts processes that run a task of `worker.py`.
 
     Args:
-      folder: folder of their output; that of process 0 is 0.txt.
-      task: name of a function of the worker.
-      number: number of processes.
+      folder: folder for their output; process 0 writes to 0.txt.
+      task: name of a function in `worker.py`.
+      num_processes: number of processes.
       devices: number of devices of each process.
-      **arguments: arguments of the task. A list contains one value for each process.
+      **arguments: arguments of the task. A list holds one value for each process.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # A free port for the coordinator. It is closed again here; process 0 opens it.
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     environment = {
@@ -59,13 +60,13 @@ def start(folder: pathlib.Path, task: str, number: int, *, devices: int = 2, **a
         "PYTHONUNBUFFERED": "1",
     }
     processes = []
-    for i in range(number):
-        own = {key: value[i] if isinstance(value, list) else value for key, value in arguments.items()}
-        command = [sys.executable, "-m", "tests.parallel.worker", task, f"localhost:{port}", str(number), str(i)]
+    for i in range(num_processes):
+        own_arguments = {key: value[i] if isinstance(value, list) else value for key, value in arguments.items()}
+        command = [sys.executable, "-m", "tests.parallel.worker", task, f"localhost:{port}", str(num_processes), str(i)]
         output = folder / f"{i}.txt"
         with output.open("w") as out:
             process = subprocess.Popen(
-                [*command, json.dumps(own)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+                [*command, json.dumps(own_arguments)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
             )
         processes.append(Process(process, output))
     return processes

@@ -1,4 +1,4 @@
-"""Device kinds as the drivers report them, and rates that agree with other published figures."""
+"""Device kinds as drivers report them, and rates that agree with independently published figures."""
 
 import pytest
 
@@ -36,9 +36,10 @@ def test_a_device_kind_names_its_chip(kind):
 
 @pytest.mark.parametrize(
     "kind",
+    # L40 and MIG instances must not match L40S and the complete H100.
     ["cpu", "", "TPU v3", "TPU v9", "NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
 )
-def test_unknown_devices_have_no_chip(kind):
+def test_an_unknown_device_has_no_chip(kind):
     assert chips.find_chip(kind) is None
 
 
@@ -50,7 +51,7 @@ def test_unknown_devices_have_no_chip(kind):
         (chips.TPU_V6E, 256, 234.9e15, 102.4e12),
     ],
 )
-def test_chips_add_up_to_the_pods_that_google_publishes(chip, pod_chips, pod_flops, pod_all_reduce):
+def test_chips_add_up_to_googles_published_pods(chip, pod_chips, pod_flops, pod_all_reduce):
     """A pod's published all-reduce bandwidth is the sum over the links of all its chips, in one direction."""
     assert pod_chips * chip.peak_flops == pytest.approx(pod_flops, rel=0.03)
     assert pod_chips * chip.ici_bandwidth == pytest.approx(pod_all_reduce, rel=0.03)

@@ -1,4 +1,4 @@
-"""Start-up of a run, tested in a single process; test_processes.py starts several of them."""
+"""Start-up of a run, tested in a single process; test_processes.py starts several processes."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_a_single_process_is_primary_and_gathers_its_own_value():
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
-def test_clusters_are_recognized(environ, expected):
+def test_multi_host_environments_are_recognized(environ, expected):
     assert distributed.is_multi_host(environ) == expected
 
 
@@ -42,7 +42,7 @@ def test_clusters_are_recognized(environ, expected):
         (dict(coordinator="a:1", num_processes=2, process_id=2), "--process-id: expected 0 to 1, got 2"),
     ],
 )
-def test_incomplete_or_invalid_arguments(arguments, message):
+def test_incomplete_or_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(**arguments)
 

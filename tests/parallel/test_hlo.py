@@ -1,7 +1,7 @@
-"""Counts from the text of compiled programs, against counts known from arithmetic.
+"""FLOPs, bytes and collectives counted in the text of compiled programs, against counts done by hand.
 
-The texts come from XLA's CPU compiler (8 devices). Where its TPU compiler writes programs differently, they are copied
-from its output.
+Most programs are compiled here, by XLA's CPU compiler for 8 devices. Where the TPU compiler writes programs
+differently, the text is copied from its output.
 """
 
 import functools
@@ -23,7 +23,7 @@ def _compile(function, *arguments, **options):
     return jax.jit(function, **options).lower(*arguments).compile().as_text()
 
 
-def test_products_in_nested_loops_are_counted_as_often_as_they_run():
+def test_products_in_nested_loops_are_counted_once_per_iteration():
     def step(x, w):
         def inner(x, _):
             return jnp.tanh(x @ w), None
@@ -40,7 +40,7 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
     assert hlo_work.bytes_moved(program) >= 42 * 4 * (12 * 16 + 16 * 16 + 12 * 16)
 
 
-def test_the_caller_provides_the_trips_of_a_loop_that_depends_on_the_data():
+def test_the_caller_provides_trip_counts_of_data_dependent_loops():
     def step(x, count):
         return jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)
 
@@ -51,7 +51,7 @@ def test_the_caller_provides_the_trips_of_a_loop_that_depends_on_the_data():
     assert op_names and all("while" in name for name in op_names)
 
 
-def test_batched_products():
+def test_batched_products_are_counted():
     left, right = jnp.ones((3, 4, 5, 6)), jnp.ones((3, 6, 7))
     text = _compile(lambda a, b: jnp.einsum("bijk,bkl->bijl", a, b), left, right)
     assert sum(hlo_work.flops(Program(text)).values()) == 2 * 3 * 4 * 5 * 6 * 7
@@ -73,7 +73,7 @@ def test_batched_products():
         ),
     ],
 )
-def test_the_tpu_writes_products_as_convolutions(line, flops):
+def test_products_written_as_convolutions_are_counted(line, flops):
     text = f"""HloModule test
 
 ENTRY %main (a: bf16[9728,4096], b: bf16[4096,14336]) -> bf16[9728,14336] {{
@@ -87,7 +87,7 @@ ENTRY %main (a: bf16[9728,4096], b: bf16[4096,14336]) -> bf16[9728,14336] {{
     assert hlo_work.flops(Program(text)) == {"jit(step)/layers/mlp/up/dot_general": flops}
 
 
-def test_windows_count_positions_that_read_an_input():
+def test_only_window_positions_inside_the_input_are_counted():
     rng = np.random.default_rng(0)
     for _ in range(50):
         source, size, stride, low, spread, dilate = (int(rng.integers(1, n)) for n in (9, 5, 4, 4, 3, 3))
@@ -138,7 +138,7 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 """  # noqa: E501
 
 
-def test_products_inside_pallas_kernels():
+def test_products_inside_pallas_kernels_are_counted():
     program = Program(SPLASH)
     square = 9728 * 9728 / 2  # Causal: the blocks above the diagonal are skipped.
     assert hlo_work.flops(program) == {
@@ -177,13 +177,14 @@ def _traffic():
     return _compile(function, jnp.ones((32, 64)), jnp.ones((64, 64)), in_shardings=shardings)
 
 
-def test_collectives_with_loops_multiplied_out():
+def test_collectives_in_loops_are_counted_once_per_iteration():
     found = hlo_collectives.collectives(Program(_traffic()), [0] * 8)
     total = {}
     for one in found:
         total.setdefault(one.kind, []).append((one.count, one.bytes_sent))
-    half = 1 / 2  # (n - 1) / n in a ring of two.
+    half = 1 / 2  # Each device of a ring of n sends (n - 1) / n of the bytes.
     assert total["all-gather"] == [(6, 64 * 64 * 4 * half)]
+    # An all-reduce is a reduce-scatter and an all-gather: hence the factor 2.
     assert sorted(total["all-reduce"]) == [(1, 2 * 16 * 64 * 4 * half), (6, 2 * 16 * 64 * 4 * half)]
 
 
@@ -205,12 +206,12 @@ def test_collectives_across_slices_are_distinguished():
         ("replica_groups={}", []),
     ],
 )
-def test_groups_in_all_notations_of_xla(attributes, groups):
+def test_groups_are_parsed_in_every_notation_of_xla(attributes, groups):
     assert _groups(attributes, 4) == groups
 
 
-def test_a_chain_of_parts_is_one_collective():
-    """XLA's TPU compiler splits a gather into parts that overlap with products."""
+def test_a_chain_of_parts_is_counted_as_one_collective():
+    """XLA's TPU compiler splits a gather into parts that overlap with products; its bytes must be counted once."""
     text = """HloModule test
 
 %start (p: bf16[4,2]) -> bf16[4,4] {
@@ -235,7 +236,7 @@ ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
     assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
 
 
-def test_messages_between_slices_become_collectives():
+def test_transfers_between_slices_are_reported_as_collectives():
     """The text is copied from a program for two slices, with shorter names."""
     text = """HloModule test
 
@@ -256,7 +257,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
     assert found == {"all-reduce": 512, "all-gather": 1024, "collective-permute": 512}
 
 
-def test_the_largest_buffers_come_with_their_origin():
+def test_the_largest_buffers_are_listed_with_their_origin():
     text = _compile(lambda x: jnp.sort(x @ x.T, axis=-1)[:, :2], jnp.ones((96, 4)))
     (size, shape, origin), *_ = hlo_work.largest_buffers(Program(text), 3)
     assert size == 96 * 96 * 4 and shape == "f32[96,96]" and origin

@@ -1,4 +1,4 @@
-"""The mesh of a config, and the sharding rules applied to shapes."""
+"""Meshes built from configs, and the sharding rules applied to shapes."""
 
 import dataclasses
 
@@ -28,14 +28,17 @@ def test_minus_one_gets_the_remaining_devices(config, shape):
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=16), MeshConfig(2, 2, 1)])
-def test_sizes_must_multiply_to_the_devices(config):
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(config):
     with pytest.raises(UserError, match="config.mesh: .* 8 device"):
         make_mesh(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Attributes that `make_mesh` reads from the chips of two v5p:2x2x2 slices, which are numbered alternately."""
+    """Attributes that `make_mesh` reads from the chips of two v5p:2x2x2 slices.
+
+    Ids alternate between the slices, so a mesh that ignores the slices mixes them.
+    """
 
     id: int
     platform: str = "tpu"
@@ -75,7 +78,7 @@ def boxed(axes, shape):
     return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
 
 
-def test_names_become_specs():
+def test_axis_names_become_partition_specs():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     tree = {
         "embedding": boxed(("vocab", "embed"), (64, 16)),
@@ -87,20 +90,20 @@ def test_names_become_specs():
     assert specs["embedding"] == jax.P("tensor", "fsdp")
     assert specs["down"] == jax.P(None, "tensor", "fsdp")
     assert specs["norm"] == jax.P(None)
-    assert specs["odd"] == jax.P(None, "fsdp"), "an axis that the mesh does not divide is not split"
+    assert specs["odd"] == jax.P(None, "fsdp"), "an axis whose length the mesh does not divide is not split"
 
 
 def test_every_weight_of_every_connector_has_a_rule():
     from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
     from alignvlm_jax.models.connectors import connector_named, connector_names
 
-    known = {name for name, _ in sharding.RULES} | {None}
+    known_names = {name for name, _ in sharding.RULES} | {None}
     for connector in map(connector_named, connector_names()):
         config = AlignVLMConfig(connector=connector.config())
         tree = jax.eval_shape(lambda config=config: random_parameters(config, jax.random.key(0)))
         for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)):
             assert isinstance(leaf, nn.LogicallyPartitioned), "every weight names its axes"
-            assert set(leaf.names) <= known, leaf.names
+            assert set(leaf.names) <= known_names, leaf.names
         sharding.parameter_shardings(tree, make_mesh(MeshConfig(2, 2, 2)))
 
 

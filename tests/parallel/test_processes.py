@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine: the same results as one process, and the end when one of them dies."""
+"""Runs of several processes on this machine: they give the results of one process, and all end if one of them dies."""
 
 import dataclasses
 import json
@@ -28,47 +28,56 @@ HOSTS = ["host0", "host1", "host2"]
 def alone(tmp_path_factory):
     """Losses and refused examples of each step in a run of one process."""
     losses = {}
-    tiny.train(tmp_path_factory.mktemp("alone") / "run", tiny.config((2, 2, 2)), losses=losses, made=[])
+    tiny.train(tmp_path_factory.mktemp("alone") / "run", tiny.config((2, 2, 2)), losses=losses, examples=[])
     return losses
 
 
-def read_logs(workdir, number):
+def read_logs(workdir, num_processes):
     """Returns the losses, which must be the same in every process, and the examples that all processes made."""
-    files = [json.loads(open(f"{workdir}.{number}.{i}.json").read()) for i in range(number)]
+    files = [json.loads(open(f"{workdir}.{num_processes}.{i}.json").read()) for i in range(num_processes)]
     losses = [{int(step): value for step, value in file["losses"].items()} for file in files]
     assert all(losses[0] == other for other in losses)
-    return losses[0], [made for file in files for made in file["made"]]
+    return losses[0], [example for file in files for example in file["examples"]]
 
 
-def assert_same_losses(found, expected, steps):
-    assert list(found) == list(steps)
-    for step, (loss, refused) in found.items():
+def assert_same_losses(losses, expected, steps):
+    assert list(losses) == list(steps)
+    for step, (loss, refused) in losses.items():
+        # Reductions between processes may sum in another order, so the losses need not be equal bit for bit.
         np.testing.assert_allclose(loss, expected[step][0], rtol=1e-5, err_msg=f"step {step}")
         assert refused == tiny.ROWS, "each row is counted once"
 
 
-def examples(steps):
+def expected_examples(steps):
+    """Returns [step index, row] of every random bin that the steps use."""
     return [[step - 1, row] for step in steps for row in range(tiny.ROWS)]
 
 
-def stopped_run(tmp_path, number, alone):
-    """Returns the workdir of a run of `number` processes, ended by a SIGTERM to the last one after step 2."""
-    workdir, stops = tmp_path / "run", [None] * (number - 1) + [2]
-    several = processes.start(
-        tmp_path / "output", "train", number, devices=8 // number, workdir=str(workdir), mesh=(2, 2, 2), stop_at=stops
+def stopped_run(tmp_path, num_processes, alone):
+    """Returns the workdir of a run that ended because its last process received SIGTERM after step 2."""
+    workdir, stops = tmp_path / "run", [None] * (num_processes - 1) + [2]
+    job = processes.start(
+        tmp_path / "output",
+        "train",
+        num_processes,
+        devices=8 // num_processes,
+        workdir=str(workdir),
+        mesh=(2, 2, 2),
+        stop_at=stops,
     )
-    assert processes.finish(several) == [75] * number, several[0].text()
-    losses, made = read_logs(workdir, number)
+    assert processes.finish(job) == [75] * num_processes, job[0].text()
+    losses, examples = read_logs(workdir, num_processes)
+    # One process gets the signal after step 2; all agree on it during step 3, and save that.
     assert_same_losses(losses, alone, [1, 2, 3])
-    assert sorted(made) == examples([1, 2, 3]), "each example is made by one process"
+    assert sorted(examples) == expected_examples([1, 2, 3]), "each example is made by one process"
     assert find_checkpoint(workdir) == (workdir, 3)
-    assert "interrupted: saved after step 3" in several[0].text() and "| loss" in several[0].text()
-    assert "| loss" not in several[1].text(), "only process 0 prints"
+    assert "interrupted: saved after step 3" in job[0].text() and "| loss" in job[0].text()
+    assert "| loss" not in job[1].text(), "only process 0 prints"
     return workdir
 
 
 @pytest.mark.large
-def test_a_save_that_fails_on_one_of_two_ends_both_and_training_resumes_from_the_step_before(alone, tmp_path):
+def test_a_failed_save_on_one_process_ends_both_and_the_run_resumes_from_the_step_before(alone, tmp_path):
     workdir = tmp_path / "run"
     two = processes.start(
         tmp_path / "two",
@@ -82,20 +91,20 @@ def test_a_save_that_fails_on_one_of_two_ends_both_and_training_resumes_from_the
     )
     codes = processes.finish(two)
     assert codes[1] == 2 and codes[0] != 0, two[0].text() + two[1].text()
-    # Process 1's own message is truncated by the file-size limit that it ran into.
+    # Process 0's output is checked, because process 1's is truncated by the file-size limit that it ran into.
     message = two[0].text()
     assert (
         "process 1 of 2) ended with an error: UserError: step 3 could not be saved" in message and "File too" in message
     )
     assert max(complete_steps(workdir / "checkpoints")) == 2
     losses = {}
-    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
+    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, examples=[])
     assert_same_losses(losses, alone, [3, 4, 5])
 
 
 def resume_alone(workdir, alone):
     losses = {}
-    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, made=[])
+    tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, examples=[])
     assert_same_losses(losses, alone, [4, 5])
 
 
@@ -110,9 +119,9 @@ def test_four_processes_train_as_one_and_two_resume(alone, tmp_path):
     resume_alone(tmp_path / "copy", alone)
     two = processes.start(tmp_path / "two", "train", 2, devices=4, workdir=str(workdir), mesh=(2, 2, 2))
     assert processes.finish(two) == [0] * 2, two[0].text()
-    losses, made = read_logs(workdir, 2)
+    losses, examples = read_logs(workdir, 2)
     assert_same_losses(losses, alone, [4, 5])
-    assert sorted(made) == examples([4, 5])
+    assert sorted(examples) == expected_examples([4, 5])
     written = np.load(f"{workdir}.npz")
     for path, leaf in jax.tree.leaves_with_path(weights.restore_params(workdir)):
         np.testing.assert_array_equal(leaf, written[jax.tree_util.keystr(path)])
@@ -136,27 +145,28 @@ def test_each_document_is_read_by_one_process(tmp_path):
             batches.stage(mixture=(MixturePart("documents", task="qa"),), steps=None, epochs=2.0, global_batch=12),
         ),
     )
-    losses, read = {}, []
-    tiny.train(tmp_path / "alone", config, losses=losses, made=read, documents=True)
-    assert sorted(read) == sorted([*range(40)] * 2) and len(losses) >= 4
+    losses, documents = {}, []
+    tiny.train(tmp_path / "alone", config, losses=losses, examples=documents, documents=True)
+    assert sorted(documents) == sorted([*range(40)] * 2) and len(losses) >= 4
 
     workdir = tmp_path / "two"
     two = processes.start(tmp_path / "out", "train", 2, devices=4, workdir=str(workdir), config=config_to_dict(config))
     assert processes.finish(two) == [0] * 2, two[0].text()
-    found, read_by_two = read_logs(workdir, 2)
-    assert found.keys() == losses.keys()
-    for step, (loss, _) in found.items():
+    losses_of_two, documents_of_two = read_logs(workdir, 2)
+    assert losses_of_two.keys() == losses.keys()
+    for step, (loss, _) in losses_of_two.items():
         np.testing.assert_allclose(loss, losses[step][0], rtol=1e-5, err_msg=f"step {step}")
-    assert sorted(read_by_two) == sorted(read)
-    assert all(set(json.loads(open(f"{workdir}.2.{i}.json").read())["made"]) for i in range(2))
+    assert sorted(documents_of_two) == sorted(documents)
+    # Both processes read some of the documents.
+    assert all(set(json.loads(open(f"{workdir}.2.{i}.json").read())["examples"]) for i in range(2))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_dies_the_others_end_and_name_its_machine(tmp_path, victim):
+def test_when_a_process_dies_the_others_end_and_name_its_machine(tmp_path, victim):
     three = processes.start(tmp_path, "count", 3, host=HOSTS)
     for process in three:
         process.wait_for("counted 2")
-    for process in three:  # Like Slurm, which signals every process of a job. Watchers must survive.
+    for process in three:  # As Slurm does to every process of a job. The watchers must survive it.
         (watcher,) = psutil.Process(process.process.pid).children()
         watcher.terminate()
     three[victim].process.kill()
@@ -186,7 +196,7 @@ def test_when_a_machine_falls_silent_the_others_end_and_name_it(tmp_path):
         assert "host1 (process 1 of 3) has sent nothing for 20 s" in three[i].text()
 
 
-def test_when_one_fails_the_others_name_the_error(tmp_path):
+def test_when_a_process_fails_the_others_report_its_error(tmp_path):
     two = processes.start(tmp_path, "count", 2, host=HOSTS, fail_at=[None, 3])
     codes = processes.finish(two, seconds=60)
     assert codes[0] != 0 and codes[1] == 2

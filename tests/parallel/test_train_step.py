@@ -1,4 +1,4 @@
-"""The train step on meshes: placement of all arrays, communication, and the same loss on every shape of mesh."""
+"""The train step on meshes: where its arrays are placed, what is gathered, and the same loss on every mesh."""
 
 import dataclasses
 import itertools
@@ -69,20 +69,20 @@ def test_the_step_keeps_the_shardings_of_weights_and_optimizer(compiled, mesh):
         "['language']['layers']['attention']['query']['kernel']": (2, WIDTH // 2, WIDTH // 2),
     }
     for ending, shape in expected.items():
-        found = [leaf for path, leaf in leaves if jax.tree_util.keystr(path).endswith(ending)]
-        assert len(found) == 3, f"{ending}: the weight and its two moments"
-        assert all(leaf.sharding.shard_shape(leaf.shape) == shape for leaf in found), ending
+        matches = [leaf for path, leaf in leaves if jax.tree_util.keystr(path).endswith(ending)]
+        assert len(matches) == 3, f"{ending}: the weight and its two moments"
+        assert all(leaf.sharding.shard_shape(leaf.shape) == shape for leaf in matches), ending
 
 
-def test_no_device_has_a_complete_table_of_words(compiled):
+def test_no_device_holds_a_complete_vocabulary_table(compiled):
     text = compiled[0].as_text()
     shapes = {_shape(shape) for shape in re.findall(r"\w+\[([\d,]+)\]", text)}
-    assert (WORDS // 2, WIDTH // 2) in shapes, "the part of a table on one device"
+    assert (WORDS // 2, WIDTH // 2) in shapes, "each device holds its part of a table"
     assert not any(WORDS in shape for shape in shapes), "a table was gathered over tensor"
 
 
 def test_bins_stay_on_their_devices_from_pixels_to_loss(mesh):
-    """Rows of the named activations are split over data and fsdp, and the widths of MLPs and heads over tensor."""
+    """Named activations are split over (data, fsdp) along rows, and MLPs and heads over tensor along their width."""
     model = AlignVLM(MODEL)
     params = abstract_state(MODEL, STAGE, mesh).params
     row_sharding = NamedSharding(mesh, jax.P(("data", "fsdp")))
@@ -116,8 +116,9 @@ def test_bins_stay_on_their_devices_from_pixels_to_loss(mesh):
         "decoder output": (rows // 4, length, WIDTH),
         "logits": (rows // 4, length, WORDS // 2),
     }
-    found = {name: output.shard_shape(shapes[name].shape) for name, output in compiled.output_shardings.items()}
-    assert found == expected
+    local_shapes = {name: output.shard_shape(shapes[name].shape) for name, output in compiled.output_shardings.items()}
+    assert local_shapes == expected
+    # The MLP's inner activations have no name; they are found in the compiled text by their unusual width.
     held = {_shape(shape) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
     wide = {shape for shape in held if shape[-1] in (INNER, INNER // 2) and math.prod(shape[:-1]) == rows // 4 * length}
     assert wide and all(shape[-1] == INNER // 2 for shape in wide), "the inner width of an MLP is split over tensor"
@@ -128,7 +129,7 @@ SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.p
 
 @pytest.mark.large
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_of_mesh_gives_the_same_losses(shape, one_device):
+def test_every_mesh_shape_gives_the_same_losses(shape, one_device):
     np.testing.assert_allclose(losses(make_mesh(MeshConfig(*shape))), one_device, rtol=1e-5)
 
 
@@ -144,12 +145,12 @@ def losses(mesh):
         state = place_state(MODEL, STAGE, mesh, jax.device_get(params))
         step = jit_train_step(MODEL, STAGE, mesh)
         batch = sharding.shard_batch(batches.random_batch(0, model=MODEL), mesh)
-        found = []
+        history = []
         for _ in range(3):
             state, metrics = step(state, batch)
-            found.append(float(metrics["loss"]))
-    assert found[2] < found[0]
-    return np.array(found)
+            history.append(float(metrics["loss"]))
+    assert history[2] < history[0]
+    return np.array(history)
 
 
 def _shape(text):

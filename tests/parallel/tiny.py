@@ -1,4 +1,4 @@
-"""A tiny experiment that is the same in every process, and hooks that record its losses and examples."""
+"""Trains a tiny experiment, the same in every process, and records its losses and the examples it used."""
 
 import dataclasses
 
@@ -26,11 +26,12 @@ MODEL = dataclasses.replace(
     language=dataclasses.replace(batches.MODEL.language, num_layers=1),
 )
 """As small as possible, because every process compiles it."""
-ROWS = 8
+ROWS = 8  # bins per microbatch; data x fsdp of every mesh in the tests divides it
 STEPS = 5
 
 
 def config(mesh, seed=0, model=MODEL) -> ExperimentConfig:
+    """Returns the experiment on a mesh of (data, fsdp, tensor) devices. It saves once, after its last step."""
     return ExperimentConfig(
         seed=seed,
         model=model,
@@ -52,51 +53,55 @@ def train(
     experiment,
     *,
     losses: dict,
-    made: list,
+    examples: list,
     documents=False,
-    spoilt=(),
-    spoilt_stage=0,
+    bad_batches=(),
+    bad_stage=0,
     skip=(),
     make_params=make_params,
-    **seams,
+    **options,
 ):
     """Trains the experiment, on random bins unless `documents`.
 
     Args:
       workdir: folder of the run.
       experiment: the config.
-      losses: receives the loss and the number of refused examples of each step.
-      made: receives the examples that this process made: (step, row) of random bins, or the numbers of documents.
+      losses: filled with {step: (loss, number of refused examples)}.
+      examples: filled with the examples that this process makes: [step, row] of random bins, or numbers of documents.
       documents: whether to read the data sets of the config. Random bins report one refused example per row.
-      spoilt: numbers of the random batches, from 1, whose loss is not finite.
-      spoilt_stage: stage of these batches.
-      skip: numbers of the random batches that are skipped.
+      bad_batches: numbers of the random batches, counted from 1, whose loss is not finite.
+      bad_stage: index of the stage that has these batches.
+      skip: numbers of the random batches that are skipped, as if they had been removed from the data.
       make_params: makes the initial weights.
-      **seams: other arguments of `loop.train`.
+      **options: other arguments of `loop.train`.
 
     Returns:
       The result of `loop.train`.
     """
 
-    class Log(metrics.MetricsLog):
+    class RecordingLog(metrics.MetricsLog):
+        """Copies the logged losses to `losses`."""
+
         def write(self, step, stage):
             summary = super().write(step, stage)
             losses[step] = summary["loss"], summary["refused"]
             return summary
 
-    class Batches:
+    class RandomBatches:
+        """Batches that depend only on the step, so that a resumed run gets the same ones."""
+
         def __init__(self, stage_index, step, rows):
-            self.step, self.rows, self.spoilt = step, list(rows), spoilt if stage_index == spoilt_stage else ()
+            self.step, self.rows, self.bad_batches = step, list(rows), bad_batches if stage_index == bad_stage else ()
 
         def __next__(self):
             while self.step + 1 in skip:
                 self.step += 1
             batch = batches.random_batch(self.step)
-            if self.step + 1 in self.spoilt:
+            if self.step + 1 in self.bad_batches:
                 batch["loss_weights"][...] = np.inf
             batch["num_refused"] = np.ones((1, ROWS), np.int32)
             batch["example_ids"] = np.arange(ROWS, dtype=np.int32).reshape(1, ROWS, 1) + ROWS * self.step
-            made.extend([self.step, row] for row in self.rows)
+            examples.extend([self.step, row] for row in self.rows)
             self.step += 1
             return {name: field[:, self.rows] for name, field in batch.items()}
 
@@ -113,22 +118,26 @@ def train(
             pass
 
     class RecordingFeed:
+        """Wraps the real feed and copies the numbers of its documents to `examples`."""
+
         def __init__(self, feed):
             self.feed = feed
 
         def __next__(self):
             batch = next(self.feed)
-            made.extend(batch["example_ids"][batch["example_ids"] >= 0].tolist())
+            examples.extend(batch["example_ids"][batch["example_ids"] >= 0].tolist())
             return batch
 
         def __getattr__(self, name):
             return getattr(self.feed, name)
 
-    class Documents(ExperimentData):
+    class DocumentData(ExperimentData):
         def batches(self, *arguments):
             return RecordingFeed(super().batches(*arguments))
 
-    class Data:
+    class RandomData:
+        """Stands in for the data sets of the config."""
+
         def __init__(self, _):
             pass
 
@@ -136,16 +145,20 @@ def train(
             return StagePlan(stage.steps, 1, 1.0)
 
         def batches(self, stage_index, stage, plan, state, rows):
-            return Batches(stage_index, state[str(rows[0])] if state else 0, rows)
+            return RandomBatches(stage_index, state[str(rows[0])] if state else 0, rows)
 
         def save_tokenizer(self, folder):
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
 
-    before, metrics.MetricsLog = metrics.MetricsLog, Log
+    original, metrics.MetricsLog = metrics.MetricsLog, RecordingLog
     try:
         return loop.train(
-            experiment, workdir, open_data=Documents if documents else Data, make_params=make_params, **seams
+            experiment,
+            workdir,
+            open_data=DocumentData if documents else RandomData,
+            make_params=make_params,
+            **options,
         )
     finally:
-        metrics.MetricsLog = before
+        metrics.MetricsLog = original

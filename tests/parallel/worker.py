@@ -1,4 +1,4 @@
-"""Tasks of one of several processes in a test; see processes.py."""
+"""Tasks that `processes.start` runs in each process of a test."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from alignvlm_jax.parallel import distributed
 
 
 def count(host, config=None, fail_at=None):
-    """Sums over all processes repeatedly, after a check that the processes have the same config."""
+    """Checks that all processes have the same config, then sums over them again and again."""
     del host  # Used by `main`.
     distributed.require_equal({"config": config or {}})
     for step in range(600):
@@ -35,7 +35,7 @@ def count(host, config=None, fail_at=None):
 def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_fails_at=None):
     """Trains the tiny model on random bins, or on the documents of a config.
 
-    Process I of N writes the losses it logged and the examples it made to WORKDIR.N.I.json.
+    Process I of N writes its logged losses and the examples it made to WORKDIR.N.I.json.
 
     Args:
       workdir: folder of the run.
@@ -48,13 +48,14 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_f
     from alignvlm_jax.config.serialization import config_from_dict
     from tests.parallel import tiny
 
-    me = jax.process_index()
-    losses, made = {}, []
+    process_index = jax.process_index()
+    losses, examples = {}, []
 
     def on_step(step):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if step == disk_fails_at:
+            # The files of a checkpoint are larger than this, so the next save fails with "File too large".
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     try:
@@ -63,29 +64,29 @@ def train(workdir, mesh=None, config=None, stop_at=None, save_every=None, disk_f
             checkpoint = dataclasses.replace(experiment.checkpoint, every_steps=save_every)
             experiment = dataclasses.replace(experiment, checkpoint=checkpoint)
         result = tiny.train(
-            workdir, experiment, losses=losses, made=made, documents=config is not None, on_step=on_step
+            workdir, experiment, losses=losses, examples=examples, documents=config is not None, on_step=on_step
         )
         params = multihost_utils.process_allgather(result.params, tiled=True)
-        if me == 0:
+        if process_index == 0:
             np.savez(
                 f"{workdir}.npz",
                 **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)},
             )
     finally:
-        with open(f"{workdir}.{jax.process_count()}.{me}.json", "w") as file:
-            json.dump({"losses": losses, "made": made}, file)
+        with open(f"{workdir}.{jax.process_count()}.{process_index}.json", "w") as file:
+            json.dump({"losses": losses, "examples": examples}, file)
 
 
-def steps(workdir, journal, steps):
-    """Runs the training of `tests/training/test_kill.py`."""
+def train_with_journal(workdir, journal, steps):
+    """Trains the experiment of `tests/training/test_kill.py`, which kills this process."""
     from tests.parallel import tiny
     from tests.training import test_kill
 
-    tiny.train(workdir, test_kill.experiment(steps), losses=test_kill.Journal(pathlib.Path(journal)), made=[])
+    tiny.train(workdir, test_kill.experiment(steps), losses=test_kill.Journal(pathlib.Path(journal)), examples=[])
 
 
-def cost(workdir, mesh, note, stop_at):
-    """Trains a model of 300 MB up to a step, and writes its peak memory and the bytes it read to `note`."""
+def measure_cost(workdir, mesh, output_file, stop_at):
+    """Trains a model of 300 MB up to a step, and writes its peak memory and the bytes it read to `output_file`."""
     from alignvlm_jax.config.experiment import BackbonesConfig
     from alignvlm_jax.training.initial import initial_parameters
     from tests.parallel import tiny
@@ -101,7 +102,7 @@ def cost(workdir, mesh, note, stop_at):
     def measure(when):
         peak = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
         costs[when] = {"peak": 1024 * int(peak[1]), "read": bytes_read() - before}
-        pathlib.Path(note).write_text(json.dumps(costs))
+        pathlib.Path(output_file).write_text(json.dumps(costs))
 
     def on_step(step):
         if step == stop_at:
@@ -113,17 +114,17 @@ def cost(workdir, mesh, note, stop_at):
         workdir,
         experiment,
         losses={},
-        made=[],
+        examples=[],
         make_params=initial_parameters,
         on_stage_start=lambda *_: measure("before a step"),
         on_step=on_step,
     )
 
 
-def read(config, workdir, note, stop_at=None):
-    """Trains with a config until it is stopped, and writes the batch rows that this process made to `note`."""
+def record_batches(config, workdir, output_file, stop_at=None):
+    """Trains with a config until it is stopped, and writes the batch rows that this process made to `output_file`."""
     from alignvlm_jax.config.serialization import config_from_dict
-    from tests.training import watched
+    from tests.training import recording
 
     experiment = config_from_dict(json.loads(pathlib.Path(config).read_text()))
 
@@ -131,12 +132,12 @@ def read(config, workdir, note, stop_at=None):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    _, seen = watched.train(experiment, workdir, on_step=on_step)
-    pathlib.Path(note).write_text(json.dumps(seen))
+    _, batches = recording.train(experiment, workdir, on_step=on_step)
+    pathlib.Path(output_file).write_text(json.dumps(batches))
 
 
 def evaluate(checkpoint, data, limit, predictions):
-    """Runs `alignvlm eval` on the mesh that it chooses for several processes."""
+    """Runs `alignvlm eval`, which chooses its own mesh for several processes."""
     from alignvlm_jax.evaluation import runner
 
     options = dict(split="validation", limit=limit, batch_size=6)
@@ -145,7 +146,7 @@ def evaluate(checkpoint, data, limit, predictions):
 
 
 def benchmarks(checkpoint, name, data, limit, batch_size, predictions):
-    """Runs `alignvlm eval --benchmark` on the mesh that it chooses for several processes."""
+    """Runs `alignvlm eval --benchmark`, which chooses its own mesh for several processes."""
     from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
 
     options = dict(limit=limit, batch_size=batch_size, predictions_file=predictions)
@@ -153,12 +154,13 @@ def benchmarks(checkpoint, name, data, limit, batch_size, predictions):
 
 
 def main():
-    task, coordinator, number, process, arguments = sys.argv[1:]
+    task, coordinator, num_processes, process, arguments = sys.argv[1:]
     arguments = json.loads(arguments)
     if "host" in arguments:
+        # The processes of a test share a machine; messages must name different hosts all the same.
         socket.gethostname = lambda: arguments["host"]
     try:
-        with distributed.initialized(coordinator, int(number), int(process)):
+        with distributed.initialized(coordinator, int(num_processes), int(process)):
             globals()[task](**arguments)
     except UserError as error:
         print(f"alignvlm: error: {error}", file=sys.stderr)

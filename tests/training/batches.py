@@ -24,7 +24,7 @@ TILES = 3
 
 
 def stage(**changes) -> StageConfig:
-    """Returns a stage of twenty steps that trains all parts, with `changes`."""
+    """Returns a stage of twenty steps that trains all parts; `changes` replace its fields."""
     fields = dict(
         name="tiny",
         mixture=(MixturePart("documents"),),
@@ -38,7 +38,10 @@ def stage(**changes) -> StageConfig:
 
 
 def random_batch(seed: int, *, microbatches: int = 1, bins: int = 8, model: AlignVLMConfig = MODEL) -> dict:
-    """Returns bins of one or two examples: a tile or two, a prompt, an answer of random length, and some padding."""
+    """Returns bins of one or two examples each, padded to `LENGTH`.
+
+    An example has one or two tiles, a prompt, and an answer of random length. Only the tokens of answers have weight.
+    """
     rng = np.random.default_rng(seed)
     per_tile, side = tokens_per_tile(model), model.vision.image_size
     rows = (microbatches * bins, LENGTH)
@@ -57,12 +60,13 @@ def random_batch(seed: int, *, microbatches: int = 1, bins: int = 8, model: Alig
             stop = start + visual + prompt + answer
             if stop > LENGTH or tile * per_tile + visual > TILES * per_tile:
                 break
-            here = slice(start, stop)
-            batch["tokens"][row, here] = rng.integers(1, model.language.vocab_size, stop - start)
-            batch["targets"][row, here] = np.append(batch["tokens"][row, start + 1 : stop], 0)
-            batch["segment_ids"][row, here] = segment
-            batch["positions"][row, here] = np.arange(stop - start)
+            span = slice(start, stop)
+            batch["tokens"][row, span] = rng.integers(1, model.language.vocab_size, stop - start)
+            batch["targets"][row, span] = np.append(batch["tokens"][row, start + 1 : stop], 0)
+            batch["segment_ids"][row, span] = segment
+            batch["positions"][row, span] = np.arange(stop - start)
             batch["visual_index"][row, start : start + visual] = tile * per_tile + np.arange(visual)
+            # The position before a token predicts it, so weights start one position before the answer.
             batch["loss_weights"][row, stop - answer - 1 : stop - 1] = 1.0
             for index in range(tile, tile + visual // per_tile):
                 height = int(rng.integers(1, side + 1))

@@ -1,4 +1,7 @@
-"""Makes disks and folders that really fail. Permissions have no effect on root, so other means are used."""
+"""Makes disks and folders that really fail.
+
+Tests often run as root, which ignores permissions. So disks are mounted small or read-only, and folders made immutable.
+"""
 
 import contextlib
 import pathlib
@@ -27,7 +30,7 @@ def small_disk(folder: pathlib.Path, megabytes: int):
 
 @contextlib.contextmanager
 def read_only(folder: pathlib.Path):
-    """Makes the folder, which must be a file system of its own, read-only."""
+    """Makes the folder read-only; it must be a mounted file system, such as that of `small_disk`."""
     _run_or_skip("mount", "-o", "remount,ro", folder)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Training from data sets on disk: a run that is stopped at any step and resumed uses exactly the same batches."""
+"""Training from data sets on disk: a run that is stopped and resumed uses exactly the same batches."""
 
 import dataclasses
 import io
@@ -29,12 +29,12 @@ from tests.data.pages import mixed_records, pages
 from tests.parallel import processes
 from tests.parallel.tiny import MODEL
 from tests.training.batches import stage
-from tests.training.watched import train
+from tests.training.recording import train
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ExperimentConfig:
-    """Two epochs over a mixture of prepared conversations, one of them damaged, and of pages."""
+    """Two epochs over a mixture of prepared conversations, one of them with a damaged image, and pages."""
     root = tmp_path_factory.mktemp("data")
     records = mixed_records(18)
     records[3]["images"] = [b"not a picture"]
@@ -60,9 +60,9 @@ def finished(config, tmp_path_factory):
 
 
 def test_epochs_are_complete_and_refusals_are_named(config, finished):
-    workdir, result, seen = finished
-    digests = [digest for batch in seen for digest in batch.values()]
-    assert len(seen) == result.progress.step >= 4 and len(digests) == 4 * len(seen)
+    workdir, result, recorded = finished
+    digests = [digest for batch in recorded for digest in batch.values()]
+    assert len(recorded) == result.progress.step >= 4 and len(digests) == 4 * len(recorded)
     assert len(set(digests)) >= len(digests) - 4, "no row is repeated, except for empty ones at the end"
     (line,) = (workdir / "data_refused.jsonl").read_text().splitlines()
     refused = json.loads(line)
@@ -70,9 +70,9 @@ def test_epochs_are_complete_and_refusals_are_named(config, finished):
 
 
 def test_a_stopped_and_resumed_run_uses_the_same_batches(config, finished, tmp_path):
-    """It is stopped in the first epoch and in the second; `tests/data/test_feeding.py` covers every step."""
+    """The run is stopped once in each epoch; `tests/data/test_feeding.py` covers every step."""
     _, uninterrupted, expected = finished
-    all_seen = []
+    batches = []
     for session, stop in enumerate((1, len(expected) - 1, None)):
 
         def interrupt(step, stop=stop):
@@ -81,9 +81,9 @@ def test_a_stopped_and_resumed_run_uses_the_same_batches(config, finished, tmp_p
 
         # The numbers of threads and of prefetched batches do not affect the result.
         data = dataclasses.replace(config.data, read_threads=1 + session, prefetch_batches=1 + session)
-        result, seen = train(dataclasses.replace(config, data=data), tmp_path / "run", on_step=interrupt)
-        all_seen += seen
-    assert all_seen == expected
+        result, recorded = train(dataclasses.replace(config, data=data), tmp_path / "run", on_step=interrupt)
+        batches += recorded
+    assert batches == expected
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(uninterrupted.params))
     assert len((tmp_path / "run" / "data_refused.jsonl").read_text().splitlines()) == 1
 
@@ -94,13 +94,14 @@ def test_a_run_killed_between_checkpoints_repeats_the_batches(config, finished, 
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 2:
             shutil.rmtree(path)
+    # Data are made in a worker process this time, which must not change them.
     data = dataclasses.replace(config.data, workers=1)
-    result, seen = train(dataclasses.replace(config, data=data), tmp_path / "run")
-    assert seen == expected[2:]
+    result, recorded = train(dataclasses.replace(config, data=data), tmp_path / "run")
+    assert recorded == expected[2:]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(uninterrupted.params))
 
 
-def test_a_checkpoint_without_the_state_of_the_data_is_refused(config, finished, tmp_path, monkeypatch):
+def test_a_checkpoint_without_data_state_is_refused(config, finished, tmp_path, monkeypatch):
     workdir, _, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -118,29 +119,29 @@ def test_a_task_that_does_not_fit_the_records_is_reported_before_training(config
 
 
 @pytest.mark.large
-def test_several_processes_make_the_batches_of_one(config, finished, tmp_path):
-    """Two processes start, four continue, one finishes: every row of every batch is made once and is the same."""
+def test_several_processes_make_the_same_batches_as_one(config, finished, tmp_path):
+    """Two processes start the run, four resume it, and one finishes it. Every row is made once, and is the same."""
     _, _, expected = finished
     (tmp_path / "config.json").write_text(config_to_json(config))
-    made = []
-    for number, stop in ((2, 1), (4, 3)):
-        output = tmp_path / f"of{number}"
-        several = processes.start(
+    batches = []
+    for num_processes, stop in ((2, 1), (4, 3)):
+        output = tmp_path / f"of{num_processes}"
+        job = processes.start(
             output,
-            "read",
-            number,
-            devices=8 // number,
+            "record_batches",
+            num_processes,
+            devices=8 // num_processes,
             config=str(tmp_path / "config.json"),
             workdir=str(tmp_path / "run"),
-            note=[str(output / f"{i}.json") for i in range(number)],
-            stop_at=[stop] + [None] * (number - 1),
+            output_file=[str(output / f"{i}.json") for i in range(num_processes)],
+            stop_at=[stop] + [None] * (num_processes - 1),
         )
-        assert processes.finish(several, seconds=600) == [0] * number, several[0].text()
-        notes = [json.loads((output / f"{i}.json").read_text()) for i in range(number)]
-        for batch in zip(*notes, strict=True):
+        assert processes.finish(job, seconds=600) == [0] * num_processes, job[0].text()
+        recorded = [json.loads((output / f"{i}.json").read_text()) for i in range(num_processes)]
+        for batch in zip(*recorded, strict=True):
             rows = {row: digest for process_rows in batch for row, digest in process_rows.items()}
             assert len(rows) == sum(map(len, batch)), "no row is made twice"
-            made.append(rows)
-    assert 2 <= len(made) < len(expected)
-    made += train(config, tmp_path / "run")[1]
-    assert made == expected
+            batches.append(rows)
+    assert 2 <= len(batches) < len(expected)
+    batches += train(config, tmp_path / "run")[1]
+    assert batches == expected

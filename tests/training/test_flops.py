@@ -1,10 +1,11 @@
 """Compares the FLOP formulas with XLA's own count (`compiled.cost_analysis()`) of programs without extra work.
 
-XLA counts what a program does: the body of a loop once, recomputation in a backward pass again, masked scores like all
-others. So these tests count the shipped model and the shipped train step with plain kernels instead of their own:
-layers are unrolled, ALIGN and the loss are dense, the loss is computed at answers only, attention runs per segment and
-(if causal) in blocks of queries over the keys up to the block's end, and nothing is rematerialized or padded. The few
-extra pairs that such blocks compute are within the tolerance. Programs are compiled and not run.
+XLA counts the operations of a program as written: the body of a loop once, recomputation in a backward pass again, and
+masked scores like all others. The formulas count the operations that are needed. So these tests replace the kernels of
+the shipped model and train step by plain ones. Layers are unrolled, ALIGN and the loss are dense, the loss is computed
+at answers only, and nothing is rematerialized or padded. Attention runs per segment and, if causal, in blocks of
+queries over the keys up to the block's end; the few extra pairs of a block are within the tolerance. Programs are
+compiled but not run.
 """
 
 import functools
@@ -56,8 +57,9 @@ def model_config(connector="align"):
 
 @pytest.fixture(autouse=True)
 def plain_kernels(monkeypatch):
-    monkeypatch.setattr(vision, "packed_attention", attention_as_needed)
-    monkeypatch.setattr(language, "packed_attention", attention_as_needed)
+    """Replaces the kernels of the model by those of this file; see above."""
+    monkeypatch.setattr(vision, "packed_attention", segment_attention)
+    monkeypatch.setattr(language, "packed_attention", segment_attention)
     monkeypatch.setattr(connectors.perceiver, "cached_attention", lambda q, k, v, visible: softmax_attention(q, k, v))
     monkeypatch.setattr(connectors.align, "vocabulary_attention", vocabulary_attention_with_entropy)
     monkeypatch.setattr(connectors.ovis, "vocabulary_attention", vocabulary_attention_with_entropy)
@@ -73,11 +75,12 @@ def softmax_attention(query, key, value, mask=None):
     return jnp.einsum("bgrlk,bkgh->blgrh", weights, value).reshape(batch, length, heads, width)
 
 
-def attention_as_needed(query, key, value, *, segment_ids=None, causal, kernel="xla", mesh_axes=None):
+def segment_attention(query, key, value, *, segment_ids=None, causal, kernel="xla", mesh_axes=None):
+    """Computes attention within each of `SEGMENTS`, without the masked blocks."""
     if not causal:
         return softmax_attention(query, key, value)
     blocks, start = [], 0
-    # Other lengths than LENGTH occur only while shapes are evaluated.
+    # Lengths other than LENGTH occur only while shapes are evaluated.
     for segment in SEGMENTS if query.shape[1] == LENGTH else [query.shape[1]]:
         for first in range(start, start + segment, BLOCK):
             stop = min(first + BLOCK, start + segment)
@@ -107,13 +110,13 @@ def packed_shapes():
     return jax.eval_shape(lambda: example_batch(model_config(), rows=ROWS, tiles=TILES, length=LENGTH))
 
 
-def shapes_of_parameters(config):
+def parameter_shapes(config):
     return nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
 
 
 def forward_flops(config, method, *arguments):
     """Returns XLA's count of one part of the model."""
-    params = shapes_of_parameters(config)
+    params = parameter_shapes(config)
     return xla_flops(lambda p, *a: AlignVLM(config).apply({"params": p}, *a, method=method), params, *arguments)
 
 
@@ -121,14 +124,14 @@ def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def test_encoder():
+def test_encoder_flops_match_xla():
     config, batch = model_config(), packed_shapes()
     counted = forward_flops(config, "encode_features", batch["tiles"], batch["tile_valid_hw"])
     assert train_flops(config, (), **SIZES).encoder == pytest.approx(counted, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_connector(name):
+def test_connector_flops_match_xla(name):
     config = model_config(name)
     features = floats(ROWS * TILES, VISION.num_patches, VISION.hidden_size)
 
@@ -148,18 +151,18 @@ def decoder_flops():
     return forward_flops(model_config(), decode, floats(ROWS, LENGTH, LANGUAGE.hidden_size), batch)
 
 
-def test_decoder(monkeypatch):
+def test_decoder_flops_match_xla(monkeypatch):
     counted = decoder_flops()
     formula = train_flops(model_config(), (), **SIZES).decoder
     assert formula == pytest.approx(counted, rel=TOLERANCE)
 
-    # A single segment of the same tokens costs more only in attention, which checks the formula's half of n².
+    # One segment with the same number of tokens differs only in attention: this checks the formula's n² / 2.
     monkeypatch.setitem(globals(), "SEGMENTS", (LENGTH,))
     longer = train_flops(model_config(), (), **{**SIZES, "squared_lengths": ROWS * LENGTH**2}).decoder
     assert longer - formula == pytest.approx(decoder_flops() - counted, rel=TOLERANCE)
 
 
-def test_loss():
+def test_loss_flops_match_xla():
     hidden, batch = floats(ROWS, LENGTH, LANGUAGE.hidden_size), packed_shapes()
 
     def loss(model, hidden, batch):
@@ -194,12 +197,12 @@ ALL = ("vision", "connector", "language")
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_train_step(name, trainable):
-    """Counts the complete shipped step, including the optimizer."""
+def test_train_step_flops_match_xla(name, trainable):
+    """Counts the complete shipped step, optimizer included."""
     config, stage_config = model_config(name), stage(trainable=trainable)
-    state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), shapes_of_parameters(config))
+    state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), parameter_shapes(config))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), packed_shapes())
-    assert tokens_per_tile(config) * TILES < LENGTH, "otherwise not every visual token would be read"
+    assert tokens_per_tile(config) * TILES < LENGTH, "the text must have a place for every visual token"
     inputs = {name: batch[name] for name in train_step.FIELDS}
     counted = xla_flops(train_step.make_train_step(config, stage_config), state, inputs)
     assert train_flops(config, trainable, **SIZES).total == pytest.approx(counted, rel=TOLERANCE)

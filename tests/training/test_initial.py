@@ -1,4 +1,4 @@
-"""The weights that stage 1 starts with: unchanged backbones, a seeded connector, and W2 as a copy of the LM head."""
+"""Initial weights of stage 1: unchanged backbones, a seeded connector, and W2 as a copy of the LM head."""
 
 import dataclasses
 import json
@@ -53,11 +53,11 @@ def test_the_seed_affects_the_connector_only(backbones):
     folder, _ = backbones
     for connector in (MODEL.connector, MLPConfig()):
         model = AlignVLMConfig(MODEL.vision, connector, MODEL.language)
-        one, again, other = (initial_parameters(experiment(folder, model, seed)) for seed in (0, 0, 1))
-        jax.tree.map(np.testing.assert_array_equal, one, again)
-        jax.tree.map(np.testing.assert_array_equal, one["language"], other["language"])
+        first, same_seed, other_seed = (initial_parameters(experiment(folder, model, seed)) for seed in (0, 0, 1))
+        jax.tree.map(np.testing.assert_array_equal, first, same_seed)
+        jax.tree.map(np.testing.assert_array_equal, first["language"], other_seed["language"])
         kernel = "w1" if connector is MODEL.connector else "linear_in"
-        assert (one["connector"][kernel]["kernel"] != other["connector"][kernel]["kernel"]).any()
+        assert (first["connector"][kernel]["kernel"] != other_seed["connector"][kernel]["kernel"]).any()
 
 
 def test_a_backbone_of_another_shape_is_refused(backbones):
@@ -70,6 +70,7 @@ def test_a_backbone_of_another_shape_is_refused(backbones):
 def test_the_config_chooses_dtype_and_remat_of_a_backbone(backbones):
     folder, _ = backbones
     language = dataclasses.replace(MODEL.language, dtype="bfloat16", remat="full", head_dim=8)
+    # It must not raise: the folder says nothing about these fields, and 8 is its head width by division.
     initial_parameters(experiment(folder, dataclasses.replace(MODEL, language=language)))
 
 
@@ -80,7 +81,7 @@ def test_weights_are_loaded_onto_the_mesh_of_the_run(backbones):
     shardings = parameter_shardings(
         jax.eval_shape(lambda: random_parameters(MODEL, jax.random.key(0))), make_mesh(config.mesh)
     )
-    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(str(wanted)), params, shardings)
+    jax.tree.map(lambda leaf, expected: leaf.sharding == expected or pytest.fail(str(expected)), params, shardings)
     gate = params["language"]["layers"]["mlp"]["gate"]["kernel"]
     assert gate.addressable_shards[0].data.size == gate.size // 4
     jax.tree.map(np.testing.assert_array_equal, params["language"], saved["language"])
@@ -99,7 +100,7 @@ def test_random_backbones_need_no_folder(backbones):
 
 
 def test_a_tokenizer_without_an_image_token_gets_one(tmp_path):
-    """The tokenizer of a language model in which every row is used."""
+    """The tokenizer uses all 512 rows of its model, so the image token needs more rows; they come in blocks of 64."""
     nano = backbone_folder("language", "nano")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_text((nano / name).read_text().replace("<|image|>", "<|other|>"))
@@ -124,8 +125,10 @@ def test_every_connector_starts_from_a_checkpoint(tmp_path, connector):
     config = exported.tiny_config(connector)
     params = exported.random_params(config.model)
     write_checkpoint(tmp_path / "before", config, params, exported.nano_tokenizer(), history=[])
-    again = initial_parameters(dataclasses.replace(config, init_from=str(tmp_path / "before")), make_mesh(MeshConfig()))
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    started = initial_parameters(
+        dataclasses.replace(config, init_from=str(tmp_path / "before")), make_mesh(MeshConfig())
+    )
+    jax.tree.map(np.testing.assert_array_equal, started, params)
 
 
 def test_a_missing_backbone_is_named(backbones, tmp_path):
@@ -134,7 +137,7 @@ def test_a_missing_backbone_is_named(backbones, tmp_path):
         initial_parameters(experiment(tmp_path))
 
 
-def test_the_step_needs_no_data_libraries():
+def test_the_train_step_imports_no_data_libraries():
     program = (
         "import sys, alignvlm_jax.training.train_step; "
         "print(*{'grain', 'tensorflow_datasets', 'ml_collections', 'tokenizers', 'PIL'} & set(sys.modules))"
@@ -145,6 +148,6 @@ def test_the_step_needs_no_data_libraries():
 
 @pytest.mark.parametrize("name", ["nano", str(NANO_MODEL)])
 def test_an_exported_folder_must_be_imported_before_training(name):
-    how = f"tools/import_pytorch.py --folder {NANO_MODEL} --out NEW"
-    with pytest.raises(UserError, match=f"{name} is an exported folder.*: {how}"):
+    command = f"tools/import_pytorch.py --folder {NANO_MODEL} --out NEW"
+    with pytest.raises(UserError, match=f"{name} is an exported folder.*: {command}"):
         initial_parameters(ExperimentConfig(init_from=name))

@@ -1,4 +1,4 @@
-"""Training on joined tiles (anyres_max_9): packing does not change the loss, and the loop trains the newline."""
+"""Training on joined tiles (anyres_max_9): packing does not change the loss, and the newline weight is trained."""
 
 import dataclasses
 
@@ -57,27 +57,28 @@ def _params(config):
 
 
 def test_packing_does_not_change_the_loss(config, examples, tokenizer):
-    """Pages of several sizes, and text without a page, are packed into two bins and into eight."""
-    made = [examples.make(examples.measure(position)) for position in range(8)]
+    """Eight examples, with pages of several sizes and without a page, are packed into two bins and into eight."""
+    selected = [examples.make(examples.measure(position)) for position in range(8)]
     params, loss = (
         _params(config),
         jax.jit(lambda params, rows: AlignVLM(config.model).apply(params, rows, method="loss")),
     )
 
-    def bins(groups):
+    def pack_and_score(groups):
+        """Returns loss and weight of a batch with one group of examples in each bin."""
         batch = empty_batch(1, 8, PACKING, tile_size=16, pad_id=tokenizer.pad_id, resampled=True)
         for row, group in enumerate(groups):
             write_bin(batch, (0, row), group, 4)
         output = loss({"params": params}, {name: field[0] for name, field in batch.items()})
         return float(output.loss), float(output.weight)
 
-    together, alone = bins([made[:3], made[3:]]), bins([[example] for example in made])
-    assert max(len(example.tiles) for example in made) > 9 and min(len(example.tiles) for example in made) == 0
+    together, alone = pack_and_score([selected[:3], selected[3:]]), pack_and_score([[example] for example in selected])
+    assert max(len(example.tiles) for example in selected) > 9 and min(len(example.tiles) for example in selected) == 0
     assert together[1] == alone[1] > 0
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
 
 
-class _Data:
+class _MemoryData:
     """Provides records in memory as the data of a run."""
 
     def __init__(self, examples, tokenizer):
@@ -93,9 +94,9 @@ class _Data:
         self._tokenizer.save(folder)
 
 
-def test_the_loop_trains_and_the_model_answers(config, examples, tokenizer, tmp_path):
+def test_the_loop_trains_the_newline_and_the_model_answers(config, examples, tokenizer, tmp_path):
     before = _params(config)
-    loop.train(config, tmp_path, open_data=lambda _: _Data(examples, tokenizer), make_params=lambda *_: before)
+    loop.train(config, tmp_path, open_data=lambda _: _MemoryData(examples, tokenizer), make_params=lambda *_: before)
     after = weights.restore_params(tmp_path)
     assert after["connector"]["newline"].shape == (16,)
     assert np.abs(after["connector"]["newline"] - _params(config)["connector"]["newline"]).max() > 1e-3

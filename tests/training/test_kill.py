@@ -1,4 +1,4 @@
-"""A run that is killed (kill -9) at random moments, also during saves, and restarted until it is finished."""
+"""A run that is killed (kill -9) at random moments, also during saves, and restarted until it finishes."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ MESH = (2, 1, 1)
 
 
 def experiment(steps: int):
-    """A run that trains half of the steps with AdamW and half with Muon, and saves after every step."""
+    """Returns a run that trains half of its steps with AdamW and half with Muon, and saves after every step."""
     config = tiny.config(MESH)
     (stage,) = config.stages
     stages = tuple(
@@ -35,9 +35,9 @@ def experiment(steps: int):
 
 
 class Journal(dict):
-    """Writes the losses of `tiny.train` to a file, one by one.
+    """Dictionary for the losses of `tiny.train` that writes each of them to a file at once, so that a kill loses none.
 
-    A line is {"step": 3, "loss": [hexadecimal, refused], "time": seconds}.
+    A line is {"step": 3, "loss": [hexadecimal, refused], "time": seconds}. Hexadecimal floats are exact.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -49,53 +49,57 @@ class Journal(dict):
         self._file.write(json.dumps(line).encode() + b"\n")
 
 
-def read(journal: pathlib.Path) -> list[dict]:
-    """Reads the steps of a run, in the order in which they were done."""
+def read_journal(journal: pathlib.Path) -> list[dict]:
+    """Returns the entries of a journal, in the order in which the steps were done."""
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
 
 
 def start(folder: pathlib.Path, number: int, steps: int) -> processes.Process:
+    """Starts or resumes the run in `folder`; `number` names the folder of this session's output."""
     arguments = dict(workdir=str(folder / "run"), journal=str(folder / "journal"), steps=steps)
-    return processes.start(folder / str(number), "steps", 1, devices=2, **arguments)[0]
+    return processes.start(folder / str(number), "train_with_journal", 1, devices=2, **arguments)[0]
 
 
 def is_saving(checkpoints: pathlib.Path) -> bool:
-    """Returns whether a step is not complete, because it is being saved."""
+    """Returns whether some step is incomplete: it is being saved, or was when the process was killed."""
     complete = {str(step) for step in complete_steps(checkpoints)}
     return any(path.name not in complete for path in checkpoints.glob("*"))
 
 
 def kill(process, journal: pathlib.Path, checkpoints: pathlib.Path, step: int, wait: float, save: bool) -> None:
-    """Kills the process `wait` seconds after a step; with `save`, in the middle of the next save after that."""
+    """Kills the process `wait` seconds after a step or, with `save`, in the middle of the next save after that."""
 
-    def until(condition):
+    def wait_until(condition):
         while not condition() and process.process.poll() is None:
             time.sleep(0.001)
 
-    until(lambda: any(entry["step"] >= step for entry in read(journal)))
+    wait_until(lambda: any(entry["step"] >= step for entry in read_journal(journal)))
     time.sleep(wait)
     if save:
-        until(lambda: is_saving(checkpoints))
+        wait_until(lambda: is_saving(checkpoints))
     process.process.kill()
     process.process.wait()
 
 
 def killed_run(folder: pathlib.Path, steps: int, kills: int, pace: float) -> list[dict]:
-    """Starts the run and kills it, again and again; returns the state that each kill left behind."""
-    rng, killed = random.Random(0), []
+    """Starts and kills the run repeatedly, then lets it finish; returns where each kill left it."""
+    rng, outcomes = random.Random(0), []
     journal, checkpoints = folder / "journal", folder / "run" / "checkpoints"
     for number in range(kills + 1):
-        before, newest = len(read(journal)), max(complete_steps(checkpoints), default=0)
+        before, newest = len(read_journal(journal)), max(complete_steps(checkpoints), default=0)
         process = start(folder, number, steps)
-        if number < kills:  # at a step in the part of the run that belongs to this kill
+        if number < kills:
+            # The run is divided into equal parts, one for each kill. Every second kill waits for a save.
             step = rng.randint(number * steps // kills, (number + 1) * steps // kills - 1)
             kill(process, journal, checkpoints, max(1, step), rng.uniform(0, 2 * pace), save=number % 2 == 1)
         else:
             assert processes.finish([process], seconds=900) == [0], process.text()
-        done = [entry["step"] for entry in read(journal)[before:]]
-        assert not done or done[0] == newest + 1, f"it resumed from {done[0] - 1}, not {newest}:\n{process.text()}"
-        killed.append({"from": newest, "to": max(done, default=newest), "in a save": is_saving(checkpoints)})
-    return killed[:-1]
+        done = [entry["step"] for entry in read_journal(journal)[before:]]
+        assert not done or done[0] == newest + 1, (
+            f"the run resumed from step {done[0] - 1}, not {newest}:\n{process.text()}"
+        )
+        outcomes.append({"from": newest, "to": max(done, default=newest), "in a save": is_saving(checkpoints)})
+    return outcomes[:-1]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.large)])
@@ -103,17 +107,18 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, kil
     steps = max(12, 2 * kills)
     uninterrupted = start(tmp_path / "uninterrupted", 0, steps)
     assert processes.finish([uninterrupted], seconds=900) == [0], uninterrupted.text()
-    expected = {entry["step"]: entry["loss"] for entry in read(tmp_path / "uninterrupted" / "journal")}
-    times = [entry["time"] for entry in read(tmp_path / "uninterrupted" / "journal")]
+    expected = {entry["step"]: entry["loss"] for entry in read_journal(tmp_path / "uninterrupted" / "journal")}
+    times = [entry["time"] for entry in read_journal(tmp_path / "uninterrupted" / "journal")]
     pace = statistics.median(after - before for before, after in itertools.pairwise(times))
 
-    killed = killed_run(tmp_path / "killed", steps, kills, pace)
-    print(f"{kills} kills of a run of {steps} steps, {pace:.2f} s each: {killed}")
-    assert any(kill["in a save"] for kill in killed), "no kill fell into a save"
-    assert len({kill["to"] for kill in killed}) >= kills // 2, "the kills are not spread over the run"
+    outcomes = killed_run(tmp_path / "killed", steps, kills, pace)
+    print(f"{kills} kills of a run of {steps} steps, {pace:.2f} s each: {outcomes}")
+    assert any(outcome["in a save"] for outcome in outcomes), "no kill fell into a save"
+    assert len({outcome["to"] for outcome in outcomes}) >= kills // 2, "the kills are not spread over the run"
 
-    entries = read(tmp_path / "killed" / "journal")
+    entries = read_journal(tmp_path / "killed" / "journal")
     assert {entry["step"] for entry in entries} == set(expected) == set(range(1, steps + 1))
+    # Steps that were done twice, before and after a kill, must have the same loss both times.
     for entry in entries:
         assert entry["loss"] == expected[entry["step"]], f"step {entry['step']}"
     states = [final_state(tmp_path / name / "run", steps) for name in ("uninterrupted", "killed")]
@@ -121,7 +126,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path, kil
 
 
 def final_state(workdir: pathlib.Path, steps: int):
-    """Returns weights and optimizer of the last checkpoint."""
+    """Returns weights and optimizer state of the last checkpoint."""
     config = experiment(steps)
     mesh = make_mesh(config.mesh, devices=jax.devices()[:2])
     with Checkpointer(workdir, config) as checkpointer:

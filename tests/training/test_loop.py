@@ -1,4 +1,4 @@
-"""Training as a whole: stages in order, the files it writes, and resuming without any difference."""
+"""The training loop from end to end: the order of stages, the files it writes, and exact resumption."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ CONFIG = ExperimentConfig(
     checkpoint=CheckpointConfig(every_steps=3, keep=10),
     log_every_steps=2,
 )
-TOTAL = 4 + 3
+TOTAL = 4 + 3  # steps of both stages; `RandomData.plan` makes 3 of 1.5 epochs
 
 
 class RandomBatches:
@@ -73,7 +73,7 @@ class RandomBatches:
 
 
 class RandomData:
-    """Random data in place of the data sets of a config."""
+    """Provides random data in place of the data sets of a config."""
 
     def __init__(self, config):
         del config
@@ -95,23 +95,24 @@ def make_params(config):
     return nn.unbox(jax.jit(lambda: random_parameters(config.model, jax.random.key(config.seed)))())
 
 
-def train(workdir, config=CONFIG, **seams):
-    return loop.train(config, workdir, open_data=RandomData, make_params=make_params, **seams)
+def train(workdir, config=CONFIG, **options):
+    return loop.train(config, workdir, open_data=RandomData, make_params=make_params, **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run: its workdir, its result, and the stages with the weights they started from."""
-    workdir, seen = tmp_path_factory.mktemp("finished"), []
-    result = train(workdir, on_stage_start=lambda index, params: seen.append((index, jax.device_get(params))))
-    return workdir, result, seen
+    """An uninterrupted run: its workdir, its result, and the (index, initial weights) of each stage."""
+    workdir, stage_starts = tmp_path_factory.mktemp("finished"), []
+    result = train(workdir, on_stage_start=lambda index, params: stage_starts.append((index, jax.device_get(params))))
+    return workdir, result, stage_starts
 
 
 def test_stages_run_in_order_and_freeze_the_configured_parts(finished):
-    _, result, seen = finished
-    assert [index for index, _ in seen] == [0, 1]
+    _, result, stage_starts = finished
+    assert [index for index, _ in stage_starts] == [0, 1]
     assert result.progress.step == TOTAL and result.progress.stage == 2 and result.progress.train_seconds > 0
-    before, after = seen[1][1], jax.device_get(result.params)
+    # The second stage trains the connector and the decoder only.
+    before, after = stage_starts[1][1], jax.device_get(result.params)
     jax.tree.map(np.testing.assert_array_equal, before["vision"], after["vision"])
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before["language"], after["language"])))
 
@@ -122,17 +123,17 @@ def test_the_workdir_is_complete(finished):
     assert read_run_config(workdir) == CONFIG
     assert (workdir / "tokenizer" / "tokenizer.json").is_file()
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    assert steps == [3, 4, 6, 7]  # every third step, and the ends of the stages
+    assert steps == [3, 4, 6, 7]  # Every third step, and the end of each stage.
     meta = json.loads((workdir / "checkpoints" / "4" / "meta" / "metadata").read_text())
     assert meta["progress"]["step_in_stage"] == 4 and "jax" in meta["versions"]
     assert meta["data"]["rows"] == {str(row): {"next": 4} for row in range(8)}
     assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 3]
     refused = [json.loads(line)["id"] for line in (workdir / "data_refused.jsonl").read_text().splitlines()]
-    assert refused == ["1", "2", "3", "4"], "each is named once"
+    assert refused == ["1", "2", "3", "4"], "each refused record is named once"
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
 
 
-def test_event_files_have_the_metrics(finished):
+def test_event_files_contain_the_metrics(finished):
     workdir, _, _ = finished
     (events,) = (workdir / "tensorboard").iterdir()
     recorded = events.read_bytes()
@@ -144,7 +145,7 @@ def test_event_files_have_the_metrics(finished):
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(finished, tmp_path):
-    for stop in (1, 4, 6):  # in stage 1, between the stages, in stage 2
+    for stop in (1, 4, 6):  # In stage 1, between the stages, and in stage 2.
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, on_step=lambda step, stop=stop: step == stop and os.kill(os.getpid(), signal.SIGTERM))
         assert find_checkpoint(tmp_path)[1] == stop
@@ -152,26 +153,27 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
     (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the old handlers are restored"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the previous signal handlers are restored"
 
 
-def test_a_checkpoint_written_during_training_is_complete(finished, tmp_path):
+def test_a_run_resumed_from_the_middle_of_a_stage_ends_with_the_same_weights(finished, tmp_path):
     workdir, result, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
+    # Only step 3 is left, which was saved in the middle of stage 1.
     for step in (4, 6, 7):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    again = train(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(result.params))
+    resumed = train(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.params), jax.device_get(result.params))
 
 
-def test_a_finished_run_is_not_run_again(finished):
+def test_a_finished_run_is_not_trained_again(finished):
     workdir, result, _ = finished
-    again = train(workdir, on_step=lambda step: pytest.fail("no steps were left"))
+    again = train(workdir, on_step=lambda step: pytest.fail("no step should be left"))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(result.params))
     assert again.progress == result.progress
 
 
-def test_another_config_does_not_continue_a_run(finished):
+def test_a_run_is_not_resumed_with_a_changed_config(finished):
     workdir, _, _ = finished
     stages = (dataclasses.replace(CONFIG.stages[0], global_batch=16), CONFIG.stages[1])
     changed = dataclasses.replace(CONFIG, stages=stages)
@@ -183,34 +185,35 @@ def test_another_config_does_not_continue_a_run(finished):
     config_changes.check(changes, ["stages"], workdir)
     with pytest.raises(UserError, match="--allow-config-change stages.0.global_batch$"):
         config_changes.check(changes, ["seed", "stages.0.global"], workdir)
-    older = config_to_dict(CONFIG)
-    del older["anomalies"]
-    assert not config_changes.compare(older, CONFIG), "a missing key has its default"
+    old_config = config_to_dict(CONFIG)
+    del old_config["anomalies"]
+    assert not config_changes.compare(old_config, CONFIG), "a missing key has its default"
+    # These two fields do not change the result, so changing them is allowed.
     train(workdir, dataclasses.replace(CONFIG, log_every_steps=5, mesh=MeshConfig()))
 
 
 def test_a_change_of_stages_makes_new_plans(finished, tmp_path):
-    """A run stopped in stage 1 is resumed with a longer stage 2: stage 1 continues, and stage 2 is planned again."""
-    workdir, _, seen = finished
+    """A run stopped in stage 1 is resumed with a longer stage 2: stage 1 continues as planned, stage 2 is replanned."""
+    workdir, _, stage_starts = finished
     shutil.copytree(workdir, tmp_path / "run")
     for step in (4, 6, 7):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     longer = dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], dataclasses.replace(CONFIG.stages[1], epochs=2.5)))
     with pytest.raises(UserError, match=r"--allow-config-change stages\.1\.epochs$"):
         train(tmp_path / "run", longer)
-    stages = []
+    resumed_stage_starts = []
     result = train(
         tmp_path / "run",
         longer,
         allow_config_change=["stages.1.epochs"],
-        on_stage_start=lambda index, params: stages.append((index, jax.device_get(params))),
+        on_stage_start=lambda index, params: resumed_stage_starts.append((index, jax.device_get(params))),
     )
     assert result.progress.step == 4 + 5
     meta = read_meta(tmp_path / "run" / "checkpoints" / "9")
     assert [plan["steps"] for plan in meta["data"]["plans"]] == [4, 5]
-    assert [index for index, _ in stages] == [0, 1]
-    # Stage 1 ended with the weights it has without the change.
-    jax.tree.map(np.testing.assert_array_equal, stages[1][1], seen[1][1])
+    assert [index for index, _ in resumed_stage_starts] == [0, 1]
+    # Stage 1 ended with the same weights as without the change.
+    jax.tree.map(np.testing.assert_array_equal, resumed_stage_starts[1][1], stage_starts[1][1])
 
 
 def test_an_allowed_change_survives_a_kill_before_the_next_checkpoint(finished, tmp_path):
@@ -223,6 +226,7 @@ def test_an_allowed_change_survives_a_kill_before_the_next_checkpoint(finished, 
 
     with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path / "run", longer, allow_config_change=["stages.1.epochs"], on_step=kill)
+    # The change was recorded before the kill, so it need not be allowed again.
     assert train(tmp_path / "run", longer).progress.step == 4 + 5
 
 
@@ -239,13 +243,13 @@ def test_a_lost_config_does_not_allow_changes(finished, tmp_path, capsys):
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
     workdir, result, _ = finished
     expected = jax.device_get(result.params)
-    alone = weights.restore_params(workdir)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(alone), expected)
-    assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(alone))
+    single = weights.restore_params(workdir)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(single), expected)
+    assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(single))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    spread = weights.restore_params(workdir / "checkpoints" / str(TOTAL), mesh)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), expected)
-    assert spread["language"]["embedding"].addressable_shards[0].data.shape == (24, 4)
+    sharded = weights.restore_params(workdir / "checkpoints" / str(TOTAL), mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), expected)
+    assert sharded["language"]["embedding"].addressable_shards[0].data.shape == (24, 4)
 
 
 def test_optimizer_state_is_restored_on_another_mesh(finished):
@@ -258,9 +262,9 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
             resumption = Resumption(CONFIG, CONFIG.stages, make_mesh(mesh), checkpointer, make_params)
             state = resumption.make_state(progress, params=None)
             states.append((state.step, state.params, state.opt_state))
-            wanted_leaves = jax.tree.leaves((abstract.step, abstract.params, abstract.opt_state))
-            for leaf, wanted in zip(jax.tree.leaves(states[-1]), wanted_leaves, strict=True):
-                assert leaf.sharding == wanted.sharding and leaf.shape == wanted.shape
+            expected_leaves = jax.tree.leaves((abstract.step, abstract.params, abstract.opt_state))
+            for leaf, expected in zip(jax.tree.leaves(states[-1]), expected_leaves, strict=True):
+                assert leaf.sharding == expected.sharding and leaf.shape == expected.shape
     first, *others = map(jax.device_get, states)
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
@@ -283,21 +287,21 @@ def test_a_folder_that_is_not_a_checkpoint_is_reported_in_one_line(tmp_path, mak
 
 
 def test_out_of_memory_in_a_step_is_explained_and_profiled(finished, tmp_path):
-    def too_much(step):
+    def allocate_too_much(step):
         del step
         jax.numpy.zeros((2**45,), np.int8).block_until_ready()
 
     with pytest.raises(UserError, match="out of memory: 32768.00 GiB were requested .* try fewer config.data.packing"):
-        train(tmp_path, on_step=too_much)
+        train(tmp_path, on_step=allocate_too_much)
     assert (tmp_path / "out_of_memory.prof").stat().st_size > 100
 
 
-def test_bins_must_spread_over_the_mesh(tmp_path):
+def test_bins_that_do_not_divide_over_the_mesh_are_refused(tmp_path):
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, packing=PackingConfig(64, 3, 6)))
     with pytest.raises(UserError, match="bins_per_microbatch: expected a multiple of 4"):
         train(tmp_path, config)
 
 
-def test_a_mesh_must_use_the_devices(tmp_path):
+def test_a_mesh_that_does_not_use_all_devices_is_refused(tmp_path):
     with pytest.raises(UserError, match="data=3 fsdp=1 tensor=1 does not fit 8"):
         train(tmp_path, dataclasses.replace(CONFIG, mesh=MeshConfig(data=3)))

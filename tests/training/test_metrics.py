@@ -1,4 +1,4 @@
-"""The logged summary of several steps equals what is computed from all of them together."""
+"""The summary of several steps equals the metrics of all their tokens and tiles together."""
 
 import math
 
@@ -34,8 +34,8 @@ STEPS = [
 
 def test_means_are_weighted():
     summary = metrics.averages(STEPS)
-    assert summary["loss"] == pytest.approx(2.5)  # by answer tokens
-    assert summary["effective_tokens"] == pytest.approx(8.0)  # by tiles
+    assert summary["loss"] == pytest.approx(2.5)  # weighted by answer tokens
+    assert summary["effective_tokens"] == pytest.approx(8.0)  # weighted by tiles
     assert summary["grad_norm"] == pytest.approx(1.5)
     assert summary["refused"] == 3.0
 
@@ -51,7 +51,7 @@ def test_speeds_are_sums_over_time():
     assert math.isnan(metrics.speeds([], 2.0, CPU)["tokens_per_second"])
 
 
-def test_utilization_is_the_share_of_the_peak_that_the_model_needs():
+def test_mfu_is_the_models_flops_relative_to_the_peak():
     pod = metrics.Machine(num_chips=4, chip=TPU_V5E)
     summary = metrics.speeds(STEPS, 2.0, pod, lambda step: 1e15 * step["tiles"])
     assert summary["tflops_per_second_per_chip"] == pytest.approx(4000 / 2 / 4)
@@ -64,8 +64,8 @@ def test_utilization_is_the_share_of_the_peak_that_the_model_needs():
 def test_the_flops_of_a_step_come_from_its_metrics():
     stage_3 = stage(trainable=("connector", "language"))
     step = {"tiles": 3.0, "tokens": 60.0, "answers": 7.0, "squared_lengths": 1300.0}
-    wanted = train_flops(MODEL, stage_3.trainable, tiles=3, tokens=60, answer_tokens=7, squared_lengths=1300)
-    assert metrics.step_flops(MODEL, stage_3)(step) == wanted.total > 0
+    expected = train_flops(MODEL, stage_3.trainable, tiles=3, tokens=60, answer_tokens=7, squared_lengths=1300)
+    assert metrics.step_flops(MODEL, stage_3)(step) == expected.total > 0
 
 
 def test_a_chip_may_be_two_devices():
@@ -73,23 +73,24 @@ def test_a_chip_may_be_two_devices():
         def __init__(self, device_kind):
             self.device_kind = device_kind
 
+    # JAX shows each TPU7x chip as two devices.
     assert metrics.Machine.from_devices([Device("TPU7x")] * 8) == metrics.Machine(4, TPU_7X)
     assert metrics.Machine.from_devices([Device("TPU v5 lite")] * 8) == metrics.Machine(8, TPU_V5E)
     assert metrics.Machine.from_devices([Device("cpu")] * 8) == metrics.Machine(8, None)
 
 
-def test_compilation_does_not_count_as_speed(tmp_path):
+def test_compilation_time_does_not_count_in_speeds(tmp_path):
     log = metrics.MetricsLog(tmp_path, first_step=0, machine=CPU)
     log.add(STEPS[0])
     log.restart_clock()
     assert math.isnan(log.write(1, 0)["tokens_per_second"])
     log.add(STEPS[1])
     assert log.write(2, 0)["tokens_per_second"] > 0
-    assert log.write(2, 0) == {}, "nothing new"
+    assert log.write(2, 0) == {}, "no step was added since the last summary"
     log.close()
 
 
-def test_the_line_omits_missing_metrics():
+def test_the_log_line_omits_missing_metrics():
     summary = {
         **metrics.averages(STEPS),
         **metrics.speeds(STEPS, 1.0, metrics.Machine(4, TPU_V5E), lambda step: 1e12 * step["tokens"]),
@@ -108,7 +109,7 @@ def test_the_line_omits_missing_metrics():
     assert "100 TFLOP/s a chip | bins" in metrics.format_line(7, "captions", summary)
 
 
-def test_waiting_for_data_is_a_share_of_the_time():
+def test_data_wait_is_a_fraction_of_the_time():
     steps = [{"tokens": 1.0, "data_seconds": seconds} for seconds in (0.1, 0.3)]
     assert metrics.speeds(steps, 8.0, metrics.Machine(1, None))["data_wait"] == 0.05
     assert "data_wait" not in metrics.speeds([{"tokens": 1.0}], 8.0, metrics.Machine(1, None))

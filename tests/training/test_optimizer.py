@@ -1,4 +1,4 @@
-"""AdamW and Muon: the weights that each trains, a rate per part, and stacked matrices handled one by one."""
+"""AdamW and Muon: which weights each trains, one rate per part, and stacked layers updated one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from alignvlm_jax.training.optimizer import is_decayed, make_optimizer, make_sch
 
 
 def parameters():
-    """Two parts: two stacked layers of matrices, biases and norms, an embedding table, a plain kernel."""
+    """Returns two parts with two stacked layers (matrix, bias, norm), an embedding table and a plain kernel."""
     shapes = {
         "vision": {
             "patch_embedding": {"kernel": (12, 8)},
@@ -44,11 +44,11 @@ def test_weights_move_against_the_gradient():
     params = parameters()
     for name in ("adamw", "muon"):
         updates = update(OptimizerConfig(name), {"vision": 1e-3, "language": 1e-3}, params, params)
-        for update_, gradient in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
-            assert jnp.vdot(update_, gradient) < 0
+        for leaf_update, gradient in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert jnp.vdot(leaf_update, gradient) < 0
 
 
-def test_muon_makes_each_stacked_layer_orthogonal_by_itself():
+def test_muon_orthogonalizes_each_stacked_layer_separately():
     params = parameters()
     gradients = jax.tree.map(jnp.sin, params)
     updates = update(OptimizerConfig("muon"), {"vision": 1.0, "language": 1.0}, params, gradients)
@@ -57,6 +57,7 @@ def test_muon_makes_each_stacked_layer_orthogonal_by_itself():
         # The scaling to Adam's root mean square multiplies by sqrt(16) * 0.2; Newton-Schulz stops at 0.7 to 1.2.
         singular_values = np.linalg.svd(stacked[layer], compute_uv=False) / (4 * 0.2)
         assert singular_values.min() > 0.6 and singular_values.max() < 1.3
+    # The second layer alone gets the same update as in the stack.
     alone = {"vision": {"layers": {"mlp_in": {"kernel": params["vision"]["layers"]["mlp_in"]["kernel"][1:]}}}}
     alone_gradients = jax.tree.map(jnp.sin, alone)
     config = OptimizerConfig("muon", clip_norm=None)  # clipping depends on the norm of the whole tree
@@ -96,11 +97,11 @@ def test_gradients_are_clipped_over_all_parts_together():
     gradients = jax.tree.map(lambda leaf: 100.0 * leaf, params)
     sgd_like = OptimizerConfig(clip_norm=1.0, b1=0.0, b2=0.0, eps=1e4)  # Adam with a large eps is almost linear
     clipped = update(sgd_like, {"vision": 1.0, "language": 1.0}, params, gradients)
-    by_hand = jax.tree.map(lambda leaf: -leaf / optax.tree.norm(gradients) / 1e4, gradients)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), clipped, by_hand)
+    expected = jax.tree.map(lambda leaf: -leaf / optax.tree.norm(gradients) / 1e4, gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), clipped, expected)
 
 
-def test_schedule_warms_up_then_decays():
+def test_the_schedule_warms_up_then_decays():
     schedule = make_schedule(1.0, steps=10, warmup_steps=3, final_fraction=0.1)
     rates = [float(schedule(step)) for step in range(11)]
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])

@@ -1,4 +1,4 @@
-"""Out of memory: the needed amount, a memory profile, and what to change."""
+"""Out-of-memory errors: the requested amount, a memory profile, and advice on what to change."""
 
 import dataclasses
 import gzip
@@ -18,11 +18,12 @@ CONFIG = ExperimentConfig(model=MODEL, data=DataConfig(packing=PackingConfig(64,
 
 
 def allocate_too_much():
+    # 32 TiB: no machine has that, so the allocation fails at once instead of swapping.
     jnp.zeros((2**45,), jnp.int8).block_until_ready()
 
 
-def test_too_large_an_allocation_is_explained_and_the_memory_is_profiled(tmp_path):
-    kept = jnp.ones((1000,))
+def test_an_oversized_allocation_is_explained_and_memory_is_profiled(tmp_path):
+    kept = jnp.ones((1000,))  # an array for the profile to list
     with pytest.raises(UserError) as caught, out_of_memory.explain_errors(CONFIG, tmp_path):
         allocate_too_much()
     message, profile = str(caught.value), tmp_path / out_of_memory.MEMORY_PROFILE
@@ -41,14 +42,14 @@ def test_a_profile_that_cannot_be_written_does_not_hide_the_error(tmp_path):
             allocate_too_much()
 
 
-def test_other_errors_pass(tmp_path):
+def test_other_errors_pass_through_unchanged(tmp_path):
     for error in (jax.errors.JaxRuntimeError("INTERNAL: broken"), KeyError("a")):
         with pytest.raises(type(error)), out_of_memory.explain_errors(CONFIG, tmp_path):
             raise error
     assert not list(tmp_path.iterdir())
 
 
-def test_only_possible_changes_are_advised():
+def test_only_possible_changes_are_suggested():
     remat = dataclasses.replace(MODEL.language, remat="full")
     config = dataclasses.replace(
         CONFIG, model=dataclasses.replace(MODEL, language=remat), data=DataConfig(packing=PackingConfig(64, 3, 1))
@@ -60,17 +61,17 @@ def test_only_possible_changes_are_advised():
 @pytest.mark.parametrize(
     ("message", "need"),
     [
-        (  # compiling for a TPU
+        (  # Compiling for a TPU.
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G "
             "of 15.48G hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:",
             "the program needs 21.95 GiB on each device, which has 15.48 GiB",
         ),
-        (  # running on a TPU
+        (  # Running on a TPU.
             "RESOURCE_EXHAUSTED: Error loading program: Attempting to reserve 3.95G at the bottom of memory. That was "
             "not possible. There are 1.92G free, 0B reserved, and 1.92G reservable.",
             "3.95 GiB were requested at once, more than is free on the device",
         ),
-        (  # on a GPU
+        (  # Running on a GPU.
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment",
             "4.44 GiB were requested at once, more than is free on the device",
         ),
@@ -81,5 +82,5 @@ def test_only_possible_changes_are_advised():
         ("RESOURCE_EXHAUSTED: no idea\nand more", "RESOURCE_EXHAUSTED: no idea"),
     ],
 )
-def test_the_needed_memory_is_read_from_the_messages_of_the_backends(message, need):
+def test_the_needed_memory_is_parsed_from_each_backends_message(message, need):
     assert out_of_memory.needed_memory(message) == need

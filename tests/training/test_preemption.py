@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM to a whole job, or Google's notice. The run is saved, and says so."""
+"""Preemption by SIGTERM to a whole job or by Google's notice: the run is saved, and its exit code says so."""
 
 import dataclasses
 import http.server
@@ -30,7 +30,7 @@ from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import pages
 from tests.parallel import processes, tiny
 
-STEPS = 60
+STEPS = 60  # enough that the run is still going when the signal arrives
 CONFIG_FILE = """
 import json
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ def get_config():
 
 
 def write_config(folder):
-    """Writes the config file of a run of a few seconds on pages on disk, to be read by another process."""
+    """Writes pages, and the config file of a run on them that takes a few seconds; returns the config file's path."""
     documents = [page | {"image": io.BytesIO(page["image"])} for page in pages(30)]
     store.write_dataset(folder / "documents", FEATURES, {"train": documents})
     experiment = tiny.config((2, 1, 1))
@@ -63,7 +63,16 @@ def write_config(folder):
 
 
 def start(folder, config, output=None):
-    """Starts `alignvlm train` as the leader of a process group; it prints to the handle `output`, or to a file."""
+    """Starts `alignvlm train` as the leader of a process group.
+
+    Args:
+      folder: folder of the run and of its output.
+      config: path of the config file.
+      output: handle that receives the output, instead of FOLDER/output.txt.
+
+    Returns:
+      A `subprocess.Popen` if `output` is given, and otherwise a `processes.Process`.
+    """
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
@@ -87,6 +96,7 @@ def test_sigterm_saves_even_if_the_log_is_no_longer_read(tmp_path):
     read, write = os.pipe()
     run = start(tmp_path, config, output=write)
     os.close(write)
+    # Leaving the block closes the only reader: from then on, printing fails with a broken pipe.
     with os.fdopen(read, "rb", buffering=0) as pipe:
         output = b""
         while b"step 3 " not in output:
@@ -96,7 +106,8 @@ def test_sigterm_saves_even_if_the_log_is_no_longer_read(tmp_path):
     assert 3 <= find_undamaged(tmp_path / "run")[1] < STEPS
 
 
-def group_of(process):
+def group_members(process):
+    """Returns the running processes of the group that `process` leads."""
     members = []
     for other in psutil.process_iter():
         try:
@@ -111,28 +122,28 @@ def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_resumes_from_it(tmp_p
     config = write_config(tmp_path)
     run = start(tmp_path, config)
     run.wait_for("step 3 ")
-    workers = [other for other in group_of(run.process) if "spawn_main" in " ".join(other.cmdline())]
+    workers = [other for other in group_members(run.process) if "spawn_main" in " ".join(other.cmdline())]
     assert len(workers) == 1
     signal_time = time.monotonic()
     os.killpg(run.process.pid, signal.SIGTERM)
-    workers[0].send_signal(signal.SIGTERM)  # as in real jobs, some processes receive the signal twice
+    workers[0].send_signal(signal.SIGTERM)  # In real jobs, some processes receive the signal twice.
     assert run.process.wait(400) == 75, run.text()
     seconds = time.monotonic() - signal_time
-    while group_of(run.process):  # all processes end
+    while group_members(run.process):  # All processes of the group must end.
         time.sleep(0.05)
         assert time.monotonic() - signal_time < 400
     (step,) = map(int, re.findall(r"saved after step (\d+)", run.text()))
     assert 3 <= step < STEPS and find_undamaged(tmp_path / "run")[1] == step
-    print(f"saved and gone {seconds:.2f} s after SIGTERM")
+    print(f"saved and ended {seconds:.2f} s after SIGTERM")
 
-    again = start(tmp_path, config)
-    assert again.process.wait(400) == 0, again.text()
-    steps = [int(number) for number in re.findall(r"step (\d+) tiny", again.text())]
-    assert steps == list(range(step + 1, STEPS + 1)) and f"trained {STEPS} steps" in again.text()
+    resumed = start(tmp_path, config)
+    assert resumed.process.wait(400) == 0, resumed.text()
+    steps = [int(number) for number in re.findall(r"step (\d+) tiny", resumed.text())]
+    assert steps == list(range(step + 1, STEPS + 1)) and f"trained {STEPS} steps" in resumed.text()
 
 
-class Metadata(http.server.BaseHTTPRequestHandler):
-    """The part of Google's metadata server that publishes the notice. It answers when the notice changes."""
+class MetadataServer(http.server.BaseHTTPRequestHandler):
+    """Stands in for Google's metadata server: a request waits until the preemption notice changes."""
 
     preempted, num_requests = threading.Event(), 0
 
@@ -152,26 +163,27 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_googles_notice_saves_the_step(tmp_path, monkeypatch, capsys):
-    server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
+def test_googles_preemption_notice_saves_the_step(tmp_path, monkeypatch, capsys):
+    server = http.server.ThreadingHTTPServer(("localhost", 0), MetadataServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
     output = []
 
     def on_step(step):
         if step == 2:
-            Metadata.preempted.set()
+            MetadataServer.preempted.set()
+            # The notice is published during step 2, and must have arrived before the step is done.
             while not any("interrupted" in line for line in output):
                 output.append(capsys.readouterr().out)
                 time.sleep(0.01)
 
     with pytest.raises(distributed.Preempted) as error:
-        tiny.train(tmp_path, tiny.config((8, 1, 1)), losses={}, made=[], on_step=on_step)
+        tiny.train(tmp_path, tiny.config((8, 1, 1)), losses={}, examples=[], on_step=on_step)
     server.shutdown()
-    assert error.value.exit_code == 75 and find_undamaged(tmp_path)[1] == 2 and Metadata.num_requests >= 2
+    assert error.value.exit_code == 75 and find_undamaged(tmp_path)[1] == 2 and MetadataServer.num_requests >= 2
 
 
-def test_other_machines_do_not_ask_for_the_notice(monkeypatch, tmp_path):
+def test_only_google_cloud_machines_poll_for_the_notice(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     monkeypatch.setattr(interruption, "_PRODUCT", tmp_path / "product_name")
     assert not interruption.is_google_cloud()

@@ -1,4 +1,4 @@
-"""A trace contains the configured steps, in the folder that TensorBoard's profile plugin reads."""
+"""Profiler traces contain the configured steps, and are written where TensorBoard's profile plugin reads them."""
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def steps_in_trace(folder):
     ("first", "last", "traced"),
     [
         (1, 6, [3, 4]),
-        (4, 6, [4]),  # resumed within the configured steps
-        (1, 3, [3]),  # ended within the configured steps
+        (4, 6, [4]),  # The run resumed within the configured steps.
+        (1, 3, [3]),  # The run ended within the configured steps.
     ],
 )
 def test_the_configured_steps_are_traced(tmp_path, first, last, traced):
@@ -40,16 +40,16 @@ def test_the_configured_steps_are_traced(tmp_path, first, last, traced):
 
 
 @pytest.mark.parametrize("steps", [None, "9:12"])
-def test_no_trace_without_steps_to_trace(tmp_path, steps):
+def test_no_trace_is_written_without_steps_to_trace(tmp_path, steps):
     run_steps(Profiler(ProfileConfig(steps=steps), tmp_path), 1, 3)
     assert not list(tmp_path.iterdir())
 
 
-def test_steps_are_like_a_slice():
+def test_the_last_step_is_exclusive_as_in_a_slice():
     assert list(traced_steps(ProfileConfig("10:13"))) == [10, 11, 12]
 
 
 @pytest.mark.parametrize("steps", ["10", "13:10", "10:10", "0:3", "a:b", "10:", "10-13", "-1:3", "10:13:2"])
-def test_other_steps_are_refused(steps):
+def test_malformed_steps_are_refused(steps):
     with pytest.raises(UserError, match=r"config\.profile\.steps: expected first:stop, such as 10:13 for .*, got"):
         config_from_dict({"profile": {"steps": steps}, "data": {"tiling": {"tile_size": 384}}})

@@ -1,4 +1,4 @@
-"""A run on a disk that fills up, the budget printed before the first step, and the cost of resuming."""
+"""A run on a disk that fills up, the budget printed before the first step, the cost of resuming, and no unpickling."""
 
 import dataclasses
 import json
@@ -24,37 +24,37 @@ def config(**changes):
     return dataclasses.replace(tiny.config(MESH), checkpoint=CheckpointConfig(**{"every_steps": 1, **changes}))
 
 
-def run(workdir, experiment, **seams):
+def run(workdir, experiment, **options):
     losses = {}
-    return tiny.train(workdir, experiment, losses=losses, made=[], **seams), losses
+    return tiny.train(workdir, experiment, losses=losses, examples=[], **options), losses
 
 
 def test_a_disk_that_fills_up_does_not_end_a_run(tmp_path, capsys):
-    seen = {}
+    recorded = {}
     with breakage.small_disk(tmp_path / "disk", 8) as disk:
 
         def on_step(step):
             steps = lambda: complete_steps(disk / "run" / "checkpoints")  # noqa: E731
-            if step == 2:  # `on_step` comes before the save of step 2
+            if step == 2:  # `on_step` is called before step 2 is saved
                 while not steps():
                     time.sleep(0.01)
-                seen["filler"] = breakage.fill(disk)
-            if step == 4:  # the save of step 3 has waited until that of step 2 has failed
-                seen["left"] = steps()
-                seen["filler"].unlink()
+                recorded["filler"] = breakage.fill(disk)
+            if step == 4:  # the save of step 3 waited until that of step 2 had failed
+                recorded["steps"] = steps()
+                recorded["filler"].unlink()
 
         result, _ = run(disk / "run", config(), on_step=on_step)
-        assert result.progress.step == 5 and seen["left"] == [1]
+        assert result.progress.step == 5 and recorded["steps"] == [1]
         assert find_undamaged(disk / "run")[1] == 5
     output = capsys.readouterr().err
     assert re.search(r"warning: step 2 could not be saved in .*: No space left on device; the newest", output), output
 
 
-def test_the_budget_of_a_run(tmp_path, capsys):
+def test_the_budget_names_checkpoint_sizes_and_free_space(tmp_path, capsys):
     experiment = config(keep=2, keep_best=1)
     text = budget.describe(experiment, experiment.stages, make_mesh(experiment.mesh), tmp_path / "not" / "there")
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.make_params(experiment)))
-    size = f"{3 * params / 2**20:.1f}"  # weights and Adam's two moments; a few counters do not matter
+    size = f"{3 * params / 2**20:.1f}"  # weights and Adam's two moments; the counters vanish in rounding
     assert f"checkpoints: at most {size} MiB each, 4 at a time" in text and "GiB free" in text
     with breakage.small_disk(tmp_path / "disk", 1) as disk:
         assert "warning" in budget.describe(
@@ -63,45 +63,45 @@ def test_the_budget_of_a_run(tmp_path, capsys):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("number", [1, 2])
-def test_resuming_needs_no_more_memory_than_a_fresh_start_and_reads_each_byte_twice(tmp_path, number):
-    """Peak memory and bytes read of each process, for a model of 300 MB on one process and sharded over two."""
-    found, checkpoints, step = {}, tmp_path / "run" / "checkpoints", 0
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_resuming_needs_no_more_memory_than_a_fresh_start_and_reads_each_byte_twice(tmp_path, num_processes):
+    """Measures peak memory and bytes read, for a model of 300 MB in one process and sharded over two."""
+    costs, checkpoints, step = {}, tmp_path / "run" / "checkpoints", 0
     for start in ("fresh", "resumed"):
-        notes = [str(tmp_path / f"{start}.{i}.json") for i in range(number)]
-        arguments = dict(workdir=str(tmp_path / "run"), mesh=(1, number, 1), note=notes, stop_at=step + 1)
-        several = processes.start(tmp_path / start, "cost", number, devices=1, **arguments)
-        assert processes.finish(several, seconds=1500) == [75] * number, several[0].text()
-        found[start] = [json.loads(pathlib.Path(note).read_text()) for note in notes]
+        files = [str(tmp_path / f"{start}.{i}.json") for i in range(num_processes)]
+        arguments = dict(workdir=str(tmp_path / "run"), mesh=(1, num_processes, 1), output_file=files, stop_at=step + 1)
+        job = processes.start(tmp_path / start, "measure_cost", num_processes, devices=1, **arguments)
+        assert processes.finish(job, seconds=1500) == [75] * num_processes, job[0].text()
+        costs[start] = [json.loads(pathlib.Path(file).read_text()) for file in files]
         if start == "fresh":
             step = max(complete_steps(checkpoints))
             size = sum(path.stat().st_size for path in (checkpoints / str(step)).rglob("*") if path.is_file())
-            assert size > 8e8, "weights and two moments, compressed"
-    for fresh, resumed in zip(found["fresh"], found["resumed"], strict=True):
-        peaks = [note["after a step"]["peak"] for note in (fresh, resumed)]
+            assert size > 8e8, "weights and Adam's two moments, compressed"
+    for fresh, resumed in zip(costs["fresh"], costs["resumed"], strict=True):
+        peaks = [cost["after a step"]["peak"] for cost in (fresh, resumed)]
         read = resumed["before a step"]["read"] - fresh["before a step"]["read"]
         print(
-            f"{number} processes, a checkpoint of {size / 1e6:.0f} MB: peak {peaks[0] / 1e6:.0f} MB fresh, "
+            f"{num_processes} processes, a checkpoint of {size / 1e6:.0f} MB: peak {peaks[0] / 1e6:.0f} MB fresh, "
             f"{peaks[1] / 1e6:.0f} MB resumed ({fresh['before a step']['peak'] / 1e6:.0f} and "
             f"{resumed['before a step']['peak'] / 1e6:.0f} MB before the first step); {read / 1e6:.0f} MB read"
         )
         assert peaks[1] <= 1.02 * peaks[0]
         # Each process reads its share twice: once for the digests and once for the weights.
-        assert read < 1.05 * 2 * size / number
+        assert read < 1.05 * 2 * size / num_processes
 
 
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
     """The package must not execute code from files it reads, or extract archives to paths that they choose."""
     root = pathlib.Path(weights.__file__).parents[1]
-    bad = re.compile(
+    forbidden = re.compile(
         r"(import|from) (pickle|dill|joblib|cloudpickle|shelve|marshal)|\bpickle\.loads?\(|allow_pickle\s*=\s*True"
         r"|torch\.load\((?!.*weights_only=True)|yaml\.(unsafe_)?load\(|extractall\(|unpack_archive\("
         r"|trust_remote_code\s*=\s*True"
     )
-    found = [
+    matches = [
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in root.rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if bad.search(line) and path.name != "model_card.py"  # instructions in a card are not executed here
+        if forbidden.search(line) and path.name != "model_card.py"  # the code in a model card is not executed here
     ]
-    assert not found, found
+    assert not matches, matches

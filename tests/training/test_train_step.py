@@ -1,4 +1,4 @@
-"""The train step: the same loss for every division into microbatches, frozen parts, the same result on every mesh."""
+"""The train step: microbatches and meshes do not change its result, frozen parts do not move, metrics are exact."""
 
 import functools
 import re
@@ -19,10 +19,9 @@ from alignvlm_jax.training.stages import stage_table
 from alignvlm_jax.training.train_step import abstract_state, create_state, jit_train_step, make_train_step, place_state
 from tests.training.batches import MODEL, random_batch, stage
 
-# Adam with a large eps is plain gradient descent: the update shows the gradient and not its sign. The first rate is 1.
+# Adam with a large eps is almost plain gradient descent, so a wrong gradient shows in size and not only in sign. The
+# learning rate of the first step is 1, after the first of the warm-up steps.
 DESCENT = stage(optimizer=OptimizerConfig(eps=1.0, clip_norm=None), learning_rates=LearningRates(3.0, 3.0, 3.0))
-
-
 KEY = jax.random.key(0)
 
 
@@ -38,7 +37,7 @@ def jitted(stage_config):
 
 
 def run(stage_config, params, batches):
-    """Returns the final state and the metrics of each step, on one device."""
+    """Trains on the batches, on one device; returns the final state and the metrics of each step."""
     state, history = create_state(stage_config, params), []
     for batch in batches:
         state, metrics = jitted(stage_config)(state, batch)
@@ -46,14 +45,14 @@ def run(stage_config, params, batches):
     return state, history
 
 
-def test_microbatches_add_up_to_one_big_step(params):
+def test_microbatches_give_the_same_update_as_one_large_batch(params):
     big = random_batch(3, microbatches=1, bins=8)
-    cut = jax.tree.map(lambda field: field.reshape(4, 2, *field.shape[2:]), big)
-    assert len(set(cut["loss_weights"].sum(axis=(1, 2)))) > 1, "the test needs answers of unequal length"
-    one_state, (one,) = run(DESCENT, params, [big])
-    state, (metrics,) = run(DESCENT, params, [cut])
-    for name in one:
-        np.testing.assert_allclose(metrics[name], one[name], rtol=1e-6, err_msg=name)
+    split = jax.tree.map(lambda field: field.reshape(4, 2, *field.shape[2:]), big)
+    assert len(set(split["loss_weights"].sum(axis=(1, 2)))) > 1, "the microbatches need different weights"
+    one_state, (one_metrics,) = run(DESCENT, params, [big])
+    state, (metrics,) = run(DESCENT, params, [split])
+    for name in one_metrics:
+        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-6, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), state.params, one_state.params)
     moved = jax.tree.map(jnp.subtract, one_state.params, params)
     assert optax.tree.norm(moved) > 1, "the tolerance is a millionth of the update"
@@ -82,7 +81,7 @@ def test_empty_bins_change_nothing(params):
     np.testing.assert_allclose(padded_metrics["token_fraction"], metrics["token_fraction"] / 2, rtol=1e-6)
 
 
-def test_a_batch_without_answers_is_not_nan(params):
+def test_a_batch_without_answers_gives_zero_loss_and_finite_weights(params):
     batch = random_batch(5)
     batch["loss_weights"] *= 0
     state, (metrics,) = run(DESCENT, params, [batch])
@@ -114,10 +113,10 @@ def test_metrics_do_not_count_padding(params):
     np.testing.assert_allclose(metrics["token_fraction"], real.mean(), rtol=1e-6)
     assert metrics["tiles"] == (batch["tile_valid_hw"][..., 0] > 0).sum()
     assert 1 <= metrics["effective_tokens"] <= MODEL.language.vocab_size
-    np.testing.assert_allclose(metrics["learning_rate/connector"], 1.0, rtol=1e-6)  # the first of two warm-ups
+    np.testing.assert_allclose(metrics["learning_rate/connector"], 1.0, rtol=1e-6)  # the first of two warm-up steps
 
 
-def test_the_table_names_frozen_parts(params):
+def test_the_stage_table_names_frozen_parts(params):
     table = stage_table(stage(trainable=("connector", "language")), params)
     vision = sum(leaf.size for leaf in jax.tree.leaves(params["vision"]))
     (line,) = (line for line in table.splitlines() if line.startswith("vision"))
@@ -125,7 +124,7 @@ def test_the_table_names_frozen_parts(params):
     assert table.count("trained") == 3 and "6.0e-03" in table
 
 
-def test_a_mesh_gives_the_losses_of_one_device(params):
+def test_a_mesh_gives_the_same_losses_as_one_device(params):
     config = stage()
     batches = [random_batch(seed % 2, microbatches=2, bins=4) for seed in range(20)]
     histories = {}
@@ -146,14 +145,15 @@ def test_a_mesh_gives_the_losses_of_one_device(params):
     assert_is_sharded(state)
 
 
-def test_the_1b_step_holds_no_scores_of_all_words():
-    """The step is traced at the paper's size, not run: a nine-tile page and its thumbnail, with less text."""
+def test_the_1b_step_holds_no_scores_over_the_whole_vocabulary():
+    """Traces the step at the paper's size without running it: a page of nine tiles and a thumbnail, with less text."""
     model = AlignVLMConfig()
     words, visual, length = model.language.vocab_size, 10 * model.vision.num_patches, 320
     state = jax.eval_shape(lambda: create_state(stage(), nn.unbox(random_parameters(model, KEY))))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[None], example_batch(model, tiles=10, length=length)))
     text = str(jax.make_jaxpr(make_train_step(model, stage()))(state, batch))
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+    # The regular expression does find shapes: those of a table, and of all visual tokens.
     assert (words, model.language.hidden_size) in shapes and any(visual in shape for shape in shapes)
     assert not any({words, visual} <= set(shape) or {words, length} <= set(shape) for shape in shapes)
 
@@ -166,14 +166,14 @@ def test_muons_momentum_is_sharded_like_its_weights():
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.opt_state)
         if ".mu[" in jax.tree_util.keystr(path)
     }
-    assert len(momentum) == len(jax.tree.leaves(abstract.params)), "each weight has one, Muon's or Adam's"
+    assert len(momentum) == len(jax.tree.leaves(abstract.params)), "each weight has one momentum, Muon's or Adam's"
     for path, weight in jax.tree_util.tree_leaves_with_path(abstract.params):
         (leaf,) = (leaf for name, leaf in momentum.items() if name.endswith(f".mu{jax.tree_util.keystr(path)}"))
         assert leaf.sharding == weight.sharding
 
 
 def assert_is_sharded(state):
-    """Checks that weights and moments are sharded over the 2x2x2 mesh after training, according to the rules."""
+    """Asserts that weights and moments are still sharded over the 2x2x2 mesh after training."""
     embedding = state.params["language"]["embedding"]
     assert embedding.sharding.spec == jax.P("tensor", "fsdp")
     assert embedding.addressable_shards[0].data.shape == (24, 8)
@@ -192,7 +192,7 @@ def assert_is_sharded(state):
     assert moments and all(moment.sharding.spec == down.sharding.spec for moment in moments)
 
 
-def test_another_learning_rate_is_not_another_program(params):
+def test_a_changed_learning_rate_reuses_the_compiled_program(params):
     """A tuning trial, or a stage that differs only in its rates, uses a program from the compilation cache."""
     batch, mesh = random_batch(7), make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
     texts, moved = [], []
