@@ -1,4 +1,4 @@
-"""A config is checked before anything is built; an error says in one line what is wrong, where, and what was meant."""
+"""Configs are checked before anything is built. An error is one line: what is wrong, where, and the likely fix."""
 
 import dataclasses
 import json
@@ -13,13 +13,14 @@ from alignvlm_jax.models.connectors import AlignConfig, MLPConfig, PerceiverConf
 NANO = "configs/nano.py"
 
 
-def write(tmp_path, text):
+def write_config(tmp_path, text):
     path = tmp_path / "experiment.py"
     path.write_text(text)
     return path
 
 
 def error_message(overrides=(), file=NANO):
+    """Returns the one-line error of loading a config that must fail."""
     with pytest.raises(UserError) as error:
         load_config(file, overrides)
     assert "\n" not in str(error.value)
@@ -36,15 +37,15 @@ def test_nano_has_the_three_stages_of_the_paper():
     assert isinstance(config.model.connector, AlignConfig)
 
 
-def test_a_config_survives_json():
+def test_a_config_round_trips_through_json():
     config = load_config(NANO, ["model.connector.vocab_size=500", "stages.1.steps=None", "stages.1.epochs=0.5"])
-    again = config_from_dict(json.loads(config_to_json(config)))
-    assert again == config
-    assert config_hash(again) == config_hash(config) != config_hash(load_config(NANO))
-    hash(config)  # configs are arguments of cached and jitted functions
+    restored = config_from_dict(json.loads(config_to_json(config)))
+    assert restored == config
+    assert config_hash(restored) == config_hash(config) != config_hash(load_config(NANO))
+    hash(config)  # It must not raise: configs are static arguments of jitted functions.
 
 
-def test_overrides_are_read_as_the_type_of_their_field():
+def test_overrides_are_parsed_as_the_type_of_their_field():
     config = load_config(
         NANO,
         [
@@ -67,7 +68,7 @@ def test_overrides_are_read_as_the_type_of_their_field():
     assert config.mesh.fsdp == 2 and config.model.language.rope_scaling.factor == 8.0
 
 
-def test_an_override_keeps_its_neighbours():
+def test_an_override_leaves_other_fields_unchanged():
     before, after = load_config(NANO), load_config(NANO, ["stages.1.learning_rates.vision=0.5"])
     rates = dataclasses.replace(before.stages[1].learning_rates, vision=0.5)
     assert after.stages[1] == dataclasses.replace(before.stages[1], learning_rates=rates)
@@ -77,14 +78,14 @@ def test_an_override_keeps_its_neighbours():
 @pytest.mark.parametrize("name", connector_names())
 def test_the_connector_is_chosen_by_name(name):
     # HoneyBee's 144 tokens are more than the nano encoder's patches.
-    fitting = ["model.connector.num_tokens=64"] if name == "c_abstractor" else []
+    overrides = ["model.connector.num_tokens=64"] if name == "c_abstractor" else []
     for override in (f"model.connector={name}", f"model.connector.name={name}"):
-        config = load_config(NANO, [override, *fitting])
+        config = load_config(NANO, [override, *overrides])
         assert type(config.model.connector) is connector_named(name).config
     assert config_to_dict(config)["model"]["connector"]["name"] == name
 
 
-def test_another_connector_has_its_own_fields():
+def test_each_connector_has_its_own_fields():
     config = load_config(NANO, ["model.connector=perceiver", "model.connector.num_latents=16"])
     assert config.model.connector == PerceiverConfig(num_latents=16)
     assert load_config(NANO, ["model.connector=mlp"]).model.connector == MLPConfig()
@@ -92,7 +93,7 @@ def test_another_connector_has_its_own_fields():
 
 
 def test_a_removed_option_is_dropped_if_it_was_off():
-    """Configs and checkpoints of earlier versions hold the key; that another value is refused is tested below."""
+    """Configs and checkpoints of earlier versions hold the key. A value that turned the option on is refused."""
     config = load_config(NANO)
     raw = config_to_dict(config)
     raw["model"]["connector"]["num_extra_words"] = 0
@@ -165,7 +166,7 @@ def test_an_error_names_the_full_path(override, expected):
         assert part in message
 
 
-def test_a_missing_file_is_named_with_the_shipped_ones():
+def test_a_missing_file_is_reported_with_the_shipped_configs():
     message = error_message(file="configs/nanno.py")
     assert "configs/nanno.py" in message and "nano.py" in message
 
@@ -173,7 +174,8 @@ def test_a_missing_file_is_named_with_the_shipped_ones():
 def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/nano.py") == load_config("nano.py")
-    with pytest.raises(UserError, match="no such config file"):  # another folder is another file
+    # Only a bare name, or one in configs/, stands for a shipped config.
+    with pytest.raises(UserError, match="no such config file"):
         load_config("elsewhere/nano.py")
 
 
@@ -190,14 +192,15 @@ def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
         ("def get_config():\n    return dict(stages=[dict(name='x')])\n", "config.stages.0.mixture: missing"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, expected):
-    path = write(tmp_path, text)
+def test_an_invalid_file_is_named_with_the_line_or_key_of_its_error(tmp_path, text, expected):
+    path = write_config(tmp_path, text)
     message = error_message(file=path)
     assert expected in message
     assert str(path) in message or message.startswith("config.")
 
 
-def test_latents_without_positions_are_not_joined():
+def test_a_connector_without_token_positions_cannot_join_tiles():
     overrides = ["model.newline=true", "data.tiling.rule=anyres_max_9", "model.connector=perceiver"]
     assert "have no positions in their tile" in error_message(overrides)
+    # The same overrides are accepted with the default connector.
     assert load_config(NANO, overrides[:2]).data.tiling.rule == "anyres_max_9"

@@ -1,4 +1,4 @@
-"""The step of configs/debug_gpu.py lowers for CUDA on a machine without a GPU."""
+"""The train step of configs/debug_gpu.py lowers for CUDA on a machine without a GPU."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from alignvlm_jax.training.train_step import FIELDS, abstract_state, make_train_
 
 
 @dataclasses.dataclass
-class _Gpu:
+class _FakeGpu:
     compute_capability: str
     platform: str = "gpu"
 
 
 @pytest.mark.parametrize("compute_capability, kernel", [("9.0", "flash"), ("7.5", "xla")])
-def test_the_step_lowers_for_cuda(compute_capability, kernel):
-    experiment, gpu = load_config("configs/debug_gpu.py"), _Gpu(compute_capability)
+def test_the_train_step_lowers_for_cuda(compute_capability, kernel):
+    experiment, gpu = load_config("configs/debug_gpu.py"), _FakeGpu(compute_capability)
     model = dataclasses.replace(
         experiment.model,
         vision=hardware.resolve(experiment.model.vision, gpu),
@@ -40,4 +40,4 @@ def test_the_step_lowers_for_cuda(compute_capability, kernel):
         lowered = jax.jit(make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert ("triton" in text) == (kernel == "flash")
-    assert ("bf16" in text) == (kernel == "flash"), "cards before Ampere have no bfloat16"
+    assert ("bf16" in text) == (kernel == "flash"), "GPUs before Ampere have no bfloat16"

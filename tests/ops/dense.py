@@ -1,6 +1,6 @@
-"""Dense reference of the loss, and comparisons with references in float64.
+"""Dense reference of the loss, and helpers to compare with references in float64.
 
-The dense reference of ALIGN is in the package, `alignvlm_jax/ops/dense_align.py`.
+The dense reference of ALIGN is part of the package: `alignvlm_jax/ops/dense_align.py`.
 """
 
 import jax
@@ -28,5 +28,5 @@ def in_float64(function, *inputs):
 
 
 def distance(got, expected) -> float:
-    """Norm of the difference relative to the norm of the expected array."""
+    """Returns the norm of the difference, relative to the norm of the expected array."""
     return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))

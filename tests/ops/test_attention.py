@@ -1,4 +1,4 @@
-"""Values and gradients of attention against a float64 reference, with block borders and masks."""
+"""Values and gradients of attention against float64 references, at block borders and under masks."""
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ def _inputs(length, keys=None, heads=4, groups=2, width=8):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150])  # Below, at and beyond the border of a block.
+@pytest.mark.parametrize("length", [1, 64, 65, 150])  # Below, at and above the size of a block.
 @pytest.mark.parametrize("causal", [True, False])
-def test_value(length, causal):
+def test_values_match_float64(length, causal):
     inputs = _inputs(length)
     allowed = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
     expected = _reference(*inputs, np.broadcast_to(allowed, (2, length, length)))
@@ -44,7 +44,7 @@ def test_segments_do_not_see_each_other():
     assert np.isfinite(out).all()  # Padding attends to padding, so no softmax is empty.
 
 
-def test_gradient_is_that_of_plain_attention():
+def test_gradients_match_plain_attention():
     query, key, value = _inputs(70)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
 
@@ -67,6 +67,6 @@ def test_gradient_is_that_of_plain_attention():
 def test_invisible_cache_slots_have_no_effect():
     query, key, value = _inputs(3, keys=10)
     visible = np.random.default_rng(2).random((2, 3, 10)) < 0.5
-    visible[..., 0] = True
+    visible[..., 0] = True  # every query sees at least one slot, as in decoding
     out = cached_attention(query, key, value, visible=jnp.asarray(visible))
     np.testing.assert_allclose(out, _reference(query, key, value, visible), rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
 """Values and gradients of the Pallas kernels against float64, the choice of a kernel, and the fallback.
 
-The kernels run in Pallas's interpreter on a CPU, which executes their arithmetic and masks.
-tests/tools/test_compile_tpu.py tests that they compile for a TPU. This file tests that the GPU kernel lowers for CUDA.
+On a CPU the kernels run in Pallas's interpreter, which executes their arithmetic and masks. That they compile is tested
+separately: for TPUs in tests/tools/test_compile_tpu.py, and for CUDA below.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ def _inputs(length, heads=4, groups=2, width=24, rows=2):
     rng = np.random.default_rng(0)
     shapes = [(rows, length, heads, width), (rows, length, groups, width), (rows, length, groups, width)]
     query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    # Three segments and padding; none of the cuts is at a block border.
     cuts = np.array([0, length // 5, length // 2, length - length // 7, length])
     segments = np.repeat(np.repeat([[1, 2, 3, 0]], np.diff(cuts), axis=1), rows, axis=0)
     return query, key, value, jnp.asarray(segments, jnp.int32)
@@ -44,7 +45,7 @@ def _plain(query, key, value, segments, causal):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("length, causal", [(140, True), (100, False)])  # Neither length is a multiple of a block.
-def test_value_and_gradient(name, length, causal):
+def test_values_and_gradients_match_float64(name, length, causal):
     query, key, value, segments = _inputs(length)
     attend = functools.partial(KERNELS[name].attend, causal=causal, interpret=True)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
@@ -61,7 +62,7 @@ def test_value_and_gradient(name, length, causal):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])  # (1, 1, 8) has more devices than key-value heads.
-def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mesh):
+def test_on_a_mesh_each_device_computes_its_rows_and_heads(monkeypatch, name, mesh):
     module = KERNELS[name]
     monkeypatch.setattr(module, "attend", functools.partial(module.attend, interpret=True))
     query, key, value, segments = _inputs(24, heads=8, groups=4, rows=8)
@@ -82,7 +83,7 @@ def test_on_a_mesh_each_device_attends_its_rows_and_heads(monkeypatch, name, mes
 
 def test_an_unsupported_shape_falls_back_with_a_warning(caplog):
     query, key, value, segments = _inputs(20, heads=2, groups=2, width=260)
-    attention._warn_once.cache_clear()
+    attention._warn_once.cache_clear()  # another test may have caused the same warning
     got = attention.packed_attention(query, key, value, segment_ids=segments, causal=True, kernel="flash")
     np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=1e-5, atol=1e-6)
     assert "flash does not support heads of width 260" in caplog.text and "falling back" in caplog.text
@@ -102,7 +103,7 @@ def test_flash_lowers_for_cuda_without_a_gpu():
 
 
 @dataclasses.dataclass
-class _Device:
+class _FakeDevice:
     platform: str
     compute_capability: str | None = None
 
@@ -110,15 +111,15 @@ class _Device:
 @pytest.mark.parametrize(
     "device, kernel, dtype",
     [
-        (_Device("tpu"), "splash", "bfloat16"),
-        (_Device("gpu", "9.0"), "flash", "bfloat16"),
-        (_Device("gpu", "8.0"), "flash", "bfloat16"),
-        (_Device("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, and not enough memory for the kernel.
-        (_Device("gpu"), "xla", "float32"),  # AMD reports no compute capability.
-        (_Device("cpu"), "xla", "float32"),
+        (_FakeDevice("tpu"), "splash", "bfloat16"),
+        (_FakeDevice("gpu", "9.0"), "flash", "bfloat16"),
+        (_FakeDevice("gpu", "8.0"), "flash", "bfloat16"),
+        (_FakeDevice("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, and not enough memory for the kernel.
+        (_FakeDevice("gpu"), "xla", "float32"),  # AMD reports no compute capability.
+        (_FakeDevice("cpu"), "xla", "float32"),
     ],
 )
-def test_devices_have_default_kernels_that_a_config_may_override(device, kernel, dtype):
+def test_each_device_has_default_kernels_that_a_config_may_override(device, kernel, dtype):
     resolved = hardware.resolve(LanguageConfig(), device)
     assert (resolved.attention, resolved.dtype) == (kernel, dtype)
     forced = LanguageConfig(attention="xla", dtype="bfloat16")

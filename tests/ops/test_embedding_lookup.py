@@ -1,4 +1,4 @@
-"""Lookup in a sharded table: the same values and gradients as in a complete one, and nothing large is gathered."""
+"""Lookup in a sharded table: values and gradients match those of a complete table, and nothing large is gathered."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def _inputs(rows, words):
     rng = np.random.default_rng(0)
     table, cotangent = rng.normal(size=(words, WIDTH)), rng.normal(size=(rows, 20, WIDTH))
     ids = rng.integers(0, words, (rows, 20))
-    ids[0, :5] = [0, words - 1, 7, 7, 7]  # The first and the last word, and one that occurs several times.
+    ids[0, :5] = [0, words - 1, 7, 7, 7]  # The first word, the last word, and a repeated one.
     return jnp.asarray(table, jnp.float32), jnp.asarray(ids), jnp.asarray(cotangent, jnp.float32)
 
 
@@ -46,10 +46,10 @@ def _compile(mesh_sizes, table, ids, cotangent):
     return compiled, [jax.device_put(array, sharding) for array, sharding in zip(arrays, shardings, strict=True)]
 
 
-# tensor does not divide 101 words, and data x fsdp do not divide 6 rows.
+# 101 words are not divisible by tensor, nor 6 rows by data x fsdp; such axes stay replicated.
 @pytest.mark.parametrize("mesh_sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1)])
 @pytest.mark.parametrize("rows, words", [(8, 96), (8, 101), (6, 96)])
-def test_value_and_gradient(mesh_sizes, rows, words):
+def test_values_and_gradients_match_a_complete_table(mesh_sizes, rows, words):
     table, ids, cotangent = _inputs(rows, words)
     compiled, placed = _compile(mesh_sizes, table, ids, cotangent)
     value, gradient = compiled(*placed)
@@ -59,7 +59,8 @@ def test_value_and_gradient(mesh_sizes, rows, words):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_device_holds_more_than_its_part_and_a_block():
+def test_no_device_holds_more_than_its_part_of_the_table():
+    # Enough words for the table to be by far the largest array.
     table, ids, cotangent = _inputs(8, 960)
     compiled, _ = _compile((2, 2, 2), table, ids, cotangent)
     text = compiled.as_text()

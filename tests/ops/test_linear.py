@@ -1,4 +1,4 @@
-"""The linear layer against float64, and the dtype in which its gradients are summed."""
+"""Values and gradients of the linear layer against float64, and the dtype in which devices sum gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ def _with_gradients(inputs, kernel, bias, cotangent):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 6e-3)])
-def test_value_and_gradients(dtype, tolerance):
+def test_values_and_gradients_match_float64(dtype, tolerance):
     arrays = _inputs(dtype)
     x, kernel, bias, dy = (np.asarray(array, np.float64) for array in arrays)
+    # The layer casts the kernel to the dtype of its inputs.
     rounded = np.asarray(arrays[1].astype(dtype), np.float64)
     expected = (
         x @ rounded + bias,
@@ -41,12 +42,12 @@ def test_value_and_gradients(dtype, tolerance):
     got = _with_gradients(*arrays)
     assert [str(array.dtype) for array in got] == [dtype, dtype, "float32", "float32"]
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        # Sums over rows have float32 precision, whatever the dtype of the factors.
+        # Gradients of kernel and bias are sums over rows: they have float32 precision for any dtype of the inputs.
         limit = tolerance if index < 2 else 1e-6
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * np.linalg.norm(b)
 
 
-def test_devices_exchange_float32():
+def test_gradients_are_summed_over_devices_in_float32():
     mesh = make_mesh(MeshConfig(data=8))
     split, replicated = NamedSharding(mesh, jax.P("data")), NamedSharding(mesh, jax.P())
     inputs, kernel, bias, cotangent = _inputs("bfloat16")

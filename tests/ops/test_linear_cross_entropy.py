@@ -1,4 +1,4 @@
-"""Values and gradients of the loss against PyTorch and the dense form in float64, with several chunk sizes."""
+"""Values and gradients of the loss against PyTorch and the dense form in float64, for several chunk sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,22 @@ TOLERANCE = 5e-6
 WIDTH, WORDS = 16, 53
 
 
-def inputs(shape=(3, 40), answered=0.3, dtype=jnp.float32):
-    """Returns hidden states, head, targets and weights; most weights are 0 and the others differ."""
+def inputs(shape=(3, 40), answer_fraction=0.3, dtype=jnp.float32):
+    """Returns hidden states, head, targets and weights. Most weights are 0, and the others differ from each other."""
     rng = np.random.default_rng(0)
-    weights = rng.random(shape) * 2 * (rng.random(shape) < answered)
+    weights = rng.random(shape) * 2 * (rng.random(shape) < answer_fraction)
     hidden, head = rng.normal(size=(*shape, WIDTH)), rng.normal(size=(WORDS, WIDTH))
     targets = rng.integers(0, WORDS, shape)
     return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
 
 
-def assert_is_dense(arguments, z_loss, **options):
+def assert_matches_dense(arguments, z_loss, **options):
+    """Asserts that loss, weight and gradients match the dense form in float64."""
     hidden, head, targets, weights = arguments
 
     def ours(hidden, head):
         loss, weight = linear_cross_entropy(hidden, head, targets, weights, z_loss=z_loss, **options)
-        return 3 * loss, weight
+        return 3 * loss, weight  # the factor shows whether the incoming cotangent is used
 
     (loss, weight), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, head)
     expected, expected_gradients = dense.in_float64(
@@ -37,27 +38,27 @@ def assert_is_dense(arguments, z_loss, **options):
     np.testing.assert_allclose(weight, np.sum(weights), rtol=1e-6)
     for got, reference in zip(gradients, expected_gradients, strict=True):
         assert dense.distance(got, reference) <= TOLERANCE
-    unanswered = np.asarray(gradients[0])[np.asarray(weights) == 0]
-    assert np.all(unanswered == 0)
+    unweighted = np.asarray(gradients[0])[np.asarray(weights) == 0]
+    assert np.all(unweighted == 0)
 
 
-# About 36 of 120 positions have a weight. The chunks: one that is too large, one that is almost full, several, and one
-# for each position.
+# About 36 of 120 positions have a weight. In turn: the default chunk, larger than needed; one chunk that is almost
+# full; several chunks; and one chunk for each position.
 @pytest.mark.parametrize(
     ("chunk_size", "block_size", "z_loss"), [(None, None, 0.0), (40, 20, 0.0), (17, 53, 0.1), (1, 52, 0.1)]
 )
-def test_value_and_gradients(chunk_size, block_size, z_loss):
-    assert_is_dense(inputs(), z_loss, chunk_size=chunk_size, block_size=block_size)
+def test_values_and_gradients_match_the_dense_form(chunk_size, block_size, z_loss):
+    assert_matches_dense(inputs(), z_loss, chunk_size=chunk_size, block_size=block_size)
 
 
-@pytest.mark.parametrize("answered", [1.0, 0.008])
-def test_weights_on_all_positions_and_on_one(answered):
-    arguments = inputs(answered=answered)
+@pytest.mark.parametrize("answer_fraction", [1.0, 0.008])
+def test_all_positions_or_a_single_one_may_have_weight(answer_fraction):
+    arguments = inputs(answer_fraction=answer_fraction)
     assert np.count_nonzero(arguments[3]) in (1, 120)
-    assert_is_dense(arguments, 0.0, chunk_size=16)
+    assert_matches_dense(arguments, 0.0, chunk_size=16)
 
 
-def test_no_weights():
+def test_zero_weights_give_zero_loss_and_gradients():
     hidden, head, targets, weights = inputs()
     ours = jax.jit(jax.value_and_grad(linear_cross_entropy, (0, 1), has_aux=True))
     (loss, weight), gradients = ours(hidden, head, targets, weights * 0)
@@ -65,7 +66,7 @@ def test_no_weights():
     assert all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
 
 
-def test_value_and_gradient_are_those_of_torch():
+def test_gradients_match_torch():
     hidden, head, targets, weights = inputs()
     theirs = [torch.tensor(np.asarray(leaf), dtype=torch.float64, requires_grad=True) for leaf in (hidden, head)]
     logits = (theirs[0] @ theirs[1].T).reshape(-1, WORDS)
@@ -81,7 +82,7 @@ def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16():
     hidden, head, targets, weights = inputs(dtype=jnp.bfloat16)
 
     def dense_loss(hidden, head):
-        """Rounds the logits, and so their gradient, to bfloat16, as a plain bfloat16 program does."""
+        """Rounds the logits and their gradient to bfloat16, as a plain bfloat16 program does."""
         logits = (hidden @ head.T).astype(jnp.float32)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))
@@ -95,18 +96,19 @@ def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16():
     np.testing.assert_allclose(loss, value, rtol=1e-3)
     for got, rounded, reference in zip(gradients, theirs, expected, strict=True):
         assert got.dtype == jnp.bfloat16
+        # 10 % more, because both errors are sums of random roundings.
         assert dense.distance(got, reference) <= 1.1 * dense.distance(rounded, reference)
 
 
-def test_the_logits_of_all_positions_are_never_held():
+def test_logits_of_all_positions_are_never_held():
     hidden, head, targets, weights = inputs()
     text = (
         jax.jit(linear_cross_entropy, static_argnames="chunk_size")
         .lower(hidden, head, targets, weights, chunk_size=8)
         .as_text()
     )
-    assert "tensor<8x53xf32>" in text, "the logits of a chunk"
-    assert "120x53xf32" not in text and "3x40x53xf32" not in text, "not those of all positions"
+    assert "tensor<8x53xf32>" in text, "the logits of one chunk"
+    assert "120x53xf32" not in text and "3x40x53xf32" not in text, "the logits of all positions"
 
 
 def test_targets_and_weights_may_be_numpy_constants_of_a_jitted_function():

@@ -1,4 +1,4 @@
-"""Values and all gradients of ALIGN's attention over the vocabulary, against the dense form in float64."""
+"""Values and gradients of ALIGN's attention over the vocabulary, against the dense form in float64."""
 
 import functools
 
@@ -13,14 +13,15 @@ from alignvlm_jax.ops.vocabulary_statistics import covariance_is_cheaper
 from alignvlm_jax.ops.vocabulary_streaming import default_block_size
 from tests.ops import dense
 
-TOLERANCE = 5e-6  # Of the norm of the difference, relative to the norm of the reference.
+TOLERANCE = 5e-6  # norm of the difference, relative to the norm of the reference
 NAMES = ("result", "q", "keys", "scale", "bias", "values")
 
 
 def inputs(shape=(3, 20), width=16, words=100, value_width=12, dtype=jnp.float32, seed=0):
     """Returns q, keys, scale, bias and values.
 
-    The rows of keys and values have a large mean, as those of embedding tables do. Scale and bias differ between words.
+    The rows of keys and values have a large common mean, as those of embedding tables do. Scale and bias differ between
+    words.
     """
     rng = np.random.default_rng(seed)
     keys = 0.3 * rng.normal(size=(words, width)) + rng.normal(size=width)
@@ -36,7 +37,7 @@ def inputs(shape=(3, 20), width=16, words=100, value_width=12, dtype=jnp.float32
 
 
 def with_gradients(function):
-    """Returns a compiled function of (arguments, cotangent), with the result [value, *gradients of the arguments]."""
+    """Returns a compiled function from (arguments, cotangent) to [value, *gradients of the arguments]."""
 
     @jax.jit
     def run(arguments, cotangent):
@@ -52,13 +53,13 @@ def in_float64(function, arguments, cotangent):
 
 
 def random_cotangent(arguments):
-    """Returns a cotangent of the result, with values that bfloat16 represents exactly."""
+    """Returns a cotangent of the result whose values are exact in bfloat16."""
     shape = (*arguments[0].shape[:-1], arguments[4].shape[1])
     return jnp.asarray(np.random.default_rng(9).normal(size=shape), jnp.bfloat16).astype(jnp.float32)
 
 
-def assert_is_dense(arguments, *, slack=0.0, **options):
-    """Asserts that errors are within the tolerance, or within `slack` times those of the dense form in float32."""
+def assert_matches_dense(arguments, *, slack=0.0, **options):
+    """Asserts that errors are below the tolerance, or below `slack` times those of the dense form in float32."""
     cotangent = random_cotangent(arguments)
     ours = with_gradients(functools.partial(vocabulary_attention, **options))(arguments, cotangent)
     expected = in_float64(dense_vocabulary_attention, arguments, cotangent)
@@ -68,15 +69,15 @@ def assert_is_dense(arguments, *, slack=0.0, **options):
         assert dense.distance(got, reference) <= max(TOLERANCE, slack * dense.distance(rounded, reference)), name
 
 
-# 3 queries of width 16 use a second pass for the statistics, and 60 queries the covariance.
+# The statistics of logits come from a second pass for 3 queries of width 16, and from the covariance for 60.
 @pytest.mark.parametrize("shape", [(3,), (3, 20)])
 @pytest.mark.parametrize("block_size", [1, 50, 99, None])
-def test_value_and_every_gradient(shape, block_size):
+def test_value_and_every_gradient_match_the_dense_form(shape, block_size):
     assert covariance_is_cheaper(int(np.prod(shape)), 16) == (shape == (3, 20))
-    assert_is_dense(inputs(shape), block_size=block_size)
+    assert_matches_dense(inputs(shape), block_size=block_size)
 
 
-def test_any_leading_shape():
+def test_queries_may_have_any_leading_shape():
     q, *tables = inputs((30,))
     cotangent = random_cotangent([q, *tables])
     flat = with_gradients(vocabulary_attention)([q, *tables], cotangent)
@@ -90,29 +91,29 @@ def test_any_leading_shape():
             np.testing.assert_array_equal(got.reshape(reference.shape), reference)
 
 
-def test_a_vocabulary_and_widths_without_common_factors():
-    assert_is_dense(inputs((47,), width=19, words=101, value_width=7), block_size=13)
+def test_sizes_without_common_factors():
+    assert_matches_dense(inputs((47,), width=19, words=101, value_width=7), block_size=13)
 
 
 def test_a_width_that_is_split_into_panels():
-    """Tests the covariance that is only computed on and above its diagonal of panels."""
-    assert_is_dense(inputs((600,), width=512, words=700, value_width=8), block_size=256)
+    """At this width, only the panels on and above the diagonal of the covariance are computed."""
+    assert_matches_dense(inputs((600,), width=512, words=700, value_width=8), block_size=256)
 
 
 @pytest.mark.parametrize("shape", [(8,), (60,)])
 def test_peaked_distributions(shape):
-    """Tests a scale that puts almost all of P on one word; the largest score rises a lot in every block."""
+    """A large scale puts almost all of P on one word, and the running maximum rises a lot in every block."""
     q, keys, scale, bias, values = inputs(shape)
     order = jnp.argsort((q @ keys.T)[0])  # Words in increasing order of the first query's logits.
     arguments = [q, keys[order], 10 * scale, bias, values]
     p = dense_distribution(*arguments[:4])
     assert jnp.max(p[0]) > 0.9
-    # Scores of 40, and so P, are rounded to 2e-6, in the dense form as well.
-    assert_is_dense(arguments, block_size=8, slack=2.0)
+    # Scores near 40 are rounded to 2e-6, and so is P. The dense form has the same error, hence `slack`.
+    assert_matches_dense(arguments, block_size=8, slack=2.0)
 
 
-def test_statistics_of_frozen_keys():
-    """Compares with a dense form in which the statistics are constant."""
+def test_given_statistics_are_treated_as_constants():
+    """With precomputed statistics of frozen keys, gradients match a dense form that stops gradients through them."""
     arguments = inputs((3, 20))
     cotangent = random_cotangent(arguments)
 
@@ -132,7 +133,7 @@ def test_statistics_of_frozen_keys():
 
 @pytest.mark.parametrize("shape", [(8,), (120,)])
 def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16(shape):
-    """Compares the errors of both against float64. The dense form rounds logits, P, and their gradients."""
+    """Both are compared with float64. The dense form rounds logits, P, and their gradients to bfloat16."""
     arguments = inputs(shape, width=32, words=500, dtype=jnp.bfloat16)
     cotangent = random_cotangent(arguments)
 
@@ -147,12 +148,12 @@ def test_bfloat16_is_no_worse_than_the_dense_form_in_bfloat16(shape):
     expected = in_float64(dense_vocabulary_attention, arguments, cotangent)
     for name, got, rounded, reference in zip(NAMES, ours, theirs, expected, strict=True):
         assert got.dtype == jnp.bfloat16
-        # Up to a fifth more: both errors are random sums of roundings. A sum in bfloat16 would be several times worse.
+        # 20 % more, because both errors are sums of random roundings. A sum in bfloat16 would be several times worse.
         assert dense.distance(got, reference) <= 1.2 * dense.distance(rounded, reference), name
 
 
-def test_float32_tables_under_bfloat16_queries():
-    """Tables are cast one block at a time, and their gradients stay in float32."""
+def test_float32_tables_keep_float32_gradients_under_bfloat16_queries():
+    """Tables are cast to bfloat16 one block at a time; their gradients must stay in float32."""
     q, *tables = inputs((120,))
     q = q.astype(jnp.bfloat16)
     gradient = jax.grad(lambda *a: jnp.sum(vocabulary_attention(*a).astype(jnp.float32)), range(5))
@@ -160,7 +161,7 @@ def test_float32_tables_under_bfloat16_queries():
 
 
 @pytest.mark.parametrize(("top_k", "entropy"), [(0, True), (7, False), (100, True)])
-def test_entropy_and_largest_probabilities(top_k, entropy):
+def test_entropy_and_top_words_match_the_dense_form(top_k, entropy):
     arguments = inputs((3, 5))
     streamed = jax.jit(functools.partial(vocabulary_attention, top_k=top_k, entropy=entropy, block_size=32))
     value, summary = streamed(*arguments)
@@ -198,15 +199,15 @@ def test_usage_is_the_weighted_sum_of_p(block_size):
     assert dense.distance(vocabulary_usage(q, keys, scale, bias), p.sum((0, 1))) <= TOLERANCE
 
 
-def test_gradients_inside_a_scan_and_under_rematerialization():
-    """Calls it like the train step does: microbatches in a scan, with a rematerialized loss."""
+def test_gradients_are_the_same_in_a_scan_and_under_rematerialization():
+    """The train step uses it this way: microbatches in a scan, with a rematerialized loss."""
     arguments = inputs((4, 15))
 
-    def one(q):
+    def loss(q):
         return jnp.sum(vocabulary_attention(q, *arguments[1:], block_size=32) ** 2)
 
-    plain = jax.jit(lambda q: jnp.stack([jax.grad(one)(row) for row in q]))(arguments[0])
-    body = jax.grad(jax.checkpoint(one))
+    plain = jax.jit(lambda q: jnp.stack([jax.grad(loss)(row) for row in q]))(arguments[0])
+    body = jax.grad(jax.checkpoint(loss))
     scanned = jax.jit(lambda q: jax.lax.scan(lambda carry, row: (carry, body(row)), 0, q)[1])(arguments[0])
     assert dense.distance(scanned, np.asarray(plain, float)) <= TOLERANCE
 

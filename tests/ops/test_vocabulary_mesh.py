@@ -1,4 +1,4 @@
-"""The vocabulary split over a mesh: the same values, and nothing large is gathered or held.
+"""The vocabulary split over a mesh: values match one device, and nothing large is gathered or held.
 
 The mesh is data 2 x fsdp 2 x tensor 2: queries are split over (data, fsdp), rows of tables over tensor, and their
 widths over fsdp.
@@ -43,7 +43,7 @@ def attention_inputs(rows, length, words):
 
 
 def loss_inputs(rows, length, words):
-    """Returns inputs whose rows, and so devices, have different numbers of weighted positions and of chunks."""
+    """Returns inputs whose rows have different numbers of weights, so that devices have different numbers of chunks."""
     rng = np.random.default_rng(0)
     weights = rng.random((rows, length)) * (rng.random((rows, length)) < np.linspace(0, 1, rows)[:, None])
     hidden, head = rng.normal(size=(rows, length, WIDTH)), rng.normal(size=(words, WIDTH))
@@ -53,7 +53,7 @@ def loss_inputs(rows, length, words):
 
 
 def place(mesh, arrays, words):
-    """Splits tables over (tensor, fsdp), unless tensor does not divide them, and other arrays over (data, fsdp)."""
+    """Splits tables over (tensor, fsdp) and other arrays over (data, fsdp); indivisible axes stay whole."""
     word_axis = "tensor" if words % mesh.shape["tensor"] == 0 else None
 
     def spec(array):
@@ -83,10 +83,10 @@ def streamed_attention(*arrays, **options):
     return vocabulary_attention(*arrays, block_size=BLOCK, mesh_axes=AXES, **options)
 
 
-# 8 x 16 queries on 4 devices use the covariance, 8 x 2 queries a second pass. tensor does not divide 101 words, so each
-# device passes over all of them. data x fsdp do not divide 6 rows.
+# The statistics come from the covariance for 8 x 16 queries on 4 devices, and from a second pass for 8 x 2. 101 words
+# are not divisible by tensor, so every device passes over all of them. 6 rows are not divisible by data x fsdp.
 @pytest.mark.parametrize(("rows", "length", "words"), [(8, 16, 96), (8, 2, 96), (8, 16, 101), (6, 16, 96)])
-def test_attention_is_that_of_one_device(mesh, rows, length, words):
+def test_attention_matches_one_device(mesh, rows, length, words):
     arrays = attention_inputs(rows, length, words)
     placed = place(mesh, arrays, words)
     value, gradients = compile_on(mesh, attention_with_gradients(streamed_attention), placed, 5)(*placed)
@@ -96,7 +96,7 @@ def test_attention_is_that_of_one_device(mesh, rows, length, words):
         assert dense.distance(got, reference) <= TOLERANCE
 
 
-def test_summary_and_statistics_are_those_of_one_device(mesh):
+def test_summary_and_statistics_match_one_device(mesh):
     *arrays, _ = attention_inputs(8, 4, 96)
     p = dense.in_float64(dense_distribution, *arrays[:4])
 
@@ -126,7 +126,7 @@ def streamed_loss(*arrays):
 
 
 @pytest.mark.parametrize("words", [96, 101])
-def test_loss_is_that_of_one_device(mesh, words):
+def test_loss_matches_one_device(mesh, words):
     arrays = loss_inputs(8, 20, words)
     placed = place(mesh, arrays, words)
     value, gradients = compile_on(mesh, loss_with_gradients(streamed_loss), placed, 2)(*placed)
@@ -138,10 +138,11 @@ def test_loss_is_that_of_one_device(mesh, words):
         assert dense.distance(got, reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("which", ["attention", "loss"])
-def test_no_table_is_gathered_over_tensor_and_nothing_is_queries_times_words(mesh, which):
+@pytest.mark.parametrize("operation", ["attention", "loss"])
+def test_no_table_is_gathered_over_tensor_and_nothing_has_size_queries_times_words(mesh, operation):
+    # No other axis has 704 or 352 entries, so words are recognized by their number in the compiled text.
     words, rows, length = 704, 8, 256
-    if which == "attention":
+    if operation == "attention":
         arrays, function, count = attention_inputs(rows, length, words), attention_with_gradients(streamed_attention), 5
     else:
         arrays, function, count = loss_inputs(rows, length, words), loss_with_gradients(streamed_loss), 2
@@ -149,17 +150,17 @@ def test_no_table_is_gathered_over_tensor_and_nothing_is_queries_times_words(mes
     text = compile_on(mesh, function, placed, count).as_text()
     shapes = set(map(_shape, re.findall(r"\w+\[([\d,]*)\]", text)))
     local_queries, local_words = rows * length // 4, words // 2
-    assert (local_words, WIDTH // 2) in shapes, "the part of a table on a device"
-    assert (local_words, WIDTH) not in shapes, "a device's rows are never gathered in full width"
-    assert not any(words in shape for shape in shapes), "no device has all rows"
+    assert (local_words, WIDTH // 2) in shapes, "each device holds its part of a table"
+    assert (local_words, WIDTH) not in shapes, "a device never gathers the full width of its rows"
+    assert not any(words in shape for shape in shapes), "no device holds all rows"
     # The largest arrays are the scores of a block, the local queries and the local tables.
     assert max(map(math.prod, shapes)) <= local_queries * BLOCK < local_queries * local_words / 10
     for gathered in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text):
         assert _shape(gathered) in ((BLOCK, WIDTH), (BLOCK, VALUE_WIDTH), (WIDTH,)), "a block over fsdp, or the mean"
 
 
-def test_the_check_sees_a_dense_form(mesh):
-    """The compiled dense form, on the same mesh, does hold queries times words, so the check above can fail."""
+def test_the_dense_form_fails_the_size_check(mesh):
+    """Compiled for the same mesh, the dense form does hold queries times words: the test above can fail."""
     arrays = attention_inputs(8, 256, 704)
     placed = place(mesh, arrays, 704)
     text = compile_on(mesh, attention_with_gradients(dense_vocabulary_attention), placed, 5).as_text()
