@@ -1,4 +1,4 @@
-"""Tests of the command line: help with examples, one line for errors that the user can fix, and `--debug`."""
+"""The command line: help with examples, one-line errors, and `--debug`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ COMMANDS = ("train", "eval", "ask", "inspect", "analyze", "reproduce", "demo")
 
 
 def error_line(capsys, *argv: str) -> str:
-    """Runs a command that must fail with an error that the user can fix, and returns its one line."""
+    """Runs a command that must fail with a `UserError`; returns the single line that it prints."""
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -50,7 +50,7 @@ def test_help_lists_the_commands(capsys):
     assert all(f"\n    {command} " in out for command in COMMANDS), "one line per command"
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert alignvlm_jax.__version__ in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_wrong_options_exit_with_2(argv, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_overrides_are_collected():
+def test_config_overrides_are_collected():
     argv = ["train", "--config", "c.py", "--config.seed=1", "--workdir", "w", "--config.mesh.data", "2"]
     args = cli.parse(argv)
     assert args.overrides == ["seed=1", "mesh.data=2"]
@@ -84,7 +84,7 @@ def test_overrides_are_collected():
 
 
 @pytest.mark.parametrize("argv", [["--debug", "demo"], ["demo", "--debug"], ["demo"]])
-def test_debug_before_and_after_the_command(argv):
+def test_debug_is_accepted_before_and_after_the_command(argv):
     assert cli.parse(argv).debug is ("--debug" in argv)
 
 
@@ -96,30 +96,30 @@ def test_debug_shows_the_traceback(capsys, tmp_path):
     assert "Traceback" in err and err.splitlines()[-1].startswith("alignvlm: error: ")
 
 
-def test_missing_config(capsys, tmp_path):
+def test_a_missing_config_is_reported(capsys, tmp_path):
     line = error_line(capsys, "train", "--config", "configs/nona.py", "--workdir", str(tmp_path / "w"))
     assert "configs/nona.py" in line and "nano.py" in line
 
 
-def test_missing_image(capsys, tmp_path):
+def test_a_missing_image_is_reported(capsys, tmp_path):
     line = error_line(capsys, "ask", "--checkpoint", "x", str(tmp_path / "none.png"), "--question", "What?")
     assert "none.png" in line
 
 
-def test_unreadable_image(capsys, tmp_path):
+def test_an_unreadable_image_is_reported(capsys, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     line = error_line(capsys, "ask", "--checkpoint", "x", str(tmp_path / "torn.png"), "--question", "What?")
     assert "torn.png" in line
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
-def test_empty_question(capsys, page, question):
+def test_an_empty_question_is_refused(capsys, page, question):
     assert "question is empty" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", question)
 
 
 @pytest.mark.parametrize("command", ["ask", "eval"])
 @pytest.mark.parametrize("kind", ["missing", "a file", "empty", "broken"])
-def test_not_a_checkpoint(capsys, page, tmp_path, command, kind):
+def test_a_folder_that_is_not_a_checkpoint_is_reported(capsys, page, tmp_path, command, kind):
     folder = tmp_path / "run"
     if kind == "a file":
         folder.write_text("")
@@ -132,14 +132,14 @@ def test_not_a_checkpoint(capsys, page, tmp_path, command, kind):
 
 
 @pytest.mark.parametrize("text", ["def get_config(:\n", "x = 1\n", "import no_such_module\n"])
-def test_invalid_config_file(capsys, tmp_path, text):
+def test_an_invalid_config_file_is_reported(capsys, tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
     line = error_line(capsys, "train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"))
     assert "mine.py" in line
     assert not (tmp_path / "w").exists()
 
 
-def test_unknown_config_key(capsys, tmp_path):
+def test_an_unknown_config_key_is_reported_with_the_closest_one(capsys, tmp_path):
     argv = ["train", "--config", "configs/nano.py", "--workdir", str(tmp_path / "w"), "--config.sed=1"]
     line = error_line(capsys, *argv)
     assert "sed" in line and "seed" in line
@@ -147,7 +147,7 @@ def test_unknown_config_key(capsys, tmp_path):
 
 
 def test_no_warnings_about_tpus_on_a_machine_without_them():
-    """The tests install libtpu (`setup.py`); it must not print warnings at every command."""
+    """libtpu is installed with the test dependencies; without a TPU it must not print warnings at every command."""
     code = "from alignvlm_jax import cli; cli._quiet_logs(debug=False); import jax; print(jax.devices()[0])"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

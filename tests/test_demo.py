@@ -36,7 +36,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> ExperimentConfig:
-    """configs/nano.py with a tiny model and only its last stage, on backbones with random weights."""
+    """configs/nano.py reduced to its last stage, with a tiny model and random backbones."""
     folder = tmp_path_factory.mktemp("backbones")
     backbones = [f"backbones.{part}={folder / part}" for part in ("vision", "language")]
     nano = load_config("configs/nano.py", [*TINY, *backbones])
@@ -56,7 +56,7 @@ def out(experiment, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_results(out):
+def test_results_are_complete_and_consistent(out):
     results = json.loads((out / "results.json").read_text())
     for name in ("exact_match", "before_exact_match", "blank_image_exact_match", "wrong_image_exact_match"):
         assert 0 <= results[name] <= 1
@@ -68,17 +68,17 @@ def test_results(out):
     assert sum(answer["right"] for answer in answers) == results["evaluations"]["heldout"]["num_right"]
 
 
-def test_running_it_again_repeats_nothing(out, experiment, capsys):
-    kept = [*out.glob("evaluation/*"), *out.glob("checkpoint/checkpoints/*/params"), *out.glob("data/documents/*")]
-    before = {file: file.stat().st_mtime_ns for file in kept}
+def test_running_the_demo_again_repeats_nothing(out, experiment, capsys):
+    results = [*out.glob("evaluation/*"), *out.glob("checkpoint/checkpoints/*/params"), *out.glob("data/documents/*")]
+    before = {file: file.stat().st_mtime_ns for file in results}
     demo.run(experiment, out, sizes=SIZES)
-    assert {file: file.stat().st_mtime_ns for file in kept} == before
+    assert {file: file.stat().st_mtime_ns for file in results} == before
     printed = capsys.readouterr().out
     assert f"alignvlm ask --checkpoint {out / 'checkpoint'}" in printed
     assert "another page" in printed and "font not trained" in printed
 
 
-def test_ask_the_checkpoint(out, tmp_path, monkeypatch, capsys):
+def test_ask_answers_with_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert PIL.Image.open(out / "example_large.png").width > PIL.Image.open(out / "example.png").width
     argv = ["ask", "--checkpoint", str(out / "checkpoint"), str(out / "example.png"), "--max-new-tokens", "4"]
@@ -86,7 +86,7 @@ def test_ask_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") >= 1
 
 
-def test_evaluate_the_checkpoint(out, tmp_path, monkeypatch, capsys):
+def test_eval_scores_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["eval", "--checkpoint", str(out / "checkpoint"), "--split", "validation", "--limit", "10"]
     assert cli.main([*argv, "--json", "scores.json", "--predictions", "answers.jsonl"]) == 0

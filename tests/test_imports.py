@@ -17,14 +17,14 @@ MAY_IMPORT_LATE = ("commands/", "cli.py", "__init__.py", "interop/pytorch/")
 
 
 def test_packages_import_downwards_and_without_cycles():
-    """The contracts are in pyproject.toml."""
+    """Checks the contracts in pyproject.toml."""
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
 
 
-@pytest.mark.parametrize("bad", ["parallel.mesh -> training.loop", "ops.linear -> models.layers"])
-def test_an_import_upwards_is_found(bad, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("bad_import", ["parallel.mesh -> training.loop", "ops.linear -> models.layers"])
+def test_an_upward_import_is_reported(bad_import, tmp_path, capsys, monkeypatch):
     """Copies the package, adds one import that breaks the order, and checks that the contracts report it."""
-    importer, imported = bad.split(" -> ")
+    importer, imported = bad_import.split(" -> ")
     for file in PACKAGE.rglob("*.py"):
         copy = tmp_path / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tests of the installed package: bounded dependencies, all modules and data files, and light imports."""
+"""The installed package: bounded dependencies, all modules and data files, and light imports."""
 
 import os
 import pathlib
@@ -63,7 +63,7 @@ def test_every_folder_with_code_is_a_package(setup_arguments):
     assert set(setup_arguments["packages"]) == expected | {"alignvlm_jax.configs"}
 
 
-def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
+def test_the_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
     suffixes = {".py", ".jinja", ".json", ".safetensors", ".md", ".html", ".css", ".js"}
     shipped = [file for file in PACKAGE.rglob("*") if file.suffix in suffixes and "__pycache__" not in file.parts]
     missing = [file for file in shipped if not (installed / file.relative_to(ROOT)).is_file()]
@@ -76,7 +76,7 @@ def test_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
     assert pathlib.Path(run_installed(installed, "-c", program).strip()).is_relative_to(installed)
 
 
-def test_the_model_needs_jax_flax_and_optax_only(installed):
+def test_the_model_needs_only_jax_flax_and_optax(installed):
     """The model can be read and run on a machine without the other packages."""
     unwanted = ["grain", "tensorflow_datasets", "ml_collections", "orbax", "tokenizers", "PIL", "matplotlib", "torch"]
     program = f"""

@@ -16,7 +16,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def check_schema(schema: str, *files: pathlib.Path) -> None:
-    """Fails unless the files follow a schema that check-jsonschema contains."""
+    """Fails unless the files follow a schema that is built into check-jsonschema."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,17 +34,17 @@ def test_workflows_pass_actionlint():
     assert done.returncode == 0, done.stdout
 
 
-def test_workflows_run_targets_of_the_makefile():
+def test_workflows_use_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set()
+    used_targets = set()
     for file in WORKFLOWS:
         for job in yaml.safe_load(file.read_text())["jobs"].values():
             assert job["timeout-minutes"] <= 60
-            used |= set(re.findall(r"\bmake ([\w-]+)", " ".join(step.get("run", "") for step in job["steps"])))
-    assert used == {"lint", "docs", "test"} and used <= targets
+            used_targets |= set(re.findall(r"\bmake ([\w-]+)", " ".join(step.get("run", "") for step in job["steps"])))
+    assert used_targets == {"lint", "docs", "test"} and used_targets <= targets
 
 
-def test_citation_follows_the_schema_and_names_this_version():
+def test_the_citation_file_follows_the_schema_and_names_this_version():
     file = ROOT / "CITATION.cff"
     check_schema("vendor.citation-file-format", file)
     citation = yaml.safe_load(file.read_text())
@@ -52,19 +52,19 @@ def test_citation_follows_the_schema_and_names_this_version():
     assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2502.01341"
 
 
-def test_changelog_has_this_version_and_a_place_for_the_next():
+def test_the_changelog_has_this_version_and_an_unreleased_section():
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", alignvlm_jax.__version__]
 
 
-def test_readme_is_short_and_begins_with_the_two_commands():
+def test_the_readme_is_short_and_begins_with_the_two_commands():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
     first_screen = "\n".join(lines[:40])
     assert "make test " in first_screen and "make demo " in first_screen and "](docs/architecture.svg)" in first_screen
 
 
-def test_links_lead_to_files():
+def test_links_between_markdown_files_are_not_broken():
     missing = []
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The tutorial does what it says: its own blocks are run, with less data and fewer steps."""
+"""Runs the blocks of docs/finetune.md as they are printed, with less data and fewer steps."""
 
 import json
 import os
@@ -15,28 +15,29 @@ from alignvlm_jax.training.experiment_data import ExperimentData
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIAL = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 
-# What the tutorial has -> what is run here.
+# Text of the tutorial -> its replacement in the test.
 SMALLER = {"make_tags.py 400": "make_tags.py 8", "steps=150": "steps=2", "warmup_steps=10": "warmup_steps=1"}
 
 
 def blocks() -> list[tuple[str, str]]:
-    """("make_tags.py", its text) for files to be saved, ("", commands) for what is run, as they come."""
+    """Returns the blocks in order: ("make_tags.py", content) for a file to save, ("", commands) for a shell block."""
     text = TUTORIAL
     for large, small in SMALLER.items():
         assert large in text
         text = text.replace(large, small)
     found = re.findall(r'^```(?:python title="(\S+)"|bash)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
-    assert len(found) == 10 and text.count("```") == 2 * (len(found) + 2)  # and two that need a real machine
+    assert len(found) == 10 and text.count("```") == 2 * (len(found) + 2)  # Two more blocks need a large machine.
     return found
 
 
 def shell(commands: str, folder: pathlib.Path) -> str:
+    """Runs commands in a folder, with this environment's programs; returns what they print."""
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    places = {"PATH": path, "ALIGNVLM": str(ROOT), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    variables = {"PATH": path, "ALIGNVLM": str(ROOT), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder,
-        env={**os.environ, **places},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
     )
@@ -44,8 +45,8 @@ def shell(commands: str, folder: pathlib.Path) -> str:
     return done.stdout
 
 
-def test_data_and_configs(tmp_path, monkeypatch):
-    """Steps 1 to 3, up to the first batch that training would see."""
+def test_data_and_configs_are_ready_for_training(tmp_path, monkeypatch):
+    """Runs steps 1 to 3, and makes the first batch that training would use."""
     monkeypatch.chdir(tmp_path)
     for file, text in blocks():
         if file:
@@ -67,7 +68,7 @@ def test_data_and_configs(tmp_path, monkeypatch):
         batches.close()
     assert batch["num_refused"].sum() == 0 and batch["num_examples"].sum() >= 8
     assert batch["loss_weights"].sum() > 0
-    # Of a page of 80 x 80 pixels: one tile of 10 x 10 visual tokens.
+    # A page of 80 x 80 pixels is one tile of 10 x 10 visual tokens.
     assert (batch["visual_index"] >= 0).sum() == 100 * batch["num_examples"].sum()
 
     real = load_config(tmp_path / "tags_1b.py")
@@ -75,13 +76,13 @@ def test_data_and_configs(tmp_path, monkeypatch):
 
 
 @pytest.mark.large
-def test_all_five_steps(tmp_path):
+def test_all_five_steps_run(tmp_path):
     printed = []
     for file, text in blocks():
         if file:
             (tmp_path / file).write_text(text)
         else:
             printed.append(shell(text, tmp_path))
-    assert re.search(r"^\d of 3 right$", printed[3], re.MULTILINE)  # before
-    assert re.search(r"^\d of 3 right$", printed[-1], re.MULTILINE)  # after
+    assert re.search(r"^\d of 3 right$", printed[3], re.MULTILINE)  # before training
+    assert re.search(r"^\d of 3 right$", printed[-1], re.MULTILINE)  # after training
     assert (tmp_path / "tags-pytorch" / "model.safetensors").is_file()

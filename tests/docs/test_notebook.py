@@ -21,17 +21,17 @@ def execute(source: pathlib.Path, folder: pathlib.Path):
 
 
 def texts(notebook) -> list[str]:
-    """Returns the outputs of all cells in their most readable form."""
-    found = []
+    """Returns the outputs of all cells: text, else HTML, else the plain representation."""
+    outputs = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            found.append(output.get("text") or data.get("text/html") or data["text/plain"])
-    return found
+            outputs.append(output.get("text") or data.get("text/html") or data["text/plain"])
+    return outputs
 
 
-def test_first_steps(tmp_path):
-    """From `load` to `ask` to the inspector, shown inline."""
+def test_the_first_steps_notebook_runs(tmp_path):
+    """The notebook loads a model, asks it, scores it, and shows the inspector inline."""
     image, answer, table, inspector = texts(execute(TUTORIALS / "first_steps.py", tmp_path))
     assert "PIL.Image" in image
     assert answer == "'26.59'"

@@ -1,4 +1,4 @@
-"""Test fixtures: a small reader, and a page of maximum size with random numbers."""
+"""Sample data for the tests of the inspector: a small reader, and a page of maximum size with random numbers."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ QUESTION = "What is the total?"
 def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
     """Returns a reader with random weights and at most four tiles of 2 x 2 patches (anyres_max_9: 4 x 4).
 
-    The weights are large enough for patches to differ.
+    The weights are large enough for patches to have different words.
     """
     side = 32 if rule == "anyres_max_9" else 16
     tokenizer = ChatTokenizer.from_folder(write_chat_folder(folder))
@@ -39,8 +39,8 @@ def tiny_reader(folder: pathlib.Path, rule: str = "ovis") -> Reader:
     def draw(rng):
         params = random_parameters(config, rng)
         # With larger weights the decoder is too nonlinear for integrated gradients to converge.
-        sizes = {"vision": 4, "connector": 4, "language": 1.4}
-        return {part: jax.tree.map(lambda leaf, by=sizes[part]: leaf * by, params[part]) for part in params}
+        factors = {"vision": 4, "connector": 4, "language": 1.4}
+        return {part: jax.tree.map(lambda leaf, factor=factors[part]: leaf * factor, params[part]) for part in params}
 
     params = jax.jit(draw)(jax.random.key(0))
     tiling = TilingConfig(rule, tile_size=side, max_tiles=4, thumbnail=rule != "ovis", grid_side=2)
@@ -54,7 +54,7 @@ def noise_page(seed: int, width: int = 16, height: int = 30) -> PIL.Image.Image:
 
 
 class FakeTokenizer:
-    """Tokenizer of 128256 invented words, each with and without a leading blank and a capital."""
+    """Stands in for a tokenizer of 128256 tokens: invented words, with and without a leading blank and a capital."""
 
     size = 128256
     syllables = [first + second for first in "bdfgklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er", "or")]
@@ -68,9 +68,9 @@ class FakeTokenizer:
 
 
 def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
-    """Returns the largest possible page: nine tiles and a thumbnail of 729 patches, V = 128256, k words kept of each.
+    """Returns the largest possible page: nine tiles and a thumbnail, 729 patches each, k of 128256 words per patch.
 
-    Words 4004 to 4007 are the same word in four spellings; two of them occur, on a single patch.
+    Tokens 4004 to 4007 are four spellings of one word. Two of them occur, on patch 2000 only.
     """
     rng = np.random.default_rng(seed)
     side = 1152
@@ -84,12 +84,12 @@ def nine_tiles(*, tokens: int = 12, k: int = 32, seed: int = 0) -> Inspection:
     assert (plan.num_tiles, plan.thumbnail) == (10, 0)
     patches = geometry.tile_patches(plan, 14, 384)
     total = 10 * 729
-    # Geometric series of k probabilities per patch with a random ratio. All are above the floor of the packing.
-    fall = rng.uniform(0.75, 0.85, (total, 1))
-    probabilities = fall ** np.arange(k)
+    # k probabilities per patch in a geometric series with a random ratio; all are above the floor of the packing.
+    ratio = rng.uniform(0.75, 0.85, (total, 1))
+    probabilities = ratio ** np.arange(k)
     probabilities *= rng.uniform(0.6, 0.99, (total, 1)) / probabilities.sum(axis=1, keepdims=True)
     ids = rng.integers(8000, FakeTokenizer.size, (total, k))
-    ids += np.arange(k) - ids % k  # no word twice in a patch
+    ids += np.arange(k) - ids % k  # no word occurs twice in a patch
     ids[2000, :2] = 4005, 4006
     probabilities[2000] = [0.9, *(0.018 * 0.8 ** np.arange(k - 1))]
     entropy = rng.uniform(0.5, 6, total)

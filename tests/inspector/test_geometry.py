@@ -1,4 +1,4 @@
-"""Checks the rectangle of each patch on pages whose pixel values encode their position."""
+"""The rectangle of each patch, checked on pages whose pixel values encode their position."""
 
 import numpy as np
 import PIL.Image
@@ -16,10 +16,10 @@ CONFIGS = {
 }
 
 
-def ramps(width: int, height: int) -> PIL.Image.Image:
-    """Returns an image whose red rises from left to right and green from top to bottom.
+def position_image(width: int, height: int) -> PIL.Image.Image:
+    """Returns an image whose red channel encodes the column and whose green channel encodes the row.
 
-    Blue is 255 everywhere, so that pixels of the page differ from black borders.
+    Blue is 255 everywhere, to distinguish the page from black borders.
     """
     pixels = np.full((height, width, 3), 255.0)
     pixels[..., 0] = (np.arange(width) + 0.5) / width * 255
@@ -32,28 +32,28 @@ def ramps(width: int, height: int) -> PIL.Image.Image:
 def test_rectangles_match_the_pixels_of_the_patches(rule, size):
     config, (width, height) = CONFIGS[rule], size
     plan = plan_tiles(width, height, config)
-    tiles, valid_hw = cut_tiles(ramps(width, height), plan, SIDE)
+    tiles, valid_hw = cut_tiles(position_image(width, height), plan, SIDE)
     patches = geometry.tile_patches(plan, PATCH, SIDE)
     assert len(patches) == plan.num_tiles
     for tile, (tall, wide), pixels in zip(patches, valid_hw, tiles, strict=True):
         assert len(tile.xs) == len(tile.ys) == SIDE // PATCH + 1
         for row, column in np.ndindex(SIDE // PATCH, SIDE // PATCH):
             cut = pixels[row * PATCH : min((row + 1) * PATCH, tall), column * PATCH : min((column + 1) * PATCH, wide)]
-            seen = cut[cut[..., 2] > 250] if cut.size else cut.reshape(-1, 3)  # neither padding nor black border
-            if not len(seen):
+            on_page = cut[cut[..., 2] > 250] if cut.size else cut.reshape(-1, 3)  # without padding and black border
+            if not len(on_page):
                 assert not tile.on_page[row, column] or min(tile.xs[column + 1] - tile.xs[column], 1) < 1
                 continue
             assert tile.on_page[row, column]
-            centre = (tile.xs[column] + tile.xs[column + 1]) / 2, (tile.ys[row] + tile.ys[row + 1]) / 2
-            # The mean of the ramps over the patch, in pixels of the page. Resampling may shift it by half a tile pixel.
-            measured = seen[:, 0].mean() / 255 * width, seen[:, 1].mean() / 255 * height
+            center = (tile.xs[column] + tile.xs[column + 1]) / 2, (tile.ys[row] + tile.ys[row + 1]) / 2
+            # The mean position of the patch's pixels on the page. Resampling may shift it by half a tile pixel.
+            measured = on_page[:, 0].mean() / 255 * width, on_page[:, 1].mean() / 255 * height
             pixel = max((tile.box[2] - tile.box[0]) / wide, (tile.box[3] - tile.box[1]) / tall)
-            slack = 0.75 * pixel + 0.01 * max(size)
-            np.testing.assert_allclose(measured, centre, atol=slack)
+            tolerance = 0.75 * pixel + 0.01 * max(size)
+            np.testing.assert_allclose(measured, center, atol=tolerance)
 
 
 @pytest.mark.parametrize("rule", CONFIGS)
-def test_a_layer_covers_the_page_once(rule):
+def test_each_layer_covers_the_page_once(rule):
     plan = plan_tiles(150, 100, CONFIGS[rule])
     patches = geometry.tile_patches(plan, PATCH, SIDE)
     cells, *rest = geometry.layers(plan)
@@ -70,15 +70,14 @@ def test_pixels_beyond_the_last_whole_patch_are_not_covered():
     np.testing.assert_allclose(tile.xs, [0, 9, 18, 27, 36])
 
 
-def test_patches_of_the_border_that_anyres_removes_are_unused():
+def test_border_patches_that_anyres_removes_are_unused():
     config = CONFIGS["anyres"]
-    plan = plan_tiles(180, 20, config)  # three cells in a row, mostly black
+    plan = plan_tiles(180, 20, config)  # Three cells in a row, mostly black border.
     resampling = resample(plan, config, (SIDE // PATCH, SIDE // PATCH))
     unused = geometry.unused_patches(plan, (SIDE // PATCH) ** 2, resampling)
     on_page = np.stack([tile.on_page.reshape(-1) for tile in geometry.tile_patches(plan, PATCH, SIDE)])
     cells = [tile for tile in range(plan.num_tiles) if tile != plan.thumbnail]
     assert not unused[plan.thumbnail].any() and unused[cells].any()
-    # The rule rounds: a row that shows a sliver of the page may be removed, and at most one row beyond the page is
-    # kept.
+    # The rule rounds: it may remove a row that shows a sliver of the page, and keep at most one row beyond the page.
     assert unused[cells][~on_page[cells]].mean() > 0.6 and not unused[cells][on_page[cells]].all()
     assert not geometry.unused_patches(plan, 64, None).any()

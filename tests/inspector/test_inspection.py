@@ -1,4 +1,4 @@
-"""The page of a small model shows what the model computes: P, the answer, and the attribution of the answer."""
+"""The inspector of a small model shows what the model computes: P, the answer, and the answer's attribution."""
 
 import dataclasses
 
@@ -28,11 +28,11 @@ def reader(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(reader):
+def inspection(reader):
     return inspect_image(reader, noise_page(0), [QUESTION], name="page", config=CONFIG, progress=False)
 
 
-def dense_p(reader, tiles, valid_hw) -> np.ndarray:
+def dense_distribution(reader, tiles, valid_hw) -> np.ndarray:
     """Returns the complete distribution P of every patch."""
 
     def distribution(model):
@@ -42,10 +42,10 @@ def dense_p(reader, tiles, valid_hw) -> np.ndarray:
     return np.asarray(AlignVLM(reader.config).apply(reader.generator.variables, method=distribution), np.float64)
 
 
-def test_the_page_holds_p(reader, found):
+def test_the_page_data_contain_the_distribution_of_each_patch(reader, inspection):
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
-    p = dense_p(reader, prompt.tiles, prompt.tile_valid_hw).reshape(-1, reader.config.language.vocab_size)
-    text = found.to_json()["text"]
+    p = dense_distribution(reader, prompt.tiles, prompt.tile_valid_hw).reshape(-1, reader.config.language.vocab_size)
+    text = inspection.to_json()["text"]
     patches = unpack(text)
     assert len(patches) == len(p) == 2 * 4
     ids = dict(zip(text["words"], packing.decode(text["ids"], "<u4"), strict=True))
@@ -61,22 +61,22 @@ def test_the_page_holds_p(reader, found):
     assert np.ptp(entropy) > 0.1
 
 
-def test_the_answer_is_the_readers(reader, found):
-    (answer,) = found.answers
+def test_the_answer_is_the_same_as_the_readers(reader, inspection):
+    (answer,) = inspection.answers
     assert answer.text == reader.ask(noise_page(0), QUESTION, max_new_tokens=3)
-    question = found.to_json()["questions"][0]
+    question = inspection.to_json()["questions"][0]
     assert (question["question"], question["answer"]) == (QUESTION, answer.text)
     texts = [reader.tokenizer.token_text(int(token)) for token in answer.ids]
     assert [token["text"] for token in question["tokens"]] == texts and len(texts) == 3
 
 
-def test_shares_add_up_to_the_rise_in_log_probability(found):
-    (answer,) = found.answers
+def test_shares_add_up_to_the_rise_in_log_probability(inspection):
+    (answer,) = inspection.answers
     rise = answer.attribution.log_probs - answer.attribution.blank_log_probs
     assert np.max(np.abs(rise)) > 0.1
     np.testing.assert_allclose(answer.attribution.shares.sum(axis=1), rise, atol=0.02 * np.max(np.abs(rise)))
     assert answer.attribution.missing < 0.02
-    question = found.to_json()["questions"][0]
+    question = inspection.to_json()["questions"][0]
     maps = packing.decode(question["maps"]["values"], "<i2").reshape(4, -1) / 32767
     maps *= np.array(question["maps"]["scales"])[:, None]
     shares = answer.attribution.shares
@@ -84,9 +84,9 @@ def test_shares_add_up_to_the_rise_in_log_probability(found):
         np.testing.assert_allclose(packed, exact, atol=np.max(np.abs(exact)) / 60000)
 
 
-def test_log_probabilities_match_the_complete_model(reader, found):
-    """The reference is the packed forward pass with the tiles in the batch."""
-    (answer,) = found.answers
+def test_log_probabilities_match_the_complete_model(reader, inspection):
+    """The reference is the forward pass of training, with the tiles in the batch."""
+    (answer,) = inspection.answers
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
     tokens = np.concatenate([prompt.tokens, answer.ids])[None]
     batch = {
@@ -102,28 +102,28 @@ def test_log_probabilities_match_the_complete_model(reader, found):
     np.testing.assert_allclose(answer.attribution.log_probs, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_page_whose_tiles_are_joined(tmp_path):
-    """Under anyres_max_9, shares reach the patches through the resampling, and border patches have none."""
+def test_shares_of_joined_tiles_reach_their_patches(tmp_path):
+    """Under anyres_max_9, gradients pass through the resampling, and patches of the border get no share."""
     reader = tiny_reader(tmp_path, "anyres_max_9")
-    page = noise_page(0, 64, 12)  # 1 x 2 cells with a border above and below
-    found = inspect_image(reader, page, [QUESTION], config=CONFIG, progress=False)
-    shares = found.answers[0].attribution.shares.reshape(3, len(found.tiles), -1)
-    unused = found.unused_patches
+    page = noise_page(0, 64, 12)  # 1 x 2 cells, with a border above and below.
+    inspection = inspect_image(reader, page, [QUESTION], config=CONFIG, progress=False)
+    shares = inspection.answers[0].attribution.shares.reshape(3, len(inspection.tiles), -1)
+    unused = inspection.unused_patches
     assert unused.any() and not unused[0].any()
     assert np.all(shares[:, unused] == 0) and np.all(np.any(shares[:, ~unused] != 0, axis=0))
-    assert found.answers[0].attribution.missing < 0.05
-    data = found.to_json()
+    assert inspection.answers[0].attribution.missing < 0.05
+    data = inspection.to_json()
     assert [layer["name"] for layer in data["layers"]] == ["tiles", "thumbnail"]
     np.testing.assert_array_equal(packing.decode(data["leftOut"], "u1"), unused.reshape(-1))
 
 
-def test_an_answer_as_a_whole(reader, found):
+def test_shares_of_the_answer_are_the_sums_over_its_tokens(reader, inspection):
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
-    (answer,) = found.answers
+    (answer,) = inspection.answers
     variables, tiles = reader.generator.variables, prompt.tiles
     visual = patch_words(reader.config, variables, tiles, prompt.tile_valid_hw, k=20, progress=False).visual
     blank = np.zeros_like(visual).reshape(-1, visual.shape[-1])
-    whole, each = (
+    together, per_token_shares = (
         attribute(
             *(reader.config, variables, prompt, answer.ids, visual.reshape(blank.shape), blank),
             steps=2,
@@ -132,14 +132,13 @@ def test_an_answer_as_a_whole(reader, found):
         )
         for per_token in (False, True)
     )
-    assert whole.shares.shape == (1, 8)
-    np.testing.assert_allclose(whole.shares[0], each.shares.sum(axis=0), rtol=1e-3, atol=1e-5)
+    assert together.shares.shape == (1, 8)
+    np.testing.assert_allclose(together.shares[0], per_token_shares.shares.sum(axis=0), rtol=1e-3, atol=1e-5)
 
 
-def test_a_pruned_vocabulary_keeps_its_words(reader):
-    """Token ids stay those of the full vocabulary."""
+def test_words_of_a_pruned_vocabulary_have_the_ids_of_the_full_one(reader):
     prompt = reader.prompts(noise_page(0), [QUESTION])[0]
-    full = dense_p(reader, prompt.tiles, prompt.tile_valid_hw)
+    full = dense_distribution(reader, prompt.tiles, prompt.tile_valid_hw)
     usage = full.sum(axis=(0, 1))
     config, params = prune_vocabulary(reader.config, reader.generator.variables["params"], usage, 50)
     pruned = patch_words(config, {"params": params}, prompt.tiles, prompt.tile_valid_hw, k=5, progress=False)
@@ -157,7 +156,7 @@ def test_invalid_requests_are_refused(reader, tmp_path):
         inspect_image(reader, noise_page(0), [" "], config=CONFIG, progress=False)
 
 
-def test_the_command(tmp_path, capsys, monkeypatch, reader):
+def test_the_command_writes_the_page(tmp_path, capsys, monkeypatch, reader):
     monkeypatch.setattr("alignvlm_jax.inspector.inspection.load", lambda checkpoint: reader)
     images.to_rgb(noise_page(0)).save(tmp_path / "scan.png")
     out = tmp_path / "page.html"

@@ -1,4 +1,4 @@
-"""Packing is lossless within the errors that packing.py states, and the file stays small."""
+"""Packed data are exact within the errors that packing.py states, and the file stays small."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from tests.inspector.samples import nine_tiles
 
 
 def unpack(text: dict) -> list[list[tuple[str, float]]]:
-    """Returns the (word, probability) pairs of each patch, read the way web/data.js does."""
+    """Returns the (word, probability) pairs of each patch, decoded as in web/data.js."""
     entries = packing.decode(text["entries"], "<u2" if len(text["words"]) <= 65536 else "<u4")
     probabilities = np.exp(packing.decode(text["probabilities"], "<u2") / 65535 * text["lowest"])
     counts = packing.decode(text["counts"], "<u2").astype(int)
@@ -19,18 +19,18 @@ def unpack(text: dict) -> list[list[tuple[str, float]]]:
     return [pairs[end - count : end] for end, count in zip(np.cumsum(counts), counts, strict=True)]
 
 
-def test_words_survive_packing():
+def test_words_and_probabilities_round_trip():
     rng = np.random.default_rng(0)
     probabilities = np.sort(rng.dirichlet(np.full(40, 0.05), 50))[:, ::-1][:, :12]
     ids = np.stack([rng.permutation(500)[:12] for _ in range(50)])
     entropy = rng.uniform(0, math.log(500), 50)
     text = packing.pack_words(ids, probabilities, entropy, vocabulary=500, token_text=str)
     assert json.loads(json.dumps(text)) == text
-    for found, words, shares in zip(unpack(text), ids, probabilities, strict=True):
+    for pairs, words, shares in zip(unpack(text), ids, probabilities, strict=True):
         kept = shares >= packing.FLOOR
-        assert 1 <= kept.sum() and [word for word, _ in found] == [str(word) for word in words[kept]]
-        np.testing.assert_allclose([share for _, share in found], shares[kept], rtol=1.3e-4)
-    assert sum(map(len, unpack(text))) < ids.size, "no word is below the floor"
+        assert 1 <= kept.sum() and [word for word, _ in pairs] == [str(word) for word in words[kept]]
+        np.testing.assert_allclose([share for _, share in pairs], shares[kept], rtol=1.3e-4)
+    assert sum(map(len, unpack(text))) < ids.size, "the sample must have words below the floor"
     np.testing.assert_allclose(
         packing.decode(text["entropy"], "<u2") / 65535 * math.log(500), entropy, atol=math.log(500) / 65535
     )
@@ -45,7 +45,7 @@ def test_the_likeliest_word_of_a_patch_is_kept_below_the_floor():
     assert only[0] == "3" and only[1] == pytest.approx(8e-6, rel=2e-4)
 
 
-def test_more_patches_raise_the_floor(monkeypatch):
+def test_the_floor_rises_if_there_are_too_many_entries(monkeypatch):
     monkeypatch.setattr(packing, "MAX_ENTRIES", 200)
     probabilities = np.sort(np.random.default_rng(0).dirichlet(np.full(30, 0.3), 50))[:, ::-1]
     text = packing.pack_words(
@@ -65,8 +65,8 @@ def test_maps_keep_their_sign_and_scale():
 
 
 def test_the_largest_page_is_below_four_megabytes():
-    """Nine tiles and a thumbnail with all 32 words of each patch kept, which covers nearly the complete vocabulary."""
-    found = nine_tiles().to_json()
-    assert len(found["text"]["words"]) > 65536 and packing.decode(found["text"]["counts"], "<u2").sum() == 7290 * 32
-    text = page.render(found, title="nine tiles")
+    """All 32 words of each patch are kept, and nearly every word of the vocabulary occurs."""
+    data = nine_tiles().to_json()
+    assert len(data["text"]["words"]) > 65536 and packing.decode(data["text"]["counts"], "<u2").sum() == 7290 * 32
+    text = page.render(data, title="nine tiles")
     assert 3e6 < len(text.encode()) < 4e6

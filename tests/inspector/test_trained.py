@@ -1,4 +1,4 @@
-"""Compares attributions of the trained nano model with the effect of blanking patches."""
+"""Attributions of the trained nano model, compared with the effect of blanking patches."""
 
 import numpy as np
 import pytest
@@ -19,16 +19,16 @@ def reader():
 
 
 def log_probability(reader, prompt, answer, visual) -> float:
-    """Returns the log-probability of the whole answer, given these visual tokens instead of the page's."""
+    """Returns the log-probability of the answer, given these visual tokens instead of the page's."""
     batch = attribution._append_answer(reader.config, prompt, answer)
-    fixed = (attribution.AlignVLM(reader.config), reader.generator.variables, batch, len(prompt.tokens), answer)
-    return float(attribution._log_probs(*fixed, visual).sum())
+    arguments = (attribution.AlignVLM(reader.config), reader.generator.variables, batch, len(prompt.tokens), answer)
+    return float(attribution._log_probs(*arguments, visual).sum())
 
 
 def test_shares_predict_the_cost_of_blanking_patches(reader):
-    """Blanking the patches with the largest shares costs the answer far more than blanking random ones.
+    """Blanking the patches with the largest shares costs far more than blanking random ones.
 
-    Over single patches, share and cost are correlated.
+    The cost is the decrease of the answer's log-probability. For single patches, share and cost are correlated.
     """
     rng = np.random.default_rng(0)
     top_costs, random_costs, correlations, missing = [], [], [], []
@@ -36,22 +36,22 @@ def test_shares_predict_the_cost_of_blanking_patches(reader):
         document = draw_document(0, "heldout", index)
         question = document.questions[0]
         config = InspectConfig(attribution="answer")
-        found = inspect_image(reader, document.image, [question], config=config, progress=False)
-        (answer,) = found.answers
+        inspection = inspect_image(reader, document.image, [question], config=config, progress=False)
+        (answer,) = inspection.answers
         assert answer.text == reader.ask(document.image, question)
         (prompt,) = reader.prompts(document.image, [question])
         white = reader.prompts(document.image.point(lambda value: 255), [question])[0].tiles
         variables = reader.generator.variables
         blank = patch_words(reader.config, variables, white, prompt.tile_valid_hw, k=32, progress=False).visual
-        visual, blank = (tokens.reshape(-1, tokens.shape[-1]) for tokens in (found.words.visual, blank))
+        visual, blank = (tokens.reshape(-1, tokens.shape[-1]) for tokens in (inspection.words.visual, blank))
         full = log_probability(reader, prompt, answer.ids, visual)
         assert full == pytest.approx(float(answer.attribution.log_probs.sum()), abs=1e-2)
 
-        # Decrease of the log-probability if these patches get the visual tokens of a white page.
+        # Decrease of the log-probability if these patches have the visual tokens of a white page.
         def cost(patches, visual=visual, blank=blank, prompt=prompt, answer=answer, full=full):
-            without = visual.copy()
-            without[patches] = blank[patches]
-            return full - log_probability(reader, prompt, answer.ids, without)
+            blanked = visual.copy()
+            blanked[patches] = blank[patches]
+            return full - log_probability(reader, prompt, answer.ids, blanked)
 
         shares = answer.attribution.shares.sum(axis=0)
         top_costs.append(cost(np.argsort(-shares)[:BLANKED]))

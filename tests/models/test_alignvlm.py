@@ -1,4 +1,4 @@
-"""Tests the complete model: no leaks between packed examples, cached decoding, and the sizes of its parts."""
+"""The complete model: no leaks between packed examples, cached decoding, and the sizes of its parts."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ N = 9  # visual tokens per tile
 
 
 def _random_parameters(config):
-    # Compiled as one program: operation by operation it takes ten times as long.
+    # Compiled as one program, because operation by operation it takes ten times as long.
     return jax.jit(lambda: nn.unbox(random_parameters(config, jax.random.key(0))))()
 
 
@@ -41,14 +41,14 @@ def params():
     scattered = _random_parameters(CONFIG)
     leaves, treedef = jax.tree.flatten(scattered)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    # Twice their usual spread: attention then matters enough for a leak to show.
+    # Twice the usual spread, so that attention matters enough for a leak to show.
     return treedef.unflatten(
         [leaf * 2 + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
     )
 
 
 def _example(rng, num_tiles, text_length):
-    """Returns one example: its visual tokens, then text, all of it with weight 1."""
+    """Returns one example: a first token, visual tokens, then text, all of it with weight 1."""
     visual = num_tiles * N
     length = 1 + visual + text_length
     tokens = rng.integers(0, 30, length + 1)
@@ -65,24 +65,24 @@ def _example(rng, num_tiles, text_length):
 
 
 def _bin(examples, length, num_tiles):
-    """Packs examples into one row by hand, as models/alignvlm.py describes it."""
+    """Packs examples into one row by hand, in the format described in models/alignvlm.py."""
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     row["loss_weights"] = np.zeros(length, np.float32)
     row["visual_index"] = np.full(length, -1)
     row["tiles"] = np.zeros((num_tiles, 12, 12, 3), np.uint8)
     row["tile_valid_hw"] = np.zeros((num_tiles, 2), np.int32)
-    at = tile = 0
+    start = tile = 0
     for number, example in enumerate(examples, start=1):
-        here = slice(at, at + len(example["tokens"]))
+        span = slice(start, start + len(example["tokens"]))
         for name in ("tokens", "targets", "loss_weights"):
-            row[name][here] = example[name]
-        row["segment_ids"][here] = number
-        row["positions"][here] = np.arange(len(example["tokens"]))
+            row[name][span] = example[name]
+        row["segment_ids"][span] = number
+        row["positions"][span] = np.arange(len(example["tokens"]))
         index = example["visual_index"]
-        row["visual_index"][here] = np.where(index >= 0, index + tile * N, -1)
+        row["visual_index"][span] = np.where(index >= 0, index + tile * N, -1)
         tiles = slice(tile, tile + len(example["tiles"]))
         row["tiles"][tiles], row["tile_valid_hw"][tiles] = example["tiles"], example["tile_valid_hw"]
-        at, tile = here.stop, tiles.stop
+        start, tile = span.stop, tiles.stop
     return jax.tree.map(lambda array: jnp.asarray(array)[None], row)
 
 
@@ -105,25 +105,25 @@ def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):
     packed, packed_gradient = value_and_grad(params, _bin(examples, 64, 4))
     np.testing.assert_allclose(packed, sum(loss for loss, _ in alone), rtol=1e-5)
     summed = jax.tree.map(lambda *gradients: sum(gradients), *[gradient for _, gradient in alone])
-    for got, want in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(summed), strict=True):
-        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
-    # The comparison can fail: attention across examples changes the loss.
+    for got, expected in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(summed), strict=True):
+        assert np.linalg.norm(got - expected) <= 1e-4 * max(np.linalg.norm(expected), 1e-3)
+    # The comparison can fail: with one segment for all examples, attention leaks and the loss changes.
     leaking = _bin(examples, 64, 4)
     leaking["segment_ids"] = jnp.minimum(leaking["segment_ids"], 1)
     assert abs(float(_loss(params, leaking)[0] - packed)) > 1e-2
 
 
-def test_every_tile_and_text_token_counts(params):
-    """Swapping two tiles changes the loss."""
+def test_exchanging_tiles_changes_the_loss(params):
+    """A model that ignored its tiles, or their order, would pass the other tests."""
     batch = _bin([_example(np.random.default_rng(0), 2, 7)], 32, 2)
     loss = _loss(params, batch)[0]
     swapped = {**batch, "tiles": batch["tiles"][:, ::-1]}
     assert abs(float(_loss(params, swapped)[0] - loss)) > 1e-3
 
 
-def test_prefill_and_decode_are_the_full_forward(params):
+def test_prefill_and_decoding_match_the_full_forward_pass(params):
     rng = np.random.default_rng(0)
-    examples = [_example(rng, 2, 7), _example(rng, 1, 3)]  # prompts of different lengths
+    examples = [_example(rng, 2, 7), _example(rng, 1, 3)]  # Prompts of different lengths.
     continuation = rng.integers(0, 30, (2, 4))
     variables = {"params": params}
     prefill, decode_step, score = (_apply(method) for method in ("prefill", "decode_step", "__call__"))
@@ -167,7 +167,7 @@ def test_padding_is_zero_after_normalization():
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.large), "full"])
 def test_rematerialization_does_not_change_gradients(params, remat):
-    again = AlignVLMConfig(
+    rematerialized = AlignVLMConfig(
         dataclasses.replace(VISION, remat=remat), CONFIG.connector, dataclasses.replace(LANGUAGE, remat=remat)
     )
     batch = _bin([_example(np.random.default_rng(0), 1, 4)], 20, 1)
@@ -175,8 +175,8 @@ def test_rematerialization_does_not_change_gradients(params, remat):
     def gradient(config):
         return jax.jit(jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2)))(params)
 
-    for got, want in zip(jax.tree.leaves(gradient(again)), jax.tree.leaves(gradient(CONFIG)), strict=True):
-        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
+    for got, expected in zip(jax.tree.leaves(gradient(rematerialized)), jax.tree.leaves(gradient(CONFIG)), strict=True):
+        assert np.linalg.norm(got - expected) <= 1e-4 * max(np.linalg.norm(expected), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_every_connector_fits_encoder_and_decoder(connector, count):
     assert set(variables["params"]) == {"vision", "connector", "language"}
 
 
-def test_the_papers_sizes_have_as_many_parameters_as_transformers_says():
+def test_parameter_counts_match_transformers_at_the_papers_sizes():
     """Counts the parameters of So400m/14-384 and Llama-3.2-1B without allocating any."""
     ours = jax.eval_shape(lambda: nn.unbox(random_parameters(AlignVLMConfig(), jax.random.key(0))))
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in ours.items()}
@@ -229,5 +229,6 @@ def test_the_papers_sizes_have_as_many_parameters_as_transformers_says():
         )
     assert counts["vision"] == sum(p.numel() for p in siglip.parameters())
     assert counts["language"] == sum(p.numel() for p in llama.parameters())
+    # ALIGN has no counterpart in transformers: W1 and its bias, LN, W2, LN_V.
     w1, norm, w2, vocab_norm = 1152 * 2048 + 2048, 2 * 2048, 128256 * 2048, 2 * 128256
     assert counts["connector"] == w1 + norm + w2 + vocab_norm

@@ -1,4 +1,4 @@
-"""Compares the connectors with PyTorch code written from the papers, or (Perceiver, C-Abstractor) with transformers."""
+"""Connectors against PyTorch code written from the papers; Perceiver and C-Abstractor against transformers."""
 
 import flax.linen as nn
 import jax
@@ -18,8 +18,8 @@ from tests.ops import dense
 D_IN, D_OUT, VOCAB = 12, 16, 40
 
 
-def _scattered(module, *inputs):
-    """Returns random parameters everywhere, even in norms and biases, whose initial values would hide mistakes."""
+def _random_params(module, *inputs):
+    """Returns random parameters, also for norms and biases, whose initial ones and zeros would hide mistakes."""
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *inputs))["params"]
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -34,21 +34,23 @@ def _inputs(num_features=9):
 
 
 def _run(config, *inputs):
+    """Returns the module, its random parameters, the same in PyTorch and float64, and the output."""
     module = connectors.make_connector(config, output_size=D_OUT, dtype="float32")
-    params = _scattered(module, *inputs)
-    wide = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64), params)
-    return module, params, wide, jax.jit(module.apply)({"params": params}, *inputs)
+    params = _random_params(module, *inputs)
+    torch_params = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64), params)
+    return module, params, torch_params, jax.jit(module.apply)({"params": params}, *inputs)
 
 
 def _wide(*arrays):
     return [torch.tensor(np.asarray(array), dtype=torch.float64) for array in arrays]
 
 
-def _close(ours, theirs):
+def _assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def _align(features, embedding, p):
+    """Computes the distribution over the vocabulary, as in the paper's equation."""
     norm = torch.nn.functional.layer_norm
     hidden = features @ p["w1"]["kernel"] + p["w1"]["bias"]
     hidden = norm(hidden, (D_OUT,), p["hidden_norm"]["scale"], p["hidden_norm"]["bias"])
@@ -56,7 +58,7 @@ def _align(features, embedding, p):
     return torch.softmax(logits, -1)
 
 
-def test_align_is_the_papers_formula_in_value_and_gradient():
+def test_align_matches_the_papers_formula_in_value_and_gradient():
     features, embedding = _inputs()
     module, params, wide, output = _run(connectors.AlignConfig(), features, embedding)
     for leaf in jax.tree.leaves(wide):
@@ -64,8 +66,8 @@ def test_align_is_the_papers_formula_in_value_and_gradient():
     wide_features, wide_embedding = _wide(features, embedding)
     wide_embedding.requires_grad_(True)
     p = _align(wide_features, wide_embedding, wide)
-    _close(output.tokens, p @ wide_embedding)
-    _close(output.entropy, -(p * p.log()).sum(-1))
+    _assert_close(output.tokens, p @ wide_embedding)
+    _assert_close(output.entropy, -(p * p.log()).sum(-1))
 
     cotangent = np.random.default_rng(2).normal(size=output.tokens.shape)
     ((p @ wide_embedding) * torch.tensor(cotangent)).sum().backward()
@@ -75,14 +77,14 @@ def test_align_is_the_papers_formula_in_value_and_gradient():
 
     ours, dembedding = jax.jit(jax.grad(loss, (0, 1)))(params, embedding)
     theirs = jax.tree.map(lambda leaf: leaf.grad.numpy(), wide)
-    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
-    # E_text gets a gradient through the connector.
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected)
+    # The text embedding gets a gradient through the connector.
     assert np.linalg.norm(dembedding - wide_embedding.grad.numpy()) <= 1e-4 * np.linalg.norm(dembedding)
 
 
-def test_the_dense_form_is_the_papers_formula():
-    """The reference of the streaming form's own tests (tests/ops) is anchored here, in PyTorch and float64."""
+def test_the_dense_form_matches_the_papers_formula():
+    """tests/ops compares the streaming form with the dense form. Here the dense form is compared with PyTorch."""
     features, embedding = _inputs()
     _, params, wide, _ = _run(connectors.AlignConfig(), features, embedding)
     wide_features, wide_embedding = _wide(features, embedding)
@@ -102,42 +104,43 @@ def test_the_dense_form_is_the_papers_formula():
     np.testing.assert_allclose(tokens, expected.numpy(), rtol=1e-10)
 
 
-def test_align_over_fewer_words_than_the_table_has():
+def test_align_may_use_fewer_words_than_the_table_has():
     features, embedding = _inputs()
     _, params, _, output = _run(connectors.AlignConfig(vocab_size=VOCAB - 3), features, embedding)
     assert params["w2"].shape == (VOCAB - 3, D_OUT)
-    again = jax.jit(connectors.make_connector(connectors.AlignConfig(), output_size=D_OUT, dtype="float32").apply)(
+    # The same weights with a table of exactly these words.
+    expected = jax.jit(connectors.make_connector(connectors.AlignConfig(), output_size=D_OUT, dtype="float32").apply)(
         {"params": params}, features, embedding[:-3]
     )
-    np.testing.assert_array_equal(output.tokens, again.tokens)
+    np.testing.assert_array_equal(output.tokens, expected.tokens)
 
 
-def test_align_starts_at_the_scale_of_the_config():
+def test_aligns_scale_is_initialized_from_the_config():
     features, embedding = _inputs()
     module = connectors.make_connector(connectors.AlignConfig(vocab_scale_init=3.0), output_size=D_OUT, dtype="float32")
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), features, embedding))["params"]
     assert np.all(params["vocab_norm_scale"] == 3.0)
 
 
-def test_mlp():
+def test_mlp_matches_torch():
     features, embedding = _inputs()
     _, _, p, output = _run(connectors.MLPConfig(), features, embedding)
     (x,) = _wide(features)
     hidden = torch.nn.functional.gelu(x @ p["linear_in"]["kernel"] + p["linear_in"]["bias"])
-    _close(output.tokens, hidden @ p["linear_out"]["kernel"] + p["linear_out"]["bias"])
+    _assert_close(output.tokens, hidden @ p["linear_out"]["kernel"] + p["linear_out"]["bias"])
     assert output.entropy is None
 
 
-def test_ovis():
+def test_ovis_matches_torch():
     features, embedding = _inputs()
     _, _, p, output = _run(connectors.OvisConfig(num_words=7), features, embedding)
     (x,) = _wide(features)
     z = torch.nn.functional.layer_norm(x @ p["head"]["kernel"], (7,), p["word_norm"]["scale"], p["word_norm"]["bias"])
-    _close(output.tokens, torch.softmax(z, -1) @ p["table"])
+    _assert_close(output.tokens, torch.softmax(z, -1) @ p["table"])
 
 
-@pytest.mark.parametrize("grid", [4, 7])  # 7 columns are padded to 8, as 27 to 28
-def test_h_reducer(grid):
+@pytest.mark.parametrize("grid", [4, 7])  # 7 columns are padded to 8, as 27 are to 28 at full size
+def test_h_reducer_matches_torch(grid):
     features, embedding = _inputs(grid * grid)
     _, _, p, output = _run(connectors.HReducerConfig(window=4), features, embedding)
     (x,) = _wide(features)
@@ -145,10 +148,10 @@ def test_h_reducer(grid):
     weight = p["reduce"]["kernel"].reshape(4, D_IN, D_IN).permute(2, 1, 0)[:, :, None]  # out, in, 1, 4
     reduced = torch.nn.functional.conv2d(image, weight, p["reduce"]["bias"], stride=(1, 4))
     tokens = reduced.permute(0, 2, 3, 1).reshape(2, -1, D_IN)
-    _close(output.tokens, tokens @ p["project"]["kernel"] + p["project"]["bias"])
+    _assert_close(output.tokens, tokens @ p["project"]["kernel"] + p["project"]["bias"])
 
 
-def test_perceiver_is_that_of_idefics2():
+def test_perceiver_matches_idefics2():
     features, embedding = _inputs()
     config = connectors.PerceiverConfig(
         num_latents=5, depth=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=20
@@ -190,7 +193,7 @@ def test_perceiver_is_that_of_idefics2():
     theirs.load_state_dict({key: torch.tensor(np.asarray(value)) for key, value in state.items()})
     with torch.no_grad():
         expected = theirs(torch.tensor(np.asarray(features)), torch.ones(2, 9, dtype=torch.bool))
-    _close(output.tokens, expected)
+    _assert_close(output.tokens, expected)
 
 
 class _LayerNorm2d(torch.nn.LayerNorm):
@@ -204,7 +207,7 @@ class _LayerNorm2d(torch.nn.LayerNorm):
 
 
 def _regnet_layer(p, width, channels):
-    """Returns transformers' RegNet "Y" layer made depthwise, with LayerNorm, and with timm's squeeze."""
+    """Returns transformers' RegNet "Y" layer, changed to HoneyBee's: depthwise, with LayerNorm and timm's squeeze."""
     config = RegNetConfig(groups_width=1, hidden_act="silu")
     layer = RegNetYLayer(config, width, channels)
     squeeze = layer.layer[2].attention
@@ -225,9 +228,9 @@ def _regnet_layer(p, width, channels):
     return layer.double()
 
 
-# 5 columns to 3: windows overlap, as 27 to 12.
+# From 5 columns to 3 the pooling windows overlap, as from 27 to 12 at full size.
 @pytest.mark.parametrize(("grid", "side"), [pytest.param(4, 2, marks=pytest.mark.large), (5, 3), (3, 3)])
-def test_c_abstractor_is_that_of_honeybee_in_value_and_gradient(grid, side):
+def test_c_abstractor_matches_honeybee_in_value_and_gradient(grid, side):
     features, embedding = _inputs(grid * grid)
     config = connectors.CAbstractorConfig(num_tokens=side * side, depth=2, hidden_size=8)
     module, params, p, output = _run(config, features, embedding)
@@ -239,7 +242,7 @@ def test_c_abstractor_is_that_of_honeybee_in_value_and_gradient(grid, side):
     hidden = _regnet_layer(p["after_1"], 8, 8)(_regnet_layer(p["after_0"], 8, 8)(hidden))
     hidden = hidden.flatten(2).transpose(1, 2) @ p["readout_in"]["kernel"] + p["readout_in"]["bias"]
     expected = torch.nn.functional.silu(hidden) @ p["readout_out"]["kernel"] + p["readout_out"]["bias"]
-    _close(output.tokens, expected)
+    _assert_close(output.tokens, expected)
 
     cotangent = np.random.default_rng(2).normal(size=output.tokens.shape)
     (theirs,) = torch.autograd.grad(expected, x, torch.tensor(cotangent))

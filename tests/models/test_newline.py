@@ -1,4 +1,4 @@
-"""Compares the visual tokens of anyres_max_9, and their gradients, with LLaVA-OneVision's packing in transformers."""
+"""Visual tokens of anyres_max_9 and their gradients against LLaVA-OneVision's packing in transformers."""
 
 import dataclasses
 import functools
@@ -25,9 +25,9 @@ LANGUAGE = LanguageConfig(
 )
 CONFIG = AlignVLMConfig(VISION, connectors.AlignConfig(), LANGUAGE, newline=True)
 TILING = TilingConfig("anyres_max_9", tile_size=16, max_tiles=2)
-# A page that is reduced, a page of a single cell, and a page with a border.
+# In turn: a page that is shrunk, a page of a single cell, and a page with a border.
 PAGES = ((60, 40), (16, 16), (20, 70))
-N = 16
+N = 16  # visual tokens per tile
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def params():
 
 
 def _row():
-    """Returns three pages in one bin, with text before, between and after them, and two tiles of padding."""
+    """Returns plans and token counts of three pages, and one bin with them, text around them, and two unused tiles."""
     rng = np.random.default_rng(0)
     plans = [plan_tiles(*page, TILING) for page in PAGES]
     resampling = resample_images(plans, TILING, (4, 4))
@@ -66,7 +66,9 @@ def _row():
     )
 
 
-def _packed_by_transformers(plans, visual, newline):
+def _pack_with_transformers(plans, visual, newline):
+    """Returns the packed tokens of all pages, from the tokens of their tiles."""
+    # `pack_image_features` only reads the config of its model.
     pinpoints = [[row * 16, col * 16] for row in range(1, 7) for col in range(1, 7)]
     vision = types.SimpleNamespace(image_size=16, patch_size=4)
     model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
@@ -77,9 +79,9 @@ def _packed_by_transformers(plans, visual, newline):
     return torch.cat(packed)
 
 
-def test_inputs_and_gradients_match_transformers(params):
+def test_decoder_inputs_and_gradients_match_transformers(params):
     plans, lengths, row = _row()
-    used = sum(plan.num_tiles for plan in plans) * N
+    num_used = sum(plan.num_tiles for plan in plans) * N
     is_visual = row["visual_index"][0] >= 0
     encode, merge = (
         jax.jit(functools.partial(AlignVLM(CONFIG).apply, method=method)) for method in ("encode_images", "merge")
@@ -87,29 +89,29 @@ def test_inputs_and_gradients_match_transformers(params):
     visual, _ = encode({"params": params}, row["tiles"], row["tile_valid_hw"])
     inputs = merge({"params": params}, row, visual)
 
-    theirs_visual = torch.tensor(np.asarray(visual[0, :used]), dtype=torch.float64, requires_grad=True)
+    theirs_visual = torch.tensor(np.asarray(visual[0, :num_used]), dtype=torch.float64, requires_grad=True)
     theirs_newline = torch.tensor(np.asarray(params["connector"]["newline"]), dtype=torch.float64, requires_grad=True)
-    theirs = _packed_by_transformers(plans, theirs_visual, theirs_newline)
+    theirs = _pack_with_transformers(plans, theirs_visual, theirs_newline)
     assert len(theirs) == sum(lengths) == is_visual.sum()
     np.testing.assert_allclose(inputs[0, is_visual], theirs.detach(), atol=1e-6)
     np.testing.assert_array_equal(inputs[0, ~is_visual], params["language"]["embedding"][row["tokens"][0, ~is_visual]])
 
     cotangent = np.random.default_rng(1).standard_normal(theirs.shape)
-    at_all = np.zeros(inputs.shape, np.float32)
-    at_all[0, is_visual] = cotangent
+    full_cotangent = np.zeros(inputs.shape, np.float32)
+    full_cotangent[0, is_visual] = cotangent
     _, pull_back = jax.vjp(
         lambda visual, newline: mix_visual(visual, newline, row["visual_sources"], row["visual_weights"]),
         visual,
         params["connector"]["newline"],
     )
-    dvisual, dnewline = pull_back(jnp.asarray(at_all))
+    dvisual, dnewline = pull_back(jnp.asarray(full_cotangent))
     expected = torch.autograd.grad(theirs, (theirs_visual, theirs_newline), torch.tensor(cotangent))
-    np.testing.assert_allclose(dvisual[0, :used], expected[0], atol=1e-5)
+    np.testing.assert_allclose(dvisual[0, :num_used], expected[0], atol=1e-5)
     np.testing.assert_allclose(dnewline, expected[1], atol=1e-5)
-    assert not np.any(dvisual[0, used:]), "padding gets no gradient"
+    assert not np.any(dvisual[0, num_used:]), "padding gets no gradient"
 
 
-def test_the_loss_reaches_encoder_and_newline(params):
+def test_the_loss_has_gradients_for_encoder_and_newline(params):
     _, _, row = _row()
 
     def loss(params):
@@ -128,7 +130,7 @@ def test_without_newlines_there_is_no_newline_weight(params):
 
 
 @pytest.mark.parametrize("name", ["mlp", "ovis", "h_reducer", "perceiver", "c_abstractor"])
-def test_every_connector_takes_a_newline(name):
+def test_every_connector_may_have_a_newline(name):
     config = dataclasses.replace(CONFIG, connector=connectors.connector_named(name).config())
     shapes = jax.eval_shape(lambda: nn.unbox(random_parameters(config, jax.random.key(0))))
     assert shapes["connector"]["newline"].shape == (16,)

@@ -1,4 +1,4 @@
-"""A connector that only this file defines: it is configured, trained, saved, restored, counted and exported.
+"""A connector that only this file defines can be configured, trained, saved, restored, counted and exported.
 
 Axes: B tiles, N features per tile (a square grid of side g), d encoder width, D decoder width, V vocabulary.
 """
@@ -121,23 +121,23 @@ def trained(config):
     return params, state.params, losses
 
 
-def test_a_config_names_it(config):
+def test_a_config_selects_it_by_name(config):
     assert config.model.connector == RowMeanConfig(gain=2.0)
     assert config_to_dict(config)["model"]["connector"] == {"name": "row_mean", "gain": 2.0}
     overrides = ["model.connector=row_mean", "model.connector.gain=3"]
     assert load_config("configs/nano.py", overrides).model.connector == RowMeanConfig(gain=3.0)
     assert load_config("configs/nano.py", [*overrides, "model.connector.old=False"]).model.connector.gain == 3.0
-    for refused, reason in (
+    for override, reason in (
         ("model.connector=row_maen", r"connector\.name: .*did you mean 'row_mean'"),
         ("model.connector.gian=2", r"connector\.gian: no such key.*'gain'"),
         ("model.connector.gain=-1", r"connector\.gain: expected more than 0, got -1"),
         ("model.connector.old=True", r"connector\.old: expected False or no such key, got .*: .* was removed"),
     ):
         with pytest.raises(UserError, match=reason):
-            load_config("configs/nano.py", ["model.connector=row_mean", refused])
+            load_config("configs/nano.py", ["model.connector=row_mean", override])
 
 
-def test_it_says_how_many_tokens_a_tile_becomes(config):
+def test_its_token_grid_matches_its_output(config):
     assert token_grid(config.model) == (4, 1) and tokens_per_tile(config.model) == 4
     module = make_connector(config.model.connector, output_size=8, dtype="float32")
     output, _ = module.init_with_output(jax.random.key(0), jnp.ones((2, 16, 6)), jnp.ones((5, 8)))
@@ -151,10 +151,11 @@ def test_it_trains(trained):
     assert moved == {"project": {"kernel": True}, "shift": True}
 
 
-def test_its_seed_comes_from_the_language_model_head(config, trained):
+def test_its_shift_is_seeded_from_the_lm_head(config, trained):
     before, _, _ = trained
     head = before["language"]["embedding"]
     np.testing.assert_allclose(before["connector"]["shift"], head.mean(axis=0), rtol=1e-5, atol=1e-7)
+    # The same when a model is assembled from backbones, here random ones.
     joined = assemble(config.model, None, None)
     head = joined["language"]["embedding"]
     np.testing.assert_allclose(joined["connector"]["shift"], head.mean(axis=0), rtol=1e-5, atol=1e-7)
@@ -169,7 +170,7 @@ def test_it_is_saved_and_restored(config, trained, tmp_path):
 
 def test_its_flops_are_counted(config):
     sizes = dict(tiles=5, tokens=1, answer_tokens=1, squared_lengths=1)
-    forward = 5 * 2 * 4 * 16 * 16
+    forward = 5 * 2 * 4 * 16 * 16  # 5 tiles of 4 tokens, each a product with a 16 x 16 matrix
     for trainable, times in (((), 1), (("connector",), 2), (("vision", "connector"), 3)):
         assert train_flops(config.model, trainable, **sizes).connector == times * forward
 
@@ -187,11 +188,11 @@ def test_it_is_exported_to_safetensors_and_read_back(config, trained, tmp_path):
     )
     with TensorFiles(tmp_path) as files:
         assert {"model.connector.project.weight", "model.connector.shift"} <= set(files.dtypes)
-        back = convert.load_params(files, rows, abstract_parameters(config.model), source=tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
+        restored = convert.load_params(files, rows, abstract_parameters(config.model), source=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
-def test_a_connector_that_is_not_registered_is_refused():
+def test_unregistered_and_duplicate_connectors_are_refused():
     @dataclasses.dataclass(frozen=True)
     class OtherConfig(ConnectorConfig):
         """Settings that belong to no registered connector."""
