@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests of export and import: every connector, random weights, the nano tokenizer."""
+"""Makes tiny checkpoints for tests of export and import, with random weights and the nano tokenizer."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentCon
 
 
 def random_params(config: AlignVLMConfig, *, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
-    """Returns random weights; those of norms and biases are random too, because ones and zeros would hide mistakes."""
+    """Returns random weights, also for norms and biases, whose initial ones and zeros would hide mistakes."""
     boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -72,6 +72,7 @@ def nano_tokenizer() -> ChatTokenizer:
 def make_checkpoint(
     workdir: Path, connector: str = "align", *, tied: bool = True, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Path:
+    """Writes a checkpoint of `tiny_config` with random weights; returns its folder."""
     config = tiny_config(connector, tied=tied)
     params = random_params(config.model, dtype=dtype, mesh=mesh)
     write_checkpoint(workdir, config, params, nano_tokenizer(), history=HISTORY, progress=PROGRESS)
@@ -79,6 +80,7 @@ def make_checkpoint(
 
 
 def read_weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Returns the weights of a checkpoint by their paths."""
     reader = ParameterReader(checkpoint)
     return {path: reader.read(path) for path in reader.shapes}
 

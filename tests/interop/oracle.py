@@ -1,4 +1,4 @@
-"""Tiny SigLIPs and Llamas of transformers with random weights, used as reference implementations."""
+"""Tiny SigLIP and Llama models of transformers with random weights, used as references."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ LLAMA3 = {
 
 
 def relative_error(ours, theirs) -> float:
-    """Returns the largest difference as a fraction of the largest value."""
+    """Returns the largest difference divided by the largest value."""
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
@@ -39,7 +39,7 @@ def siglip_config(**changes) -> transformers.SiglipVisionConfig:
 
 
 def siglip(folder: Path | None = None, **changes) -> transformers.SiglipVisionModel:
-    """Returns a vision model alone, and saves it if a folder is given."""
+    """Returns a vision model without a text tower; saves it if a folder is given."""
     model = randomize(transformers.SiglipVisionModel(siglip_config(**changes)))
     if folder is not None:
         model.save_pretrained(folder)
@@ -47,7 +47,7 @@ def siglip(folder: Path | None = None, **changes) -> transformers.SiglipVisionMo
 
 
 def llama(folder: Path | None = None, save: dict | None = None, **changes) -> transformers.LlamaForCausalLM:
-    """Returns a decoder, and saves it with the arguments `save` if a folder is given."""
+    """Returns a decoder; saves it if a folder is given, with the arguments `save` of `save_pretrained`."""
     fields = dict(
         vocab_size=50,
         hidden_size=32,

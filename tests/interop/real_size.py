@@ -1,4 +1,4 @@
-"""Writes folders of the paper's 1B model with random weights in Hugging Face layout, one shard at a time."""
+"""Writes the backbones of the paper's 1B model as Hugging Face folders with random weights, one shard at a time."""
 
 import json
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def write_vision(folder: Path) -> None:
 
 
 def write_language(folder: Path) -> None:
-    """Writes Llama-3.2-1B with the nano tokenizer, whose 512 words are the first ones of the vocabulary."""
+    """Writes Llama-3.2-1B with the nano tokenizer, whose ids are the first 512 of the vocabulary."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_1B))
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
@@ -89,7 +89,7 @@ def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def _random(rng: np.random.Generator, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns weights of the magnitude of trained ones; norm scales are near 1, so that their inputs matter."""
+    """Returns weights of the magnitude of trained ones, with the scales of norms near 1."""
     values = rng.standard_normal(shape, np.float32)
     values *= 0.02
     if len(shape) == 1 and "norm" in key and key.endswith("weight"):

@@ -1,4 +1,4 @@
-"""Assembly of a model from two folders: sharding, W2 from the LM head, and room for an image token."""
+"""Assembly of a model from two folders: sharding, W2 from the LM head, and rows for an image token."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def backbones(request, tmp_path_factory):
-    """Folders, the torch model of the decoder, and the resulting config."""
+    """The folder of both backbones, the decoder in PyTorch, and the config of the assembled model."""
     folder = tmp_path_factory.mktemp("backbones")
     oracle.siglip(folder / "vision")
     llama = oracle.llama(folder / "language", tie_word_embeddings=request.param)
@@ -58,12 +58,12 @@ def test_a_mesh_shards_the_same_values(backbones, dtype):
     folder, _, config = backbones
     config = with_rows(config, 64, 50)
     mesh = make_mesh(CUBE)
-    one, sharded = build(folder, config, dtype=dtype), build(folder, config, dtype=dtype, mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, sharded, one)
+    single, sharded = build(folder, config, dtype=dtype), build(folder, config, dtype=dtype, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
     expected = abstract_parameters(config, mesh=mesh, dtype=dtype)
-    jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding or pytest.fail(str(like)), sharded, expected)
+    jax.tree.map(lambda leaf, shape: leaf.sharding == shape.sharding or pytest.fail(str(shape)), sharded, expected)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(sharded))
-    # Some specs are written out, because `expected` comes from the same rules.
+    # `expected` comes from the same rules as the result, so some specs are written out here.
     for path, spec in (
         (("language", "embedding"), P("tensor", "fsdp")),
         (("language", "layers", "mlp", "down", "kernel"), P(None, "tensor", "fsdp")),
@@ -77,7 +77,7 @@ def test_a_mesh_shards_the_same_values(backbones, dtype):
         assert leaf.addressable_shards[0].data.size == leaf.size // 4
 
 
-def test_added_rows_are_the_mean_and_not_used_by_align(backbones):
+def test_added_rows_are_the_mean_row_and_are_not_used_by_align(backbones):
     folder, llama, config = backbones
     params = build(folder, with_rows(config, 64, 50))
     tables = {"embedding": llama.model.embed_tokens, "lm_head": llama.lm_head}
@@ -94,19 +94,19 @@ def test_added_rows_are_the_mean_and_not_used_by_align(backbones):
 @pytest.mark.parametrize("backbones", [True], indirect=True)
 def test_either_backbone_may_be_random(backbones):
     folder, llama, config = backbones
-    real = build(folder, config)
-    half = assemble(config, None, folder / "language", seed=1)
-    jax.tree.map(np.testing.assert_array_equal, half["language"], real["language"])
-    kernel = half["vision"]["patch_embedding"]["kernel"]
-    assert kernel.shape == real["vision"]["patch_embedding"]["kernel"].shape and float(kernel.std()) > 0
-    drawn = assemble(config, None, None, mesh=make_mesh(CUBE), seed=1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), drawn["vision"], half["vision"])
-    head = drawn["language"]["embedding" if config.language.tie_word_embeddings else "lm_head"]
-    np.testing.assert_array_equal(drawn["connector"]["w2"], head)
+    complete = build(folder, config)
+    half_random = assemble(config, None, folder / "language", seed=1)
+    jax.tree.map(np.testing.assert_array_equal, half_random["language"], complete["language"])
+    kernel = half_random["vision"]["patch_embedding"]["kernel"]
+    assert kernel.shape == complete["vision"]["patch_embedding"]["kernel"].shape and float(kernel.std()) > 0
+    all_random = assemble(config, None, None, mesh=make_mesh(CUBE), seed=1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), all_random["vision"], half_random["vision"])
+    head = all_random["language"]["embedding" if config.language.tie_word_embeddings else "lm_head"]
+    np.testing.assert_array_equal(all_random["connector"]["w2"], head)
     assert not np.array_equal(head, llama.lm_head.weight.detach().numpy())
 
 
-def test_other_connectors(backbones):
+def test_a_model_with_another_connector_is_assembled(backbones):
     folder, _, config = backbones
     params = build(folder, dataclasses.replace(config, connector=MLPConfig()))
     assert set(params["connector"]) == {"linear_in", "linear_out"}

@@ -1,4 +1,4 @@
-"""Conversion of tensors to parameters: matching, reports of problems, values and shardings."""
+"""Conversion of tensors to parameters: names, values, shardings, and reports of all problems."""
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ TENSORS = {
     **{f"layers.{i}.weight": RNG.normal(size=(4, 200)) for i in range(LAYERS)},
     **{f"layers.{i}.scale": RNG.normal(size=(4,)) for i in range(LAYERS)},
 }
-# Written out by hand from the docstrings of models/weight_table.py: Linear's [out, in] transposed, Conv2d's window
-# flattened by rows.
+# Written out by hand: the [out, in] of Linear is transposed, and the window of Conv2d is flattened row by row.
 PARAMS = {
     "table": TENSORS["table"],
     "layers": {
@@ -50,20 +49,21 @@ def open_files(folder, tensors=None, dtype=np.float32):
 
 
 def abstract(dtype=jnp.float32, **changes):
+    """Returns shapes and dtypes of `PARAMS`; `changes` are arrays whose shapes replace those of their names."""
     shapes = {key: jax.ShapeDtypeStruct(value.shape, dtype) for key, value in changes.items()}
     return {**jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), PARAMS), **shapes}
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_values_and_dtypes(tmp_path, stored, dtype):
+def test_values_are_converted_to_the_requested_dtype(tmp_path, stored, dtype):
     params = convert.load_params(open_files(tmp_path, dtype=stored), ROWS, abstract(dtype), source=tmp_path)
     expected = jax.tree.map(lambda leaf: leaf.astype(stored).astype(dtype), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert all(leaf.dtype == dtype and leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
 
 
-def test_shards_have_the_right_sharding_and_values(tmp_path):
+def test_sharded_parameters_have_the_requested_sharding_and_the_same_values(tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = {
         "table": P("tensor", "fsdp"),
@@ -83,8 +83,8 @@ def test_shards_have_the_right_sharding_and_values(tmp_path):
         np.testing.assert_array_equal(array, expected.astype(np.float32))
 
 
-def test_a_shard_reads_only_its_part(tmp_path):
-    """Buffers have the size of a shard: a sharded matrix is never assembled on the host."""
+def test_each_shard_allocates_only_its_part(tmp_path):
+    """Buffers have the size of a shard, so a sharded matrix is never assembled on the host."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     sharding = NamedSharding(mesh, P("fsdp"))
     calls = []
@@ -99,16 +99,16 @@ def test_a_shard_reads_only_its_part(tmp_path):
 
 
 def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
-    """XLA adopts the memory instead of copying it, which keeps the peak at the size of the parameters."""
+    """XLA uses the memory instead of copying it, which keeps the peak at the size of the parameters."""
     addresses = []
     original = convert._aligned_empty
 
-    def spy(shape, dtype):
+    def recording_empty(shape, dtype):
         array = original(shape, dtype)
         addresses.append(array.ctypes.data)
         return array
 
-    convert._aligned_empty = spy
+    convert._aligned_empty = recording_empty
     try:
         params = convert.load_params(open_files(tmp_path), ROWS, abstract(), source=tmp_path)
     finally:
@@ -117,7 +117,7 @@ def test_on_a_cpu_the_buffer_becomes_the_parameter(tmp_path):
 
 
 def test_a_table_grows_by_the_mean_of_its_rows(tmp_path):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))  # The old rows end within the third shard.
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))  # The 10 old rows end within the third of four shards.
     table = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
     files = open_files(tmp_path)
     tree = {**abstract(), "table": table}
@@ -125,15 +125,15 @@ def test_a_table_grows_by_the_mean_of_its_rows(tmp_path):
     old = TENSORS["table"].astype(np.float32)
     np.testing.assert_array_equal(grown[:10], old)
     np.testing.assert_allclose(grown[10:], np.tile(old.mean(0), (6, 1)), rtol=1e-6)
-    for refused in ({}, {"grow": ("layers/kernel",)}):
+    for options in ({}, {"grow": ("layers/kernel",)}):
         with pytest.raises(UserError, match=r"table has shape \[10, 8\], the config says \[16, 8\]"):
-            convert.load_params(files, ROWS, tree, source=tmp_path, **refused)
+            convert.load_params(files, ROWS, tree, source=tmp_path, **options)
     smaller = abstract(table=np.zeros((9, 8)))
     with pytest.raises(UserError, match=r"table has shape \[10, 8\], the config says \[9, 8\]"):
         convert.load_params(files, ROWS, smaller, source=tmp_path, grow=("table",))
 
 
-def test_renamed_and_ignored_keys(tmp_path):
+def test_keys_may_be_renamed_and_ignored(tmp_path):
     renamed = {f"model.{key}": tensor for key, tensor in TENSORS.items()} | {"other.head": np.ones(3)}
     params = convert.load_params(
         open_files(tmp_path, renamed),
@@ -155,6 +155,7 @@ def test_every_problem_is_reported_before_anything_is_read(tmp_path, monkeypatch
     tensors |= {"layers.3.scale": np.zeros(4, np.float32), "extra": np.zeros(1, np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path)
+    # Calling either of these would raise a TypeError.
     monkeypatch.setattr(files, "read", None)
     monkeypatch.setattr(convert, "_aligned_empty", None)
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Export of checkpoints to PyTorch folders: transformers loads them with the same weights."""
+"""Export of checkpoints to PyTorch folders, which transformers loads with the same weights."""
 
 import json
 import shutil
@@ -57,11 +57,11 @@ def _tensors(folder):
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_transformers_finds_every_weight_of_every_connector(connector, tmp_path):
-    """No key is missing, unknown or of another shape, and each one holds its parameter in torch's layout."""
+    """No key is missing, unknown or of another shape, and the values are in torch's layout."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", connector)
     export.export_alignvlm(checkpoint, tmp_path / "out")
     state = _load(tmp_path / "out").state_dict()
-    assert "lm_head.weight" in state  # Tied to the embedding table; the file does not contain it.
+    assert "lm_head.weight" in state  # It is tied to the embedding table, so the file does not contain it.
     assert "lm_head.weight" not in _tensors(tmp_path / "out")
     params = {"/".join(path): leaf for path, leaf in flatten_dict(random_params(tiny_config(connector).model)).items()}
     total = sum(leaf.size for leaf in params.values())
@@ -87,9 +87,9 @@ def test_shards_load_in_transformers(folder, checkpoint):
     assert files == {path.name for path in folder.glob("*.safetensors")}
     export.export_alignvlm(checkpoint, folder.parent / "whole")
     assert [path.name for path in (folder.parent / "whole").glob("*.safetensors")] == ["model.safetensors"]
-    in_shards, whole = _load(folder).state_dict(), _load(folder.parent / "whole").state_dict()
-    assert set(in_shards) == set(whole)
-    assert all(torch.equal(in_shards[key], whole[key]) for key in whole)
+    sharded, unsharded = _load(folder).state_dict(), _load(folder.parent / "whole").state_dict()
+    assert set(sharded) == set(unsharded)
+    assert all(torch.equal(sharded[key], unsharded[key]) for key in unsharded)
 
 
 def test_auto_classes_and_the_pipeline_give_the_same_answer(folder):
@@ -123,8 +123,8 @@ def test_a_sharded_checkpoint_gives_the_same_export(folder, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_dtypes(checkpoint, folder, tmp_path):
-    """By default, weights keep their dtype; for another dtype they are rounded once."""
+def test_weights_keep_their_dtype_or_are_rounded_once(checkpoint, folder, tmp_path):
+    """By default weights keep the dtype of the checkpoint; to another dtype they are rounded directly."""
     export.export_alignvlm(checkpoint, tmp_path / "half", dtype="bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     full, half = _tensors(folder), _tensors(tmp_path / "half")
@@ -140,13 +140,13 @@ def test_dtypes(checkpoint, folder, tmp_path):
         np.testing.assert_array_equal(tensor, half[key])
 
 
-def test_the_decoder_alone_is_a_llama(checkpoint, tmp_path):
+def test_the_exported_decoder_is_a_llama_with_the_same_logits(checkpoint, tmp_path):
     export.export_language(checkpoint, tmp_path / "llama", max_shard_bytes=20 * _KILOBYTE)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", output_loading_info=True)
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert not any(report.values()), report
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
-    tokens = np.random.default_rng(0).integers(0, 512, (2, 90))  # Longer than the original context of rotary scaling.
+    tokens = np.random.default_rng(0).integers(0, 512, (2, 90))  # Longer than the context before rotary scaling.
     with torch.no_grad():
         theirs = model.eval()(torch.from_numpy(tokens)).logits
     config = tiny_config(tied=False).model.language
@@ -162,7 +162,7 @@ def test_the_decoder_alone_is_a_llama(checkpoint, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "12"}], tokenize=False) == "<|begin|><|user|>12"
 
 
-def test_the_encoder_alone_is_a_siglip(checkpoint, tmp_path):
+def test_the_exported_encoder_is_a_siglip_with_the_same_features(checkpoint, tmp_path):
     export.export_vision(checkpoint, tmp_path / "siglip")
     model, report = transformers.SiglipVisionModel.from_pretrained(tmp_path / "siglip", output_loading_info=True)
     assert not any(report.values()), report
@@ -212,7 +212,7 @@ def test_the_model_card_describes_earlier_runs(checkpoint, tmp_path):
     assert "40 optimizer steps in total" in card
 
 
-# Orbax leaves an event loop behind when it reads damaged files.
+# Orbax leaves an event loop open when it reads damaged files.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("write", [export.export_alignvlm, export.export_language, export.export_vision])
 def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
@@ -243,8 +243,8 @@ def test_bad_requests_leave_nothing_behind(checkpoint, tmp_path, write):
     refused("none of its checkpoints is complete; step 7: .*bytes", damaged)
 
 
-def test_joined_tiles_survive_a_round_trip(tmp_path):
-    """Under anyres_max_9, the newline embedding and its config key survive the export and the import."""
+def test_the_newline_embedding_round_trips(tmp_path):
+    """The newline embedding of anyres_max_9 and its config key are exported and imported."""
     raw = config_to_dict(tiny_config())
     raw["model"]["newline"] = True
     raw["data"]["tiling"] |= {"rule": "anyres_max_9", "grid_side": 2}
@@ -256,6 +256,6 @@ def test_joined_tiles_survive_a_round_trip(tmp_path):
     export.export_alignvlm(tmp_path / "joined", tmp_path / "out")
     np.testing.assert_array_equal(_tensors(tmp_path / "out")["model.image_newline"], restored)
     assert _load(tmp_path / "out").config.newline
-    back = read_alignvlm(tmp_path / "out")
-    assert back.config == config
-    np.testing.assert_array_equal(back.params["connector"]["newline"], restored)
+    imported = read_alignvlm(tmp_path / "out")
+    assert imported.config == config
+    np.testing.assert_array_equal(imported.params["connector"]["newline"], restored)

@@ -1,4 +1,4 @@
-"""Measures the peak memory of exporting an 8B model with random weights: one shard and little more."""
+"""Peak memory of exporting an 8B model with random weights, which must be little more than one shard."""
 
 import json
 import re
@@ -27,13 +27,13 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from tests.interop.exported import make_checkpoint
 
 _REPOSITORY = Path(__file__).parents[2]
-_ALLOWED = MAX_SHARD_BYTES + 4 * 10**9
-_CHUNK_ROWS = 16032  # Rows per chunk of an embedding table; stacked weights are chunked by layer.
+_MAX_PEAK = MAX_SHARD_BYTES + 4 * 10**9
+_CHUNK_ROWS = 16032  # rows per chunk of an embedding table; stacked weights have one layer per chunk
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A temporary folder that is deleted right after the test; pytest would keep those of the last runs."""
+    """A temporary folder that is deleted after the test, because pytest keeps the folders of its last runs."""
     if shutil.disk_usage(tmp_path).free < 45 * 10**9:
         pytest.skip("needs 45 GB of disk")
     yield tmp_path
@@ -63,12 +63,12 @@ def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
     ):
         with safetensors.safe_open(disk / "out" / index["weight_map"][key], framework="np") as file:
             np.testing.assert_array_equal(file.get_tensor(key), _random_block(path, layer, shapes[path][1:]).T)
-    assert peak < _ALLOWED
+    assert peak < _MAX_PEAK
 
 
 def _write_random_checkpoint(workdir: Path, config: ExperimentConfig) -> dict[str, tuple[int, ...]]:
-    """Writes a bfloat16 checkpoint in the format of `checkpoints/arrays.py`, block by block, and returns the shapes."""
-    # A small checkpoint with the same tree is written first; then its arrays are replaced by large ones.
+    """Writes a bfloat16 checkpoint block by block, in the format of `checkpoints/arrays.py`; returns its shapes."""
+    # A small checkpoint with the same tree is written first, then its arrays are replaced by large ones.
     make_checkpoint(workdir, tied=False, dtype="bfloat16")
     (workdir / "config.json").write_text(config_to_json(config))
     shapes = _shapes(config.model)
@@ -105,7 +105,7 @@ def _shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _random_block(path: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns finite values; all bits are random except the highest one of the exponent."""
+    """Returns random finite values: the highest bit of the exponent is 0, so none is infinite or NaN."""
     rng = np.random.default_rng([zlib.crc32(path.encode()), block])
     return (rng.integers(0, 2**16, shape, np.uint16) & 0xBFFF).view(ml_dtypes.bfloat16)
 
@@ -119,8 +119,8 @@ def _peak_anonymous_memory(command: list[str]) -> int:
         nonlocal peak
         while not ended.wait(0.02):
             status = Path(f"/proc/{process.pid}/status").read_text()
-            found = re.search(r"RssAnon:\s+(\d+) kB", status)
-            peak = max(peak, 1024 * int(found[1]) if found else 0)
+            match = re.search(r"RssAnon:\s+(\d+) kB", status)
+            peak = max(peak, 1024 * int(match[1]) if match else 0)
 
     sampler = threading.Thread(target=sample)
     sampler.start()

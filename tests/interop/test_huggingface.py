@@ -1,4 +1,4 @@
-"""Compares SigLIP and Llama folders with transformers, in all variants found in practice."""
+"""SigLIP and Llama folders against transformers, in the variants found in practice."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def write_with_inner_vision_model(folder, **changes):
     return model
 
 
-def write_complete(folder, **changes):
+def write_both_towers(folder, **changes):
     """Writes a complete SigLIP with both towers."""
     text = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
@@ -60,11 +60,11 @@ def write_complete(folder, **changes):
     return model.vision_model
 
 
-def write_complete_with_defaults_omitted(folder, **changes):
-    """Writes a folder as on the Hub: the vision config omits transformers' defaults, and there are old buffers."""
-    model = write_complete(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
-    brief = dict(intermediate_size=40, num_hidden_layers=1, image_size=20, patch_size=6)
-    edit_config(folder, vision_config={"model_type": "siglip_vision_model", **brief})
+def write_both_towers_without_defaults(folder, **changes):
+    """Writes a folder as on the Hub: the config omits transformers' defaults, and the tensors include a buffer."""
+    model = write_both_towers(folder, hidden_size=768, intermediate_size=40, num_hidden_layers=1, **changes)
+    non_defaults = dict(intermediate_size=40, num_hidden_layers=1, image_size=20, patch_size=6)
+    edit_config(folder, vision_config={"model_type": "siglip_vision_model", **non_defaults})
     ids = {"vision_model.embeddings.position_ids": torch.arange(9)[None]}
     edit_tensors(folder, lambda tensors: {**tensors, **ids})
     return model
@@ -77,8 +77,8 @@ def write_complete_with_defaults_omitted(folder, **changes):
         (write_vision_alone, {"vision_use_head": False}),
         (write_with_inner_vision_model, {"image_size": 28, "patch_size": 14}),
         (write_with_inner_vision_model, {"image_size": 32, "patch_size": 16, "vision_use_head": False}),
-        (write_complete, {"num_attention_heads": 3}),
-        (write_complete_with_defaults_omitted, {"num_attention_heads": 12}),
+        (write_both_towers, {"num_attention_heads": 3}),
+        (write_both_towers_without_defaults, {"num_attention_heads": 12}),
     ],
 )
 def test_siglip_features_match_transformers(tmp_path, write, changes):
@@ -93,7 +93,7 @@ def test_siglip_features_match_transformers(tmp_path, write, changes):
     assert relative_error(ours, theirs) < 1e-4
 
 
-def test_missing_config_keys_have_transformers_defaults(tmp_path):
+def test_missing_config_keys_default_as_in_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip", "vision_config": {"hidden_size": 24}}')
     expected = siglip_config(read_vision_config(tmp_path), "float32")
     theirs = transformers.SiglipVisionConfig(hidden_size=24).to_dict()
@@ -131,7 +131,7 @@ def transformers_logits(model, tokens):
         return model(torch.from_numpy(np.asarray(tokens))).logits.float().numpy()
 
 
-def old_rope_spelling(folder):
+def use_old_rope_keys(folder):
     """Rewrites the rotary settings as two top-level keys, as in transformers 4."""
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
@@ -139,25 +139,25 @@ def old_rope_spelling(folder):
     edit_config(folder, remove=("rope_parameters",), rope_theta=theta, rope_scaling=scaling, torch_dtype="bfloat16")
 
 
-def older_rope_spelling(folder):
+def use_oldest_rope_keys(folder):
     """Renames `rope_type` to `type`, as in the first files of Llama 3.1."""
-    old_rope_spelling(folder)
+    use_old_rope_keys(folder)
     scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
     edit_config(folder, rope_scaling={"type": scaling.pop("rope_type"), **scaling})
 
 
-def without_head_dim(folder):
+def remove_head_dim(folder):
     edit_config(folder, remove=("head_dim",))
 
 
-def lm_head_though_tied(folder):
+def store_tied_lm_head(folder):
     def add(tensors):
         return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
     edit_tensors(folder, add)
 
 
-def with_rotary_buffers(folder):
+def add_rotary_buffers(folder):
     """Adds rotary buffers, as in the oldest Llama 2 folders."""
 
     def add(tensors):
@@ -172,16 +172,20 @@ def with_rotary_buffers(folder):
     [
         pytest.param({"rope_parameters": LLAMA3}, None, id="Llama 3.2: tied, scaled"),
         pytest.param(
-            {"rope_parameters": LLAMA3, "tie_word_embeddings": False}, old_rope_spelling, id="Llama 3.1: untied, scaled"
+            {"rope_parameters": LLAMA3, "tie_word_embeddings": False},
+            use_old_rope_keys,
+            id="Llama 3.1: untied, scaled",
         ),
-        pytest.param({"rope_parameters": LLAMA3}, older_rope_spelling, id="scaled, oldest spelling"),
+        pytest.param({"rope_parameters": LLAMA3}, use_oldest_rope_keys, id="scaled, oldest spelling"),
         pytest.param(
-            {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, old_rope_spelling, id="SmolLM2"
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36},
+            use_old_rope_keys,
+            id="SmolLM2",
         ),
-        pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, with_rotary_buffers, id="Llama 2"),
-        pytest.param({"num_key_value_heads": 1, "tie_word_embeddings": False}, without_head_dim, id="multi-query"),
+        pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, add_rotary_buffers, id="Llama 2"),
+        pytest.param({"num_key_value_heads": 1, "tie_word_embeddings": False}, remove_head_dim, id="multi-query"),
         pytest.param({"head_dim": 6, "rope_parameters": {**PLAIN, "rope_theta": 5e5}}, None, id="narrow heads"),
-        pytest.param({}, lm_head_though_tied, id="tied, but the head is stored"),
+        pytest.param({}, store_tied_lm_head, id="tied, but the head is stored"),
     ],
 )
 def test_llama_logits_match_transformers(tmp_path, changes, edit):
@@ -189,12 +193,12 @@ def test_llama_logits_match_transformers(tmp_path, changes, edit):
     if edit:
         edit(tmp_path)
     config, params = huggingface.load_language_folder(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 50, (2, 40))  # beyond the original context of the scaled cases
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 40))  # 40 tokens, where the original context is 16
     theirs = transformers_logits(model, tokens)
     assert relative_error(run_language(config, params, tokens), theirs) < 1e-4
 
 
-def test_shards_with_an_index(tmp_path):
+def test_shards_are_read_through_their_index(tmp_path):
     model = oracle.llama(tmp_path, save={"max_shard_size": "10KB"}, tie_word_embeddings=False)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     config, params = huggingface.load_language_folder(tmp_path)
@@ -202,12 +206,12 @@ def test_shards_with_an_index(tmp_path):
     assert relative_error(run_language(config, params, tokens), transformers_logits(model, tokens)) < 1e-4
 
 
-def test_cached_decoding_of_rows_of_different_length_beyond_the_original_context(tmp_path):
+def test_cached_decoding_matches_transformers_beyond_the_original_context(tmp_path):
     model = oracle.llama(tmp_path, rope_parameters=LLAMA3)
     config, params = huggingface.load_language_folder(tmp_path)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 50, length) for length in (27, 19, 33)]
-    decoded, lengths = 12, np.array([len(row) - 12 for row in rows])  # the original context is 16
+    decoded, lengths = 12, np.array([len(row) - 12 for row in rows])  # the original context is 16 tokens
     theirs = [transformers_logits(model, row[None])[0] for row in rows]
 
     def run(module, tokens, positions, segment_ids, cache):
@@ -240,7 +244,7 @@ def l2_error(got, exact) -> float:
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
-def test_siglip_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
+def test_siglip_in_bfloat16_is_as_accurate_as_transformers(tmp_path):
     model = oracle.siglip(tmp_path, hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=6)
     config, params = huggingface.load_vision_folder(tmp_path)
     config = dataclasses.replace(config, dtype="bfloat16")
@@ -255,7 +259,7 @@ def test_siglip_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
     assert l2_error(ours, exact) < 0.05
 
 
-def test_llama_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
+def test_llama_in_bfloat16_is_as_accurate_as_transformers(tmp_path):
     model = oracle.llama(tmp_path, rope_parameters=LLAMA3)
     config, params = huggingface.load_language_folder(tmp_path)
     config = dataclasses.replace(config, dtype="bfloat16")
@@ -270,25 +274,25 @@ def test_llama_in_bfloat16_is_as_exact_as_transformers_bfloat16(tmp_path):
 # Export
 
 
-def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_path):
+def test_exported_folders_load_in_transformers_with_the_same_tensors(tmp_path):
     model = oracle.siglip(tmp_path / "siglip")
     config, params = huggingface.load_vision_folder(tmp_path / "siglip")
     huggingface.save_vision_folder(tmp_path / "siglip_out", config, params, dtype="float32")
-    again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "siglip_out").state_dict()
+    loaded = transformers.SiglipVisionModel.from_pretrained(tmp_path / "siglip_out").state_dict()
     expected = {
         key: value
         for key, value in model.state_dict().items()
         if not key.split("vision_model.")[-1].startswith("head.")
     }
-    assert set(expected) <= set(again)
-    assert all(torch.equal(expected[key], again[key]) for key in expected)
+    assert set(expected) <= set(loaded)
+    assert all(torch.equal(expected[key], loaded[key]) for key in expected)
 
     llama = oracle.llama(tmp_path / "llama", tie_word_embeddings=False, rope_parameters=LLAMA3)
     config, params = huggingface.load_language_folder(tmp_path / "llama")
     huggingface.save_language_folder(tmp_path / "llama_out", config, params, dtype="float32")
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama_out")
-    assert again.config.rope_parameters == llama.config.rope_parameters
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in llama.state_dict().items())
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama_out")
+    assert loaded.config.rope_parameters == llama.config.rope_parameters
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in llama.state_dict().items())
 
 
 # Refused folders
@@ -312,7 +316,7 @@ def test_folders_written_here_load_in_transformers_with_the_same_tensors(tmp_pat
         ),
     ],
 )
-def test_refused_vision_configs(tmp_path, changes, message):
+def test_unsupported_vision_configs_are_refused(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**oracle.siglip_config().to_dict(), **changes}))
     with pytest.raises(UserError, match=message):
         huggingface.open_vision(tmp_path)
@@ -342,7 +346,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )
-def test_refused_language_configs(tmp_path, changes, message):
+def test_unsupported_language_configs_are_refused(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
     with pytest.raises(UserError, match=message):
         huggingface.open_language(tmp_path)
@@ -350,15 +354,16 @@ def test_refused_language_configs(tmp_path, changes, message):
 
 def test_a_tied_head_that_differs_from_the_table_is_refused(tmp_path):
     oracle.llama(tmp_path)
-    lm_head_though_tied(tmp_path)
+    store_tied_lm_head(tmp_path)
     edit_tensors(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1})
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    # transformers loads the stored head, in spite of the config. Such a folder is ambiguous.
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     with pytest.raises(UserError, match="set tie_word_embeddings to false"):
         huggingface.open_language(tmp_path)
 
 
-def test_files_that_are_not_configs(tmp_path):
+def test_files_that_are_not_configs_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         huggingface.open_vision(tmp_path)
     (tmp_path / "config.json").write_text("[]")

@@ -1,4 +1,4 @@
-"""Tests that `tools/import_hf.py` turns two folders into a checkpoint for inference, training and export."""
+"""`tools/import_hf.py` makes a checkpoint for inference, training and export from two folders."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def write_text_tokenizer(folder):
-    """Writes the nano tokenizer without its image token, as in the folder of a language model."""
+    """Writes the nano tokenizer without an image token, as the folder of a language model has it."""
     nano = backbone_folder("language", "nano")
     vocabulary = json.loads((nano / "tokenizer.json").read_text())
     names = json.loads((nano / "tokenizer_config.json").read_text())
@@ -46,7 +46,7 @@ def write_text_tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory):
-    """A tiny SigLIP, and a tiny Llama whose vocabulary is full: an image token needs a row of its own."""
+    """A tiny SigLIP, and a tiny Llama whose vocabulary is full, so that an image token needs a new row."""
     folder = tmp_path_factory.mktemp("backbones")
     oracle.siglip(folder / "vision")
     llama = oracle.llama(
@@ -58,31 +58,29 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(backbones, tmp_path_factory):
-    """A checkpoint, its config, and the notes logged during the import."""
+    """The imported checkpoint, its config, and the lines logged during the import."""
     folder, _ = backbones
     out, notes = tmp_path_factory.mktemp("imported") / "start", []
     config = import_huggingface(folder / "vision", folder / "language", out, connector="align", log=notes.append)
     return out, config, notes
 
 
-def test_the_config_follows_from_the_folders(backbones, imported):
+def test_the_config_is_derived_from_the_folders(backbones, imported):
     out, config, notes = imported
     assert read_run_config(out) == config
     assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
     assert any("512 to 576 rows" in note for note in notes)
-    # The paper's nine tiles and a thumbnail, with 9 tokens each, fit into the 400 positions with 256 of text.
+    # The paper's nine tiles and a thumbnail, 9 tokens each, fit into 400 positions together with 256 of text.
     tiling, packing = config.data.tiling, config.data.packing
     assert tokens_per_tile(config.model) == 9
     assert (tiling.tile_size, tiling.max_tiles, tiling.thumbnail) == (20, 9, True)
-    assert (packing.tiles_per_bin, packing.tokens_per_bin) == (
-        10,
-        2560,
-    )  # 10 * 9 + 2048, rounded up to a multiple of 512
+    # 10 * 9 visual tokens and 2048 of text, rounded up to a multiple of 512.
+    assert (packing.tiles_per_bin, packing.tokens_per_bin) == (10, 2560)
     assert [stage.name for stage in config.stages] == [stage.name for stage in load_config("alignvlm_1b.py").stages]
     assert any("alignvlm_1b.py" in note for note in notes)
 
 
-def test_the_weights_are_those_of_the_folders(backbones, imported):
+def test_weights_are_copied_from_the_folders(backbones, imported):
     (_, llama), (out, _, _) = backbones, imported
     params = weights.restore_params(out)
     table = llama.model.embed_tokens.weight.detach().numpy()
@@ -105,27 +103,27 @@ def test_training_starts_from_the_checkpoint(imported):
     assert load_tokenizer(config).image_id == 512
 
 
-def test_the_checkpoint_is_exported(imported, tmp_path):
+def test_the_checkpoint_can_be_exported(imported, tmp_path):
     export.export_alignvlm(imported[0], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == 512
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Imported" in card and "`language`" in card
 
 
-def with_context(backbones, folder, positions):
-    """Writes copies of the backbones with another `max_position_embeddings`."""
+def copy_with_context(backbones, folder, positions):
+    """Copies the backbones and changes `max_position_embeddings`; returns their folders."""
     shutil.copytree(backbones[0], folder)
     path = folder / "language" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
     return folder / "vision", folder / "language"
 
 
-def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones, tmp_path):
-    vision, language = with_context(backbones, tmp_path / "short", 300)
+def test_dtype_mesh_and_connector_can_be_chosen_and_a_short_context_limits_tiles(backbones, tmp_path):
+    vision, language = copy_with_context(backbones, tmp_path / "short", 300)
     mesh, notes, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
     config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, log=notes.append)
     assert config.model.connector == MLPConfig()
-    # With 256 positions for text, 300 positions hold four tiles of 9 tokens: three and the thumbnail.
+    # 300 positions, less 256 for text, hold four tiles of 9 tokens: three and the thumbnail.
     assert config.data.tiling.max_tiles == 3
     assert "at most 3 tiles per page instead of 9: the context has 300 positions" in notes
     reader = weights.ParameterReader(out)
@@ -134,8 +132,8 @@ def test_bfloat16_on_a_mesh_with_another_connector_and_a_short_context(backbones
     assert reader.history == [{"what": "imported", **names, "dtype": "bfloat16"}]
 
 
-def test_a_context_without_room_for_a_tile(backbones, tmp_path):
-    vision, language = with_context(backbones, tmp_path / "short", 260)
+def test_a_context_without_room_for_a_tile_is_refused(backbones, tmp_path):
+    vision, language = copy_with_context(backbones, tmp_path / "short", 260)
     with pytest.raises(UserError, match="a tile takes 9 positions, and the language model has 260"):
         import_huggingface(vision, language, tmp_path / "out", log=str)
 
@@ -147,18 +145,18 @@ def test_the_shipped_config_of_the_same_shape_is_used(tmp_path, capsys):
     assert config.stages == nano.stages and config.model == nano.model
     assert config.data.tiling == dataclasses.replace(nano.data.tiling, max_tiles=3)
     assert "up to 3 tiles of 80 px" in capsys.readouterr().out
-    again = weights.restore_params(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, again, initial_parameters(nano))
+    params = weights.restore_params(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, initial_parameters(nano))
 
 
 def run_tool(*arguments):
     """Runs the script as the main program; raises SystemExit if it fails."""
-    before = sys.argv
+    original = sys.argv
     sys.argv = ["tools/import_hf.py", *arguments]
     try:
         runpy.run_path("tools/import_hf.py", run_name="__main__")
     finally:
-        sys.argv = before
+        sys.argv = original
 
 
 def test_the_printed_command_has_the_size_of_the_grown_table(backbones, tmp_path, capsys):
@@ -169,12 +167,12 @@ def test_the_printed_command_has_the_size_of_the_grown_table(backbones, tmp_path
     assert f"--init-from {out} {grown}" in capsys.readouterr().out
 
 
-def break_weights(folder):
+def truncate_weights(folder):
     path = next((folder / "language").glob("model-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-50])
 
 
-def escape_by_index(folder):
+def point_index_outside(folder):
     path = folder / "language" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({"weight_map": {**index["weight_map"], "x": "../../etc/model.safetensors"}}))
@@ -192,15 +190,15 @@ def break_tokenizer(folder):
 
 
 def break_both(folder):
-    break_weights(folder)
+    truncate_weights(folder)
     (folder / "vision" / "model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_weights, r"model-.* is damaged, truncated"),
-        (escape_by_index, "points outside the folder"),
+        (truncate_weights, r"model-.* is damaged, truncated"),
+        (point_index_outside, "points outside the folder"),
         (break_tokenizer, "the embedding table has 512 rows"),
         (break_both, r"vision: no weights.*is damaged"),
     ],
@@ -214,9 +212,9 @@ def test_bad_folders_leave_nothing_behind(backbones, tmp_path, damage, message):
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_bad_arguments(backbones, tmp_path, capsys):
+def test_bad_arguments_are_refused(backbones, tmp_path, capsys):
     folder, _ = backbones
-    start = ["--vision", str(folder / "vision"), "--language", str(folder / "language")]
+    required = ["--vision", str(folder / "vision"), "--language", str(folder / "language")]
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     for arguments, message in (
@@ -228,8 +226,8 @@ def test_bad_arguments(backbones, tmp_path, capsys):
         (["--out", str(tmp_path / "out"), "--mesh", "data=3"], "does not fit 8 device"),
         (["--out", str(tmp_path / "out"), "--max-tiles", "0"], "expected a positive integer"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            run_tool(*start, *arguments)
-        assert ended.value.code == 2
+        with pytest.raises(SystemExit) as exited:
+            run_tool(*required, *arguments)
+        assert exited.value.code == 2
         assert re.search(message, capsys.readouterr().err), message
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -1,4 +1,4 @@
-"""Import of PyTorch folders: a round trip is lossless, and other folders are refused."""
+"""Import of PyTorch folders: round trips are lossless, and other folders are refused."""
 
 import dataclasses
 import json
@@ -55,7 +55,8 @@ def _edit_json(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def _refused(match, folder, tmp_path, **kwargs):
+def _assert_refused(match, folder, tmp_path, **kwargs):
+    """Asserts that importing the folder fails with a matching message and leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=match):
         import_alignvlm(folder, tmp_path / "out", **kwargs)
@@ -80,11 +81,11 @@ def test_round_trips_are_bit_exact(connector, dtype, tmp_path):
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_removed_option_is_dropped_if_it_was_off(number, edited, checkpoint, tmp_path):
-    """Folders of earlier versions hold the key, both in config.json and in the exported run's config."""
+    """Folders of earlier versions hold the key, in config.json and in the config of the exported run."""
     file = edited / "config.json"
     _edit_json(file, connector_config={**json.loads(file.read_text())["connector_config"], "num_extra_words": number})
     if number:
-        _refused(r"config\.json.* config\.model\.connector\.num_extra_words: .*number 3", edited, tmp_path)
+        _assert_refused(r"config\.json.* config\.model\.connector\.num_extra_words: .*number 3", edited, tmp_path)
         with pytest.raises(ValueError, match="num_extra_words was removed, expected 0, got 3"):
             transformers.AutoConfig.from_pretrained(edited, trust_remote_code=True)
         return
@@ -94,7 +95,7 @@ def test_a_removed_option_is_dropped_if_it_was_off(number, edited, checkpoint, t
     assert "num_extra_words" not in config.connector_config
 
 
-def test_the_tokenizer_survives_a_round_trip(checkpoint, folder, tmp_path):
+def test_the_tokenizer_round_trips(checkpoint, folder, tmp_path):
     import_alignvlm(folder, tmp_path / "back")
     before, after = nano_tokenizer(), ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
     assert (after.end_ids, after.pad_id, after.image_id) == (before.end_ids, before.pad_id, before.image_id)
@@ -102,14 +103,14 @@ def test_the_tokenizer_survives_a_round_trip(checkpoint, folder, tmp_path):
         np.testing.assert_array_equal(left, right)
 
 
-def test_onto_a_mesh_and_in_another_dtype(checkpoint, folder, tmp_path):
+def test_weights_can_be_imported_onto_a_mesh_and_in_another_dtype(checkpoint, folder, tmp_path):
     import_alignvlm(folder, tmp_path / "back", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), dtype="bfloat16")
     halves = {name: array.astype("bfloat16") for name, array in read_weights(checkpoint).items()}
     assert_same_weights(halves, read_weights(tmp_path / "back"))
 
 
-def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
-    """`save_pretrained` does not write `alignvlm_training.json`: model and tiling come from the files it does write."""
+def test_a_model_trained_and_saved_in_pytorch_is_imported(folder, tmp_path):
+    """`save_pretrained` does not write alignvlm_training.json: model and tiling are read from transformers' files."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
@@ -125,11 +126,11 @@ def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
     reader = ParameterReader(tmp_path / "back")
     assert reader.step == 0
     assert reader.config.data.tiling == tiny_config().data.tiling
-    found, original = reader.config.model, tiny_config(tied=False).model
-    assert found.connector == original.connector
-    # The folder states the compute dtype; the original config left it to the device.
-    assert found.vision == dataclasses.replace(original.vision, dtype="float32")
-    assert found.language == dataclasses.replace(original.language, dtype="float32")
+    imported, original = reader.config.model, tiny_config(tied=False).model
+    assert imported.connector == original.connector
+    # The folder states the compute dtype, which the original config left to the device.
+    assert imported.vision == dataclasses.replace(original.vision, dtype="float32")
+    assert imported.language == dataclasses.replace(original.language, dtype="float32")
     assert [event["what"] for event in reader.history] == ["saved by PyTorch"]
     tokenizer = ChatTokenizer.from_folder(tmp_path / "back" / "tokenizer")
     assert tokenizer.end_ids == nano_tokenizer().end_ids
@@ -138,12 +139,12 @@ def test_a_model_trained_and_saved_in_pytorch(folder, tmp_path):
         np.testing.assert_array_equal(left, right)
 
     export_alignvlm(tmp_path / "back", tmp_path / "again")
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    exported = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert all(torch.equal(value, exported.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_a_model_saved_over_the_export_does_not_count_as_our_run(edited, tmp_path):
-    """`save_pretrained` writes its version to config.json and leaves `alignvlm_training.json` unchanged."""
+def test_a_model_saved_over_the_export_does_not_count_as_the_exported_run(edited, tmp_path):
+    """`save_pretrained` writes its version to config.json and leaves alignvlm_training.json as it is."""
     _edit_json(edited / "config.json", transformers_version="5.23.0")
     import_alignvlm(edited, tmp_path / "back")
     reader = ParameterReader(tmp_path / "back")
@@ -176,38 +177,38 @@ def test_tensors_that_do_not_fit_are_reported_together(edited, tmp_path):
     problems = (
         r"w1.bias is missing.*w2.weight has shape \[100, 16\], the config says \[480, 16\].*gate.weight is not part"
     )
-    _refused(problems, edited, tmp_path)
+    _assert_refused(problems, edited, tmp_path)
 
 
-def test_folders_of_other_models(checkpoint, edited, tmp_path):
+def test_folders_of_other_models_are_refused(checkpoint, edited, tmp_path):
     export_language(checkpoint, tmp_path / "llama")
-    _refused("model_type is 'llama', expected 'alignvlm'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
-    _refused("no config.json", tmp_path / "nowhere", tmp_path)
+    _assert_refused("model_type is 'llama', expected 'alignvlm'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
+    _assert_refused("no config.json", tmp_path / "nowhere", tmp_path)
     _edit_json(edited / "config.json", connector_config={"name": "qformer"})
-    _refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)
+    _assert_refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)
     _edit_json(edited / "config.json", connector_config=None, text_config=[])
-    _refused("config.json: it has no text_config, connector_config", edited, tmp_path)
+    _assert_refused("config.json: it has no text_config, connector_config", edited, tmp_path)
     (edited / "config.json").write_text("{")
-    _refused("config.json is not JSON", edited, tmp_path)
+    _assert_refused("config.json is not JSON", edited, tmp_path)
 
 
-def test_parts_that_do_not_belong_together(edited, tmp_path):
+def test_parts_that_do_not_belong_together_are_refused(edited, tmp_path):
     _edit_json(edited / "config.json", image_token_id=5)
-    _refused("image token has id 3, config.json's is 5", edited, tmp_path)
+    _assert_refused("image token has id 3, config.json's is 5", edited, tmp_path)
     _edit_json(edited / "config.json", image_token_id=3)
     shard = min(edited.glob("model-*.safetensors"))
     shard.rename(tmp_path / "shard")
-    _refused(f"{shard.name} is missing", edited, tmp_path)
+    _assert_refused(f"{shard.name} is missing", edited, tmp_path)
     (tmp_path / "shard").rename(shard)
     (edited / "alignvlm_training.json").write_text('{"config": {}}')
-    _refused("not a file that `export_alignvlm` wrote.*remove it", edited, tmp_path)
+    _assert_refused("not a file that `export_alignvlm` wrote.*remove it", edited, tmp_path)
     (edited / "alignvlm_training.json").unlink()
     (edited / "processor_config.json").write_text('{"image_processor": {"tile_size": 16}}')
-    _refused("has no rule, max_tiles, thumbnail", edited, tmp_path)
+    _assert_refused("has no rule, max_tiles, thumbnail", edited, tmp_path)
 
 
 def test_a_workdir_that_is_not_empty_is_refused_before_reading(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
-    _refused("is not empty", folder, tmp_path)
+    _assert_refused("is not empty", folder, tmp_path)
     assert (tmp_path / "out" / "precious").exists()

@@ -1,4 +1,4 @@
-"""Runs `tools/export_pytorch.py` and `tools/import_pytorch.py` as scripts."""
+"""`tools/export_pytorch.py` and `tools/import_pytorch.py`, run as scripts."""
 
 import runpy
 import subprocess
@@ -22,7 +22,7 @@ runpy.run_path(f"{tools}/import_pytorch.py", run_name="__main__")
 """
 
 
-def test_round_trip_without_torch(tmp_path):
+def test_a_round_trip_needs_no_torch(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     paths = [str(tmp_path / name) for name in ("checkpoint", "folder", "back")]
     subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *paths, str(_TOOLS)], check=True, cwd=_TOOLS.parent)
@@ -46,8 +46,8 @@ def test_round_trip_without_torch(tmp_path):
 def test_problems_are_reported_in_one_line(tool, arguments, problem, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(_TOOLS / f"{tool}.py"), run_name="__main__")
-    assert stopped.value.code == 2
+    assert exited.value.code == 2
     assert problem in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

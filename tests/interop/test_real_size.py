@@ -1,9 +1,9 @@
-"""The paper's 1B model at full size with random weights: memory of the import, and parity of the logits of an image.
+"""The paper's 1B model at full size with random weights: memory of the import, and the same logits in PyTorch.
 
     make test-large
 
-Each step runs in its own process, so that its memory can be measured. 20 GB of memory and 25 GB of disk are enough.
-The results are printed as JSON.
+Each step runs in a process of its own, so that its memory can be measured. The test needs 20 GB of memory and 25 GB of
+disk, and prints its results as JSON.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from tests.interop import real_size
 
-# Samples anonymous memory 50 times per second. The base is the memory of the process after all imports.
+# Frame of the programs below. It samples anonymous memory 50 times per second; the base is the memory after imports.
 MEASURED = """
 import json, sys, threading, time
 import jax
@@ -101,8 +101,8 @@ np.savez(out, tokens=inputs["input_ids"][0].numpy(), logits=logits[::16].numpy()
 
 
 def run(program: str, *arguments) -> dict:
-    """Runs a measured program and returns the figures that it prints."""
-    # Without the XLA flags of the tests, which compile faster but give slower programs.
+    """Runs one of the measured programs; returns the measurements that it prints."""
+    # The XLA flags of the tests are removed: they make compilation fast and programs slow.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -121,7 +121,7 @@ def folders(tmp_path_factory):
 
 
 def parameter_bytes(dtype: str) -> int:
-    """Returns the size of the two backbones, as counted by transformers, and of ALIGN."""
+    """Returns the size of the two backbones, with transformers' parameter counts, and of ALIGN."""
     words, width, encoder = real_size.LLAMA_1B["vocab_size"], 2048, 1152
     align = encoder * width + width + 2 * width + words * width + 2 * words
     return (1_235_814_400 + real_size.SO400M_PARAMETERS + align) * {"float32": 4, "bfloat16": 2}[dtype]
@@ -129,13 +129,13 @@ def parameter_bytes(dtype: str) -> int:
 
 @pytest.mark.large
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_importing_takes_the_memory_of_the_parameters_and_two_gigabytes(folders, dtype):
+def test_importing_needs_the_memory_of_the_parameters_and_two_gigabytes(folders, dtype):
     out = folders / f"start_{dtype}"
     figures = run(IMPORT, folders / "vision", folders / "language", out, dtype)
     figures |= {"what": f"import {dtype}", "parameters_gb": parameter_bytes(dtype) / 1e9}
     print(json.dumps(figures))
     assert figures["peak_over_base_gb"] * 1e9 <= parameter_bytes(dtype) + 2e9
-    # A smaller value would mean that the parameters were not measured.
+    # A smaller value would mean that the parameters were not part of the measurement.
     assert figures["peak_over_base_gb"] * 1e9 >= 0.95 * parameter_bytes(dtype)
 
 
@@ -161,5 +161,5 @@ def test_one_image_gives_the_same_logits_in_jax_and_in_pytorch(folders):
     }
     print(json.dumps({"what": "relative error of logits", **errors}))
     assert max(errors.values()) < 1e-4
-    # The logits must vary between positions; otherwise the comparison proves nothing.
+    # Logits that are the same at all positions would prove nothing.
     assert np.std(theirs["last"], axis=0).mean() > 0.01 * np.std(theirs["last"])

@@ -1,4 +1,4 @@
-"""Tests that the tables cover every parameter once, and that their transforms match torch's layers."""
+"""The weight tables cover every parameter once, and their transforms match torch's layers."""
 
 import zlib
 
@@ -34,30 +34,31 @@ CONNECTORS = {
 }
 
 
-def tiny(connector, *, tied: bool = True) -> AlignVLMConfig:
+def tiny_config(connector, *, tied: bool = True) -> AlignVLMConfig:
     vision = tiny_vision(20, patch_size=5, hidden_size=12, intermediate_size=20, num_layers=2)
     language = tiny_language(48, hidden_size=16, intermediate_size=24, num_layers=3, tie_word_embeddings=tied)
     return AlignVLMConfig(vision, connector, language)
 
 
-def shapes_of(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
     boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
     return {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_every_parameter_has_one_row_and_every_row_a_unique_key(name, tied):
-    config = tiny(CONNECTORS[name], tied=tied)
+def test_every_parameter_has_one_row_with_a_unique_key(name, tied):
+    config = tiny_config(CONNECTORS[name], tied=tied)
     rows = tables.alignvlm(config)
-    assert sorted(row.path for row in rows) == sorted(shapes_of(config))
+    assert sorted(row.path for row in rows) == sorted(parameter_shapes(config))
     keys = [row.key for row in rows]
     assert len(set(keys)) == len(keys)
     assert all(key.startswith("model.") or key == "lm_head.weight" for key in keys)
 
 
-def test_documented_keys():
-    keys = {row.key for row in tables.alignvlm(tiny(AlignConfig(), tied=False))}
+def test_documented_keys_do_not_change():
+    """Folders that were exported earlier depend on these keys."""
+    keys = {row.key for row in tables.alignvlm(tiny_config(AlignConfig(), tied=False))}
     assert keys >= {
         "model.vision_tower.vision_model.embeddings.patch_embedding.weight",
         "model.vision_tower.vision_model.encoder.layers.{layer}.self_attn.q_proj.bias",
@@ -72,9 +73,9 @@ def test_documented_keys():
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_transforms_are_inverses_and_know_the_shape_of_the_tensor(name):
-    config = tiny(CONNECTORS[name])
-    shapes = shapes_of(config)
+def test_transforms_are_inverse_and_predict_the_tensors_shape(name):
+    config = tiny_config(CONNECTORS[name])
+    shapes = parameter_shapes(config)
     for row in tables.alignvlm(config):
         shape = shapes[row.path][1 if "{layer}" in row.key else 0 :]
         array = np.random.default_rng(zlib.crc32(row.path.encode())).normal(size=shape)
@@ -91,7 +92,7 @@ def test_transforms_are_inverses_and_know_the_shape_of_the_tensor(name):
         (WINDOW_CONV, torch.nn.Conv2d(6, 6, kernel_size=(1, 3), bias=False), (2, 6, 1, 3)),
     ],
 )
-def test_kernels_converted_from_torch_layers_compute_the_same(transform, layer, inputs):
+def test_a_converted_kernel_computes_the_same_as_torchs_layer(transform, layer, inputs):
     inputs = torch.randn(inputs, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = layer(inputs).numpy().reshape(inputs.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Reading of safetensors: complete tensors, slices, and refused files."""
+"""Reading of safetensors: complete tensors, slices, and files that are refused."""
 
 import json
 import re
@@ -30,15 +30,15 @@ def save(folder, name, keys=tuple(TENSORS)):
 
 
 def save_shards(folder, **weight_map):
-    """Writes two shards; `weight_map` is added to the index."""
+    """Writes two shards and their index, to which `weight_map` is added."""
     save(folder, "one.safetensors", ("a.weight", "count"))
     save(folder, "two.safetensors", ("b.weight", "b.bias", "empty"))
-    right = {key: "one.safetensors" if key in ("a.weight", "count") else "two.safetensors" for key in TENSORS}
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": {**right, **weight_map}}))
+    correct_map = {key: "one.safetensors" if key in ("a.weight", "count") else "two.safetensors" for key in TENSORS}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": {**correct_map, **weight_map}}))
 
 
 @pytest.mark.parametrize("write", [lambda folder: save(folder, WEIGHTS_FILE), save_shards])
-def test_tensors_and_slices(tmp_path, write):
+def test_tensors_and_slices_are_read(tmp_path, write):
     write(tmp_path)
     with TensorFiles(tmp_path) as files:
         assert files.shapes == {key: tensor.shape for key, tensor in TENSORS.items()}
@@ -60,7 +60,7 @@ def test_views_outlive_the_files_and_are_read_only(tmp_path):
         view[...] = 0
 
 
-def test_reading_takes_no_memory(tmp_path):
+def test_reading_allocates_no_memory(tmp_path):
     big = np.ones((64, 2**18), np.float32)  # 64 MB
     safetensors.numpy.save_file({"big": big}, tmp_path / WEIGHTS_FILE)
     program = """
@@ -78,8 +78,8 @@ print(total, anonymous() - before)
     assert total == 64 * 2**8 and megabytes < 8
 
 
-def test_an_odd_header_length(tmp_path):
-    """The format does not guarantee that tensors are aligned to their item size."""
+def test_unaligned_tensors_are_read(tmp_path):
+    """The format does not guarantee that tensors are aligned to their item size; an odd header shifts them."""
     data = TENSORS["b.weight"].tobytes()
     header = json.dumps({"b.weight": {"dtype": "F32", "shape": [2, 3, 5], "data_offsets": [0, len(data)]}}).encode()
     header += b" " * (1 - len(header) % 2)
@@ -87,7 +87,7 @@ def test_an_odd_header_length(tmp_path):
     np.testing.assert_array_equal(TensorFiles(tmp_path).read("b.weight"), TENSORS["b.weight"])
 
 
-def test_no_weights(tmp_path):
+def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         TensorFiles(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no weights: neither model.safetensors nor"):
@@ -95,7 +95,7 @@ def test_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_file(tmp_path, keep):
+def test_a_truncated_file_is_refused(tmp_path, keep):
     save(tmp_path, WEIGHTS_FILE)
     path = tmp_path / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:keep])
@@ -148,14 +148,14 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_files_that_are_not_an_index(tmp_path, text):
+def test_files_that_are_not_an_index_are_refused(tmp_path, text):
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(UserError, match="is not an index of safetensors"):
         TensorFiles(tmp_path)
 
 
-class Bomb:
-    """An object whose unpickling has a side effect: it creates a file."""
+class CreatesFileWhenUnpickled:
+    """Shows that unpickling executes code: it creates a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -164,11 +164,11 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def test_pickled_weights_are_refused_unread(tmp_path):
-    torch.save({"a.weight": Bomb(tmp_path / "exploded")}, tmp_path / "pytorch_model.bin")
+def test_pickled_weights_are_refused_without_unpickling(tmp_path):
+    torch.save({"a.weight": CreatesFileWhenUnpickled(tmp_path / "unpickled")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled .pytorch_model.bin"):
         TensorFiles(tmp_path)
-    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_the_suggested_command_converts_pickled_weights(tmp_path):

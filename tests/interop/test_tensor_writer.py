@@ -1,4 +1,4 @@
-"""Writing of safetensors for transformers; a failure leaves nothing behind."""
+"""Writing of safetensors for transformers, and failures that leave nothing behind."""
 
 import errno
 import json
@@ -27,25 +27,27 @@ def _arrays(specs):
     return {spec.key: rng.normal(size=spec.shape).astype(np.float32) for spec in specs}
 
 
-def test_torch_reads_all_layouts_and_dtypes(tmp_path):
+def test_torch_reads_every_layout_and_dtype(tmp_path):
     specs = [_spec("a", (3, 5)), _spec("b", (4,), ml_dtypes.bfloat16), _spec("c", (2, 3), "float16")]
     arrays = _arrays(specs)
     arrays["a"] = np.asfortranarray(arrays["a"])
     write_tensors(tmp_path, specs, lambda spec: arrays[spec.key])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
-    got = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert {key: str(tensor.dtype) for key, tensor in got.items()} == {
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {key: str(tensor.dtype) for key, tensor in tensors.items()} == {
         "a": "torch.float32",
         "b": "torch.bfloat16",
         "c": "torch.float16",
     }
-    np.testing.assert_array_equal(got["a"].numpy(), arrays["a"])
-    np.testing.assert_array_equal(got["b"].float().numpy(), arrays["b"].astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(tensors["a"].numpy(), arrays["a"])
+    np.testing.assert_array_equal(
+        tensors["b"].float().numpy(), arrays["b"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_shards_contain_the_tensors_of_the_index(tmp_path):
+def test_shards_contain_the_tensors_named_in_the_index(tmp_path):
     specs = [_spec(f"t{i}", (size,)) for i, size in enumerate((10, 10, 100, 5, 5))]
     arrays = _arrays(specs)
     write_tensors(tmp_path, specs, lambda spec: arrays[spec.key], max_shard_bytes=100)
@@ -60,13 +62,13 @@ def test_shards_contain_the_tensors_of_the_index(tmp_path):
         "model-00003-of-00003.safetensors": {"t3", "t4"},
     }
     for file, keys in by_file.items():
-        got = safetensors.torch.load_file(tmp_path / file)
-        assert set(got) == keys
-        assert all(np.array_equal(got[key].numpy(), arrays[key]) for key in keys)
+        tensors = safetensors.torch.load_file(tmp_path / file)
+        assert set(tensors) == keys
+        assert all(np.array_equal(tensors[key].numpy(), arrays[key]) for key in keys)
 
 
 def test_only_one_shard_is_held_at_a_time(tmp_path):
-    """With 20 tensors of 1 MB and two per file, memory holds at most one file and the source of one tensor."""
+    """Of 20 tensors of 1 MB, two per file, memory holds at most those of one file and one tensor being converted."""
     specs = [_spec(f"t{i}", (500, 500)) for i in range(20)]
     tracemalloc.start()
     write_tensors(tmp_path, specs, lambda spec: np.ones(spec.shape, np.float32).T, max_shard_bytes=2 * 10**6)
@@ -80,7 +82,7 @@ def test_shards_are_filled_in_order():
     assert [[spec.key for spec in shard] for shard in split_into_shards(specs, 8)] == [["a", "b"], ["c", "d"], ["e"]]
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_writer.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
     with pytest.raises(UserError, match="are free"):
         write_tensors(tmp_path, [_spec("a", (3,))], lambda spec: pytest.fail("no tensor must be read"))
@@ -106,7 +108,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, monkeypatch, failu
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_folder_leaves_nothing_behind(tmp_path):
+def test_an_interruption_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("")
         raise KeyboardInterrupt

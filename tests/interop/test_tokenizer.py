@@ -1,4 +1,4 @@
-"""Import and export of Llama-family tokenizers: same ids as transformers, images in templates, loss on answers."""
+"""Import and export of Llama-family tokenizers: ids match transformers, templates accept images, loss on answers."""
 
 import json
 import random
@@ -22,7 +22,7 @@ LLAMA3_IMAGE = "<|reserved_special_token_0|>"
 
 
 class Style:
-    """A folder in some style: its import and export, and transformers' tokenizers of the folder and of the export."""
+    """A folder in one style, its import, its export, and the tokenizers that transformers loads from both folders."""
 
     def __init__(self, root, style):
         self.name = style
@@ -30,7 +30,7 @@ class Style:
         self.num_ids = num_ids(self.folder)
         self.imported = import_tokenizer(self.folder, num_embeddings=self.num_ids)
         self.imported.chat.save(root / "ours")
-        # Saved and loaded, as through a checkpoint.
+        # Saved and loaded again, as in a checkpoint.
         self.chat = ChatTokenizer.from_folder(root / "ours")
         self.exported_folder = root / "exported"
         export_tokenizer(root / "ours", self.exported_folder)
@@ -38,7 +38,7 @@ class Style:
         self.exported = transformers.AutoTokenizer.from_pretrained(self.exported_folder)
         self.image_token = self.exported.image_token
 
-    def read(self, ids):
+    def decode(self, ids):
         return self.chat._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
@@ -79,14 +79,14 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-def answers(style, encoded):
-    """Returns the text under the loss, one string per contiguous span."""
+def answer_spans(style, encoded):
+    """Returns the text that has loss weight, one string per contiguous span."""
     spans, current = [], []
     for target, weight in zip([*encoded.tokens[1:], -1], [*encoded.loss_weights[:-1], 0], strict=True):
         if weight:
             current.append(target)
         elif current:
-            spans.append(style.read(current))
+            spans.append(style.decode(current))
             current = []
     return spans
 
@@ -116,14 +116,14 @@ def count_images(messages):
     return sum(part["type"] == "image" for part in parts)
 
 
-def assert_same(chat, official, messages, **variables):
-    """Asserts that transformers' tokenizer gives the same ids, for training and for generation."""
-    for given, mine, generate in [
+def assert_same_ids(chat, reference, messages, **variables):
+    """Asserts that transformers' tokenizer gives the same ids, for a training sequence and for a prompt."""
+    for given, ours, generate in [
         (messages, chat.encode(messages, [1] * count_images(messages)), False),
         (messages[:-1], chat.encode_prompt(messages[:-1], [1] * count_images(messages[:-1])), True),
     ]:
-        theirs = official.apply_chat_template(given, add_generation_prompt=generate, return_dict=False, **variables)
-        assert mine.tokens.tolist() == theirs
+        theirs = reference.apply_chat_template(given, add_generation_prompt=generate, return_dict=False, **variables)
+        assert ours.tokens.tolist() == theirs
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if name != "base"])
@@ -132,38 +132,37 @@ def test_text_ids_match_the_original_folder(name, styles):
     style, rng = styles[name], random.Random(0)
     variables = {"date_string": "26 Jul 2024"} if name == "llama3" else {}
     for _ in range(30):
-        assert_same(style.chat, style.original, random_chat(rng, images=False), **variables)
+        assert_same_ids(style.chat, style.original, random_chat(rng, images=False), **variables)
 
 
 def test_ids_with_images_match_the_exported_folder(style):
-    rng, seen = random.Random(1), 0
+    rng, num_images = random.Random(1), 0
     for _ in range(30):
         messages = random_chat(rng, images=True)
-        assert_same(style.chat, style.exported, messages)
-        seen += count_images(messages)
-    assert seen > 20
+        assert_same_ids(style.chat, style.exported, messages)
+        num_images += count_images(messages)
+    assert num_images > 20
 
 
-def test_exported_folder_reads_back(style):
-    """Export and import leave the tokenizer unchanged."""
-    again = ChatTokenizer.from_folder(style.exported_folder)
+def test_the_exported_folder_is_read_back_unchanged(style):
+    chat = ChatTokenizer.from_folder(style.exported_folder)
     messages = [system("Short."), user("What is the total?", 1), assistant("12.50")]
-    for mine, theirs in zip(again.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert (again.pad_id, again.image_id, again.end_ids) == (style.chat.pad_id, style.chat.image_id, style.chat.end_ids)
+    for left, right in zip(chat.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (chat.pad_id, chat.image_id, chat.end_ids) == (style.chat.pad_id, style.chat.image_id, style.chat.end_ids)
 
 
-def test_saved_by_transformers_reads_back(style, tmp_path):
-    """A tokenizer saved after training in PyTorch, which contains the padding of the last batch, is imported."""
+def test_a_tokenizer_saved_by_transformers_is_imported(style, tmp_path):
+    """After training in PyTorch, the saved tokenizer contains the padding and truncation of the last batch."""
     theirs = transformers.AutoTokenizer.from_pretrained(style.exported_folder)
     theirs(["a", "the total"], padding="max_length", truncation=True, max_length=5)
     theirs.save_pretrained(tmp_path)
-    again = import_tokenizer(tmp_path, num_embeddings=style.imported.num_embeddings)
-    assert (again.num_embeddings, again.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
-    assert (again.chat.pad_id, again.chat.end_ids) == (style.chat.pad_id, style.chat.end_ids)
+    imported = import_tokenizer(tmp_path, num_embeddings=style.imported.num_embeddings)
+    assert (imported.num_embeddings, imported.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
+    assert (imported.chat.pad_id, imported.chat.end_ids) == (style.chat.pad_id, style.chat.end_ids)
     rng = random.Random(4)
     for _ in range(5):
-        assert_same(again.chat, style.exported, random_chat(rng, images=True))
+        assert_same_ids(imported.chat, style.exported, random_chat(rng, images=True))
 
 
 def test_the_nano_tokenizer_is_exported(tmp_path):
@@ -176,37 +175,37 @@ def test_the_nano_tokenizer_is_exported(tmp_path):
     rng = random.Random(5)
     for _ in range(10):
         messages = [m for m in random_chat(rng, images=True) if m["role"] != "system"]
-        assert_same(chat, theirs, messages)
+        assert_same_ids(chat, theirs, messages)
 
 
 def test_a_partial_answer_can_be_continued(style):
-    """transformers' continue_final_message searches for the last text in the rendered conversation."""
-    partial = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
-    text = style.exported.apply_chat_template(partial, continue_final_message=True, tokenize=False)
+    """`continue_final_message` of transformers searches the rendered conversation for the last text."""
+    messages = [user("Total?", 1), assistant([{"type": "text", "text": "It is"}])]
+    text = style.exported.apply_chat_template(messages, continue_final_message=True, tokenize=False)
     assert text.endswith("It is") and text.count(style.image_token) == 1
 
 
 def test_importing_an_export_changes_nothing(style):
-    again = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
-    assert again.chat.chat_template == style.chat.chat_template
-    assert (again.num_embeddings, again.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
+    imported = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
+    assert imported.chat.chat_template == style.chat.chat_template
+    assert (imported.num_embeddings, imported.chat.image_id) == (style.imported.num_embeddings, style.chat.image_id)
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_hidden_passages_do_not_change_the_text_around_them(name, styles):
-    """Text next to a passage that is replaced by a mark is encoded as if nothing had been replaced.
+def test_text_around_replaced_passages_has_the_same_ids(name, styles):
+    """The encoder temporarily replaces passages by marks, which must not change the ids next to them.
 
-    The private-use characters of the marks are replaced as well; to transformers they are ordinary text.
+    The messages here contain the marks' own private-use characters, which transformers encodes as ordinary text.
     """
     style, rng = styles[name], random.Random(2)
     for _ in range(30):
-        assert_same(style.chat, style.exported, random_chat(rng, images=True, more=["\ue000", "\ue001"] * 3))
+        assert_same_ids(style.chat, style.exported, random_chat(rng, images=True, more=["\ue000", "\ue001"] * 3))
 
 
 @pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
 @pytest.mark.parametrize("name", ["llama3", "tinyllama", "llama2_new"])
-def test_special_tokens_with_flags(name, flag, tmp_path):
-    """Some folders match special tokens in normalized text, or together with the white space next to them."""
+def test_flags_of_special_tokens_are_respected(name, flag, tmp_path):
+    """Some folders match special tokens in normalized text, or with the white space next to them."""
     folder = write_style(tmp_path / "model", name)
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["added_tokens"] = [{**token, flag: True} for token in vocabulary["added_tokens"]]
@@ -215,33 +214,33 @@ def test_special_tokens_with_flags(name, flag, tmp_path):
     imported.chat.save(tmp_path / "ours")
     export_tokenizer(tmp_path / "ours", tmp_path / "exported")
     rng = random.Random(6)
-    for official in map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / "exported")):
+    for reference in map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / "exported")):
         variables = {"date_string": "26 Jul 2024"} if name == "llama3" else {}
         for more in ((), ("\ue000", "\ue001")):
             for _ in range(8):
-                assert_same(imported.chat, official, random_chat(rng, images=False, more=more), **variables)
+                assert_same_ids(imported.chat, reference, random_chat(rng, images=False, more=more), **variables)
 
 
 def test_special_tokens_typed_by_users_stay_text(style):
     """`ChatTokenizer` always does this; transformers on request, but it may split the text around them differently."""
     rng = random.Random(3)
     specials = [style.exported.eos_token, style.image_token, style.exported.bos_token]
-    typed = 0
+    num_typed = 0
     for _ in range(20):
         messages = random_chat(rng, images=True, more=specials)
-        mine = style.chat.encode(messages, [1] * count_images(messages)).tokens
+        ours = style.chat.encode(messages, [1] * count_images(messages)).tokens
         theirs = style.exported.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
         # SentencePiece's leading space need not be in front of the same words.
-        assert style.read(mine).replace(" ", "") == style.read(theirs).replace(" ", "")
+        assert style.decode(ours).replace(" ", "") == style.decode(theirs).replace(" ", "")
         for token_id in style.exported.all_special_ids:
-            assert (mine == token_id).sum() == theirs.count(token_id)
-        assert (mine == style.chat.image_id).sum() == count_images(messages)
-        typed += style.read(mine).count(style.image_token) - count_images(messages)
-    assert typed > 10
+            assert (ours == token_id).sum() == theirs.count(token_id)
+        assert (ours == style.chat.image_id).sum() == count_images(messages)
+        num_typed += style.decode(ours).count(style.image_token) - count_images(messages)
+    assert num_typed > 10
 
 
-def test_exported_processor_writes_the_same_ids(style):
-    """Compares texts with and without passages that look like special tokens, with two visual tokens per image."""
+def test_the_exported_processor_makes_the_same_ids(style):
+    """Texts have two visual tokens per image, and may contain passages that look like special tokens."""
     pytest.importorskip("torch")
     from alignvlm_jax.interop.pytorch.image_processing_alignvlm import AlignVLMImageProcessor
     from alignvlm_jax.interop.pytorch.processing_alignvlm import AlignVLMProcessor
@@ -265,12 +264,12 @@ def test_exported_processor_writes_the_same_ids(style):
                 parts = [part | {"image": image} if part["type"] == "image" else part for part in parts]
                 given.append({**message, "content": parts})
             theirs = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
-            mine = style.chat.encode_prompt(messages, [2] * count_images(messages))
-            assert mine.tokens.tolist() == list(theirs["input_ids"][0])
+            ours = style.chat.encode_prompt(messages, [2] * count_images(messages))
+            assert ours.tokens.tolist() == list(theirs["input_ids"][0])
 
 
 def test_transformers_parses_special_tokens_typed_by_users(style):
-    """This is the difference described in the docstring of interop/tokenizer.py."""
+    """The docstring of interop/tokenizer.py describes this difference."""
     messages = [user(f"a {style.image_token} b")]
     theirs = style.exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert theirs.count(style.chat.image_id) == 1
@@ -282,16 +281,16 @@ EXPECTED_ANSWERS = {
     "base": [" 12.50<|end_of_text|>", "  no \n<|end_of_text|>"],
     "smollm2": ["12.50<|im_end|>", " no \n<|im_end|>"],
     "tinyllama": ["12.50</s>", "no \n</s>"],
-    # The template trims the text and adds a space on both sides; the decoder removes the first one.
+    # The template trims the text and adds a space on both sides. Decoding removes the first one.
     "llama2": ["12.50 </s>", "no </s>"],
     "llama2_new": ["12.50 </s>", "no </s>"],
 }
 
 
-def test_loss_on_answers(style):
+def test_only_answers_and_their_end_tokens_have_loss(style):
     messages = [system("Short."), user("Total?", 1), assistant("12.50"), user("<|eot_id|></s> b?"), assistant(" no \n")]
     encoded = style.chat.encode(messages, [2])
-    assert answers(style, encoded) == EXPECTED_ANSWERS[style.name]
+    assert answer_spans(style, encoded) == EXPECTED_ANSWERS[style.name]
     ends = encoded.tokens[1:][(encoded.loss_weights[:-1] > 0) & (encoded.loss_weights[1:] == 0)]
     assert set(ends) == {style.chat.end_ids[0]}
     assert (encoded.visual_index >= 0).sum() == 2
@@ -304,8 +303,8 @@ def test_a_prompt_is_the_start_of_a_training_sequence(style):
     np.testing.assert_array_equal(prompt.tokens, encoded.tokens[: first + 1])
 
 
-def test_ids(styles):
-    """All tokens listed by Llama 3 end an answer; a tokenizer without a padding token pads with its end of text."""
+def test_end_and_padding_ids_are_read_from_the_folder(styles):
+    """Every token listed by Llama 3 ends an answer. Without a padding token, the end-of-text token is used."""
     llama3 = styles["llama3"].chat
     ends = ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]
     assert llama3.end_ids == tuple(map(llama3.token_to_id, ends))
@@ -315,8 +314,8 @@ def test_ids(styles):
     assert styles["llama2"].chat.end_ids == (2,)
 
 
-def test_image_tokens(styles):
-    """Llama 3 has reserved rows; the others need a new row, and the table grows to a multiple of 64."""
+def test_a_reserved_or_new_row_becomes_the_image_token(styles):
+    """Llama 3 has reserved rows. The others need a new row, and their tables grow to a multiple of 64."""
     for name in ("llama3", "base"):
         assert styles[name].image_token == LLAMA3_IMAGE
         assert styles[name].imported.num_embeddings == styles[name].num_ids
@@ -328,13 +327,13 @@ def test_image_tokens(styles):
         assert any(f"from {style.num_ids} to {style.imported.num_embeddings} rows" in n for n in style.imported.notes)
 
 
-def test_exported_configuration(style):
+def test_the_exported_tokenizer_is_configured_for_generation(style):
     tokenizer = style.exported
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
     assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (style.chat.image_id, style.chat.pad_id)
     assert tokenizer.eos_token_id in style.chat.end_ids
     assert tokenizer.padding_side == "left"
-    # The folder's padding to 50 and truncation to 6 tokens are gone.
+    # `write_style` left padding to 50 and truncation to 6 tokens in the folder; they must be gone.
     assert len(tokenizer("the total of the page " * 10).input_ids) > 50
     batch = tokenizer(["total", "the total of the page"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
@@ -344,11 +343,11 @@ def test_exported_configuration(style):
 
 
 @pytest.mark.parametrize("name", ["llama3", "tinyllama"])
-def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_path):
-    """This also holds after an export to PyTorch, which removes the rule, and a second import."""
+def test_a_language_only_export_adds_the_begin_token_to_plain_text(name, styles, tmp_path):
+    """The complete export removes this rule of the original folder; importing that export must not lose it."""
     style = styles[name]
-    back = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
-    for i, chat in enumerate((style.chat, back.chat)):
+    reimported = import_tokenizer(style.exported_folder, num_embeddings=style.imported.num_embeddings)
+    for i, chat in enumerate((style.chat, reimported.chat)):
         chat.save(tmp_path / f"{i}")
         export_tokenizer(tmp_path / f"{i}", tmp_path / f"{i}_text", language_only=True)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{i}_text")
@@ -356,8 +355,8 @@ def test_language_only_export_keeps_the_rule_for_plain_text(name, styles, tmp_pa
         assert theirs("the total").input_ids[0] == theirs.bos_token_id
 
 
-def test_date_is_fixed(write):
-    """The date is fixed even if a template calls the function; transformers and `ChatTokenizer` agree."""
+def test_the_date_in_a_template_is_fixed(write):
+    """Templates may call `strftime_now`; both tokenizers must render the same fixed date."""
     template = "{{ strftime_now('%A %-d %B %Y, %d.%m.%y') }}" + SMOLLM2_TEMPLATE
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": template}})
     imported = import_tokenizer(folder, num_embeddings=512)
@@ -366,11 +365,11 @@ def test_date_is_fixed(write):
     theirs = transformers.AutoTokenizer.from_pretrained(folder / "ours")
     text = theirs.apply_chat_template([user("a")], tokenize=False)
     assert text.startswith("Friday 26 July 2024, 26.07.24<|im_start|>")
-    assert_same(imported.chat, theirs, [user("a"), assistant("b")])
+    assert_same_ids(imported.chat, theirs, [user("a"), assistant("b")])
 
 
-def test_vllm_detects_that_the_template_accepts_parts(style):
-    """vLLM searches the template for a loop over the content of each message."""
+def test_vllm_recognizes_that_the_template_accepts_content_parts(style):
+    """vLLM looks for a loop over the content of each message in the template."""
     tree = compile_template(style.chat.chat_template).environment.parse(style.chat.chat_template)
     assert any(
         isinstance(loop.iter, jinja2.nodes.Name) and loop.iter.name == "messages" and loop.target.name == "message"
@@ -393,7 +392,7 @@ def test_the_prelude_keeps_the_other_fields_of_a_message(style):
     assert text == f"[assistant x ][user y {style.image_token}b]"
 
 
-# A template that accepts images itself, as those of vision-language models do.
+# A template that handles images itself, as those of vision-language models do.
 VISION_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- if message.content is string %}{{- message.content }}
@@ -418,7 +417,7 @@ def test_base_models_get_a_plain_template(styles):
     )
 
 
-def test_given_image_token_and_template(write):
+def test_image_token_and_template_can_be_given(write):
     folder = write("smollm2")
     imported = import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>")
     assert (imported.chat.image_id, imported.num_embeddings) == (3, 600)
@@ -428,17 +427,17 @@ def test_given_image_token_and_template(write):
     assert "user\nPicture: <image><image>\na<|im_end|>" in imported.chat._tokenizer.decode(
         list(tokens), skip_special_tokens=False
     )
-    assert imported.num_embeddings == 600 and imported.chat.image_id == num_ids(folder)  # A spare row.
+    assert imported.num_embeddings == 600 and imported.chat.image_id == num_ids(folder)  # a spare row
 
 
 @pytest.mark.parametrize("nested", [None, "extra_special_tokens", "model_specific_special_tokens"])
-def test_image_token_named_by_the_folder(write, nested):
+def test_the_image_token_named_by_the_folder_is_used(write, nested):
     named = {"image_token": "<repo_name>"}
     folder = write("smollm2", {CONFIG_FILE: {nested: named} if nested else named})
     assert import_tokenizer(folder, num_embeddings=600).chat.image_id == 3
 
 
-def test_known_image_token_that_is_not_special(write):
+def test_an_image_token_need_not_be_special(write):
     folder = write("llama3")
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     tokenizer.add_tokens([AddedToken("<|image|>", special=False)])
@@ -448,8 +447,8 @@ def test_known_image_token_that_is_not_special(write):
     assert (chat.encode_prompt([user("<|image|>", 1)], [3]).tokens == chat.image_id).sum() == 3
 
 
-def test_reserved_tokens_in_use_stay(write):
-    """The first reserved token is the padding and the second is used by the template, so the image token is new."""
+def test_reserved_tokens_in_use_are_not_taken(write):
+    """The first reserved token is the padding token and the template uses the second, so a new one is added."""
     template = LLAMA3_TEMPLATE.replace("Environment: ipython", "<|reserved_special_token_1|>")
     config = {"pad_token": LLAMA3_IMAGE, "chat_template": template}
     folder = write("llama3", {CONFIG_FILE: config})
@@ -457,7 +456,7 @@ def test_reserved_tokens_in_use_stay(write):
     assert chat.image_id == num_ids(folder) and chat.pad_id == chat.token_to_id(LLAMA3_IMAGE)
 
 
-def test_llama3_padding_token(write):
+def test_the_padding_token_of_llama3_is_recognized(write):
     folder = write("llama3")
     text = (folder / TOKENIZER_FILE).read_text().replace("<|reserved_special_token_1|>", "<|finetune_right_pad_id|>")
     (folder / TOKENIZER_FILE).write_text(text)
@@ -465,14 +464,15 @@ def test_llama3_padding_token(write):
     assert chat.pad_id == chat.token_to_id("<|finetune_right_pad_id|>") not in chat.end_ids
 
 
-def test_locations_of_the_template(write):
-    """A template file takes precedence over the config, older file names are read, and "default" is chosen by name."""
+def test_the_template_is_found_in_every_location(write):
+    """Template files take precedence over the config, and of several named templates "default" is used."""
     expected = import_tokenizer(write("smollm2"), num_embeddings=600).chat.encode_prompt([user("a", 1)], [2]).tokens
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": SMOLLM2_TEMPLATE}]
     folder = write("smollm2", {CONFIG_FILE: {"chat_template": named}})
     imported = import_tokenizer(folder, num_embeddings=600)
     assert any("'default'" in note for note in imported.notes)
     np.testing.assert_array_equal(imported.chat.encode_prompt([user("a", 1)], [2]).tokens, expected)
+    # Older file names are read as well.
     for name, content in [
         ("chat_template.json", json.dumps({"chat_template": SMOLLM2_TEMPLATE})),
         (TEMPLATE_FILE, SMOLLM2_TEMPLATE),
@@ -484,7 +484,7 @@ def test_locations_of_the_template(write):
         (folder / name).unlink()
 
 
-def test_names_in_other_files(write):
+def test_token_names_are_found_in_other_files(write):
     """Without names in tokenizer_config.json, special_tokens_map.json is read, then the ids in the model files."""
     folder = write("llama2", {"special_tokens_map.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}})
     template = json.loads((folder / CONFIG_FILE).read_text())["chat_template"]
@@ -497,7 +497,7 @@ def test_names_in_other_files(write):
     assert chat.end_ids == (2,)
 
 
-def test_tokens_that_only_the_configuration_lists(write):
+def test_tokens_listed_only_in_the_config_are_added(write):
     listed = {"600": {"content": "<tool>", "special": True}, "3": {"content": "<repo_name>", "special": True}}
     folder = write("smollm2")
     new_id = num_ids(folder)
@@ -508,7 +508,7 @@ def test_tokens_that_only_the_configuration_lists(write):
     assert transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<tool>") == new_id
 
 
-def test_vocabulary_and_embedding_disagree(write):
+def test_vocabulary_and_embedding_sizes_are_compared(write):
     folder = write("smollm2", {CONFIG_FILE: {"pad_token": "[PAD]"}})
     size = num_ids(folder)
     with pytest.raises(UserError, match=f"{size} ids, but the embedding table has {size - 2} rows: none for 2 tokens"):
@@ -519,8 +519,8 @@ def test_vocabulary_and_embedding_disagree(write):
     assert any("'[PAD]' is not in the vocabulary" in note for note in notes)
 
 
-def test_ids_with_gaps(write):
-    """The `tokenizers` library gives a new token the number of tokens as its id, which may already be taken."""
+def test_no_token_is_added_to_ids_with_gaps(write):
+    """`tokenizers` gives a new token the number of tokens as its id; with gaps, that id may be taken."""
     folder = write("smollm2")
     vocabulary = json.loads((folder / TOKENIZER_FILE).read_text())
     vocabulary["model"]["vocab"]["unseen"] = num_ids(folder) + 10
@@ -530,8 +530,9 @@ def test_ids_with_gaps(write):
     assert import_tokenizer(folder, num_embeddings=600, image_token="<repo_name>").chat.image_id == 3
 
 
-def test_wrong_folders(write, tmp_path):
-    def fails(folder, **arguments):
+def test_unusable_folders_are_refused(write, tmp_path):
+    def import_error(folder, **arguments):
+        """Returns the error of an import that must fail and leave nothing behind."""
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError) as caught:
             import_tokenizer(folder, num_embeddings=600, **arguments)
@@ -539,36 +540,40 @@ def test_wrong_folders(write, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
         return str(caught.value)
 
-    assert "no such folder" in fails(tmp_path / "nowhere")
+    assert "no such folder" in import_error(tmp_path / "nowhere")
     folder = write("smollm2")
-    assert "choose another" in fails(folder, image_token="<|im_end|>")
-    assert "occur in ordinary text" in fails(folder, image_token="total")
+    assert "choose another" in import_error(folder, image_token="<|im_end|>")
+    assert "occur in ordinary text" in import_error(folder, image_token="total")
     template = VISION_TEMPLATE + "<repo_name>"
-    assert "where there is no image" in fails(folder, image_token="<repo_name>", chat_template=template)
-    assert "line 1" in fails(folder, chat_template="{% if %}")
-    assert "be located" in fails(folder, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert "does not render the user's text and the image" in fails(folder, chat_template="{{ messages[0].role }}")
-    assert "does not name the token that ends a text" in fails(
+    assert "where there is no image" in import_error(folder, image_token="<repo_name>", chat_template=template)
+    assert "line 1" in import_error(folder, chat_template="{% if %}")
+    assert "be located" in import_error(folder, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "does not render the user's text and the image" in import_error(
+        folder, chat_template="{{ messages[0].role }}"
+    )
+    assert "does not name the token that ends a text" in import_error(
         write("smollm2", {CONFIG_FILE: {"eos_token": None}, "generation_config.json": {"eos_token_id": None}})
     )
-    assert "eos_token '<end>' is not in" in fails(write("smollm2", {CONFIG_FILE: {"eos_token": "<end>"}}))
+    assert "eos_token '<end>' is not in" in import_error(write("smollm2", {CONFIG_FILE: {"eos_token": "<end>"}}))
     listed = {"5": {"content": "<tool>"}}
-    assert "do not belong to the same tokenizer" in fails(
+    assert "do not belong to the same tokenizer" in import_error(
         write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": listed}})
     )
-    assert "not a map of tokens" in fails(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": {"a": 1}}}))
-    assert "no vocabulary" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE"}}}))
-    assert "not a tokenizer" in fails(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE", "vocab": {"a": 0}}}}))
+    assert "not a map of tokens" in import_error(write("smollm2", {CONFIG_FILE: {"added_tokens_decoder": {"a": 1}}}))
+    assert "no vocabulary" in import_error(write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE"}}}))
+    assert "not a tokenizer" in import_error(
+        write("smollm2", {TOKENIZER_FILE: {"model": {"type": "BPE", "vocab": {"a": 0}}}})
+    )
     for name in (CONFIG_FILE, "generation_config.json", TOKENIZER_FILE):
         folder = write("smollm2")
         for content, complaint in (("{", "not valid JSON"), ("[]", "not a JSON object")):
             (folder / name).write_text(content)
-            message = fails(folder)
+            message = import_error(folder)
             assert complaint in message and name in message
     (folder / TOKENIZER_FILE).unlink()
-    assert f"has no {TOKENIZER_FILE}" in fails(folder)
+    assert f"has no {TOKENIZER_FILE}" in import_error(folder)
     (folder / "tokenizer.model").write_bytes(b"spm")
-    assert "save_pretrained" in fails(folder)
+    assert "save_pretrained" in import_error(folder)
 
 
 def test_listed_end_ids_without_a_token_are_ignored(write):

@@ -1,7 +1,7 @@
-"""Compares the trained nano model in JAX and in PyTorch on questions held out from training.
+"""The trained nano model gives the same answers in JAX and in PyTorch to questions held out from training.
 
-Random weights prove little here: ALIGN's output would be almost the same for every patch, and tiles or rows in a wrong
-order would go unnoticed.
+Random weights would prove little: ALIGN's output would be almost the same for every patch, and a wrong order of tiles
+or rows would go unnoticed.
 """
 
 import dataclasses
@@ -72,37 +72,37 @@ def _answers_in_pytorch(model, processor, records):
         page = images.open_image(record["image"])
         pairs = zip(record["questions"], record["answers"], strict=True)
         questions += [(page, question, len(answer)) for question, answer in pairs]
-    # Batches of answers of similar length, so that short ones do not wait for long ones.
+    # Batches have answers of similar length, so that short ones do not wait for long ones.
     order = sorted(range(len(questions)), key=lambda i: questions[i][2])
     answers = [""] * len(questions)
     for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        inputs = _inputs(processor, *(questions[i][:2] for i in chosen))
+        batch = order[start : start + _BATCH]
+        inputs = _inputs(processor, *(questions[i][:2] for i in batch))
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
-        for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :], strict=True):
+        for i, row in zip(batch, output[:, inputs["input_ids"].shape[1] :], strict=True):
             answers[i] = processor.decode(row, skip_special_tokens=True).strip()
     return answers
 
 
 @pytest.mark.parametrize("pages, questions", [(60, 206), pytest.param(_PAGES, 1049, marks=pytest.mark.large)])
-def test_the_same_answer_to_every_held_out_question(reader, exported, records, pages, questions):
+def test_every_held_out_question_gets_the_same_answer(reader, exported, records, pages, questions):
     records = records[:pages]
     report = runner.evaluate(reader, records, max_new_tokens=_NEW_TOKENS)
     in_jax = [answer.predicted for answer in report.answers]
     in_pytorch = _answers_in_pytorch(*exported, records)
     expected = [answer.expected for answer in report.answers]
-    right = {
+    num_right = {
         "JAX": sum(map(str.__eq__, in_jax, expected)),
         "PyTorch": sum(map(str.__eq__, in_pytorch, expected)),
     }
-    print(f"exact match of {len(expected)} held-out questions:", right)
+    print(f"exact match of {len(expected)} held-out questions:", num_right)
     assert len(expected) == questions
     assert in_pytorch == in_jax
-    assert right["JAX"] == report.overall.right > 0.75 * len(expected)
+    assert num_right["JAX"] == report.overall.right > 0.75 * len(expected)
 
 
-def test_the_shipped_model_and_an_exported_folder_answer_questions(reader, exported, checkpoint, records):
+def test_the_shipped_model_and_an_exported_folder_give_the_same_answer(reader, exported, checkpoint, records):
     page, question = images.open_image(records[0]["image"]), records[0]["questions"][0]
     expected = reader.ask(page, question)
     assert expected
@@ -122,15 +122,15 @@ def _logits_in_pytorch(model, inputs):
         return model(**inputs).logits
 
 
-def _swapped(array, axis, first, second):
-    """Returns the array with two blocks of an axis, given as slices, exchanged."""
+def _exchange(array, axis, first, second):
+    """Returns the array with two slices of an axis exchanged."""
     order = np.arange(array.shape[axis])
     order[first], order[second] = order[second].copy(), order[first].copy()
     return np.take(array, order, axis)
 
 
 def _logit_change(reader, exported, record, change_jax, change_pytorch):
-    """Returns the relative change of the words' logits when tiles change; asserts that JAX and PyTorch agree."""
+    """Asserts that JAX and PyTorch agree before and after a change of the tiles; returns the change of the logits."""
     model, processor = exported
     page, question = images.open_image(record["image"]), record["questions"][0]
     (prompt,) = reader.prompts(page, [question])
@@ -140,8 +140,8 @@ def _logit_change(reader, exported, record, change_jax, change_pytorch):
     after = _logits_in_jax(reader, dataclasses.replace(prompt, **change_jax(prompt)))
     changed = torch.from_numpy(change_pytorch(inputs["pixel_values"].numpy()))
     assert relative_error(after, _logits_in_pytorch(model, {**inputs, "pixel_values": changed})) < PARITY
-    words = prompt.visual_index < 0
-    return relative_error(after[:, words], before[:, words])
+    is_text = prompt.visual_index < 0
+    return relative_error(after[:, is_text], before[:, is_text])
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -151,14 +151,14 @@ def test_exchanging_tiles_or_rows_changes_the_logits(reader, exported, records, 
 
     def exchange_tiles(prompt):
         return {
-            "tiles": _swapped(prompt.tiles, 0, first, second),
-            "tile_valid_hw": _swapped(prompt.tile_valid_hw, 0, first, second),
+            "tiles": _exchange(prompt.tiles, 0, first, second),
+            "tile_valid_hw": _exchange(prompt.tile_valid_hw, 0, first, second),
         }
 
-    tiles = _logit_change(reader, exported, record, exchange_tiles, lambda pixels: _swapped(pixels, 0, first, second))
+    tiles = _logit_change(reader, exported, record, exchange_tiles, lambda pixels: _exchange(pixels, 0, first, second))
     assert tiles > 100 * PARITY
 
-    # Two adjacent rows of patches of the first tile, starting with the one with the most ink.
+    # Two adjacent rows of patches in the first tile; the upper one has the most ink.
     patch = reader.config.vision.patch_size
     (prompt,) = reader.prompts(images.open_image(record["image"]), ["?"])
     height = prompt.tile_valid_hw[0, 0] // patch
@@ -167,7 +167,7 @@ def test_exchanging_tiles_or_rows_changes_the_logits(reader, exported, records, 
     upper, lower = slice(row * patch, (row + 1) * patch), slice((row + 1) * patch, (row + 2) * patch)
 
     def exchange_rows(tiles, axis):
-        return np.concatenate([_swapped(tiles[:1], axis, upper, lower), tiles[1:]])
+        return np.concatenate([_exchange(tiles[:1], axis, upper, lower), tiles[1:]])
 
     rows = _logit_change(
         reader,

@@ -1,4 +1,4 @@
-"""Writes small tokenizer folders in the styles of the Llama family, with similar chat templates, in milliseconds."""
+"""Writes small tokenizer folders in the styles of the Llama family, with chat templates like the original ones."""
 
 import json
 import pathlib
@@ -115,7 +115,7 @@ def _byte_level(special: list[str], *, first: bool) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
-    """Returns BPE over words that begin with a visible space, with bytes as a fallback."""
+    """Returns BPE over words that begin with "▁" for a space, with bytes as a fallback."""
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(
@@ -124,7 +124,7 @@ def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
         initial_alphabet=[],
         show_progress=False,
     )
-    # Trained word by word; afterwards the whole text is one word, as in Llama's tokenizer.
+    # It is trained word by word; afterwards the complete text is one word, as in Llama's tokenizer.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.train_from_iterator(_CORPUS, trainer)
@@ -143,12 +143,14 @@ def _sentencepiece(*, first_only: bool) -> tokenizers.Tokenizer:
 
 
 def _begins_with(bos: str, bos_id: int):
+    """Returns a post-processor that adds the begin-of-text token."""
     return processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
     )
 
 
 def _named(*tokens: str, **more) -> dict[str, Any]:
+    """Returns a tokenizer config that names the begin, end and unknown tokens."""
     return {**dict(zip(("bos_token", "eos_token", "unk_token"), tokens, strict=False)), **more}
 
 
@@ -184,7 +186,7 @@ def write_style(folder: pathlib.Path, style: str) -> pathlib.Path:
         config |= {"add_bos_token": True, "model_max_length": 10**30}
         config |= {"pad_token": "</s>"} if style == "tinyllama" else {}
         template = TINYLLAMA_TEMPLATE if style == "tinyllama" else LLAMA2_TEMPLATE
-    # Settings that a training run leaves behind.
+    # Truncation and padding that a training run leaves in the file; the import must remove them.
     tokenizer.enable_truncation(6)
     tokenizer.enable_padding(length=50)
     folder.mkdir(parents=True, exist_ok=True)

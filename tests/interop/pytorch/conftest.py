@@ -1,4 +1,4 @@
-"""Fixtures with tiny models, each written, loaded and compiled once per test session."""
+"""Fixtures with tiny models in JAX and PyTorch, each written and loaded once per test session."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """Returns a function that creates the pair of a connector, with a tied or untied head."""
+    """A function from (connector, tied) to a `Pair`, with a tied or untied head."""
 
     @functools.cache
     def make(connector: str = "align", tied: bool = True) -> Pair:
@@ -60,4 +60,5 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def reproducible():
+    """Seeds PyTorch before each test."""
     torch.manual_seed(0)

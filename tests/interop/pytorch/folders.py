@@ -1,4 +1,4 @@
-"""Writes tiny AlignVLMs as folders for PyTorch, and prepares the same inputs for JAX."""
+"""Writes tiny AlignVLM models as folders for PyTorch, and prepares the same inputs for JAX."""
 
 import json
 import pathlib
@@ -45,7 +45,7 @@ CONNECTORS = {
 
 
 def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
-    """Returns a config with 3 x 3 patches per tile (two pixels remain) and an embedding table of 352 rows."""
+    """Returns a config with 3 x 3 patches per tile, two unused pixels, and an embedding table of 352 rows."""
     return AlignVLMConfig(
         vision=tiny_vision(20, patch_size=6, hidden_size=24, intermediate_size=40, num_layers=2),
         connector=CONNECTORS[connector],
@@ -62,7 +62,7 @@ def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
 
 
 def make_params(config: AlignVLMConfig) -> dict:
-    """Returns random values for every leaf; ALIGN's P has only a few words per patch: a flat P would hide mistakes."""
+    """Returns random values for every leaf; ALIGN's P is peaked, because a flat P would hide mistakes."""
     params = nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
     rng = np.random.default_rng(0)
 
@@ -72,9 +72,9 @@ def make_params(config: AlignVLMConfig) -> dict:
         if name.endswith("scale"):
             return 4.0 + noise if "vocab_norm" in name else 1.0 + 0.2 * noise
         if name.startswith("vision"):
-            # Larger weights, so that a random encoder distinguishes patches.
+            # Larger than usual, so that a random encoder distinguishes patches.
             return noise * (0.3 if leaf.ndim > 1 else 0.2)
-        # Larger kernels than usual: otherwise a decoder with a tied head only repeats its last token.
+        # Larger than usual, because otherwise a decoder with a tied head only repeats its last token.
         return noise * (1.5 * leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.3)
 
     return jax.tree_util.tree_map_with_path(draw, params)
@@ -95,19 +95,19 @@ def write_folder(
         "eos_token_id": list(chat.end_ids),
         "pad_token_id": chat.pad_id,
     }
-    written = {
+    contents = {
         "config.json": export.alignvlm_config(config, dtype="float32", image_token_id=chat.image_id, special_ids=ids),
         "processor_config.json": export.processor_config(config, tiling, "<|image|>"),
         "generation_config.json": ids,
     }
-    for name, content in written.items():
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     safetensors.numpy.save_file(state_dict(config, params), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def state_dict(config: AlignVLMConfig, params: dict) -> dict[str, np.ndarray]:
-    """Converts a tree with the structure of the parameters, such as gradients, to PyTorch's names and layouts."""
+    """Converts parameters, or a tree like them such as gradients, to PyTorch's names and layouts."""
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     tensors = {}
     for row in tables.alignvlm(config):
@@ -125,7 +125,7 @@ def random_image(seed: int, width: int, height: int) -> PIL.Image.Image:
 
 
 def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict]) -> Prompt:
-    """Returns the JAX reader's prompt for a conversation whose image parts contain {"image": image}."""
+    """Returns the JAX reader's prompt for a conversation; its image parts have the form {"image": image}."""
     per_image = list(tiles_of(messages))
     counts = [len(tiles) * tokens_per_tile(config) for tiles, _ in per_image]
     encoded = chat.encode_prompt(messages, counts)
@@ -135,7 +135,7 @@ def make_prompt(config: AlignVLMConfig, chat: ChatTokenizer, messages: list[dict
 
 
 def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the tiles of each image of a conversation, and the size of their valid parts."""
+    """Yields the tiles of each image of a conversation and the sizes of their valid parts."""
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] == "image":
@@ -144,7 +144,7 @@ def tiles_of(messages: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def ask(text: str, *pages: PIL.Image.Image) -> list[dict]:
-    """Returns a conversation with one question."""
+    """Returns a conversation with one question about the pages."""
     parts = [{"type": "image", "image": page} for page in pages]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 

@@ -1,4 +1,4 @@
-"""Joined tiles (anyres_max_9) in PyTorch, compared with JAX, which is tested against its own reference."""
+"""Joined tiles (anyres_max_9) in PyTorch, compared with JAX; tests/models/test_newline.py tests JAX itself."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ from alignvlm_jax.models.alignvlm import AlignVLM
 from tests.interop.pytorch.folders import ask, make_config, make_params, random_image, relative_error, write_folder
 
 TILING = TilingConfig("anyres_max_9", tile_size=20, max_tiles=2, grid_side=3)
-# The pages are, in order: shrunk, cut into two rows of cells, and padded with a border.
+# In turn, a page that is shrunk, one that is cut into two rows of cells, and one that is padded with a border.
 PAGES = [random_image(0, 60, 55), random_image(1, 20, 40), random_image(2, 33, 15)]
 QUESTION = "What is the total?"
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
-    """The reader in JAX, the model and the processor in PyTorch."""
+    """The reader in JAX, and the model and processor in PyTorch."""
     config = dataclasses.replace(make_config(), newline=True)
     params = make_params(config)
     folder = write_folder(tmp_path_factory.mktemp("exported") / "joined", config, params, TILING)
@@ -39,24 +39,24 @@ def _inputs(processor, conversations):
     )
 
 
-def test_ids_logits_and_gradients(joined):
+def test_ids_logits_and_gradients_match_jax(joined):
     reader, model, processor = joined
     prompts = [reader.prompts(page, [QUESTION])[0] for page in PAGES]
     inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
-    real = inputs["attention_mask"].bool()
+    not_padding = inputs["attention_mask"].bool()
     for row, prompt in enumerate(prompts):
-        np.testing.assert_array_equal(inputs["input_ids"][row][real[row]], prompt.tokens)
+        np.testing.assert_array_equal(inputs["input_ids"][row][not_padding[row]], prompt.tokens)
     batch = pad_prompts(prompts, rows=3, tile_size=20, pad_id=reader.tokenizer.pad_id)
     last = np.array([len(prompt.tokens) - 1 for prompt in prompts])
     cotangent = np.random.default_rng(0).standard_normal((3, 352)).astype(np.float32)
 
-    def scored(params):
+    def weighted_logits(params):
         logits = AlignVLM(reader.config).apply({"params": params}, batch).logits[np.arange(3), last]
         return (logits * cotangent).sum(), logits
 
     params = reader.generator.variables["params"]
-    (_, expected), gradients = jax.jit(jax.value_and_grad(scored, has_aux=True))(params)
-    logits = model(**inputs).logits[:, -1]  # Padding is on the left.
+    (_, expected), gradients = jax.jit(jax.value_and_grad(weighted_logits, has_aux=True))(params)
+    logits = model(**inputs).logits[:, -1]  # The last token of every row, because padding is on the left.
     assert relative_error(logits, expected) < 1e-4
     (logits * torch.tensor(cotangent)).sum().backward()
     assert relative_error(model.model.image_newline.grad, gradients["connector"]["newline"]) < 1e-3
@@ -65,13 +65,13 @@ def test_ids_logits_and_gradients(joined):
     model.zero_grad()
 
 
-def test_decoding_and_beams(joined):
-    """Decoding matches JAX, and rows that are repeated for beams keep their own pages."""
+def test_greedy_decoding_matches_jax_and_beams_keep_their_pages(joined):
+    """Rows are repeated for beams, and each must keep the tiles of its own page."""
     reader, model, processor = joined
     expected = reader.ask_batch(PAGES, [QUESTION] * 3, max_new_tokens=6)
     inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
-    found = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    answers = [reader.tokenizer.decode([int(i) for i in row]).strip() for row in found]
+    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answers = [reader.tokenizer.decode([int(i) for i in row]).strip() for row in generated]
     assert answers == expected and len(set(answers)) == 3
     together = model.generate(**inputs, max_new_tokens=4, num_beams=2, num_return_sequences=2, do_sample=False)
     for row, page in enumerate(PAGES):
@@ -80,8 +80,8 @@ def test_decoding_and_beams(joined):
         np.testing.assert_array_equal(together[2 * row : 2 * row + 2, -4:], beams[:, -4:])
 
 
-def test_lines_follow_their_row_when_rows_are_repeated(joined):
-    """If `generate` has not encoded the images, the tiles stay and the lines of their mixtures are repeated."""
+def test_visual_sources_follow_repeated_rows(joined):
+    """If images are not encoded yet, tiles are kept once, and the rows that point to them are repeated."""
     _, model, processor = joined
     inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
     ids, expanded = model._expand_inputs_for_generation(expand_size=2, **inputs)
@@ -90,7 +90,7 @@ def test_lines_follow_their_row_when_rows_are_repeated(joined):
     torch.testing.assert_close(repeated, model(**inputs).logits.repeat_interleave(2, dim=0), atol=1e-4, rtol=1e-4)
 
 
-def test_several_images_and_wrong_inputs(joined):
+def test_several_images_are_counted_and_missing_sources_are_refused(joined):
     reader, model, processor = joined
     inputs = _inputs(processor, [ask(QUESTION, *PAGES)])
     counts = [int((reader.prompts(page, [QUESTION])[0].visual_index >= 0).sum()) for page in PAGES]

@@ -1,4 +1,4 @@
-"""Compares the exported model with the JAX model: logits, decoding, loss and gradients."""
+"""The exported model against the JAX model: logits, decoding, loss and gradients."""
 
 import dataclasses
 import functools
@@ -25,12 +25,11 @@ from tests.interop.pytorch.folders import (
 )
 
 TOLERANCE = 1e-4
-NEVER = 351  # An end token that occurs in none of the answers below.
+NEVER = 351  # an end token that occurs in none of the answers below
 
-ONE = ask("What is the total?", random_image(0, 30, 50))  # Five tiles.
-SEVERAL = ask(
-    "Date:", random_image(1, 20, 10), random_image(2, 35, 20), random_image(3, 7, 9)
-)  # One, three and one tiles.
+ONE = ask("What is the total?", random_image(0, 30, 50))  # five tiles
+# Images of one, three and one tiles.
+SEVERAL = ask("Date:", random_image(1, 20, 10), random_image(2, 35, 20), random_image(3, 7, 9))
 TEXT = ask("Read the page. the total of the page")
 MIXED = {"one": ONE, "several": SEVERAL, "text": TEXT}
 
@@ -43,18 +42,21 @@ ANSWERED = [
 
 @pytest.fixture(scope="module")
 def trained(pair):
-    """Loss, gradients and logits of answered conversations in JAX, and the same conversations as inputs for PyTorch."""
+    """A function from a connector to its pair, and to the PyTorch inputs and JAX results of `ANSWERED`.
+
+    It returns (pair, inputs for PyTorch, loss, gradients, logits of each row).
+    """
 
     @functools.cache
     def run(connector):
-        one = pair(connector, tied=connector != "mlp")
+        models = pair(connector, tied=connector != "mlp")
         prompts, chats = [], []
         for messages in ANSWERED:
-            prompt = make_prompt(one.config, one.chat, messages)
-            counts = [len(tiles) * tokens_per_tile(one.config) for tiles, _ in tiles_of(messages)]
-            chats.append(one.chat.encode(messages, counts))
+            prompt = make_prompt(models.config, models.chat, messages)
+            counts = [len(tiles) * tokens_per_tile(models.config) for tiles, _ in tiles_of(messages)]
+            chats.append(models.chat.encode(messages, counts))
             prompts.append(dataclasses.replace(prompt, tokens=chats[-1].tokens, visual_index=chats[-1].visual_index))
-        batch = pad_prompts(prompts, rows=len(prompts), tile_size=20, pad_id=one.chat.pad_id)
+        batch = pad_prompts(prompts, rows=len(prompts), tile_size=20, pad_id=models.chat.pad_id)
         batch["targets"] = np.zeros_like(batch["tokens"])
         batch["loss_weights"] = np.zeros(batch["tokens"].shape, np.float32)
         for row, chat in enumerate(chats):
@@ -62,27 +64,33 @@ def trained(pair):
             batch["loss_weights"][row, : len(chat.tokens)] = chat.loss_weights
 
         def loss(params, batch):
-            output = AlignVLM(one.config).apply({"params": params}, batch, method="loss")
-            return output.loss / output.weight, AlignVLM(one.config).apply({"params": params}, batch).logits
+            output = AlignVLM(models.config).apply({"params": params}, batch, method="loss")
+            return output.loss / output.weight, AlignVLM(models.config).apply({"params": params}, batch).logits
 
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (value, logits), gradients = compiled(*jax.tree.map(jnp.asarray, (one.params, batch)))
+        (value, logits), gradients = compiled(*jax.tree.map(jnp.asarray, (models.params, batch)))
         logits = [row[: len(chat.tokens)] for row, chat in zip(np.asarray(logits), chats, strict=True)]
-        return one, left_padded(one, chats, prompts), float(value), state_dict(one.config, gradients), logits
+        return (
+            models,
+            left_padded(models, chats, prompts),
+            float(value),
+            state_dict(models.config, gradients),
+            logits,
+        )
 
     return run
 
 
 def left_padded(pair, chats, prompts) -> dict[str, torch.Tensor]:
-    """Returns inputs and labels as a PyTorch collator would build them."""
+    """Returns inputs and labels, padded on the left as a PyTorch collator does."""
     length = max(len(chat.tokens) for chat in chats)
     input_ids = torch.full((len(chats), length), pair.chat.pad_id)
     labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
     for row, chat in enumerate(chats):
         input_ids[row, -len(chat.tokens) :] = torch.tensor(chat.tokens)
         mask[row, -len(chat.tokens) :] = 1
-        learned = np.where(chat.loss_weights[:-1] > 0, chat.tokens[1:], -100)
-        labels[row, 1 - len(chat.tokens) :] = torch.tensor(learned)
+        row_labels = np.where(chat.loss_weights[:-1] > 0, chat.tokens[1:], -100)
+        labels[row, 1 - len(chat.tokens) :] = torch.tensor(row_labels)
     assert (labels != -100).sum() == sum(chat.loss_weights.sum() for chat in chats) > 10
     pixel_values = [normalize_tiles(prompt.tiles, prompt.tile_valid_hw) for prompt in prompts if len(prompt.tiles)]
     pixel_values = torch.tensor(np.concatenate(pixel_values))
@@ -90,8 +98,8 @@ def left_padded(pair, chats, prompts) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_logits(trained, connector):
-    """Covers one image, several images in a longer conversation, and text alone, each separately and in a batch."""
+def test_logits_match_jax(trained, connector):
+    """The rows have one image, several images in two turns, and text alone. Each is run in a batch and alone."""
     pair, inputs, _, _, expected = trained(connector)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     tiles = inputs["pixel_values"].split([5, 5])
@@ -104,7 +112,7 @@ def test_logits(trained, connector):
             assert relative_error(alone.logits[0], expected[row]) < TOLERANCE
 
 
-def test_padding_on_the_right(pair):
+def test_padding_on_the_right_gives_the_same_logits(pair):
     pair = pair()
     left = pair.inputs(TEXT, ONE)
     texts = pair.processor.apply_chat_template([TEXT, ONE], add_generation_prompt=True)
@@ -116,11 +124,11 @@ def test_padding_on_the_right(pair):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_greedy_decoding_of_64_tokens(pair, tied):
+def test_greedy_decoding_of_64_tokens_matches_jax(pair, tied):
     pair = pair("align", tied)
     generator = Generator(pair.config, pair.params, end_ids=[NEVER], pad_id=pair.chat.pad_id, batch_size=4)
     expected = generator.generate(pair.prompts(*MIXED.values()), 64)
-    # Answers must not repeat a single token.
+    # The comparison means little if an answer repeats a single token.
     assert all(len(answer) == 64 and len(set(answer.tolist())) > 3 for answer in expected)
 
     def answers(*conversations):
@@ -143,11 +151,11 @@ def test_other_caches_give_the_same_answer(pair, kwargs):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batched_sequences_match_separate_ones(pair, num_beams):
-    """Rows are repeated for beams, and every row keeps its own tiles."""
+def test_sequences_generated_in_a_batch_match_separate_ones(pair, num_beams):
+    """Rows are repeated for beams and samples, and each must keep its own tiles."""
     pair = pair("align", tied=False)
     settings = {"max_new_tokens": 4, "eos_token_id": NEVER, "num_beams": num_beams, "num_return_sequences": 3}
-    settings |= {"do_sample": num_beams == 1, "top_k": 0, "temperature": 1e-3}  # Practically greedy.
+    settings |= {"do_sample": num_beams == 1, "top_k": 0, "temperature": 1e-3}  # practically greedy
     inputs = pair.inputs(SEVERAL, TEXT, ONE)
     together = pair.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     assert together.shape == (9, 4)
@@ -157,7 +165,7 @@ def test_batched_sequences_match_separate_ones(pair, num_beams):
         assert torch.equal(together[3 * index : 3 * index + 3], alone)
 
 
-def test_tiles_follow_their_row_when_rows_are_repeated(pair):
+def test_tiles_follow_repeated_rows(pair):
     pair = pair()
     inputs = pair.inputs(SEVERAL, TEXT, ask("a", random_image(5, 20, 20)))
     _, expanded = pair.model._expand_inputs_for_generation(expand_size=2, **inputs)
@@ -169,7 +177,7 @@ def test_tiles_follow_their_row_when_rows_are_repeated(pair):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # transformers 5.0 lacks the new name.
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_loss_and_gradients(trained, connector):
+def test_loss_and_gradients_match_jax(trained, connector):
     pair, inputs, expected, gradients, _ = trained(connector)
     for checkpointing in (False, True):
         if checkpointing:
@@ -180,12 +188,12 @@ def test_loss_and_gradients(trained, connector):
         output.loss.backward()
         assert output.logits is None
         assert relative_error(output.loss, expected) < TOLERANCE
-        found = {name: parameter.grad for name, parameter in pair.model.named_parameters()}
-        assert found.keys() == gradients.keys()
+        grads = {name: parameter.grad for name, parameter in pair.model.named_parameters()}
+        assert grads.keys() == gradients.keys()
         for name, gradient in gradients.items():
             if name.endswith("k_proj.bias"):
-                continue  # Zero except for rounding: a bias on the keys does not change a softmax.
-            difference = np.linalg.norm(found[name].numpy() - gradient)
+                continue  # Zero up to rounding, because a bias on the keys does not change a softmax.
+            difference = np.linalg.norm(grads[name].numpy() - gradient)
             assert difference < TOLERANCE * np.linalg.norm(gradient), name
     pair.model.gradient_checkpointing_disable()
     pair.model.eval()
@@ -199,14 +207,14 @@ def test_the_loss_is_divided_by_the_trainers_count(trained):
         assert torch.isclose(pair.model(**inputs, num_items_in_batch=2 * count).loss * 2, output.loss)
         assert torch.isclose(pair.model(**inputs, num_items_in_batch=torch.tensor(count)).loss, output.loss)
         assert pair.model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss == 0.0
-    # transformers' own loss for the same logits.
+    # The loss of transformers for the same logits.
     vocab_size = pair.config.language.vocab_size
     theirs = pair.model.loss_function(logits=output.logits, labels=inputs["labels"], vocab_size=vocab_size)
     assert torch.isclose(theirs, output.loss)
 
 
-def test_the_order_of_tiles_and_rows_matters(pair):
-    """Exchanging two tiles, or two rows of patches in a tile, changes the logits far more than the tolerance."""
+def test_exchanging_tiles_or_rows_of_patches_changes_the_logits(pair):
+    """The change is far larger than the tolerance, so the tests above would notice a wrong order."""
     pair = pair()
     inputs = pair.inputs(ONE)
     pixels = inputs["pixel_values"]
@@ -220,7 +228,7 @@ def test_the_order_of_tiles_and_rows_matters(pair):
 
 
 def test_align_is_peaked_in_these_tests(pair):
-    """With flat distributions, the comparisons above would not reveal mistakes in ALIGN."""
+    """With flat distributions, the tests above would not notice mistakes in ALIGN."""
     pair = pair()
     with torch.no_grad():
         features = pair.model.model.vision_tower(pair.inputs(ONE)["pixel_values"]).last_hidden_state
@@ -230,7 +238,7 @@ def test_align_is_peaked_in_these_tests(pair):
     assert entropy.exp().mean() < 20 and len(p.argmax(-1).unique()) > 10
 
 
-def test_counts_that_differ_are_refused(pair):
+def test_different_counts_of_image_tokens_and_visual_tokens_are_refused(pair):
     pair = pair()
     inputs = pair.inputs(ONE)
     with pytest.raises(ValueError, match="45 image tokens for 36 visual tokens"):
@@ -246,7 +254,7 @@ def test_counts_that_differ_are_refused(pair):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_can_be_chosen(pair, implementation):
+def test_the_attention_implementation_can_be_chosen(pair, implementation):
     pair = pair()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         pair.folder, trust_remote_code=True, attn_implementation=implementation
@@ -260,8 +268,8 @@ def test_attention_can_be_chosen(pair, implementation):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_saved_again_by_transformers(pair, connector, tmp_path):
-    """save_pretrained keeps names and weights, and copies the code files."""
+def test_a_folder_saved_by_transformers_gives_the_same_logits(pair, connector, tmp_path):
+    """`save_pretrained` keeps names and weights, and copies the code files."""
     pair = pair(connector, tied=connector != "mlp")
     folder = tmp_path / "again"
     pair.model.save_pretrained(folder)
@@ -281,8 +289,8 @@ def test_saved_again_by_transformers(pair, connector, tmp_path):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_fresh_models_are_initialized(pair, connector):
-    """from_config initializes every weight; none keeps the content of uninitialized memory."""
+def test_from_config_initializes_every_weight(pair, connector):
+    """A missing initialization would leave arbitrary content of memory in a weight."""
     config = pair(connector, tied=connector != "mlp").model.config
     model = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
     for name, parameter in model.named_parameters():
@@ -294,7 +302,7 @@ def test_fresh_models_are_initialized(pair, connector):
         assert (model.model.connector.vocab_norm.bias == 0.0).all()
 
 
-def test_bfloat16(pair):
+def test_bfloat16_gives_similar_visual_tokens(pair):
     pair = pair()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         pair.folder, trust_remote_code=True, dtype=torch.bfloat16

@@ -1,4 +1,4 @@
-"""Compares the exported processor with the JAX reader: same tiles and token ids, for all forms of images."""
+"""The exported processor against the JAX reader: the same tiles and token ids, for all forms of images."""
 
 import base64
 import io
@@ -20,8 +20,8 @@ from alignvlm_jax.models.vision import normalize_tiles
 from tests.interop.pytorch.folders import TILING, ask, random_image, tiles_of
 
 
-def check_tiles(pixel_values, tiles, valid_hw):
-    """Asserts that every pixel is our byte value, normalized, and exactly 0 outside the image."""
+def assert_same_tiles(pixel_values, tiles, valid_hw):
+    """Asserts that every pixel is the normalized byte of the JAX reader, and exactly 0 outside the image."""
     pixels = np.asarray(pixel_values).transpose(0, 2, 3, 1)
     assert pixels.dtype == np.float32
     side = np.arange(TILING.tile_size)
@@ -37,9 +37,9 @@ def check_tiles(pixel_values, tiles, valid_hw):
 @pytest.mark.parametrize(
     "width, height", [(20, 20), (1, 1), (5, 3), (1, 300), (300, 1), (37, 81), (200, 150), (21, 20)]
 )
-def test_tiles(pair, width, height):
+def test_tiles_match_the_reader(pair, width, height):
     inputs = pair().inputs(ask("a", random_image(0, width, height)))
-    check_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", random_image(0, width, height)))))
+    assert_same_tiles(inputs["pixel_values"], *next(tiles_of(ask("a", random_image(0, width, height)))))
 
 
 def unusual_images() -> dict[str, bytes]:
@@ -72,7 +72,7 @@ def unusual_images() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind, data", unusual_images().items())
-def test_unusual_images_from_all_sources(pair, tmp_path, kind, data):
+def test_unusual_images_match_the_reader_from_every_source(pair, tmp_path, kind, data):
     pair = pair()
     path = tmp_path / "page.bin"
     path.write_bytes(data)
@@ -86,27 +86,27 @@ def test_unusual_images_from_all_sources(pair, tmp_path, kind, data):
     }
     for key, source in sources.items():
         message = {"role": "user", "content": [{"type": "image", key: source}, {"type": "text", "text": "a"}]}
-        check_tiles(pair.inputs([message])["pixel_values"], *expected)
-    check_tiles(pair.processor(images=str(path), text="<|image|>")["pixel_values"], *expected)
+        assert_same_tiles(pair.inputs([message])["pixel_values"], *expected)
+    assert_same_tiles(pair.processor(images=str(path), text="<|image|>")["pixel_values"], *expected)
 
 
-def test_transformers_loader_gives_other_pixels(tmp_path):
-    """This is the reason for overriding `fetch_images`."""
+def test_the_loader_of_transformers_gives_other_pixels(tmp_path):
+    """This is why the processor overrides `fetch_images`."""
     (tmp_path / "page.png").write_bytes(unusual_images()["alpha"])
     theirs = np.asarray(transformers.image_utils.load_image(str(tmp_path / "page.png")))
     assert (theirs != np.asarray(open_image(tmp_path / "page.png"))).any()
 
 
-def test_arrays_and_tensors(pair):
+def test_arrays_and_tensors_are_accepted_as_images(pair):
     processor = transformers.AutoImageProcessor.from_pretrained(pair().folder, trust_remote_code=True)
     image = random_image(0, 30, 50)
     expected = processor(image)
     array = np.asarray(image)
     tensor = transformers.image_utils.to_numpy_array(array).transpose(2, 0, 1)
     for given in (array, tensor, [[image]], [array]):
-        found = processor(given, return_tensors="np")
-        np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
-        assert found["num_tiles"].tolist() == [5]
+        features = processor(given, return_tensors="np")
+        np.testing.assert_array_equal(features["pixel_values"], expected["pixel_values"])
+        assert features["num_tiles"].tolist() == [5]
     with pytest.raises(ValueError, match="uint8"):
         processor(array / 255.0)
     with pytest.raises(ValueError, match="neither a file"):
@@ -130,7 +130,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-def test_token_ids(pair, kind):
+def test_token_ids_match_the_reader(pair, kind):
     pair, messages = pair(), CONVERSATIONS[kind]
     (prompt,) = pair.prompts(messages)
     inputs = pair.inputs(messages)
@@ -138,7 +138,7 @@ def test_token_ids(pair, kind):
     assert inputs["attention_mask"].all()
     assert ("pixel_values" in inputs) == (len(prompt.tiles) > 0)
     if len(prompt.tiles):
-        check_tiles(inputs["pixel_values"], prompt.tiles, prompt.tile_valid_hw)
+        assert_same_tiles(inputs["pixel_values"], prompt.tiles, prompt.tile_valid_hw)
 
 
 def test_a_batch_is_padded_on_the_left(pair):
@@ -154,8 +154,8 @@ def test_a_batch_is_padded_on_the_left(pair):
     assert len(inputs["pixel_values"]) == sum(map(len, tiles))
 
 
-def test_text_rendered_first_and_tokenized_later(pair):
-    """Tokenizing does not add a second <|begin|>."""
+def test_text_rendered_first_and_tokenized_later_has_the_same_ids(pair):
+    """The rendered text contains <|begin|>, and tokenizing must not add another."""
     pair, messages = pair(), CONVERSATIONS["image"]
     text = pair.processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = pair.processor(text=text, images=messages[0]["content"][0]["image"], return_tensors="pt")
@@ -176,7 +176,7 @@ def test_mismatched_images_and_image_tokens_are_refused(pair):
         processor(text="<|image|>", images=random_image(0, 30, 50), truncation=True, max_length=8)
 
 
-def test_fewer_tiles_on_request(pair):
+def test_tiling_options_can_be_passed_to_the_processor(pair):
     processor = pair().processor
     image = random_image(0, 30, 50)
     for settings, tiles in (({}, 5), ({"max_tiles": 1}, 1), ({"thumbnail": False}, 4)):
@@ -187,7 +187,7 @@ def test_fewer_tiles_on_request(pair):
         assert counted["num_image_patches"] == [tiles] and counted["num_image_tokens"] == [9 * tiles]
 
 
-def test_the_options_of_the_processor_that_vllm_uses(pair):
+def test_processor_options_that_vllm_uses(pair):
     """vLLM uses `return_mm_token_type_ids` up to transformers 5.14, `return_text_replacement_offsets` from 5.15 on."""
     pair = pair()
     pages = [random_image(1, 20, 10), random_image(2, 35, 20)]
@@ -218,8 +218,8 @@ def test_the_options_of_the_processor_that_vllm_uses(pair):
     assert pair.processor.image_token == "<|image|>" and pair.processor.image_token_id == pair.chat.image_id
 
 
-def test_pipeline(pair, tmp_path):
-    """The pipeline, called with a chat and an image file, gives the same answer as the model."""
+def test_the_pipeline_gives_the_same_answer_as_the_model(pair, tmp_path):
+    """The pipeline is called with a conversation that names an image file."""
     pair = pair("align", tied=False)
     (tmp_path / "page.png").write_bytes(unusual_images()["alpha"])
     parts = [{"type": "image", "path": str(tmp_path / "page.png")}, {"type": "text", "text": "What is the total?"}]
@@ -235,8 +235,8 @@ def test_code_files_need_only_torch_and_transformers(pair):
     """`trust_remote_code` requires all imports to be installed, and users do not have this package."""
     folder = pair().folder
     for name in REMOTE_CODE_FILES:
-        needed = set(get_imports(folder / name)) - set(sys.stdlib_module_names)
-        assert needed <= {"torch", "transformers", "numpy", "PIL"}, name
+        imports = set(get_imports(folder / name)) - set(sys.stdlib_module_names)
+        assert imports <= {"torch", "transformers", "numpy", "PIL"}, name
     program = """
 import sys
 for name in ("alignvlm_jax", "jax", "flax", "jaxtyping"):

@@ -1,4 +1,4 @@
-"""Performs what vLLM's Transformers backend does with a model, and serves the decoder alone from vectors."""
+"""Does to the exported model what vLLM's Transformers backend does, and runs the decoder alone on embeddings."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def load_base(pair) -> nn.Module:
     return model.eval()
 
 
-def merged(model, inputs) -> torch.Tensor:
-    """Encodes the images of a request and inserts them into the embedded text, as vLLM does."""
+def merge_images(model, inputs) -> torch.Tensor:
+    """Encodes the images of a request and inserts them into the text embeddings, as vLLM does."""
     features = model.get_image_features(inputs["pixel_values"]).pooler_output
-    # Tiles of each image.
+    # The images of `QUESTION` have five tiles and one.
     visual = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in features.split([5, 1])])
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     embeds[inputs["input_ids"] == model.config.image_token_id] = visual
@@ -51,7 +51,7 @@ def test_the_base_model_has_the_attributes_that_vllm_reads(pair):
 
 
 def test_attention_of_the_decoder_can_be_replaced(pair, monkeypatch):
-    """The engine's attention function finds its state in the keyword arguments that are passed through to it."""
+    """The engine's attention function gets its state through keyword arguments, which the model must pass on."""
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     instances = []
@@ -67,7 +67,7 @@ def test_attention_of_the_decoder_can_be_replaced(pair, monkeypatch):
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "engine", lambda *args, **kwargs: None)
     model.config.get_text_config()._attn_implementation = "engine"
     with torch.no_grad():
-        embeds = merged(model, inputs)
+        embeds = merge_images(model, inputs)
         outputs = model(
             input_ids=None,
             inputs_embeds=embeds,
@@ -80,12 +80,12 @@ def test_attention_of_the_decoder_can_be_replaced(pair, monkeypatch):
     assert relative_error(outputs[0], expected) < TOLERANCE
 
 
-class Opaque(nn.Module):
-    """Stands for a layer of the engine (sharded, quantized) that can be called but whose weight cannot be read."""
+class OpaqueLayer(nn.Module):
+    """Stands for a layer of the engine (sharded, quantized) that can be called, but whose weight cannot be read."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self._layer = [layer]
+        self._layer = [layer]  # In a list, it is not registered as a submodule.
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self._layer[0](inputs)
@@ -93,32 +93,32 @@ class Opaque(nn.Module):
 
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_layers_can_be_replaced(pair, connector):
-    """Linear, Conv2d and the embedding table are always called; their weights are never read."""
+    """Linear, Conv2d and embedding layers are only called; their weights are never read."""
     pair = pair(connector, tied=connector != "mlp")
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        model.set_input_embeddings(Opaque(model.get_input_embeddings()))
+        model.set_input_embeddings(OpaqueLayer(model.get_input_embeddings()))
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 # SigLIP reads the dtype of its patch embedding, which layers of the engine provide as well.
                 if isinstance(child, nn.Linear) or isinstance(child, nn.Conv2d) and name != "patch_embedding":
-                    setattr(module, name, Opaque(child))
+                    setattr(module, name, OpaqueLayer(child))
         assert torch.equal(model(**inputs).last_hidden_state, expected)
 
 
-def test_modules_are_not_passed_to_modules(pair):
-    """accelerate's hooks for offloading move everything that a module is called with."""
+def test_modules_are_not_arguments_of_modules(pair):
+    """The offloading hooks of accelerate move every argument that has `to`, so modules must not be arguments."""
     pair = pair()
     model, inputs = load_base(pair), pair.inputs(QUESTION)
     called = []
 
-    def check(module, args, kwargs):
+    def check_arguments(module, args, kwargs):
         called.append(module)
         assert not any(hasattr(value, "to") for value in (*args, *kwargs.values()) if not torch.is_tensor(value))
 
     for module in model.connector.modules():
-        module.register_forward_pre_hook(check, with_kwargs=True)
+        module.register_forward_pre_hook(check_arguments, with_kwargs=True)
     with torch.no_grad():
         model(**inputs)
     assert set(called) == set(model.connector.modules())
@@ -130,11 +130,11 @@ def test_align_uses_the_current_embedding_table(pair):
     with torch.no_grad():
         before = model.get_image_features(inputs["pixel_values"]).pooler_output
         table = model.get_input_embeddings()
-        table.weight[330:] += 1.0  # Rows of special tokens, beyond the connector's vocabulary.
+        table.weight[330:] += 1.0  # rows of special tokens, beyond the connector's vocabulary
         assert torch.equal(model.get_image_features(inputs["pixel_values"]).pooler_output, before)
         table.weight[:330] += 1.0
         after = model.get_image_features(inputs["pixel_values"]).pooler_output
-    torch.testing.assert_close(after, before + 1.0)  # The words' probabilities sum to one.
+    torch.testing.assert_close(after, before + 1.0)  # The probabilities sum to one.
 
 
 @pytest.mark.parametrize("connector", ["align", "perceiver", "h_reducer"])
@@ -153,15 +153,15 @@ def test_shapes_do_not_depend_on_data(pair, connector):
             torch.testing.assert_close(compiled(pixels), encode(pixels))
 
 
-def test_the_decoder_alone_answers_from_vectors(pair, tmp_path):
-    """With encoder and connector in JAX and the decoder in PyTorch, the same 32 tokens are generated."""
+def test_the_decoder_alone_generates_from_embeddings(pair, tmp_path):
+    """Encoder and connector run in JAX, and the decoder in PyTorch generates the same 32 tokens."""
     pair = pair("align", tied=False)
     save_language_folder(tmp_path / "llama", pair.config.language, pair.params["language"], "float32")
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
     prompts = pair.prompts(QUESTION, ask("Read the page."))
     generator = Generator(pair.config, pair.params, end_ids=[351], pad_id=pair.chat.pad_id, batch_size=2)
-    vectors = prompt_embeds(generator, prompts)
-    for prompt, embeds, expected in zip(prompts, vectors, generator.generate(prompts, 32), strict=True):
+    embeddings = prompt_embeds(generator, prompts)
+    for prompt, embeds, expected in zip(prompts, embeddings, generator.generate(prompts, 32), strict=True):
         assert embeds.shape == (len(prompt.tokens), 32) and embeds.dtype == np.float32
         embeds = torch.tensor(embeds)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)

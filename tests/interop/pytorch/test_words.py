@@ -1,4 +1,4 @@
-"""ALIGN's attention over the vocabulary: checkpointed and streamed, it equals the dense form for all block sizes."""
+"""ALIGN's attention over the vocabulary in PyTorch, streamed and checkpointed, against the dense form."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from alignvlm_jax.interop.pytorch import modeling_alignvlm as modeling
 QUERIES, WORDS, WIDTH, OUT = 37, 203, 16, 24
 
 
-def tensors(dtype=torch.float32, offset=0.0) -> dict[str, torch.Tensor]:
-    """Returns inputs with peaked distributions. `offset` shifts all logits of a query, which LN_V must remove."""
+def make_tensors(dtype=torch.float32, offset=0.0) -> dict[str, torch.Tensor]:
+    """Returns inputs with peaked distributions; `offset` shifts all logits of a query, which LN_V must remove."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -25,6 +25,7 @@ def tensors(dtype=torch.float32, offset=0.0) -> dict[str, torch.Tensor]:
 
 
 def words(t) -> modeling.Words:
+    """Returns the words that the tensors define, for the streamed form."""
     return modeling.Words(
         size=WORDS,
         keys=lambda block: t["keys"][block],
@@ -44,28 +45,28 @@ def dense(t) -> torch.Tensor:
 
 @pytest.fixture(params=[1, 300, 2**25])
 def small_blocks(request, monkeypatch):
-    """Block sizes from many blocks with a remainder to a single block."""
+    """Sets block sizes, from many blocks with a remainder to a single block."""
     monkeypatch.setattr(modeling, "_MAX_LOGITS", request.param * 37)
     monkeypatch.setattr(modeling, "_MIN_WORDS", 7)
     monkeypatch.setattr(modeling, "_MAX_QUERIES", 16)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_the_streamed_form_equals_the_dense_form(small_blocks, offset):
-    t = tensors(offset=offset)
+def test_the_streamed_form_matches_the_dense_form(small_blocks, offset):
+    t = make_tensors(offset=offset)
     with torch.no_grad():
-        found = modeling.expected_embedding(t["query"], words(t))
-    assert (found - dense(t)).abs().max() < (1e-5 if offset == 0 else 2e-4)
+        result = modeling.expected_embedding(t["query"], words(t))
+    assert (result - dense(t)).abs().max() < (1e-5 if offset == 0 else 2e-4)
 
 
-def test_the_checkpointed_form_equals_the_dense_form_and_its_gradient(small_blocks):
-    ours, theirs = tensors(), tensors()
+def test_the_checkpointed_form_matches_the_dense_form_and_its_gradient(small_blocks):
+    ours, theirs = make_tensors(), make_tensors()
     for t in (*ours.values(), *theirs.values()):
         t.requires_grad_(True)
-    found, expected = modeling.expected_embedding(ours["query"], words(ours)), dense(theirs)
-    assert (found - expected).abs().max() < 1e-5
+    result, expected = modeling.expected_embedding(ours["query"], words(ours)), dense(theirs)
+    assert (result - expected).abs().max() < 1e-5
     weights = torch.randn(QUERIES, OUT)
-    (found * weights).sum().backward()
+    (result * weights).sum().backward()
     (expected * weights).sum().backward()
     for name, t in ours.items():
         assert (t.grad - theirs[name].grad).norm() < 1e-5 * theirs[name].grad.norm(), name
@@ -77,14 +78,14 @@ def test_no_product_spans_all_queries_and_words(monkeypatch):
     largest = 0
     product = modeling.matmul_float32
 
-    def record(left, right):
+    def recording_product(left, right):
         nonlocal largest
-        found = product(left, right)
-        largest = max(largest, found.numel())
-        return found
+        result = product(left, right)
+        largest = max(largest, result.numel())
+        return result
 
-    monkeypatch.setattr(modeling, "matmul_float32", record)
-    t = tensors()
+    monkeypatch.setattr(modeling, "matmul_float32", recording_product)
+    t = make_tensors()
     with torch.no_grad():
         modeling.expected_embedding(t["query"], words(t))
     assert largest <= max(20 * QUERIES, QUERIES * OUT) < QUERIES * WORDS / 4
@@ -95,42 +96,42 @@ def test_no_product_spans_all_queries_and_words(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_bfloat16_keeps_its_statistics_in_float32(training):
-    """Logits are in the hundreds with a spread of some tens, where bfloat16 has steps of one or two."""
-    t = tensors(torch.bfloat16, offset=10.0)
+    """The logits are in the hundreds with a spread of some tens, where the steps of bfloat16 are one or two."""
+    t = make_tensors(torch.bfloat16, offset=10.0)
     with torch.set_grad_enabled(training):
-        found = modeling.expected_embedding(t["query"], words(t))
-    assert found.dtype == torch.bfloat16
-    assert (found.double() - dense(t)).abs().max() < 2e-2
+        result = modeling.expected_embedding(t["query"], words(t))
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - dense(t)).abs().max() < 2e-2
 
 
-def test_autocast_is_bfloat16():
+def test_autocast_computes_in_bfloat16():
     """Under autocast, float32 weights give the same result as bfloat16 weights."""
-    t = tensors(offset=10.0)
+    t = make_tensors(offset=10.0)
     narrow = {name: tensor if name in ("scale", "bias") else tensor.bfloat16() for name, tensor in t.items()}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = modeling.expected_embedding(t["query"], words(t))
-    assert found.dtype == torch.bfloat16
-    assert (found.double() - dense(narrow)).abs().max() < 2e-2
+        result = modeling.expected_embedding(t["query"], words(t))
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - dense(narrow)).abs().max() < 2e-2
 
 
 def test_the_product_for_gpus_has_the_right_gradient(monkeypatch):
-    """cuBLAS computes a float32 product of bfloat16 factors; the test replaces it with a substitute."""
+    """On GPUs, cuBLAS computes a float32 product of bfloat16 factors. A substitute takes its place here."""
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
-    t = tensors(torch.bfloat16)
+    t = make_tensors(torch.bfloat16)
     left, right, weights = t["query"], t["keys"].T.contiguous(), torch.randn(QUERIES, WORDS)
     gradients = []
     for product in (modeling._Float32Product.apply, lambda left, right: left.float() @ right.float()):
         factors = left.clone().requires_grad_(), right.clone().requires_grad_()
-        found = product(*factors)
-        assert found.dtype == torch.float32
-        (found * weights).sum().backward()
+        result = product(*factors)
+        assert result.dtype == torch.float32
+        (result * weights).sum().backward()
         gradients.append([factor.grad.float() for factor in factors])
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
-def test_float64():
-    t = {name: tensor.double() for name, tensor in tensors().items()}
+def test_float64_matches_the_dense_form():
+    t = {name: tensor.double() for name, tensor in make_tensors().items()}
     with torch.no_grad():
         streamed = modeling.expected_embedding(t["query"], words(t))
     assert streamed.dtype == torch.float64
@@ -138,8 +139,8 @@ def test_float64():
     torch.testing.assert_close(modeling.expected_embedding(t["query"], words(t)), dense(t))
 
 
-def test_distribution():
-    t = tensors()
+def test_the_distribution_sums_to_one_and_gives_the_dense_result():
+    t = make_tensors()
     p = modeling.word_distribution(t["query"], words(t))
     assert (p @ t["values"] - dense(t)).abs().max() < 1e-5
     assert torch.allclose(p.sum(-1), torch.ones(QUERIES))
