@@ -46,6 +46,7 @@ def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 
     """
     taken: set[str] = set()
     for checkpoint, config in [(checkpoint, model_config(checkpoint)) for checkpoint in checkpoints]:
+        # The first of these names that is free is used.
         connector = connector_spec(config.connector).title
         numbered = (f"{connector} ({checkpoint}, {number})" for number in itertools.count(2))
         names = itertools.chain((connector, f"{connector} ({checkpoint})"), numbered)

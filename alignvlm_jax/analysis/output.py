@@ -69,6 +69,7 @@ def check_folder(out: str | Path) -> None:
     Raises:
       UserError: if the folder is not writable.
     """
+    # `out` would be created in its closest existing parent.
     folder = Path(out).absolute()
     while not folder.exists():
         folder = folder.parent

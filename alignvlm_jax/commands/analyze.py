@@ -115,6 +115,7 @@ def add(commands: Commands) -> None:
         command.add_argument("--seed", type=non_negative, default=0, metavar="N", help="random seed (default: 0)")
         return command
 
+    # Each analysis adds arguments of its own.
     summary = "noise on the features and on the pages"
     noise = add_analysis("noise", _analyze_noise, summary, NOISE_DESCRIPTION, NOISE_EPILOG)
     noise.add_argument(

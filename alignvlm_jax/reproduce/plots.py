@@ -40,6 +40,7 @@ def bars(file: Path, groups: Mapping[str, Mapping[str, Estimate]], label: str) -
         means = [value.mean for value in values.values()]
         low = [value.mean - value.low for value in values.values()]
         high = [value.high - value.mean for value in values.values()]
+        # Gray levels and hatches tell the groups apart in print.
         axes.bar(
             positions,
             means,
@@ -75,6 +76,7 @@ def curves(
         squeeze=False,
         layout="constrained",
     )
+    # The panels share the y axis and one legend, to the right of the last panel.
     for axes, (title, by_name) in zip(row[0], panels.items(), strict=True):
         for name, (x, y) in by_name.items():
             _curve(axes, name, x, y)

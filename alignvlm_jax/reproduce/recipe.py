@@ -77,6 +77,7 @@ def experiment(
       factor: factor of the connector's learning rates, in all stages.
       steps: share of the recipe's steps.
     """
+    # Nested fields are changed in the config as a dict, and checked when it becomes a config again.
     base = load_config(options.config, options.overrides)
     raw = config_to_dict(base)
     raw["seed"] = seed

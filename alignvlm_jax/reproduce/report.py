@@ -28,6 +28,7 @@ def write_report(options: Options, out: Path) -> Path:
 
 
 def _head(options: Options, out: Path) -> str:
+    # Runs of closed experiments count only if they have results.
     jobs = parts.all_jobs(options)
     done = [result for result in (read_result(out, job) for job in jobs) if result is not None]
     closed = [result for result in (read_result(out, job) for job in parts.closed_jobs(options)) if result is not None]

@@ -149,6 +149,7 @@ def visual_tokens(reader: Reader, records: Sequence[Record], pages: int) -> Floa
     model, variables = AlignVLM(reader.config), reader.generator.variables
     all_tokens = []
     for tiles, valid_hw in tile_batches(reader, records, pages, title="tokens"):
+        # Tiles of valid height 0 pad the batch.
         tokens = np.asarray(connect(model, variables, encode(model, variables, tiles, valid_hw)), np.float32)
         all_tokens.append(tokens[valid_hw[0, :, 0] > 0].reshape(-1, tokens.shape[-1]))
     return np.concatenate(all_tokens)

@@ -35,6 +35,7 @@ def to_json(geometry: Geometry) -> dict[str, Any]:
 def plot(geometries: Mapping[str, Geometry]) -> matplotlib.figure.Figure:
     """Plots a plane for each checkpoint, and the distribution of the distances."""
     figure, panels = output.new_plot(len(geometries) + 1, title="Visual tokens among the text embeddings")
+    # The last panel has the distances of all checkpoints.
     distances = panels[-1]
     for number, (name, geometry) in enumerate(geometries.items()):
         axes, plane = panels[number], geometry.plane
@@ -45,6 +46,7 @@ def plot(geometries: Mapping[str, Geometry]) -> matplotlib.figure.Figure:
         axes.set_xlabel("first principal axis (spreads of the text)")
         axes.set_ylabel("second principal axis (spreads of the text)")
         axes.legend(fontsize=8)
+        # Thick lines are distances to the nearest word, thin ones to the hull. Markers would hide the steps.
         style = {key: value for key, value in output.line_style(number).items() if key in ("color", "linestyle")}
         for values, label, width in (
             (geometry.nearest, f"{name}, to the nearest word", 1.6),

@@ -133,6 +133,7 @@ def feature_noise(
     distances = feature_distances(reader, records, sigmas, seed=seed, pages=pages)
     points = []
     for sigma, sigma_distances in zip(sigmas, distances.by_sigma, strict=True):
+        # Sigma 0 is the reader itself, whose program has no noise in it.
         noisy = reader.with_feature_noise(sigma, seed) if sigma else reader
         report = evaluate(noisy, records, limit=limit, title=f"noise of sigma {sigma:g}")
         points.append(NoisePoint(sigma, sigma / distances.feature_deviation, report.overall, *sigma_distances))
@@ -180,6 +181,7 @@ def feature_distances(
 def _cosine_distances(
     left: Float[Array, "M N D"], right: Float[Array, "M N D"], origins: Float[Array, "o D"]
 ) -> Float[Array, "o M N"]:
+    # [M, N, D] - [o, 1, 1, D] -> [o, M, N, D]
     left, right = (tokens.astype(jnp.float32) - origins[:, None, None] for tokens in (left, right))
     lengths = jnp.linalg.norm(left, axis=-1) * jnp.linalg.norm(right, axis=-1)
     return 1.0 - jnp.sum(left * right, axis=-1) / jnp.maximum(lengths, 1e-30)

@@ -49,6 +49,7 @@ def plot_features(reports: Mapping[str, NoiseReport]) -> matplotlib.figure.Figur
     for number, (name, report) in enumerate(reports.items()):
         style, sigmas = output.line_style(number), [point.sigma for point in report.features]
         output.plot_scores(scores, sigmas, [point.tally for point in report.features], label=name, style=style)
+        # Filled markers are the paper's distance, hollow ones the distance after subtracting the mean token.
         plain = [point.cosine_distance for point in report.features]
         distances.plot(sigmas, plain, label=name, linewidth=1.4, **style)
         centered = [point.token_centred_cosine_distance for point in report.features]
@@ -115,10 +116,10 @@ def describe(reports: Mapping[str, NoiseReport], split: str) -> str:
         "reports a change of -1.67 points and a distance of 0.0036 for ALIGN, and -25.54 and 0.3938 for an MLP.",
         "",
     ]
+    # A paragraph about the pages themselves, with the lowest score of each kind of corruption.
     if any(report.images for report in reports.values()):
         lines += ["![](noise_images.png)", ""]
         for name, report in reports.items():
-            # The lowest score of each kind.
             worst: dict[str, CorruptionPoint] = {}
             for point in report.images:
                 previous = worst.get(point.corruption.kind, point)

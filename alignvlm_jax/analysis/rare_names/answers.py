@@ -115,10 +115,12 @@ def read_letters(reader: Reader, folder: str | Path, answers: Sequence[NameAnswe
         for (record, document), tokens in zip(pages, _visual_tokens(reader, prompts), strict=True):
             for number in answers_of_page[record["id"]]:
                 name = answers[number].name
+                # Subtracting the mean removes what all embeddings share, which would dominate the cosine.
                 position, choices = letters[name.group]
                 choice_rows = embedding[[reader.tokenizer.encode_text(letter)[0] for letter in choices]] - mean
                 token_rows = tokens[_patches_of_letter(reader, document, name.text, position)] - mean
                 lengths = np.linalg.norm(token_rows, axis=1)[:, None] * np.linalg.norm(choice_rows, axis=1)
+                # [patches, letters]: the letter with the highest similarity at any patch wins.
                 cosine = (token_rows @ choice_rows.T) / lengths
                 read[number] = dataclasses.replace(read[number], letter=choices[int(cosine.max(axis=0).argmax())])
     return read

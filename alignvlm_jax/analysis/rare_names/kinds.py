@@ -63,6 +63,7 @@ def classify(answers: Sequence[Answer], lexicon: Sequence[Name]) -> list[NameAns
       answers: all answers about each page. Their expected texts tell what else is printed on the page.
       lexicon: the names of the corpus.
     """
+    # All expected answers about a page are printed on it.
     names, endings = {name.text: name for name in lexicon}, count_endings(lexicon)
     printed = collections.defaultdict(set)
     for answer in answers:

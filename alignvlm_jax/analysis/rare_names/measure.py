@@ -73,6 +73,7 @@ def compare(answers: Sequence[NameAnswer], others: Sequence[NameAnswer], *, seed
         raise UserError("the answers to compare are about different names: ask both models about the same pages")
 
     def difference(columns: Bool[np.ndarray, " C"]) -> Statistic:
+        # Both rates use the same resampled groups, so the variation between groups cancels in their difference.
         rate, other_rate = _rate(wrong, asked, columns), _rate(other_wrong, other_asked, columns)
         return lambda rows: other_rate(rows) - rate(rows)
 
@@ -118,6 +119,7 @@ def letter_agreement(answers: Sequence[NameAnswer], lexicon: Sequence[Name]) -> 
 
 def _summarize(answers: Sequence[NameAnswer], seed: int) -> dict[str, Any]:
     wrong, asked = _count(answers, _is_wrong)
+    # Counts of each kind of wrong answer; KINDS[0] is "right".
     kinds = {kind: _count(answers, lambda answer, kind=kind: answer.kind == kind)[0] for kind in KINDS[1:]}
     estimate = functools.partial(_bootstrap, groups=len(wrong), seed=seed)
     rare, common = _rate(wrong, asked, _IS_RARE), _rate(wrong, asked, _IS_COMMON)

@@ -50,6 +50,7 @@ def describe(results: dict[str, Any]) -> str:
     overall, look_alikes = results["model"]["all"], results["model"]["look-alikes"]
     rarest, commonest = overall["by_count"][0], overall["by_count"][-1]
     pull, endings = look_alikes["pull"], overall["pull_of_endings"]
+    # The error and the rarity gap, the pull among look-alikes, and the pull of endings.
     text = [
         f"Of {overall['questions']} questions that ask for names, {_percent(overall['error'])} are answered wrong. For "
         f"names never seen in training the error is {_percent(rarest['error'])}, and for names seen "
@@ -63,6 +64,7 @@ def describe(results: dict[str, Any]) -> str:
         f"Of the answers that are not names, {endings['commoner']} end like a more common name and "
         f"{endings['rarer']} like a rarer one: {_verdict(endings, 0.5)}.",
     ]
+    # The part of the model that is responsible, if it was measured.
     if "decoder alone" in results:
         alone = results["decoder alone"]["look-alikes"]
         text.append(

@@ -64,6 +64,7 @@ def plot(reports: Mapping[str, VocabularyReport]) -> matplotlib.figure.Figure:
             sizes, tallies = [point.words for point in curve], [point.tally for point in curve]
             if curve:
                 output.plot_scores(scores, sizes, tallies, label=label, style={**style, **hollow})
+    # Logarithmic axes with plain numbers as labels.
     mass.set(xscale="log", yscale="log", ylim=(1e-7, 1.5), xlabel="words, the most used first")
     mass.set_ylabel("share of the mass of P on all other words")
     scores.set(xscale="log", xlabel="words kept")

@@ -65,6 +65,7 @@ def run(
     counted, records = inputs.open_records(data, usage_split), inputs.open_records(data, split)
     reports = {}
     for name, reader in inputs.load_readers(checkpoints, batch_size=batch_size):
+        # Count the words first: pruned models keep the most used ones.
         use = vocabulary_use(reader, counted, pages=pages)
         if save is not None:
             save_pruned(checkpoints[0], use.mean, prune, save, statistics=statistics)

@@ -157,6 +157,7 @@ def _with_due_references(questions: list[Question], dataset: str, folder: pathli
     if meta is None:
         return questions
     references = dict(_due_references(meta / "document.jsonl"))
+    # metadata.jsonl names document and question of each line of the file of questions.
     lines = list(files.json_lines(meta / "metadata.jsonl")) if (meta / "metadata.jsonl").is_file() else []
     if len(lines) != len(questions):
         raise UserError(
@@ -250,6 +251,7 @@ def _with_ten_answers(questions: list[Question], folder: pathlib.Path, split: st
     rows = [Row(*record) for record in files.records(data.get("data") if isinstance(data, dict) else data, str(file))]
     # The questions lack the ids of the original file, so image and text identify them.
     originals = {(row.text("image_id"), row.text("question")): row for row in rows}
+    # Replace the id and the answer of each question by those of the original file.
     completed = []
     for question in questions:
         if question.problem:

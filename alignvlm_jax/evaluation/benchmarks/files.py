@@ -82,7 +82,7 @@ def find(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
 def json_file(file: pathlib.Path) -> Any:
     """Returns the content of a JSON file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))  # With or without a byte order mark.
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: cannot be read as JSON ({error}). The file may be incomplete; fetch it again"

@@ -42,6 +42,7 @@ def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | Non
         raise UserError(
             f"{paths[0]}: expected the questions in a list 'questions', as in SEED-Bench's file; there is no such list"
         )
+    # The file maps names to numbers, while questions have the numbers.
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else _TYPES
     records = files.records(content["questions"], f"{paths[0]}, questions")

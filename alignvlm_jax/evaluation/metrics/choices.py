@@ -46,6 +46,7 @@ def mmmu_choice(prediction: str, choices: Sequence[str]) -> str | None:
         named = [letter for letter in letters if detected.format(letter) in text]
         if named:
             return max(named, key=lambda letter: text.rfind(located.format(letter)))
+    # The official code searches for the texts of options only in answers of more than five words.
     if len(text.split()) <= 5:
         return None
     positions = {letter: text.lower().rfind(choice.lower()) for letter, choice in zip(letters, choices, strict=True)}
@@ -67,6 +68,7 @@ def mmmu_open(prediction: str, references: Sequence[str]) -> bool:
     - "is " is found within words too, such as "this ".
     - An accepted text of a single letter must be next to a space in the answer.
     """
+    # A reference is normalized like a candidate, so numbers are compared with numbers and texts with texts.
     accepted = {value for reference in accepted_answers(references) for value in _normalized(reference)}
     parts = _key_parts(prediction)
     numbers = [number for part in parts for pattern in _NUMBERS for number in pattern.findall(part)]

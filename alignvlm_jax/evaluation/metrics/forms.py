@@ -48,6 +48,7 @@ def due_f1(
 
 def _num_paired(predicted: Sequence[tuple[str, str]], expected: Sequence[tuple[str, Sequence[str]]]) -> int:
     """Returns the number of pairs when each predicted value takes the first unpaired expected value that matches."""
+    # Upper case is the evaluator's way to ignore case: "ß" equals "ss", unlike in lower case.
     unpaired = [(key, [value.upper() for value in accepted]) for key, accepted in expected]
     for key, value in predicted:
         matches = (i for i, (other, accepted) in enumerate(unpaired) if key == other and value.upper() in accepted)

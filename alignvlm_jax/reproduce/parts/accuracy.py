@@ -73,12 +73,14 @@ def difference(results: Results, first: str, second: str, encoder: str) -> Estim
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plots."""
     options = results.options
+    # A table for each encoder.
     lines, bars = [], {}
     for encoder in options.encoders:
         table = [_row(results, connector, encoder) for connector in options.connectors]
         table = [row for row in table if row is not None]
         lines += [f"### {ENCODER_TITLES[encoder].capitalize()}", "", _HEADER, _RULE, *(row for row, _ in table), ""]
         bars[ENCODER_TITLES[encoder]] = {name: value for _, (name, value) in table}
+    # Plots of the scores, and of the validation loss during training.
     if any(bars.values()):
         plots.bars(folder / "accuracy.svg", bars, "held-out questions answered exactly right")
         lines += ["![Share of held-out questions answered right, by connector and encoder](accuracy.svg)", ""]

@@ -107,6 +107,7 @@ def section(results: Results, folder: Path) -> str:
         f"memory of a step | seconds for {_QUESTIONS} answers | relative to MLP |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    # Ratios need the run of MLP, which may be missing.
     for connector, found in rows.items():
         ratios = [found[key] / mlp[key] if mlp else None for key in ("seconds_per_step", "answer_seconds")]
         step_ratio, answer_ratio = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)

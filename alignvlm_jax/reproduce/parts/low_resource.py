@@ -59,6 +59,7 @@ def _runs(results: Results, connector: str, fraction: float) -> dict[int, Result
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, curves, lines = results.options, {}, []
+    # A row of the table and a curve for each connector, over the fractions that have results.
     for connector in _connectors(options):
         runs_by_fraction = {fraction: _runs(results, connector, fraction) for fraction in (*FRACTIONS, 1)}
         values = {

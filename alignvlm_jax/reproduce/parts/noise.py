@@ -85,6 +85,7 @@ def _loss(results: Results, connector: str, encoder: str, point: str, against: s
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, panels, lines = results.options, {}, []
+    # A table and a panel for each encoder, with a row and a curve for each connector.
     for encoder in options.encoders:
         curves, rows = {}, []
         for connector in options.connectors:

@@ -110,6 +110,7 @@ def _exact(scores: Result) -> Int[np.ndarray, " pages"]:
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, lines, bars = results.options, [], {difficulty: {} for difficulty in DIFFICULTIES}
+    # A row for each connector: exact match before and after training, and Jaccard, for each difficulty.
     for connector in options.connectors:
         runs = _runs(results, connector)
         if not runs:
