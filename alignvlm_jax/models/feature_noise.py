@@ -41,7 +41,7 @@ class FeatureNoise:
         return (features + self.sigma * noise).astype(features.dtype)
 
 
-def _digests(tiles: UInt8[Array, "B M S S 3"]) -> UInt32[Array, "B*M"]:
+def _digests(tiles: UInt8[Array, "B M S S 3"]) -> UInt32[Array, " B*M"]:
     """Returns a hash of each tile; two different tiles have the same hash with a probability of 2^-32."""
     # A sum with random factors, modulo 2^32. Adding 1 gives a black tile a random hash, too.
     pixels = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1).astype(jnp.uint32)

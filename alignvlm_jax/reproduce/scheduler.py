@@ -99,6 +99,9 @@ def run_all(
                 if job:
                     waiting.remove(job)
                     running[slot] = _Process(options, out, job, slot, at_once, command)
+                    if interruption.signal_number:
+                        # The signal came while the process was being started: its handler did not know it yet.
+                        running[slot].stop()
             bar.set_description_str(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs", refresh=False)
             bar.set_postfix_str(", ".join(process.job.name for process in running.values()))
             time.sleep(_POLL_INTERVAL)
@@ -164,6 +167,7 @@ class _Process:
         folder = job.folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG_FILE
+        self._is_stopping = False
         share = 1 if job.runs_alone else at_once
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         # Every slot has its own cores. With more slots than cores, all processes share all cores.
@@ -185,8 +189,10 @@ class _Process:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Asks the process to save and end."""
-        self._process.terminate()
+        """Asks the process, once, to save and end."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._process.terminate()
 
     def kill(self) -> None:
         """Ends the process without saving."""

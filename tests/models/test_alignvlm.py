@@ -175,8 +175,13 @@ def test_rematerialization_does_not_change_gradients(params, remat):
     def gradient(config):
         return jax.jit(jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2)))(params)
 
-    for got, expected in zip(jax.tree.leaves(gradient(rematerialized)), jax.tree.leaves(gradient(CONFIG)), strict=True):
-        assert np.linalg.norm(got - expected) <= 1e-4 * max(np.linalg.norm(expected), 1e-3)
+    ours, expected = gradient(rematerialized), gradient(CONFIG)
+    # A bias of the keys moves all scores of a query alike, which softmax ignores: its gradient is rounding noise.
+    for gradients in (ours, expected):
+        key = gradients["vision"]["layers"]["attention"]["key"]
+        assert np.linalg.norm(key.pop("bias")) <= 1e-6 * np.linalg.norm(key["kernel"])
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
 
 
 @pytest.mark.parametrize(

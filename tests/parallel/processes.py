@@ -55,7 +55,7 @@ def start(folder: pathlib.Path, task: str, num_processes: int, *, devices: int =
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }

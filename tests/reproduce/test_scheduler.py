@@ -134,6 +134,19 @@ def test_a_job_that_measures_time_has_the_machine_to_itself(tmp_path):
     assert done.index(("ends", "one")) < done.index(("begins", "alone"))
 
 
+def test_a_signal_while_a_process_starts_stops_it(tmp_path):
+    start_process = command(tmp_path / "log", 60.0)
+
+    def command_with_signal(out: Path, job: Job, share: int) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start_process(out, job, share)
+
+    start_time = time.monotonic()
+    with pytest.raises(distributed.Preempted):
+        scheduler.run_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=command_with_signal)
+    assert time.monotonic() - start_time < 30
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, distributed.Preempted), (signal.SIGINT, distributed.Interrupted)]
 )

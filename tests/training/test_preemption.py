@@ -77,7 +77,7 @@ def start(folder, config, output=None):
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(processes.ROOT),
         "PYTHONUNBUFFERED": "1",
     }
