@@ -257,6 +257,7 @@ class ChatTokenizer:
         ids, offsets, cursor = [], [], 0
 
         def add_text(text):
+            """Encodes a piece of plain text and appends its ids and offsets."""
             nonlocal cursor
             # A text in the middle must not get the space that the tokenizer puts before a text's first word. _BREAK
             # takes it instead, and its token is dropped.

@@ -96,6 +96,7 @@ def _first_turns(messages: list[Message], max_turns: int | None) -> list[Message
 
 
 def _parse(text: str) -> list[Message]:
+    """Returns the messages of a stored conversation; raises a `UserError` if it is not valid."""
     try:
         messages = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
@@ -116,6 +117,7 @@ def _parts(message: Message) -> Sequence[Any]:
 
 
 def _field(record: Record, name: str) -> Any:
+    """Returns a field of a record; raises a `UserError` if it is missing."""
     if name not in record:
         raise UserError(f"the record has no field {name!r}")
     return record[name]

@@ -1,4 +1,4 @@
-"""The words of each patch: the distribution that ALIGN computes over the vocabulary.
+"""The words of each patch: the distribution that ALIGN computes over the vocabulary. A word is a token of it.
 
 Axes: M tiles, N patches per tile, k words kept per patch, D model width, S tile side.
 

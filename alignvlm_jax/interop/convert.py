@@ -172,6 +172,7 @@ class _ShardReader:
         return self._shards[bounds]
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns the shard at this index (slices with bounds) of the parameter."""
         shard = _aligned_empty(tuple(axis.stop - axis.start for axis in index), self._parameter.leaf.dtype)
         if self._parameter.stacked:
             # The leading axis of the parameter selects tensors, the other axes select a part of each.

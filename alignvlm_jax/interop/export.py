@@ -241,6 +241,7 @@ def _without_class(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _siglip_preprocessor(side: int) -> dict[str, Any]:
+    """Returns `preprocessor_config.json` of the encoder alone."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,

@@ -191,6 +191,7 @@ def save_language_folder(
 
 
 def _write_folder(folder: str | Path, config: dict, params: Params, rows: Sequence[Row], dtype: str) -> None:
+    """Writes `config.json` and the parameters, all of them in one dtype."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -111,6 +111,7 @@ def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
 
 
 def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
+    """Raises a `UserError` unless `config.json` is that of a complete AlignVLM."""
     kind = config_json.get("model_type")
     if kind == "alignvlm":
         sections = ("vision_config", "text_config", "connector_config")
@@ -236,6 +237,7 @@ def _kept_dtype(stored: np.dtype | None, default: np.dtype) -> np.dtype:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises a `UserError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -72,6 +72,7 @@ def model_card(
 
 
 def _front_matter(part: str, connector: str) -> str:
+    """Returns the YAML block that the Hugging Face Hub reads."""
     task = {"alignvlm": "image-text-to-text", "language": "text-generation", "vision": "image-feature-extraction"}[part]
     tags = ["alignvlm", *(["vision-language-model", "document-understanding", connector] if part == "alignvlm" else [])]
     lines = ["library_name: transformers", f"pipeline_tag: {task}", "license: unknown", "tags:"]
@@ -79,6 +80,7 @@ def _front_matter(part: str, connector: str) -> str:
 
 
 def _introduction(part: str) -> str:
+    """Returns the introduction: what the folder holds, and what loads it."""
     if part == "alignvlm":
         return (
             "A vision-language model that answers questions about images of documents. It was trained in JAX with "
@@ -93,6 +95,7 @@ def _introduction(part: str) -> str:
 
 
 def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> str:
+    """Returns the section about the architecture: a table of the parts, and the tiles and tokens of a page."""
     config = reader.config
     vision, language, tiling = config.model.vision, config.model.language, config.data.tiling
     counts = {name: _count(reader, name) for name in PARTS}
@@ -137,6 +140,7 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
 
 
 def _count(reader: ParameterReader, part: str) -> int:
+    """Returns the number of parameters of a part."""
     return sum(math.prod(shape) for path, shape in reader.shapes.items() if path.startswith(f"{part}/"))
 
 
@@ -213,6 +217,7 @@ def _stage_length(stage: StageConfig) -> str:
 
 
 def _limits(config: ExperimentConfig, part: str) -> str:
+    """Returns the section about limitations."""
     if part == "alignvlm":
         return (
             "- A conversation, including its visual tokens, has at most "

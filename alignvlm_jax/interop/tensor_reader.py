@@ -106,6 +106,7 @@ class TensorFiles:
         return np.frombuffer(memory, self.dtypes[key], count, offset).reshape(shape)[index]
 
     def _open_shards(self) -> None:
+        """Opens the files that the index names, and notes problems of the index."""
         try:
             weight_map = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(weight_map.values()))
@@ -130,6 +131,7 @@ class TensorFiles:
         return True
 
     def _open(self, name: str) -> bool:
+        """Maps a file and registers its tensors; notes problems and returns False if the file cannot be read."""
         path = self.folder / name
         try:
             # The library checks the header against the file size. The data is read through mmap below, because the
@@ -161,6 +163,7 @@ class TensorFiles:
 
 
 def _describe_missing_weights(folder: Path) -> str:
+    """Returns an error message for a folder without safetensors, with a command that converts pickled weights."""
     if not folder.is_dir():
         return "no such folder"
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))

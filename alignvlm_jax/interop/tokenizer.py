@@ -136,13 +136,14 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     # Folders written by `export_tokenizer` keep the rule that the export removed.
     if _RULE in files.config:
         vocabulary["post_processor"] = files.config[_RULE]
+    # Collect the special tokens and the template, which may be spread over several files.
     _add_missing(vocabulary, files.config)
     names = _find_names(files, vocabulary, notes)
     end_tokens = _find_end_tokens(files, _token_ids(vocabulary), notes)
     if template is None:
         template = _find_template(files, notes)
 
-    # Choose the image token.
+    # Choose the image token, which must not have another role.
     named_token = names.pop("image_token", None)
     taken = {*names.values(), *end_tokens}
     image_token = image_token or named_token or _find_image_token(vocabulary, taken, template)
@@ -151,6 +152,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     if not re.fullmatch(r"<.+>|\[.+\]", image_token):
         raise UserError(f"the image token {image_token!r} could occur in ordinary text: choose one in <> or []")
     rows = _check_rows(_token_ids(vocabulary), image_token, num_embeddings, notes)
+    # Mark all named tokens as special, so that the tokenizer never splits them.
     for token in (*names.values(), image_token):
         _make_special(vocabulary, token)
     for entry in vocabulary["added_tokens"]:
@@ -158,6 +160,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
             # If it were normalized, a token would get SentencePiece's leading space and be found only in some places.
             entry["normalized"] = False
 
+    # Write the configuration from scratch: the folder's may hold settings of older versions of transformers.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
@@ -195,6 +198,7 @@ class _Files(NamedTuple):
 
 
 def _read_folder(folder: pathlib.Path) -> _Files:
+    """Reads the files of a tokenizer folder; raises a `UserError` if it has no tokenizer.json."""
     if not folder.is_dir():
         raise UserError("no such folder")
     if not (folder / TOKENIZER_FILE).exists():
@@ -223,6 +227,7 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises a `UserError` if there is none."""
     try:
         content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:

@@ -36,8 +36,8 @@ _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
 # In JSON, a string cannot span lines. After a lost quotation mark, the next line is therefore read correctly again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
-# An element longer than this may have swallowed the next record. It is searched for one then, and again whenever its
-# length doubles.
+# An element longer than this may contain the next record, because of a lost quotation mark. It is then searched for the
+# start of a record, and again whenever its length doubles.
 _FIRST_SEARCH_BYTES = 2**20
 
 

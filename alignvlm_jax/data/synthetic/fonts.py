@@ -79,6 +79,7 @@ def glyph_image(font: str, size: float, character: str) -> tuple[Image.Image, in
 
 @functools.cache
 def _face(font: str, steps: int) -> Face:
+    """Returns the face whose digit advance is `steps` times `_STEP`."""
     advances, cap_height = _reference_metrics(font)
     digit = round(steps * _STEP, 1)
     size = round(digit / advances["0"], 2)

@@ -137,6 +137,7 @@ def flatten_images(images) -> Iterator:
 
 
 def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+    """Opens an image given by a path, an http(s) URL, a data URL, base64 text, or its encoded bytes."""
     if isinstance(source, bytes):
         data = source
     elif os.path.isfile(source):
@@ -158,6 +159,7 @@ def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
 
 
 def _to_pil(image) -> PIL.Image.Image:
+    """Converts an array or a tensor to a PIL image."""
     if isinstance(image, PIL.Image.Image):
         return image
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)

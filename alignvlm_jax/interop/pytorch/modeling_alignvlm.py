@@ -1,7 +1,7 @@
 """PyTorch AlignVLM model: SigLIP encoder, connector, Llama decoder.
 
-ALIGN maps every visual feature f to a distribution over the words of the language model, and returns the expected
-embedding under this distribution (arXiv 2502.01341, section 3):
+ALIGN maps every visual feature f to a distribution over the words of the language model (the tokens of its vocabulary),
+and returns the expected embedding under this distribution (arXiv 2502.01341, section 3):
 
     P  = softmax(LN_V(W2 · LN_D(W1 f)))        distribution over the V words
     F' = P · E_text                            a point in the convex hull of the text embeddings
@@ -159,6 +159,7 @@ def _stream_words(query: torch.Tensor, words: Words) -> torch.Tensor:
         return matmul_float32(query, words.keys(block).to(query).T)
 
     def stream_moments(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mean and variance of the logits, each [T, 1]."""
         count, mean, squares = 0, query.new_zeros(num_queries, 1, dtype=torch.float32), 0.0
         for block in words.blocks(block_size):
             scores, size = logits(block), block.stop - block.start
