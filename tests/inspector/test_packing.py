@@ -29,6 +29,7 @@ def test_words_and_probabilities_round_trip():
     for pairs, words, shares in zip(unpack(text), ids, probabilities, strict=True):
         kept = shares >= packing.FLOOR
         assert 1 <= kept.sum() and [word for word, _ in pairs] == [str(word) for word in words[kept]]
+        # Logarithms of probabilities are rounded to a grid of 65535 steps.
         np.testing.assert_allclose([share for _, share in pairs], shares[kept], rtol=1.3e-4)
     assert sum(map(len, unpack(text))) < ids.size, "the sample must have words below the floor"
     np.testing.assert_allclose(
@@ -51,6 +52,7 @@ def test_the_floor_rises_if_there_are_too_many_entries(monkeypatch):
     text = packing.pack_words(
         np.tile(np.arange(30), (50, 1)), probabilities, np.zeros(50), vocabulary=500, token_text=str
     )
+    # A few more than 200, because every patch keeps its likeliest word.
     assert text["floor"] > packing.FLOOR and 200 <= sum(map(len, unpack(text))) <= 250
     for pairs, dense in zip(unpack(text), probabilities, strict=True):
         assert len(pairs) == max(1, np.sum(dense >= text["floor"]))

@@ -151,6 +151,7 @@ def test_every_problem_is_reported_before_anything_is_read(tmp_path, monkeypatch
     del tensors["layers.0.scale"], tensors["layers.2.scale"]
     tensors["layers.1.weight"] = np.zeros((200, 4), np.float32)
     tensors["table"] = np.zeros((10, 8), np.int8)
+    # `rename` maps this key and patch.weight to the same name.
     tensors["model.patch.weight"] = tensors["patch.weight"].copy()
     tensors |= {"layers.3.scale": np.zeros(4, np.float32), "extra": np.zeros(1, np.float32)}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")

@@ -118,7 +118,7 @@ def copy_with_context(backbones, folder, positions):
     return folder / "vision", folder / "language"
 
 
-def test_dtype_mesh_and_connector_can_be_chosen_and_a_short_context_limits_tiles(backbones, tmp_path):
+def test_import_options_are_applied_and_a_short_context_limits_tiles(backbones, tmp_path):
     vision, language = copy_with_context(backbones, tmp_path / "short", 300)
     mesh, notes, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
     config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, log=notes.append)

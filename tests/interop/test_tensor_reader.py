@@ -75,6 +75,7 @@ print(total, anonymous() - before)
 """
     run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     total, megabytes = map(float, run.stdout.split())
+    # Every page of the 64 MB was touched. Memory-mapped pages of a file do not count as anonymous memory.
     assert total == 64 * 2**8 and megabytes < 8
 
 
@@ -94,6 +95,7 @@ def test_folders_without_weights_are_refused(tmp_path):
         TensorFiles(tmp_path)
 
 
+# Cut off within the length of the header, within the header, and within the last tensor; and an empty file.
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     save(tmp_path, WEIGHTS_FILE)
@@ -110,7 +112,9 @@ def test_all_problems_of_shards_are_reported_together(tmp_path):
     folder.mkdir(), elsewhere.mkdir()
     save(elsewhere, "secret.safetensors", ("b.bias",))
     (folder / "link.safetensors").symlink_to(elsewhere / "secret.safetensors")
+    # A header of 16 bytes is announced, and two follow.
     (folder / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    # Each of these keys points to another kind of wrong file, and one shard more than the index names has `count`.
     save_shards(
         folder,
         up="../elsewhere/secret.safetensors",

@@ -30,6 +30,7 @@ def _arrays(specs):
 def test_torch_reads_every_layout_and_dtype(tmp_path):
     specs = [_spec("a", (3, 5)), _spec("b", (4,), ml_dtypes.bfloat16), _spec("c", (2, 3), "float16")]
     arrays = _arrays(specs)
+    # The file format has row-major tensors only.
     arrays["a"] = np.asfortranarray(arrays["a"])
     write_tensors(tmp_path, specs, lambda spec: arrays[spec.key])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
@@ -48,6 +49,7 @@ def test_torch_reads_every_layout_and_dtype(tmp_path):
 
 
 def test_shards_contain_the_tensors_named_in_the_index(tmp_path):
+    # A shard of 100 bytes holds 25 values; t2 is larger and gets a shard of its own.
     specs = [_spec(f"t{i}", (size,)) for i, size in enumerate((10, 10, 100, 5, 5))]
     arrays = _arrays(specs)
     write_tensors(tmp_path, specs, lambda spec: arrays[spec.key], max_shard_bytes=100)

@@ -23,7 +23,7 @@ from alignvlm_jax.interop.import_pytorch import import_alignvlm
 from alignvlm_jax.models.alignvlm import AlignVLM
 from tests.interop.pytorch.folders import relative_error
 
-PARITY = 1e-4
+PARITY = 1e-4  # maximum relative error of logits between JAX and PyTorch, both in float32
 _PAGES = 300  # The held-out set of the demo, with 1,049 questions.
 _BATCH = 64
 _NEW_TOKENS = 32
@@ -155,6 +155,7 @@ def test_exchanging_tiles_or_rows_changes_the_logits(reader, exported, records, 
             "tile_valid_hw": _exchange(prompt.tile_valid_hw, 0, first, second),
         }
 
+    # 100 times the tolerance: a wrong order of tiles or rows could not pass as parity.
     tiles = _logit_change(reader, exported, record, exchange_tiles, lambda pixels: _exchange(pixels, 0, first, second))
     assert tiles > 100 * PARITY
 

@@ -102,6 +102,7 @@ def test_an_examples_loss_and_gradient_are_the_same_alone_and_packed(params):
     examples = [_example(rng, 2, 7), _example(rng, 1, 4), _example(rng, 0, 9)]
     value_and_grad = jax.jit(jax.value_and_grad(lambda p, b: _loss(p, b)[0]))
     alone = [value_and_grad(params, _bin([example], 64, 4)) for example in examples]
+    # The loss is a weighted sum, so losses and gradients of the examples add up.
     packed, packed_gradient = value_and_grad(params, _bin(examples, 64, 4))
     np.testing.assert_allclose(packed, sum(loss for loss, _ in alone), rtol=1e-5)
     summed = jax.tree.map(lambda *gradients: sum(gradients), *[gradient for _, gradient in alone])

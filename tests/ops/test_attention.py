@@ -26,7 +26,7 @@ def _inputs(length, keys=None, heads=4, groups=2, width=8):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150])  # Below, at and above the size of a block.
+@pytest.mark.parametrize("length", [1, 64, 65, 150])  # Queries come in blocks of 64.
 @pytest.mark.parametrize("causal", [True, False])
 def test_values_match_float64(length, causal):
     inputs = _inputs(length)

@@ -71,6 +71,7 @@ def assert_matches_dense(arguments, *, slack=0.0, **options):
 
 # The statistics of logits come from a second pass for 3 queries of width 16, and from the covariance for 60.
 @pytest.mark.parametrize("shape", [(3,), (3, 20)])
+# Of 100 words: blocks of one word, two equal blocks, a block and a remainder of one word, and a single block.
 @pytest.mark.parametrize("block_size", [1, 50, 99, None])
 def test_value_and_every_gradient_match_the_dense_form(shape, block_size):
     assert covariance_is_cheaper(int(np.prod(shape)), 16) == (shape == (3, 20))

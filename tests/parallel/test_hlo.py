@@ -110,6 +110,8 @@ def test_only_window_positions_inside_the_input_are_counted():
         assert _count_valid_pairs(source, out, size, stride, low, spread, dilate) == int(result.sum())
 
 
+# Shortened output of XLA's TPU compiler: a loop over 32 layers with kernels of the decoder (forward, and the gradient
+# of keys and values) and of the encoder (forward). Their FLOPs are only known from the shapes of operands and results.
 SPLASH = """HloModule test
 
 %body (p: (s32[], bf16[1])) -> (s32[], bf16[1]) {
@@ -141,6 +143,7 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 def test_products_inside_pallas_kernels_are_counted():
     program = Program(SPLASH)
     square = 9728 * 9728 / 2  # Causal: the blocks above the diagonal are skipped.
+    # Layers x 2 FLOP per multiply-add x products of the kernel x heads x pairs of positions x head width.
     assert hlo_work.flops(program) == {
         "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
         "jit(s)/language/layers/attention/dkv": 32

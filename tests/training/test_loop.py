@@ -29,6 +29,7 @@ from alignvlm_jax.training.resumption import Resumption
 from alignvlm_jax.training.train_step import abstract_state
 from tests.training.batches import MODEL, random_batch, stage
 
+# Two short stages, so that runs can be stopped in either, between them, and between checkpoints.
 CONFIG = ExperimentConfig(
     model=MODEL,
     data=DataConfig(tiling=TilingConfig(tile_size=16), packing=PackingConfig(64, 3, 8)),
@@ -151,6 +152,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, tmp_path):
         assert find_checkpoint(tmp_path)[1] == stop
     result = train(tmp_path, dataclasses.replace(CONFIG, profile=ProfileConfig(steps="7:8")))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), jax.device_get(finished[1].params))
+    # The last session was profiled, which must not change the weights either.
     (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the previous signal handlers are restored"
