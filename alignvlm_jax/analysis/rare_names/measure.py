@@ -68,13 +68,13 @@ def compare(answers: Sequence[NameAnswer], others: Sequence[NameAnswer], *, seed
     Raises:
       UserError: if the two are not about the same names.
     """
-    (wrong, asked), (other_wrong, other_asked) = _count(answers, _is_wrong), _count(others, _is_wrong)
-    if not np.array_equal(asked > 0, other_asked > 0):
+    (wrong, totals), (other_wrong, other_totals) = _count(answers, _is_wrong), _count(others, _is_wrong)
+    if not np.array_equal(totals > 0, other_totals > 0):
         raise UserError("the answers to compare are about different names: ask both models about the same pages")
 
     def difference(columns: Bool[np.ndarray, " C"]) -> Statistic:
         # Both rates use the same resampled groups, so the variation between groups cancels in their difference.
-        rate, other_rate = _rate(wrong, asked, columns), _rate(other_wrong, other_asked, columns)
+        rate, other_rate = _rate(wrong, totals, columns), _rate(other_wrong, other_totals, columns)
         return lambda rows: other_rate(rows) - rate(rows)
 
     statistics = {
@@ -118,27 +118,27 @@ def letter_agreement(answers: Sequence[NameAnswer], lexicon: Sequence[Name]) -> 
 
 
 def _summarize(answers: Sequence[NameAnswer], seed: int) -> dict[str, Any]:
-    wrong, asked = _count(answers, _is_wrong)
+    wrong, totals = _count(answers, _is_wrong)
     # Counts of each kind of wrong answer; KINDS[0] is "right".
     kinds = {kind: _count(answers, lambda answer, kind=kind: answer.kind == kind)[0] for kind in KINDS[1:]}
     estimate = functools.partial(_bootstrap, groups=len(wrong), seed=seed)
-    rare, common = _rate(wrong, asked, _IS_RARE), _rate(wrong, asked, _IS_COMMON)
+    rare, common = _rate(wrong, totals, _IS_RARE), _rate(wrong, totals, _IS_COMMON)
 
     def pull(commoner: Float[np.ndarray, "G C"], rarer: Float[np.ndarray, "G C"]) -> dict[str, Any]:
         share = estimate(_rate(commoner, commoner + rarer, _ANY)).to_json()
         return {**share, "commoner": int(commoner.sum()), "rarer": int(rarer.sum())}
 
     return {
-        "questions": int(asked.sum()),
-        "error": estimate(_rate(wrong, asked, _ANY)).to_json(),
+        "questions": int(totals.sum()),
+        "error": estimate(_rate(wrong, totals, _ANY)).to_json(),
         "rarity_gap": estimate(lambda rows: rare(rows) - common(rows)).to_json(),
         "pull": pull(kinds["commoner look-alike"], kinds["rarer look-alike"]),
         "pull_of_endings": pull(kinds["commoner ending"], kinds["rarer ending"]),
         "by_count": [
             {
                 "seen": count,
-                "questions": int(asked[:, column].sum()),
-                "error": estimate(_rate(wrong, asked, np.equal(COUNTS, count))).to_json(),
+                "questions": int(totals[:, column].sum()),
+                "error": estimate(_rate(wrong, totals, np.equal(COUNTS, count))).to_json(),
                 "wrong": {kind: int(counts[:, column].sum()) for kind, counts in kinds.items()},
             }
             for column, count in enumerate(COUNTS)
@@ -156,19 +156,19 @@ def _count(
     """Returns the number of answers that `is_counted` accepts, and of all answers, for each group and rarity."""
     # Groups may be numbered with gaps, so every group that occurs gets a row of its own.
     groups = {group: row for row, group in enumerate(sorted({answer.name.group for answer in answers}))}
-    counted, asked = np.zeros((2, len(groups), len(COUNTS)))
+    counted, totals = np.zeros((2, len(groups), len(COUNTS)))
     for answer in answers:
         cell = groups[answer.name.group], COUNTS.index(answer.name.seen)
-        asked[cell] += 1
+        totals[cell] += 1
         counted[cell] += is_counted(answer)
-    return counted, asked
+    return counted, totals
 
 
 def _rate(
-    counted: Float[np.ndarray, "G C"], asked: Float[np.ndarray, "G C"], columns: Bool[np.ndarray, " C"]
+    counted: Float[np.ndarray, "G C"], totals: Float[np.ndarray, "G C"], columns: Bool[np.ndarray, " C"]
 ) -> Statistic:
     # The ratio of sums over the chosen groups. A bootstrap sample may choose a group several times.
-    return lambda rows: counted[rows][..., columns].sum((-2, -1)) / asked[rows][..., columns].sum((-2, -1))
+    return lambda rows: counted[rows][..., columns].sum((-2, -1)) / totals[rows][..., columns].sum((-2, -1))
 
 
 def _bootstrap(statistic: Statistic, groups: int, seed: int) -> Estimate:

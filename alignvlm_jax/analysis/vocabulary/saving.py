@@ -40,10 +40,10 @@ def save_pruned(
     # Load the weights, and the history that records their origin.
     folder = trained_model(checkpoint)
     if is_alignvlm_folder(folder):
-        found = read_alignvlm(folder)
-        config, params, tokenizer, history = found.config, found.params, found.tokenizer, found.history
-        if found.progress.step:
-            progress, trained = dataclasses.asdict(found.progress), config_to_dict(config)
+        exported = read_alignvlm(folder)
+        config, params, tokenizer, history = exported.config, exported.params, exported.tokenizer, exported.history
+        if exported.progress.step:
+            progress, trained = dataclasses.asdict(exported.progress), config_to_dict(config)
             history = [*history, {"what": "trained", "progress": progress, "config": trained}]
     else:
         source = ParameterReader(folder)
