@@ -33,7 +33,7 @@ from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
 from alignvlm_jax.training.flops import train_flops
-from alignvlm_jax.training.train_step import FIELDS, abstract_state, jit_train_step
+from alignvlm_jax.training.train_step import abstract_state, batch_fields, jit_train_step
 
 TEXT_TOKENS = 2048
 """Largest number of text tokens of a page; a quarter of them are answers."""
@@ -85,7 +85,7 @@ def compile_train_step(
     batch = {
         name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=batch_sharding)
         for name, leaf in shapes.items()
-        if name in FIELDS
+        if name in batch_fields(model)
     }
 
     with jax.set_mesh(mesh):
@@ -107,7 +107,7 @@ def compile_train_step(
         "batch": _bytes_per_device(batch),
     }
 
-    report = _report(program, compiled, failure, chip, len(devices), mesh, memory)
+    report = _report(program, compiled, failure, chip, mesh, memory)
     flops = {part.name: getattr(needed, part.name) for part in dataclasses.fields(needed)}
     report |= {
         "what": f"stage {stage_index + 1} ({stage.name}), training step",
@@ -206,7 +206,7 @@ def compile_decoding(
             compiled, seconds, text, failure = _compile(jitted, params, cache, argument)
         program = Program(text)
         memory = {"parameters": _bytes_per_device(params), "cache": _bytes_per_device(cache)}
-        reports[name] = _report(program, compiled, failure, chip, len(devices), mesh, memory) | {
+        reports[name] = _report(program, compiled, failure, chip, mesh, memory) | {
             "what": f"{name}, {rows} questions at once, each a page of {packing.tiles_per_bin} tiles",
             "chip": chip.name,
             "num_chips": num_chips,
@@ -259,7 +259,7 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
     }
 
 
-def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, mesh: Mesh, memory) -> Report:
+def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory) -> Report:
     """Returns the part of the report that training and decoding share.
 
     Args:
@@ -267,7 +267,6 @@ def _report(program: Program, compiled, failure, chip: Chip, num_devices: int, m
       compiled: the compiled program, or None if it does not fit.
       failure: the compiler's error, or None.
       chip: data of the chips.
-      num_devices: number of devices.
       mesh: the mesh.
       memory: bytes per device of the program's arguments.
     """

@@ -42,6 +42,11 @@ RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
 """Additional fields that the step of a model with newlines reads."""
 
 
+def batch_fields(model: AlignVLMConfig) -> tuple[str, ...]:
+    """Returns the fields of the packed batch that the step of a model reads."""
+    return FIELDS + (RESAMPLING_FIELDS if model.newline else ())
+
+
 class TrainState(flax.struct.PyTreeNode):
     """State of training within a stage.
 

@@ -36,11 +36,10 @@ from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.resumption import Resumption
 from alignvlm_jax.training.train_step import (
-    FIELDS,
-    RESAMPLING_FIELDS,
     Metrics,
     TrainState,
     TrainStep,
+    batch_fields,
     jit_train_step,
 )
 
@@ -345,7 +344,7 @@ class Trainer:
     @functools.cached_property
     def _fields(self) -> tuple[str, ...]:
         """Fields of a batch that the training step reads."""
-        return FIELDS + (RESAMPLING_FIELDS if self.config.model.newline else ())
+        return batch_fields(self.config.model)
 
     @functools.cached_property
     def _counted_rows(self) -> Bool[np.ndarray, " b"]:

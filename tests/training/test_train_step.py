@@ -1,5 +1,6 @@
 """The train step: microbatches and meshes do not change its result, frozen parts do not move, metrics are exact."""
 
+import dataclasses
 import functools
 import re
 
@@ -16,7 +17,14 @@ from alignvlm_jax.models.alignvlm import AlignVLMConfig, example_batch, random_p
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.stages import stage_table
-from alignvlm_jax.training.train_step import abstract_state, create_state, jit_train_step, make_train_step, place_state
+from alignvlm_jax.training.train_step import (
+    abstract_state,
+    batch_fields,
+    create_state,
+    jit_train_step,
+    make_train_step,
+    place_state,
+)
 from tests.training.batches import MODEL, random_batch, stage
 
 # Adam with a large eps is almost plain gradient descent, so a wrong gradient shows in size and not only in sign. The
@@ -79,6 +87,21 @@ def test_empty_bins_change_nothing(params):
     for name in ("loss", "weight", "grad_norm", "tokens", "squared_lengths", "tiles", "effective_tokens"):
         np.testing.assert_allclose(metrics[name], padded_metrics[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(padded_metrics["token_fraction"], metrics["token_fraction"] / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("newline", [False, True])
+def test_the_step_reads_exactly_its_fields(newline):
+    model = dataclasses.replace(MODEL, newline=newline)
+    shapes = jax.eval_shape(lambda: example_batch(model, rows=2))
+    batch = {name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
+    state = jax.eval_shape(lambda: create_state(DESCENT, nn.unbox(random_parameters(model, KEY))))
+    fields = batch_fields(model)
+    jax.eval_shape(make_train_step(model, DESCENT), state, {name: batch[name] for name in fields})
+    for missing in fields:
+        with pytest.raises(KeyError, match=missing):
+            jax.eval_shape(
+                make_train_step(model, DESCENT), state, {name: batch[name] for name in fields if name != missing}
+            )
 
 
 def test_a_batch_without_answers_gives_zero_loss_and_finite_weights(params):
