@@ -25,9 +25,9 @@ def blocks() -> list[tuple[str, str]]:
     for large, small in SMALLER.items():
         assert large in text
         text = text.replace(large, small)
-    found = re.findall(r'^```(?:python title="(\S+)"|bash)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
-    assert len(found) == 10 and text.count("```") == 2 * (len(found) + 2)  # Two more blocks need a large machine.
-    return found
+    matches = re.findall(r'^```(?:python title="(\S+)"|bash)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    assert len(matches) == 10 and text.count("```") == 2 * (len(matches) + 2)  # Two more blocks need a large machine.
+    return matches
 
 
 def shell(commands: str, folder: pathlib.Path) -> str:

@@ -85,9 +85,9 @@ def test_shards_load_in_transformers(folder, checkpoint):
     files = set(index["weight_map"].values())
     assert len(files) > 3
     assert files == {path.name for path in folder.glob("*.safetensors")}
-    export.export_alignvlm(checkpoint, folder.parent / "whole")
-    assert [path.name for path in (folder.parent / "whole").glob("*.safetensors")] == ["model.safetensors"]
-    sharded, unsharded = _load(folder).state_dict(), _load(folder.parent / "whole").state_dict()
+    export.export_alignvlm(checkpoint, folder.parent / "unsharded")
+    assert [path.name for path in (folder.parent / "unsharded").glob("*.safetensors")] == ["model.safetensors"]
+    sharded, unsharded = _load(folder).state_dict(), _load(folder.parent / "unsharded").state_dict()
     assert set(sharded) == set(unsharded)
     assert all(torch.equal(sharded[key], unsharded[key]) for key in unsharded)
 

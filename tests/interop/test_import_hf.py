@@ -60,16 +60,16 @@ def backbones(tmp_path_factory):
 def imported(backbones, tmp_path_factory):
     """The imported checkpoint, its config, and the lines logged during the import."""
     folder, _ = backbones
-    out, notes = tmp_path_factory.mktemp("imported") / "start", []
-    config = import_huggingface(folder / "vision", folder / "language", out, connector="align", log=notes.append)
-    return out, config, notes
+    out, lines = tmp_path_factory.mktemp("imported") / "start", []
+    config = import_huggingface(folder / "vision", folder / "language", out, connector="align", log=lines.append)
+    return out, config, lines
 
 
 def test_the_config_is_derived_from_the_folders(backbones, imported):
-    out, config, notes = imported
+    out, config, lines = imported
     assert read_run_config(out) == config
     assert config.model.language.vocab_size == 576 and config.model.connector == AlignConfig(vocab_size=512)
-    assert any("512 to 576 rows" in note for note in notes)
+    assert any("512 to 576 rows" in line for line in lines)
     # The paper's nine tiles and a thumbnail, 9 tokens each, fit into 400 positions together with 256 of text.
     tiling, packing = config.data.tiling, config.data.packing
     assert tokens_per_tile(config.model) == 9
@@ -77,7 +77,7 @@ def test_the_config_is_derived_from_the_folders(backbones, imported):
     # 10 * 9 visual tokens and 2048 of text, rounded up to a multiple of 512.
     assert (packing.tiles_per_bin, packing.tokens_per_bin) == (10, 2560)
     assert [stage.name for stage in config.stages] == [stage.name for stage in load_config("alignvlm_1b.py").stages]
-    assert any("alignvlm_1b.py" in note for note in notes)
+    assert any("alignvlm_1b.py" in line for line in lines)
 
 
 def test_weights_are_copied_from_the_folders(backbones, imported):
@@ -120,12 +120,12 @@ def copy_with_context(backbones, folder, positions):
 
 def test_import_options_are_applied_and_a_short_context_limits_tiles(backbones, tmp_path):
     vision, language = copy_with_context(backbones, tmp_path / "short", 300)
-    mesh, notes, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
-    config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, log=notes.append)
+    mesh, lines, out = MeshConfig(data=2, fsdp=2, tensor=2), [], tmp_path / "out"
+    config = import_huggingface(vision, language, out, connector="mlp", dtype="bfloat16", mesh=mesh, log=lines.append)
     assert config.model.connector == MLPConfig()
     # 300 positions, less 256 for text, hold four tiles of 9 tokens: three and the thumbnail.
     assert config.data.tiling.max_tiles == 3
-    assert "at most 3 tiles per page instead of 9: the context has 300 positions" in notes
+    assert "at most 3 tiles per page instead of 9: the context has 300 positions" in lines
     reader = weights.ParameterReader(out)
     assert {str(dtype) for dtype in reader.dtypes.values()} == {"bfloat16"}
     names = {"vision": "vision", "language": "language", "connector": "fresh, seed 0"}
@@ -206,10 +206,10 @@ def break_both(folder):
 def test_bad_folders_leave_nothing_behind(backbones, tmp_path, damage, message):
     shutil.copytree(backbones[0], tmp_path / "damaged")
     damage(tmp_path / "damaged")
-    out = tmp_path / "made" / "out"
+    out = tmp_path / "parent" / "out"
     with pytest.raises(UserError, match=message):
         import_huggingface(tmp_path / "damaged" / "vision", tmp_path / "damaged" / "language", out, log=str)
-    assert list((tmp_path / "made").iterdir()) == []
+    assert list((tmp_path / "parent").iterdir()) == []
 
 
 def test_bad_arguments_are_refused(backbones, tmp_path, capsys):

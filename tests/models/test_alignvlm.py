@@ -181,8 +181,8 @@ def test_rematerialization_does_not_change_gradients(params, remat):
     for gradients in (ours, expected):
         key = gradients["vision"]["layers"]["attention"]["key"]
         assert np.linalg.norm(key.pop("bias")) <= 1e-6 * np.linalg.norm(key["kernel"])
-    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(got - want) <= 1e-4 * max(np.linalg.norm(want), 1e-3)
+    for got, reference in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(got - reference) <= 1e-4 * max(np.linalg.norm(reference), 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -181,20 +181,20 @@ def _traffic():
 
 
 def test_collectives_in_loops_are_counted_once_per_iteration():
-    found = hlo_collectives.collectives(Program(_traffic()), [0] * 8)
-    total = {}
-    for one in found:
-        total.setdefault(one.kind, []).append((one.count, one.bytes_sent))
+    collectives = hlo_collectives.collectives(Program(_traffic()), [0] * 8)
+    by_kind = {}
+    for collective in collectives:
+        by_kind.setdefault(collective.kind, []).append((collective.count, collective.bytes_sent))
     half = 1 / 2  # Each device of a ring of n sends (n - 1) / n of the bytes.
-    assert total["all-gather"] == [(6, 64 * 64 * 4 * half)]
+    assert by_kind["all-gather"] == [(6, 64 * 64 * 4 * half)]
     # An all-reduce is a reduce-scatter and an all-gather: hence the factor 2.
-    assert sorted(total["all-reduce"]) == [(1, 2 * 16 * 64 * 4 * half), (6, 2 * 16 * 64 * 4 * half)]
+    assert sorted(by_kind["all-reduce"]) == [(1, 2 * 16 * 64 * 4 * half), (6, 2 * 16 * 64 * 4 * half)]
 
 
 def test_collectives_across_slices_are_distinguished():
-    # Devices 0-3 are one slice: data crosses slices, fsdp and tensor do not.
-    found = hlo_collectives.collectives(Program(_traffic()), [0, 0, 0, 0, 1, 1, 1, 1])
-    assert [one.crosses_slices for one in sorted(found, key=lambda one: one.count)] == [True, False, False]
+    # Devices 0 to 3 are one slice: data crosses slices, fsdp and tensor do not.
+    collectives = hlo_collectives.collectives(Program(_traffic()), [0, 0, 0, 0, 1, 1, 1, 1])
+    assert [each.crosses_slices for each in sorted(collectives, key=lambda each: each.count)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ ENTRY %main (p: bf16[4,2]) -> bf16[4,4] {
   ROOT %c = bf16[4,4]{1,0} fusion(%p), kind=kCustom, calls=%later
 }
 """  # noqa: E501
-    (found,) = hlo_collectives.collectives(Program(text), [0, 0])
-    assert (found.kind, found.count, found.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
+    (gather,) = hlo_collectives.collectives(Program(text), [0, 0])
+    assert (gather.kind, gather.count, gather.bytes_sent) == ("all-gather", 1, 4 * 4 * 2 / 2)
 
 
 def test_transfers_between_slices_are_reported_as_collectives():
@@ -252,12 +252,12 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   ROOT %r = f32[16,8]{1,0} copy(%p)
 }
 """  # noqa: E501
-    found = {
-        one.kind: one.bytes_sent
-        for one in hlo_collectives.collectives(Program(text), [0, 0, 1, 1])
-        if one.crosses_slices
+    bytes_sent = {
+        collective.kind: collective.bytes_sent
+        for collective in hlo_collectives.collectives(Program(text), [0, 0, 1, 1])
+        if collective.crosses_slices
     }
-    assert found == {"all-reduce": 512, "all-gather": 1024, "collective-permute": 512}
+    assert bytes_sent == {"all-reduce": 512, "all-gather": 1024, "collective-permute": 512}
 
 
 def test_the_largest_buffers_are_listed_with_their_origin():

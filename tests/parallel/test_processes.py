@@ -25,10 +25,10 @@ HOSTS = ["host0", "host1", "host2"]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def single_process_losses(tmp_path_factory):
     """Losses and refused examples of each step in a run of one process."""
     losses = {}
-    tiny.train(tmp_path_factory.mktemp("alone") / "run", tiny.config((2, 2, 2)), losses=losses, examples=[])
+    tiny.train(tmp_path_factory.mktemp("single") / "run", tiny.config((2, 2, 2)), losses=losses, examples=[])
     return losses
 
 
@@ -53,7 +53,7 @@ def expected_examples(steps):
     return [[step - 1, row] for step in steps for row in range(tiny.ROWS)]
 
 
-def stopped_run(tmp_path, num_processes, alone):
+def stopped_run(tmp_path, num_processes, single_process_losses):
     """Returns the workdir of a run that ended because its last process received SIGTERM after step 2."""
     workdir, stops = tmp_path / "run", [None] * (num_processes - 1) + [2]
     job = processes.start(
@@ -68,7 +68,7 @@ def stopped_run(tmp_path, num_processes, alone):
     assert processes.finish(job) == [75] * num_processes, job[0].text()
     losses, examples = read_logs(workdir, num_processes)
     # One process gets the signal after step 2; all agree on it during step 3, and save that.
-    assert_same_losses(losses, alone, [1, 2, 3])
+    assert_same_losses(losses, single_process_losses, [1, 2, 3])
     assert sorted(examples) == expected_examples([1, 2, 3]), "each example is made by one process"
     assert find_checkpoint(workdir) == (workdir, 3)
     assert "interrupted: saved after step 3" in job[0].text() and "| loss" in job[0].text()
@@ -77,7 +77,9 @@ def stopped_run(tmp_path, num_processes, alone):
 
 
 @pytest.mark.large
-def test_a_failed_save_on_one_process_ends_both_and_the_run_resumes_from_the_step_before(alone, tmp_path):
+def test_a_failed_save_on_one_process_ends_both_and_the_run_resumes_from_the_step_before(
+    single_process_losses, tmp_path
+):
     workdir = tmp_path / "run"
     two = processes.start(
         tmp_path / "two",
@@ -99,28 +101,28 @@ def test_a_failed_save_on_one_process_ends_both_and_the_run_resumes_from_the_ste
     assert max(complete_steps(workdir / "checkpoints")) == 2
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, examples=[])
-    assert_same_losses(losses, alone, [3, 4, 5])
+    assert_same_losses(losses, single_process_losses, [3, 4, 5])
 
 
-def resume_alone(workdir, alone):
+def resume_in_one_process(workdir, single_process_losses):
     losses = {}
     tiny.train(workdir, tiny.config((2, 2, 2)), losses=losses, examples=[])
-    assert_same_losses(losses, alone, [4, 5])
+    assert_same_losses(losses, single_process_losses, [4, 5])
 
 
-def test_two_processes_train_as_one_and_one_resumes(alone, tmp_path):
-    resume_alone(stopped_run(tmp_path, 2, alone), alone)
+def test_two_processes_train_as_one_and_one_resumes(single_process_losses, tmp_path):
+    resume_in_one_process(stopped_run(tmp_path, 2, single_process_losses), single_process_losses)
 
 
 @pytest.mark.large
-def test_four_processes_train_as_one_and_two_resume(alone, tmp_path):
-    workdir = stopped_run(tmp_path, 4, alone)
+def test_four_processes_train_as_one_and_two_resume(single_process_losses, tmp_path):
+    workdir = stopped_run(tmp_path, 4, single_process_losses)
     shutil.copytree(workdir, tmp_path / "copy")
-    resume_alone(tmp_path / "copy", alone)
+    resume_in_one_process(tmp_path / "copy", single_process_losses)
     two = processes.start(tmp_path / "two", "train", 2, devices=4, workdir=str(workdir), mesh=(2, 2, 2))
     assert processes.finish(two) == [0] * 2, two[0].text()
     losses, examples = read_logs(workdir, 2)
-    assert_same_losses(losses, alone, [4, 5])
+    assert_same_losses(losses, single_process_losses, [4, 5])
     assert sorted(examples) == expected_examples([4, 5])
     written = np.load(f"{workdir}.npz")
     for path, leaf in jax.tree.leaves_with_path(weights.restore_params(workdir)):
@@ -146,7 +148,7 @@ def test_each_document_is_read_by_one_process(tmp_path):
         ),
     )
     losses, documents = {}, []
-    tiny.train(tmp_path / "alone", config, losses=losses, examples=documents, documents=True)
+    tiny.train(tmp_path / "single", config, losses=losses, examples=documents, documents=True)
     assert sorted(documents) == sorted([*range(40)] * 2) and len(losses) >= 4
 
     workdir = tmp_path / "two"

@@ -72,10 +72,13 @@ def test_packing_does_not_change_the_loss(config, examples, tokenizer):
         output = loss({"params": params}, {name: field[0] for name, field in batch.items()})
         return float(output.loss), float(output.weight)
 
-    together, alone = pack_and_score([selected[:3], selected[3:]]), pack_and_score([[example] for example in selected])
+    two, eight = (
+        pack_and_score([selected[:3], selected[3:]]),
+        pack_and_score([[example] for example in selected]),
+    )
     assert max(len(example.tiles) for example in selected) > 9 and min(len(example.tiles) for example in selected) == 0
-    assert together[1] == alone[1] > 0
-    np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
+    assert two[1] == eight[1] > 0
+    np.testing.assert_allclose(two[0], eight[0], rtol=1e-5)
 
 
 class _MemoryData:

@@ -170,9 +170,9 @@ def test_a_run_resumed_from_the_middle_of_a_stage_ends_with_the_same_weights(fin
 
 def test_a_finished_run_is_not_trained_again(finished):
     workdir, result, _ = finished
-    again = train(workdir, on_step=lambda step: pytest.fail("no step should be left"))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(result.params))
-    assert again.progress == result.progress
+    rerun = train(workdir, on_step=lambda step: pytest.fail("no step should be left"))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(rerun.params), jax.device_get(result.params))
+    assert rerun.progress == result.progress
 
 
 def test_a_run_is_not_resumed_with_a_changed_config(finished):
@@ -228,7 +228,7 @@ def test_an_allowed_change_survives_a_kill_before_the_next_checkpoint(finished, 
 
     with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path / "run", longer, allow_config_change=["stages.1.epochs"], on_step=kill)
-    # The change was recorded before the kill, so it need not be allowed again.
+    # The change was recorded before the kill, so it need not be allowed rerun.
     assert train(tmp_path / "run", longer).progress.step == 4 + 5
 
 

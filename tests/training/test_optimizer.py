@@ -57,12 +57,12 @@ def test_muon_orthogonalizes_each_stacked_layer_separately():
         # The scaling to Adam's root mean square multiplies by sqrt(16) * 0.2; Newton-Schulz stops at 0.7 to 1.2.
         singular_values = np.linalg.svd(stacked[layer], compute_uv=False) / (4 * 0.2)
         assert singular_values.min() > 0.6 and singular_values.max() < 1.3
-    # The second layer alone gets the same update as in the stack.
-    alone = {"vision": {"layers": {"mlp_in": {"kernel": params["vision"]["layers"]["mlp_in"]["kernel"][1:]}}}}
-    alone_gradients = jax.tree.map(jnp.sin, alone)
+    # The second layer gets the same update outside of the stack.
+    single = {"vision": {"layers": {"mlp_in": {"kernel": params["vision"]["layers"]["mlp_in"]["kernel"][1:]}}}}
+    single_gradients = jax.tree.map(jnp.sin, single)
     config = OptimizerConfig("muon", clip_norm=None)  # clipping depends on the norm of the whole tree
-    alone_updates = update(config, {"vision": 1.0}, alone, alone_gradients)
-    np.testing.assert_allclose(alone_updates["vision"]["layers"]["mlp_in"]["kernel"][0], stacked[1], atol=1e-4)
+    single_updates = update(config, {"vision": 1.0}, single, single_gradients)
+    np.testing.assert_allclose(single_updates["vision"]["layers"]["mlp_in"]["kernel"][0], stacked[1], atol=1e-4)
 
 
 def test_muon_leaves_tables_norms_and_the_first_layer_to_adam():
