@@ -272,6 +272,7 @@ def full_disk(workdir):
 
 @contextlib.contextmanager
 def file_in_the_way(workdir):
+    """Puts a file where the folder of checkpoints must be."""
     (workdir / "checkpoints").rename(workdir / "away")
     (workdir / "checkpoints").write_text("")
     yield

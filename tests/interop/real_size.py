@@ -65,6 +65,7 @@ def write_language(folder: Path) -> None:
 
 
 def _write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes the config and random bfloat16 tensors of the given shapes, with an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
@@ -78,6 +79,7 @@ def _write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Yields the keys of each shard, in order."""
     keys, size = [], 0
     for key, tensor in tensors.items():
         if keys and size + 2 * tensor.numel() > _SHARD_BYTES:

@@ -41,6 +41,7 @@ def folder(checkpoint):
 
 
 def _load(folder, **kwargs):
+    """Loads the exported model and asserts that no key is missing, unknown or of another shape."""
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, **kwargs
     )

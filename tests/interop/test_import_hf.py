@@ -179,6 +179,7 @@ def point_index_outside(folder):
 
 
 def break_tokenizer(folder):
+    """Adds a token whose id has no row in the embedding table."""
     path = folder / "language" / "tokenizer.json"
     path.write_text(
         path.read_text().replace(

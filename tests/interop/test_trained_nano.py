@@ -44,6 +44,7 @@ def reader(checkpoint):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint):
+    """The exported model and processor, loaded by transformers."""
     folder = checkpoint.parent / "exported"
     export_alignvlm(checkpoint, folder)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -57,6 +58,7 @@ def records():
 
 
 def _inputs(processor, *pages_and_questions):
+    """Returns the processor's inputs for pairs of a page and a question."""
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": page}, {"type": "text", "text": question}]}]
         for page, question in pages_and_questions
@@ -67,6 +69,7 @@ def _inputs(processor, *pages_and_questions):
 
 
 def _answers_in_pytorch(model, processor, records):
+    """Returns PyTorch's answers to all questions of the records, in order."""
     questions = []
     for record in records:
         page = images.open_image(record["image"])

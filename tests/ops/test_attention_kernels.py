@@ -22,6 +22,7 @@ KERNELS = {"splash": attention_splash, "flash": attention_flash}
 
 
 def _inputs(length, heads=4, groups=2, width=24, rows=2):
+    """Returns random queries, keys and values, and segments with padding at the end."""
     rng = np.random.default_rng(0)
     shapes = [(rows, length, heads, width), (rows, length, groups, width), (rows, length, groups, width)]
     query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)

@@ -18,6 +18,7 @@ WIDTH, BLOCK = 16, 12
 
 
 def _inputs(rows, words):
+    """Returns a table, the ids to look up, and a cotangent of the result."""
     rng = np.random.default_rng(0)
     table, cotangent = rng.normal(size=(words, WIDTH)), rng.normal(size=(rows, 20, WIDTH))
     ids = rng.integers(0, words, (rows, 20))
@@ -26,6 +27,8 @@ def _inputs(rows, words):
 
 
 def _with_gradient(table, ids, cotangent):
+    """Returns the looked-up rows and the gradient of the table."""
+
     def lookup(table):
         return embedding_lookup(table, ids, dtype="float32", block_size=BLOCK, mesh_axes=AXES)
 
@@ -34,6 +37,7 @@ def _with_gradient(table, ids, cotangent):
 
 
 def _compile(mesh_sizes, table, ids, cotangent):
+    """Compiles `_with_gradient` for a mesh; returns the program and its arguments placed on the mesh."""
     mesh = make_mesh(MeshConfig(*mesh_sizes))
     word_axis = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
     rows = ("data", "fsdp") if ids.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None

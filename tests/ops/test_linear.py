@@ -11,6 +11,7 @@ from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 def _inputs(dtype):
+    """Returns inputs, kernel, bias and a cotangent; the parameters are float32, as in training."""
     rng = np.random.default_rng(0)
     inputs, cotangent = rng.normal(size=(8, 16, 12)), rng.normal(size=(8, 16, 20)) + 1
     kernel, bias = rng.normal(size=(12, 20)), rng.normal(size=20)

@@ -34,6 +34,7 @@ def mesh():
 
 
 def attention_inputs(rows, length, words):
+    """Returns q, keys, scale, bias, values and a cotangent of the result."""
     rng = np.random.default_rng(0)
     tables = [(words, WIDTH), (words,), (words,), (words, VALUE_WIDTH)]
     shapes = [(rows, length, WIDTH), *tables, (rows, length, VALUE_WIDTH)]
@@ -72,6 +73,8 @@ def compile_on(mesh, function, arrays, num_gradients):
 
 
 def attention_with_gradients(attention):
+    """Returns a function from `attention_inputs` to the value and the gradients of the first five."""
+
     def run(*arrays):
         value, pull_back = jax.vjp(attention, *arrays[:5])
         return value, pull_back(arrays[5])

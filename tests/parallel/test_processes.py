@@ -41,6 +41,7 @@ def read_logs(workdir, num_processes):
 
 
 def assert_same_losses(losses, expected, steps):
+    """Asserts that exactly these steps were done, with the expected losses, and that refusals are counted once."""
     assert list(losses) == list(steps)
     for step, (loss, refused) in losses.items():
         # Reductions between processes may sum in another order, so the losses need not be equal bit for bit.

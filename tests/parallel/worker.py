@@ -154,6 +154,7 @@ def benchmarks(checkpoint, name, data, limit, batch_size, predictions):
 
 
 def main():
+    """Joins the run and performs the task of the command line; exits like `alignvlm`."""
     task, coordinator, num_processes, process, arguments = sys.argv[1:]
     arguments = json.loads(arguments)
     if "host" in arguments:

@@ -50,6 +50,8 @@ def run(workdir, bad=(), stop_after=None, skip=(), bad_stage=0, **changes):
 
 
 def stop_options(stop_after):
+    """Returns the option of `tiny.train` that ends a run with an error after a step."""
+
     def on_step(step):
         if step == stop_after:
             raise RuntimeError("killed")

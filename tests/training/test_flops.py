@@ -69,6 +69,7 @@ def plain_kernels(monkeypatch):
 
 
 def softmax_attention(query, key, value, mask=None):
+    """Computes grouped-query attention with plain products; `mask` is [queries, keys]."""
     batch, length, heads, width = query.shape
     query = query.reshape(batch, length, key.shape[2], -1, width)
     scores = jnp.einsum("blgrh,bkgh->bgrlk", query, key)
@@ -144,6 +145,7 @@ def test_connector_flops_match_xla(name):
 
 
 def decoder_flops():
+    """Returns XLA's count of the decoder, without embedding and logits."""
     batch = packed_shapes()
 
     def decode(model, hidden, batch):

@@ -36,6 +36,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tokenizer):
+    """An experiment of three steps on joined tiles, with a newline weight."""
     language = dataclasses.replace(MODEL.language, vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
     return ExperimentConfig(
         model=dataclasses.replace(MODEL, language=language, newline=True),

@@ -11,6 +11,7 @@ from alignvlm_jax.training.profile import Profiler
 
 
 def run_steps(profiler, first, last):
+    """Runs steps `first` to `last` under the profiler, as the training loop does."""
     step = jax.jit(lambda x: x @ x)
     with profiler:
         for number in range(first, last + 1):
