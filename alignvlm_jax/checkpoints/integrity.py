@@ -6,10 +6,10 @@
 
 A step is *complete* if the digests of all processes exist and every file has the recorded size (`incompleteness`, which
 is cheap and reads no arrays). It is *undamaged* if every file also has the recorded digest (`damage`, which reads all
-files). Nothing relies on atomic renames, so missing files are noticed on a disk as well as in an object store.
+files). Nothing relies on atomic renames, so missing files are detected on object stores as well as on disks.
 
-Digests are computed seconds after the files are written. They detect any later change to the files, but not numbers
-that faulty memory corrupted before.
+Digests are computed seconds after the files are written. They detect any later change to the files, but not values that
+faulty memory corrupted before the files were written.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
 
 
 def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
-    """Writes the digests of the files that `process` wrote. The step is complete once all processes have done so."""
+    """Writes the digests of the files that `process` wrote. The step is complete once all processes have sealed it."""
     files = sorted(
         path.relative_to(step)
         for path in step.rglob("*")
@@ -42,14 +42,14 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
             for file, digest in zip(files, digests, strict=True)
         }
     text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
-    # Syncing a file does not sync its name: that is an entry of its folder.
+    # Syncing a file does not sync its name, which is an entry of its folder.
     for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
         _sync(folder)
-    # The digests are written last, when the files themselves would survive a power failure, because older steps are
-    # deleted once a step is sealed.
-    digests = step / f"digests.{process}-of-{num_processes}.json"
-    digests.write_text(text, encoding="utf-8")
-    _sync(digests)
+    # Write the digests last, once the files themselves would survive a power failure: older steps are deleted as soon
+    # as this one is sealed.
+    digests_file = step / f"digests.{process}-of-{num_processes}.json"
+    digests_file.write_text(text, encoding="utf-8")
+    _sync(digests_file)
     _sync(step)
 
 
@@ -65,7 +65,7 @@ def is_sealed(step: Path) -> bool:
         # A list that does not end with a brace is truncated.
         return all((step / match[0]).read_bytes().endswith(b"}") for match in matches)
     except OSError:
-        return True  # the digests exist but cannot be read
+        return True  # the digests exist, so a read error does not make the step unsealed
 
 
 def incompleteness(step: Path) -> str | None:
@@ -87,7 +87,7 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
 
     Args:
       step: folder of the step.
-      parts: folders of the step to check.
+      parts: folders of the step to check; the complete step by default.
       share: (i, n) checks every n-th file, starting with the i-th, so that n processes can check a step together.
     """
     if reason := incompleteness(step):
@@ -110,13 +110,13 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
 def wait_for_seals(step: Path, seconds: float = 600) -> None:
     """Waits until all processes have sealed the step.
 
-    The caller must have sealed it: the name of its list of digests holds the number of processes.
+    The caller must have sealed the step itself: the name of its digest file tells how many processes there are.
 
     Raises:
-      OSError: if another process does not seal it in time.
+      OSError: if another process does not seal the step in time, or if a sealed file is missing or has another size.
     """
     deadline = time.monotonic() + seconds
-    # On shared storage, a file may become visible before its content, so a list that cannot be read is tried again.
+    # On shared storage, a file may become visible before its content, so an unreadable list is read again.
     while True:
         try:
             _read_digests(step)
@@ -163,8 +163,8 @@ def _read_digests(step: Path) -> dict[str, dict]:
 
 
 def _writer(file: Path) -> int:
-    """Returns the process that wrote a file."""
-    # Orbax has one folder per process; process 0 writes all other files.
+    """Returns the index of the process that wrote a file."""
+    # Orbax writes one folder per process; process 0 writes all other files.
     processes = [match for part in file.parts if (match := _PROCESS.search(part))]
     return int(processes[0][1]) if processes else 0
 

@@ -7,8 +7,8 @@ from alignvlm_jax.commands.arguments import Commands, add_distributed, distribut
 
 DESCRIPTION = """\
 Train a model through the stages of a config file. A stage sets the trainable parts, the
-data, the number of steps and the learning rates. Each stage starts with a table of the
-model's parts, with their numbers of parameters and whether they are trained or frozen.
+data, the number of steps and the learning rates. At the start of each stage, a table
+lists the parts of the model, their sizes, and whether they are trained or frozen.
 
 Run the same command again to resume from the last checkpoint in WORKDIR, with the data
 in the same order.
@@ -22,18 +22,18 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
   alignvlm train --config configs/nano.py --workdir runs/scored --config.evaluation.every_steps=100
 
---config.path.to.key=value sets any field of the config. An unknown name is refused, and
-the closest valid one is suggested. A path such as configs/nano.py is looked up in the
+--config.path.to.key=value sets any field of the config. An unknown name is an error that
+suggests the closest valid one. A path such as configs/nano.py is looked up in the
 current folder first, and then among the configs in the package.
 
-WORKDIR gets config.json, tokenizer/, checkpoints and TensorBoard event files (`pip
-install tensorboard`, `tensorboard --logdir WORKDIR`). Pass it to `eval` and `ask` as
---checkpoint.
+The run writes config.json, tokenizer/, checkpoints and TensorBoard event files to
+WORKDIR (`pip install tensorboard`, `tensorboard --logdir WORKDIR`). Pass WORKDIR to
+`eval` and `ask` as --checkpoint.
 """
 
 
 def add(commands: Commands) -> None:
-    """Adds the command."""
+    """Adds the `train` command."""
     summary = "train a model through the stages of a config"
     command = commands.add("train", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
     command.add_argument("--config", required=True, metavar="FILE", help="config file, such as configs/nano.py")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with distributed_run(args):
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
-        # The other processes wait here until the primary one has generated the corpus.
+        # Barrier: the other processes wait until the primary one has generated the corpus, which all of them read.
         distributed.gather_json("drawn")
         progress = loop.train(
             experiment,

@@ -13,8 +13,8 @@ Axis letters: M tiles, S tile side in pixels, P points. Boxes are (left, top, ri
 * Every cell is resized, up or down, until its long side is S, keeping its aspect ratio. With more than one cell, the
   complete image comes first as a thumbnail.
 
-Example, S = 96: a page 96 wide and 180 high. One tile would shrink it to 51 x 96, coverage 0.28. Two rows of 96 x 90
-lose nothing, coverage 1: two tiles.
+Example, S = 96: a page 96 wide and 180 high. One tile would shrink it to 51 x 96 (coverage 0.28). Two cells of 96 x 90
+lose nothing (coverage 1), so the grid has two rows.
 
 The original centers a cell in its tile. Here the cell is in the top left corner, and `valid_hw` is the size of the
 image inside the tile: the rest must become zero *after* normalization, and no uint8 value normalizes to zero.
@@ -29,12 +29,12 @@ image inside the tile: the rest must become zero *after* normalization, and no u
 
 `anyres_max_9`, the rule of LLaVA-NeXT and LLaVA-OneVision:
 
-* A canvas has cols * S by rows * S pixels, with cols and rows at most `grid_side`. The canvas is used on which the
-  image, resized to fit with its aspect ratio kept, has the most pixels (but no more than its own). Ties: the smaller
-  canvas.
+* A canvas has cols * S by rows * S pixels, with cols and rows at most `grid_side`. For each canvas, count the pixels of
+  the image when it is resized to fit, keeping its aspect ratio, but at most its original number of pixels. The canvas
+  with the highest count is used (ties: the smaller canvas).
 * The image is resized to fit, up or down, centered on black, and the canvas is cut. The complete image, stretched to S
   by S, always comes first. As in the original, the black border is part of the tiles and is black before normalization.
-* `resampling.py` reduces the visual tokens of these tiles to at most about those of `max_tiles` tiles.
+* `resampling.py` then reduces the visual tokens of the cells to about as many as `max_tiles` tiles have, or fewer.
 
 A copy of this file is part of every exported PyTorch model (`interop/pytorch`), so it imports only numpy, PIL and the
 standard library.
@@ -69,9 +69,10 @@ class TilingConfig:
     Attributes:
       rule: name of the rule; see the module docstring.
       tile_size: side S of a tile in pixels; equals the `image_size` of the vision encoder.
-      max_tiles: largest number of cells of a grid (without the thumbnail). Under anyres_max_9: the number of tiles to
-        whose tokens the cells are reduced, however many cells there are.
-      thumbnail: whether to add the complete image if the grid has more than one cell; under anyres_max_9, always.
+      max_tiles: largest number of cells of a grid (without the thumbnail). Under anyres_max_9 it limits the tokens
+        instead of the cells: those of all cells are reduced to about as many as this number of tiles has.
+      thumbnail: whether to add the complete image as another tile. Under ovis and internvl, it is added only if the
+        grid has more than one cell.
       grid_side: largest number of rows and of columns of an anyres_max_9 grid; the other rules ignore it.
     """
 
@@ -99,7 +100,7 @@ class TilingConfig:
 class Canvas:
     """An image resized to `size`, with its top left corner at `origin`; both are (x, y) in pixels of the canvas.
 
-    The canvas has the area of the grid's cells, S by S each. Pixels outside the image are black.
+    The canvas covers the grid's cells, which are S by S each. Its pixels outside the image are black.
     """
 
     size: tuple[int, int]
@@ -112,8 +113,8 @@ class TilePlan:
 
     Attributes:
       image_size: (width, height) of the image.
-      boxes: the part of the page that each tile shows, in order. Whole pixels under ovis; the box of a tile with a
-        black border extends beyond the page.
+      boxes: the part of the page that each tile shows, in order. Under ovis, all coordinates are whole numbers. The box
+        of a tile with a black border extends beyond the page.
       sizes: (height, width) in pixels of the image (or canvas) inside each tile.
       grid: (rows, cols) of the cells.
       thumbnail: index of the tile that shows the complete page, or None. The other tiles are the cells, row by row.
@@ -138,13 +139,13 @@ class TilePlan:
         return 1 if self.thumbnail == 0 else 0
 
     def map_points(self, xy: Float[np.ndarray, "P 2"]) -> tuple[Int[np.ndarray, " P"], Float[np.ndarray, "P 2"]]:
-        """Returns the cell of each point (x, y) of the page, and the point's coordinates in it; never the thumbnail.
+        """Returns the tile of each point (x, y) of the page, never the thumbnail, and the coordinates in that tile.
 
         Coordinates are continuous: pixel i spans [i, i + 1). A point outside the page belongs to the nearest cell and
         keeps its offset, so its coordinates are outside that cell's image.
 
-        Example: page 96 x 180, S = 96, two rows, no thumbnail. (10, 100) is in the second cell, 10 pixels below its
-        top, and that cell is not scaled: tile 1, (10, 10).
+        Example: a page of 96 x 180, S = 96, two rows, no thumbnail. (10, 100) is in the second cell, 10 pixels below
+        its top, and cells are not scaled. The result is tile 1 and (10, 10).
         """
         xy = np.asarray(xy, np.float64).reshape(-1, 2)
         rows, cols = self.grid
@@ -172,7 +173,9 @@ def plan_tiles(width: int, height: int, config: TilingConfig) -> TilePlan:
 def cut_tiles(
     image: PIL.Image.Image, plan: TilePlan, tile_size: int
 ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"]]:
-    """Cuts an image as planned and returns (tiles, valid_hw); images are top left in their tiles, with zeros around.
+    """Cuts an image as planned and returns (tiles, valid_hw): the pixels, and the size of the image in each tile.
+
+    The image is in the top left corner of its tile, and the rest of the tile is zero.
 
     The image is RGB or grayscale (mode L). Grayscale takes a third of the arithmetic and gives identical tiles.
     """
@@ -194,11 +197,11 @@ def cut_tiles(
 def _cut_canvas(
     image: UInt8[np.ndarray, "height width 3"], plan: TilePlan, tiles: UInt8[np.ndarray, "M S S 3"]
 ) -> None:
-    """Copies each cell's part of the resized image into its tile, without allocating the canvas."""
+    """Copies each cell's part of the resized image into its tile. Does not allocate the canvas."""
     (rows, cols), (left, top), side = plan.grid, plan.canvas.origin, tiles.shape[1]
     for cell in range(rows * cols):
         y, x = cell // cols * side - top, cell % cols * side - left  # the cell's corner, relative to the image
-        # A cell whose corner lies in the border (negative y or x): the image begins inside its tile.
+        # If the corner is in the border (negative y or x), the image begins inside the tile.
         y0, x0 = max(y, 0), max(x, 0)
         part = image[y0 : max(y + side, 0), x0 : max(x + side, 0)]
         tiles[cell, y0 - y : y0 - y + part.shape[0], x0 - x : x0 - x + part.shape[1]] = part
@@ -229,7 +232,7 @@ def _plan_ovis(width: int, height: int, config: TilingConfig) -> TilePlan:
 
 def _best_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
     """Returns the (rows, cols) that the rule ovis chooses."""
-    # No more rows or columns than pixels: an image a few pixels wide would otherwise get cells of width 0.
+    # No more rows or columns than pixels, or an image a few pixels wide would get cells of width 0.
     grids = [
         (rows, cols)
         for rows in range(1, min(config.max_tiles, height) + 1)
@@ -289,7 +292,7 @@ def _nearest_grid(width: int, height: int, config: TilingConfig) -> tuple[int, i
     nearest, best = math.inf, (1, 1)
     for rows, cols in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[1])):
         distance = abs(width / height - cols / rows)
-        # On a tie: an image with fewer than half of the canvas's pixels would only be enlarged.
+        # On a tie, the larger grid must be worth it: a much smaller image would only be enlarged.
         if distance < nearest or (
             distance == nearest and width * height > 0.5 * config.tile_size * config.tile_size * rows * cols
         ):
@@ -336,8 +339,9 @@ def _best_canvas(width: int, height: int, config: TilingConfig) -> tuple[int, in
 
 
 def _canvas_boxes(width: int, height: int, rows: int, cols: int, canvas: Canvas, side: int) -> list[Box]:
-    """Returns the box of each cell of the canvas in page pixels; it extends beyond the page where there is a border."""
+    """Returns the box of each cell in page pixels. Boxes extend beyond the page where the canvas has a border."""
 
+    # Edges of the cells along one axis, mapped from the canvas back to the page.
     def edges(cells: int, size: int, origin: int, page: int) -> list[float]:
         return [(cell * side - origin) * page / size for cell in range(cells + 1)]
 

@@ -29,8 +29,8 @@ def score_once(
       name: name of the evaluation and of its files.
       make_reader: loads the model; called only if the evaluation runs.
       key: hash that identifies the model and the data; see `make_key`.
-      records: the documents.
-      out: folder of the files.
+      records: the documents to ask about.
+      out: folder of the result files.
       control: replaces the pages with blank or wrong ones.
     """
     result_file, answers_file = out / f"{name}.json", out / f"{name}.jsonl"
@@ -48,11 +48,12 @@ def score_once(
 
 
 def make_key(*values) -> str:
-    """Returns a short hash of values that can be converted to JSON."""
+    """Returns a short hash of the values, which are compared by their JSON text."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _read_answers(file: pathlib.Path) -> list[Answer]:
+    # A line of predictions also has derived values, which are not fields of Answer.
     names = {field.name for field in dataclasses.fields(Answer)}
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [Answer(**{name: value for name, value in line.items() if name in names}) for line in lines]

@@ -50,7 +50,7 @@ class AlignVLMConfig:
 
     Attributes:
       vision: settings of the encoder.
-      connector: settings of the connector; their class selects the connector.
+      connector: settings of the connector. Their class selects the kind of connector.
       language: settings of the decoder.
       newline: whether a learned vector ends every row of visual tokens. It must be True with the tiling rule
         anyres_max_9, and False otherwise. The vector is one of the connector's weights.
@@ -63,7 +63,7 @@ class AlignVLMConfig:
 
 
 def connector_shape(config: AlignVLMConfig) -> ConnectorShape:
-    """Returns the sizes of the model that its connector depends on."""
+    """Returns the sizes of the encoder and the decoder that the connector depends on."""
     return ConnectorShape(
         grid_size=config.vision.grid_size,
         source_width=config.vision.hidden_size,
@@ -73,7 +73,7 @@ def connector_shape(config: AlignVLMConfig) -> ConnectorShape:
 
 
 def token_grid(config: AlignVLMConfig) -> tuple[int, int]:
-    """Returns rows and columns of one tile's visual tokens, after the connector.
+    """Returns the grid (rows, columns) of one tile's visual tokens, after the connector.
 
     Tokens without positions in their tile (`ConnectorSpec.is_spatial`) form one row.
     """
@@ -90,7 +90,7 @@ class AlignVLMOutput:
     """Output of the model.
 
     Attributes:
-      logits: scores of the next token, float32.
+      logits: logits of the next token, float32.
       effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the tiles that are
         not padding; NaN for connectors without such a distribution.
     """
@@ -101,7 +101,7 @@ class AlignVLMOutput:
 
 @flax.struct.dataclass
 class AlignVLMLoss:
-    """Loss of the model, not divided by its weight.
+    """Loss of a batch, as a sum and its weight. Their quotient is the mean loss.
 
     Attributes:
       loss: sum over positions of weight * -log p(target), float32.
@@ -154,7 +154,7 @@ class AlignVLM(nn.Module):
         return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
 
     def loss(self, batch: Batch) -> AlignVLMLoss:
-        """Returns the loss of packed rows, without ever holding the scores of all positions and words.
+        """Returns the loss of packed rows, without materializing the [B, L, V] logits.
 
         Args:
           batch: as for `__call__`, with `targets` and `loss_weights` [B, L].
@@ -238,7 +238,7 @@ class AlignVLM(nn.Module):
         Args:
           tokens: the newest token of each row.
           positions: their positions, which differ between rows if the prompts' lengths do.
-          cache: keys and values of everything before.
+          cache: keys and values of all earlier positions.
 
         Returns:
           Scores of the next token of each row, and the extended cache.
@@ -292,7 +292,7 @@ def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, leng
         "loss_weights": text.astype(jnp.float32),
         "segment_ids": text,
         "positions": text,
-        "visual_index": text - 1,
+        "visual_index": text - 1,  # -1: no visual tokens
         "tiles": jnp.zeros((rows, tiles, side, side, 3), jnp.uint8),
         "tile_valid_hw": jnp.zeros((rows, tiles, 2), jnp.int32),
         **(resampling if config.newline else {}),

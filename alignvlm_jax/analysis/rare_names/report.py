@@ -1,4 +1,4 @@
-"""Plot and text of the rare names analysis."""
+"""Reports the rare-names analysis as a plot and as text."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from alignvlm_jax.data.synthetic.names import COUNTS
 
 
 def plot(models: dict[str, dict[str, Any]]) -> matplotlib.figure.Figure:
-    """Plots error against rarity with one line per model; look-alikes are on the left, loners on the right.
+    """Plots the error rate against rarity, one line per model: look-alikes on the left, loners on the right.
 
     Args:
       models: the result of `measure.summarize` for each model, by name.
@@ -20,9 +20,10 @@ def plot(models: dict[str, dict[str, Any]]) -> matplotlib.figure.Figure:
     for axis, subset in zip(axes, ("look-alikes", "loners"), strict=True):
         for number, (name, summary) in enumerate(models.items()):
             rows = [row for row in summary[subset]["by_count"] if row["questions"]]
-            # The lines are shifted slightly against each other, so that their intervals do not overlap.
+            # Shift the lines slightly against each other, so that their error bars do not overlap.
             x = [COUNTS.index(row["seen"]) + 0.08 * (number - (len(models) - 1) / 2) for row in rows]
             y, low, high = (np.array([100 * row["error"][key] for row in rows]) for key in ("value", "low", "high"))
+            # An estimate can be just outside its interval, and matplotlib rejects negative error bars.
             bars = np.maximum([y - low, high - y], 0)
             axis.errorbar(x, y, yerr=bars, label=name, capsize=2.5, elinewidth=0.8, **output.line_style(number))
         axis.set_title("with look-alikes" if subset == "look-alikes" else "without look-alikes", fontsize=10)
@@ -50,26 +51,26 @@ def describe(results: dict[str, Any]) -> str:
     overall, look_alikes = results["model"]["all"], results["model"]["look-alikes"]
     rarest, commonest = overall["by_count"][0], overall["by_count"][-1]
     pull, endings = look_alikes["pull"], overall["pull_of_endings"]
-    # The error and the rarity gap, the pull among look-alikes, and the pull of endings.
+    # First the error and the rarity gap, then the pull among look-alikes, then the pull of endings.
     text = [
         f"Of {overall['questions']} questions that ask for names, {_percent(overall['error'])} are answered wrong. For "
         f"names never seen in training the error is {_percent(rarest['error'])}, and for names seen "
         f"{commonest['seen']} times it is {_percent(commonest['error'])}. The rarity gap, the error on names seen at "
         f"most once minus that on names seen {COMMON[0]} times or more, is {_points(overall['rarity_gap'])} "
         f"({_points(look_alikes['rarity_gap'])} among look-alikes); {_verdict(overall['rarity_gap'], 0)}.",
-        f"Names that were taken for a look-alike were taken for a more common one {pull['commoner']} times and for a "
-        f"rarer one {pull['rarer']} times"
-        + (f" ({_percent(pull)} more common; 50 % if rarity did not matter)" if pull["value"] is not None else "")
+        f"Of the names that were mistaken for a look-alike, {pull['commoner']} were mistaken for a more common one and "
+        f"{pull['rarer']} for a rarer one"
+        + (f" ({_percent(pull)} more common; 50 % if rarity had no effect)" if pull["value"] is not None else "")
         + f": {_verdict(pull, 0.5)}.",
         f"Of the answers that are not names, {endings['commoner']} end like a more common name and "
         f"{endings['rarer']} like a rarer one: {_verdict(endings, 0.5)}.",
     ]
-    # The part of the model that is responsible, if it was measured.
+    # Then which part of the model is responsible, if that was measured.
     if "decoder alone" in results:
         alone = results["decoder alone"]["look-alikes"]
         text.append(
-            f"The decoder alone, given the letters themselves, errs on {_percent(alone['error'])} of the look-alikes "
-            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} taken for a more common name, "
+            f"The decoder alone, given the letters as text, gets {_percent(alone['error'])} of the look-alikes wrong "
+            f"(rarity gap {_points(alone['rarity_gap'])}; {alone['pull']['commoner']} mistaken for a more common name, "
             f"{alone['pull']['rarer']} for a rarer one)."
         )
         text += _describe_letters(results["tokens say the true letter"])
@@ -77,7 +78,10 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def _describe_letters(agreement: dict[str, Any]) -> list[str]:
-    """Returns the letter agreement of right answers and of pulled ones as text, for those that exist."""
+    """Returns as text how often the visual tokens agree with the true letter, for right and for pulled answers.
+
+    Kinds without answers are omitted.
+    """
     kinds = {"right": "right answers", "pulled": "answers pulled to a more common name"}
     shares = [
         f"in {100 * agreement[kind]['share']:.0f} % (of {agreement[kind]['answers']}) of {title}"
@@ -106,9 +110,10 @@ def _points(estimate: dict[str, Any]) -> str:
 
 
 def _verdict(estimate: dict[str, Any], null: float) -> str:
-    """Returns a conclusion from whether the interval contains `null`, the value expected if rarity does not matter."""
+    """Returns a conclusion in words. `null` is the value that is expected if rarity has no effect."""
     if estimate["value"] is None:
         return "too few answers to tell"
+    # Only an interval that excludes `null` supports a conclusion.
     if estimate["low"] > null:
         return "rarity hurts"
-    return "commonness hurts" if estimate["high"] < null else "no effect of rarity is distinguishable from chance"
+    return "being common hurts" if estimate["high"] < null else "no effect of rarity is distinguishable from chance"

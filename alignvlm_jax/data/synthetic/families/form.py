@@ -36,12 +36,19 @@ OTHER_LABELS = tuple(label for label in _FIELDS if label not in NAME_LABELS)
 
 
 def compose(page: Page, values: Values, labels: Sequence[str] | None = None) -> Questions:
-    """Prints a form with these fields from the top down; None draws three or four fields."""
+    """Prints a form, from the top down.
+
+    Args:
+      page: page to print on.
+      values: source of the fields' values.
+      labels: labels of the fields; None draws three or four at random.
+    """
     dice, face = page.dice, page.face
     if dice.chance(0.8):
         page.line(page.aligned(dice.pick(_TITLES), dice.pick((0.0, 0.5, 1.0))))
         page.rule() if dice.chance(0.6) else page.gap(1, 6)
 
+    # One style for all fields of the form.
     colon = ":" if dice.chance(0.4) else ""
     above = dice.chance(0.4)
     boxed = dice.chance(0.3)
@@ -54,13 +61,14 @@ def compose(page: Page, values: Values, labels: Sequence[str] | None = None) -> 
             value = values.draw(getattr(values, _FIELDS[label]), lambda value: face.width(value) + 8 <= page.width)
         fields.append((label, value))
         printed = label + colon
+        # Print the value next to its label if both fit on one line, and otherwise below the label.
         if not above and page.fits(printed, value):
             page.spread(printed, value) if dice.chance(0.3) else page.line(
                 (printed, 0.0), (value, face.width(printed) + face.space)
             )
         else:
             page.line((printed, 0.0))
-            page.y -= dice.uniform(0, 1)
+            page.y -= dice.uniform(0, 1)  # a value is slightly closer to its label than to the next field
             top = page.y
             page.line((value, min(indent, page.width - face.width(value)) if not boxed else 3.0))
             if boxed:
@@ -71,7 +79,7 @@ def compose(page: Page, values: Values, labels: Sequence[str] | None = None) -> 
 
     return Questions(
         direct=tuple(
-            ((f"What is the {name}?", f"Which {name} is given?", f"What {name} is written?"), value)
-            for name, value in ((label.lower(), value) for label, value in fields)
+            ((f"What is the {field}?", f"Which {field} is given?", f"What {field} is written?"), value)
+            for field, value in ((label.lower(), value) for label, value in fields)
         )
     )
