@@ -54,6 +54,9 @@ class RecordSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # A `for` loop over a source ends with an IndexError. The file would raise what damage raises.
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index}: expected 0 to {len(self) - 1}")
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, OSError) as error:  # array_record detects damage by checksums

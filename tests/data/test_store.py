@@ -34,6 +34,14 @@ def test_records_are_read_back_unchanged_and_in_order(corpus):
         assert [source[i] for i in range(size)] == draw_records(1, split, 0, size)
 
 
+def test_iteration_ends_after_the_last_record(corpus):
+    source = open_dataset(corpus, "heldout")
+    assert [record["id"] for record in source] == [source[i]["id"] for i in range(6)]
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match=f"record {index}: expected 0 to 5"):
+            source[index]
+
+
 def test_images_stay_encoded(corpus):
     encoded = open_dataset(corpus, "heldout")[3]["image"]
     assert isinstance(encoded, bytes)
