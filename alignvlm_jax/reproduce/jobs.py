@@ -4,7 +4,8 @@
                                            /workdir/        checkpoints, if the job trains
                                            /log.txt         output of its process
 
-The list of jobs depends only on the options. A job that is done is not repeated.
+The list of jobs depends only on the options. A job that is done is repeated only if another one needs its weights and
+they are gone (`scheduler.py`).
 """
 
 import dataclasses
