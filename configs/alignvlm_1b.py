@@ -3,19 +3,19 @@ r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN and Llama-3.2-1B, tr
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
 
-The backbones are folders in Hugging Face layout; `tools/import_hf.py` makes a checkpoint of the untrained model. The
-data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
+The backbones are folders in the Hugging Face format. `tools/import_hf.py` converts them to a checkpoint of the
+untrained model. The data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
 
 Source: arXiv 2502.01341. Stages, trained parts, global batches, learning rates, text lengths and epochs are the
-paper's. It does not state the optimizer, the schedule and the warm-up. This config uses common choices of VLM recipes:
-AdamW without weight decay, a cosine decay to 0, and 500 steps of warm-up.
+paper's. The paper does not state the optimizer, the schedule or the warm-up. This config uses choices that are common
+for VLMs: AdamW without weight decay, cosine decay to 0, and 500 warm-up steps.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the experiment."""
+    """Returns the config of the experiment."""
     config = ConfigDict()
     config.seed = 0
     config.backbones = ConfigDict(dict(vision="siglip-so400m-patch14-384", language="Llama-3.2-1B-Instruct"))
@@ -53,9 +53,9 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # A scanned page is nine tiles and a thumbnail, 7,290 visual tokens. Bins for two pages, 29 x 512 tokens, are 97 %
-    # full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins for one page would be a quarter
-    # padding, because they need space for 2,048 text tokens.
+    # A scanned page takes nine tiles and a thumbnail, 7,290 visual tokens. Bins for two pages, 29 x 512 tokens, are
+    # 97 % full on a mixture of pages and photographs (`tools/benchmark.py packing`). Bins for one page would be a
+    # quarter padding, because each needs space for 2,048 text tokens.
     config.data = ConfigDict()
     config.data.root = "data"
     config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))
@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
 def stage(
     name: str, dataset: str, trainable: tuple[str, ...], epochs: float, batch: int, rate: float, max_text_tokens: int
 ) -> ConfigDict:
-    """Returns a stage with one data set and one learning rate for all trained parts."""
+    """Returns the config of a stage with one data set and one learning rate for all trained parts."""
     return ConfigDict(
         dict(
             name=name,

@@ -12,7 +12,7 @@ from alignvlm_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
-    """Returns the experiment."""
+    """Returns the config of the experiment."""
     config = read_config_file("configs/alignvlm_1b.py")
     config.backbones.language = "Llama-3.2-3B-Instruct"
     config.model.language.update(

@@ -19,7 +19,7 @@ from alignvlm_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
-    """Returns the experiment."""
+    """Returns the config of the experiment."""
     config = read_config_file("configs/alignvlm_3b.py")
     config.model.newline = True
     config.data.tiling = ConfigDict(dict(rule="anyres_max_9", tile_size=384, max_tiles=9, thumbnail=True))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the experiment."""
+    """Returns the config of the experiment."""
     config = ConfigDict()
     config.seed = 0
     config.backbones = ConfigDict(dict(vision="nano", language="nano"))

@@ -18,7 +18,7 @@ PAGES = 8  # per step
 
 
 def get_config() -> ConfigDict:
-    """Returns the experiment."""
+    """Returns the config of the experiment."""
     config = read_config_file("configs/nano.py")
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=200 + 96, tiles_per_bin=2, bins_per_microbatch=PAGES, examples_per_bin=1, window=1)

@@ -1,16 +1,17 @@
-"""Compiles the training or decoding steps of a config for TPUs, on a machine without TPUs, and reports their cost.
+"""Compiles the training or decoding step of a config for TPUs, on a machine without TPUs, and reports its cost.
 
     pip install "alignvlm-jax[tpu]"
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --json 8b.json
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
 
-Any key of the config can be set with --config.path.to.key=value. The memory is what the compiler allocates. Collectives
-and FLOP are counted in the compiled program, once per iteration of a loop. Times are estimates from a roofline model.
-All bins are assumed to be full of pages of the largest size, and a step to have the examples of the stage's
-global_batch.
+Any key of the config can be set with --config.path.to.key=value. The reported memory is what the compiler allocates.
+Collectives and FLOPs are counted in the compiled program; those in a loop count once per iteration. Times are estimates
+from a roofline model. The counts assume that all bins are full of pages of the largest size, and that a step has
+global_batch examples.
 
-Exit codes: 0 the program fits; 2 invalid arguments; 3 it does not fit; 4 attention fell back to kernel xla.
+Exit codes: 0 if the program fits in memory; 2 for invalid arguments; 3 if it does not fit; 4 if it fits, but attention
+fell back to the xla kernel.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-# Must be set before JAX is imported. Nothing runs on a device, and libtpu must not search for chips.
+# Must be set before JAX is imported. Nothing runs on a device, so libtpu must not search for chips.
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -86,7 +87,7 @@ def describe(report: ahead_of_time.Report) -> str:
     ]
     if report["failure"]:
         lines += ["  compiler error: " + report["failure"].splitlines()[0][:300]]
-    # A training step: its size. Decoding has no bins.
+    # The size of a training step. Decoding has no bins.
     if "bins" in report:
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
@@ -150,7 +151,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         type=float,
         default=0.0,
         metavar="X",
-        help="effort of the compiler: -1 takes a fifth of the time and gives a worse schedule (default: 0)",
+        help="effort of the compiler; -1 takes a fifth of the time but gives a worse schedule (default: 0)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report to this file")
     args, rest = parser.parse_known_args(argv)

@@ -1,11 +1,10 @@
 """Looks up rows of an embedding table that is split over a mesh.
 
-Axes: B rows of ids, V vocabulary, D width, n ids on a device, K rows of the table in a block; t and f, number of
-devices over which the rows of the table and its width are split.
+Axes: B rows of ids (b on a device), n ids on a device, V vocabulary, D width, K rows of the table in a block.
 
 With plain indexing, XLA gathers the complete table in float32 (2 GB for the 8B model), and also its gradient. Here,
-each device looks up the ids whose rows it holds, and a sum over the devices combines the results. If the width is
-split, too, one block of rows at a time is gathered, as in `vocabulary_streaming.py`.
+each device looks up the ids whose rows it holds, and a sum over the devices combines the results. If the width is also
+split, blocks of rows are gathered one at a time, as in `vocabulary_streaming.py`.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _BLOCK_SIZE = 16384
-"""K. Every block is compared with all ids, so few large blocks are best."""
+"""Default of K. Every block is compared with all ids, so a few large blocks are best."""
 
 
 def embedding_lookup(
@@ -32,11 +31,11 @@ def embedding_lookup(
     """Returns `table[ids]` in `dtype`; the gradient of the table is summed in float32.
 
     Args:
-      table: a row for each word.
-      ids: row numbers in [0, V).
+      table: embedding table, with one row per word.
+      ids: row indices in [0, V).
       dtype: dtype of the result.
       block_size: K, used if the width of the table is split.
-      mesh_axes: axes of the current mesh that split the first axis of `ids`, the rows and the width of the table.
+      mesh_axes: axes of the current mesh that split the first axis of `ids`, and the rows and the width of the table.
     """
     axes = streaming.resolve(mesh_axes, num_queries=ids.shape[0], num_rows=table.shape[0], widths=table.shape[1:])
     if axes == streaming.VocabularyMesh(axes.queries):  # the table is not split
@@ -61,17 +60,17 @@ def _lookup(options: _Options, table: Float[Array, "V D"], ids: Int[Array, "B ..
     def local(part, ids):
         table, flat = streaming.Table(part, axes), _local_ids(ids, part.shape[0], axes)
 
-        def step(start, size, found):
+        def step(start, size, output):
             is_inside = (flat >= start) & (flat < start + size)
             block = table.read_block(start, size, options.dtype)
-            # Ids outside the block read some row of it, which `where` discards.
+            # Ids outside the block read an arbitrary row of it, which `where` discards.
             rows = jnp.take(block, jnp.clip(flat - start, 0, size - 1), axis=0)
-            return jnp.where(is_inside[:, None], rows, found)
+            return jnp.where(is_inside[:, None], rows, output)
 
-        found = jnp.zeros((flat.size, table.width), options.dtype)
-        found = streaming.stream(step, found, num_rows=table.num_rows, block_size=options.block_size)
+        output = jnp.zeros((flat.size, table.width), options.dtype)
+        output = streaming.stream(step, output, num_rows=table.num_rows, block_size=options.block_size)
         # For each id, one device holds the row and all others hold zeros, so the sum is exact in any dtype.
-        return streaming.all_reduce(found, axes.vocabulary).reshape(*ids.shape, -1)
+        return streaming.all_reduce(output, axes.vocabulary).reshape(*ids.shape, -1)
 
     ids_spec = streaming.query_spec(axes)
     return streaming.shard(local, axes, (streaming.table_spec(axes), ids_spec), ids_spec)(table, ids)
@@ -95,7 +94,7 @@ def _lookup_backward(options, residuals, cotangent):
             block = jnp.zeros((size, table.width)).at[index].add(cotangent, mode="drop")
             return table.update_gradient(dtable, start, block)
 
-        # Summed in float32, whatever the dtype of the table.
+        # Sum in float32, whatever the dtype of the table. An id may occur many times.
         dtable = jnp.zeros(part.shape)
         dtable = streaming.stream(step, dtable, num_rows=table.num_rows, block_size=options.block_size)
         return streaming.all_reduce(dtable, axes.queries_only).astype(part.dtype)

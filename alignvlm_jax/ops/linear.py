@@ -15,11 +15,12 @@ def linear(
     inputs: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "... o"]:
     """Returns `inputs @ kernel + bias` in the dtype of `inputs`; the gradients of kernel and bias are float32."""
-    # One matrix product of all rows: on a CPU, its gradient takes half the time of that of a batched product.
+    # On a CPU, the gradient of one product of all rows takes half as long as the gradient of a batched product.
     rows = inputs.reshape(-1, inputs.shape[-1])
     outputs = _product(rows, kernel)
     if bias is not None:
-        # Added in float32, so that the gradient of the bias is summed in float32. XLA fuses it into the product.
+        # Add in the bias's float32, so that the gradient of the bias is summed in float32, too. XLA fuses the addition
+        # into the product.
         outputs = (outputs + bias).astype(inputs.dtype)
     return outputs.reshape(*inputs.shape[:-1], kernel.shape[-1])
 

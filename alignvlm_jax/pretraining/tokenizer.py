@@ -1,7 +1,8 @@
 """Trains the nano decoder's tokenizer: byte-level BPE with 512 tokens, on the text of training documents.
 
-Words of questions and labels become single tokens. Capitals, digits, punctuation and spaces are never merged: values
-on a page consist of them, with one character per patch, so each patch corresponds to one token.
+Words of questions and labels become single tokens, with the space and the capital before them. Other capitals, digits,
+punctuation and spaces are never merged. The values on a page consist of them and have one character per patch, so each
+patch corresponds to one token.
 """
 
 import json
@@ -31,8 +32,8 @@ def save_tokenizer(folder: str | Path, *, seed: int, num_documents: int = 3000, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    # A piece is a word in lower case, with a space and a capital before it, or a single character. BPE merges only
-    # within pieces.
+    # BPE merges only within pieces. A piece is a single character, or a word in lower case with the space and the
+    # capital before it, if there are any.
     pieces = tokenizers.Regex(r" ?[A-Z]?[a-z]+|\s|[A-Z]|[0-9]|[^\sA-Za-z0-9]")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,6 +63,7 @@ def save_tokenizer(folder: str | Path, *, seed: int, num_documents: int = 3000, 
 
 
 def _texts(seed: int, num_documents: int) -> Iterator[str]:
+    # About one instruction per document: BPE merges what is frequent.
     yield from READING_INSTRUCTIONS * (num_documents // 4)
     for index in range(num_documents):
         document = draw_document(seed, "train", index, render=False)

@@ -1,11 +1,11 @@
-"""Jobs: one run each, with a folder and a result.
+"""Defines the jobs of a comparison. A job is one run, with a folder and a result.
 
     OUT/runs/PART/ENCODER/CONNECTOR/VARIANT/result.json     the result; written when the job ends
                                            /workdir/        checkpoints, if the job trains
                                            /log.txt         output of its process
 
-The list of jobs depends only on the options. A job that is done is repeated only if another one needs its weights and
-they are gone (`scheduler.py`).
+The list of jobs depends only on the options. A finished job is repeated only if another job
+needs its weights and they are gone (`scheduler.py`).
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ class Job:
       seed: seed of the initial connector weights and of the order of the data. The order is the same for all
         connectors.
       variant: name that distinguishes the job from others of its part with the same seed, such as "rate-x4".
-      setting: values that `variant` stands for, read by the part.
+      setting: values that `variant` stands for. The part reads them.
       needs: names of the jobs whose results this one uses.
-      needs_weights: whether it uses their trained weights as well.
-      wave: number of the job's wave. Jobs run wave by wave, so that a comparison that is stopped early has first
-        results of everything.
+      needs_weights: whether it also uses their trained weights.
+      wave: number of the job's wave. Jobs run wave by wave, so that a comparison that is stopped early has some
+        results for every part.
       weight: rough duration, in units of a training run.
       runs_alone: whether no other job may run at the same time, because this one measures time.
     """
@@ -81,5 +81,5 @@ def read_result(out: Path, job: Job) -> Result | None:
 
 
 def is_done(result: Result | None, minutes: float) -> bool:
-    """Returns True if the job needs no more work. One that was stopped at a time limit resumes under a higher limit."""
+    """Returns True if the job needs no more work. A job stopped by its time limit resumes if the limit is raised."""
     return result is not None and (result["status"] == COMPLETE or result["minutes"] >= minutes)

@@ -77,7 +77,7 @@ class Work:
         """Returns the config restricted to a fraction of the run's pages.
 
         A fraction of 1 is the number of pages that the recipe's steps consume if each page is seen once. The number of
-        steps stays the same, so fewer pages are seen more often.
+        steps stays the same, so with fewer pages, each page is seen more often.
         """
         seen = recipe.pages_seen(self.experiment().stages)
         pages = min(max(1, round(fraction * seen)), len(self.records("train")))

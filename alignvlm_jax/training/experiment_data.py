@@ -1,4 +1,4 @@
-"""Provides the data of an experiment to the training loop: a plan of each stage, and its packed batches."""
+"""Provides the data of an experiment to the training loop: the plan and the packed batches of each stage."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +16,10 @@ from alignvlm_jax.training.initial import load_tokenizer
 
 
 class TrainingData(Protocol):
-    """Data as the training loop sees them."""
+    """Interface of the training loop to its data."""
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
-        """Returns a stage's number of steps and of microbatches per step. All processes must get the same."""
+        """Returns a stage's number of steps and of microbatches per step, which must be equal on all processes."""
 
     def batches(
         self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
@@ -30,8 +30,8 @@ class TrainingData(Protocol):
           stage_index: index of the stage.
           stage: the stage.
           plan: its plan.
-          state: state of the rows to continue from; None starts from the beginning.
-          rows: the rows of each microbatch that this process makes.
+          state: state of the rows to resume from; None starts from the beginning.
+          rows: the rows of each microbatch that this process builds.
         """
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -39,13 +39,13 @@ class TrainingData(Protocol):
 
 
 class ExperimentData:
-    """Data sets, tokenizer and pipeline of an experiment, as its config describes them."""
+    """Data sets, tokenizer and input pipeline that the config of an experiment describes."""
 
     def __init__(self, config: ExperimentConfig):
         self._config = config
         self._chat = load_tokenizer(config)
         parts = [part for stage in config.stages for part in stage.mixture]
-        # Open the data sets of all stages now: a missing one must fail before training, not days into it.
+        # Open the data sets of all stages now, so that a missing one fails before training and not days into it.
         root = Path(config.data.root)
         self._sources = {
             pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
@@ -59,7 +59,7 @@ class ExperimentData:
             bins_per_step=stage.bins_per_step,
             steps=stage.steps,
             epochs=stage.epochs,
-            # Nothing else runs while a stage is planned, so the threads may use the cores of the workers.
+            # No workers run while a stage is planned, so the threads may use their cores.
             threads=max(self._config.data.read_threads, self._config.data.workers),
             progress=distributed.is_primary(),
         )
@@ -67,7 +67,7 @@ class ExperimentData:
     def batches(
         self, stage_index: int, stage: StageConfig, plan: StagePlan, state: RowStates | None, rows: Sequence[int]
     ) -> BatchIterator:
-        """Returns batches that threads or worker processes make ahead of time (`data/feeding.py`)."""
+        """Returns batches that threads or worker processes build ahead of time (`data/feeding.py`)."""
         data = self._config.data
         return Feed(
             self._reader(stage_index, stage),

@@ -1,4 +1,4 @@
-"""Prepares the folder of a run: creates it, or checks that the run in it has the same config."""
+"""Prepares the folder of a run: creates it, or checks that a resumed run has the same config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,9 @@ from alignvlm_jax.training.experiment_data import TrainingData
 
 
 def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]) -> None:
-    """Writes config, tokenizer and history of a new run, or checks the config of the run that is resumed.
+    """Writes the config, tokenizer and history of a new run, or checks the config of a resumed run.
+
+    If a resumed run has a changed config, the new config replaces the old one.
 
     All processes must call it.
 
@@ -38,7 +40,7 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
     is_up_to_date = False
     text = config_to_json(config)
 
-    # Compare the config with that of the run. Each checkpoint stores it, too, in case config.json is missing.
+    # Compare the config with that of the run. Checkpoints also store it, in case config.json is missing.
     if is_resumed:
         has_config = path.is_file()
         if has_config:
@@ -58,12 +60,12 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
             if config.init_from is not None and not is_resumed:
                 write_history(workdir, history_of_run(config.init_from))
-            # Written under another name and then renamed, so a kill cannot leave half a config.
+            # Write under another name and rename, so that a kill cannot leave half a config.
             new = path.with_name(f".{path.name}.new")
             new.write_text(text, encoding="utf-8")
             new.replace(path)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
-    # Barrier: process 0 has written. A host that does not see the file is not on shared storage.
+    # Barrier: process 0 has written. A host that does not see the file now does not share its storage.
     distributed.gather_json("written")
     distributed.require_equal({f"{workdir} is on storage that the host shares with process 0": path.is_file()})

@@ -1,4 +1,7 @@
-"""Tokens of conversations: same as from transformers, typed special tokens stay text, only answers have loss weight."""
+"""Tests of the chat tokenizer.
+
+Its tokens equal those of transformers, special tokens that users type stay text, and only answers have loss weight.
+"""
 
 import json
 import pickle
@@ -13,7 +16,7 @@ from alignvlm_jax.interop.tokenizer import import_tokenizer
 from tests.data.nano_tokenizer import SPECIAL_TOKENS, TOKENIZER_CONFIG, write_chat_folder
 from tests.interop.tokenizer_styles import num_ids, write_style
 
-# Like Llama 3: text between header and content, trimmed contents, an invented system message.
+# Like the template of Llama 3: text between header and content, trimmed contents, a default system message.
 LLAMA_LIKE_TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] != 'system' %}
     {{- '<|user|>system\\n\\nCutting Knowledge Date: December 2023<|end|>' }}
@@ -56,7 +59,7 @@ def assistant(text):
 
 
 def read(chat, ids):
-    """Returns the text of ids, with special tokens."""
+    """Returns the text of the ids, including special tokens."""
     return chat._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
@@ -95,7 +98,7 @@ def test_visual_index_continues_over_images(chat):
     np.testing.assert_array_equal(encoded.visual_index[:8], [-1, -1, 0, 1, 2, 3, 4, -1])
 
 
-def test_loss_on_answers_only_over_turns(chat):
+def test_only_the_answers_of_all_turns_have_loss_weight(chat):
     encoded = chat.encode(
         [user("a?", 1), assistant("one"), user("b?"), assistant(""), user("c?"), assistant(" x ")], [4]
     )
@@ -103,10 +106,10 @@ def test_loss_on_answers_only_over_turns(chat):
 
 
 def test_prompt_equals_the_beginning_of_the_training_tokens(chat):
-    """Inference sees exactly the tokens before the first weighted target."""
+    """At inference, the model reads exactly the tokens before the first target with loss weight."""
     encoded = chat.encode([user("Total?", 1), assistant("12.50")], [3])
     prompt = chat.encode_prompt([user("Total?", 1)], [3])
-    first = np.flatnonzero(encoded.loss_weights)[0]
+    first = np.flatnonzero(encoded.loss_weights)[0]  # the weight at position i is that of the target, token i + 1
     np.testing.assert_array_equal(prompt.tokens, encoded.tokens[: first + 1])
     np.testing.assert_array_equal(prompt.visual_index, encoded.visual_index[: first + 1])
     assert not prompt.loss_weights.any()
@@ -120,10 +123,11 @@ def test_decode(chat):
 def test_token_text(chat, tmp_path):
     sentencepiece = import_tokenizer(write_style(tmp_path, "llama2"), num_embeddings=num_ids(tmp_path)).chat
     text = "What is the total? 12.50"
-    for tokenizer, begin in ((chat, ""), (sentencepiece, " ")):  # Llama 2 puts a space before a text
+    for tokenizer, begin in ((chat, ""), (sentencepiece, " ")):  # Llama 2's tokenizer puts a space before the text
         assert "".join(map(tokenizer.token_text, map(int, tokenizer.encode_text(text)))) == begin + text
         assert tokenizer.token_text(tokenizer.image_id).startswith("<")
         assert tokenizer.token_text(99999) == "<99999>"
+        # A character of several tokens: each token still has a text that can be displayed.
         parts = [tokenizer.token_text(int(token)) for token in tokenizer.encode_text("€")]
         assert len(parts) >= 3 and not any("\ufffd" in part or part == "" for part in parts)
     assert chat.token_text(chat.image_id) == "<|image|>"
@@ -138,7 +142,7 @@ def test_special_tokens_typed_by_users_stay_text(chat, special):
     )
     assert read(chat, encoded.tokens) == expected
     assert answers(chat, encoded) == [f"{answer}<|end|>", "c<|end|>"]
-    # There are exactly the special tokens that the template wrote, including two positions for the image.
+    # The only special tokens are the 9 from the template, including two positions for the image.
     specials = [chat.token_to_id(token) for token in SPECIAL_TOKENS]
     assert np.isin(encoded.tokens, specials).sum() == 9
     assert (encoded.visual_index >= 0).sum() == 2
@@ -170,13 +174,14 @@ def test_same_as_transformers(which, request):
 
 
 def test_answers_with_text_between_header_and_content(llama_folder):
-    """The newlines after the header belong to the prompt; the template trims the space before the answer."""
+    """The newlines after the header belong to the prompt, and the template trims the space before the answer."""
     chat = ChatTokenizer.from_folder(llama_folder)
     encoded = chat.encode([user("Total?", 1), assistant(" 12.50\n"), user("<|end|>"), assistant("ok")], [2])
     assert answers(chat, encoded) == ["12.50<|end|>", "ok<|end|>"]
 
 
 def test_generation_blocks_change_nothing(tmp_path, chat):
+    # transformers uses such blocks to mark the answer in a template.
     template = chat._files[2].replace("{{- eos_token -}}", "{%- generation -%}{{- eos_token -}}{%- endgeneration -%}")
     marked = ChatTokenizer.from_folder(write_chat_folder(tmp_path, template=template))
     messages = [user("a", 1), assistant("b")]
@@ -231,7 +236,7 @@ def test_wrong_folders(folder, tmp_path):
 
 
 def test_template_inside_the_config(tmp_path, chat):
-    """The template in its older place and no padding token, as in Llama's own files."""
+    """The template is stored in the config, its older location, and there is no padding token, as in Llama's files."""
     folder = write_chat_folder(tmp_path)
     config = {**json.loads((folder / CONFIG_FILE).read_text()), "chat_template": (folder / TEMPLATE_FILE).read_text()}
     del config["pad_token"]

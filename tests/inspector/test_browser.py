@@ -1,4 +1,4 @@
-"""The inspector's page in a real browser: Chromium, driven by playwright (`pip install -e ".[dev]"`).
+"""Tests of the inspector's page in a real browser: Chromium, driven by playwright (`pip install -e ".[dev]"`).
 
     apt-get install chromium
 
@@ -65,7 +65,7 @@ def wait_until(tab, expression: str) -> None:
 
 @contextlib.contextmanager
 def open_page(browser, url, **options):
-    """Opens the page; at the end, asserts that it logged nothing, raised no error and fetched nothing else."""
+    """Opens the page. On exit, asserts that it logged nothing, raised no error and fetched nothing else."""
     with contextlib.closing(browser.new_context(**options)) as context:
         tab, messages, fetched = context.new_page(), [], []
         tab.on("console", lambda message: messages.append(message.text))
@@ -106,10 +106,11 @@ def displayed_words(tab) -> list[tuple[str, str]]:
 
 
 def expected_words(inspection, patch: int) -> list[tuple[str, str]]:
-    """Returns what `displayed_words` must return for a patch: its eight likeliest words, rounded as on the page."""
+    """Returns the expected result of `displayed_words`: the patch's eight likeliest words, rounded as on the page."""
     ids, shares = inspection.words.ids.reshape(-1, 32)[patch], inspection.words.probabilities.reshape(-1, 32)[patch]
     words = [FakeTokenizer().token_text(int(word)).replace(" ", "␣") for word in ids[:8]]
 
+    # Two significant digits. No word of the samples is displayed with less than 1 %.
     def percent(share):
         return f"{share * 100:.0f}" if share >= 0.0995 else f"{share * 100:.1f}" if share >= 0.01 else None
 
@@ -156,7 +157,7 @@ def test_arrow_keys_cross_tile_borders(desktop):
 
 
 def test_a_search_shows_the_probability_of_the_word_in_each_patch(desktop, inspection):
-    """The probabilities of all four spellings are added up."""
+    """The probability of a word is the sum over its four spellings."""
     word = FakeTokenizer().token_text(4004)
     desktop.keyboard.press("/")
     desktop.keyboard.type(word)
@@ -185,8 +186,8 @@ def test_spellings_can_be_excluded(desktop):
 
 
 def test_a_word_spelled_by_neighboring_patches_is_found(desktop, inspection):
-    ids = inspection.words.ids.reshape(-1, 32)[:, 0]
-    patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # Across the border of two tiles.
+    ids = inspection.words.ids.reshape(-1, 32)[:, 0]  # the likeliest word of each patch
+    patches = [4 * 729 + 10 * 27 + 26, 5 * 729 + 10 * 27, 5 * 729 + 10 * 27 + 1]  # across the border of two tiles
     word = "".join(FakeTokenizer().token_text(int(ids[patch])).strip() for patch in patches)
     shares = inspection.words.probabilities.reshape(-1, 32)[patches, 0]
     desktop.fill("#search", word)
@@ -241,7 +242,7 @@ def test_the_thumbnail_has_patches_of_its_own(desktop, inspection):
 
 @pytest.mark.parametrize("answers", [[], [Answer("Total?", "", np.zeros(0, int), None)]], ids=["none", "empty"])
 def test_a_page_without_an_answer_starts_with_the_words(browser, inspection, tmp_path, answers):
-    """There is no question, or the answer is empty; the answer's view is disabled."""
+    """The answer view is disabled if there is no question, or if the answer is empty."""
     file = tmp_path / "page.html"
     page.write(page.render(dataclasses.replace(inspection, answers=answers).to_json(), title="no answer"), file)
     with open_page(browser, file.as_uri(), **DESKTOP) as tab:
@@ -329,7 +330,7 @@ def test_controls_have_accessible_names(desktop):
 
 
 def test_the_page_reacts_within_100_ms(browser, url):
-    """Measures load, search and drawing times; asserts the median time from a pointer move to its frame."""
+    """Asserts the median time from a pointer move to its frame. Load, search and drawing times are only printed."""
     with open_page(browser, url, **DESKTOP) as tab:
         paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
         ready = tab.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") / 1000
@@ -367,7 +368,7 @@ def test_the_page_reacts_within_100_ms(browser, url):
             })"""
         )
         size = pathlib.Path(url.removeprefix("file://")).stat().st_size
-        figures = {
+        measurements = {
             "size_mb": size / 1e6,
             "first_paint_s": paint,
             "ready_s": ready,
@@ -375,5 +376,5 @@ def test_the_page_reacts_within_100_ms(browser, url):
             "find_ms": find,
             "draw_ms": draw,
         }
-        print("\nnine tiles:", json.dumps(figures))
+        print("\nnine tiles:", json.dumps(measurements))
         assert np.median(hover) < 1000 * MAX_REACTION_TIME

@@ -1,4 +1,4 @@
-"""Preemption by SIGTERM to a whole job or by Google's notice: the run is saved, and its exit code says so."""
+"""Preemption by SIGTERM to a whole job, or by Google Cloud's notice: the run is saved and exits with code 75."""
 
 import dataclasses
 import http.server
@@ -30,7 +30,7 @@ from tests.data.nano_tokenizer import write_chat_folder
 from tests.data.pages import pages
 from tests.parallel import processes, tiny
 
-STEPS = 60  # enough that the run is still going when the signal arrives
+STEPS = 60  # enough that the run has not finished when the signal arrives
 CONFIG_FILE = """
 import json
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ def get_config():
 
 
 def write_config(folder):
-    """Writes pages, and the config file of a run on them that takes a few seconds; returns the config file's path."""
+    """Writes a data set of pages and a config file that trains on them for a few seconds. Returns the config's path."""
     documents = [page | {"image": io.BytesIO(page["image"])} for page in pages(30)]
     store.write_dataset(folder / "documents", FEATURES, {"train": documents})
     experiment = tiny.config((2, 1, 1))
@@ -71,7 +71,7 @@ def start(folder, config, output=None):
       output: handle that receives the output, instead of FOLDER/output.txt.
 
     Returns:
-      A `subprocess.Popen` if `output` is given, and otherwise a `processes.Process`.
+      A `subprocess.Popen` if `output` is given, otherwise a `processes.Process`.
     """
     environment = {
         **os.environ,
@@ -95,8 +95,8 @@ def test_sigterm_saves_even_if_the_log_is_no_longer_read(tmp_path):
     config = write_config(tmp_path)
     read, write = os.pipe()
     run = start(tmp_path, config, output=write)
-    os.close(write)
-    # Leaving the block closes the only reader: from then on, printing fails with a broken pipe.
+    os.close(write)  # the run has its own copy of this end
+    # Leaving the block closes the only reader, so that from then on printing fails with a broken pipe.
     with os.fdopen(read, "rb", buffering=0) as pipe:
         output = b""
         while b"step 3 " not in output:
@@ -126,10 +126,10 @@ def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_resumes_from_it(tmp_p
     assert len(workers) == 1
     signal_time = time.monotonic()
     os.killpg(run.process.pid, signal.SIGTERM)
-    workers[0].send_signal(signal.SIGTERM)  # In real jobs, some processes receive the signal twice.
+    workers[0].send_signal(signal.SIGTERM)  # in real jobs, some processes receive the signal twice
     assert run.process.wait(400) == 75, run.text()
     seconds = time.monotonic() - signal_time
-    while group_members(run.process):  # All processes of the group must end.
+    while group_members(run.process):  # all processes of the group must end
         time.sleep(0.05)
         assert time.monotonic() - signal_time < 400
     (step,) = map(int, re.findall(r"saved after step (\d+)", run.text()))
@@ -143,7 +143,7 @@ def test_sigterm_to_a_whole_job_saves_the_step_and_the_job_resumes_from_it(tmp_p
 
 
 class MetadataServer(http.server.BaseHTTPRequestHandler):
-    """Stands in for Google's metadata server: a request waits until the preemption notice changes."""
+    """Fake of Google Cloud's metadata server. As there, a request waits until the preemption notice changes."""
 
     preempted, num_requests = threading.Event(), 0
 
@@ -151,6 +151,7 @@ class MetadataServer(http.server.BaseHTTPRequestHandler):
         assert self.path.startswith("/computeMetadata/v1/instance/preempted?wait_for_change=true")
         assert self.headers["Metadata-Flavor"] == "Google"
         type(self).num_requests += 1
+        # ETag 0 names no earlier notice, so the first request is answered at once.
         if "last_etag=0" not in self.path:
             assert "last_etag=first" in self.path
             self.preempted.wait(60)
@@ -172,7 +173,7 @@ def test_googles_preemption_notice_saves_the_step(tmp_path, monkeypatch, capsys)
     def on_step(step):
         if step == 2:
             MetadataServer.preempted.set()
-            # The notice is published during step 2, and must have arrived before the step is done.
+            # The notice is published during step 2. Wait for it here, so that it arrives before the step ends.
             while not any("interrupted" in line for line in output):
                 output.append(capsys.readouterr().out)
                 time.sleep(0.01)

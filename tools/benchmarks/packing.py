@@ -1,19 +1,24 @@
-"""Measures how full bins are: packing compared with padding and bucketing, on lengths like those of training.
+"""Measures how full rows are with packing, bucketing and padding, on examples with realistic lengths.
 
-The bins are those of configs/alignvlm_1b.py, and the windows those of training (`data/window.py`). The lengths are
-drawn from `packing_lengths.json`: for each data set, the share of images with each number of tiles, and the share of
-texts in each range of tokens.
+Packing fills the bins of configs/alignvlm_1b.py, with windows as in training (`data/window.py`). The lengths are drawn
+from `packing_lengths.json`: for each data set, the share of images with each number of tiles, and the share of texts in
+each range of tokens.
 
-These distributions were not counted, because the data sets are not available here. They are derived from published
-descriptions. DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch, for which the
-`ovis` rule uses all nine tiles and the thumbnail, except for a few small ones; 3.9 questions per page, of 8 words, with
-answers of 2 words, mostly one question per record. CC-12M: JPEGs of more than 400 pixels in both directions and aspect
-ratios of at most 2.5 to 1 (the filters of the data set), long sides about log-normal around 800 pixels, cut by the
-`ovis` rule; captions of 20 words on average with a long tail. Both include the tokens of the Llama 3 chat template.
+These distributions are not measured, because the data sets are not available here. They are derived from published
+descriptions:
+
+* DocVQA: pages of the UCSF Industry Documents Library, scanned at 150 to 250 dots per inch. The `ovis` rule uses all
+  nine tiles and the thumbnail, except for a few small pages. There are 3.9 questions per page, of 8 words, with answers
+  of 2 words, mostly one question per record.
+* CC-12M: JPEGs of more than 400 pixels in both directions and aspect ratios of at most 2.5 to 1 (the filters of the
+  data set), cut by the `ovis` rule. Long sides are about log-normal around 800 pixels. Captions have 20 words on
+  average, with a long tail.
+
+Both include the tokens of the Llama 3 chat template.
 
 Padding gives every example a row that fits the longest possible one: the largest number of tiles, and 2,048 text
 tokens. Bucketing sorts examples into classes of similar length and pads each row to the longest example of its class.
-Each class is a separate shape, for which the training step must be compiled and a batch filled.
+Each class is a separate shape, so the training step is compiled once per class, and batches are filled per class.
 """
 
 import argparse
@@ -33,7 +38,7 @@ from alignvlm_jax.models.alignvlm import tokens_per_tile
 
 LENGTHS = Path(__file__).parent / "packing_lengths.json"
 CONFIG = "configs/alignvlm_1b.py"
-BAR_TOKENS, BAR_TILES = 0.95, 0.90  # required fill
+BAR_TOKENS, BAR_TILES = 0.95, 0.90  # smallest fill that meets the target
 SHARES = (0.5, 0.2, 0.8)  # shares of DocVQA; the target applies to the first one
 WINDOWS = (1, 4, 8, 16, 32, 64, 128)
 BUCKETS = 4
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> dict:
     longest = config.data.tiling.max_tiles_per_image, max(stage.max_text_tokens for stage in config.stages)
     figures = {"bins": bins, "packing": dataclasses.asdict(packing), "mixtures": {}}
     print(f"{bins} bins of {packing.tokens_per_bin} tokens and {packing.tiles_per_bin} tiles\n")
-    # All methods on each mixture.
+    # Compare the methods on each mixture.
     for share in SHARES:
         examples = draw_examples(share, per_tile, seed=0)
         methods = {
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> dict:
             print(f"  {name:<26}{fill['tokens']:>8.1%} {fill['tiles']:>8.1%} {fill['examples_per_bin']:>14.2f}")
         print()
         figures["mixtures"][f"{share:.0%} docvqa"] = methods
-    # Packing with windows of different sizes.
+    # Vary the size of the window.
     examples = draw_examples(SHARES[0], per_tile, seed=0)
     figures["windows"] = {}
     print(f"{'window':<28}  tokens    tiles   us/bin")
@@ -99,9 +104,10 @@ def draw_examples(share: float, per_tile: int, *, seed: int, number: int = 20_00
 
 
 def pack(examples: list[MeasuredExample], packing: PackingConfig, bins: int) -> dict[str, float]:
-    """Packs examples into bins, with a window for each row, as in training."""
+    """Packs examples into bins, with one window for each row of the microbatch, as in training."""
     rows = [(Window(packing, row), iter(examples[row::_ROWS])) for row in range(_ROWS)]
     filled, start_time = [], time.perf_counter()
+    # The rows take turns, as each microbatch takes one bin from each.
     for window, upcoming in itertools.islice(itertools.cycle(rows), bins):
         window.waiting += itertools.islice(upcoming, packing.window - len(window.waiting))
         filled.append(window.pop_bin())
@@ -130,7 +136,7 @@ def _split(examples: list[MeasuredExample], parts: int) -> Iterator[list[Measure
 
 
 def _fill(rows: list[list[MeasuredExample]], shapes: list[tuple[int, int]]) -> dict[str, float]:
-    """Returns the share of the tokens and tiles of all rows that examples fill."""
+    """Returns the shares of the rows' tokens and tiles that examples fill, and the number of examples per row."""
     tokens, tiles = np.array(shapes).sum(axis=0)
     return {
         "tokens": sum(example.tokens for row in rows for example in row) / int(tokens),

@@ -1,4 +1,4 @@
-"""Training on a sixteenth and a quarter of the pages, which are seen more often in the same number of steps."""
+"""Training on a sixteenth and a quarter of the pages, for the same number of steps, so each page is seen more often."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _CONNECTORS = ("align", "mlp", "ovis")
 
 
 def job(connector: str, encoder: str, fraction: float, seed: int) -> Job:
-    """Returns the run on a fraction of the data; for all of it, the run of the main table."""
+    """Returns the job that trains on a fraction of the data. A fraction of 1 is the job of the main table."""
     if fraction == 1:
         return accuracy.job(connector, encoder, seed)
     needs = tuple(trial.name for trial in tuning.trials(connector, encoder))
@@ -34,7 +34,7 @@ def _connectors(options: Options) -> list[str]:
 
 
 def jobs(options: Options) -> list[Job]:
-    """Returns the runs on the first encoder: the fair one, if it is among the options."""
+    """Returns the jobs, all of them with the first encoder: `FAIR`, if the options include it."""
     return [
         job(connector, options.encoders[0], fraction, seed)
         for seed in range(options.seeds)
@@ -44,7 +44,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    """Trains on the fraction with the tuned learning rate and scores the held-out questions."""
+    """Trains on the job's fraction with the tuned learning rate, and scores the held-out questions."""
     factor = tuning.chosen_factor(work.out, work.job.connector, work.job.encoder)
     work.train(work.on_pages(work.experiment(factor=factor), work.job["fraction"]))
     return {"heldout": work.score(work.reader(), work.records("heldout"), work.options.questions)}
@@ -59,7 +59,7 @@ def _runs(results: Results, connector: str, fraction: float) -> dict[int, Result
 def section(results: Results, folder: Path) -> str:
     """Returns the section of the report and writes its plot."""
     options, curves, lines = results.options, {}, []
-    # A row of the table and a curve for each connector, over the fractions that have results.
+    # For each connector, add a row to the table, and a curve over the fractions that have results.
     for connector in _connectors(options):
         runs_by_fraction = {fraction: _runs(results, connector, fraction) for fraction in (*FRACTIONS, 1)}
         values = {
@@ -82,15 +82,18 @@ def section(results: Results, folder: Path) -> str:
         )
         table += ["![Share of held-out questions answered right, by amount of data](low_resource.svg)", ""]
     introduction = (
-        "The number of steps stays the same, so fewer pages are seen more often. The last column is the run of the "
-        f"main table, which sees each page once per stage. Measured on the {ENCODER_TITLES[options.encoders[0]]}, "
-        "with the learning rates chosen on all pages."
+        "The number of steps stays the same, so with fewer pages, each page is seen more often. The last column is the "
+        "run of the main table, which sees each page once per stage. Measured on the "
+        f"{ENCODER_TITLES[options.encoders[0]]}, with the learning rates chosen on all pages."
     )
     return "\n".join([introduction, "", *table, results.missing(jobs(options))])
 
 
 def _lead(results: Results, other: str, fraction: float) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
-    """Returns ALIGN's right answers minus those of another connector, and the number of questions on each page."""
+    """Returns ALIGN's right answers minus those of another connector, and the number of questions on each page.
+
+    Returns None if no seed has results of both.
+    """
     first, second = _runs(results, "align", fraction), _runs(results, other, fraction)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
@@ -99,7 +102,7 @@ def _lead(results: Results, other: str, fraction: float) -> tuple[Int[np.ndarray
 
 
 def claims(results: Results) -> list[str]:
-    """Returns the claims about ALIGN's lead on little data, and its growth."""
+    """Returns the claims about ALIGN's lead with little data, and about how much larger it is than with all data."""
     lines = []
     for other in ("mlp", "ovis"):
         few, all_pages = _lead(results, other, FRACTIONS[0]), _lead(results, other, 1)
@@ -110,7 +113,7 @@ def claims(results: Results) -> list[str]:
             f"{verdict(lead)}: with a sixteenth of the data, ALIGN answers more questions than {TITLES[other]}: "
             f"{lead.signed()}."
         )
-        # The growth of the lead is paired by seed, so both leads need the same seeds.
+        # The growth of the lead is paired by seed, so both leads must have the same seeds.
         if len(few[0]) == len(all_pages[0]):
             growth: Estimate = estimate(few[0] - all_pages[0], few[1])
             lines.append(
