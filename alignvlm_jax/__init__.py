@@ -18,7 +18,7 @@ def load(checkpoint, **options):
 
     The options and the returned `Reader` are described in `inference.reader.load`.
     """
-    # Imported here because `import alignvlm_jax` and `alignvlm --help` must not wait for jax.
+    # Import here, because `import alignvlm_jax` and `alignvlm --help` must not wait for jax.
     from alignvlm_jax.inference.reader import load as load_reader
 
     return load_reader(checkpoint, **options)

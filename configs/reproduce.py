@@ -4,9 +4,9 @@
     alignvlm train --config configs/reproduce.py --workdir runs/mlp --config.model.connector=mlp      # one run of it
 
 There are two stages. The model first transcribes pages, until the connector works; then it transcribes pages and
-answers questions. A bin holds one page, so every connector sees the same pages in the same step, however many visual
-tokens a page has with it (`reproduce/recipe.py` sets the size of the bin accordingly). The connector's learning rate is
-tuned over the same grid for all connectors; the ratio of the rates of the two stages is fixed.
+answers questions. A bin holds one page, so every connector sees the same pages in the same step, regardless of
+its number of visual tokens per page (`reproduce/recipe.py` sets the size of the bin accordingly). The connector's
+learning rate is tuned over the same grid for all connectors; the ratio of the rates of the two stages is fixed.
 """
 
 from ml_collections import ConfigDict

@@ -39,7 +39,7 @@ def main() -> None:
     part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late, so that --help is fast and JAX reads the variable above.
+    # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop import export
 

@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late, so that --help is fast and JAX reads the variable above.
+    # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.interop.import_hf import import_huggingface
     from alignvlm_jax.parallel.mesh import parse_mesh
 

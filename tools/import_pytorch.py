@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Imported late, so that --help is fast and JAX reads the variable above.
+    # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm

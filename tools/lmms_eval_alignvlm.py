@@ -8,8 +8,9 @@
 
 model_args: pretrained=FOLDER[,device=cuda:1][,dtype=bfloat16][,bare_questions=True]. `bare_questions` omits the text
 that the task adds to the question (its `post_prompt`). Questions in DocDownstream, on which the paper's main models are
-fine-tuned, have no such text either. Decoding is always greedy, whatever temperature a task sets. Tasks that compare
-likelihoods or have several rounds are not supported. Written for lmms-eval 0.7.3 and its `simple` model interface.
+fine-tuned, have no such text either. Decoding is always greedy; the temperature of a task is ignored. Tasks that
+compare likelihoods or have several rounds are not supported. Written for lmms-eval 0.7.3 and its `simple` model
+interface.
 """
 
 import pathlib

@@ -5,7 +5,7 @@
 
 Arrays are written in the background, and read as a whole or one slice at a time. They are stored in chunks of at most
 `_CHUNK_BYTES`, and stacked layers are split between layers first. Reading one layer of an 8B model (`StoredTree`)
-therefore reads only that layer, whatever mesh it was saved on.
+therefore reads only that layer, regardless of the mesh it was saved on.
 
 Orbax restores damaged files as wrong numbers, without an error. The digests of `integrity.py` must therefore be
 verified before anything is read here.
@@ -108,7 +108,7 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
 
 
 class StoredTree:
-    """Reads a tree on disk one slice at a time into host memory, whatever mesh it was saved on.
+    """Reads a tree on disk one slice at a time into host memory, regardless of the mesh it was saved on.
 
     Attributes:
       shapes: shape of every array, by its path ("language/layers/mlp/gate/kernel").

@@ -109,7 +109,7 @@ def restore_params_into(folder: str | Path, abstract: Params) -> Params:
 
 
 class ParameterReader(StoredTree):
-    """Reads a checkpoint's weights one slice at a time into host memory, whatever mesh they were saved on.
+    """Reads a checkpoint's weights one slice at a time into host memory, regardless of the mesh they were saved on.
 
     Attributes:
       config: the experiment.

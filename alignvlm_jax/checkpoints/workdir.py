@@ -97,7 +97,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} of a training run")
-    # Without a complete step: tell an exported folder, an incomplete step and an early end of the run apart.
+    # If no step is complete, tell apart an exported folder, an incomplete step and a run that ended early.
     if not steps:
         if is_alignvlm_folder(workdir):
             raise UserError(_exported_message(folder, workdir))

@@ -180,7 +180,7 @@ def _check_optimizer(optimizer: OptimizerConfig, path: str) -> None:
 def _check_positive(path: str, owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        # Written so that NaN fails, too.
+        # The comparison is positive, so that NaN also fails.
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{path}.{name}: expected more than 0, got {value}")
 

@@ -138,7 +138,7 @@ class ChatTokenizer:
         return self._files[2]
 
     def __reduce__(self):
-        # Compiled templates cannot be pickled; worker processes compile their own.
+        # Compiled templates cannot be pickled, so worker processes compile their own.
         return ChatTokenizer, self._files
 
     def encode(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:

@@ -8,7 +8,8 @@ PIL.
 import numpy as np
 import PIL.Image
 
-# The formats of pages and photographs. PIL reads others too, but EPS, for one, would run a PostScript interpreter.
+# The formats of pages and photographs. PIL also reads others, but EPS, for example, would run a PostScript
+# interpreter.
 _FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "GIF", "WEBP", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSES = {

@@ -41,7 +41,7 @@ def score_once(
             make_reader(), records, control=control, unseen_fonts=(HELD_OUT_FONT,), title=f"scoring, {name}"
         )
         runner.write_predictions(report, answers_file)
-        # Written last: answers without this file do not count as complete.
+        # Write this file last, because answers without it do not count as complete.
         runner.write_json({"key": key, **report.to_json()}, result_file)
     show(f"{name}: {report.overall.right} of {report.overall.total} right")
     return report

@@ -157,7 +157,7 @@ class Generator:
         rows = min(self._max_prompts(views), _power_of_two(prompts))
         # All views of a prompt are on one device, so B itself must be divisible by the number of shards.
         shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
-        return -(-rows // shards) * shards  # Rounded up.
+        return -(-rows // shards) * shards  # rounded up
 
     def _decode(self, batch: Batch, max_new_tokens: int, views: int) -> Int[np.ndarray, "B A"]:
         options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)

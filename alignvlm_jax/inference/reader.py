@@ -134,7 +134,7 @@ class Reader:
         """
         if len(images) != len(questions):
             raise UserError(f"expected one image per question, got {len(images)} images and {len(questions)} questions")
-        # All prompts are made first, so that batches can have prompts of similar length.
+        # Build all prompts first, so that batches can have prompts of similar length.
         prompts = [self.prompts(image, [question])[0] for image, question in zip(images, questions, strict=True)]
         return self.answer(prompts, max_new_tokens=max_new_tokens)
 

@@ -159,7 +159,8 @@ class _Source:
       reader: reader of its weights.
       model: config of the model.
       tiling: settings for cutting pages into tiles.
-      dtype: dtype in the exported config. The weights have it too, unless they keep the checkpoint's dtypes.
+      dtype: dtype in the exported config. It is also the dtype of the weights, unless they keep those of
+        the checkpoint.
       image_token: placeholder of an image in the text.
       image_id: its id.
       special_ids: ids of the tokens that begin, end and pad a text.

@@ -138,7 +138,7 @@ class AlignVLM(nn.Module):
         self.connector = make_connector(config.connector, output_size=config.language.hidden_size, dtype=dtype)
         self.language = LanguageModel(config.language)
         if config.newline:
-            # Stored with the connector's weights, so that a stage trains or freezes them together.
+            # Store it with the connector's weights, so that a stage trains or freezes them together.
             self.newline = Newline(config.language.hidden_size)
             nn.share_scope(self.newline, self.connector)
 

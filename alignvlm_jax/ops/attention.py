@@ -156,7 +156,7 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         return axes if size % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
-    # Without the axes that do not divide their size, every device computes all of these rows or heads.
+    # Drop axes that do not divide the size: every device then computes all of these rows or heads.
     rows, heads = keep(mesh_axes.rows, query.shape[0]), keep(mesh_axes.heads, query.shape[2])
     if segment_ids is None:
         # The kernels always take segments, because these also mask the padding that they add.

@@ -94,7 +94,7 @@ def _lookup_backward(options, residuals, cotangent):
             block = jnp.zeros((size, table.width)).at[index].add(cotangent, mode="drop")
             return table.update_gradient(dtable, start, block)
 
-        # Sum in float32, whatever the dtype of the table. An id may occur many times.
+        # Sum in float32 regardless of the table's dtype, because an id may occur many times.
         dtable = jnp.zeros(part.shape)
         dtable = streaming.stream(step, dtable, num_rows=table.num_rows, block_size=options.block_size)
         return streaming.all_reduce(dtable, axes.queries_only).astype(part.dtype)

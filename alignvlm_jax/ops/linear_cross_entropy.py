@@ -202,7 +202,7 @@ class _Chunks:
         self._block_size = options.block_size or streaming.default_block_size(self.size)
         # False (has a weight) sorts before True.
         self._order = jnp.argsort(weights == 0, stable=True)
-        # Rounded up to full chunks.
+        # Number of chunks with a weight, rounded up.
         self.count = (jnp.sum(weights != 0) + self.size - 1) // self.size
         self.hidden, self.targets, self.weights = map(self._in_chunk_order, (hidden, targets, weights))
 

@@ -330,7 +330,7 @@ def _local_forward(
     block_size = options.block_size or streaming.default_block_size(num_queries, inference=use_larger_blocks)
     moments = _moments(q, keys, statistics, eps=options.eps, block_size=block_size)
     scorer = _Scorer(q, keys, inputs.scale, inputs.bias, moments)
-    # Without C, the backward pass needs a2 in advance, and for that a second mixture h.
+    # If C is not known, the backward pass needs a2 in advance, and a2 needs a second mixture h.
     needs_tilted = for_gradient and moments.spread is None
     # Weights that are rounded to bfloat16 are divided by their own sum, so that they add up to 1. Otherwise a
     # large mean of the values would leave an error in the gradient's differences of mixtures.

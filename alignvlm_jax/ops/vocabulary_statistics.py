@@ -91,7 +91,7 @@ def covariance_is_cheaper(num_queries: int, width: int, num_width_shards: int = 
 
 def mean_row(keys: streaming.Table, dtype: DTypeLike) -> Float[Array, " D"]:
     """Returns w̄ over the rows of all devices, in float32."""
-    # Rounded to the dtype of the logits first: it must be the mean of the rows as the logits use them.
+    # Round to the dtype of the logits first, because it must be the mean of the rows as the logits use them.
     total = jnp.sum(keys.part.astype(dtype), axis=0, dtype=jnp.float32)
     total = streaming.all_reduce(total, keys.axes.vocabulary) / keys.num_global_rows
     return streaming.all_gather(total, keys.axes.widths, axis=0)
@@ -119,7 +119,7 @@ def centered_rows(
     if not isinstance(num_real, int):
         # Row shards may end with padding, whose rows must not become -mean.
         rows = jnp.where((start + jnp.arange(size) < num_real)[:, None], rows, 0.0)
-    # Centered before it is rounded again: a large mean would otherwise dominate the products.
+    # Center before rounding again, because a large mean would otherwise dominate the products.
     return rows.astype(dtype)
 
 

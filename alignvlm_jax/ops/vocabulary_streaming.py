@@ -86,7 +86,7 @@ def update_block(
 
 
 def dot(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """Returns a matrix product in float32, whatever the dtype of its inputs."""
+    """Returns a matrix product in float32, regardless of the dtype of its inputs."""
     return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
 

@@ -1,7 +1,7 @@
 """Peak rates of common TPUs and GPUs: the denominators of utilization, and the limits of a roofline.
 
-All rates are peaks of one chip as its vendor publishes them: dense (no sparsity), per second, in FLOP and bytes. A
-multiply-add counts as two FLOP. `peak_flops` is the rate of bfloat16 matrix products with float32 sums. Volta and
+All rates are peaks of one chip as its vendor publishes them: dense (no sparsity), per second, in FLOPs and bytes. A
+multiply-add counts as two FLOPs. `peak_flops` is the rate of bfloat16 matrix products with float32 sums. Volta and
 Turing have no bfloat16: for them it is the rate of float16, which a model in bfloat16 cannot reach.
 
 Sources:
@@ -35,7 +35,7 @@ class Chip:
 
     Attributes:
       name: common name.
-      peak_flops: dense bfloat16 FLOP per second.
+      peak_flops: dense bfloat16 FLOPs per second.
       hbm_bytes: memory of the chip, of which a program can use slightly less.
       hbm_bandwidth: bytes per second between memory and the cores.
       ici_bandwidth: bytes per second that the chip can send over all its links together, to its neighbors (TPU) or to

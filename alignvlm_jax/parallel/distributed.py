@@ -230,7 +230,7 @@ def require_equal(experiment: Mapping[str, Any]) -> None:
         "global devices": jax.device_count(),
         "device kind": jax.local_devices()[0].device_kind,
     }
-    # Sorted keys: equal configs must have equal texts.
+    # Sort the keys, because equal configs must have equal texts.
     text = json.dumps(experiment, sort_keys=True)
     gathered = gather_json([socket.gethostname(), facts, hashlib.sha256(text.encode()).hexdigest()])
     hosts, facts, hashes = zip(*gathered, strict=True)
@@ -264,7 +264,7 @@ def describe_differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]
         ]
         if outliers:
             first_usual = f"on {hosts[values.index(usual)]} (process {values.index(usual)})"
-            # Without a majority, as with two processes, the message names a host for each value.
+            # If there is no majority, as with two processes, the message names a host for each value.
             usual_hosts = "on most" if values.count(usual) > len(values) / 2 else first_usual
             shown = f"{', '.join(outliers[:5])}{f' and {len(outliers) - 5} more' if len(outliers) > 5 else ''}"
             lines.append(f"{name}: {usual} {usual_hosts}; {shown}")

@@ -15,7 +15,7 @@ _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "iota", "copy-start", "copy-done", "async-start", "async-done", "opt-barrier",
 )  # fmt: skip
-# Matrix products in each kernel of splash attention. One product takes 2 * h FLOP per query, key and head of width h.
+# Matrix products in each kernel of splash attention. One product takes 2 * h FLOPs per query, key and head of width h.
 _SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
 
 

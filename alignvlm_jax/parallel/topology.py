@@ -37,7 +37,7 @@ def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
         raise UserError("no TPU compiler is installed: pip install 'alignvlm-jax[tpu]'")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    # Imported late: the environment variables must be set before.
+    # Import late, because the environment variables must be set first.
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}

@@ -77,7 +77,7 @@ def experiment(
       factor: factor of the connector's learning rates, in all stages.
       steps: share of the recipe's steps.
     """
-    # Nested fields are changed in the config as a dict, and checked when it becomes a config again.
+    # Change nested fields in a dict of the config. They are checked when the dict is converted back to a config.
     base = load_config(options.config, options.overrides)
     raw = config_to_dict(base)
     raw["seed"] = seed

@@ -1,4 +1,4 @@
-"""Writes report.md and its plots from nothing but the results of the jobs, whatever they are."""
+"""Writes report.md and its plots, from the results of the jobs alone."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Floating-point operations that a training step needs: the numerator of model FLOP utilization (MFU).
+"""Floating-point operations that a training step needs: the numerator of model FLOPs utilization (MFU).
 
 Axes: N patches per tile, p patch side, d encoder width, f width of its MLP, D decoder width, F width of its MLP, V
 vocabulary, H query heads, G key-value heads, h head width, n length of a segment.
 
-Only the matrix products that the *model* needs for the examples of a step are counted, with two FLOP per multiply-add.
+Only the matrix products that the *model* needs for the examples of a step are counted, with two FLOPs per multiply-add.
 Everything else that a program does (rematerialization, padding of bins, tiles and heads, masked blocks, statistics,
 elementwise operations, the optimizer) is not counted, so programs can be compared by their utilization. This definition
 of MFU is from Chowdhery et al., arXiv 2204.02311, appendix B.
@@ -16,7 +16,7 @@ Forward:
                 per segment   layers · 4 Hh n(n+1)/2                 causal: of n² pairs only those that see each other
     loss        per answer    2DV                                    only where a token is to be predicted
 
-In the backward pass, a product costs its forward FLOP once more for each factor that needs a gradient
+In the backward pass, a product costs its forward FLOPs once more for each factor that needs a gradient
 (`models/flop_counts.py`). In total, a trained part costs three times its forward pass, a frozen encoder once, and a
 frozen decoder after a trained connector twice (its attention three times).
 """
@@ -32,7 +32,7 @@ from alignvlm_jax.models.vision import VisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """FLOP of each part of the model, for all examples and over all chips."""
+    """FLOPs of each part of the model, for all examples and over all chips."""
 
     encoder: float
     connector: float
@@ -41,7 +41,7 @@ class ModelFlops:
 
     @property
     def total(self) -> float:
-        """FLOP of all parts together."""
+        """FLOPs of all parts together."""
         return self.encoder + self.connector + self.decoder + self.loss
 
 
@@ -54,7 +54,7 @@ def train_flops(
     answer_tokens: float,
     squared_lengths: float,
 ) -> ModelFlops:
-    """Returns the FLOP of a forward and a backward pass.
+    """Returns the FLOPs of a forward and a backward pass.
 
     Args:
       config: the model.
@@ -78,7 +78,7 @@ def train_flops(
 
 
 def _encoder(config: VisionConfig, trained: TrainedParts) -> float:
-    """Returns the FLOP of one tile."""
+    """Returns the FLOPs of one tile."""
     patches, width, inner = config.num_patches, config.hidden_size, config.intermediate_size
     # The pixels never need a gradient.
     embedding = product_flops(patches * 2 * 3 * config.patch_size**2 * width, weights=trained.vision, inputs=False)
@@ -89,7 +89,7 @@ def _encoder(config: VisionConfig, trained: TrainedParts) -> float:
 
 
 def _decoder(config: LanguageConfig, trained: TrainedParts, tokens: float, pairs: float) -> float:
-    """Returns the FLOP of all tokens.
+    """Returns the FLOPs of all tokens.
 
     Args:
       config: the decoder.

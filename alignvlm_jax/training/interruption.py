@@ -70,7 +70,7 @@ class Interruption:
             return
         self.interrupted, self.preempted = True, preempted
         hint = "" if preempted else " (once more to stop at once)"
-        # Buffered output is not reentrant: printing fails if the signal arrived in the middle of another print.
+        # Buffered output is not reentrant, so printing fails if the signal arrived in the middle of another print.
         with contextlib.suppress(RuntimeError):
             tqdm.write(f"interrupted: finishing this step and saving{hint}")
 

@@ -90,7 +90,7 @@ def train(
       distributed.MismatchError: if the processes differ in their config, libraries or devices.
     """
     workdir = Path(workdir)
-    # Checked first: processes with different configs would wait for each other forever.
+    # Check this first, because processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.from_devices(mesh.devices.flatten())

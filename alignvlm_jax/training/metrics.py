@@ -2,8 +2,8 @@
 
 Speeds are given for the whole run (`tokens_per_second`) and per chip. A chip is the unit that is sold; it may hold two
 JAX devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs that the model needs
-(`training/flops.py`). `mfu` is that rate as a fraction of the chip's published bfloat16 peak, whatever the dtype of the
-run. On a chip without a known peak, such as a CPU, there is no `mfu`.
+(`training/flops.py`). `mfu` is that rate as a fraction of the chip's published bfloat16 peak, regardless of the run's
+dtype. On a chip without a known peak, such as a CPU, there is no `mfu`.
 """
 
 import contextlib

@@ -109,7 +109,7 @@ def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, pa
     """
     shardings = state_shardings(model_config, stage, mesh)
     params = jax.device_put(params, shardings.params)
-    # Jitted with output shardings: no device ever holds the whole optimizer state.
+    # Jit with output shardings, so that no device ever holds the complete optimizer state.
     init = jax.jit(stage_optimizer(stage).init, out_shardings=shardings.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     opt_state = init(trainable_params(stage, params))

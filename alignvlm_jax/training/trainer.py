@@ -145,7 +145,7 @@ class Trainer:
         run = self._start_stage(state, progress, batches)
         while not run.is_finished:
             batch, data_seconds = self._next_batch(run)
-            # Queued before the step: devices run programs in order, so the sums do not wait for the step.
+            # Queue the sums before the step. Devices run programs in order, so the sums then do not wait for the step.
             counts, signals = self._sum_over_processes(batch)
             # The copy overlaps with the previous step, which the devices may still be computing.
             device_batch = sharding.shard_batch({name: batch[name] for name in self._fields}, self.mesh)
@@ -278,7 +278,7 @@ class Trainer:
         # A checkpoint must not hide a failure, so the newest step is checked now instead of one step late.
         jax.block_until_ready(run.state)
         if self.anomalies.check(before=run.progress.step + 1):
-            # A failure that is noticed one step late has used up one more batch. Take it here too, so that the batches
+            # A failure that is noticed one step late has used up one more batch. Also take it here, so that the batches
             # that the rollback skips do not depend on when checkpoints are saved.
             self._next_batch(run)
             return True

@@ -143,7 +143,7 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 def test_products_inside_pallas_kernels_are_counted():
     program = Program(SPLASH)
     square = 9728 * 9728 / 2  # Causal: the blocks above the diagonal are skipped.
-    # Layers x 2 FLOP per multiply-add x products of the kernel x heads x pairs of positions x head width.
+    # Layers x 2 FLOPs per multiply-add x products of the kernel x heads x pairs of positions x head width.
     assert hlo_work.flops(program) == {
         "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
         "jit(s)/language/layers/attention/dkv": 32

@@ -78,7 +78,7 @@ def _to_html(output) -> str:
         return data["text/html"]
     for kind in ("image/png", "image/jpeg"):
         if kind in data:
-            # Encoded again, because the base64 text of a notebook contains line breaks.
+            # Encode again, because the base64 text of a notebook contains line breaks.
             encoded = base64.b64encode(base64.b64decode(data[kind])).decode()
             return f'<img alt="output" src="data:{kind};base64,{encoded}">'
     return f"<pre>{html.escape(data['text/plain'])}</pre>"

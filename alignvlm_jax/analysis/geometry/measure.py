@@ -40,7 +40,7 @@ class Plane:
 
 
 def principal_plane(text: Float[np.ndarray, "V D"], visual: Float[np.ndarray, "T D"]) -> Plane:
-    """Runs PCA on both groups together in float64. Each group has half of the weight, whatever its size."""
+    """Runs PCA on both groups together in float64. Each group has half of the weight, regardless of its size."""
     means = [np.mean(group, axis=0, dtype=np.float64) for group in (text, visual)]
     origin = (means[0] + means[1]) / 2
     # Each scatter is a mean over its group, so both groups have the same weight.

@@ -4,7 +4,7 @@
     ask_decoder    asks the decoder, with the embeddings of the letters in place of the visual tokens; errors that occur
                    here are errors of the decoder
     read_letters   finds the letter nearest to the visual tokens, at the one glyph in which look-alikes differ; this is
-                   what the connector reports, whatever the decoder answers
+                   what the connector reports, regardless of the decoder's answer
 
 Axes: B pages, T visual tokens of a page, D decoder width.
 """
@@ -66,7 +66,7 @@ def ask_decoder(
     """
     _check_one_token_per_patch(reader)
     lexicon = read_lexicon(folder)
-    # Token of each class of patches; class 0, no character, is spelled as a space.
+    # Token of each class of patches. Class 0 means no character and is spelled as a space.
     spelling = np.array([reader.tokenizer.encode_text(letter)[0] for letter in " " + CHARACTERS], np.int32)
     vision = reader.config.vision
     answers: list[Answer] = []

@@ -21,7 +21,7 @@ KINDS = (
 )
 """All kinds of answers.
 
-The last three are not names of the corpus. The two before "garble" end like another name, whatever they begin with.
+The last three are not names of the corpus. The two before "garble" end like another name, but may begin differently.
 """
 
 _MIN_ENDING = 3  # letters

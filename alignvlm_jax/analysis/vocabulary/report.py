@@ -81,7 +81,7 @@ def plot(reports: Mapping[str, VocabularyReport]) -> matplotlib.figure.Figure:
 
 def _plot_mass(axes: Axes, use: VocabularyUse, name: str, style: dict[str, Any]) -> None:
     """Plots the mass that remains outside the most used words, with a marker at each of `MASSES`."""
-    # Clipped from below, because 0 has no position on a logarithmic axis.
+    # Clip from below, because 0 has no position on a logarithmic axis.
     remaining = np.maximum(1 - np.cumsum(use.shares), 1e-7)
     axes.plot(
         np.arange(1, len(remaining) + 1), remaining, label=name, color=style["color"], linestyle=style["linestyle"]

@@ -62,7 +62,7 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
     """Returns the messages of a row, with all images before the first question."""
-    # Without a query, the image alone is the question.
+    # If there is no query, the image alone is the question.
     queries = [expect_text(query, "a query") for query in _as_list(_first_value(row, _QUERIES))] or [""]
     answers = [expect_text(answer, "an annotation") for answer in _as_list(_first_value(row, _ANSWERS))]
     if len(queries) == 1:  # several annotations are alternatives

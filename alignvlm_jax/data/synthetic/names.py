@@ -178,7 +178,7 @@ class _GivenNames(Values):
         self._names = iter(names)
 
     def name(self, shortest: int, longest: int, face: Face, room: float) -> str:
-        """Returns the next name, whatever its length.
+        """Returns the next name, which may have any length.
 
         Raises:
           DoesNotFitError: if the name is wider than `room`.

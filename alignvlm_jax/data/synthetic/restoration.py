@@ -29,7 +29,7 @@ Difficulty = Literal["easy", "hard"]
 COVERED = {"easy": 1 / 8, "hard": 1 / 4}
 """Share of a capital's height that the bar covers."""
 
-# Without charts, which label single marks instead of printing lines of text.
+# Charts are excluded: they label single marks instead of printing lines of text.
 _FAMILIES = ("receipt", "form", "table")
 
 

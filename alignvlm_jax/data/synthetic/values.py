@@ -142,5 +142,5 @@ class Values:
         return f"{self._dice.integer(1, 99)}.{self._dice.integer(0, 9)}"
 
     def _letter(self) -> str:
-        # Without I and O, which look like 1 and 0 among digits.
+        # I and O are excluded, because they look like 1 and 0 among digits.
         return self._dice.pick("ABCDEFGHJKLMNPQRSTUVWXYZ")

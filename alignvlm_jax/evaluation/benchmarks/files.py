@@ -133,7 +133,7 @@ def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[t
                         cell = Cell(file, group, row, name, present_columns)
                         count = counts[name][row]
                         fields[name] = cell if count is None else None
-                        # False is an int too, and means 0 here.
+                        # False is also an int, and means 0 here.
                         if isinstance(count, int):
                             cells = [Cell(file, group, row, name, present_columns, i) for i in range(count)]
                             fields[name] = cells or None

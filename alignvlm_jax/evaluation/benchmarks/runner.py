@@ -82,7 +82,7 @@ def evaluate_benchmarks(
     loaded: list[Reader] = []
 
     def reader() -> Reader:
-        # Loaded on first use: a run whose questions are all answered needs no model.
+        # Load on first use, because a run whose questions are all answered needs no model.
         if not loaded:
             loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views))
         return loaded[0]

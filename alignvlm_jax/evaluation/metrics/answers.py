@@ -71,8 +71,8 @@ def relaxed_accuracy(prediction: str, references: str | Sequence[str]) -> float:
       or "five". A text that ends in % loses all its final % signs and is divided by 100: "50%" equals "0.5", not "50".
     - A reference of zero is compared as text: "0.0" is wrong for "0".
     - "nan" and "inf" never match, not even themselves.
-    - Floating-point rounding decides at exactly 5 %: 0.95 for 1 is wrong, 0.21 for 0.2 is right. The tolerance applies
-      to years too, so 1999 is right for 2019.
+    - Floating-point rounding decides at exactly 5 %: 0.95 for 1 is wrong, 0.21 for 0.2 is right. The tolerance also
+      applies to years, so 1999 is right for 2019.
     - Texts are not stripped. VLMEvalKit strips the answer. mPLUG-DocOwl strips both, deletes newlines, and drops a
       final period from the reference only.
     - Qwen-VL, and VLMEvalKit before September 2025, swap the arguments: their tolerance is 5 % of the answer.

@@ -65,7 +65,7 @@ def mmmu_open(prediction: str, references: Sequence[str]) -> bool:
     Details that affect scores:
 
     - The official code splits sentences at capital letters, but only after lower-casing, so only lines are split.
-    - "is " is found within words too, such as "this ".
+    - "is " is also found within words, such as "this ".
     - An accepted text of a single letter must be next to a space in the answer.
     """
     # A reference is normalized like a candidate, so numbers are compared with numbers and texts with texts.

@@ -74,7 +74,7 @@ def wtq_denotation(
         string stands for the target itself.
 
     Raises:
-      ScorerAborted: if a number is too large for a float, where the official evaluator fails too, or if the number of
+      ScorerAborted: if a number is too large for a float, where the official evaluator also fails, or if the number of
         canonical values differs from the number of targets.
     """
     check_texts("predicted_items", predicted_items)

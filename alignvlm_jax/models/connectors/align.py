@@ -5,7 +5,7 @@
 
 Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary, k words kept by pruning.
 Source: arXiv 2502.01341, section 3.
-Forward FLOP of a tile: N (2dD + 2DV + 2VD) for W1, the logits and the expected embedding.
+Forward FLOPs of a tile: N (2dD + 2DV + 2VD) for W1, the logits and the expected embedding.
 
 W2 starts as a copy of the LM head and is a separate parameter afterwards. E_text is the decoder's own embedding table,
 so gradients reach it through the connector, too.
@@ -65,7 +65,7 @@ class AlignConfig(ConnectorConfig):
 
 
 EXACT = {"word_ids": "int32", "key_mean": "float32", "key_covariance": "float32"}
-"""Parameters of a pruned connector that keep these dtypes, whatever dtype the weights have."""
+"""Parameters of a pruned connector that keep these dtypes, regardless of the dtype of the weights."""
 
 
 class AlignConnector(nn.Module):

@@ -1,7 +1,7 @@
 """H-Reducer of DocOwl 1.5: merges `window` neighboring features of a row into one token, since text runs along rows.
 
 Axes: B tiles, N features per tile (a square grid of side g), d encoder width, D decoder width, V vocabulary.
-Forward FLOP of a tile: N' (2wd² + 2dD), with windows of w features and N' visual tokens per tile.
+Forward FLOPs of a tile: N' (2wd² + 2dD), with windows of w features and N' visual tokens per tile.
 """
 
 import dataclasses

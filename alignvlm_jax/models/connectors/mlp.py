@@ -1,7 +1,7 @@
 """MLP connector of LLaVA-1.5: Linear, GELU and Linear, applied to each feature.
 
 Axes: B tiles, N features per tile, d encoder width, D decoder width, V vocabulary.
-Forward FLOP of a tile: N (2dD + 2D²).
+Forward FLOPs of a tile: N (2dD + 2D²).
 """
 
 import dataclasses

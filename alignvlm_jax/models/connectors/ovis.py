@@ -3,7 +3,7 @@
     z = softmax(LayerNorm(Linear(d, K) f)),   token = z · table,   table in R^(K x D) learned from scratch
 
 Axes: B tiles, N features per tile, d encoder width, K visual words, D decoder width, V vocabulary.
-Forward FLOP of a tile: N (2dK + 2KD).
+Forward FLOPs of a tile: N (2dK + 2KD).
 """
 
 import dataclasses

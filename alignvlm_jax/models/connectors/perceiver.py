@@ -6,7 +6,7 @@ vocabulary, H query heads, G key-value heads, h head width.
 It follows transformers' `Idefics2Connector`: a gated MLP d -> D, then `depth` layers in which the latents attend to the
 features and to themselves, each with RMSNorm and a gated MLP, and a final RMSNorm.
 
-Forward FLOP of a tile: N · 2 (2dI + ID) + depth · (2 (2RDHh + 2(N+R)DGh + 12RD²) + 4R (N+R) Hh).
+Forward FLOPs of a tile: N · 2 (2dI + ID) + depth · (2 (2RDHh + 2(N+R)DGh + 12RD²) + 4R (N+R) Hh).
 """
 
 import dataclasses

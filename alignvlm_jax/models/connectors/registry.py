@@ -65,7 +65,7 @@ class ConnectorSpec:
       config: dataclass of its settings.
       module: the Flax module, called as `module(config, output_size=D, dtype=dtype)`.
       token_grid: returns rows and columns of the visual tokens of one tile.
-      flops: returns the FLOP of one tile in a training step, given which parts are trained.
+      flops: returns the FLOPs of one tile in a training step, given which parts are trained.
       weight_rows: returns the table of its weights, with paths and keys relative to the connector.
       is_spatial: whether each visual token has a position in its tile. The tiling rule anyres_max_9, which joins tiles
         at their edges, requires it.
