@@ -2,7 +2,7 @@
 
 import argparse
 
-from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, positive
+from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, name_list, positive
 from alignvlm_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--benchmark",
-        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        type=name_list,
         metavar="NAME[,NAME]",
         help="score these published benchmarks, whose files are in --data (an unknown name prints the list)",
     )
