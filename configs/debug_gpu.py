@@ -2,7 +2,7 @@ r"""Test of training on one 16 GB GPU: SigLIP-base/16 at 224 px and SmolLM2-135M
 
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug
 
-Weights are random, and the tokenizer is that of the nano backbone, so nothing needs to be downloaded. The run shows
+Weights are random, and the tokenizer comes from the nano backbone, so nothing needs to be downloaded. The run shows
 that training works and how fast it is; the model learns nothing useful. With real backbones:
 
     python tools/import_hf.py --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \

@@ -136,7 +136,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, placed along data")
     parser.add_argument("--stage", type=int, default=1, metavar="I", help="number of the stage, from 1 (default: 1)")
     parser.add_argument(
-        "--mesh", metavar="SIZES", help="mesh, such as data=1,fsdp=64,tensor=4 (default: that of the config)"
+        "--mesh", metavar="SIZES", help="mesh, such as data=1,fsdp=64,tensor=4 (default: the config's mesh)"
     )
     parser.add_argument(
         "--rows-per-device",

@@ -12,7 +12,7 @@ weights.
 The folders determine the shape of the model. The rest of the checkpoint's config (stages, tiles, bins, compute
 precision) comes from --config. Without --config, it comes from the shipped config for the same shapes
 (configs/debug_gpu.py for SigLIP-base/16 at 224 px with SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px
-with Llama-3.2-1B, and so on). If there is none, the stages are those of the paper.
+with Llama-3.2-1B, and so on). If there is none, the stages are the paper's.
 
 The config matters for `alignvlm ask` (tiles, precision) and for training in this workdir. `alignvlm train --config FILE
 --init-from CHECKPOINT` takes only the weights and the tokenizer from the checkpoint, and everything else from FILE.
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--connector",
         metavar="NAME",
-        help="align, mlp, perceiver, ovis, h_reducer or c_abstractor (default: that of the config)",
+        help="align, mlp, perceiver, ovis, h_reducer or c_abstractor (default: the config's connector)",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to create, a new folder")
     parser.add_argument(
@@ -63,7 +63,7 @@ def main() -> None:
         "--max-tiles",
         type=positive,
         metavar="N",
-        help="maximum number of tiles per page, without the thumbnail (default: that of the config)",
+        help="maximum number of tiles per page, without the thumbnail (default: the config's max_tiles)",
     )
     args = parser.parse_args()
     if args.mesh is None:

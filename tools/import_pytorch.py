@@ -5,7 +5,7 @@
 
 Importing a folder that `tools/export_pytorch.py` wrote restores the checkpoint: bit-identical weights, config, progress
 and history. Folders saved after further training in PyTorch (`model.save_pretrained` and `processor.save_pretrained`)
-can also be imported; their stages are then those of --config.
+can also be imported; their stages then come from --config.
 """
 
 import argparse

@@ -18,7 +18,7 @@ Nothing is lost if all of this holds:
 - Every start resumes from the newest undamaged step.
 - Every step, however often it is repeated, has exactly the batch of the clean run and refuses the same examples.
 - `same` logs the losses of the clean run to the last digit, and ends with bit-identical weights and optimizer state.
-- The losses of `another` are close to those of the clean run.
+- The losses of `another` are close to the losses of the clean run.
 
 The same command continues an interrupted test, and repeats the round that was interrupted.
 """

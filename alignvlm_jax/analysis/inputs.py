@@ -41,7 +41,7 @@ def model_config(checkpoint: str | os.PathLike) -> AlignVLMConfig:
 def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 32) -> Iterator[tuple[str, Reader]]:
     """Yields each reader with a unique name.
 
-    The name is that of the connector; if it is taken, the checkpoint's folder is added, and then a number. The configs
+    The name is the connector's. If it is taken, the checkpoint's folder is added, and then a number. The configs
     of all checkpoints are read before the first model is loaded, so a missing one is reported at once.
     """
     taken: set[str] = set()

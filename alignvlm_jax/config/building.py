@@ -109,7 +109,7 @@ def _build_dataclass(kind: type, value: Any, path: str, default: Any) -> Any:
 def _build_connector(value: Any, path: str, default: Any) -> Any:
     """Builds a connector's config from its name alone, or from its name and fields.
 
-    The name defaults to that of `default`, if there is one, and otherwise to ALIGN.
+    The name defaults to the name of `default`, if there is one, and otherwise to ALIGN.
     """
     if isinstance(value, str):
         value = {"name": value}
@@ -125,7 +125,7 @@ def _build_connector(value: Any, path: str, default: Any) -> Any:
 
 
 def _drop_removed_setting(fields: dict[str, Any], key: str, expected: Any, path: str) -> None:
-    """Drops a setting of earlier versions from `fields` if its value is the one that changes nothing.
+    """Drops a setting of earlier versions from `fields` if it has the value that changes nothing.
 
     Raises:
       UserError: if it has another value, because the model would not be the same without it.

@@ -70,7 +70,7 @@ class TilingConfig:
       rule: name of the rule; see the module docstring.
       tile_size: side S of a tile in pixels; equals the `image_size` of the vision encoder.
       max_tiles: largest number of cells of a grid (without the thumbnail). Under anyres_max_9 it limits the tokens
-        instead of the cells: those of all cells are reduced to about as many as this number of tiles has.
+        instead of the cells: all cells together keep about as many tokens as this number of tiles has.
       thumbnail: whether to add the complete image as another tile. Under ovis and internvl, it is added only if the
         grid has more than one cell.
       grid_side: largest number of rows and of columns of an anyres_max_9 grid; the other rules ignore it.

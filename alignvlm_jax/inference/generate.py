@@ -171,7 +171,7 @@ class Generator:
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
-        """Maps the model's logical axes to those of the mesh, if there is one."""
+        """Maps the model's logical axes to the axes of the mesh, if there is one."""
         if self.mesh is None:
             yield
         else:

@@ -122,7 +122,7 @@ class Reader:
     ) -> list[str]:
         """Answers many questions, each about one image.
 
-        The answers are the same as those of single calls of `ask`, but batches are faster.
+        Gives the same answers as single calls of `ask`, but faster.
 
         Args:
           images: one image per question, as for `ask`.

@@ -61,7 +61,7 @@ def prune_vocabulary(
       usage: usage of each word, from `vocabulary_usage` or any other count.
       k: number of words to keep.
       statistics: rows over which LN_V takes its mean and variance. "full" means all rows of W2: the logits of the kept
-        words are then exactly those of the full model, and P is the full model's P divided by its mass on them. "kept"
+        words are then exactly as in the full model, and P is the full model's P divided by its mass on them. "kept"
         means the k rows, which shifts and scales the logits.
 
     Returns:

@@ -66,7 +66,7 @@ class Layer:
 
 
 def layers(plan: TilePlan) -> list[Layer]:
-    """Returns the layer of the cells, followed by that of the thumbnail if there is one."""
+    """Returns the layer of the cells, followed by the layer of the thumbnail if there is one."""
     cells = Layer("tiles", tuple(tile for tile in range(plan.num_tiles) if tile != plan.thumbnail))
     return [cells] if plan.thumbnail is None else [cells, Layer("thumbnail", (plan.thumbnail,))]
 

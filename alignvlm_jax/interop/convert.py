@@ -104,7 +104,7 @@ def match(
     leaves = {"/".join(path): leaf for path, leaf in flatten_dict(abstract).items()}
     if sorted(leaves) != sorted(row.path for row in rows):
         raise ValueError(f"table and parameters differ: {sorted(set(leaves) ^ {row.path for row in rows})}")
-    # Map the keys of the table to those of the files.
+    # Map the keys of the table to the keys in the files.
     names: dict[str, str] = {}
     missing, mismatched, duplicated = [], [], []
     for key in files.shapes:

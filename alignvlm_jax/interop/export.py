@@ -159,8 +159,8 @@ class _Source:
       reader: reader of its weights.
       model: config of the model.
       tiling: settings for cutting pages into tiles.
-      dtype: dtype in the exported config. It is also the dtype of the weights, unless they keep those of
-        the checkpoint.
+      dtype: dtype in the exported config. The weights also have this dtype, unless they keep the dtypes
+        of the checkpoint.
       image_token: placeholder of an image in the text.
       image_id: its id.
       special_ids: ids of the tokens that begin, end and pad a text.

@@ -137,7 +137,7 @@ def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
     """Reads a SigLIP folder onto the first device, as float32.
 
     Raises:
-      UserError: if the folder, its config or its tensors are not those of a SigLIP.
+      UserError: if the folder, its config or its tensors do not belong to a SigLIP.
     """
     with open_vision(folder) as backbone:
         # Only the shapes matter, so any input of the right shape will do.
@@ -150,7 +150,7 @@ def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
     """Reads a Llama folder onto the first device, as float32.
 
     Raises:
-      UserError: if the folder, its config or its tensors are not those of a Llama.
+      UserError: if the folder, its config or its tensors do not belong to a Llama.
     """
     with open_language(folder) as backbone:
         ids = jnp.zeros((1, 1), jnp.int32)

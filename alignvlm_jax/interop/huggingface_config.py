@@ -43,7 +43,7 @@ def read_vision_config(folder: str | Path, section: str | None = None) -> Vision
         raise UserError(f"{raw.path}: model_type is {others[0]!r}, expected 'siglip' or 'siglip_vision_model'")
     raw.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     raw.must_be("num_channels", 3, 3)
-    # The defaults are those of transformers' SiglipVisionConfig.
+    # Same defaults as transformers' SiglipVisionConfig.
     config = VisionConfig(
         image_size=raw.side("image_size", 224),
         patch_size=raw.side("patch_size", 16),
@@ -83,7 +83,7 @@ def read_language_config(folder: str | Path, section: str | None = None) -> Lang
     raw.must_be("mlp_bias", False, False)
     hidden_size, num_heads = raw.count("hidden_size", 4096), raw.count("num_attention_heads", 32)
     theta, scaling = _read_rope(raw)
-    # The defaults are those of transformers' LlamaConfig.
+    # Same defaults as transformers' LlamaConfig.
     config = LanguageConfig(
         vocab_size=raw.count("vocab_size", 32000),
         hidden_size=hidden_size,
@@ -198,7 +198,7 @@ class _RawConfig:
         return self.count(name, default)
 
     def must_be(self, name: str, expected: Any, default: Any) -> None:
-        """Adds a problem if a field has another value than the only one that the models support."""
+        """Adds a problem if a field does not have the only value that the models support."""
         value = self.get(name, default)
         if value != expected:
             self.problems.append(f"{name} is {value!r}, only {expected!r} is supported")

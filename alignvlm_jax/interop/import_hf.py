@@ -29,7 +29,7 @@ from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.models.vision import VisionConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 
-# Source of the stages, tiling and packing of a model whose shape is not that of a shipped config.
+# Source of the stages, tiling and packing of a model whose shape differs from all shipped configs.
 _PAPER_CONFIG = "alignvlm_1b.py"
 # Positions reserved for text when the number of tiles is limited by the decoder's context.
 _TEXT_TOKENS = 256
@@ -56,13 +56,13 @@ def import_huggingface(
       vision: a SigLIP folder, or "nano".
       language: a Llama folder with its tokenizer, or "nano".
       out: workdir to create; it must be empty or not exist yet.
-      connector: name of the connector; None uses that of the config.
+      connector: name of the connector; None uses the config's connector.
       dtype: dtype of the weights in the checkpoint.
       mesh: devices that hold the weights during the import; None is the first device.
       config_file: experiment config; None uses the shipped config of the same shape, or else the paper's stages.
       image_token: token that stands for an image; None finds or adds one.
       chat_template: text of a Jinja template that replaces the folder's.
-      max_tiles: maximum number of tiles per page; None uses that of the config, reduced if the context is too short.
+      max_tiles: maximum number of tiles per page; None uses the config's, reduced if the context is too short.
       log: called with a sentence for each decision made during the import.
 
     Returns:

@@ -55,7 +55,7 @@ def import_alignvlm(
     Args:
       folder: contains config.json, safetensors, processor_config.json and a tokenizer.
       out: workdir to create; it must be empty or not exist yet.
-      dtype: dtype of the weights; None keeps that of each tensor in the folder.
+      dtype: dtype of the weights; None keeps the dtype of each tensor in the folder.
       mesh: devices that hold the weights during the import; None is the first device.
       base: source of settings that a folder without `alignvlm_training.json` lacks, such as stages.
 
@@ -111,7 +111,7 @@ def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
 
 
 def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
-    """Raises a `UserError` unless `config.json` is that of a complete AlignVLM."""
+    """Raises a `UserError` unless `config.json` describes a complete AlignVLM."""
     kind = config_json.get("model_type")
     if kind == "alignvlm":
         sections = ("vision_config", "text_config", "connector_config")
@@ -143,7 +143,7 @@ def _read_run(
             history.append({"what": "trained", "progress": training["meta"]["progress"], "config": raw})
             history.append({"what": _FROM_PYTORCH, "transformers": config_json["transformers_version"]})
             progress = Progress()
-    # Any other folder gets those of `base`, without the backbones and the tokenizer that `base` started from.
+    # Any other folder takes the settings of `base`, except the backbones and the tokenizer that `base` started from.
     else:
         base = dataclasses.replace(
             base or load_config(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None

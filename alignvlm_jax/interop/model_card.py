@@ -127,7 +127,7 @@ def _model(reader: ParameterReader, connector: str, dtype: str, part: str) -> st
         tiles += f"`{tiling.rule}`, and the whole page as a thumbnail)" if has_thumbnail else f"`{tiling.rule}`)"
         tokens = f"each tile becomes {tokens_per_tile(config.model)} visual tokens"
         if joined:
-            tokens += f", which are joined and reduced to those of about {tiling.max_tiles} tiles if there are more"
+            tokens += f", joined and reduced to about as many as {tiling.max_tiles} tiles have if there are more"
         lines += [
             f"| all | {sum(counts.values()):,} | |",
             "",

@@ -294,7 +294,7 @@ def _add_missing(vocabulary: dict[str, Any], config: Mapping[str, Any]) -> None:
 
 
 def _find_names(files: _Files, vocabulary: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-    """Returns the special tokens by name ({"bos_token": "<s>", ...}), without those that the vocabulary lacks."""
+    """Returns the special tokens by name ({"bos_token": "<s>", ...}), except tokens that the vocabulary lacks."""
     names = special_names(files.special_map) | special_names(files.config)
     ids = _token_ids(vocabulary)
     tokens_by_id = {token_id: token for token, token_id in ids.items()}

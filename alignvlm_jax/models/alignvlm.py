@@ -308,7 +308,7 @@ def stored_dtypes(params: Params, dtype: str) -> Params:
 
     def find(path, leaf):
         del leaf
-        # The paths are those of unboxed parameters: the first key is the part, the last one the parameter.
+        # The parameters are unboxed: the first key of a path is the part, and the last one is the parameter.
         part, name = path[0].key, path[-1].key
         return exact.get(name, dtype) if part == "connector" else dtype
 

@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
           inputs: embeddings of text and visual tokens.
           positions: rotary positions; they restart with each example of a packed row.
           segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example per row.
-          cache: if given, the L new positions are appended to it and attend to all of it.
+          cache: if given, the L new positions are appended to it and attend to its complete content.
           cache_is_empty: whether the cache is known to be empty. The new positions then attend only to each other, with
             the faster kernel of packed rows.
 

@@ -22,7 +22,7 @@ class Transform:
     Attributes:
       to_jax: converts a tensor to the parameter.
       to_torch: converts a parameter to the tensor.
-      torch_shape: converts the shape of a parameter to that of the tensor.
+      torch_shape: converts the shape of a parameter to the shape of the tensor.
     """
 
     to_jax: Callable[[np.ndarray], np.ndarray]

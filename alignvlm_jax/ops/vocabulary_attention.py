@@ -304,7 +304,7 @@ def _forward(
 
 
 def _input_specs(axes: streaming.VocabularyMesh) -> _Inputs:
-    """Returns the PartitionSpecs of the inputs, which are also those of their gradients."""
+    """Returns the PartitionSpecs of the inputs. Their gradients have the same specs."""
     row_spec, table_spec = streaming.row_spec(axes), streaming.table_spec(axes)
     return _Inputs(q=streaming.query_spec(axes), keys=table_spec, scale=row_spec, bias=row_spec, values=table_spec)
 
@@ -321,7 +321,7 @@ def _local_inputs(inputs: _Inputs, axes: streaming.VocabularyMesh) -> _Inputs:
 def _local_forward(
     options: _Options, inputs: _Inputs, statistics: VocabularyStatistics | None, *, for_gradient: bool
 ) -> tuple[Float[Array, "T Dv"], VocabularySummary, _Residuals | None]:
-    """Passes over this device's rows of the tables for its queries, and merges the sums with those of other devices."""
+    """Passes over this device's rows of the tables for its queries, and merges the sums over devices."""
     axis_names = options.axes.vocabulary
     q, keys, values = inputs.q, inputs.keys, inputs.values
     num_queries = q.shape[0]
@@ -600,7 +600,7 @@ def _row_sum(block: Float[Array, "T K"]) -> Float[Array, "T 1"]:
 def _merge_top(
     k: int, top: tuple[Float[Array, "T k"], Int[Array, "T k"]], scores: Float[Array, "T K"], ids: Int[Array, " K"]
 ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
-    """Merges the k largest scores so far with those of a block; returns scores and words."""
+    """Merges the k largest scores so far with the scores of a block. Returns (scores, words)."""
     # Reduce the block to its own k largest scores first, so that the merge handles 2 k columns instead of k + K.
     scores, indices = jax.lax.top_k(scores, min(k, scores.shape[1]))
     scores = jnp.concatenate([top[0], scores], axis=1)

@@ -240,7 +240,7 @@ def shard(function: Callable, axes: VocabularyMesh, in_specs, out_specs) -> Call
 
 
 def query_spec(axes: VocabularyMesh) -> P:
-    """Returns the spec of an array whose first axis is that of the queries."""
+    """Returns the PartitionSpec of an array whose first axis is the queries' axis."""
     return P(axes.queries or None)
 
 

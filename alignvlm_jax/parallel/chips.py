@@ -98,7 +98,7 @@ _GPUS = (
 def find_chip(device_kind: str) -> Chip | None:
     """Returns the chip of a `jax.Device.device_kind` such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    A part of a GPU (MIG) counts as unknown: its rates are not those of the GPU.
+    A part of a GPU (MIG) counts as unknown: its rates differ from the GPU's.
     """
     kind = device_kind.lower()
     for name, chip in _TPUS.items():

@@ -79,7 +79,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *
 
     Args:
       config: sizes of the mesh.
-      devices: devices of the mesh, which may be those of a `jax.experimental.topologies` description; None means all.
+      devices: devices of the mesh; None means all. They may come from a `jax.experimental.topologies` description.
       slices: replaces `config.slices`.
 
     Raises:
@@ -131,7 +131,7 @@ def _group_by_slice(devices: Sequence[jax.Device], num_slices: int) -> list[list
 
 
 def _arrange(devices: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
-    """Returns the devices of one slice as a box, whose axes follow those of the TPU's torus where possible."""
+    """Returns the devices of one slice as a box, whose axes follow the axes of the TPU's torus where possible."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:

@@ -8,7 +8,7 @@ patch, with blank patches as spaces. Then it answers questions and transcribes t
     <|begin|><|user|> T O T A L . . 4 8 . 2 0 ... What is the total?<|assistant|>48.20<|end|>
 
 The output of a connector is never as clear as this. Some of the pages are therefore blurred: characters are missing,
-and embeddings are mixed with those of other tokens.
+and embeddings are mixed with the embeddings of other tokens.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def make_batches(config: PretrainConfig, chat: ChatTokenizer, split: str = "trai
 
 
 class PageDecoder(nn.Module):
-    """Decoder whose input embeddings are mixed with those of other tokens, as on blurred pages."""
+    """Decoder whose input embeddings are mixed with the embeddings of other tokens, as on blurred pages."""
 
     config: LanguageConfig
 

@@ -24,7 +24,7 @@ from alignvlm_jax.reproduce.options import FAIR, Options
 NANO_SIZES = {
     "align": dict(vocab_scale_init=2.0),
     "mlp": {},
-    # 64 latents as in Idefics2, here for 100 features (729 there); heads as wide as those of the decoder.
+    # 64 latents as in Idefics2, here for 100 features (729 there); heads as wide as the decoder's.
     "perceiver": dict(num_latents=64, depth=3, num_heads=4, num_kv_heads=2, head_dim=32),
     # As many visual words as ALIGN has words.
     "ovis": dict(num_words=512),

@@ -129,7 +129,7 @@ def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Res
     """Returns the names of the jobs that are done but whose weights are needed and gone.
 
     Results are kept with the code, weights are not. The checkpoint of an interrupted repetition does not count: only
-    the weights of the last step are those of the result.
+    the weights of the last step belong to the result.
     """
     needed = {name for job in undone if job.needs_weights for name in job.needs}
     done = {job: result for job, result in results.items() if job.name in needed and job not in undone}

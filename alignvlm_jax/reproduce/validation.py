@@ -1,7 +1,7 @@
 """Validation loss, by which the connectors' learning rates are chosen.
 
-Exact match is 0 until a model can read, so it cannot distinguish a run that is close from one that will never read. The
-loss of the right answers can, from the first step on.
+Exact match is 0 until a model can read, so it cannot distinguish a run that is close to reading from a run that will
+never read. The loss of the right answers can, from the first step on.
 """
 
 import dataclasses

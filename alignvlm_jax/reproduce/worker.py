@@ -1,7 +1,7 @@
 """The process of one job: `python -m alignvlm_jax.reproduce.worker OUT JOB SHARE PARENT`, started by `scheduler.py`.
 
-The exit codes are those of `alignvlm`: 0 if the job is done or out of time (the result tells which), 2 for an error
-that the user can fix, 75 or 130 if it was stopped and can be resumed.
+The exit codes are the same as for `alignvlm`: 0 if the job is done or out of time (the result tells which), 2 for an
+error that the user can fix, 75 or 130 if it was stopped and can be resumed.
 """
 
 import os

@@ -243,7 +243,7 @@ def _compile(function, *arguments):
 
 
 def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dict[str, float]:
-    """Returns the numbers of tiles and tokens of a full bin; the names are those of `train_flops`' arguments."""
+    """Returns the numbers of tiles and tokens of a full bin, by the names of `train_flops`' arguments."""
     visual = tiles * tokens_per_tile(model)
     tokens = min(length, visual + pages * TEXT_TOKENS)
     if tokens - visual < 2:

@@ -74,7 +74,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
 
 
 def _has_image_token(folder: Path) -> bool:
-    """Returns whether the tokenizer in the folder names an image token, as that of a vision-language model does."""
+    """Returns whether the tokenizer in the folder names an image token, as in vision-language models."""
     try:
         return "image_token" in special_names(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -76,7 +76,7 @@ class Interruption:
 
     def _watch_google(self) -> None:
         """Polls Google's metadata server until the notice of a preemption arrives."""
-        # The server answers when the notice differs from the one that `etag` names, so polling costs nearly nothing.
+        # The server answers as soon as the notice differs from the state that `etag` names, so polling costs little.
         host, etag = os.environ.get(_HOST_VARIABLE, _HOST), "0"
         # No proxy: only the machine itself can reach its metadata server.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -58,7 +58,7 @@ def make_schedule(
 def make_optimizer(
     config: OptimizerConfig, learning_rates: Mapping[str, float | optax.Schedule]
 ) -> optax.GradientTransformation:
-    """Returns the gradient transformation for a tree whose top-level keys are among those of `learning_rates`."""
+    """Returns the gradient transformation for a tree whose top-level keys are also keys of `learning_rates`."""
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == "adamw":
         steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))

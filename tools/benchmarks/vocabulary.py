@@ -259,8 +259,8 @@ def time_size(size, args) -> dict:
                 f"   temporary {(result['temporary_bytes'] or 0) / 1e9:.3f} GB"
             )
 
-    # The rate of the streaming form, relative to that of a plain matrix product of the same size. The forward pass has
-    # two products, the backward pass four more.
+    # The rate of the streaming form, relative to the rate of a plain matrix product of the same size. The forward pass
+    # has two products, and the backward pass has four more.
     matmul = CompiledProgram(lambda q, keys: q @ keys.T, *inputs[:2])
     best = take_turns({"matmul": matmul}, 3)["matmul"]["best"]
     rate = 2 * np.prod(size) / best

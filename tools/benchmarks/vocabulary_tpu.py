@@ -7,7 +7,7 @@ Axes: T visual tokens on a chip, D width, V vocabulary, K rows of the vocabulary
 
 The compiler counts the body of a loop once. FLOPs and bytes are therefore taken from two programs without a loop, over
 one block of rows and over nearly two. Their difference gives the cost per row, with which the cost of the first program
-is extrapolated to V rows. The memory is that of the complete program.
+is extrapolated to V rows. The memory is taken from the complete program.
 
 A program is compute-bound if its FLOPs per byte of memory traffic exceed the chip's ratio of peak FLOP/s to memory
 bandwidth.

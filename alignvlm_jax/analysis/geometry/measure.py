@@ -145,7 +145,7 @@ def measure_geometry(
 
 
 def visual_tokens(reader: Reader, records: Sequence[Record], pages: int) -> Float[np.ndarray, "T D"]:
-    """Returns all visual tokens of the first pages in float32, without those of padding tiles."""
+    """Returns all visual tokens of the first pages in float32, except tokens of padding tiles."""
     model, variables = AlignVLM(reader.config), reader.generator.variables
     all_tokens = []
     for tiles, valid_hw in tile_batches(reader, records, pages, title="tokens"):

@@ -79,7 +79,7 @@ def describe(geometries: Mapping[str, Geometry], split: str) -> str:
             + (f"; {100 * geometry.undecided:.0f} % are undecided" if geometry.undecided > 1e-9 else "")
             + f". The median distance to the hull is {lower:.3f} to {upper:.3f}. The plane shows "
             f"{100 * geometry.plane.explained[0]:.0f} % of the variance of the text embeddings and "
-            f"{100 * geometry.plane.explained[1]:.0f} % of that of the visual tokens.",
+            f"{100 * geometry.plane.explained[1]:.0f} % of the variance of the visual tokens.",
             "",
         ]
     return "\n".join(lines)

@@ -163,7 +163,7 @@ def feature_distances(
     origins = np.stack([np.zeros(width), text_mean, token_sum / num_tokens]).astype(np.float32)
 
     # Second pass: the distances at every sigma from the tokens without noise, seen from the three origins. Features are
-    # computed again, because those of all pages may not fit in memory.
+    # computed again, because the features of all pages may not fit in memory.
     sums = np.zeros((len(sigmas), len(origins)))
     for tiles, valid_hw in tile_batches(reader, records, pages, title="distances"):
         is_real = valid_hw[0, :, 0] > 0

@@ -61,7 +61,7 @@ def summarize(answers: Sequence[NameAnswer], *, seed: int = 0) -> dict[str, Any]
 
 
 def compare(answers: Sequence[NameAnswer], others: Sequence[NameAnswer], *, seed: int = 0) -> dict[str, Any]:
-    """Returns the error of `others` minus that of `answers`, paired by group, as JSON.
+    """Returns the error of `others` minus the error of `answers`, paired by group, as JSON.
 
     The differences cover all names, rare names, common names, and the rarity gap.
 

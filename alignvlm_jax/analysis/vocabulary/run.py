@@ -43,7 +43,7 @@ def run(
       split: split whose questions are asked.
       usage_split: split on which words are counted.
       pages: number of pages on which words are counted.
-      sizes: numbers of words to keep; None for those of `default_sizes`.
+      sizes: numbers of words to keep; None uses `default_sizes`.
       limit: if set, only the first `limit` questions are asked.
       batch_size: questions decoded at once.
       prune: number of words of the pruned checkpoint; requires `save`.

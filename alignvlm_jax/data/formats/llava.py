@@ -36,7 +36,7 @@ def referenced_files(files: Sequence[str]) -> list[str]:
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Returns slices of JSON files, including those that mixtures name."""
+    """Returns slices of JSON files, including files that mixtures name."""
     slices = []
     for file in files:
         if file.endswith(_MIXTURES):

@@ -152,7 +152,7 @@ def _members(path: str, max_bytes: int) -> Iterator[tuple[str, int, bytes | None
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     offset = member.offset
-                    # Files are read in place and never unpacked to disk; those that are too large are not read at all.
+                    # Files are read in place and never unpacked to disk. Files that are too large are not read at all.
                     data = archive.extractfile(member).read() if member.isfile() and member.size <= max_bytes else None
                     if not member.isdir():
                         yield member.name, member.size, data

@@ -195,7 +195,7 @@ def _look_alikes(dice: Dice, others: list[Name]) -> list[str]:
         pattern = dice.pick(_PATTERNS)
         stem = spell_name(dice, pattern)
         place = dice.pick([i for i, letter in enumerate(pattern) if letter == "C"])
-        # All names that differ from the stem in this consonant; those of other splits are dropped.
+        # All names that differ from the stem in this consonant, except names of other splits.
         texts = [stem[:place] + letter + stem[place + 1 :] for letter in CONSONANTS]
         texts = [text for text in texts if split_of(text) == "validation"]
         if len(texts) >= len(COUNTS) and not any(_is_too_similar(text, others) for text in texts):

@@ -251,7 +251,7 @@ def _with_ten_answers(questions: list[Question], folder: pathlib.Path, split: st
     rows = [Row(*record) for record in files.records(data.get("data") if isinstance(data, dict) else data, str(file))]
     # The questions lack the ids of the original file, so image and text identify them.
     originals = {(row.text("image_id"), row.text("question")): row for row in rows}
-    # Replace the id and the answer of each question by those of the original file.
+    # Replace the id and the answer of each question with the original file's.
     completed = []
     for question in questions:
         if question.problem:

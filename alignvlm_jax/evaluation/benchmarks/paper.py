@@ -50,7 +50,7 @@ PAPER: Mapping[str, Mapping[str, float]] = {
     "pope": {"ALIGN 3B": 88.85},
     "gqa": {"ALIGN 3B": 61.67},
 }
-"""Benchmark -> model -> score in percent. `MARKS` lists the benchmarks whose models are not those of the main table."""
+"""Benchmark -> model -> score in percent. `MARKS` lists the benchmarks with other models than the main table."""
 
 MARKS: Mapping[str, str] = {**dict.fromkeys(GENERAL, "*"), "vcr_en_easy": "**", "vcr_en_hard": "**"}
 FOOTNOTES: Mapping[str, str] = {

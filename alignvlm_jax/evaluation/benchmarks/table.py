@@ -92,7 +92,7 @@ class Benchmark:
       name: name on the command line.
       title: name in tables and messages.
       layouts: published forms; the first one whose files exist is read.
-      split: default split, which is the one that the paper scores, or else the usual one.
+      split: default split: the split that the paper scores, or else the usual one.
       prompt: prompt template, or templates by `Question.kind`.
       prompt_source: source of the prompt.
       max_new_tokens: maximum length of an answer.

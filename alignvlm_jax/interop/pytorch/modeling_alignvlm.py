@@ -238,7 +238,7 @@ class WordTable(nn.Module):
 
 
 class WordNorm(nn.Module):
-    """Scale and bias of a LayerNorm over the words; returns those of a slice of words.
+    """Scale and bias of a LayerNorm over the words. Returns the values for a slice of words.
 
     The statistics span all blocks and are computed elsewhere.
     """
@@ -730,7 +730,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 _check_counts(input_ids == self.config.image_token_id, num_visual=0)
         elif visual is not None:
             raise ValueError("`pixel_values` require `input_ids`, which mark the places of the visual tokens")
-        # With a cache, the mask also covers earlier positions; keep only those of the new tokens.
+        # With a cache, the mask also covers earlier positions; keep only the positions of the new tokens.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(

@@ -149,7 +149,7 @@ class AlignConnector(nn.Module):
         query, keys, scale, bias = self.query_and_keys(features, text_embedding)
         logits = jnp.dot(query, keys.T.astype(query.dtype), preferred_element_type=jnp.float32)
         eps, statistics = self.config.layer_norm_eps, self.statistics()
-        # A pruned model has only some of the logits, but LN_V's statistics are those of all words.
+        # A pruned model has only some of the logits, but LN_V's statistics cover all words.
         if statistics is None:
             mean, variance = jnp.mean(logits, axis=-1), jnp.var(logits, axis=-1)
         else:

@@ -33,7 +33,7 @@ _SQUEEZE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class CAbstractorConfig(ConnectorConfig):
-    """Settings of the C-Abstractor; the defaults are those of HoneyBee.
+    """Settings of the C-Abstractor. The defaults follow HoneyBee.
 
     Attributes:
       num_tokens: number of visual tokens per tile, S squared.

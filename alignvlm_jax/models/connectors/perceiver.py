@@ -26,7 +26,7 @@ from alignvlm_jax.ops.attention import cached_attention
 
 @dataclasses.dataclass(frozen=True)
 class PerceiverConfig(ConnectorConfig):
-    """Settings of the Perceiver resampler; the defaults are those of Idefics2.
+    """Settings of the Perceiver resampler. The defaults follow Idefics2.
 
     Attributes:
       num_latents: R, the number of visual tokens per tile.
@@ -84,7 +84,7 @@ class PerceiverLayer(nn.Module):
         config = self.config
         queries = layers.RMSNorm(config.rms_norm_eps, name="latents_norm")(latents)
         context = layers.RMSNorm(config.rms_norm_eps, name="context_norm")(context)
-        # Keys and values are those of the features and of the latents, which thereby attend to themselves.
+        # Keys and values come from the features and from the latents, so the latents also attend to themselves.
         context = jnp.concatenate([context, queries], axis=1)
 
         def project(inputs, name, num_heads):

@@ -38,7 +38,7 @@ def closed_jobs(options: Options) -> list[Job]:
 
 
 def all_jobs(options: Options, only: Sequence[str] = ()) -> list[Job]:
-    """Returns all jobs, or those of some parts with the jobs they need, in the order in which they run.
+    """Returns all jobs, or the jobs of some parts and the jobs they need, in the order in which they run.
 
     The order is wave by wave, so the first runs of all connectors come before any second run. Within a wave, a job
     comes after the jobs that it needs.

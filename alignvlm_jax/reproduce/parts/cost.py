@@ -83,7 +83,7 @@ def _train(config: ExperimentConfig, stage: StageConfig, mesh: jax.sharding.Mesh
 
 
 def _answer(reader: Reader, records: Sequence[Any]) -> float:
-    """Returns the seconds for a batch of questions, the best of a few rounds after one that compiles."""
+    """Returns the seconds for a batch of questions: the best of a few rounds, after one round that compiles."""
     prompts = []
     # Records are read by index, because iterating past the end of a data set is reported as a damaged record.
     for index in range(min(_QUESTIONS, len(records))):

@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     Attributes:
       connector: the connector.
       words: number of ALIGN's own words besides the vocabulary; a closed experiment (docs/rare_names.md).
-      views: number of views of each page. With several views, the model is that of the variant with one view.
+      views: number of views of each page. With several views, the variant uses the model of the variant with one view.
     """
 
     connector: str

@@ -25,7 +25,7 @@ from alignvlm_jax.reproduce.work import Work
 DATASET = "restoration"
 DIFFICULTIES = ("easy", "hard")
 SHARE = 1 / 2
-"""Steps of the additional training, as a share of those of the recipe's last stage."""
+"""Steps of the additional training, as a share of the steps of the recipe's last stage."""
 
 BEFORE = "before "
 """Prefix of a difficulty's name for the scores of a model before it is trained for restoration."""
@@ -55,7 +55,7 @@ def run(work: Work) -> dict[str, Any]:
     """Scores the model of the main table, trains it for restoration, and scores it again."""
     vcr_scores("", ["a"], "en")  # fails here, before any training, if the scorer is not installed
     start = accuracy.job(work.job.connector, work.job.encoder, work.job.seed)
-    # The weights before the training are those of the main table, so the comparison is within one model.
+    # The training starts from the weights of the main table, so the comparison is within one model.
     found = {BEFORE + difficulty: scores for difficulty, scores in _ask(work, work.reader(start)).items()}
     work.train(continued(work.experiment(), start.workdir(work.out)))
     return found | _ask(work, work.reader())
