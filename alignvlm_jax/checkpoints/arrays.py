@@ -1,4 +1,4 @@
-"""Writes and reads trees of arrays in the folder of a step; the only module that uses Orbax.
+"""Writes and reads trees of arrays in the folder of a step. The only module that uses Orbax.
 
     STEP/params/  STEP/opt_state/    one tree each: an OCDBT store with a zarr array for every leaf
     STEP/meta/                       JSON
@@ -151,7 +151,7 @@ class StoredTree:
 
 
 def storage_error_message(error: Exception) -> str | None:
-    """Returns the operating system's message if the disk caused the error; None means a bug, which must be raised."""
+    """Returns the operating system's message if the disk caused the error, or None for a bug, which must be raised."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     # tensorstore raises a ValueError that contains the system's message.

@@ -21,7 +21,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """Returns the config as nested dicts and lists that JSON can hold; the inverse of `config_from_dict`."""
+    """Returns the config as nested dicts and lists that JSON can hold. Inverse of `config_from_dict`."""
     raw = json.loads(json.dumps(dataclasses.asdict(config)))  # turns tuples into lists
     # The class of the connector's config is lost in a dict, so its name is added.
     raw["model"]["connector"]["name"] = connector_name(config.model.connector)

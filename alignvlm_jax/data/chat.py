@@ -59,7 +59,7 @@ _BREAK = "\ue002\ue003\ue002"
 
 
 class EncodedChat(NamedTuple):
-    """One conversation as tokens; the module docstring has a worked example."""
+    """One conversation as tokens. The module docstring has a worked example."""
 
     tokens: Int32[np.ndarray, " n"]
     loss_weights: Float32[np.ndarray, " n"]
@@ -167,7 +167,7 @@ class ChatTokenizer:
         return self._expand(ids, is_answer, tokens_per_image)
 
     def encode_prompt(self, messages: Sequence[Message], tokens_per_image: Sequence[int] = ()) -> EncodedChat:
-        """Encodes a conversation up to the point where the assistant continues; all loss weights are zero."""
+        """Encodes a conversation up to the point where the assistant continues. All loss weights are zero."""
         hidden = []
         messages = [_hide_message(message, self._hidden_pattern, hidden) for message in messages]
         ids, _ = self._tokenize(self._render(messages, add_generation_prompt=True), hidden)
@@ -382,7 +382,7 @@ def special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
-    """Accepts `{% generation %}`, which some templates use to mark answers for transformers; the text is unchanged."""
+    """Accepts `{% generation %}`, which some templates use to mark answers for transformers. The text is unchanged."""
 
     tags = {"generation"}
 

@@ -111,7 +111,7 @@ def _parse(text: str) -> list[Message]:
 
 
 def _parts(message: Message) -> Sequence[Any]:
-    """Returns the parts of a message; a message of plain text has none."""
+    """Returns the parts of a message. A message of plain text has none."""
     content = message.get("content")
     return content if isinstance(content, list) else ()
 

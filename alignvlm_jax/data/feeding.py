@@ -1,6 +1,6 @@
 """Prefetched batches for the training loop, with exact resumption.
 
-Axis letters: K microbatches, B rows of a microbatch, b of these rows that this process makes.
+Axis letters: K microbatches, B rows of a microbatch, b of these rows that this process builds.
 
 The order of examples (`order.py`) is dealt out to B rows. Row r takes the positions r, r + B, r + 2 B, ... and packs
 them independently of the other rows (`window.py`). Its bin number t * K + k becomes row r of microbatch k of step t.
@@ -65,7 +65,7 @@ class BatchIterator(Protocol):
 
 
 class Pool:
-    """Measures and makes examples, in threads of this process or in other processes."""
+    """Measures and builds examples, in threads of this process or in other processes."""
 
     def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
         self._reader = reader
@@ -94,11 +94,11 @@ class Pool:
 
 
 class Feed:
-    """Makes the batches of a stage, or some of their rows; a `BatchIterator`. Call `close` when done.
+    """`BatchIterator` that builds the batches of a stage, or some of their rows. Call `close` when done.
 
     Args:
       reader: reader of the stage's examples.
-      rows: rows of a microbatch to make, in the order they have in the batch.
+      rows: rows of a microbatch to build, in the order they have in the batch.
       microbatches: K.
       state: state of these rows to resume from (other rows are ignored); None starts at the beginning.
       num_examples: number of examples after which the order ends and bins are empty; None means an endless order.
@@ -331,10 +331,10 @@ def _init_worker(reader: ExampleReader) -> None:
 
 
 def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[MeasuredExample | Refused]:
-    """Measures the examples at these positions; a worker process uses its own reader."""
+    """Measures the examples at these positions. A worker process uses its own reader."""
     return [(reader or _worker_reader).measure(position) for position in positions]
 
 
 def _make(examples: Sequence[MeasuredExample], reader: ExampleReader | None = None) -> list[Example | Refused]:
-    """Makes measured examples; a worker process uses its own reader."""
+    """Builds measured examples. A worker process uses its own reader."""
     return [(reader or _worker_reader).make(example) for example in examples]

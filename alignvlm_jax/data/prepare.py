@@ -60,7 +60,7 @@ FEATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Input and settings of a conversion; the data set depends only on these.
+    """Input and settings of a conversion. The data set depends only on these.
 
     Attributes:
       format: one of `formats.FORMATS`.
@@ -149,7 +149,7 @@ def prepare(
 
 
 def in_processes(processes: int | None = None) -> Converter:
-    """Returns a converter that uses processes on this machine; by default one per CPU core."""
+    """Returns a converter that uses processes on this machine, by default one per CPU core."""
 
     def convert(job: Job, tasks: Sequence[Task]) -> Iterator[Summary]:
         try:

@@ -19,7 +19,7 @@ class RefusalLog:
         self._logged = {(entry["source"], entry["id"]) for entry in map(_parse, lines) if entry}
 
     def add(self, refused: Iterable[Refused]) -> None:
-        """Appends the examples that are not in the file yet; an example refused in every epoch is listed once."""
+        """Appends the examples that are not in the file yet. An example refused in every epoch is listed once."""
         new = {(example.source, example.id): example for example in refused}
         new = {name: example for name, example in new.items() if name not in self._logged}
         if not new:

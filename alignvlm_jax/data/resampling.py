@@ -80,7 +80,7 @@ def max_visual_tokens(config: TilingConfig, token_grid: TokenGrid) -> int:
 
 
 def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Resampling:
-    """Returns the sources of an image's visual tokens under anyres_max_9; the module docstring states the rule."""
+    """Returns the sources of an image's visual tokens under anyres_max_9, by the rule in the module docstring."""
     rows, cols = token_grid
     (top, left), (height, width) = _unpad(plan, token_grid)
     reduced_height, reduced_width = _reduced_size(height, width, config.max_tiles, rows * cols)
@@ -107,7 +107,7 @@ def resample(plan: TilePlan, config: TilingConfig, token_grid: TokenGrid) -> Res
 
 
 def resample_images(plans: Sequence[TilePlan], config: TilingConfig, token_grid: TokenGrid) -> Resampling | None:
-    """Returns the sources of all images of an example, with consecutive feature numbers; None under other rules."""
+    """Returns the sources of all images of an example, with consecutive feature numbers, or None under other rules."""
     if config.rule != "anyres_max_9":
         return None
     sources, weights = [np.zeros((0, 4), np.int32)], [np.zeros((0, 4), np.float32)]

@@ -28,7 +28,7 @@ _RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, s
 
 
 class _ShardPart(NamedTuple):
-    """Some records of one file; the complete file has the records `first` to `after` - 1 of the split's `total`."""
+    """Some records of one file. The complete file has the records `first` to `after` - 1 of the split's `total`."""
 
     file: str
     num_records: int

@@ -256,7 +256,7 @@ def _coverage(width: int, height: int, rows: int, cols: int, side: int) -> float
 
 
 def _cells(width: int, height: int, rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields the boxes of the cells, row by row; the last row and column take the remainder."""
+    """Yields the boxes of the cells, row by row. The last row and column also take the remainder."""
     row_height, col_width = height // rows, width // cols
     for row in range(rows):
         for col in range(cols):
@@ -266,7 +266,7 @@ def _cells(width: int, height: int, rows: int, cols: int) -> Iterator[tuple[int,
 
 
 def _fit(width: int, height: int, side: int) -> tuple[int, int]:
-    """Returns (height, width) after resizing the long side to `side`; at least one pixel each."""
+    """Returns (height, width) after resizing the long side to `side`. Both are at least one pixel."""
     if width >= height:
         return max(1, int(height / width * side)), side
     return side, max(1, int(width / height * side))

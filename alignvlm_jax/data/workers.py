@@ -55,7 +55,7 @@ def run_tasks(
 
 
 class _SignalBlockingProcess(multiprocessing.context.SpawnProcess):
-    """A process that blocks SIGINT and SIGTERM from its first moment on; only SIGKILL ends it."""
+    """A process that blocks SIGINT and SIGTERM from its start. Only SIGKILL ends it."""
 
     def start(self) -> None:
         # Starting the resource tracker unblocks these signals, so it must run before they are blocked.

@@ -96,7 +96,7 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 
 
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
-    """Trains, or resumes training; the progress includes the seconds of all sessions."""
+    """Trains, or resumes training. The returned progress includes the seconds of all sessions."""
     loop.train(config, workdir, score=during_training(config))
     # Read the progress from the checkpoint, where a repeated demo finds the same: it is part of the key of the scores.
     with Checkpointer(workdir, config) as checkpointer:

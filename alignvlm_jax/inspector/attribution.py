@@ -134,7 +134,7 @@ def _log_probs(
     answer: Int[Array, " A"],
     visual: Float[Array, "T D"],
 ) -> Float[Array, " A"]:
-    """Returns log p of each answer token; the first one is at position `first`.
+    """Returns log p of each answer token. The first one is at position `first`.
 
     Values for padding tokens are meaningless.
     """

@@ -23,7 +23,7 @@ FLOOR = 1e-5
 """Words less likely than this are dropped, except the likeliest word of each patch."""
 
 MAX_ENTRIES = 400_000
-"""Maximum number of words kept of all patches together; the floor is raised until the words fit."""
+"""Maximum number of words stored for all patches together. The floor is raised until the words fit."""
 
 _LOWEST = -16.0
 # Largest uint16: the number of steps of the uniform grids.

@@ -216,7 +216,7 @@ def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: i
 
 
 def _read_params(files: TensorFiles, config: AlignVLMConfig, dtype: str | None, mesh: Mesh | None) -> Params:
-    """Reads the weights; with a dtype of None, each keeps the dtype of its tensor."""
+    """Reads the weights. If `dtype` is None, each keeps the dtype of its tensor."""
     rows = tables.alignvlm(config)
     abstract = abstract_parameters(config, mesh=mesh, dtype=dtype or "float32")
     if dtype is None:

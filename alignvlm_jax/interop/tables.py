@@ -46,7 +46,7 @@ _LLAMA: tuple[Row, ...] = (
 
 
 def llama(tie_word_embeddings: bool) -> tuple[Row, ...]:
-    """Returns the decoder's table; with tied embeddings there is no `lm_head.weight`."""
+    """Returns the decoder's table. With tied embeddings, there is no `lm_head.weight`."""
     return _LLAMA if tie_word_embeddings else (*_LLAMA, Row("lm_head", "lm_head.weight"))
 
 

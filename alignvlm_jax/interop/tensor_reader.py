@@ -93,7 +93,7 @@ class TensorFiles:
         self.close()
 
     def close(self) -> None:
-        """Releases the files; each stays mapped as long as a view into it is in use."""
+        """Releases the files. Each stays mapped as long as a view into it is in use."""
         self._locations.clear()
 
     def read(self, key: str, index: Index = ...) -> np.ndarray:

@@ -258,7 +258,7 @@ def _next_id(ids: Mapping[str, int]) -> int:
 
 
 def _make_special(vocabulary: dict[str, Any], token: str) -> None:
-    """Marks a token as special, so that it is never split; a new token gets the next free id."""
+    """Marks a token as special, so that it is never split. A new token gets the next free id."""
     entries = vocabulary.setdefault("added_tokens", [])
     for entry in entries:
         if entry["content"] == token:

@@ -79,12 +79,12 @@ def constrain(inputs: Array, *axes: str | None) -> Array:
 
 
 def vocabulary_mesh() -> VocabularyMesh:
-    """Returns the mesh axes that shard bins, vocabulary and widths; none outside of `sharding.logical_rules`."""
+    """Returns the mesh axes that shard bins, vocabulary and widths. Empty outside of `sharding.logical_rules`."""
     return VocabularyMesh(*_mesh_axes("batch"), *_mesh_axes("vocab", "embed"))
 
 
 def attention_mesh() -> AttentionMesh:
-    """Returns the mesh axes that shard rows and heads; none outside of `sharding.logical_rules`."""
+    """Returns the mesh axes that shard rows and heads. Empty outside of `sharding.logical_rules`."""
     return AttentionMesh(*_mesh_axes("batch", "heads"))
 
 

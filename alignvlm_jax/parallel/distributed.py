@@ -304,7 +304,7 @@ def _sum_rows(tree: Any) -> Any:
 
 
 def _start_watch() -> Watch:
-    """Starts the mutual watch of all processes; all must call it."""
+    """Starts the mutual watch of all processes. All of them must call it."""
     # `os._exit` works from a thread while the main thread is stuck in a collective; an exception would not.
     watch = Watch(on_lost=lambda: os._exit(EXIT_CODE))
     # Every process sends its addresses and a token, because all must make the same call. Those of process 0 are used.

@@ -92,7 +92,7 @@ def _between_slices(message: Instruction) -> tuple[str, float]:
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """Returns the groups of devices that communicate; an empty list means that all devices form one group.
+    """Returns the groups of devices that communicate. An empty list means that all devices form one group.
 
     Each branch parses one of XLA's notations.
     """

@@ -285,7 +285,7 @@ class Watcher:
             self._drop(connection, "sent an invalid message")
 
     def _drop(self, connection: socket.socket, reason: str) -> None:
-        """Closes a connection; the process at its other end counts as lost."""
+        """Closes a connection. The process at its other end counts as lost."""
         link = self._links.pop(connection)
         self._selector.unregister(connection)
         connection.close()

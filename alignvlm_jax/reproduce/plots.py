@@ -106,7 +106,7 @@ def _curve(axes: Axes, name: str, x: Sequence[float], y: Sequence[float | Estima
 
 
 def _save(figure: plt.Figure, file: Path) -> None:
-    """Writes the file atomically; the same plot gives the same bytes."""
+    """Writes the file atomically. The same plot gives the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
     # A fixed salt and no date make SVG files reproducible.

@@ -56,7 +56,7 @@ class AnomalyWatch:
         self.skipped_batches: list[dict[str, int]] = []
 
     def state(self) -> dict[str, Any]:
-        """Returns the state to store with a checkpoint; all steps before it must have been checked."""
+        """Returns the state to store with a checkpoint. All steps before it must have been checked."""
         # "left_out" is the key in the checkpoints of all versions.
         return {"skipped_in_a_row": self.num_skipped_in_a_row, "left_out": list(self.skipped_batches)}
 

@@ -90,7 +90,7 @@ def make_optimizer(
 
 
 def muon_dimension_numbers(names: tuple[str, ...], ndim: int) -> MuonDimensionNumbers | None:
-    """Returns the row and column axes of the matrix that Muon orthogonalizes; None leaves the weight to Adam.
+    """Returns the row and column axes of the matrix that Muon orthogonalizes, or None if Adam trains the weight.
 
     All other axes are batch axes, so stacked layers are handled one by one:
 

@@ -53,7 +53,7 @@ class Resumption:
         return params, progress.next_stage() if is_stage_done else progress
 
     def row_states(self, progress: Progress) -> RowStates | None:
-        """Returns the state of each row of the data at `progress`; None at the start of a stage."""
+        """Returns the state of each row of the data at `progress`, or None at the start of a stage."""
         if progress.step_in_stage == 0:
             return None
         data = self.checkpointer.data_state(progress)

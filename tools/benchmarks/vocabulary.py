@@ -345,7 +345,7 @@ class TorchProgram:
             self._function()
 
     def temporary_bytes(self) -> int | None:
-        """Peak memory of a call in bytes; None if it was not measured."""
+        """Peak memory of a call in bytes, or None if it was not measured."""
         return self._peak
 
 

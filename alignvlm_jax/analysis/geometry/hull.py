@@ -25,7 +25,7 @@ MAX_STEPS = 300
 _REFINEMENTS = 6
 
 _Inverse = Float64[np.ndarray, "E E"] | None
-"""Inverse of the matrix of inner products of a face's edges; None if it is not known."""
+"""Inverse of the matrix of inner products of a face's edges, or None if it is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Face:
 
 
 def _with_edge(inverse: _Inverse, edges: Float64[np.ndarray, "E D"], edge: Float64[np.ndarray, " D"]) -> _Inverse:
-    """Returns the inverse inner products after one edge is appended; None if it is linearly dependent on the others."""
+    """Returns the inverse inner products after appending an edge, or None if it is linearly dependent on the others."""
     if inverse is None:
         return None
     # Block inversion: split the new edge into its part along the old edges and its part orthogonal to them.

@@ -90,7 +90,7 @@ def _spend_bytes(budget: int, size: int) -> int:
 
 
 def _stored_message(message: Message) -> Message:
-    """Returns a message as it is stored; only a user's message keeps its parts."""
+    """Returns a message as it is stored. Only a user's message keeps its parts."""
     # Other roles have no images, and many chat templates expect their content to be plain text.
     if message["role"] == "user":
         return message

@@ -48,7 +48,7 @@ def count_records(file: str) -> int:
 
 
 def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None) -> list[Slice]:
-    """Returns slices of a file; with `picks`, only of the records with these numbers."""
+    """Returns slices of a file, or with `picks`, of the records with these numbers only."""
     with _map_file(file) as buffer:
         # Compact arrays: a file may have millions of records.
         starts, stops = array("q"), array("q")
@@ -139,7 +139,7 @@ def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _separator(buffer: Buffer, start: int) -> re.Pattern | None:
-    """Returns a pattern of the end of one record and the first key of the next; None if the first has no key."""
+    """Returns a pattern of the end of one record and the first key of the next, or None if the first has no key."""
     # Records of one file nearly always begin with the same key.
     name = re.compile(rb'\s*\{\s*("[^"\\]*")\s*:').match(buffer, start)
     return name and re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(name[1]) + rb"\s*:)")

@@ -53,7 +53,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureEntry:
-    """One file of a mixture; all its records are used if `sampling` is None."""
+    """One file of a mixture. All its records are used if `sampling` is None."""
 
     file: str
     sampling: Sampling | None

@@ -16,7 +16,7 @@ _BYTES_PER_SLICE = 512 * 2**20
 
 
 def plan_files(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Returns slices of complete row groups; a file that cannot be read is one slice of one record to be refused."""
+    """Returns slices of complete row groups. An unreadable file becomes one slice with one record to be refused."""
     return [piece for file in files for piece in _plan_file(file, options)]
 
 

@@ -50,12 +50,12 @@ class _Sample:
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
-    """Returns one slice per archive; the number of samples is known only after reading."""
+    """Returns one slice per archive. The number of samples is known only after reading."""
     return [Slice(file) for file in files]
 
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
-    """Yields the captioned images of an archive; if it is damaged, the rest of it is one refused record."""
+    """Yields the captioned images of an archive. If it is damaged, the rest of it is one refused record."""
     # The folder of an archive names the data set.
     source = options.source or posixpath.basename(posixpath.dirname(os.path.abspath(piece.file)))
     try:
@@ -112,7 +112,7 @@ def _caption(files: dict[str, bytes]) -> str:
 
 
 def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
-    """Yields the samples of an archive; a sample that damage cuts off has a `problem`."""
+    """Yields the samples of an archive. A sample that damage cuts off has a `problem`."""
     sample = None
     try:
         for name, size, data in _members(path, max_bytes):

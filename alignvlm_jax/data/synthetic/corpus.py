@@ -75,7 +75,7 @@ def write_corpus(
     progress: bool = True,
     processes: int | None = None,
 ) -> Path:
-    """Writes a data set of drawn documents of any kind; an existing one with the same recipe is kept.
+    """Writes a data set of drawn documents of any kind. Keeps an existing one with the same recipe.
 
     Args:
       folder: folder of the data set. Existing contents must be of the same kind, and are replaced.
@@ -156,7 +156,7 @@ def _records(
     processes: int,
     bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the documents of a split in order; a few batches are drawn ahead of the writer."""
+    """Yields the documents of a split in order. A few batches are drawn ahead of the writer."""
     starts = iter(range(0, size, _DOCUMENTS_PER_CALL))
     pending = collections.deque()
     while True:

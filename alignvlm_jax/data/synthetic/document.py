@@ -151,7 +151,7 @@ def print_document(
 
 
 def _lay_out(dice: Dice, compose: Callable[[Page], Questions], family: str, font: str) -> tuple[Page, Questions, int]:
-    """Lays out a page; if the values do not fit, starts again with other values."""
+    """Lays out a page. If the values do not fit, starts again with other values."""
     for _ in range(_ATTEMPTS):
         # The page must be wide enough for the shortest line that every family can use.
         face = get_face(font, dice.uniform(*advance_range(font)))

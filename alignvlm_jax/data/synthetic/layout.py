@@ -106,7 +106,7 @@ class Page:
         self.y += 6.0 if style == "double" else 4.0
 
     def columns(self, rows: Sequence[Sequence[str]], last_right: bool) -> list[list[float]] | None:
-        """Returns the start of each cell of a grid, with columns spread over the page; None if they do not fit.
+        """Returns the start of each cell of a grid, with columns spread over the page, or None if they do not fit.
 
         The first column is aligned left, all others either right or left.
         """

@@ -40,7 +40,7 @@ from alignvlm_jax.data.synthetic.values import (
 from alignvlm_jax.errors import UserError
 
 COUNTS = (0, 1, 4, 16, 64, 256)
-"""Numbers of training pages that print a name; each group has one name for each number."""
+"""Numbers of training pages that print a name. Each group has one name for each number."""
 
 LOOK_ALIKE = 2
 """Names at most this many edits apart look alike."""
@@ -72,7 +72,7 @@ class Name:
 
 @functools.cache
 def draw_lexicon(seed: int, groups: int = 24) -> tuple[Name, ...]:
-    """Returns groups of six names; the first half of the groups are look-alikes, the others loners.
+    """Returns groups of six names. The first half of the groups are look-alikes, and the others are loners.
 
     Args:
       seed: seed of all random choices, including the rarities.
@@ -123,7 +123,7 @@ def build_names_corpus(
     progress: bool = True,
     processes: int | None = None,
 ) -> Path:
-    """Writes splits of the corpus to a folder, for `store.open_dataset`; an existing corpus is kept.
+    """Writes splits of the corpus to a folder, for `store.open_dataset`. Keeps an existing corpus.
 
     Args:
       folder: folder of the data set.
@@ -221,7 +221,7 @@ def _is_too_similar(text: str, others: list[Name]) -> bool:
 
 @functools.cache
 def _deal_names(seed: int, groups: int, split: str) -> tuple[tuple[str, ...], ...]:
-    """Returns the names of each page of a split; no page has two names of one group.
+    """Returns the names of each page of a split. No page has two names of one group.
 
     The groups are divided into columns, one for each name on a page. Every column is shuffled, and page i has the names
     in row i.

@@ -34,7 +34,7 @@ _FAMILIES = ("receipt", "form", "table")
 
 
 def draw_restoration(seed: int, split: str, index: int, difficulty: Difficulty) -> tuple[Document, str, str]:
-    """Returns a document with covered text, the question and its answer; a pure function of its arguments."""
+    """Returns a document with covered text, the question and its answer. A pure function of its arguments."""
     # A separate random stream, so that drawing from it does not change the document.
     dice = Dice(seed, SPLITS.index(split), index, len(SPLITS))
     document = draw_document(seed, split, index, family=dice.pick(_FAMILIES))
@@ -77,7 +77,7 @@ def draw_restoration_records(seed: int, split: str, start: int, stop: int) -> li
 
 
 def build_restoration_corpus(folder: str | Path, *, seed: int, sizes: Mapping[str, int], progress: bool = True) -> Path:
-    """Writes a data set of these records, for `store.open_dataset(folder, split)`; an existing one is kept.
+    """Writes a data set of these records, for `store.open_dataset(folder, split)`, unless it exists.
 
     Args:
       folder: folder of the data set.

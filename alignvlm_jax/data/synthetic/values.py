@@ -34,7 +34,7 @@ def spell_name(dice: Dice, pattern: str) -> str:
 
 
 class DoesNotFitError(Exception):
-    """No value of this kind fits the available space; the page is laid out again."""
+    """No value of this kind fits the available space. The page is then laid out again."""
 
 
 def split_of(value: str) -> str:

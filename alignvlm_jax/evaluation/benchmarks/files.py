@@ -53,7 +53,7 @@ class Row:
 
 
 def questions(rows: Iterable[tuple[Any, str]], make: Callable[[Row], Question | None]) -> Iterator[Question]:
-    """Converts rows to questions; an unusable row becomes a question with a problem.
+    """Converts rows to questions. An unusable row becomes a question with a problem.
 
     Args:
       rows: pairs of a row's fields and its location. An error takes the place of a record that cannot be parsed.

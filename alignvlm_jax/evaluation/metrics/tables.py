@@ -294,7 +294,7 @@ def _integer(text: str, python: _Python) -> int:
 
 
 def _date(text: str, python: _Python) -> tuple[int, int, int] | None:
-    """Returns year, month and day of a text y-m-d, where xx is unknown; None for other texts and xx-xx-xx."""
+    """Returns (year, month, day) of a text y-m-d, in which xx is unknown, or None for other texts and xx-xx-xx."""
     parts = text.lower().split("-")
     if len(parts) != 3:
         return None

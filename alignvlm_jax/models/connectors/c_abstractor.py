@@ -108,7 +108,7 @@ class RegNetBlock(nn.Module):
 
 
 def depthwise_3x3(inputs: Float[Array, "B g g C"], kernel: Float[Array, "3 3 C"]) -> Float[Array, "B g g C"]:
-    """Convolves each channel with its own 3 x 3 kernel; the grid is padded with zeros."""
+    """Convolves each channel with its own 3 x 3 kernel. The grid is padded with zeros."""
     rows, columns = inputs.shape[1:3]
     # XLA fuses nine shifted products into one pass. A grouped convolution with C groups would be slow on CPUs.
     padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))

@@ -48,7 +48,7 @@ def run(work: Work) -> dict[str, Any]:
 def right_answers(
     results: Results, connector: str, encoder: str
 ) -> tuple[Int[np.ndarray, "seeds questions"], list[int]] | None:
-    """Returns 1 (right) or 0 by seed and question, and the number of questions on each page; None without results."""
+    """Returns 1 (right) or 0 by seed and question, and the number of questions per page, or None without results."""
     runs = results.by_seed(lambda seed: job(connector, encoder, seed))
     scores = [result["found"]["heldout"] for result in runs.values()]
     if not scores:

@@ -33,7 +33,7 @@ _NEW_TOKENS = 16
 
 
 def jobs(options: Options) -> list[Job]:
-    """Returns one job per connector; the encoder's weights and the seed do not affect the cost."""
+    """Returns one job per connector. The encoder's weights and the seed do not affect the cost."""
     encoder = options.encoders[-1]
     return [Job("cost", encoder, name, weight=0.2, runs_alone=True) for name in recipe.connectors(options)]
 

@@ -67,7 +67,7 @@ def _runs(results: Results, connector: str, encoder: str) -> dict[int, Result]:
 
 
 def _loss(results: Results, connector: str, encoder: str, point: str, against: str | None = None) -> Estimate | None:
-    """Returns the loss of score at a point; with `against`, the loss of that connector minus the loss of this one."""
+    """Returns the loss of score at a point, or with `against`, that connector's loss minus the loss of this one."""
     # The same seeds and questions on both sides make the difference a paired one.
     runs = _runs(results, connector, encoder)
     others = runs if against is None else _runs(results, against, encoder)

@@ -83,7 +83,7 @@ def continued(config: ExperimentConfig, start: Path) -> ExperimentConfig:
 
 
 def _scores(answers: Sequence[runner.Answer]) -> dict[str, Any]:
-    """Returns the two scores of VCR, with one entry per page; each page counts as one draw for the intervals."""
+    """Returns the two scores of VCR, with one entry per page. Each page counts as one draw for the intervals."""
     exact, jaccard = [], []
     for answer in answers:
         answer_exact, answer_jaccard = vcr_scores(answer.predicted, [answer.expected], "en")

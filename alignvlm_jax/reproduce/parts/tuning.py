@@ -38,7 +38,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def run(work: Work) -> dict[str, Any]:
-    """Trains for a share of the steps; the validation loss is part of every training's result."""
+    """Trains for a share of the steps. The validation loss is part of every training's result."""
     config = work.experiment(factor=work.job["factor"], steps=recipe.TUNING_SHARE)
     work.train(work.on_pages(config, 1.0))
     return {}
