@@ -68,7 +68,7 @@ def _compile(name: str, arguments: str, effort: float) -> None:
     """Compiles a row in a separate process and stores it."""
     scratch = ROWS_FOLDER / f"{name}.part"
     command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
-    # A scratch file until the row is complete: a file with the final name counts as finished.
+    # Write to a scratch file until the row is complete, because a file with the final name counts as finished.
     code = subprocess.run([*command, "--effort", str(effort), "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
         raise SystemExit(f"{name}: compile_tpu.py failed with exit code {code}; the row was not stored")

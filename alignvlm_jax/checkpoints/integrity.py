@@ -131,7 +131,7 @@ def wait_for_seals(step: Path, seconds: float = 600) -> None:
 
 def remove(step: Path) -> None:
     """Deletes a step."""
-    # Digests first: if the deletion is interrupted, the step no longer counts as complete.
+    # Delete the digests first, so that after an interrupted deletion the step does not count as complete.
     for path in step.glob("digests.*.json"):
         path.unlink(missing_ok=True)
     shutil.rmtree(step, ignore_errors=True)

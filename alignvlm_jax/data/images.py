@@ -74,7 +74,7 @@ def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MA
         if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):
             width, height = image.size
             return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
-    # Unknown or ambiguous header: decode the image to find out.
+    # The header is unknown or ambiguous, so decode the image to find out.
     return open_image(data, name=name, max_pixels=max_pixels).size
 
 

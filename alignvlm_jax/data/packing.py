@@ -180,7 +180,7 @@ def write_bin(batch: Batch, index: tuple[int, int], examples: Sequence[Example],
         # The example's positions and tiles in the bin.
         span, tile_span = (*index, slice(start, start + n)), (*index, slice(tile, tile + m))
         batch["tokens"][span] = example.tokens
-        # One position shorter: the last token of an example has no target.
+        # One position shorter, because the last token of an example has no target.
         batch["targets"][*index, start : start + n - 1] = example.tokens[1:]
         batch["loss_weights"][span] = example.loss_weights
         batch["segment_ids"][span] = slot + 1  # 0 is padding

@@ -114,7 +114,7 @@ class ShardedDataset:
 @contextlib.contextmanager
 def _array_record(partial: Path, path: epath.Path) -> Iterator[array_record_module.ArrayRecordWriter]:
     """Yields a writer. A disk error, which may show only on closing, becomes a `UserError` that names the file."""
-    # One record per group: reading a record at random then decompresses no others.
+    # One record per group, so that reading a record at random decompresses no others.
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
     try:
         try:

@@ -212,7 +212,7 @@ def _resize(image: PIL.Image.Image, width: int, height: int) -> UInt8[np.ndarray
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
-    # A view without a copy: all three channels of a grayscale image are the same.
+    # Broadcast without a copy, because all three channels of a grayscale image are the same.
     return pixels if pixels.ndim == 3 else np.broadcast_to(pixels[..., None], (height, width, 3))
 
 

@@ -98,7 +98,7 @@ def _untrained_reader(config: ExperimentConfig) -> Reader:
 def _train(config: ExperimentConfig, workdir: pathlib.Path) -> Progress:
     """Trains, or resumes training. The returned progress includes the seconds of all sessions."""
     loop.train(config, workdir, score=during_training(config))
-    # Read the progress from the checkpoint, where a repeated demo finds the same: it is part of the key of the scores.
+    # Read the progress from the checkpoint, so that a repeated demo gets the same value for the key of the scores.
     with Checkpointer(workdir, config) as checkpointer:
         progress = checkpointer.latest()
     show(f"trained {progress.step} steps in {progress.train_seconds:.0f} s")

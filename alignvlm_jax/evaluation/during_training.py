@@ -33,7 +33,7 @@ def during_training(config: ExperimentConfig) -> Callable[[Params, Mesh], dict[s
     records, tokenizer = store.open_dataset(folder, settings.split), load_tokenizer(config)
 
     def score(params: Params, mesh: Mesh) -> dict[str, float]:
-        # A new reader each time: it caches statistics of the weights, which have changed.
+        # A new reader each time, because a reader caches statistics of the weights, which have changed.
         reader = Reader(config.model, params, tokenizer, config.data.tiling, batch_size=settings.batch_size, mesh=mesh)
         report = runner.evaluate(
             reader, records, limit=settings.limit, max_new_tokens=settings.max_new_tokens, title=settings.split

@@ -227,7 +227,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def copy_blockwise(source: np.ndarray, target: np.ndarray) -> None:
     """Copies `source` to `target` and converts the dtype."""
-    # Blocks of a transposed matrix fit into the processor's cache: copying takes a third of the time.
+    # Blocks of a transposed matrix fit into the processor's cache, so copying takes a third of the time.
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return

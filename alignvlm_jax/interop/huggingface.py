@@ -123,7 +123,7 @@ def _check_tied(files: TensorFiles) -> None:
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if head not in files.shapes or files.shapes[head] != files.shapes.get(table):
         return
-    # Compare block by block: the comparison of whole tables would need memory for a mask of their size.
+    # Compare block by block, because comparing complete tables would need memory for a mask of their size.
     rows = range(0, files.shapes[head][0], _COMPARED_ROWS)
     blocks = (slice(start, start + _COMPARED_ROWS) for start in rows)
     if not all(np.array_equal(files.read(head, block), files.read(table, block)) for block in blocks):

@@ -160,7 +160,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
             # If it were normalized, a token would get SentencePiece's leading space and be found only in some places.
             entry["normalized"] = False
 
-    # Write the configuration from scratch: the folder's may hold settings of older versions of transformers.
+    # Write the config from scratch, because the folder's may have settings of older versions of transformers.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
@@ -238,7 +238,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _dump(vocabulary: Mapping[str, Any]) -> str:
-    # No indentation: with it, json.dumps takes seconds for a vocabulary of Llama 3's size.
+    # No indentation, with which json.dumps takes seconds for a vocabulary of Llama 3's size.
     return json.dumps(vocabulary, ensure_ascii=False) + "\n"
 
 

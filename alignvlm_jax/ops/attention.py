@@ -198,7 +198,7 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
     query = query.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4) * width**-0.5
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
-    # Checkpointed: the backward pass recomputes the scores.
+    # Checkpoint, so that the backward pass recomputes the scores instead of storing them.
     @jax.checkpoint
     def attend(block, keys, values, allowed):
         # The R heads of a group share its keys, so all their queries are rows of one matrix product.

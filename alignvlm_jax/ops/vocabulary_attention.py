@@ -349,7 +349,7 @@ def _local_forward(
         if rounds_weights:
             new["rounded_total"] = decay * sums["rounded_total"] + _row_sum(rounded)
         if needs_tilted:
-            # The distance minus the bias is scale z - m: relative to m, nothing large cancels.
+            # The distance minus the bias is scale z - m. Relative to m, no large numbers cancel.
             tilted = (weights * (distance - streaming.slice_block(inputs.bias, start, size))).astype(q.dtype)
             new["tilted_mixed"] = decay * (sums["tilted_mixed"] + shift * sums["mixed"]) + streaming.dot(tilted, block)
             new["tilted_total"] = decay * (sums["tilted_total"] + shift * previous.total[:, None]) + _row_sum(tilted)

@@ -100,7 +100,7 @@ def run_all(
                     waiting.remove(job)
                     running[slot] = _Process(options, out, job, slot, at_once, command)
                     if interruption.signal_number:
-                        # The signal came while the process was being started: its handler did not know it yet.
+                        # The signal came while the process was starting, so its handler did not know the process yet.
                         running[slot].stop()
             bar.set_description_str(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs", refresh=False)
             bar.set_postfix_str(", ".join(process.job.name for process in running.values()))

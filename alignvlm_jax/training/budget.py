@@ -59,7 +59,7 @@ def max_checkpoints_on_disk(config: ExperimentConfig, total_steps: int) -> tuple
     """Returns the largest number of checkpoints on disk at once, and a remark about the permanent ones."""
     rules = config.checkpoint
     permanent = total_steps // rules.keep_every if rules.keep_every else 0
-    # One more for the checkpoint that is being written: an older one is deleted only after it is complete.
+    # One more for the checkpoint being written, because an older one is deleted only after it is complete.
     number = rules.keep + rules.keep_best + permanent + 1
     return number, f" ({permanent} of them permanently)" if permanent else ""
 

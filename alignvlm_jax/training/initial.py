@@ -63,7 +63,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         chat = ChatTokenizer.from_folder(folder)
         needed = chat.vocab_size
     else:
-        # The tokenizer of a text-only language model: an image token and a chat template for images are added.
+        # This is the tokenizer of a text-only model, so add an image token and a chat template for images.
         chat, needed, _ = import_tokenizer(folder, num_embeddings=rows)
     if needed > rows:
         raise UserError(

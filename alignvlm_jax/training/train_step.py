@@ -161,7 +161,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
                 (trainable, jax.eval_shape(summed_loss, trainable, frozen, first_microbatch)[1]),
             )
-            # A scan over one microbatch is unrolled: without a loop, XLA can optimize the step as a whole.
+            # Unroll a scan over one microbatch, so that XLA can optimize the step as a whole.
             (gradients, sums), _ = jax.lax.scan(accumulate, zeros, batch, unroll=len(batch["tokens"]) == 1)
 
         # Divide once by the total weight. The gradient of a step without any answer is 0, not NaN.

@@ -222,7 +222,7 @@ class Trainer:
         names = functools.partial(_example_names, batch, run.batches)
         self.anomalies.add(run.progress.step, run.measured, names)
         has_failed = self.anomalies.check(before=run.progress.step)
-        # Reading "skipped" waits for the step: looking for NaNs costs the overlap of host and devices.
+        # Reading "skipped" waits for the step, so checking for NaNs costs the overlap of host and devices.
         if self.config.debug.nans and float(run.measured["skipped"]):
             debug.explain_skipped(self.config.model, run.stage, self.mesh, run.state, device_batch, run.progress.step)
         return has_failed
@@ -247,7 +247,7 @@ class Trainer:
         """Returns the exception that ends the run after this step, or None."""
         interrupted, preempted = signals
         if jax.process_count() == 1:
-            # A single process need not agree with others: it also acts on a signal that arrived during the step.
+            # A single process need not agree with others, so it also acts on a signal that arrived during the step.
             interrupted, preempted = self.interruption.interrupted, self.interruption.preempted
         if not interrupted:
             return None
@@ -282,7 +282,7 @@ class Trainer:
             # that the rollback skips do not depend on when checkpoints are saved.
             self._next_batch(run)
             return True
-        # No checkpoint between several failures in a row: a rollback must return to before the first of them.
+        # Do not save between consecutive failures: a rollback must return to a step before the first of them.
         if must_save or not self.anomalies.num_skipped_in_a_row:
             run.progress = dataclasses.replace(run.progress, train_seconds=time.monotonic() - run.start_time)
             params, opt_state = run.state.params, run.state.opt_state

@@ -121,7 +121,7 @@ class _Face:
             if not is_kept.any():
                 return False
             vertices, weights = vertices[is_kept], weights[is_kept] / weights[is_kept].sum()
-            # All edges start at the first vertex: without it, the inverse is useless.
+            # All edges start at the first vertex, so removing it invalidates the inverse.
             inverse = _without_edges(inverse, is_kept[1:]) if is_kept[0] else None
         self._set(vertices, target, inverse)
         if np.linalg.norm(self.point) < previous_distance:

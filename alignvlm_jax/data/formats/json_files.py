@@ -50,7 +50,7 @@ def count_records(file: str) -> int:
 def plan_file(file: str, options: FormatOptions, picks: list[int] | None = None) -> list[Slice]:
     """Returns slices of a file, or with `picks`, of the records with these numbers only."""
     with _map_file(file) as buffer:
-        # Compact arrays: a file may have millions of records.
+        # Compact arrays, because a file may have millions of records.
         starts, stops = array("q"), array("q")
         for start, stop in _spans(buffer):
             starts.append(start)

@@ -168,7 +168,7 @@ def image_bytes(source: ImageSource) -> bytes:
 
 def image_exists(source: ImageSource) -> bool:
     """Returns whether an image seems to be available, without reading it."""
-    # The cells of a Parquet file are trusted: checking them means reading them.
+    # The cells of a Parquet file are trusted, because checking them would mean reading them.
     return source.is_file() if isinstance(source, pathlib.Path) else True
 
 

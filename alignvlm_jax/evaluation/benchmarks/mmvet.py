@@ -34,7 +34,7 @@ def _read(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
 
 
 def _question(images: pathlib.Path, row: Row) -> Question:
-    # No references: the answers in the file are for the judge.
+    # There are no references, because the answers in the file are for the judge.
     return Question(
         id=row.text("id"), where=row.where, text=row.text("question"), images=(images / row.text("imagename"),)
     )
