@@ -59,6 +59,10 @@ def start(folder: pathlib.Path, task: str, num_processes: int, *, devices: int =
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
+    if num_processes > 1:
+        # XLA for CPUs may run the collectives of a program from the cache in another order than the process that
+        # compiled it, mostly on a busy machine. Processes that compute together would then abort.
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     processes = []
     for i in range(num_processes):
         own_arguments = {key: value[i] if isinstance(value, list) else value for key, value in arguments.items()}
