@@ -106,7 +106,9 @@ def attribute(
         for step in range(steps):
             for row, weights in enumerate(token_weights):
                 # Midpoint rule: the gradient at the center of each interval stands for the interval.
-                shares[row] += _shares(*fixed, weights, visual, blank, (step + 0.5) / steps)
+                shares[row] += _shares(
+                    *fixed, weights=weights, visual=visual, blank=blank, fraction=(step + 0.5) / steps
+                )
                 bar.update()
     log_probs, blank_log_probs = (np.asarray(_log_probs(*fixed, tokens))[: len(answer)] for tokens in (visual, blank))
     return Attribution(log_probs, blank_log_probs, shares / steps)
@@ -151,7 +153,18 @@ def _log_probs(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _shares(model, variables, batch, first, answer, weights, visual, blank, fraction) -> Float[Array, " T"]:
+def _shares(
+    model: AlignVLM,
+    variables: Variables,
+    batch: Batch,
+    first: int,
+    answer: Int[Array, " A"],
+    *,
+    weights: Float[Array, " A"],
+    visual: Float[Array, "T D"],
+    blank: Float[Array, "T D"],
+    fraction: float,
+) -> Float[Array, " T"]:
     """Returns (v - b) · gradient of the weighted sum of the tokens' log-probabilities, at one point of the path."""
     difference = (visual - blank).astype(jnp.float32)
     point = (blank + fraction * difference).astype(visual.dtype)

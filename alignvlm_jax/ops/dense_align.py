@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 def dense_align(
     features: Float[Array, "... d"],
+    *,
     w1: Float[Array, "d D"],
     w1_bias: Float[Array, " D"],
     hidden_scale: Float[Array, " D"],

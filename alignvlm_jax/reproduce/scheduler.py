@@ -62,31 +62,9 @@ def run_all(
       distributed.Interrupted: on a signal, after all processes have saved.
       UserError: if another process works on `out`.
     """
-    # Sort the jobs: those to run (`waiting`), those with a complete result (`finished`), and those that were stopped at
-    # the same time limit before (`problems`).
-    previous = {job: read_result(out, job) for job in jobs}
-    undone = [job for job in jobs if not is_done(previous[job], options.minutes)]
-    repeated = _without_weights(out, undone, previous)
-    waiting = [job for job in jobs if job in undone or job.name in repeated]
-    finished = {job.name for job, result in previous.items() if result is not None and result["status"] == COMPLETE}
-    finished -= repeated
-    problems = {
-        job.name: _describe_stop(job, result)
-        for job, result in previous.items()
-        if job not in waiting and job.name not in finished
-    }
+    waiting, finished, problems = _sort_jobs(options, out, jobs)
     running: dict[int, _Process] = {}  # by slot
-    total = sum(job.weight for job in jobs)
-    with (
-        _locked(out),
-        _Interruption(running) as interruption,
-        tqdm(
-            total=round(total, 2),
-            initial=round(total - sum(job.weight for job in waiting), 2),
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}",
-        ) as bar,
-    ):
+    with _locked(out), _Interruption(running) as interruption, _progress_bar(jobs, waiting) as bar:
         while running or (waiting and not interruption.signal_number):
             # Skip jobs that need a failed one; the next iteration skips those that need a skipped one.
             for job in [job for job in waiting if not problems.keys().isdisjoint(job.needs)]:
@@ -123,6 +101,36 @@ def run_all(
         is_terminated = interruption.signal_number == signal.SIGTERM
         raise distributed.Preempted if is_terminated else distributed.Interrupted
     return list(problems.values())
+
+
+def _sort_jobs(options: Options, out: Path, jobs: Sequence[Job]) -> tuple[list[Job], set[str], dict[str, str]]:
+    """Returns the jobs to run, the names of those with a complete result, and the problem of each other job.
+
+    The other jobs were stopped by the same time limit before.
+    """
+    previous = {job: read_result(out, job) for job in jobs}
+    undone = [job for job in jobs if not is_done(previous[job], options.minutes)]
+    repeated = _without_weights(out, undone, previous)
+    waiting = [job for job in jobs if job in undone or job.name in repeated]
+    finished = {job.name for job, result in previous.items() if result is not None and result["status"] == COMPLETE}
+    finished -= repeated
+    problems = {
+        job.name: _describe_stop(job, result)
+        for job, result in previous.items()
+        if job not in waiting and job.name not in finished
+    }
+    return waiting, finished, problems
+
+
+def _progress_bar(jobs: Sequence[Job], waiting: Sequence[Job]) -> tqdm:
+    """Returns a bar that advances by the weight of each job."""
+    total = sum(job.weight for job in jobs)
+    return tqdm(
+        total=round(total, 2),
+        initial=round(total - sum(job.weight for job in waiting), 2),
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}",
+    )
 
 
 def _without_weights(out: Path, undone: Sequence[Job], results: Mapping[Job, Result | None]) -> set[str]:

@@ -89,17 +89,20 @@ def test_the_dense_form_matches_the_papers_formula():
     _, params, wide, _ = _run(connectors.AlignConfig(), features, embedding)
     wide_features, wide_embedding = _wide(features, embedding)
     expected = _align(wide_features, wide_embedding, wide) @ wide_embedding
+    weights = dict(
+        w1=params["w1"]["kernel"],
+        w1_bias=params["w1"]["bias"],
+        hidden_scale=params["hidden_norm"]["scale"],
+        hidden_bias=params["hidden_norm"]["bias"],
+        w2=params["w2"],
+        vocab_scale=params["vocab_norm_scale"],
+        vocab_bias=params["vocab_norm_bias"],
+        text_embedding=embedding,
+    )
     tokens = dense.in_float64(
-        dense_align,
+        lambda features, *values: dense_align(features, **dict(zip(weights, values, strict=True))),
         features,
-        params["w1"]["kernel"],
-        params["w1"]["bias"],
-        params["hidden_norm"]["scale"],
-        params["hidden_norm"]["bias"],
-        params["w2"],
-        params["vocab_norm_scale"],
-        params["vocab_norm_bias"],
-        embedding,
+        *weights.values(),
     )
     np.testing.assert_allclose(tokens, expected.numpy(), rtol=1e-10)
 

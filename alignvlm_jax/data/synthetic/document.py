@@ -134,7 +134,14 @@ def print_document(
     if render:
         look = draw_look(dice)
         image = render_page(
-            (width, height), (left, top), angle, page.face, page.runs, page.shapes, look, dice.generator
+            (width, height),
+            origin=(left, top),
+            angle=angle,
+            face=page.face,
+            runs=page.runs,
+            shapes=page.shapes,
+            look=look,
+            generator=dice.generator,
         )
     return Document(
         id=id,

@@ -56,6 +56,7 @@ def draw_look(dice: Dice) -> Look:
 
 def render_page(
     size: tuple[int, int],
+    *,
     origin: tuple[float, float],
     angle: float,
     face: Face,
