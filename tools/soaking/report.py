@@ -57,7 +57,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines = [
         f"`{s['command']}` on {s['cores']} cores, {s['minutes']} minutes: {lost}.",
         "",
-        f"- {s['rounds']} rounds of three runs, {s['steps_kept']:,} steps in the finished runs, {s['steps_taken']:,} "
+        f"- rounds of three runs: {s['rounds']}; {s['steps_kept']:,} steps in the finished runs, {s['steps_taken']:,} "
         f"steps taken, in {s['sittings']} sessions on {s['meshes']} meshes ({s['of_two_processes']} of two processes)",
         f"- `kill -9`: {s['kills']} ({s['kills_while_saving']} while a checkpoint was being written); SIGTERM: "
         f"{s['sigterms']}, of which {s['sigterms_saved']} arrived during training and were saved within "
