@@ -343,7 +343,20 @@ def _hide_message(message: Message, pattern: re.Pattern, hidden: list[str]) -> d
     if role not in ("system", "user", "assistant"):
         raise UserError(f"a message's role must be 'system', 'user' or 'assistant', not {role!r}")
     if isinstance(content, list | tuple):
-        parts = [{**part, "text": hide(part.get("text"))} if part.get("type") == "text" else part for part in content]
+        parts, before = [], ""
+        for part in content:
+            if part.get("type") != "text":
+                parts.append(part)
+                before = ""
+                continue
+            shown = hide(part.get("text"))
+            text = part["text"]
+            # Templates join the texts of adjacent parts. An empty hidden passage breaks a token across the border.
+            if before and any(match.start() < len(before) < match.end() for match in pattern.finditer(before + text)):
+                hidden.append("")
+                shown = f"{_OPEN}{len(hidden) - 1}{_CLOSE}{shown}"
+            parts.append({**part, "text": shown})
+            before += text
         return {"role": role, "content": parts}
     return {"role": role, "content": hide(content)}
 

@@ -34,7 +34,7 @@ from alignvlm_jax.interop.export import PROCESSOR_FILE, TRAINING_FILE
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
-from alignvlm_jax.interop.tokenizer import import_tokenizer
+from alignvlm_jax.interop.tokenizer import import_tokenizer, read_exported_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
 
 # Folders without `alignvlm_training.json` get the training stages of this config, which are the paper's.
@@ -201,7 +201,7 @@ def _read_tokenizer(folder: Path, config_json: dict[str, Any], num_embeddings: i
       UserError: if it does not fit the model.
     """
     if (folder / TRAINING_FILE).is_file():
-        tokenizer = ChatTokenizer.from_folder(folder)
+        tokenizer = read_exported_tokenizer(folder)
     else:
         image_token = _read_json(folder / PROCESSOR_FILE).get("image_token")
         tokenizer = import_tokenizer(folder, num_embeddings=num_embeddings, image_token=image_token).chat

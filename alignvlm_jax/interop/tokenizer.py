@@ -5,9 +5,9 @@ Tokenizers of the Llama family support only text. `import_tokenizer` chooses one
 the padding and truncation settings that a training run left behind. `export_tokenizer` writes the same tokens, ids and
 template in the format of transformers 5.x. Neither function needs transformers.
 
-If a user types the text of a special token, it stays text in `ChatTokenizer` and in the processor of an exported
-folder. transformers' own `tokenizer.apply_chat_template` parses it as the special token unless it is called with
-`sanitize_control_tokens=True`.
+If a user types the text of a special token, it stays text in `ChatTokenizer`, and in everything that renders the chat
+template of an exported folder and tokenizes the result (`typed_text.py`). The folder of the decoder alone is a plain
+one: there, typed special tokens are parsed unless transformers is called with `sanitize_control_tokens=True`.
 """
 
 import json
@@ -27,6 +27,7 @@ from alignvlm_jax.data.chat import (
 )
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.chat_template import adapt_to_images
+from alignvlm_jax.interop.typed_text import mark_typed_text, unmark_typed_text
 
 DEFAULT_TEMPLATE = pathlib.Path(__file__).with_name("default_chat_template.jinja")
 
@@ -98,18 +99,20 @@ def export_tokenizer(
       tokenizer_folder: tokenizer folder of a checkpoint.
       out_folder: output folder; created if needed. Existing files of these three names are replaced.
       language_only: write the tokenizer of a plain language model, which is used without the processor. The rule that
-        adds the begin-of-text token to plain text is then kept as it was in the imported folder.
+        adds the begin-of-text token to plain text is then kept as it was in the imported folder, and typed text is not
+        marked.
     """
     tokenizer_folder, out_folder = pathlib.Path(tokenizer_folder), pathlib.Path(out_folder)
     chat = ChatTokenizer.from_folder(tokenizer_folder)  # Also validates the folder.
     vocabulary = _read_json(tokenizer_folder / TOKENIZER_FILE)
     config = _read_json(tokenizer_folder / CONFIG_FILE)
     vocabulary["padding"] = vocabulary["truncation"] = None
-    rule = vocabulary.get("post_processor")
+    rule, template = vocabulary.get("post_processor"), chat.chat_template
     if not language_only:
         # The chat template already writes the begin-of-text token. With this rule, transformers' processors would add a
         # second one.
         vocabulary["post_processor"] = _without_added_tokens(rule)
+        vocabulary, template = mark_typed_text(vocabulary, template)
     names = special_names(config)
     image_token = names.pop("image_token")
     tokens_by_id = {token_id: token for token, token_id in _token_ids(vocabulary).items()}
@@ -125,7 +128,19 @@ def export_tokenizer(
     }
     if vocabulary.get("post_processor") != rule:
         config[_RULE] = rule
-    ChatTokenizer(_dump(vocabulary), config, chat.chat_template).save(out_folder)
+    ChatTokenizer(_dump(vocabulary), config, template).save(out_folder)
+
+
+def read_exported_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
+    """Reads the tokenizer of an exported folder, without the changes that only other software needs."""
+    folder = pathlib.Path(folder)
+    try:
+        vocabulary, template = unmark_typed_text(
+            _read_json(folder / TOKENIZER_FILE), _read_text(folder / TEMPLATE_FILE)
+        )
+        return ChatTokenizer(_dump(vocabulary), _read_json(folder / CONFIG_FILE), template)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def _import(files: "_Files", num_embeddings: int, image_token: str | None, template: str | None) -> ImportedTokenizer:
@@ -140,8 +155,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
     _add_missing(vocabulary, files.config)
     names = _find_names(files, vocabulary, notes)
     end_tokens = _find_end_tokens(files, _token_ids(vocabulary), notes)
-    if template is None:
-        template = _find_template(files, notes)
+    vocabulary, template = unmark_typed_text(vocabulary, _find_template(files, notes) if template is None else template)
 
     # Choose the image token, which must not have another role.
     named_token = names.pop("image_token", None)

@@ -153,6 +153,18 @@ def _random_text(rng):
     return "".join(rng.choice(pieces) for _ in range(rng.randint(0, 12)))
 
 
+def test_special_tokens_typed_across_parts_stay_text(chat):
+    """Templates join adjacent texts, so a token may be spread over several parts (compare vllm-project/vllm#57740)."""
+    for special in ("<|image|>", "<|end|>"):
+        for cuts in ((1,), (1, 7), (2, 3, 4)):
+            edges = [0, *cuts, len(special)]
+            texts = [special[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+            parts = [{"type": "text", "text": text} for text in texts]
+            encoded = chat.encode_prompt([{"role": "user", "content": parts}])
+            assert read(chat, encoded.tokens) == f"<|begin|><|user|>{special}<|assistant|>"
+            np.testing.assert_array_equal(encoded.tokens, chat.encode_prompt([user(special)]).tokens)
+
+
 @pytest.mark.parametrize("which", ["folder", "llama_folder"])
 def test_same_as_transformers(which, request):
     transformers = pytest.importorskip("transformers")
@@ -205,7 +217,7 @@ def test_wrong_conversations(chat):
         chat.encode([{"role": "robot", "content": "a"}])
     with pytest.raises(UserError, match="must be a string, not NoneType"):
         chat.encode([{"role": "user", "content": None}])
-    with pytest.raises(UserError, match="knows the roles user and assistant, not system"):
+    with pytest.raises(UserError, match="trained without system messages"):
         chat.encode([{"role": "system", "content": "a"}, user("b"), assistant("c")])
     with pytest.raises(UserError, match="an image or a text, not video"):
         chat.encode_prompt([{"role": "user", "content": [{"type": "video"}]}])

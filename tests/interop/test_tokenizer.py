@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.data.chat import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, ChatTokenizer, compile_template
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop.tokenizer import export_tokenizer, import_tokenizer
+from alignvlm_jax.interop.tokenizer import export_tokenizer, import_tokenizer, read_exported_tokenizer
+from alignvlm_jax.interop.typed_text import MARK, mark_typed_text, unmark_typed_text
 from tests.interop.tokenizer_styles import LLAMA3_TEMPLATE, SMOLLM2_TEMPLATE, num_ids, write_style
 
 transformers = pytest.importorskip("transformers")
@@ -144,11 +145,14 @@ def test_ids_with_images_match_the_exported_folder(style):
     assert num_images > 20
 
 
-def test_the_exported_folder_is_read_back_unchanged(style):
-    chat = ChatTokenizer.from_folder(style.exported_folder)
-    messages = [system("Short."), user("What is the total?", 1), assistant("12.50")]
+@pytest.mark.parametrize("read", [ChatTokenizer.from_folder, read_exported_tokenizer])
+def test_the_exported_folder_is_read_back_unchanged(style, read):
+    chat = read(style.exported_folder)
+    messages = [system("Short."), user("What is <|a the total?", 1), assistant("12.50")]
     for left, right in zip(chat.encode(messages, [3]), style.chat.encode(messages, [3]), strict=True):
         np.testing.assert_array_equal(left, right)
+    if read is read_exported_tokenizer:
+        assert chat.chat_template == style.chat.chat_template
     assert (chat.pad_id, chat.image_id, chat.end_ids) == (style.chat.pad_id, style.chat.image_id, style.chat.end_ids)
 
 
@@ -222,21 +226,47 @@ def test_flags_of_special_tokens_are_respected(name, flag, tmp_path):
 
 
 def test_special_tokens_typed_by_users_stay_text(style):
-    """`ChatTokenizer` always does this; transformers on request, but it may split the text around them differently."""
+    """The exported template marks them and the tokenizer removes the marks, so rendering first is safe.
+
+    vllm-project/vllm#57740 and huggingface/transformers#47217: engines render a conversation, then tokenize it.
+    """
     rng = random.Random(3)
     specials = [style.exported.eos_token, style.image_token, style.exported.bos_token]
     num_typed = 0
     for _ in range(20):
-        messages = random_chat(rng, images=True, more=specials)
+        messages = random_chat(rng, images=True, more=[*specials, MARK, MARK[0], MARK[1]])
+        assert_same_ids(style.chat, style.exported, messages)
         ours = style.chat.encode(messages, [1] * count_images(messages)).tokens
-        theirs = style.exported.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
-        # SentencePiece's leading space need not be in front of the same words.
-        assert style.decode(ours).replace(" ", "") == style.decode(theirs).replace(" ", "")
-        for token_id in style.exported.all_special_ids:
-            assert (ours == token_id).sum() == theirs.count(token_id)
         assert (ours == style.chat.image_id).sum() == count_images(messages)
+        text = style.exported.apply_chat_template(messages, tokenize=False)
+        assert style.exported(text, add_special_tokens=False)["input_ids"] == ours.tolist()
         num_typed += style.decode(ours).count(style.image_token) - count_images(messages)
     assert num_typed > 10
+
+
+def test_special_tokens_typed_across_parts_stay_text(style):
+    """Templates join the texts of adjacent parts."""
+    for special in (style.exported.eos_token, style.image_token):
+        parts = [{"type": "text", "text": text} for text in (f"a {special[:1]}", special[1:-1], f"{special[-1:]} b")]
+        messages = [{"role": "user", "content": parts}, assistant("b")]
+        assert_same_ids(style.chat, style.exported, messages)
+        whole = style.chat.encode_prompt([user(f"a {special} b")]).tokens
+        np.testing.assert_array_equal(style.chat.encode_prompt(messages[:1]).tokens, whole)
+
+
+def test_marks_keep_other_tokens_whole():
+    """Marked passages are short, but never part of a token that is not special, or of vLLM's `<prompt_embeds>`."""
+    entries = [("<|a|>", True), ("<|b|>", True), ("<pad>", True), ("<p>", False), ("</s>", True), ("[X]", True)]
+    vocabulary = {"added_tokens": [{"content": content, "special": special} for content, special in entries]}
+    marked, template = mark_typed_text(vocabulary, "{{ messages[0].content }}")
+    prompt = "<|a|> <|tool|> <p> <prompt_embeds> <pad> </s> [X] [ <"
+    rendered = compile_template(template).render(messages=[{"role": "user", "content": prompt}])
+    typed = "<|a|> <|tool|> <p> <prompt_embeds> <pad> </s> [X] [ <"
+    for opening in ("<|", "<pa", "</", "[X"):
+        typed = typed.replace(opening, opening[0] + MARK + opening[1:])
+    assert rendered == typed
+    assert mark_typed_text(marked, template) == (marked, template)
+    assert unmark_typed_text(marked, template) == ({**vocabulary, "normalizer": None}, "{{ messages[0].content }}")
 
 
 def test_the_exported_processor_makes_the_same_ids(style):
@@ -268,10 +298,12 @@ def test_the_exported_processor_makes_the_same_ids(style):
             assert ours.tokens.tolist() == list(theirs["input_ids"][0])
 
 
-def test_transformers_parses_special_tokens_typed_by_users(style):
+def test_the_folder_of_the_decoder_alone_parses_typed_special_tokens(style, tmp_path):
     """The docstring of interop/tokenizer.py describes this difference."""
+    export_tokenizer(style.exported_folder.parent / "ours", tmp_path, language_only=True)
+    plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [user(f"a {style.image_token} b")]
-    theirs = style.exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    theirs = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert theirs.count(style.chat.image_id) == 1
     assert style.chat.image_id not in style.chat.encode_prompt(messages).tokens
 
@@ -370,7 +402,8 @@ def test_the_date_in_a_template_is_fixed(write):
 
 def test_vllm_recognizes_that_the_template_accepts_content_parts(style):
     """vLLM looks for a loop over the content of each message in the template."""
-    tree = compile_template(style.chat.chat_template).environment.parse(style.chat.chat_template)
+    template = style.exported.chat_template
+    tree = compile_template(template).environment.parse(template)
     assert any(
         isinstance(loop.iter, jinja2.nodes.Name) and loop.iter.name == "messages" and loop.target.name == "message"
         for loop in tree.find_all(jinja2.nodes.For)

@@ -5,8 +5,8 @@ The chat template writes one image token per image. The processor repeats it onc
     rendered   <|begin|><|user|><|image|>Total?<|assistant|>
     input_ids  <|begin|> <|user|> <|image|> <|image|> <|image|> Tot al ? <|assistant|>
 
-The ids are the same as in training. No special token is added to the rendered template. In `apply_chat_template`, text
-typed by a user stays text, even if it looks like a special token.
+The ids are the same as in training. No special token is added to the rendered template. Text typed by a user stays
+text, even if it looks like a special token: the chat template marks it, and the tokenizer removes the marks.
 
 Example of `processor_config.json`. The nested part belongs to the image processor; the tokenizer has its own files:
 
@@ -23,10 +23,9 @@ Example of `processor_config.json`. The nested part belongs to the image process
     }
 """
 
-import copy
 import re
 
-from transformers import AddedToken
+import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -37,11 +36,6 @@ from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
 from .resampling_alignvlm import resample_images  # noqa: F401
 from .rgb_alignvlm import to_rgb  # noqa: F401
 from .tiling_alignvlm import cut_tiles  # noqa: F401
-
-# Inserted after the first character of text that looks like a special token, so that it is not parsed as one.
-_MARK = "\ue000"
-# Prepended to a passage that is encoded separately, so that it is not treated as the start of the text.
-_BREAK = "\ue002\ue003\ue002"
 
 
 class AlignVLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -88,7 +82,7 @@ class AlignVLMProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` and, with images, `pixel_values`; under the tiling rule anyres_max_9 also
             `visual_sources` and `visual_weights`. On request `mm_token_type_ids` (1 at visual tokens) and
-            `text_replacement_offsets`.
+            `text_replacement_offsets`, the latter with `image_grid_thw`, [1, 1, tiles] for each image.
 
         Raises:
             ValueError: If there is nothing to process, or the numbers of image tokens and images differ.
@@ -120,7 +114,7 @@ class AlignVLMProcessor(ProcessorMixin):
         # Write one image token per visual token, then tokenize.
         texts = [text] if isinstance(text, str) else list(text)
         texts, offsets = self._repeat_image_tokens(texts, counts)
-        text_inputs = self._tokenize(texts, text_kwargs)
+        text_inputs = self.tokenizer(texts, **text_kwargs)
         if return_types:
             text_inputs["mm_token_type_ids"] = [
                 [int(i == self.image_token_id) for i in ids] for ids in text_inputs["input_ids"]
@@ -129,20 +123,21 @@ class AlignVLMProcessor(ProcessorMixin):
         features = BatchFeature({**text_inputs, **data}, tensor_type=return_tensors)
         if return_offsets:
             features["text_replacement_offsets"] = offsets
+        if return_offsets and images:
+            # vLLM asks for the offsets. Without a grid, it counts the tiles again, without this call's options.
+            grid = np.stack([np.ones_like(num_tiles), np.ones_like(num_tiles), num_tiles], axis=1)
+            features.update(BatchFeature({"image_grid_thw": grid}, tensor_type=return_tensors))
         return features
-
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """Extends transformers' method: with `tokenize=True`, special tokens in a message's text stay text."""
-        if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
-            conversation = self._hide_special_tokens(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _repeat_image_tokens(self, texts: list[str], counts: list[int]) -> tuple[list[str], list[list[dict]]]:
         """Repeats the image tokens once per visual token; also returns the replacements in transformers' format."""
         num_image_tokens = sum(text.count(self.image_token) for text in texts)
         if num_image_tokens != len(counts):
+            hint = ""
+            if counts and num_image_tokens == sum(counts):
+                hint = ": it already has one per visual token; pass one per image, which this processor repeats"
             raise ValueError(
-                f"the text has {num_image_tokens} image tokens ({self.image_token}) for {len(counts)} images"
+                f"the text has {num_image_tokens} image tokens ({self.image_token}) for {len(counts)} images{hint}"
             )
         remaining = iter(counts)
         expanded, offsets = [], []
@@ -166,76 +161,6 @@ class AlignVLMProcessor(ProcessorMixin):
             expanded.append("".join([*pieces, text[start:]]))
             offsets.append(spans)
         return expanded, offsets
-
-    def _tokenize(self, texts: list[str], text_kwargs: dict):
-        if not any(_MARK in text for text in texts):
-            return self.tokenizer(texts, **text_kwargs)
-        ids = [self._tokenize_marked(text) for text in texts]
-        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
-        return self.tokenizer.pad({"input_ids": ids}, **{k: v for k, v in text_kwargs.items() if k in names})
-
-    def _tokenize_marked(self, text: str) -> list[int]:
-        """Returns the ids of a text with marks: special tokens without a mark, and plain text between them."""
-        ids, start = [], 0
-        special, continuation = self._special_tokens(), self._continuation_tokenizer()
-        for match in [*special.finditer(text), None]:
-            # The plain text up to the next special token, without its marks.
-            plain = text[start : match.start() if match else None]
-            plain = re.sub(f"(.){_MARK}", r"\1", plain, flags=re.DOTALL)
-            # _BREAK takes the space that the tokenizer puts before a first word; its token is dropped.
-            if start and plain and continuation and _BREAK not in plain:
-                ids += continuation.encode(_BREAK + plain, add_special_tokens=False).ids[1:]
-            else:
-                ids += self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
-            if match:
-                ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
-                start = match.end()
-        return ids
-
-    def _continuation_tokenizer(self):
-        """Returns a tokenizer for all passages but the first, or None if the normal one is suitable.
-
-        Only SentencePiece-style tokenizers with `prepend_scheme` "first" need one: they put a space before the first
-        word of a text, which a later passage must not get.
-        """
-        pre_tokenizer = self.tokenizer.backend_tokenizer.pre_tokenizer
-        if pre_tokenizer is None or b'"prepend_scheme":"first"' not in pre_tokenizer.__getstate__():
-            return None
-        tokenizer = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.add_tokens([AddedToken(_BREAK, normalized=False)])
-        return tokenizer
-
-    def _special_tokens(self) -> re.Pattern:
-        """Returns a pattern of all special tokens; longer tokens take precedence."""
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-    def _hide_special_tokens(self, conversation):
-        """Returns a copy of the conversation with marks in text that looks like a special token."""
-        special = re.compile(f"{self._special_tokens().pattern}|{_MARK}")
-
-        def hide(text):
-            return special.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
-
-        def hide_content(content):
-            if isinstance(content, str):
-                return hide(content)
-            if not isinstance(content, list | tuple):
-                return content
-            return [
-                {**part, "text": hide(part["text"])} if isinstance(part.get("text"), str) else part for part in content
-            ]
-
-        def hide_message(message):
-            return {**message, "content": hide_content(message["content"])} if "content" in message else message
-
-        conversation = getattr(conversation, "messages", conversation)
-        if conversation and isinstance(conversation[0], dict):
-            return [hide_message(message) for message in conversation]
-        return [[hide_message(message) for message in getattr(chat, "messages", chat)] for chat in conversation]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Returns the replacement of an image token; called by transformers and vLLM."""

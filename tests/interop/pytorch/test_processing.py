@@ -166,6 +166,8 @@ def test_mismatched_images_and_image_tokens_are_refused(pair):
     processor = pair().processor
     with pytest.raises(ValueError, match="2 image tokens .* for 1 images"):
         processor(text="<|image|><|image|>", images=random_image(0, 9, 9))
+    with pytest.raises(ValueError, match="45 image tokens .* for 1 images: it already has one per visual token"):
+        processor(text="<|image|>" * 45, images=random_image(0, 30, 50))
     with pytest.raises(ValueError, match="1 image tokens .* for 0 images"):
         processor(text="<|image|>")
     with pytest.raises(ValueError, match="nothing to process"):
@@ -202,6 +204,7 @@ def test_processor_options_that_vllm_uses(pair):
     assert (inputs["mm_token_type_ids"] == is_image.long()).all()
     counted = pair.processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in pages])
     assert counted["num_image_patches"] == [1, 3] and is_image.sum() == sum(counted["num_image_tokens"]) == 36
+    assert inputs["image_grid_thw"].tolist() == [[1, 1, 1], [1, 1, 3]]  # Its product slices the tiles.
     (first, second) = inputs["text_replacement_offsets"][0]
     assert (first["type"], first["span"], first["text"]) == ("image", (1, 10), "<|image|>")
     assert first["replacement"] == "<|image|>" * 9 and second["replacement"] == "<|image|>" * 27
@@ -214,6 +217,7 @@ def test_processor_options_that_vllm_uses(pair):
         "pixel_values",
         "mm_token_type_ids",
         "text_replacement_offsets",
+        "image_grid_thw",
     }
     assert pair.processor.image_token == "<|image|>" and pair.processor.image_token_id == pair.chat.image_id
 
