@@ -6,11 +6,18 @@
 # make backbones   rebuild the shipped nano backbones from scratch: one to two hours
 # make docs        build the documentation site into build/site
 # make lint        run ruff, and import-linter on the order of the packages
-PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+#
+# make test PYTHON=python3.13    use this Python; a .venv of another version is replaced. Without PYTHON, an existing .venv
+#                                stays, and a new one has the first Python from 3.11 to 3.13 that is installed.
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-DOCS_STAMP := $(VENV)/.installed-docs
+CANDIDATES := $(BIN)/python python3.11 python3.12 python3.13 python3
+PYTHON := $(shell for python in $(CANDIDATES); do $$python -c "" 2>/dev/null && echo $$python && break; done)
+VERSION_PROGRAM := import sys; print("%d.%d" % sys.version_info[:2])
+VERSION := $(shell $(PYTHON) -c '$(VERSION_PROGRAM)')
+STAMP := $(VENV)/.installed-$(VERSION)
+DOCS_STAMP := $(VENV)/.installed-docs-$(VERSION)
+MAKE_VENV := test "$$($(BIN)/python -c '$(VERSION_PROGRAM)' 2>&1)" = $(VERSION) || $(PYTHON) -m venv --clear $(VENV)
 
 .PHONY: install test test-large test-tpu demo backbones docs lint clean
 
@@ -18,12 +25,12 @@ install: $(STAMP)
 
 # A stamp is newer than setup.py only if .venv holds what setup.py asks for.
 $(STAMP): setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)
 
 $(DOCS_STAMP): setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $(DOCS_STAMP)
 

@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "alignvlm_jax" / "__init__.py").read_text()).group(1)
 
-# jax 0.11 needs Python 3.12, so pip installs 0.10 on Python 3.11.
+# jax 0.11 needs Python 3.12, so pip installs 0.10 on Python 3.11. The tests pass with both.
 JAX = ">=0.10.2,<0.12"
 
 REQUIRES = [
@@ -114,5 +114,11 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["alignvlm = alignvlm_jax.cli:main"]},
-    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
 )

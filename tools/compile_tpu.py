@@ -37,7 +37,8 @@ DOES_NOT_FIT, FELL_BACK = 3, 4
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = _parse(argv)
-    jax.config.update("jax_exec_time_optimization_effort", args.effort)
+    if args.optimization_level:
+        jax.config.update("jax_optimization_level", args.optimization_level)
     try:
         experiment = load_config(args.config, overrides)
         if not 1 <= args.stage <= len(experiment.stages):
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(entry))
     if args.json:
         request = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
-        request["effort"] = args.effort
+        request["optimization_level"] = args.optimization_level
         Path(args.json).write_text(json.dumps({**request, **report}, indent=2) + "\n", encoding="utf-8")
     if not all(entry["fits"] for entry in reports):
         return DOES_NOT_FIT
@@ -147,11 +148,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--decode", action="store_true", help="compile prefill and one decode step instead of training")
     parser.add_argument(
-        "--effort",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="effort of the compiler; -1 takes a fifth of the time but gives a worse schedule (default: 0)",
+        "--optimization-level",
+        choices=("O0", "O1", "O2", "O3"),
+        help="effort of the compiler; O0 takes a fifth of the time but gives a worse schedule (default: the "
+        "compiler's own level, as in a run)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report to this file")
     args, rest = parser.parse_known_args(argv)

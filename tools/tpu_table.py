@@ -3,7 +3,7 @@
     make test-tpu                          compile all missing rows (minutes each; 4 GB of memory)
     python tools/tpu_table.py --only 8b    only rows whose name contains "8b"
     python tools/tpu_table.py --redo       compile all rows again
-    python tools/tpu_table.py --effort -1  take a fifth of the time; such rows are marked with *
+    python tools/tpu_table.py --fast       compile with little effort; such rows are marked with *
     python tools/tpu_table.py --list       print the commands
 
 A finished row is stored as docs/tpu/NAME.json and is compiled again only if its command changes, so an interrupted
@@ -58,18 +58,19 @@ def main() -> int:
         if not args.redo and _read_row(name) is not None:
             continue
         print(f"[{index + 1}/{len(chosen)}] {name}", flush=True)
-        _compile(name, arguments, args.effort)
+        _compile(name, arguments, is_fast=args.fast)
         _write_page()
     _write_page()
     return 0
 
 
-def _compile(name: str, arguments: str, effort: float) -> None:
+def _compile(name: str, arguments: str, *, is_fast: bool) -> None:
     """Compiles a row in a separate process and stores it."""
     scratch = ROWS_FOLDER / f"{name}.part"
     command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
+    command += ["--optimization-level", "O0"] if is_fast else []
     # Write to a scratch file until the row is complete, because a file with the final name counts as finished.
-    code = subprocess.run([*command, "--effort", str(effort), "--json", str(scratch)], cwd=ROOT, check=False).returncode
+    code = subprocess.run([*command, "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
         raise SystemExit(f"{name}: compile_tpu.py failed with exit code {code}; the row was not stored")
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -85,6 +86,12 @@ def _read_row(name: str) -> dict | None:
     file = ROWS_FOLDER / f"{name}.json"
     row = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return row if row.get("arguments") == ROWS[name] else None
+
+
+def _is_fast(row: dict) -> bool:
+    """Returns whether a row was compiled with little effort."""
+    # Rows compiled with JAX 0.10 may have "effort" instead, a number from -1 to 1.
+    return row.get("effort", 0) < 0 or row.get("optimization_level") == "O0"
 
 
 def _write_page() -> None:
@@ -121,7 +128,7 @@ def table() -> str:
             f"| {estimate['step_seconds_if_all_overlaps']:.1f} to {estimate['step_seconds_if_nothing_overlaps']:.1f} "
             f"| {ici:.0f} | {dcn:.1f} "
             f"| {' '.join(sorted(set(row['attention'].values())))} "
-            f"| {row['compile_seconds']:.0f} s{' *' if row['effort'] < 0 else ''} |"
+            f"| {row['compile_seconds']:.0f} s{' *' if _is_fast(row) else ''} |"
         )
     return "\n".join(lines)
 
@@ -130,9 +137,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="compile finished rows again")
-    parser.add_argument(
-        "--effort", type=float, default=0.0, metavar="X", help="effort of the compiler; see compile_tpu.py"
-    )
+    parser.add_argument("--fast", action="store_true", help="compile with little effort; see compile_tpu.py")
     parser.add_argument("--list", action="store_true", help="print the commands and exit")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import example_batch
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.train_step import FIELDS, abstract_state, make_train_step
+from tests.abstract_gpu import gpu_mesh
 
 
 @dataclasses.dataclass
@@ -37,7 +38,8 @@ def test_the_train_step_lowers_for_cuda(compute_capability, kernel):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
-        lowered = jax.jit(make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
+        with gpu_mesh(mesh):
+            lowered = jax.jit(make_train_step(model, stage)).trace(state, batch).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert ("triton" in text) == (kernel == "flash")
     assert ("bf16" in text) == (kernel == "flash"), "GPUs before Ampere have no bfloat16"

@@ -17,6 +17,7 @@ from alignvlm_jax.parallel.topology import has_compiler
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
 
+FAST = ("--optimization-level", "O0")
 TWO_LAYERS = (
     "--config.model.language.num_layers=2",
     "--config.model.vision.num_layers=2",
@@ -27,7 +28,7 @@ TWO_LAYERS = (
 
 def compile_tpu(*arguments):
     environment = {**os.environ, "XLA_FLAGS": "", "NPROC": ""}
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), "--effort", "-1", *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *FAST, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 

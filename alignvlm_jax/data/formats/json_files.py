@@ -11,6 +11,7 @@ the next record seems to begin, judged by the first key (`}, {"id":`), if it is 
 """
 
 import contextlib
+import itertools
 import json
 import mmap
 import re
@@ -39,6 +40,8 @@ _SPACE = b" \t\r\n"
 # An element longer than this may contain the next record, because of a lost quotation mark. It is then searched for the
 # start of a record, and again whenever its length doubles.
 _FIRST_SEARCH_BYTES = 2**20
+# Python itself refuses deep nesting, but at a depth that depends on its version, from one thousand to many.
+_MAX_DEPTH = 500
 
 
 def count_records(file: str) -> int:
@@ -106,10 +109,20 @@ def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
         text = buffer[start:stop].decode("utf-8")
     except UnicodeDecodeError as error:
         raise Refusal("text encoding", f"byte {error.start} of the record is not UTF-8 ({error.reason})") from error
+    if _is_too_deep(text):
+        raise Refusal("unreadable record", f"the record has lists or objects nested deeper than {_MAX_DEPTH} levels")
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
+    except ValueError as error:
         raise Refusal("unreadable record", f"the record is not valid JSON: {error}") from error
+
+
+def _is_too_deep(text: str) -> bool:
+    """Returns whether lists and objects are nested deeper than `_MAX_DEPTH` levels."""
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:  # nearly every record
+        return False
+    steps = ((token[0] in b"{[") - (token[0] in b"}]") for token in _BRACKET_OR_STRING.finditer(text.encode()))
+    return max(itertools.accumulate(steps), default=0) > _MAX_DEPTH
 
 
 @contextlib.contextmanager

@@ -66,7 +66,9 @@ def test_empty_file_has_no_records(tmp_path, content):
         (b'[{"a": 1}]{"a": 2}', [dict, Refusal, dict]),
         (b"<html>no such file</html>", [Refusal]),
         (b'[{"a": "\xff"}, {"a": 1}]', [Refusal, dict]),
-        (b"[" + b"[" * 5000 + b"]" * 5000 + b"]", [Refusal]),
+        (b"[" + b"[" * 5000 + b"]" * 5000 + b"]", [Refusal]),  # Python 3.13 parses this, 3.11 does not
+        (b"[" + b"[" * 500 + b"]" * 500 + b"]", [list]),
+        (b'[{"a": ' + b"[{}]," * 800 + b"0}, {}]", [Refusal, dict]),
         (b'[{"a": ' + b"9" * 5000 + b"}]", [Refusal]),
     ],
 )
