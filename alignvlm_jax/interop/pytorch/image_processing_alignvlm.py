@@ -1,20 +1,25 @@
 """Image processor for AlignVLM: cuts images into normalized tiles, as in training.
 
-Axes: M tiles of all images, S tile side, T visual tokens of all images.
+Axes: M tiles of all images, S tile side, K slots for visual tokens per tile.
 
     pixel_values  float32 [M, 3, S, S]: pixels in [-1, 1] (x / 127.5 - 1), exactly 0 outside the image
     num_tiles     int64 [images]: number of tiles of each image, in order
 
 Under the tiling rule anyres_max_9, a visual token is a weighted sum of up to four features, or the end of a row:
 
-    visual_sources     int64 [T, 4]: indices into the features of all M tiles; -1 is the end of a row
-    visual_weights     float32 [T, 4]: weights of the sources
+    visual_sources     int64 [M, K, 4]: indices of features, from the tile's first one on; -2^31 is the end of a row
+    visual_weights     float32 [M, K, 4]: weights of the sources; all zero in slots without a visual token
     num_visual_tokens  int64 [images]: number of visual tokens of each image
+
+The visual tokens of an image are dealt out to its tiles in order, and indices are relative to the tile: every input has
+one entry per tile, so that engines can slice images apart and join them again in other batches.
 """
 
 import base64
 import dataclasses
+import functools
 import io
+import math
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -30,6 +35,8 @@ from .resampling_alignvlm import num_visual_tokens, resample_images
 from .rgb_alignvlm import formats, to_rgb
 from .tiling_alignvlm import TilePlan, TilingConfig, cut_tiles, plan_tiles
 
+# The source that stands for the end of a row; modeling_alignvlm.py has the same number.
+_NEWLINE = -(2**31)
 _FIELDS = tuple(field.name for field in dataclasses.fields(TilingConfig))
 
 
@@ -76,6 +83,12 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         """Returns the number of visual tokens of an image of this size."""
         return num_visual_tokens(self.plan(height, width, **overrides), self.tiling(**overrides), self.token_grid)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Size of an image with as many visual tokens as any; vLLM reserves memory for it."""
+        width, height = size_with_most_tokens(self.tiling(), tuple(self.token_grid))
+        return {"height": height, "width": width}
+
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """Cuts images into tiles and normalizes them.
 
@@ -101,10 +114,10 @@ class AlignVLMImageProcessor(BaseImageProcessor):
         num_tiles = np.asarray([plan.num_tiles for plan in plans], np.int64)
         data = {"pixel_values": np.concatenate(pixel_values), "num_tiles": num_tiles}
         # Only under anyres_max_9: the features that make up each visual token.
-        resampling = resample_images(plans, tiling, self.token_grid)
-        if resampling is not None:
-            data["visual_sources"] = resampling.sources.astype(np.int64)
-            data["visual_weights"] = resampling.weights
+        if tiling.rule == "anyres_max_9":
+            dealt = [deal_tokens(plan, tiling, tuple(self.token_grid)) for plan in plans]
+            data["visual_sources"] = np.concatenate([sources for sources, _ in dealt])
+            data["visual_weights"] = np.concatenate([weights for _, weights in dealt])
             counts = [num_visual_tokens(plan, tiling, self.token_grid) for plan in plans]
             data["num_visual_tokens"] = np.asarray(counts, np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -125,6 +138,40 @@ def normalize_tiles(tiles: np.ndarray, valid_hw: np.ndarray) -> np.ndarray:
     inside = (side < valid_hw[:, 0:1])[:, None, :, None] & (side < valid_hw[:, 1:2])[:, None, None, :]
     pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
     return np.where(inside, pixels, np.float32(0.0))
+
+
+def deal_tokens(plan: TilePlan, config: TilingConfig, token_grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Deals out an image's visual tokens to its tiles, under anyres_max_9.
+
+    Returns:
+        `visual_sources` and `visual_weights`, as in the module docstring.
+    """
+    features_per_tile = token_grid[0] * token_grid[1]
+    # Enough for every image: a tile has this many tokens, and at most one newline per row of them.
+    slots = features_per_tile + token_grid[0]
+    sources, weights = resample_images([plan], config, token_grid)
+    tile, slot = np.divmod(np.arange(len(sources)), -(-len(sources) // plan.num_tiles))
+    relative = sources.astype(np.int64) - (tile * features_per_tile)[:, None]
+    dealt_sources = np.zeros((plan.num_tiles, slots, 4), np.int64)
+    dealt_weights = np.zeros((plan.num_tiles, slots, 4), np.float32)
+    dealt_sources[tile, slot] = np.where(sources < 0, _NEWLINE, relative)
+    dealt_weights[tile, slot] = weights
+    return dealt_sources, dealt_weights
+
+
+@functools.lru_cache
+def size_with_most_tokens(config: TilingConfig, token_grid: tuple[int, int]) -> tuple[int, int]:
+    """Returns (width, height) of an image that has as many visual tokens as any."""
+    side = config.tile_size
+    if config.rule != "anyres_max_9":
+        # The proportions of one row of cells. At twice their size, no smaller grid keeps as much detail.
+        return 2 * config.max_tiles * side, 2 * side
+    # An image fills the width or the height of its canvas. The other side matters only in whole tokens.
+    rows, cols = token_grid
+    cells = range(1, config.grid_side + 1)
+    sizes = [(math.ceil(t * side / cols), r * side) for r in cells for t in range(1, config.grid_side * cols + 1)]
+    sizes += [(c * side, math.ceil(t * side / rows)) for c in cells for t in range(1, config.grid_side * rows + 1)]
+    return max(sizes, key=lambda size: num_visual_tokens(plan_tiles(*size, config), config, token_grid))
 
 
 def flatten_images(images) -> Iterator:

@@ -11,7 +11,8 @@ computed in blocks, and the complete T x V matrix never exists: see `_stream_wor
 `_checkpoint_queries` for training.
 
 Axes: M tiles, S tile side, N features per tile, N' visual tokens per tile, T features (or, where stated, visual tokens)
-of all tiles, d encoder width, D decoder width, V vocabulary, v a block of the vocabulary, B rows, L positions.
+of all tiles, K slots per tile for visual tokens of joined tiles, d encoder width, D decoder width, V vocabulary, v a
+block of the vocabulary, B rows, L positions.
 
 Encoder and decoder are transformers' own layers, and their attention uses its interface (`attn_implementation=` eager,
 sdpa, flash_attention_2, ...). transformers loads this file with `trust_remote_code`. It needs only torch and
@@ -44,6 +45,8 @@ from transformers.utils import can_return_tuple
 from .configuration_alignvlm import AlignVLMConfig
 
 _IGNORED_LABEL = -100
+# The source that stands for the end of a row in `visual_sources`; image_processing_alignvlm.py has the same number.
+_NEWLINE = -(2**31)
 
 # Maximum number of logits in memory: 2^25 float32 values are 128 MiB.
 _MAX_LOGITS = 2**25
@@ -638,20 +641,23 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         pixel_values: torch.Tensor,
         visual_sources: torch.LongTensor | None = None,
         visual_weights: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Computes the visual tokens of tiles.
 
         Args:
             pixel_values: [M, 3, S, S] tiles from the image processor.
-            visual_sources: [T, 4] indices of the features that make up each visual token, from the image
+            visual_sources: [M, K, 4] indices of the features that make up each visual token, from the image
                 processor. Required if tiles are joined (tiling rule anyres_max_9).
-            visual_weights: [T, 4] weights of these features.
+            visual_weights: [M, K, 4] weights of these features.
+            image_grid_thw: [images, 3] numbers whose products are the numbers of tiles of each image. If it is given
+                and tiles are joined, the visual tokens are returned image by image, as vLLM needs them.
             **kwargs: `return_dict`; other arguments are ignored.
 
         Returns:
             `last_hidden_state` has the encoder's features [M, N, d]. `pooler_output` has the visual tokens [M, N', D],
-            or [T, 1, D] if tiles are joined.
+            or, if tiles are joined, [T, 1, D] or a list of [tokens, D] for each image.
 
         Raises:
             ValueError: If `visual_sources` is missing, or passed to a model that does not join tiles.
@@ -673,7 +679,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if visual_sources is not None:
             # [T, 1, D]: `generate` repeats entries along the first axis for beams. With one visual token per entry, a
             # row can have any number of them.
-            visual = mix_visual(visual.flatten(0, 1), self.image_newline, visual_sources, visual_weights)[:, None]
+            visual = mix_visual(visual, self.image_newline, visual_sources, visual_weights)[:, None]
+            if image_grid_thw is not None:
+                tokens_per_tile = _is_token(visual_weights).sum(dim=-1).split(image_grid_thw.prod(dim=-1).tolist())
+                visual = list(visual[:, 0].split([int(tokens.sum()) for tokens in tokens_per_tile]))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
 
     @can_return_tuple
@@ -700,8 +709,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             past_key_values: cache of previous positions; called `cache` from transformers 5.24 on.
             inputs_embeds: [B, L, D] embeddings that replace `input_ids` and already contain the visual tokens.
             mm_encoder_outputs: {"image": output of `get_image_features`}, which replaces `pixel_values`.
-            visual_sources: [T, 4] indices; see `get_image_features`.
-            visual_weights: [T, 4] weights; see `get_image_features`.
+            visual_sources: [M, K, 4] indices; see `get_image_features`.
+            visual_weights: [M, K, 4] weights; see `get_image_features`.
             **kwargs: arguments for the decoder and its attention.
 
         Returns:
@@ -758,18 +767,28 @@ def mix_visual(
     """Mixes features into visual tokens.
 
     Args:
-        features: [M * N', D] features of all tiles.
+        features: [M, N', D] features of all tiles.
         newline: [D] embedding of the end of a row.
-        sources: [T, 4] indices of features; -1 stands for `newline`.
-        weights: [T, 4] weights of the sources.
+        sources: [M, K, 4] indices of features, counted from the tile's first one; -2^31 stands for `newline`.
+        weights: [M, K, 4] weights of the sources; all zero in slots without a visual token.
 
     Returns:
-        [T, D] sums over k of weights[:, k] * features[sources[:, k]].
+        [T, D] sums over k of weights[..., k] * feature[sources[..., k]], tile by tile.
     """
-    # The newline is the last row, so that index -1 selects it.
-    rows = torch.cat([features, newline[None].to(features)])
-    mixed = (rows[sources.to(rows.device)].float() * weights.to(rows.device, torch.float32)[..., None]).sum(dim=1)
+    sources, weights = sources.to(features.device), weights.to(features.device, torch.float32)
+    num_tiles, features_per_tile = features.shape[:2]
+    first = torch.arange(num_tiles, device=features.device)[:, None, None] * features_per_tile
+    # The newline is the last row.
+    rows = torch.cat([features.flatten(0, 1), newline[None].to(features)])
+    index = torch.where(sources == _NEWLINE, len(rows) - 1, first + sources)
+    is_token = _is_token(weights)
+    mixed = (rows[index[is_token]].float() * weights[is_token][..., None]).sum(dim=1)
     return mixed.to(features.dtype)
+
+
+def _is_token(weights: torch.Tensor) -> torch.Tensor:
+    """Returns which slots [M, K] of `visual_weights` have a visual token."""
+    return (weights != 0).any(dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -921,23 +940,24 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
     ):
-        """Repeats rows for beams in place (a a b b), together with the tiles of each row (a1 a2 a1 a2 b1 b1).
-
-        If tiles are joined, only the lines of `visual_sources` and `visual_weights` are repeated. They refer to
-        features by index, so the tiles themselves are encoded once.
-        """
+        """Repeats rows for beams in place (a a b b), together with the tiles of each row (a1 a2 a1 a2 b1 b1)."""
         joined = {name: model_kwargs.pop(name) for name in ("visual_sources", "visual_weights") if name in model_kwargs}
-        if joined and pixel_values is not None and expand_size > 1:
+        if pixel_values is not None and expand_size > 1:
             is_image = input_ids == self.config.image_token_id
-            _check_counts(is_image, len(joined["visual_sources"]))
-            for name, lines in joined.items():
-                lines_per_row = lines.split(is_image.sum(dim=-1).tolist())
-                joined[name] = torch.cat([lines for lines in lines_per_row for _ in range(expand_size)])
-        elif pixel_values is not None and expand_size > 1:
-            is_image = input_ids == self.config.image_token_id
-            _check_counts(is_image, len(pixel_values) * self.config.tokens_per_tile)
-            tiles_per_row = pixel_values.split((is_image.sum(dim=-1) // self.config.tokens_per_tile).tolist())
-            pixel_values = torch.cat([tiles for tiles in tiles_per_row for _ in range(expand_size)])
+            if joined:
+                tokens = _is_token(joined["visual_weights"]).sum(dim=-1).to(input_ids.device)
+            else:
+                tokens = torch.full((len(pixel_values),), self.config.tokens_per_tile, device=input_ids.device)
+            _check_counts(is_image, int(tokens.sum()))
+            # A row has the tiles up to the one with its last visual token.
+            ends = torch.searchsorted(tokens.cumsum(dim=0), is_image.sum(dim=-1).cumsum(dim=0), right=True)
+            sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+            def expand(tiles):
+                return torch.cat([part for part in tiles.split(sizes) for _ in range(expand_size)])
+
+            pixel_values = expand(pixel_values)
+            joined = {name: expand(tiles) for name, tiles in joined.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

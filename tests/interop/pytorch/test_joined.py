@@ -81,20 +81,36 @@ def test_greedy_decoding_matches_jax_and_beams_keep_their_pages(joined):
 
 
 def test_visual_sources_follow_repeated_rows(joined):
-    """If images are not encoded yet, tiles are kept once, and the rows that point to them are repeated."""
+    """If images are not encoded yet, the tiles of a row are repeated together with their sources."""
     _, model, processor = joined
-    inputs = _inputs(processor, [ask(QUESTION, page) for page in PAGES])
+    inputs = _inputs(processor, [ask(QUESTION, PAGES[0]), ask("no page"), ask(QUESTION, *PAGES[1:])])
     ids, expanded = model._expand_inputs_for_generation(expand_size=2, **inputs)
-    assert torch.equal(expanded["pixel_values"], inputs["pixel_values"])
+    assert len(expanded["pixel_values"]) == len(expanded["visual_sources"]) == 2 * len(inputs["pixel_values"])
     repeated = model(input_ids=ids, **expanded).logits
     torch.testing.assert_close(repeated, model(**inputs).logits.repeat_interleave(2, dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_images_can_be_sliced_apart_and_joined_in_other_batches(joined):
+    """vLLM slices every input by tiles, caches images, and encodes those of several requests together."""
+    _, model, processor = joined
+    names = ("pixel_values", "visual_sources", "visual_weights")
+    together = processor.image_processor(PAGES, return_tensors="pt")
+    expected = model.model.get_image_features(*(together[name] for name in names)).pooler_output[:, 0]
+    sizes = together["num_tiles"].tolist()
+    images = [[parts[i] for parts in (together[name].split(sizes) for name in names)] for i in range(3)]
+    shuffled = [torch.cat(parts) for parts in zip(*(images[i] for i in (2, 0, 1)), strict=True)]
+    grid = torch.tensor([[1, 1, sizes[i]] for i in (2, 0, 1)])
+    per_image = model.model.get_image_features(*shuffled, image_grid_thw=grid).pooler_output
+    assert [len(tokens) for tokens in per_image] == together["num_visual_tokens"][[2, 0, 1]].tolist()
+    torch.testing.assert_close(torch.cat([per_image[1], per_image[2], per_image[0]]), expected)
 
 
 def test_several_images_are_counted_and_missing_sources_are_refused(joined):
     reader, model, processor = joined
     inputs = _inputs(processor, [ask(QUESTION, *PAGES)])
     counts = [int((reader.prompts(page, [QUESTION])[0].visual_index >= 0).sum()) for page in PAGES]
-    assert len(inputs["visual_sources"]) == sum(counts) == (inputs["input_ids"] == model.config.image_token_id).sum()
+    num_sources = (inputs["visual_weights"] != 0).any(dim=-1).sum()
+    assert num_sources == sum(counts) == (inputs["input_ids"] == model.config.image_token_id).sum()
     sizes = [page.size[::-1] for page in PAGES]
     assert processor._get_num_multimodal_tokens(sizes).num_image_tokens == counts
     assert model(**inputs).logits.shape[-1] == 352

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers.dynamic_module_utils import get_imports
 from alignvlm_jax.data.images import open_image
 from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.interop.pytorch.image_processing_alignvlm import AlignVLMImageProcessor
 from alignvlm_jax.models.vision import normalize_tiles
 from tests.interop.pytorch.folders import TILING, ask, random_image, tiles_of
 
@@ -187,6 +189,23 @@ def test_tiling_options_can_be_passed_to_the_processor(pair):
         assert inputs["input_ids"][0].count(processor.image_token_id) == 9 * tiles
         counted = processor._get_num_multimodal_tokens(image_sizes=[(50, 30)], **settings)
         assert counted["num_image_patches"] == [tiles] and counted["num_image_tokens"] == [9 * tiles]
+
+
+@pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
+@pytest.mark.parametrize("max_tiles", [1, 2, 5, 9, 23])
+def test_vllm_reserves_memory_for_the_image_with_most_tokens(rule, max_tiles):
+    """vLLM takes a size from the image processor: a square, its default, need not have the most tiles.
+
+    Other images are then refused: "exceeds the pre-allocated encoder cache size" (vllm-project/vllm#34040).
+    """
+    processor = AlignVLMImageProcessor((3, 2), rule=rule, tile_size=24, max_tiles=max_tiles, grid_side=3)
+    most = processor.num_visual_tokens(processor.size["height"], processor.size["width"])
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(1, 400, (300, 2)), *itertools.product((1, 23, 24, 25, 48, 72, 500), repeat=2)]
+    assert most >= max(processor.num_visual_tokens(int(height), int(width)) for height, width in sizes)
+    if rule != "anyres_max_9":
+        assert most == 6 * (max_tiles + (max_tiles > 1))
+    assert "size" not in processor.to_dict()
 
 
 def test_processor_options_that_vllm_uses(pair):
