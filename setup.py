@@ -21,6 +21,7 @@ REQUIRES = [
     "array-record>=0.8.3,<0.9",
     "tensorflow-datasets>=4.9.10,<4.10",
     "etils[epath]>=1.13,<2",
+    "filelock>=3.24.2,<5",  # since then, a lock whose file was deleted meanwhile does not count
     "ml-collections>=1.1,<2",
     "ml-dtypes>=0.5.4,<0.7",
     "numpy>=2.1,<3",

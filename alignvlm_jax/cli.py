@@ -7,7 +7,7 @@ Exit codes:
     0    success
     2    an error that the user can fix (one line on stderr; `--debug` shows the traceback)
     4    another process of the run died (`parallel/watch.py`)
-    75   preempted by SIGTERM, with the run saved
+    75   try again: preempted by SIGTERM, with the run saved; or another run is writing to the same output
     130  interrupted
 """
 
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         # Messages may have line breaks.
         line = " ".join(str(error).split())
         print(f"alignvlm: error: {line}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt as error:
         if args.debug:
             traceback.print_exc()

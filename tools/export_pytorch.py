@@ -52,7 +52,7 @@ def main() -> None:
         write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:,.1f} MB")
 
 

@@ -88,7 +88,7 @@ def main() -> None:
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     tiling, model = config.data.tiling, config.model
     print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page. Ask, export or train it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"

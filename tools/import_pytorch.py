@@ -48,7 +48,7 @@ def main() -> None:
         import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     print(f"{args.out}: ask, evaluate, export or train it:")
     print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
 

@@ -43,7 +43,7 @@ def main() -> int:
         summary = prepare.prepare(recipe, args.out, max_rejects=args.max_rejects, convert=convert)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

@@ -27,6 +27,7 @@ from alignvlm_jax.checkpoints.workdir import (
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import Lease, LeaseLostError, NoLease
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed
 
@@ -44,8 +45,17 @@ class Checkpointer:
     a row, it ends. A run of several processes ends at the first failure, because Orbax makes them wait for each other.
     """
 
-    def __init__(self, workdir: Path, config: ExperimentConfig):
+    def __init__(self, workdir: Path, config: ExperimentConfig, lease: Lease | None = None):
+        """Opens the checkpoints of a run.
+
+        Args:
+          workdir: folder of the run.
+          config: the experiment.
+          lease: lease of the folder. It is checked before a step is written, and before it is sealed. A workdir that
+            is only read, or that no other process can know, needs none.
+        """
         self._config = config
+        self._lease = lease or NoLease()
         self._folder = (workdir / CHECKPOINTS_FOLDER).absolute()
         self._store = arrays.StepStore()
         self._completing: threading.Thread | None = None  # runs `_complete` for the save in progress
@@ -176,6 +186,8 @@ class Checkpointer:
         meta = {**_meta(self._config, progress), **more}
         try:
             if distributed.is_primary():
+                # Without the lease, these may be the files of another run.
+                self._lease.check()
                 self._clean_up()
                 # An existing step of this number is damaged, or later than the checkpoint that the run resumed from.
                 integrity.remove(step)
@@ -190,7 +202,7 @@ class Checkpointer:
         """Runs in the background: waits for Orbax, seals the step and deletes the steps that are not kept."""
         try:
             self._store.wait()
-            integrity.seal(step, jax.process_index(), jax.process_count())
+            integrity.seal(step, jax.process_index(), jax.process_count(), check=self._lease.check)
             # Only process 0 deletes older steps, so only it must know that the new one is complete everywhere.
             if distributed.is_primary():
                 integrity.wait_for_seals(step)
@@ -210,7 +222,8 @@ class Checkpointer:
         """Records a failed save, for `_join` to raise, and removes what it wrote."""
         self._failure = step, error
         self._num_failures += 1
-        if arrays.storage_error_message(error) is not None:
+        # After the loss of the lease, the folder of this step may be another run's.
+        if not isinstance(error, LeaseLostError) and arrays.storage_error_message(error) is not None:
             self._store.reset()
             # With several processes, others may still be writing here. The next session removes the remains.
             if jax.process_count() == 1:
@@ -226,7 +239,7 @@ class Checkpointer:
         if self._failure is None:
             return
         step, error = self._failure
-        if arrays.storage_error_message(error) is None:
+        if isinstance(error, LeaseLostError) or arrays.storage_error_message(error) is None:
             raise error
         if failures_allowed is None:
             failures_allowed = _MAX_FAILURES - 1 if jax.process_count() == 1 else 0

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.json")
@@ -28,8 +28,15 @@ _PROCESS = re.compile(r"process_(\d+)")
 _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
 
 
-def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
-    """Writes the digests of the files that `process` wrote. The step is complete once all processes have sealed it."""
+def seal(step: Path, process: int = 0, num_processes: int = 1, *, check: Callable[[], None] = lambda: None) -> None:
+    """Writes the digests of the files that `process` wrote. The step is complete once all processes have sealed it.
+
+    Args:
+      step: folder of the step.
+      process: index of this process.
+      num_processes: number of processes of the run.
+      check: called when the digests are known, before they are written. It raises an error to prevent that.
+    """
     files = sorted(
         path.relative_to(step)
         for path in step.rglob("*")
@@ -45,6 +52,7 @@ def seal(step: Path, process: int = 0, num_processes: int = 1) -> None:
     # Syncing a file does not sync its name, which is an entry of its folder.
     for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
         _sync(folder)
+    check()
     # Write the digests last, once the files themselves would survive a power failure: older steps are deleted as soon
     # as this one is sealed.
     digests_file = step / f"digests.{process}-of-{num_processes}.json"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import Lease
+from alignvlm_jax.leases.one_writer import one_writer
 
 
 @contextlib.contextmanager
@@ -15,10 +17,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a scratch folder, which is renamed to `folder` if the block succeeds and deleted otherwise.
 
     Raises:
+      InUseError: if another process is writing the same folder.
       UserError: if `folder` exists and is not empty, or if the disk is full or cannot be written.
     """
     check_is_free(folder)
-    folder = Path(folder).absolute()
+    with one_writer(folder, beside=True) as lease:
+        yield from _write(Path(folder).absolute(), lease)
+
+
+def _write(folder: Path, lease: Lease) -> Iterator[Path]:
     try:
         # Next to `folder`: a rename is atomic only within a file system.
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +35,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         yield scratch
+        lease.check()
         # `rmdir` fails if anything was written there in the meantime.
         if folder.exists():
             folder.rmdir()

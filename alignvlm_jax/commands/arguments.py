@@ -94,7 +94,8 @@ def add_distributed(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group(
         "distributed runs",
         "Run the same command on each host. The options below are not needed on TPU pods,\n"
-        "GKE and Slurm, which are detected; elsewhere they identify the processes.",
+        "GKE and Slurm, which are detected; elsewhere they identify the processes.\n"
+        "--num-processes 1 alone makes each process a run of its own.",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
     group.add_argument("--num-processes", type=positive, metavar="N", help="number of processes")

@@ -41,6 +41,8 @@ from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import Lease
+from alignvlm_jax.leases.one_writer import one_writer
 
 NAME = "conversations"
 REJECTS_FILE = "rejects.jsonl"
@@ -117,6 +119,7 @@ def prepare(
       convert: converts slices and yields the summary of each when it is done; by default `in_processes()`.
 
     Raises:
+      InUseError: if another process is writing the same data set.
       UserError: if the settings or the input are not valid, the folder holds something else, or too many records are
         refused.
     """
@@ -124,10 +127,25 @@ def prepare(
     _check(recipe, max_rejects)
     files = _input_files(recipe)
     fingerprint = _fingerprint(recipe, files)
+    with one_writer(job.out) as lease:
+        return _prepare(job, files, fingerprint, convert or in_processes(), max_rejects, progress, lease)
+
+
+def _prepare(
+    job: Job,
+    files: Sequence[str],
+    fingerprint: str,
+    convert: Converter,
+    max_rejects: float,
+    progress: bool,
+    lease: Lease,
+) -> Summary:
+    """Converts the input, or resumes the conversion, while this process holds the lease of the folder."""
+    recipe = job.recipe
     if (done := _finished_summary(job, fingerprint)) is not None:
         return done
     slices = _plan(job, files, fingerprint)
-    summary = _convert(job, slices, convert or in_processes(), max_rejects, progress)
+    summary = _convert(job, slices, convert, max_rejects, progress, lease)
     notes = job.notes
     # Write the rejects before checking the limit, so that the user can see what was refused.
     _write_rejects(job)
@@ -137,6 +155,7 @@ def prepare(
         raise UserError(_too_many_rejects(summary, max_rejects, job))
     if not summary.accepted:
         raise UserError(f"{', '.join(recipe.inputs)}: no usable records")
+    lease.check()
     # Until this writes the metadata, the folder does not count as a data set.
     job.dataset.finish(
         [notes.shard(index) for index in range(len(slices))],
@@ -198,7 +217,9 @@ def convert_slice(job: Job, task: Task) -> Summary:
     return job.notes.summary(index)
 
 
-def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects: float, progress: bool) -> Summary:
+def _convert(
+    job: Job, slices: Sequence[Slice], convert: Converter, max_rejects: float, progress: bool, lease: Lease
+) -> Summary:
     """Converts the slices that are not finished, and stops when too many records are refused."""
     summary, finished = Summary(0, {}), set(job.notes.finished())
     # Count what earlier runs have finished.
@@ -210,6 +231,7 @@ def _convert(job: Job, slices: Sequence[Slice], convert: Converter, max_rejects:
     name = epath.Path(job.out).name
     with tqdm(total=total, initial=summary.total, desc=name, unit="record", disable=not progress) as bar:
         for slice_summary in convert(job, tasks):
+            lease.raise_if_lost()
             summary += slice_summary
             bar.set_postfix(rejected=summary.num_rejected, refresh=False)
             bar.update(slice_summary.total)

@@ -15,6 +15,7 @@ from etils import epath
 from alignvlm_jax.data.formats.conversation import Refused, Slice
 from alignvlm_jax.data.paths import atomic_file
 from alignvlm_jax.data.shards import Shard
+from alignvlm_jax.leases.lease import PREFIX
 
 _FOLDER = "progress"
 _PLAN = "plan.json"
@@ -49,8 +50,10 @@ class Notes:
         self.out, self.folder = out, out / _FOLDER
 
     def has_no_other_files(self) -> bool:
-        """Returns whether the data set's folder is missing or holds nothing but notes."""
-        return not self.out.exists() or all(path.name == _FOLDER for path in self.out.iterdir())
+        """Returns whether the data set's folder is missing or holds nothing but notes and the lease of the writer."""
+        if not self.out.exists():
+            return True
+        return all(path.name == _FOLDER or path.name.startswith(PREFIX) for path in self.out.iterdir())
 
     def read_plan(self) -> tuple[str, list[Slice]] | None:
         """Returns the fingerprint and the slices of the conversion started here, or None if there is none."""

@@ -13,7 +13,7 @@ A text is returned as `str`, a sequence of texts as a list, and an image as the 
 import contextlib
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,11 +122,21 @@ def write_dataset(
     name: str = "documents",
     description: str = "",
     metadata: Mapping[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes records, split by split and in the given order; images are encoded bytes in an `io.BytesIO`.
 
     The folder appears only when it is complete. An interrupted run leaves at most `FOLDER.partial`, which the next run
     removes.
+
+    Args:
+      folder: folder of the data set.
+      features: features of a record.
+      splits: records of each split.
+      name: name of the data set.
+      description: description of the data set.
+      metadata: metadata of the data set, as JSON values.
+      check: called before the folder gets its name. It raises an error to prevent that.
 
     Raises:
       UserError: if the folder is not empty, or a split is called "all".
@@ -152,6 +162,7 @@ def write_dataset(
             for chunk in _chunks(records):
                 writer.add_examples({split: chunk})
             writer.close_splits([split])
+        check()
 
 
 def _shard_parts(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_ShardPart]:

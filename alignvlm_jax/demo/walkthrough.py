@@ -33,6 +33,7 @@ from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.during_training import during_training
 from alignvlm_jax.evaluation.report import Report, format_table
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import loop
@@ -46,11 +47,19 @@ def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int]
       config: the experiment; its data root is replaced by a folder in `out`.
       out: folder for everything that the demo writes.
       sizes: pages to draw for each split.
+
+    Raises:
+      InUseError: if another process is running the demo in `out`.
     """
+    with one_writer(out):
+        _run(config, out, sizes)
+
+
+def _run(config: ExperimentConfig, out: pathlib.Path, sizes: Mapping[str, int]) -> None:
+    """Runs the demo while this process holds the lease of `out`."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(out / "data")))
     folder = out / "data" / CORPUS
     workdir = out / "checkpoint"
-    out.mkdir(parents=True, exist_ok=True)
 
     show(f"AlignVLM demo in {out}. On two CPU cores: a minute to draw the documents, ten to train, a few to score.")
     show("You can interrupt it at any time: run the same command again to resume.")

@@ -38,6 +38,7 @@ from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.parallel.writing import one_writer_of
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -158,8 +159,12 @@ def evaluate_checkpoint(
     if not data and not folder.exists():
         raise UserError(f"{folder}: the data set that {checkpoint} was trained on is missing; name one with --data")
     records = store.open_dataset(folder, split)
-    reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
-    report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+    # Take the lease before the model is loaded, so that a second run is refused before its work.
+    with one_writer_of(predictions_file, beside=True) if predictions_file else contextlib.nullcontext():
+        reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
+        report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+        if predictions_file and distributed.is_primary():
+            write_predictions(report, predictions_file)
     # All processes have the report; only the primary one prints and writes it.
     if not distributed.is_primary():
         return report
@@ -172,8 +177,6 @@ def evaluate_checkpoint(
     figures |= report.to_json()
     if json_file:
         write_json(figures, json_file)
-    if predictions_file:
-        write_predictions(report, predictions_file)
     return report
 
 

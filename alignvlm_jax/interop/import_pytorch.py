@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from alignvlm_jax.checkpoints.new_folder import check_is_free
+from alignvlm_jax.checkpoints.new_folder import new_folder
 from alignvlm_jax.checkpoints.weights import write_checkpoint
 from alignvlm_jax.checkpoints.workdir import Progress
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
@@ -63,16 +63,16 @@ def import_alignvlm(
       UserError: if the folder is not an AlignVLM, its tensors do not fit its config (lists all problems), or `out` is
         not empty or cannot be written.
     """
-    check_is_free(out)
-    content = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
-    write_checkpoint(
-        out,
-        content.config,
-        content.params,
-        content.tokenizer,
-        history=content.history,
-        progress=content.progress,
-    )
+    with new_folder(out) as scratch:
+        content = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
+        write_checkpoint(
+            scratch,
+            content.config,
+            content.params,
+            content.tokenizer,
+            history=content.history,
+            progress=content.progress,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import alignvlm_jax
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TemporaryError, UserError
+from alignvlm_jax.parallel.launchers import detection_method, is_multi_host, unjoined_rank
 from alignvlm_jax.parallel.watch import EXIT_CODE, Watch
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -43,15 +44,19 @@ _GOOGLE_PCI_VENDOR = "0x1ae0"
 class MismatchError(UserError):
     """Raised in every process if the processes do not have the same settings."""
 
+    is_common = True
+
 
 class Interrupted(KeyboardInterrupt):
     """Raised in every process, after all have saved the same step, if one of them received a signal."""
+
+    is_common = True
 
 
 class Preempted(Interrupted):
     """Raised if the signal was SIGTERM: the machine is being reclaimed, and the run should be started again."""
 
-    exit_code = 75
+    exit_code = TemporaryError.exit_code
 
 
 @contextlib.contextmanager
@@ -75,13 +80,14 @@ def initialized(
     watch = _start_watch()
     try:
         yield
-    except (MismatchError, Interrupted):
-        # Every process raises these, so the normal shutdown, which waits for all processes, works.
-        _shut_down(watch)
-        raise
     except BaseException as error:
+        if getattr(error, "is_common", False):
+            # Every process raises it, so the normal shutdown, which waits for all processes, works.
+            _shut_down(watch)
+            raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        default_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = getattr(error, "exit_code", default_code)
         # When exit handlers run, the error has been printed. Handlers run in reverse order of registration, so ours
         # runs before JAX's, which would wait for all processes.
         atexit.register(_exit_at_once, watch, text, code)
@@ -94,25 +100,30 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
     A single process returns at once.
 
-    TPU pods (queued resources, GKE), indexed Kubernetes jobs and Slurm (one task per GPU) are detected, and JAX reads
-    the list of processes from them. Elsewhere, pass all three arguments on every host.
+    TPU pods (queued resources, GKE), indexed Kubernetes jobs, Slurm (one task per GPU) and Open MPI up to version 4 are
+    detected, and JAX reads the list of processes from them. Elsewhere, pass all three arguments on every host.
 
     Args:
       coordinator: HOST:PORT of process 0; the port must be free on that host.
-      num_processes: number of processes.
+      num_processes: number of processes. 1 alone makes this process a run of its own, whatever started it.
       process_id: index of this process, counted from 0.
 
     Raises:
-      UserError: if the arguments are incomplete or invalid, or if the other processes cannot be reached.
+      UserError: if the arguments are incomplete or invalid, if the other processes cannot be reached, or if this is one
+        of several ranks that JAX cannot find.
     """
     arguments = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     given = [name for name, value in arguments.items() if value is not None]
+    if given == ["--num-processes"] and num_processes == 1:
+        return  # whatever the environment says
     if given and len(given) < len(arguments):
         missing = " and ".join(name for name in arguments if name not in given)
         raise UserError(
             f"{', '.join(given)} without {missing}: a run of several processes needs all three flags, "
             "a run of one process needs none"
         )
+    if not given and (problem := unjoined_rank(os.environ)):
+        raise UserError(problem)
     if not given and not is_multi_host(os.environ) and not _has_tpu(os.environ):
         return
     if given:
@@ -133,7 +144,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             process_id,
             initialization_timeout=2 * _START_SECONDS,
             # With explicit arguments, clusters are not detected, and the process gets all devices of its machine.
-            cluster_detection_method="deactivate" if given else None,
+            cluster_detection_method="deactivate" if given else detection_method(os.environ),
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
@@ -147,18 +158,6 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         ) from error
     finally:
         timeout.cancel()
-
-
-def is_multi_host(environ: Mapping[str, str]) -> bool:
-    """Returns whether the environment variables say that this is one of several hosts."""
-    tpu_workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    return (
-        "JAX_COORDINATOR_ADDRESS" in environ
-        or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
-        or ("KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ)
-        or len(tpu_workers.split(",")) > 1
-        or int(environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
-    )
 
 
 def is_primary() -> bool:

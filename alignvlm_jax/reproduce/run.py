@@ -7,14 +7,16 @@ from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.reproduce import parts, recipe, scheduler
+from alignvlm_jax.reproduce.jobs import Job
 from alignvlm_jax.reproduce.options import Options
 from alignvlm_jax.reproduce.parts import names, restoration
 from alignvlm_jax.reproduce.report import write_report
 
 _CORPUS_SEED = 0
 # Results and reports are small and can be committed. These files and folders should not be.
-_IGNORED = "data/\ncache/\nworkdir/\nlog.txt\n.lock\n"
+_IGNORED = "data/\ncache/\nworkdir/\nlog.txt\n.writer.*\n"
 
 
 def reproduce(
@@ -30,6 +32,7 @@ def reproduce(
       report_only: whether to write only the report, without running any job.
 
     Raises:
+      InUseError: if another process works on `out`.
       UserError: if some jobs failed. The report on the others is written.
       distributed.Interrupted: on a signal. The report on the existing results is written.
     """
@@ -42,7 +45,12 @@ def reproduce(
     base = load_config(options.config, options.overrides)
     for encoder in options.encoders:
         recipe.vision_folder(options, encoder, base)
-    out.mkdir(parents=True, exist_ok=True)
+    with one_writer(out):
+        _run_jobs(options, out, jobs, at_once)
+
+
+def _run_jobs(options: Options, out: Path, jobs: Sequence[Job], at_once: int) -> None:
+    """Draws the data, runs the remaining jobs and writes the report, while this process holds the lease of `out`."""
     options.save(out)
     (out / ".gitignore").write_text(_IGNORED, encoding="utf-8")
 

@@ -5,27 +5,24 @@ are skipped; the others continue. Ctrl-C and SIGTERM are passed on to the proces
 its state.
 """
 
-import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, complete_steps
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TemporaryError
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.reproduce.jobs import COMPLETE, Job, Result, is_done, read_result
 from alignvlm_jax.reproduce.options import Options
 
 LOG_FILE = "log.txt"
-_LOCK_FILE = ".lock"
 # Makes glibc request pages of 2 MB from Linux. XLA allocates its memory anew in every step, and with pages of 4 kB that
 # takes a fifth of the time.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -60,11 +57,10 @@ def run_all(
 
     Raises:
       distributed.Interrupted: on a signal, after all processes have saved.
-      UserError: if another process works on `out`.
     """
     waiting, finished, problems = _sort_jobs(options, out, jobs)
     running: dict[int, _Process] = {}  # by slot
-    with _locked(out), _Interruption(running) as interruption, _progress_bar(jobs, waiting) as bar:
+    with _Interruption(running) as interruption, _progress_bar(jobs, waiting) as bar:
         while running or (waiting and not interruption.signal_number):
             # Skip jobs that need a failed one; the next iteration skips those that need a skipped one.
             for job in [job for job in waiting if not problems.keys().isdisjoint(job.needs)]:
@@ -89,6 +85,10 @@ def run_all(
                 if code is None:
                     continue
                 del running[slot]
+                if code == TemporaryError.exit_code and not interruption.signal_number:
+                    # For example, the process of an earlier scheduler, which was killed, is still saving.
+                    waiting.insert(0, process.job)
+                    continue
                 bar.update(process.job.weight)
                 problem = process.problem(code)
                 if problem is None:
@@ -256,18 +256,3 @@ class _Interruption:
         if not self.signal_number:
             tqdm.write("interrupted: the runs are saving their state (interrupt again to stop at once)")
         self.signal_number = number
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds the lock of the output folder.
-
-    Raises:
-      UserError: if another process holds it.
-    """
-    with open(out / _LOCK_FILE, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another `alignvlm reproduce` is already running there") from error
-        yield

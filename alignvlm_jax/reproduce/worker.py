@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return 0
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt as error:
         return getattr(error, "exit_code", 130)
 

@@ -11,6 +11,7 @@ to any process stops all of them after the same step.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from alignvlm_jax.checkpoints.workdir import Progress
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.refusals import RefusalLog
+from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
+from alignvlm_jax.parallel.writing import one_writer_of
 from alignvlm_jax.training import budget, metrics, out_of_memory
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.experiment_data import ExperimentData, TrainingData
@@ -87,6 +90,8 @@ def train(
     Raises:
       distributed.Interrupted: on SIGINT, or on SIGTERM (`Preempted`); the run is saved first.
       UserError: if the config does not fit the data, the devices, their memory, or the run in `workdir`.
+      InUseError: if another run is writing to `workdir`.
+      LeaseLostError: if another run took over while this one was cut off from `workdir`.
       distributed.MismatchError: if the processes differ in their config, libraries or devices.
     """
     workdir = Path(workdir)
@@ -96,14 +101,16 @@ def train(
     machine = metrics.Machine.from_devices(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)
     data = open_data(config)
-    prepare_workdir(workdir, config, data, allow_config_change)
     with (
+        # Before anything in the folder is read or deleted.
+        one_writer_of(workdir) as lease,
         jax.set_mesh(mesh),
-        Checkpointer(workdir, config) as checkpointer,
+        Checkpointer(workdir, config, lease) as checkpointer,
         Interruption() as interruption,
         Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
         out_of_memory.explain_errors(config, workdir),
     ):
+        prepare_workdir(workdir, config, data, allow_config_change)
         # Plan the stages.
         plans = plan_stages(config, data, checkpointer)
         stages = [planned_stage(config, stage, plan) for stage, plan in zip(config.stages, plans, strict=True)]
@@ -137,7 +144,7 @@ def train(
                 anomalies=anomalies,
                 log=log,
                 bar=bar,
-                on_step=on_step,
+                on_step=functools.partial(_finish_step, lease, on_step),
                 score=score,
             )
             while progress.stage < len(stages):
@@ -153,6 +160,13 @@ def train(
                     state, progress = trainer.train_stage(state, progress, batches)
                 params, progress = state.params, progress.next_stage()
         return TrainResult(params, progress)
+
+
+def _finish_step(lease: Lease, on_step: Callable[[int], Any] | None, step: int) -> None:
+    """Ends the run soon after it has lost its lease, and calls `on_step`."""
+    lease.raise_if_lost()
+    if on_step:
+        on_step(step)
 
 
 def _refusals_file() -> str:

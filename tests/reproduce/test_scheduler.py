@@ -168,17 +168,21 @@ def test_a_signal_stops_the_processes(tmp_path, number, error):
     assert scheduler.run_all(OPTIONS, tmp_path, jobs, command=command(log)) == []
 
 
-def test_a_second_scheduler_on_the_same_folder_is_refused(tmp_path):
-    holder = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True);"
-        "time.sleep(60)"
-    )
-    lock = str(tmp_path / scheduler._LOCK_FILE)
-    with subprocess.Popen([sys.executable, "-c", holder, lock], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another `alignvlm reproduce` is already running"):
-            scheduler.run_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=command(tmp_path / "log"))
-        process.kill()
+def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path):
+    with one_writer(tmp_path), pytest.raises(InUseError, match="another run is writing to it"):
+        run.reproduce(OPTIONS, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_another_process_still_writes_is_tried_again(tmp_path):
+    """Exit code 75: the process of an earlier scheduler, which was killed, is still saving."""
+    once = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.exists() or (path.touch(), sys.exit(75))"
+
+    def first_refused(out, job, share):
+        program = [sys.executable, "-c", once, str(tmp_path / "tried")]
+        return command(tmp_path / "log")(out, job, share) if (tmp_path / "tried").exists() else program
+
+    assert scheduler.run_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=first_refused) == []
 
 
 def test_every_job_has_its_own_folder(tmp_path):

@@ -261,11 +261,14 @@ def test_a_worker_mounts_the_share_and_runs_the_command(fakes):
     image = run.index(POD["--image"])
     assert run[image + 1 :] == TRAIN
     assert {"--privileged", "--net=host", f"{fakes.folder / 'share'}:/share"} <= set(run[:image])
+    # The name by which a restarted command knows that its workdir was last written by itself.
+    assert run[run.index("--env") + 1] == "ALIGNVLM_JOB=queued resource eight"
     assert (fakes.folder / "share" / "logs" / "eight" / "worker-3.log").read_text() == "step 1\n"
 
 
-def test_a_worker_whose_peers_died_runs_the_command_again(fakes):
-    _, status = tpu_worker(fakes, docker=["0|", "1|a host is gone", "0|", "0|step 2"])
+@pytest.mark.parametrize("answer", ["1|a host is gone", "75|another run is writing to it"])
+def test_a_worker_whose_peers_died_or_that_has_to_wait_runs_the_command_again(fakes, answer):
+    _, status = tpu_worker(fakes, docker=["0|", answer, "0|", "0|step 2"])
     assert status == "done"
     assert [call[1] for call in fakes.calls("docker")] == ["pull", "run", "rm", "run"]
 
@@ -348,6 +351,13 @@ def test_the_jobset_fills_its_slices(manifests):
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    # Variables are expanded in their order. JobSet gives its pods labels with its name and the number of restarts.
+    names = [variable["name"] for variable in container["env"]]
+    job_name = container["env"][names.index("ALIGNVLM_JOB")]["value"]
+    assert set(re.findall(r"\$\((\w+)\)", job_name)) <= set(names[: names.index("ALIGNVLM_JOB")])
+    paths = [variable["valueFrom"]["fieldRef"]["fieldPath"] for variable in container["env"] if "valueFrom" in variable]
+    label = "metadata.labels['jobset.sigs.k8s.io/{}']".format
+    assert paths == ["metadata.namespace", label("jobset-name"), label("restart-attempt")]
     assert volumes["share"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
@@ -412,6 +422,13 @@ def test_the_job_runs_the_command_in_every_task(fakes, slurm, code):
     (srun,) = fakes.calls("srun")
     assert srun[srun.index("alignvlm") + 1 :] == TRAIN
     assert not fakes.calls("scontrol")
+
+
+def test_a_job_whose_folder_is_in_use_is_requeued(fakes, slurm):
+    fakes.add("srun", "75|")
+    process = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
+    assert process.returncode == 0
+    assert fakes.calls("scontrol") == [["scontrol", "requeue", "77"]]
 
 
 def test_before_the_time_limit_the_run_is_saved_and_requeued(fakes, slurm):

@@ -4,8 +4,8 @@
 # tpu_pod.sh passes this script and its metadata with the queued resource: alignvlm-image, alignvlm-share, alignvlm-name,
 # and alignvlm-command (words quoted for the shell). The script runs at every boot, also after maintenance. Exit code 2
 # of the command means that the user has to fix an error, and ends the script. After any other failure the command is run
-# again, because another worker may have died, and resumes from its last checkpoint. The status is in
-# /run/alignvlm/status, and the log of each worker is on the share, in logs/NAME.
+# again, and resumes from its last checkpoint: another worker may have died, or the run was preempted or still has another
+# writer (exit code 75). The status is in /run/alignvlm/status, and the log of each worker is on the share, in logs/NAME.
 set -euo pipefail
 
 status_folder=${ALIGNVLM_STATUS_FOLDER:-/run/alignvlm}
@@ -50,9 +50,10 @@ done
 for ((attempt = 1; ; attempt++)); do
   status "running (attempt $attempt)"
   code=0
-  # A container needs privileges for the TPU, and the host's network for its metadata.
+  # A container needs privileges for the TPU, and the host's network for its metadata. By the name of the job, the
+  # command knows that an earlier writer of its workdir was itself, and takes over at once.
   docker run --rm --name alignvlm --privileged --net=host --shm-size=16g --ulimit memlock=-1:-1 \
-    --volume "$share:/share" "$image" "${words[@]}" >> "$log" 2>&1 || code=$?
+    --env "ALIGNVLM_JOB=queued resource $name" --volume "$share:/share" "$image" "${words[@]}" >> "$log" 2>&1 || code=$?
   case $code in
     0) status "done"; exit 0 ;;
     2) status "failed: $(tail -n 1 "$log")"; exit 0 ;;

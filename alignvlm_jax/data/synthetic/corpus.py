@@ -20,6 +20,8 @@ from alignvlm_jax.data.synthetic.document import draw_document
 from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.data.synthetic.values import SPLITS
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import Lease
+from alignvlm_jax.leases.one_writer import one_writer
 
 FEATURES = {
     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -88,18 +90,40 @@ def write_corpus(
       processes: number of drawing processes; None uses one per CPU core, and fewer for a small corpus.
 
     Raises:
+      InUseError: if another process is writing the same data set.
       UserError: if the folder holds another kind of data set.
     """
     folder = Path(folder)
-    # Keep a finished corpus with the same recipe, replace one of the same kind, refuse anything else.
-    if store.is_occupied(folder):
-        metadata = store.read_metadata(folder)
-        if metadata == recipe:
-            return folder
-        if metadata.get("kind") != recipe["kind"]:
-            raise UserError(f"{folder} holds another kind of data set: choose another folder for {recipe['kind']}")
-        shutil.rmtree(folder)
+    if _is_written(folder, recipe):
+        return folder
+    with one_writer(folder, beside=True) as lease:
+        # Another process may have written it in the meantime. One with another recipe is replaced.
+        if not _is_written(folder, recipe):
+            shutil.rmtree(folder, ignore_errors=True)
+            _write(folder, recipe, drawings, description, progress, processes, lease)
+    return folder
 
+
+def _is_written(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Returns whether a folder holds the corpus; refuses a folder that must not be replaced."""
+    if not store.is_occupied(folder):
+        return False
+    metadata = store.read_metadata(folder)
+    if metadata != recipe and metadata.get("kind") != recipe["kind"]:
+        raise UserError(f"{folder} holds another kind of data set: choose another folder for {recipe['kind']}")
+    return metadata == recipe
+
+
+def _write(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    drawings: Mapping[str, tuple[Callable[[int, int], list[dict[str, Any]]], int]],
+    description: str,
+    progress: bool,
+    processes: int | None,
+    lease: Lease,
+) -> None:
+    """Draws the documents and writes the data set."""
     total = sum(size for _, size in drawings.values())
     processes = processes or min(os.cpu_count() or 1, _MAX_PROCESSES, max(1, total // _DOCUMENTS_PER_PROCESS))
     name = recipe["kind"].replace(" ", "_")
@@ -108,8 +132,9 @@ def write_corpus(
         _make_executor(processes) as executor,
     ):
         splits = {split: _records(executor, draw, size, processes, bar) for split, (draw, size) in drawings.items()}
-        store.write_dataset(folder, FEATURES, splits, name=name, description=description, metadata=dict(recipe))
-    return folder
+        store.write_dataset(
+            folder, FEATURES, splits, name=name, description=description, metadata=dict(recipe), check=lease.check
+        )
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:

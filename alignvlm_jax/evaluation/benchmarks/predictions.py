@@ -8,8 +8,7 @@ The first line of each benchmark records the model, the prompt and the questions
 other settings is refused. Only lines that end in a newline count: a partial last line, left by a crash, is dropped.
 """
 
-import errno
-import fcntl
+import contextlib
 import json
 import os
 import pathlib
@@ -17,10 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.one_writer import one_writer
 
 
 class Predictions:
-    """File of answers, locked by this process; a context manager.
+    """File of answers, which this process holds the lease of; a context manager.
 
     Attributes:
       path: path of the file.
@@ -32,23 +32,21 @@ class Predictions:
         self.path = pathlib.Path(path)
         self.settings: dict[str, Mapping[str, Any]] = {}
         self.answers: dict[str, dict[str, str]] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "r+b" if self.path.exists() else "x+b")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write predictions to this file ({error.strerror})") from error
-        try:
-            self._lock()
+        with contextlib.ExitStack() as stack:
+            self._lease = stack.enter_context(one_writer(self.path, beside=True))
+            try:
+                self._file = stack.enter_context(open(self.path, "r+b" if self.path.exists() else "x+b"))
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot write predictions to this file ({error.strerror})") from error
             self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            # Everything worked, so the file and the lease are kept until the end of the context.
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Predictions":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        self._stack.close()
 
     def begin(self, benchmark: str, settings: Mapping[str, Any]) -> dict[str, str]:
         """Starts a benchmark, and returns its stored answers by question id.
@@ -80,6 +78,7 @@ class Predictions:
         self.answers.setdefault(benchmark, {}).update(answers)
 
     def _append(self, records: list[dict[str, Any]]) -> None:
+        self._lease.check()
         try:
             self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
             self._file.flush()
@@ -88,14 +87,6 @@ class Predictions:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}). Run the same command again to resume"
             ) from error
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"{self.path}: another run is writing to it") from error
-            # Other errors mean a file system without locks, where nothing prevents two runs at once.
 
     def _read(self) -> None:
         content = self._file.read()

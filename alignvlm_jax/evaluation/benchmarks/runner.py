@@ -30,6 +30,7 @@ from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
+from alignvlm_jax.parallel.writing import call_in_primary
 
 _QUESTIONS_AT_ONCE = 64
 """Minimum number of prompts prepared before they are answered, so that batches can have prompts of similar length."""
@@ -87,11 +88,9 @@ def evaluate_benchmarks(
             loaded.append(load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views))
         return loaded[0]
 
-    # Only the primary process opens the file of answers, which is locked.
+    # Only the primary process opens the file of answers. All learn if another run is writing to it.
     outcomes = []
-    with contextlib.ExitStack() as stack:
-        primary = distributed.is_primary()
-        predictions = stack.enter_context(Predictions(predictions_file)) if primary else None
+    with call_in_primary(lambda: Predictions(predictions_file)) or contextlib.nullcontext() as predictions:
         for row in benchmarks:
             questions = questions_by_name[row.name]
             outcomes.append(run(row, split or row.split, questions, reader, predictions, identity, limit=limit))

@@ -1,0 +1,360 @@
+"""The lease of an output on storage that several hosts share: a file that is renewed, and expires.
+
+    .writer.lease.3    the third lease: a count of renewals, and the holder (`Holder`)
+
+A lease is held by the process that created the file with the highest number, and only this process writes to it. To
+take over a lease that has expired, a process creates the next number, and deletes the one before.
+
+**Exactly one winner.** Several processes may find the same lease expired. Each writes its holder to a file with a name
+of its own, and makes a hard link to it with the next number. Such a link appears atomically, with its content, and
+fails if the name exists, also on NFS. If NFS loses the server's answer and asks again, the link seems to exist already;
+the link count of the file tells who made it. FUSE has no links in general: there, a file is created exclusively.
+
+**Clocks.** Hosts' clocks differ, so no time of one host is compared with another's. A process that wants the lease
+watches the file with its own clock: if the content has not changed for `EXPIRE_SECONDS`, the holder is dead. If it
+changes, the holder lives. In most cases there is nothing to wait for:
+
+- The holder was a process of this machine, and the system knows whether it runs.
+- The job is the same: a scheduler that starts a job again has ended it before.
+- The file's time is within a renewal of that of a file created now. Both times are the file server's. This is only used
+  to refuse, never to take over, so a wrong clock costs a repetition of the command at most.
+
+**Losing it.** The holder renews the lease every `RENEW_SECONDS`, and before it completes anything (`check`). By this it
+notices a deleted file or a higher number. If it could not renew the lease for `DOUBT_SECONDS`, it regards it as lost,
+which is before anybody else may take it.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from alignvlm_jax.leases.holder import Holder
+from alignvlm_jax.leases.lease import LeaseLostError, Place
+
+RENEW_SECONDS = 15.0
+EXPIRE_SECONDS = 60.0
+DOUBT_SECONDS = EXPIRE_SECONDS - RENEW_SECONDS
+_POLL_SECONDS = 1.0
+_TOLERANCE_SECONDS = 5.0  # lateness of a renewal that is normal on a busy machine
+
+_COUNT_DIGITS = 12
+# Errors of file systems without hard links.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
+_GONE = (errno.ENOENT, errno.ESTALE)
+
+
+class LeaseFile:
+    """A lease that this process holds."""
+
+    def __init__(
+        self,
+        place: Place,
+        holder: Holder | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        renews_itself: bool = True,
+    ):
+        """Takes the lease, after up to `EXPIRE_SECONDS` if it is not known whether its holder lives.
+
+        Args:
+          place: where the lease's files are.
+          holder: the holder; None is this process.
+          clock: returns seconds.
+          sleep: waits for a number of seconds.
+          renews_itself: whether to renew the lease from a thread.
+
+        Raises:
+          InUseError: if its holder lives, or if another process is faster.
+          OSError: if the folder cannot be written.
+        """
+        self._place, self._clock = place, clock
+        self._holder = holder or Holder.this_process()
+        self._loss: LeaseLostError | None = None
+        self._renewals = itertools.count(1)
+        self._mutex = threading.Lock()  # `check` and the thread both renew
+        self._renewed = clock()
+        self._number = _take(place, self._holder, clock, sleep)
+        self._path = _path(place, self._number)
+        self._stopped = threading.Event()
+        if renews_itself:
+            threading.Thread(target=self._keep_renewing, name="lease", daemon=True).start()
+
+    def check(self) -> None:
+        """Renews the lease; see `Lease.check`.
+
+        Raises:
+          LeaseLostError: if another process has taken it, or could have.
+        """
+        try:
+            self.renew()
+        except OSError as error:
+            # Nobody else can have taken it yet if it was renewed a short time ago.
+            if self._clock() - self._renewed > DOUBT_SECONDS:
+                self._loss = self._place.loss(
+                    f"{self._path} could not be renewed for {DOUBT_SECONDS:g} s ({os.strerror(error.errno or 0)})"
+                )
+        self.raise_if_lost()
+
+    def raise_if_lost(self) -> None:
+        """Raises the error if `check` or the thread has found that the lease is lost; see `Lease.raise_if_lost`."""
+        if self._loss is not None:
+            raise self._loss
+
+    def renew(self) -> None:
+        """Shows all others that the holder lives, and finds out whether the lease is lost.
+
+        Raises:
+          OSError: if the storage cannot be reached.
+        """
+        with self._mutex:
+            if self._loss is not None:
+                return
+            # The time before the first access: from then on at the latest, others count from here.
+            start = self._clock()
+            try:
+                # Write in place, because readers on NFS may use a replaced file for a while. Never create the file.
+                _write(self._path, f"{next(self._renewals):0{_COUNT_DIGITS}d}".encode(), os.O_WRONLY)
+                newest = _newest(self._place)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+                newest = _newest(self._place)
+            if newest == self._number:
+                self._renewed = start
+            else:
+                self._loss = self._place.loss(_describe_loss(self._place, newest))
+
+    def release(self) -> None:
+        """Removes the lease, for the next writer."""
+        self._stopped.set()
+        with self._mutex, contextlib.suppress(OSError):
+            # A lost lease's file is already deleted, and no other process creates one with this number.
+            if self._loss is None:
+                self._path.unlink(missing_ok=True)
+
+    def ticket(self) -> str | None:
+        """Returns the number of the lease; see `SeenLease`."""
+        return str(self._number)
+
+    def _keep_renewing(self) -> None:
+        while not self._stopped.wait(RENEW_SECONDS):
+            with contextlib.suppress(OSError):  # the next renewal may succeed
+                self.renew()
+            if self._loss is not None:
+                return
+
+
+class SeenLease:
+    """The lease of another process of the same run. It can only be checked."""
+
+    def __init__(self, place: Place, ticket: str):
+        self._place, self._number = place, int(ticket)
+
+    def check(self) -> None:
+        """Checks that no other run has taken the lease; see `Lease.check`."""
+        try:
+            newest = _newest(self._place)
+        except OSError:
+            return  # whether it is lost is for the holder to decide, whose end also ends this process
+        if newest != self._number:
+            raise self._place.loss(_describe_loss(self._place, newest))
+
+    def raise_if_lost(self) -> None:
+        """Does nothing, because the holder's end also ends this process."""
+
+    def release(self) -> None:
+        """Does nothing, because the lease is the holder's."""
+
+    def ticket(self) -> str | None:
+        """Returns the number of the lease."""
+        return str(self._number)
+
+
+def _take(place: Place, holder: Holder, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
+    """Creates the next lease as soon as the newest one is free, and returns its number.
+
+    Raises:
+      InUseError: if the holder of the newest one lives, or if another process is faster.
+    """
+    while True:
+        number = _newest(place)
+        content = _read(_path(place, number))
+        if number and (content is None or not _wait_until_free(place, number, content, holder, clock, sleep)):
+            continue  # it was released
+        following = number + 1
+        if not _create(place, following, holder):
+            raise _refusal(place, following)
+        if number and _read(_path(place, number)) != content:
+            # Its holder lives after all. Or another process has taken this lease, and has already released its own.
+            _path(place, following).unlink(missing_ok=True)
+            continue
+        if (newest := _newest(place)) != following:
+            # Other processes were so much faster that the number was free again.
+            _path(place, following).unlink(missing_ok=True)
+            raise _refusal(place, newest)
+        for old in _numbers(place):
+            if old < following:
+                _path(place, old).unlink(missing_ok=True)
+        return following
+
+
+def _wait_until_free(
+    place: Place,
+    number: int,
+    content: bytes,
+    holder: Holder,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> bool:
+    """Waits until a lease may be taken over. Returns False if it was released instead.
+
+    Raises:
+      InUseError: if its holder lives, or if another process has taken it over.
+    """
+    path, start = _path(place, number), clock()
+    theirs = _holder(content)
+    if theirs and (is_free := _is_free(theirs, holder)) is not None:
+        if is_free:
+            return True
+        raise place.refusal(theirs)
+    with contextlib.suppress(OSError):
+        age = _time_of_new_file(place) - path.stat().st_mtime
+        if -_TOLERANCE_SECONDS <= age <= RENEW_SECONDS + _TOLERANCE_SECONDS:
+            raise place.refusal(theirs)
+    who = f" ({theirs.describe()})" if theirs else ""
+    print(
+        f"{place.output}: waiting up to {EXPIRE_SECONDS:g} s to see whether another run{who} still writes to it",
+        file=sys.stderr,
+        flush=True,
+    )
+    while clock() - start < EXPIRE_SECONDS:
+        sleep(_POLL_SECONDS)
+        now = _read(path)
+        if now is None and (newest := _newest(place)) > number:
+            raise _refusal(place, newest)
+        if now is None:
+            return False
+        if now != content:
+            raise place.refusal(theirs)
+    return True
+
+
+def _is_free(theirs: Holder, mine: Holder) -> bool | None:
+    """Returns whether the lease of `theirs` may be taken over now, or None if only watching it can tell."""
+    is_same_job = theirs.job is not None and mine.job is not None and theirs.job.name == mine.job.name
+    if is_same_job and mine.job.attempt > theirs.job.attempt:
+        return True
+    is_running = theirs.is_running()
+    if is_running is not None:
+        return not is_running
+    # On another machine, or in another container, the same job was ended before it was started again.
+    return True if is_same_job and mine.job.attempt == theirs.job.attempt else None
+
+
+def _create(place: Place, number: int, holder: Holder) -> bool:
+    """Creates the lease with a number, complete with its content; returns False if it exists."""
+    target, scratch = _path(place, number), _scratch(place)
+    content = f"{0:0{_COUNT_DIGITS}d}\n{holder.to_json()}\n{uuid.uuid4()}\n".encode()
+    try:
+        _write(scratch, content, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.link(scratch, target)
+        return True
+    except FileExistsError:
+        # Ask with an open file, because a status that NFS has cached may be from before the link.
+        with open(scratch, "rb") as file:
+            return os.fstat(file.fileno()).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_exclusively(target, content)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _create_exclusively(target: Path, content: bytes) -> bool:
+    """Creates a file without a link, for file systems that have none; returns False if it exists."""
+    try:
+        _write(target, content, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except OSError as error:
+        # gcsfuse reports ESTALE if another host has created the object since it was opened.
+        if error.errno not in (errno.EEXIST, errno.ESTALE):
+            raise
+        return False
+    return _read(target) == content
+
+
+def _newest(place: Place) -> int:
+    """Returns the highest number of a lease, or 0 if there is none."""
+    # NFS remembers the list of a folder's files for a while, but not after this host has changed the folder.
+    _time_of_new_file(place)
+    return max(_numbers(place), default=0)
+
+
+def _numbers(place: Place) -> list[int]:
+    start = _path(place, 0).name.removesuffix("0")
+    names = [name.removeprefix(start) for name in os.listdir(place.folder) if name.startswith(start)]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _path(place: Place, number: int) -> Path:
+    return place.file(f"lease.{number}")
+
+
+def _scratch(place: Place) -> Path:
+    return place.file(f"{uuid.uuid4().hex}.new")
+
+
+def _time_of_new_file(place: Place) -> float:
+    """Creates and removes a file, and returns the time that the file system gave it."""
+    scratch = _scratch(place)
+    try:
+        _write(scratch, b"?", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        return scratch.stat().st_mtime
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes, flags: int) -> None:
+    """Writes to the beginning of a file, and waits until it is on the storage."""
+    handle = os.open(path, flags, 0o666)
+    try:
+        os.pwrite(handle, content, 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> bytes | None:
+    """Returns the content of a lease, or None if it does not exist."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return None
+
+
+def _holder(content: bytes) -> Holder | None:
+    lines = content.decode(errors="replace").splitlines()
+    return Holder.from_json(lines[1]) if len(lines) > 1 else None
+
+
+def _refusal(place: Place, number: int) -> Exception:
+    content = _read(_path(place, number))
+    return place.refusal(_holder(content) if content else None)
+
+
+def _describe_loss(place: Place, newest: int) -> str:
+    content = _read(_path(place, newest)) if newest else None
+    if content is None:
+        return "its lease was deleted"
+    other = _holder(content)
+    return "another run took over its lease" + (f": {other.describe()}" if other else "")
