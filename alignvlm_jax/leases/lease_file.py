@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignvlm_jax.leases.holder import Holder
-from alignvlm_jax.leases.lease import LeaseLostError, Place
+from alignvlm_jax.leases.lease import InUseError, LeaseLostError, Place
 
 RENEW_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
@@ -45,6 +45,7 @@ _POLL_SECONDS = 1.0
 _TOLERANCE_SECONDS = 5.0  # lateness of a renewal that is normal on a busy machine
 
 _COUNT_DIGITS = 12
+_MAX_BYTES = 2**16  # of a lease
 # Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
 _GONE = (errno.ENOENT, errno.ESTALE)
@@ -78,10 +79,11 @@ class LeaseFile:
         self._place, self._clock = place, clock
         self._holder = holder or Holder.this_process()
         self._loss: LeaseLostError | None = None
+        self._mark = _mark(self._holder)
         self._renewals = itertools.count(1)
         self._mutex = threading.Lock()  # `check` and the thread both renew
         self._renewed = clock()
-        self._number = _take(place, self._holder, clock, sleep)
+        self._number = _take(place, self._holder, self._mark, clock, sleep)
         self._path = _path(place, self._number)
         self._stopped = threading.Event()
         if renews_itself:
@@ -119,30 +121,22 @@ class LeaseFile:
                 return
             # The time before the first access: from then on at the latest, others count from here.
             start = self._clock()
-            try:
-                # Write in place, because readers on NFS may use a replaced file for a while. Never create the file.
-                _write(self._path, f"{next(self._renewals):0{_COUNT_DIGITS}d}".encode(), os.O_WRONLY)
-                newest = _newest(self._place)
-            except OSError as error:
-                if error.errno not in _GONE:
-                    raise
-                newest = _newest(self._place)
-            if newest == self._number:
+            is_renewed = _renew(self._path, self._mark, next(self._renewals))
+            if is_renewed and _newest(self._place) == self._number:
                 self._renewed = start
             else:
-                self._loss = self._place.loss(_describe_loss(self._place, newest))
+                self._loss = _loss(self._place)
 
     def release(self) -> None:
         """Removes the lease, for the next writer."""
         self._stopped.set()
         with self._mutex, contextlib.suppress(OSError):
-            # A lost lease's file is already deleted, and no other process creates one with this number.
-            if self._loss is None:
+            if self._loss is None and _has_mark(_read(self._path), self._mark):
                 self._path.unlink(missing_ok=True)
 
     def ticket(self) -> str | None:
-        """Returns the number of the lease; see `SeenLease`."""
-        return str(self._number)
+        """Returns the number and the mark of the lease; see `SeenLease`."""
+        return f"{self._number} {self._mark}"
 
     def _keep_renewing(self) -> None:
         while not self._stopped.wait(RENEW_SECONDS):
@@ -156,16 +150,18 @@ class SeenLease:
     """The lease of another process of the same run. It can only be checked."""
 
     def __init__(self, place: Place, ticket: str):
-        self._place, self._number = place, int(ticket)
+        number, self._mark = ticket.split()
+        self._place, self._number = place, int(number)
 
     def check(self) -> None:
         """Checks that no other run has taken the lease; see `Lease.check`."""
         try:
-            newest = _newest(self._place)
+            is_newest = _newest(self._place) == self._number
+            is_held = is_newest and _has_mark(_read(_path(self._place, self._number)), self._mark)
         except OSError:
             return  # whether it is lost is for the holder to decide, whose end also ends this process
-        if newest != self._number:
-            raise self._place.loss(_describe_loss(self._place, newest))
+        if not is_held:
+            raise _loss(self._place)
 
     def raise_if_lost(self) -> None:
         """Does nothing, because the holder's end also ends this process."""
@@ -174,11 +170,11 @@ class SeenLease:
         """Does nothing, because the lease is the holder's."""
 
     def ticket(self) -> str | None:
-        """Returns the number of the lease."""
-        return str(self._number)
+        """Returns the number and the mark of the lease."""
+        return f"{self._number} {self._mark}"
 
 
-def _take(place: Place, holder: Holder, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
+def _take(place: Place, holder: Holder, mark: str, clock: Callable[[], float], sleep: Callable[[float], None]) -> int:
     """Creates the next lease as soon as the newest one is free, and returns its number.
 
     Raises:
@@ -190,7 +186,7 @@ def _take(place: Place, holder: Holder, clock: Callable[[], float], sleep: Calla
         if number and (content is None or not _wait_until_free(place, number, content, holder, clock, sleep)):
             continue  # it was released
         following = number + 1
-        if not _create(place, following, holder):
+        if not _create(place, following, holder, mark):
             raise _refusal(place, following)
         if number and _read(_path(place, number)) != content:
             # Its holder lives after all. Or another process has taken this lease, and has already released its own.
@@ -259,12 +255,12 @@ def _is_free(theirs: Holder, mine: Holder) -> bool | None:
     return True if is_same_job and mine.job.attempt == theirs.job.attempt else None
 
 
-def _create(place: Place, number: int, holder: Holder) -> bool:
+def _create(place: Place, number: int, holder: Holder, mark: str) -> bool:
     """Creates the lease with a number, complete with its content; returns False if it exists."""
     target, scratch = _path(place, number), _scratch(place)
-    content = f"{0:0{_COUNT_DIGITS}d}\n{holder.to_json()}\n{uuid.uuid4()}\n".encode()
+    content = f"{0:0{_COUNT_DIGITS}d}\n{holder.to_json()}\n{mark}\n".encode()
     try:
-        _write(scratch, content, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        _write_new(scratch, content)
         os.link(scratch, target)
         return True
     except FileExistsError:
@@ -282,13 +278,45 @@ def _create(place: Place, number: int, holder: Holder) -> bool:
 def _create_exclusively(target: Path, content: bytes) -> bool:
     """Creates a file without a link, for file systems that have none; returns False if it exists."""
     try:
-        _write(target, content, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        _write_new(target, content)
     except OSError as error:
         # gcsfuse reports ESTALE if another host has created the object since it was opened.
         if error.errno not in (errno.EEXIST, errno.ESTALE):
             raise
         return False
     return _read(target) == content
+
+
+def _renew(path: Path, mark: str, count: int) -> bool:
+    """Writes the next count to a lease; returns False if it was deleted or belongs to another process."""
+    # Write in place, because readers on NFS may use a replaced file for a while. Never create the file.
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return False
+    try:
+        if not _has_mark(os.pread(handle, _MAX_BYTES, 0), mark):
+            return False
+        os.pwrite(handle, f"{count:0{_COUNT_DIGITS}d}".encode(), 0)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _mark(holder: Holder) -> str:
+    """Returns a word by which a lease is recognized, even if a folder was removed and its numbers start again."""
+    return f"{holder.pid}-{uuid.uuid4().hex}"
+
+
+def _has_mark(content: bytes | None, mark: str) -> bool:
+    return content is not None and content.decode(errors="replace").splitlines()[-1:] == [mark]
 
 
 def _newest(place: Place) -> int:
@@ -316,17 +344,17 @@ def _time_of_new_file(place: Place) -> float:
     """Creates and removes a file, and returns the time that the file system gave it."""
     scratch = _scratch(place)
     try:
-        _write(scratch, b"?", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         return scratch.stat().st_mtime
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes, flags: int) -> None:
-    """Writes to the beginning of a file, and waits until it is on the storage."""
-    handle = os.open(path, flags, 0o666)
+def _write_new(path: Path, content: bytes) -> None:
+    """Creates a file exclusively, and waits until it is on the storage."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        os.pwrite(handle, content, 0)
+        os.write(handle, content)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -347,14 +375,16 @@ def _holder(content: bytes) -> Holder | None:
     return Holder.from_json(lines[1]) if len(lines) > 1 else None
 
 
-def _refusal(place: Place, number: int) -> Exception:
-    content = _read(_path(place, number))
-    return place.refusal(_holder(content) if content else None)
+def _refusal(place: Place, number: int) -> InUseError:
+    return place.refusal(_holder(_read(_path(place, number)) or b""))
 
 
-def _describe_loss(place: Place, newest: int) -> str:
-    content = _read(_path(place, newest)) if newest else None
-    if content is None:
-        return "its lease was deleted"
-    other = _holder(content)
-    return "another run took over its lease" + (f": {other.describe()}" if other else "")
+def _loss(place: Place) -> LeaseLostError:
+    """Returns the error of a holder whose lease is deleted or no longer the newest."""
+    try:
+        newest = _newest(place)
+        other = _holder(_read(_path(place, newest)) or b"")
+    except OSError:
+        other = None  # the folder is gone
+    taken = "its lease was deleted" if other is None else f"another run took over its lease: {other.describe()}"
+    return place.loss(taken)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from alignvlm_jax.checkpoints import integrity
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import InUseError
+from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.parallel import distributed
-from alignvlm_jax.reproduce import scheduler
+from alignvlm_jax.reproduce import run, scheduler
 from alignvlm_jax.reproduce.jobs import COMPLETE, OVER_TIME, RESULT_FILE, Job
 from alignvlm_jax.reproduce.options import Options
 
@@ -176,11 +176,10 @@ def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_job_that_another_process_still_writes_is_tried_again(tmp_path):
     """Exit code 75: the process of an earlier scheduler, which was killed, is still saving."""
-    once = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.exists() or (path.touch(), sys.exit(75))"
+    refused = [[sys.executable, "-c", "raise SystemExit(75)"]]
 
     def first_refused(out, job, share):
-        program = [sys.executable, "-c", once, str(tmp_path / "tried")]
-        return command(tmp_path / "log")(out, job, share) if (tmp_path / "tried").exists() else program
+        return refused.pop() if refused else command(tmp_path / "log")(out, job, share)
 
     assert scheduler.run_all(OPTIONS, tmp_path, [Job("p", "e", "one")], command=first_refused) == []
 
