@@ -89,8 +89,8 @@ def move_into_place(source: Path, path: epath.Path) -> None:
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     """Returns the files that `pattern` names, in order.
 
-    The pattern is a file, a folder (all files below it that end with one of `suffixes`), or a path with `*`, `?` or
-    `[...]` in it.
+    The pattern is a file, a folder (all files below it that end with one of `suffixes`, in small or capital letters),
+    or a path with `*`, `?` or `[...]` in it.
     """
     path = epath.Path(pattern)
     if path.is_dir():
@@ -112,11 +112,11 @@ def _files_in(folder: epath.Path, suffixes: tuple[str, ...]) -> Iterator[epath.P
             epath.Path(parent) / name
             for parent, _, names in os.walk(folder)
             for name in names
-            if name.endswith(suffixes)
+            if name.lower().endswith(suffixes)
         )
         return
     for entry in folder.iterdir():  # epath's own walk() drops the gs:// of the paths it returns.
-        if entry.name.endswith(suffixes):
+        if entry.name.lower().endswith(suffixes):
             yield entry
         elif entry.is_dir():
             yield from _files_in(entry, suffixes)

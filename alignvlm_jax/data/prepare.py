@@ -32,11 +32,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from alignvlm_jax.data import store
+from alignvlm_jax.data import nearby, store
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
-from alignvlm_jax.data.paths import atomic_file, find_files, status
+from alignvlm_jax.data.paths import atomic_file, find_files, open_binary, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
@@ -50,6 +51,9 @@ DEFAULT_MAX_REJECTS = 0.01
 
 # The share of refused records is checked only after this number of records; before that it is too noisy.
 _MIN_RECORDS_TO_JUDGE = 1000
+
+# Files without records that `datasets` and LLaMA-Factory keep next to the data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 FEATURES = {
     "id": tfds.features.Text(),
@@ -150,9 +154,10 @@ def _prepare(
     # Write the rejects before checking the limit, so that the user can see what was refused.
     _write_rejects(job)
     if summary.num_rejected > max_rejects * summary.total:
+        message = _too_many_rejects(summary, max_rejects, job)
         # The user may fix the data before the next run, so slices with refused records are converted again.
         notes.discard_rejected()
-        raise UserError(_too_many_rejects(summary, max_rejects, job))
+        raise UserError(message)
     if not summary.accepted:
         raise UserError(f"{', '.join(recipe.inputs)}: no usable records")
     lease.check()
@@ -188,19 +193,19 @@ def in_processes(processes: int | None = None) -> Converter:
 def convert_slice(job: Job, task: Task) -> Summary:
     """Writes the shard of a slice and a note of its size and its refused records."""
     (index, piece), recipe = task, job.recipe
-    root = recipe.limits.image_root or str(epath.Path(piece.file).parent)
+    root = piece.image_root or recipe.limits.image_root or str(epath.Path(piece.file).parent)
     rejects = []
 
     # A generator, so that only one record is in memory at a time; refused records are collected in `rejects`.
     def accepted_records() -> Iterator[dict[str, Any]]:
         for item in FORMATS[recipe.format].read(piece, recipe.options):
             if isinstance(item, Refused):
-                rejects.append(item)
+                rejects.append(item.shortened())
                 continue
             try:
                 record = check(item, root, recipe.limits)
             except Refusal as refusal:
-                rejects.append(Refused(item.where, item.id, refusal.kind, str(refusal)))
+                rejects.append(Refused(item.where, item.id, refusal.kind, str(refusal)).shortened())
             else:
                 yield record
 
@@ -297,7 +302,7 @@ def _check(recipe: Recipe, max_rejects: float) -> None:
         raise UserError(f"the split cannot be called {recipe.split!r}: expected an identifier other than 'all'")
     root = recipe.limits.image_root
     if root is not None and not epath.Path(root).is_dir():
-        raise UserError(f"the image root {root} is not a folder")
+        raise UserError(f"the image root {root} is not a folder{_what_it_is(root)}")
 
 
 def _input_files(recipe: Recipe) -> list[str]:
@@ -306,10 +311,45 @@ def _input_files(recipe: Recipe) -> list[str]:
     files = []
     for entry in recipe.inputs:
         matches = find_files(entry, suffixes)
+        if epath.Path(entry).is_dir():
+            matches = [file for file in matches if not _describes_data(epath.Path(file).name)]
         if not matches:
-            raise UserError(f"input {entry}: no such file, and no {' or '.join(suffixes)} files there")
+            raise UserError(
+                f"input {entry}: no such file, and no {' or '.join(suffixes)} files there{_found_there(entry)}"
+            )
         files += matches
     return files
+
+
+def _describes_data(name: str) -> bool:
+    """Returns whether a file in a folder of data is known to hold no records: it is hidden, or describes the others."""
+    return name.startswith(".") or name in _DESCRIPTIONS
+
+
+def _what_it_is(path: str) -> str:
+    """Returns what a path is if it is not a folder, to be added to a message."""
+    if not epath.Path(path).exists():
+        return ": there is no such path"
+    with open_binary(path) as file:
+        content = describe_other_content(file.read(HEAD_BYTES))
+    return f" but {content}" if content else " but a file"
+
+
+def _found_there(entry: str) -> str:
+    """Returns what an input without files for the format holds, to be added to a message."""
+    path = epath.Path(entry)
+    if not path.is_dir():
+        parent = path.parent
+        return f". {parent} holds {nearby.list_names(parent)}" if parent.is_dir() else f". There is no folder {parent}"
+    endings = nearby.count_endings(path)
+    fitting = [name for name, format in FORMATS.items() if any(suffix in endings for suffix in format.suffixes)]
+    found = ", ".join(f"{count} {ending}" for ending, count in list(endings.items())[:6])
+    advice = f"; perhaps --format {' or '.join(fitting)}" if fitting else ""
+    if ".arrow" in endings:
+        advice = "; store a data set of `save_to_disk` with `to_parquet` and give that"
+    if ".zip" in endings:
+        advice = "; unpack the zip archives first"
+    return f". The folder holds {found}{advice}" if found else ". The folder is empty"
 
 
 def _write_rejects(job: Job) -> None:
@@ -325,8 +365,10 @@ def _write_rejects(job: Job) -> None:
 def _too_many_rejects(summary: Summary, max_rejects: float, job: Job) -> str:
     """Returns the message about too many refused records."""
     kinds = ", ".join(f"{number} {kind}" for kind, number in summary.rejected.items())
+    first = next(job.notes.rejects())
     return (
         f"{summary.num_rejected} of {summary.total} records so far were refused, more than the limit of "
-        f"{max_rejects:.1%}: {kinds}. {epath.Path(job.out) / REJECTS_FILE} lists them with the reasons. Fix the data, "
-        "or raise --max-rejects, and run the same command again."
+        f"{max_rejects:.1%}: {kinds}. The first is {first['where']}: {first['why']}. "
+        f"{epath.Path(job.out) / REJECTS_FILE} lists them all. Fix the data, or raise --max-rejects, and run the same "
+        "command again."
     )

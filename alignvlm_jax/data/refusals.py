@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alignvlm_jax.data.packing import Refused
+from alignvlm_jax.data.shortening import shorten
+
+_MAX_REASON = 480
 
 
 class RefusalLog:
@@ -24,7 +27,7 @@ class RefusalLog:
         new = {name: example for name, example in new.items() if name not in self._logged}
         if not new:
             return
-        entries = ({"id": e.id, "source": e.source, "reason": e.reason} for e in new.values())
+        entries = ({"id": e.id, "source": e.source, "reason": shorten(e.reason, _MAX_REASON)} for e in new.values())
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         try:
             with self._path.open("a", encoding="utf-8") as file:

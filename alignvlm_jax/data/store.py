@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from etils import epath
 
+from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.errors import UserError
 
 _VERSION = "1.0.0"
@@ -180,7 +181,7 @@ def _shard_parts(splits: tfds.core.splits.SplitDict, split: str) -> Iterator[_Sh
 def _open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:
     """Opens a data set; raises a `UserError` if the folder is not one."""
     if not (epath.Path(folder) / "dataset_info.json").is_file():
-        raise UserError(f"{folder} is not a data set: it holds no dataset_info.json")
+        raise UserError(describe_no_dataset(folder))
     return tfds.builder_from_directory(str(folder))
 
 

@@ -30,6 +30,7 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data import images, store
 from alignvlm_jax.data.chat import Message
 from alignvlm_jax.data.conversations import make_conversation
+from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.identity import locate
@@ -157,7 +158,10 @@ def evaluate_checkpoint(
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
     folder = pathlib.Path(data) if data else dataset_folder(read_run_config(checkpoint))
     if not data and not folder.exists():
-        raise UserError(f"{folder}: the data set that {checkpoint} was trained on is missing; name one with --data")
+        raise UserError(
+            f"{folder}: the data set that {checkpoint} was trained on is missing; name one with --data. "
+            + describe_no_dataset(folder)
+        )
     records = store.open_dataset(folder, split)
     # Take the lease before the model is loaded, so that a second run is refused before its work.
     with one_writer_of(predictions_file, beside=True) if predictions_file else contextlib.nullcontext():

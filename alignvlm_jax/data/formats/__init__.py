@@ -38,6 +38,6 @@ FORMATS = {
     "llava": Format(llava.plan, llava.read, llava.SUFFIXES, llava.referenced_files),
     "docdownstream": Format(docdownstream.plan, docdownstream.read, docdownstream.SUFFIXES),
     "bigdocs": Format(bigdocs.plan, bigdocs.read, bigdocs.SUFFIXES),
-    "messages": Format(messages.plan, messages.read, messages.SUFFIXES),
+    "messages": Format(messages.plan, messages.read, messages.SUFFIXES, messages.referenced_files),
     "webdataset": Format(webdataset.plan, webdataset.read, webdataset.SUFFIXES),
 }

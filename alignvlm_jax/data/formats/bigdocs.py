@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignvlm_jax.data.formats import parquet_files
+from alignvlm_jax.data.formats import fields, parquet_files
 from alignvlm_jax.data.formats.conversation import (
     IMAGE,
     Conversation,
@@ -27,7 +27,7 @@ from alignvlm_jax.data.formats.conversation import (
 
 SUFFIXES = (".parquet",)
 _IDS = ("sample_id", "identifier", "img_id")
-_IMAGES = ("images", "image", "img_path")
+_IMAGES = ("images", "image", "img_path", "image_[0-9]*", "image[0-9]*")
 _QUERIES = ("queries", "query")
 _ANSWERS = ("annotations", "annotation")
 _SOURCES = ("dataset_name", "source")
@@ -40,19 +40,20 @@ def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refused]:
     """Yields the conversations of a slice."""
-    columns = (*_IDS, *_IMAGES, *_QUERIES, *_ANSWERS, *_SOURCES)
+    columns = (*_IDS, *_IMAGES, *_QUERIES, *_ANSWERS, *_SOURCES, "video", "videos", "audio", "audios")
     stem = Path(piece.file).stem
     for number, row in parquet_files.read_slice(piece, columns):
         where, record_id = f"{piece.file}: row {number + 1}", f"{stem}:{number}"
         try:
             if isinstance(row, Refusal):
                 raise row
-            record_id = text_or_default(_first_value(row, _IDS), record_id)
-            images = [parquet_files.image_source(image) for image in _as_list(_first_value(row, _IMAGES))]
+            record_id = text_or_default(fields.first_present(row, _IDS), record_id)
+            fields.refuse_other_media(row)
+            images = [image for image in fields.record_images(row, _IMAGES) if image is not None]
             yield Conversation(
                 where=where,
                 id=record_id,
-                source=options.source or text_or_default(_first_value(row, _SOURCES), stem),
+                source=options.source or text_or_default(fields.first_present(row, _SOURCES), stem),
                 messages=_messages(row, len(images)),
                 images=images,
             )
@@ -63,8 +64,8 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
     """Returns the messages of a row, with all images before the first question."""
     # If there is no query, the image alone is the question.
-    queries = [expect_text(query, "a query") for query in _as_list(_first_value(row, _QUERIES))] or [""]
-    answers = [expect_text(answer, "an annotation") for answer in _as_list(_first_value(row, _ANSWERS))]
+    queries = [expect_text(query, "a query") for query in fields.as_list(fields.first_present(row, _QUERIES))] or [""]
+    answers = [expect_text(answer, "an annotation") for answer in fields.as_list(fields.first_present(row, _ANSWERS))]
     if len(queries) == 1:  # several annotations are alternatives
         answers = answers[:1]
     if len(queries) != len(answers):
@@ -75,15 +76,3 @@ def _messages(row: dict[str, Any], num_images: int) -> list[Message]:
         messages.append({"role": "assistant", "content": [text_part(answer)]})
     messages[0]["content"][:0] = [IMAGE] * num_images
     return messages
-
-
-def _first_value(row: dict[str, Any], names: Sequence[str]) -> Any:
-    """Returns the value of the first of these columns that the row has."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _as_list(value: Any) -> list[Any]:
-    """Returns the value as a list."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]

@@ -6,6 +6,8 @@ unchanged byte for byte.
 
 import dataclasses
 import errno
+import functools
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -13,12 +15,16 @@ from typing import Any
 
 from etils import epath
 
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Message, Refusal
 from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import is_local, status
 from alignvlm_jax.errors import UserError
 
 Record = dict[str, Any]
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
+_MAX_NAMES = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,11 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
     # One mark per image, in order.
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
     if marks != len(conversation.images):
-        raise Refusal("image marks", f"the conversation has {marks} image marks for {len(conversation.images)} images")
+        raise Refusal(
+            "image marks",
+            f"the conversation has {marks} image marks for {len(conversation.images)} images; the text needs a mark "
+            "(<image>) where each image goes",
+        )
     # Encoding cannot fail here, because `_check_text` has refused half surrogate pairs.
     budget = _spend_bytes(limits.max_record_bytes, len(text.encode()))
     images = []
@@ -118,12 +128,14 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
     try:
         path = _find_image(name, image_root, limits.follow_links)
         file_status = status(path)
+        if path.is_dir():
+            raise Refusal("image path", f"{name or '(empty path)'}: a folder, expected an image file")
         if not file_status.is_regular:
-            raise Refusal("image path", f"{name}: expected an image file, got a folder or a device")
+            raise Refusal("image path", f"{name}: a pipe or a device, expected an image file")
         _spend_bytes(max_bytes, file_status.size)  # before reading, which a huge file would make expensive
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise Refusal("missing image", f"{name}: no such file in {image_root}") from error
+        raise Refusal("missing image", f"{name}: {_describe_missing(path, image_root)}") from error
     except UnicodeEncodeError as error:
         raise Refusal("image path", f"{name!r}: not a valid path") from error
     except OSError as error:
@@ -132,10 +144,37 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
         raise Refusal("unreadable image", f"{name}: cannot be opened ({error.strerror})") from error
 
 
+def _describe_missing(path: epath.Path, image_root: str) -> str:
+    """Returns why there is no image at a path under the root, and what to do about it."""
+    if is_local(path) and os.path.islink(path):
+        return f"a link to {os.readlink(path)}, which does not exist"
+    missing = f"no such file in {image_root}"
+    other_case = [name for name in _names_in(str(path.parent)) if name.lower() == path.name.lower()]
+    if other_case:
+        return f"{missing}, but {other_case[0]}: the name differs in capital letters"
+    archives = [name for name in _names_in(image_root) if name.lower().endswith(_ARCHIVES)]
+    if archives:
+        return f"{missing}; unpack {archives[0]} there, or name the folder that paths start from (--images)"
+    return f"{missing}, the folder that paths start from (--images)"
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(folder: str) -> list[str]:
+    """Returns the names in a local folder, or none; remembers them, because images are often missing in thousands."""
+    if not is_local(folder) or not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in itertools.islice(entries, _MAX_NAMES)]
+
+
 def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
     """Returns the path of an image, which must not leave the root by `..`, an absolute path or a link."""
     if "\0" in name:
         raise Refusal("image path", f"the image path has a NUL character: {name!r}")
+    if "://" in name:  # in a bucket
+        name = name.removeprefix(image_root.rstrip("/") + "/")
+        if "://" in name:
+            raise Refusal("image path", f"{name}: in a bucket outside the image root {image_root} (--images)")
     # normpath resolves `..` in the text of the path; realpath below resolves links.
     relative = os.path.normpath(os.path.relpath(name, image_root) if os.path.isabs(name) else name)
     if relative.split(os.sep)[0] == os.pardir:
@@ -154,6 +193,8 @@ def _check_image(data: bytes, name: str, max_pixels: int) -> None:
     """Raises a `Refusal` if an image cannot be opened."""
     if not data:
         raise Refusal("unreadable image", f"{name}: the file is empty")
+    if content := describe_other_content(data[:HEAD_BYTES], expected=("PDF",)):
+        raise Refusal("unreadable image", f"{name}: not an image but {content}")
     try:
         open_image(data, name=name, max_pixels=max_pixels)
     except UserError as error:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from alignvlm_jax.data.shortening import shorten
 from alignvlm_jax.errors import UserError
 
 Part = dict[str, str]
@@ -20,13 +21,25 @@ Message = dict[str, Any]
 IMAGE: Part = {"type": "image"}
 IMAGE_MARK = "<image>"
 
+# Roles as publishers spell them, in lower case. What a tool returns is read like a question, and a call like an answer.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
+    "observation": "user",
+    "tool": "user",
+    "tool_response": "user",
+    "function": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
+TOOL_ROLES = ("observation", "tool", "tool_response", "function", "function_call", "tool_call")
 
 
 class Refusal(UserError):
@@ -72,6 +85,10 @@ class Refused:
     kind: str
     why: str
 
+    def shortened(self) -> "Refused":
+        """Returns the refusal with long texts cut, so that its line in a report stays under 1,000 bytes."""
+        return Refused(shorten(self.where, 280), shorten(self.id, 120), self.kind, shorten(self.why, 480))
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -84,6 +101,7 @@ class Slice:
       first: number of the first record in the file.
       records: number of records, used and refused ones together, if it is known before reading.
       picks: numbers of the selected records; None selects all.
+      image_root: folder that image paths start from, if the input states it; otherwise `checks.Limits` decides.
     """
 
     file: str
@@ -92,6 +110,7 @@ class Slice:
     first: int = 0
     records: int | None = None
     picks: tuple[int, ...] | None = None
+    image_root: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +144,7 @@ def text_message(role: Any, text: Any, mark: str = IMAGE_MARK) -> Message:
     Raises:
       Refusal: if the role is unknown or the text is not text.
     """
-    if not isinstance(role, str) or role not in ROLES:
-        raise Refusal("roles", f"a message has the role {role!r}, expected one of {', '.join(ROLES)}")
-    role = ROLES[role]
+    role = expect_role(role)
     text = expect_text(text, "a message's text")
     if role != "user":
         return {"role": role, "content": [text_part(text)]}
@@ -137,6 +154,13 @@ def text_message(role: Any, text: Any, mark: str = IMAGE_MARK) -> Message:
 def text_part(text: str) -> Part:
     """Returns the part of a message that is this text."""
     return {"type": "text", "text": text}
+
+
+def expect_role(role: Any) -> str:
+    """Returns system, user or assistant for a role as a publisher spells it, otherwise raises a `Refusal`."""
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        raise Refusal("roles", f"a message has the role {repr(role)[:60]}, expected one of {', '.join(ROLES)}")
+    return ROLES[role.strip().lower()]
 
 
 def expect_text(value: Any, what: str) -> str:

@@ -8,15 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignvlm_jax.data.formats import json_files
+from alignvlm_jax.data.formats import fields, json_files
 from alignvlm_jax.data.formats.conversation import (
     Conversation,
     FormatOptions,
     Refused,
     Slice,
-    expect_list,
-    expect_object,
-    expect_text,
     text_message,
     text_or_default,
 )
@@ -42,11 +39,12 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
 
 def _conversation(record: dict[str, Any], where: str, stem: str, number: int, options: FormatOptions) -> Conversation:
     """Returns the conversation of a record."""
-    messages = [expect_object(message, "a message") for message in expect_list(record.get("messages"), "'messages'")]
+    fields.refuse_other_media(record)
+    messages = fields.as_objects(record.get("messages"), "'messages'", "a message")
     return Conversation(
         where=where,
         id=text_or_default(record.get("id"), f"{stem}:{number}"),
         source=options.source or text_or_default(record.get("dataset_name"), stem),
         messages=[text_message(message.get("role"), message.get("content"), IMAGE_MARK) for message in messages],
-        images=[expect_text(image, "the name of an image") for image in expect_list(record.get("image"), "'image'")],
+        images=[image for image in fields.record_images(record) if image is not None],
     )

@@ -1,4 +1,4 @@
-"""Records in JSON files, as a list or one per line, found without parsing the complete file.
+"""Records in JSON files, as a list, in an object like {"data": [...]} or one per line, found without parsing the file.
 
 Files of a gigabyte are common. The elements of a list are found by their brackets alone. A slice is therefore a range
 of bytes that a worker reads independently, and damage in one record (bytes that are not UTF-8, a missing comma) costs
@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats.conversation import (
     Conversation,
     FormatOptions,
@@ -34,6 +35,19 @@ Buffer = bytes | mmap.mmap
 
 _BYTE_ORDER_MARK = re.compile(rb"(?:\xef\xbb\xbf)?")
 _LIST = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*\[")
+# An object that holds the list of records, with only simple fields before and after it.
+_STRING = rb'"(?:[^"\\]|\\.)*+"'
+_WRAPPED_LIST = re.compile(
+    _BYTE_ORDER_MARK.pattern
+    + rb"\s*\{(?:[^][{}\"]|\{[^{}]*\}|" + _STRING + rb")*?"
+    + rb'"(?:data|train|rows|records|samples|examples|instances)"\s*:\s*\[(?=\s*[]{])'
+)  # fmt: skip
+_END_OF_WRAPPED_LIST = re.compile(
+    rb"\](?:\s*,\s*" + _STRING + rb"\s*:\s*(?:" + _STRING + rb'|\{[^{}]*\}|[^][{}",]+))*\s*\}\s*\Z'
+)
+_WRAPPER_BYTES = 2**16
+_OBJECT = re.compile(_BYTE_ORDER_MARK.pattern + rb"\s*(\{[^\n]*)")
+_NOT_SPACE = re.compile(rb"\S")
 # In JSON, a string cannot span lines. After a lost quotation mark, the next line is therefore read correctly again.
 _BRACKET_OR_STRING = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[][{}]')
 _SPACE = b" \t\r\n"
@@ -103,6 +117,8 @@ def read_conversations(
 
 def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
     """Returns the record in a range of bytes."""
+    if start == 0 and (content := describe_other_content(buffer[:HEAD_BYTES])):
+        raise Refusal("damaged file", f"the file is {content}")
     if stop - start > max_bytes:
         raise Refusal("too large", f"the record has {stop - start} bytes, more than the limit of {max_bytes}")
     try:
@@ -138,17 +154,36 @@ def _map_file(path: str) -> Iterator[Buffer]:
 
 def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
     """Yields the start and stop of each record, beginning with the record at `start`."""
-    opening_bracket = _LIST.match(buffer)
-    if opening_bracket is None:
-        yield from _lines(buffer, start or _BYTE_ORDER_MARK.match(buffer).end(), len(buffer))
+    if describe_other_content(buffer[:HEAD_BYTES]):
+        yield 0, len(buffer)  # `_parse` refuses it and states the reason
         return
-    # A list: strip the closing bracket and the white space around it.
-    stop = len(buffer)
-    while buffer[stop - 1 : stop] in (b" ", b"\t", b"\r", b"\n"):
-        stop -= 1
-    if buffer[stop - 1 : stop] == b"]" and stop > opening_bracket.end():
-        stop -= 1
-    yield from _elements(buffer, start or opening_bracket.end(), stop, _separator(buffer, opening_bracket.end()))
+    records = _find_list(buffer)
+    if records is None:
+        yield from _lines(buffer, start or _BYTE_ORDER_MARK.match(buffer).end(), len(buffer))
+    else:
+        yield from _elements(buffer, start or records[0], records[1], _separator(buffer, records[0]))
+
+
+def _find_list(buffer: Buffer) -> tuple[int, int] | None:
+    """Returns the start and the stop of a list's elements, or None if every line is a record."""
+    if opening_bracket := _LIST.match(buffer):
+        # Strip the closing bracket and the white space around it.
+        stop = len(buffer)
+        while buffer[stop - 1 : stop] in (b" ", b"\t", b"\r", b"\n"):
+            stop -= 1
+        if buffer[stop - 1 : stop] == b"]" and stop > opening_bracket.end():
+            stop -= 1
+        return opening_bracket.end(), stop
+    first_line = _OBJECT.match(buffer)
+    if first_line is None or _NOT_SPACE.search(buffer, first_line.end()) and _is_json(first_line[1]):
+        return None
+    if wrapper := _WRAPPED_LIST.match(buffer, 0, _WRAPPER_BYTES):
+        tail = max(wrapper.end(), len(buffer) - _WRAPPER_BYTES)
+        end = _END_OF_WRAPPED_LIST.search(buffer, tail)
+        return wrapper.end(), end.start() if end else len(buffer)
+    # Records that span several lines, one after the other, as `jq` and `indent=2` write them.
+    start = first_line.start(1)
+    return (start, len(buffer)) if buffer[start : min(first_line.end(), start + 9)].strip() == b"{" else None
 
 
 def _separator(buffer: Buffer, start: int) -> re.Pattern | None:

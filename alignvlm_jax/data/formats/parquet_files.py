@@ -1,18 +1,28 @@
 """Reads Parquet files by row groups; damage costs only the affected row or the rest of its row group."""
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice, expect_text
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice
 from alignvlm_jax.data.paths import open_binary
 
 # Rows hold images, so only a few are read at a time.
 _ROWS_AT_A_TIME = 16
 _BYTES_PER_SLICE = 512 * 2**20
+
+
+def is_parquet(file: str) -> bool:
+    """Returns whether a file is Parquet, by its name or by its first bytes."""
+    if file.lower().endswith(".parquet"):
+        return True
+    with open_binary(file) as stream:
+        return stream.read(4) == b"PAR1"
 
 
 def plan_files(files: Sequence[str], options: FormatOptions) -> list[Slice]:
@@ -21,14 +31,20 @@ def plan_files(files: Sequence[str], options: FormatOptions) -> list[Slice]:
 
 
 def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Refusal]]:
-    """Yields the rows of a slice with their numbers: the existing `columns`, or the `Refusal` of an unreadable row."""
+    """Yields the rows of a slice with their numbers: parsed, or the `Refusal` of a row that cannot be read.
+
+    Args:
+      piece: the slice.
+      columns: names or patterns of the columns to read, of which a file may lack some.
+    """
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(_parquet(piece.file))
         except Refusal as refusal:
             yield piece.first, refusal
             return
-        present = [name for name in columns if name in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        present = [name for name in names if any(fnmatch.fnmatchcase(name, column) for column in columns)]
         number = piece.first
         for group in range(piece.start, piece.stop):
             stop = number + file.metadata.row_group(group).num_rows
@@ -44,13 +60,6 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
             for missing in range(number, stop):
                 yield missing, Refusal("damaged file", f"row group {group} cannot be read ({problem})")
             number = stop
-
-
-def image_source(value: Any) -> bytes | str:
-    """Returns an image as `datasets` of Hugging Face stores it: {"bytes", "path"}, bytes alone, or a path."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes) else expect_text(value, "an image")
 
 
 def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
@@ -77,6 +86,8 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file; raises a `Refusal` if its metadata are damaged."""
     with open_binary(path) as handle:
+        if content := describe_other_content(handle.read(HEAD_BYTES), expected=["Parquet file"]):
+            raise Refusal("damaged file", f"the file is {content}")
         size = handle.seek(0, 2)
         handle.seek(0)
         try:

@@ -1,10 +1,15 @@
-"""WebDataset archives of images and captions, such as CC-12M as written by img2dataset, read without unpacking them.
+"""WebDataset archives of images and texts, such as CC-12M as written by img2dataset, read without unpacking them.
 
-    00000.tar: 000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
+    00000.tar: 000000001.jpg  000000001.txt  000000001.json  000000002.left.JPG  000000002.right.JPG  000000002.txt ...
 
-Consecutive files whose names are equal up to the first dot form a sample: its images, and its caption in a `.txt` file
-or under "caption" in a `.json` file. An archive is one slice and may be compressed with gzip. The user's message is the
-image and `FormatOptions.instruction`, by default empty, as in LLaVA's pre-training. The caption is the answer.
+Consecutive files whose names are equal up to the first dot after the last slash form a sample. The rest of the name is
+the ending. The answer is the text of a `.txt` file, "caption" in a `.json` file, or a label in a `.cls` file. The
+user's message is the images and `FormatOptions.instruction`, by default empty, as in LLaVA's pre-training. A `.json`
+file may also hold a whole conversation (`layouts.py`). An archive is one slice and may be compressed with gzip.
+
+The images of a sample are the files with a plain or numbered ending (`jpg`, `1.jpg`, `page_2.png`). If there are none,
+they are the images with any other ending (`left.jpg`), so a mask `seg.png` next to a `jpg` is not used. Where each
+image has a text of its own (`1.jpg`, `1.txt`, `2.jpg`, `2.txt`), each pair is a sample.
 """
 
 import contextlib
@@ -17,8 +22,10 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
+from alignvlm_jax.data.formats import fields, layouts
 from alignvlm_jax.data.formats.conversation import (
     IMAGE,
     Conversation,
@@ -35,14 +42,18 @@ from alignvlm_jax.data.paths import open_binary
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXTS = ("txt", "caption")
-_USED_ENDINGS = (*_IMAGES, *_TEXTS, "json")
+_ANSWERS = (*_TEXTS, "json", "cls")
+_USED_ENDINGS = (*_IMAGES, *_ANSWERS)
+_NUMBERED = re.compile(r"(?:[a-z]+[-_]?)?\d+\.[a-z]+")
+_OTHER_MEDIA = {"mp4": "a video", "webm": "a video", "avi": "a video", "mov": "a video", "mkv": "a video"}
+_OTHER_MEDIA |= {"wav": "sound", "mp3": "sound", "flac": "sound", "ogg": "sound"}
 # WebDataset's rule. Files that do not match it (hidden files) belong to no sample.
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_NAME = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 @dataclasses.dataclass
 class _Sample:
-    """The files of one sample, by file name extension; `problem` is the reason if it cannot be used."""
+    """The files of one sample, by their ending in lower case; `problem` is the reason if it cannot be used."""
 
     key: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -58,18 +69,23 @@ def read(piece: Slice, options: FormatOptions) -> Iterator[Conversation | Refuse
     """Yields the captioned images of an archive. If it is damaged, the rest of it is one refused record."""
     # The folder of an archive names the data set.
     source = options.source or posixpath.basename(posixpath.dirname(os.path.abspath(piece.file)))
+    shard = posixpath.basename(piece.file).split(".")[0]
+    incomplete = set()
     try:
         for sample in _samples(piece.file, options.max_record_bytes):
-            where, record_id = (
-                f"{piece.file}: {sample.key}",
-                f"{posixpath.basename(piece.file).split('.')[0]}/{sample.key}",
-            )
-            try:
-                if sample.problem is not None:
-                    raise sample.problem
-                yield _conversation(sample, where, record_id, source, options.instruction)
-            except Refusal as refusal:
-                yield Refused(where, record_id, refusal.kind, str(refusal))
+            for part in _split(sample):
+                where, record_id = f"{piece.file}: {part.key}", f"{shard}/{part.key}"
+                try:
+                    if part.problem is not None:
+                        raise part.problem
+                    yield _conversation(part, where, record_id, source, options)
+                except Refusal as refusal:
+                    why = str(refusal)
+                    if part.key in incomplete:
+                        why += "; its other files are elsewhere in the archive: write it with `tar --sort=name`"
+                    if refusal.kind in ("missing image", "empty conversation"):
+                        incomplete.add(part.key)
+                    yield Refused(where, record_id, refusal.kind, why)
     except _DamagedArchive as damage:
         yield Refused(f"{piece.file}: byte {damage.offset}", "", "damaged file", str(damage))
 
@@ -82,33 +98,106 @@ class _DamagedArchive(Exception):
         self.offset = offset
 
 
-def _conversation(sample: _Sample, where: str, record_id: str, source: str, instruction: str) -> Conversation:
+def _split(sample: _Sample) -> list[_Sample]:
+    """Returns the sample, or if each of its images has a text of its own, a sample for each image."""
+    stems = {ending.rpartition(".")[0] for ending in sample.files if _kind(ending) in _ANSWERS}
+    if sample.problem is not None or len(stems) < 2 or "" in stems:
+        return [sample]
+    parts = {}
+    for ending, data in sample.files.items():
+        stem, _, kind = ending.rpartition(".")
+        parts.setdefault(stem, {})[kind] = data
+    if parts.keys() == stems and all(any(kind in _IMAGES for kind in files) for files in parts.values()):
+        return [_Sample(f"{sample.key}.{stem}", files) for stem, files in parts.items()]
+    why = (
+        f"the sample has several texts ({', '.join(sorted(stems)[:4])}) that do not belong to one image each. The "
+        "names of different samples must differ before their first dot"
+    )
+    return [dataclasses.replace(sample, problem=Refusal("unreadable record", why))]
+
+
+def _conversation(sample: _Sample, where: str, record_id: str, source: str, options: FormatOptions) -> Conversation:
     """Returns the conversation of a sample."""
-    images = [data for ending, data in sample.files.items() if ending in _IMAGES]
-    if not images:
+    endings = _image_endings(sample.files)
+    if not endings:
         raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
-    question = [IMAGE] * len(images) + ([text_part(instruction)] if instruction else [])
+    images = [sample.files[ending] for ending in endings]
+    values = _json(sample.files)
+    if layouts.has_conversation(values):
+        images = _named_images(values, sample, endings) or images
+        return layouts.to_conversation(
+            values, where, default_id=record_id, default_source=source, options=options, images=images
+        )
+    question = [IMAGE] * len(images) + ([text_part(options.instruction)] if options.instruction else [])
     messages = [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": [text_part(_caption(sample.files))]},
+        {"role": "assistant", "content": [text_part(_caption(sample.files, values))]},
     ]
     return Conversation(where, record_id, source, messages, images)
 
 
-def _caption(files: dict[str, bytes]) -> str:
-    """Returns the caption of a sample."""
+def _kind(ending: str) -> str:
+    """Returns the part of an ending after its last dot."""
+    return ending.rpartition(".")[2]
+
+
+def _image_endings(files: dict[str, bytes]) -> list[str]:
+    """Returns the endings of a sample's images; numbered ones are in the order of their numbers."""
+    images = [ending for ending in files if _kind(ending) in _IMAGES]
+    images = [ending for ending in images if ending in _IMAGES or _NUMBERED.fullmatch(ending)] or images
+    numbers = {ending: [int(number) for number in re.findall(r"\d+", ending)] for ending in images}
+    return sorted(images, key=numbers.get)
+
+
+def _named_images(values: dict[str, Any], sample: _Sample, endings: Sequence[str]) -> list[bytes] | None:
+    """Returns the images in the order in which the sample's .json names their files, or None if it does not."""
+    name = posixpath.basename(sample.key).lower()
+    by_name = {f"{name}.{ending}": sample.files[ending] for ending in endings}
+    by_name |= {ending: sample.files[ending] for ending in endings}
+    named = fields.as_list(fields.first_present(values, fields.IMAGE_FIELDS))
+    found = [by_name.get(posixpath.basename(path).lower()) for path in named if isinstance(path, str)]
+    return found if found and None not in found and len(found) == len(named) else None
+
+
+def _json(files: dict[str, bytes]) -> dict[str, Any]:
+    """Returns the content of a sample's .json, or nothing if it has none or if a text makes it unnecessary."""
+    ending = _answer_ending(files, ("json",))
+    if ending is None:
+        return {}
     try:
-        for ending in _TEXTS:
-            if ending in files:
-                return files[ending].decode("utf-8").strip()
-        if "json" in files:
-            values = expect_object(json.loads(files["json"].decode("utf-8")), "the sample's .json")
-            return expect_text(values.get("caption"), "the caption").strip()
+        values = json.loads(files[ending].decode("utf-8"))
+        values = {"conversations": values} if isinstance(values, list) and values else values
+        return expect_object(values, "the sample's .json")
+    except UnicodeDecodeError as error:
+        problem = Refusal("text encoding", f"the sample's .json is not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        problem = Refusal("unreadable record", f"the sample's .json is not valid JSON: {error}")
+    except Refusal as refusal:
+        problem = refusal
+    if _answer_ending(files, _ANSWERS) != ending:
+        return {}
+    raise problem
+
+
+def _caption(files: dict[str, bytes], values: dict[str, Any]) -> str:
+    """Returns the caption of a sample, or its label if it has no caption."""
+    ending = _answer_ending(files, _ANSWERS)
+    if ending is not None and _kind(ending) == "json":
+        if (caption := layouts.caption(values)) is not None:
+            return expect_text(caption, "the caption").strip()
+        ending = _answer_ending(files, ("cls",))
+    if ending is None:
+        raise Refusal("empty conversation", "the sample has no caption, neither in a .txt file nor in a .json file")
+    try:
+        return files[ending].decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise Refusal("text encoding", f"the caption is not UTF-8 ({error.reason})") from error
-    except (ValueError, RecursionError) as error:
-        raise Refusal("unreadable record", f"the sample's .json is not valid JSON: {error}") from error
-    raise Refusal("empty conversation", "the sample has no caption, neither in a .txt file nor in a .json file")
+
+
+def _answer_ending(files: dict[str, bytes], kinds: Sequence[str]) -> str | None:
+    """Returns the ending of the file of one of these kinds with the fewest dots, or None."""
+    found = [ending for kind in kinds for ending in files if _kind(ending) == kind]
+    return min(found, key=lambda ending: ending.count("."), default=None)
 
 
 def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
@@ -126,7 +215,9 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
                     yield sample
                 sample = _Sample(key)
             # Collect the files of the sample; it is refused if one of them cannot be used.
-            if ending not in _USED_ENDINGS:
+            if kind := _OTHER_MEDIA.get(_kind(ending)):
+                sample.problem = fields.other_media(kind, "among its files", posixpath.basename(name))
+            if _kind(ending) not in _USED_ENDINGS:
                 continue
             if ending in sample.files:
                 sample.problem = Refusal("unreadable record", f"the sample has two files {name}")
@@ -179,6 +270,9 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def _open_archive(path: str) -> Iterator[BinaryIO]:
     """Opens an archive, decompressing gzip."""
     with open_binary(path) as file:
+        if content := describe_other_content(file.read(HEAD_BYTES), expected=["tar archive", "gzip file"]):
+            raise _DamagedArchive(0, f"the file is {content}")
+        file.seek(0)
         # Detect gzip by its magic number, because the file name need not say so.
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)

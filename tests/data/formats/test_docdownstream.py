@@ -23,12 +23,15 @@ def test_only_the_formats_own_mark_stands_for_an_image(tmp_path):
 
 def test_invalid_conversation_is_refused(tmp_path):
     lines = [
-        docdownstream_record(0, image="a.png"),
+        docdownstream_record(0, image=5),
         docdownstream_record(1, messages=None),
         [],
         docdownstream_record(2),
     ]
     found = read_all("docdownstream", write_lines(tmp_path / "a.jsonl", lines))
     assert [isinstance(f, Refused) for f in found] == [True, True, True, False]
-    assert ["'image' is of type str" in found[0].why, "'messages' is missing" in found[1].why] == [True, True]
+    assert ["the name of an image is of type int" in found[0].why, "'messages' is missing" in found[1].why] == [
+        True,
+        True,
+    ]
     assert [f.where.rsplit(" ")[-1] for f in found] == ["1", "2", "3", "4"]

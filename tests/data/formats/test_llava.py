@@ -77,8 +77,8 @@ def test_a_record_without_image_id_or_source(tmp_path):
         ({"conversations": turns("a", 5)}, "unreadable record", "text is of type int"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "roles", "'robot', expected one of system"),
         ({"conversations": [{"from": ["human"], "value": "a"}]}, "roles", "expected one of"),
-        ({"image": {"path": "a"}, "conversations": turns("a", "b")}, "unreadable record", "name of an image"),
-        ({"image": [None], "conversations": turns("a", "b")}, "unreadable record", "image is missing"),
+        ({"image": {"name": "a"}, "conversations": turns("a", "b")}, "unreadable record", "expected bytes or path"),
+        ({"image": [7], "conversations": turns("a", "b")}, "unreadable record", "name of an image is of type int"),
         ({"video": "a.mp4", "conversations": turns("<image>a", "b")}, "unreadable record", "video"),
     ],
 )
