@@ -59,7 +59,7 @@ def _datasets_beneath(folder: epath.Path) -> list[str]:
 
 
 def _walk(folder: epath.Path, depth: int = 0) -> Iterator[tuple[epath.Path, list[epath.Path], list[str]]]:
-    """Yields each folder down to a depth, with its folders and the names of its files; follows links at the top only."""
+    """Yields each folder down to a depth, its folders, and the names of its files; follows links only at the top."""
     folders, files = [], []
     try:
         for path in folder.iterdir():

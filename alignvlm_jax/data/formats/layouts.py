@@ -33,15 +33,21 @@ from alignvlm_jax.data.formats.conversation import (
     text_part,
 )
 
-_DIALOGUES = {"messages": "a message", "conversations": "a turn", "conversation": "a turn", "texts": "a text"}
+_DIALOGUES = {
+    "messages": "a message",
+    "conversations": "a turn",
+    "conversation": "a turn",
+    "texts": "a text",
+    "questions": "a question",
+}
 _ROLES = ("from", "role")
 _CONTENTS = ("value", "content", "text")
 _ASKED = ("user", "human", "query", "question")
 _ANSWERED = ("assistant", "gpt", "bot", "response", "answer")
 _INSTRUCTIONS = ("instruction",)
 _INPUTS = ("input", "inputs")
-_QUESTIONS = ("query", "question", "prompt")
-_ANSWERS = ("output", "outputs", "response", "answer", "answers", "completion")
+_QUESTIONS = ("query", "question", "prompt", "prefix")
+_ANSWERS = ("output", "outputs", "response", "answer", "answers", "completion", "suffix")
 _CAPTIONS = ("caption", "txt", "text")
 _SYSTEMS = ("system", "system_prompt")
 _IDS = ("id", "uid", "sample_id", "question_id", "__key__")
@@ -255,13 +261,14 @@ def _part(part: Any) -> dict[str, Any]:
         kind = next(
             (name for name in ("image", "image_url", "video", "audio", "text") if part.get(name) is not None), kind
         )
-    if kind in ("image", "image_url", "input_image"):
-        source = fields.first_present(part, ("image", "image_url", "url", "path", "bytes"))
+    if kind in ("image", "image_url", "input_image", "image_path", "image_binary"):
+        source = fields.first_present(part, ("image", "image_url", "url", "path", "bytes", "content"))
         if source is not None:
             return {"type": "image", "source": source}
         return {"type": "image"} if part.get("index") is None else {"type": "image", "index": part["index"]}
     if kind in ("text", "input_text", "output_text"):
-        return text_part(expect_text(part.get("text"), "the text of a part"))
+        text = part["content"] if part.get("text") is None and part.get("content") is not None else part.get("text")
+        return text_part(expect_text(text, "the text of a part"))
     if kind in ("video", "video_url", "input_video"):
         raise fields.other_media("a video", f"in a part of a message ('{kind}', expected 'text' or 'image')", part)
     if kind in ("audio", "audio_url", "input_audio"):

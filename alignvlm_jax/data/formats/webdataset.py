@@ -44,7 +44,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXTS = ("txt", "caption")
 _ANSWERS = (*_TEXTS, "json", "cls")
 _USED_ENDINGS = (*_IMAGES, *_ANSWERS)
-_NUMBERED = re.compile(r"(?:[a-z]+[-_]?)?\d+\.[a-z]+")
+_NUMBERED = re.compile(r"(?:(?:img|image|page|frame|view|p)[-_]?)?\d+\.[a-z]+")
 _OTHER_MEDIA = {"mp4": "a video", "webm": "a video", "avi": "a video", "mov": "a video", "mkv": "a video"}
 _OTHER_MEDIA |= {"wav": "sound", "mp3": "sound", "flac": "sound", "ogg": "sound"}
 # WebDataset's rule. Files that do not match it (hidden files) belong to no sample.
