@@ -15,9 +15,10 @@ Usage:
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from benchmarks import images, packing, vocabulary, vocabulary_tpu
+
+from alignvlm_jax.locations import as_path
 
 COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images, "packing": packing}
 
@@ -29,7 +30,7 @@ def main() -> int:
         help_line = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=help_line, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.add_argument("--json", type=Path, help="write the results to this file")
+        command.add_argument("--json", type=as_path, help="write the results to this file")
         module.add_arguments(command)
     args = parser.parse_args()
     figures = COMMANDS[args.command].run(args)

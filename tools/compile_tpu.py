@@ -28,6 +28,7 @@ import jax
 
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import local_path
 from alignvlm_jax.parallel.mesh import parse_mesh
 from alignvlm_jax.parallel.topology import topology_devices
 from alignvlm_jax.training import ahead_of_time
@@ -130,7 +131,9 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="config file of the experiment")
+    parser.add_argument(
+        "--config", required=True, type=local_path, metavar="FILE", help="config file of the experiment"
+    )
     parser.add_argument(
         "--topology", required=True, metavar="KIND:SHAPE", help="TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8"
     )
@@ -153,7 +156,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="effort of the compiler; O0 takes a fifth of the time but gives a worse schedule (default: the "
         "compiler's own level, as in a run)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the report to this file")
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]
     if unknown:

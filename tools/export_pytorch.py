@@ -13,15 +13,20 @@ import argparse
 import os
 import re
 import sys
-from pathlib import Path
+
+from alignvlm_jax.locations import as_path, local_path
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="the workdir of a training run, or one of its step folders")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to create; must be empty or not exist yet")
+    parser.add_argument(
+        "--checkpoint", type=local_path, required=True, help="the workdir of a training run, or one of its step folders"
+    )
+    parser.add_argument(
+        "--out", type=as_path, required=True, help="the folder to create; must be empty or not exist yet"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

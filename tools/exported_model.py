@@ -3,6 +3,7 @@
 It needs torch and transformers 5, but neither JAX nor alignvlm_jax.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ class ExportedModel:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if "://" in pretrained:
+            raise ValueError(f"{pretrained}: expected a folder, or the name of an upload on the Hugging Face Hub")
+        pretrained = os.path.expanduser(pretrained)
         model = AutoModelForImageTextToText.from_pretrained(pretrained, trust_remote_code=True, dtype=dtype)
         self.model = model.eval().to(self.device)
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)

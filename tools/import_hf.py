@@ -25,27 +25,38 @@ from pathlib import Path
 
 from alignvlm_jax.commands.arguments import positive
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import as_path, local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vision", required=True, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one')
     parser.add_argument(
-        "--language", required=True, metavar="DIR", help='a Llama folder, or "nano" for the shipped one'
+        "--vision", required=True, type=local_path, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one'
+    )
+    parser.add_argument(
+        "--language",
+        required=True,
+        type=local_path,
+        metavar="DIR",
+        help='a Llama folder, or "nano" for the shipped one',
     )
     parser.add_argument(
         "--connector",
         metavar="NAME",
         help="align, mlp, perceiver, ovis, h_reducer or c_abstractor (default: the config's connector)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to create, a new folder")
+    parser.add_argument(
+        "--out", required=True, type=as_path, metavar="DIR", help="the checkpoint to create, a new folder"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="dtype of the stored weights (default: float32)",
     )
-    parser.add_argument("--config", metavar="FILE", help="config with the stages, tiles and bins; see above")
+    parser.add_argument(
+        "--config", type=local_path, metavar="FILE", help="config with the stages, tiles and bins; see above"
+    )
     parser.add_argument(
         "--mesh",
         metavar="data=1,fsdp=1,tensor=1",
@@ -57,7 +68,7 @@ def main() -> None:
         help="token that stands for an image in the text (default: found in the vocabulary or added)",
     )
     parser.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja file that replaces the folder's chat template"
+        "--chat-template", type=as_path, metavar="FILE", help="a Jinja file that replaces the folder's chat template"
     )
     parser.add_argument(
         "--max-tiles",

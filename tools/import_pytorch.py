@@ -11,13 +11,16 @@ can also be imported; their stages then come from --config.
 import argparse
 import os
 import sys
-from pathlib import Path
+
+from alignvlm_jax.locations import as_path, local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="the PyTorch folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint to create, a new folder")
+    parser.add_argument("--folder", type=as_path, required=True, metavar="DIR", help="the PyTorch folder")
+    parser.add_argument(
+        "--out", type=as_path, required=True, metavar="DIR", help="the checkpoint to create, a new folder"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -30,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--config",
+        type=local_path,
         metavar="FILE",
         help="config with the settings that a folder without alignvlm_training.json lacks (default: the paper's)",
     )

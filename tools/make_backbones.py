@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from alignvlm_jax.locations import as_path
 from alignvlm_jax.pretraining.language_recipe import make_language_backbone
 from alignvlm_jax.pretraining.training import PretrainConfig
 from alignvlm_jax.pretraining.vision_recipe import OBJECTIVES, make_vision_backbone
@@ -34,13 +35,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=as_path,
         default=Path("alignvlm_jax/backbones/nano"),
         help="output folder (default: alignvlm_jax/backbones/nano)",
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=as_path,
         default=Path("runs/backbones"),
         help="folder of checkpoints, to resume from (default: runs/backbones)",
     )

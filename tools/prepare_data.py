@@ -23,6 +23,7 @@ from alignvlm_jax.data.formats.checks import Limits
 from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.prepare_beam import in_beam
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import location
 
 
 def main() -> int:
@@ -61,9 +62,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     options = {field.name: field.default for field in dataclasses.fields(FormatOptions)}
     limits = {field.name: field.default for field in dataclasses.fields(Limits)}
     parser.add_argument("--format", required=True, choices=FORMATS, help="format of the input")
-    parser.add_argument("--input", required=True, nargs="+", help="files, folders of files, or quoted patterns with *")
-    parser.add_argument("--images", help="folder that image paths start from (default: folder of the input file)")
-    parser.add_argument("--out", required=True, help="folder of the data set")
+    parser.add_argument(
+        "--input", required=True, nargs="+", type=location, help="files, folders of files, or quoted patterns with *"
+    )
+    parser.add_argument(
+        "--images", type=location, help="folder that image paths start from (default: folder of the input file)"
+    )
+    parser.add_argument("--out", required=True, type=location, help="folder of the data set")
     parser.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
     parser.add_argument("--source", help="name of the data set (default: as stated in the records)")
     parser.add_argument("--instruction", default="", help="user's message with an image that has only a caption")

@@ -33,11 +33,13 @@ from pathlib import Path
 
 from soaking import report, runs
 
+from alignvlm_jax.locations import as_path
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="start new rounds for this long (default: 60)")
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="output folder (default: runs/soak)")
+    parser.add_argument("--out", type=as_path, default=Path("runs/soak"), help="output folder (default: runs/soak)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
     parser.add_argument("--steps", type=int, default=30, help="steps of each run (default: 30)")
     args = parser.parse_args()

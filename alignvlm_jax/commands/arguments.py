@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from alignvlm_jax.locations import local_path
+
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of descriptions, and lists commands with their summaries on the same line."""
@@ -129,12 +131,12 @@ def name_list(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def name_and_value(text: str) -> tuple[str, str]:
-    """Parses NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    return name, value
+def name_and_path(text: str) -> tuple[str, str]:
+    """Parses NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, local_path(path)
 
 
 def number_list(text: str) -> list[float]:

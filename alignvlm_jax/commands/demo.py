@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from alignvlm_jax.commands.arguments import Commands
+from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
 Run everything in one command, on a CPU, in about 15 minutes: generate a corpus of
@@ -26,9 +27,15 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     summary = "generate documents, train a small model and score it"
     command = commands.add("demo", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
-    command.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)")
     command.add_argument(
-        "--config", default="configs/nano.py", metavar="FILE", help="config file (default: configs/nano.py)"
+        "--out", type=local_path, default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)"
+    )
+    command.add_argument(
+        "--config",
+        type=local_path,
+        default="configs/nano.py",
+        metavar="FILE",
+        help="config file (default: configs/nano.py)",
     )
 
 

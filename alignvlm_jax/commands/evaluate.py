@@ -4,6 +4,7 @@ import argparse
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, name_list, positive
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
 Score a checkpoint on held-out documents. Answers are decoded greedily, and only exact
@@ -42,11 +43,13 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint",
         required=True,
+        type=local_path,
         metavar="DIR",
         help='folder of a training run, exported folder, or "nano" for the trained model in the package',
     )
     command.add_argument(
         "--data",
+        type=local_path,
         metavar="DIR",
         help="folder of the data set (default: the data set of the run; required for exported folders)",
     )
@@ -66,12 +69,18 @@ def add(commands: Commands) -> None:
         "--limit", type=positive, metavar="N", help="score only the first N questions (of each benchmark)"
     )
     command.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="with --benchmark, score a benchmark of which a part is missing; its score is marked",
+    )
+    command.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"
     )
     add_views(command)
-    command.add_argument("--json", metavar="FILE", help="write the scores to this file")
+    command.add_argument("--json", type=local_path, metavar="FILE", help="write the scores to this file")
     command.add_argument(
         "--predictions",
+        type=local_path,
         metavar="FILE",
         help="write the answers to this file, one JSON line per question; benchmarks resume from it",
     )
@@ -96,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--benchmark needs --data, the folder with the benchmark's files")
         if args.control != "none":
             raise UserError("--control cannot be used with --benchmark; it is for documents only")
+    elif args.allow_partial:
+        raise UserError("--allow-partial is for --benchmark; part of a data set is --split 'NAME[:1000]'")
     options = dict(
         data=args.data,
         limit=args.limit,
@@ -107,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
     )
     with distributed_run(args):
         if args.benchmark is not None:
-            evaluate_benchmarks(args.checkpoint, args.benchmark, split=args.split, **options)
+            options |= dict(split=args.split, allow_partial=args.allow_partial)
+            evaluate_benchmarks(args.checkpoint, args.benchmark, **options)
         else:
             split = args.split or "heldout"
             runner.evaluate_checkpoint(args.checkpoint, split=split, control=args.control, **options)

@@ -3,7 +3,8 @@
 import argparse
 import pathlib
 
-from alignvlm_jax.commands.arguments import Commands, name_and_value, name_list, positive
+from alignvlm_jax.commands.arguments import Commands, name_and_path, name_list, positive
+from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
 Compare the paper's connectors at a scale at which a run takes minutes on a CPU: ALIGN,
@@ -34,7 +35,9 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     summary = "compare the paper's connectors under one recipe"
     command = commands.add("reproduce", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
-    command.add_argument("--out", required=True, metavar="DIR", help="output folder; resumed if it exists")
+    command.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="output folder; resumed if it exists"
+    )
     command.add_argument(
         "--seeds", type=positive, default=3, metavar="N", help="number of seeds of each run (default: 3)"
     )
@@ -60,18 +63,24 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--vision",
-        type=name_and_value,
+        type=name_and_path,
         action="append",
         default=[],
         metavar="ENCODER=DIR",
         help="load an encoder from another folder; may be repeated",
     )
-    command.add_argument("--data", metavar="DIR", help="folder with existing data sets (default: OUT/data)")
+    command.add_argument(
+        "--data", type=local_path, metavar="DIR", help="folder with existing data sets (default: OUT/data)"
+    )
     command.add_argument(
         "--questions", type=positive, metavar="N", help="score only the first N questions (default: all)"
     )
     command.add_argument(
-        "--config", default="configs/reproduce.py", metavar="FILE", help="recipe (default: configs/reproduce.py)"
+        "--config",
+        type=local_path,
+        default="configs/reproduce.py",
+        metavar="FILE",
+        help="recipe (default: configs/reproduce.py)",
     )
     command.add_argument("--report-only", action="store_true", help="write the report without any new runs")
 

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run
+from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
 Train a model through the stages of a config file. A stage sets the trainable parts, the
@@ -36,8 +37,12 @@ def add(commands: Commands) -> None:
     """Adds the `train` command."""
     summary = "train a model through the stages of a config"
     command = commands.add("train", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
-    command.add_argument("--config", required=True, metavar="FILE", help="config file, such as configs/nano.py")
-    command.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; resumed if it exists")
+    command.add_argument(
+        "--config", required=True, type=local_path, metavar="FILE", help="config file, such as configs/nano.py"
+    )
+    command.add_argument(
+        "--workdir", required=True, type=local_path, metavar="DIR", help="folder of the run; resumed if it exists"
+    )
     command.add_argument(
         "--allow-config-change",
         type=lambda text: [key.strip().removeprefix("config.") for key in text.split(",") if key.strip()],
@@ -47,6 +52,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--init-from",
+        type=local_path,
         metavar="CHECKPOINT",
         help="start from the weights and the tokenizer of this checkpoint instead of the backbones (same as "
         "--config.init_from)",

@@ -14,11 +14,7 @@ from typing import BinaryIO
 from etils import epath
 
 from alignvlm_jax.errors import UserError
-
-
-def is_local(path: str | os.PathLike) -> bool:
-    """Returns whether a path is on the local machine."""
-    return "://" not in os.fspath(path)
+from alignvlm_jax.locations import is_local
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from etils import epath
 
 from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import location
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
@@ -89,6 +90,7 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     Raises:
       UserError: if the folder is not a data set, or it has no such split.
     """
+    folder = location(folder)
     builder = _open_builder(folder)
     splits = builder.info.splits
     # Check the names separately, for a message that lists the existing splits.

@@ -28,6 +28,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import views
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
+from alignvlm_jax.locations import local_path
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 
@@ -235,7 +236,7 @@ def load(
     Raises:
       UserError: if there is no usable checkpoint.
     """
-    folder = trained_model(checkpoint)
+    folder = trained_model(local_path(checkpoint))
     if is_alignvlm_folder(folder):
         exported = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
         config, params, tokenizer = exported.config, exported.params, exported.tokenizer

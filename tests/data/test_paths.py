@@ -3,8 +3,9 @@
 import pytest
 from etils import epath
 
-from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
+from alignvlm_jax.data.paths import atomic_file, find_files, open_binary, status
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_local
 from tests.data.bucket import bucket_in
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import alignvlm_jax
 from alignvlm_jax.inference.vocabulary import prune_vocabulary
+from alignvlm_jax.locations import as_path
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig, make_connector
 from alignvlm_jax.models.language import LanguageConfig
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds; the best counts (default: 5)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
     parser.add_argument("--block-size", type=int, help="rows of the vocabulary in a block (default: by T)")
-    parser.add_argument("--plot", type=Path, help="draw memory against T to this file (docs/vocabulary_memory.svg)")
+    parser.add_argument("--plot", type=as_path, help="draw memory against T to this file (docs/vocabulary_memory.svg)")
     parser.add_argument("--no-torch", action="store_true", help="skip PyTorch")
 
 

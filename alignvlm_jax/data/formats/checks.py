@@ -18,8 +18,9 @@ from etils import epath
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Message, Refusal
 from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
-from alignvlm_jax.data.paths import is_local, status
+from alignvlm_jax.data.paths import status
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_local
 
 Record = dict[str, Any]
 

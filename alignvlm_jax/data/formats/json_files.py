@@ -29,7 +29,8 @@ from alignvlm_jax.data.formats.conversation import (
     expect_object,
     text_or_default,
 )
-from alignvlm_jax.data.paths import is_local, open_binary
+from alignvlm_jax.data.paths import open_binary
+from alignvlm_jax.locations import is_local
 
 Buffer = bytes | mmap.mmap
 

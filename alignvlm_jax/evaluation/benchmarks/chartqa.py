@@ -7,53 +7,49 @@ ChartQA Dataset/test/png/41699051005347.png
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
 
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 _HALVES = ("human", "augmented")
 
 
-def _read_original(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
-    paths_by_half = {
-        half: files.find(folder, f"{split}/{split}_{half}.json", f"*/{split}/{split}_{half}.json") for half in _HALVES
-    }
-    if not any(paths_by_half.values()):
+def _read_original(folder: pathlib.Path, split: str) -> Found | None:
+    names = {half: f"{split}_{half}.json" for half in _HALVES}
+    paths = {half: files.find(folder, f"{split}/{name}", name) for half, name in names.items()}
+    present = {half: found[0] for half, found in paths.items() if found}
+    if not present:
         return None
-    return (
+    questions = (
         question
-        for half, paths in paths_by_half.items()
-        for path in paths[:1]  # A half may be missing.
+        for half, path in present.items()
         for question in files.questions(
             files.records(files.json_file(path), str(path)),
-            functools.partial(_question_from_original, path.parent / "png", half),
+            functools.partial(_question_from_original, files.ImageFolders(path, ("png", "images"), levels=0), half),
         )
     )
+    absent = [name for half, name in names.items() if half not in present]
+    return Found(questions, tuple(f"{folder}: one of ChartQA's two halves is missing, {name}" for name in absent))
 
 
-def _question_from_original(images: pathlib.Path, half: str, row: Row) -> Question:
+def _question_from_original(images: files.ImageFolders, half: str, row: Row) -> Question:
     # The files have no ids, so a question's id is the number of its record.
     number = row.where.rpartition(" ")[2]
     return Question(
         id=f"{half}:{number}",
         where=row.where,
         text=row.text("query"),
-        images=(images / row.text("imgname"),),
+        images=(images.find(row.text("imgname")),),
         references=(row.text("label"),),
         group=half,
     )
 
 
-def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("", "data/") for name in split_names(split)]
-    paths = files.find(folder, *patterns)
-    if not paths:
-        return None
-    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
-    return files.questions(rows, _question_from_parquet)
+def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
+    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in split_names(split)]
+    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question:
@@ -77,9 +73,11 @@ ORIGINAL = Layout(
     "the authors' (vis-nlp/ChartQA)",
     "DIR/{split}/{split}_human.json, {split}_augmented.json and png/, or 'DIR/ChartQA Dataset/{split}/...'",
     _read_original,
+    images=("png",),
 )
 PARQUET = Layout(
     "Parquet (lmms-lab/ChartQA, HuggingFaceM4/ChartQA)",
     "DIR/data/{split}-*.parquet with question, answer, type, image (or query, label, human_or_machine, image)",
     _read_parquet,
+    is_specific=False,
 )

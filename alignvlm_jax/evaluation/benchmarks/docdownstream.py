@@ -23,13 +23,13 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 IMAGE_MARK = "<|image|>"
@@ -69,10 +69,11 @@ def layout(dataset: str) -> Layout:
         "DocDownstream-1.0 (mPLUG/DocDownstream-1.0)",
         expected.replace("{dataset}", dataset),
         functools.partial(_read, dataset),
+        images=("imgs",),
     )
 
 
-def _read(dataset: str, folder: pathlib.Path, split: str) -> Iterable[Question] | None:
+def _read(dataset: str, folder: pathlib.Path, split: str) -> Found | None:
     own_files = files.find(folder, f"{split}/{dataset}_{split}.jsonl")
     paths = own_files or files.find(folder, f"{split}.jsonl")
     if not paths or not own_files and not _mentions(paths[0], dataset):
@@ -85,10 +86,10 @@ def _read(dataset: str, folder: pathlib.Path, split: str) -> Iterable[Question] 
         # sets `document` in all questions of this data set.
         questions = [question for question in questions if not question.problem or question.document]
     if dataset in _WITH_DUE_REFERENCES:
-        return _with_due_references(questions, dataset, folder, split)
+        questions = _with_due_references(questions, dataset, folder, split)
     if dataset == "TextVQA":
-        return _with_ten_answers(questions, folder, split)
-    return questions
+        questions = _with_ten_answers(questions, folder, split)
+    return Found(questions)
 
 
 def _mentions(file: pathlib.Path, dataset: str) -> bool:
@@ -179,6 +180,7 @@ def _with_due_references(questions: list[Question], dataset: str, folder: pathli
                 document=name,
                 group=key,
                 values=values,
+                is_published=False,
                 problem=f"no question asks for {key!r} of document {name!r}, which has a value for it",
             )
             for (name, key), values in references.items()

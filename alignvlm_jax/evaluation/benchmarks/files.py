@@ -10,7 +10,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from alignvlm_jax.data import shard_names
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation.benchmarks.layout import Found
 from alignvlm_jax.evaluation.benchmarks.question import Cell, ImageSource, Question
 
 
@@ -77,6 +79,60 @@ def find(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
         if matches := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return matches
     return []
+
+
+def find_shards(folder: pathlib.Path, *patterns: str) -> tuple[list[pathlib.Path], tuple[str, ...]]:
+    """Returns the files that match the first pattern with any match, and a sentence about each problem of their shards.
+
+    Of two uploads in one folder, only the files of one are returned.
+    """
+    selection = shard_names.select(path.as_posix() for path in find(folder, *patterns))
+    return [pathlib.Path(file) for file in selection.files], selection.missing
+
+
+def parquet_questions(
+    folder: pathlib.Path,
+    patterns: Sequence[str],
+    image_columns: Sequence[str],
+    make: Callable[[Row], Question | None],
+) -> Found | None:
+    """Returns the questions in the Parquet files that match the first pattern with any match, or None without any.
+
+    Args:
+      folder: folder that the patterns start from.
+      patterns: patterns of the files of a split.
+      image_columns: columns with images.
+      make: function that converts one row, as for `questions`.
+    """
+    paths, missing = find_shards(folder, *patterns)
+    if not paths:
+        return None
+    rows = (row for path in paths for row in parquet_rows(path, image_columns))
+    return Found(questions(rows, make), missing)
+
+
+class ImageFolders:
+    """The folders in which the images of a file of questions may be.
+
+    Archives of questions and of images unpack side by side, one in the other, or to one folder.
+    """
+
+    def __init__(self, file: pathlib.Path, names: Sequence[str], levels: int = 3):
+        """Looks for the folders.
+
+        Args:
+          file: file of questions.
+          names: names of the folders of images, relative to the file's folder or one of the folders above it.
+          levels: number of folders above the file's.
+        """
+        bases = file.absolute().parents[: levels + 1]
+        self._first = file.parent / names[0]
+        self._folders = [path for base in bases for name in names if (path := base / name).is_dir()]
+
+    def find(self, *names: str) -> pathlib.Path:
+        """Returns the path of the first of these files that exists, or else a path where it is expected."""
+        paths = (folder / name for name in names for folder in self._folders)
+        return next((path for path in paths if path.is_file()), self._first / names[0])
 
 
 def json_file(file: pathlib.Path) -> Any:

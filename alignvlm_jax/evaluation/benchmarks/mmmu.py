@@ -13,25 +13,63 @@ import ast
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row, RowError
-from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, missing_parts
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, Question
 
+SUBJECTS = (
+    "Accounting",
+    "Agriculture",
+    "Architecture_and_Engineering",
+    "Art",
+    "Art_Theory",
+    "Basic_Medical_Science",
+    "Biology",
+    "Chemistry",
+    "Clinical_Medicine",
+    "Computer_Science",
+    "Design",
+    "Diagnostics_and_Laboratory_Medicine",
+    "Economics",
+    "Electronics",
+    "Energy_and_Power",
+    "Finance",
+    "Geography",
+    "History",
+    "Literature",
+    "Manage",
+    "Marketing",
+    "Materials",
+    "Math",
+    "Mechanical_Engineering",
+    "Music",
+    "Pharmacy",
+    "Physics",
+    "Psychology",
+    "Public_Health",
+    "Sociology",
+)
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 _MENTION = re.compile(r"<image (\d)>")
 _SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")  # "Accounting" in the id "validation_Accounting_1"
 
 
-def _read(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    names = split_names(split)
-    paths = files.find(folder, *(f"{prefix}{name}-*.parquet" for prefix in ("*/", "data/", "") for name in names))
-    if not paths:
-        return None
-    rows = (row for path in paths for row in files.parquet_rows(path, IMAGES))
-    return files.questions(rows, _question)
+def _read(folder: pathlib.Path, split: str) -> Found | None:
+    # MMMU has a split called dev, which is not the validation split.
+    names = ("validation", "val") if split == "val" else (split,)
+    by_subject = {
+        subject: files.find_shards(folder, *(f"{subject}/{name}-*.parquet" for name in names)) for subject in SUBJECTS
+    }
+    present = [subject for subject, (paths, _) in by_subject.items() if paths]
+    if present:
+        rows = (row for paths, _ in by_subject.values() for path in paths for row in files.parquet_rows(path, IMAGES))
+        missing = [sentence for _, sentences in by_subject.values() for sentence in sentences]
+        return Found(files.questions(rows, _question), (*missing_parts("MMMU's subjects", SUBJECTS, present), *missing))
+    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in names]
+    return files.parquet_questions(folder, patterns, IMAGES, _question)
 
 
 def _question(row: Row) -> Question:
@@ -85,7 +123,8 @@ def submission(questions: Sequence[Question], answers: dict[str, str | None]) ->
 
 PARQUET = Layout(
     "Parquet (MMMU/MMMU, lmms-lab/MMMU)",
-    "DIR/<subject>/validation-*.parquet or DIR/data/validation-*.parquet, with id, question, options, answer, "
-    "question_type, image_1, ...",
+    "DIR/<subject>/{split}-*.parquet of the thirty subjects, or DIR/data/{split}-*.parquet, with id, question, "
+    "options, answer, question_type, image_1, ...",
     _read,
+    is_specific=False,
 )

@@ -20,6 +20,8 @@ class Outcome:
       scores: scores of the answers; None if the benchmark withholds its references.
       limit: maximum number of questions to ask; None for all.
       seconds: time this run took to answer the questions that had no stored answer.
+      missing: one sentence for each part of the benchmark that was not there.
+      remarks: other differences from the published benchmark.
     """
 
     benchmark: Benchmark
@@ -30,3 +32,5 @@ class Outcome:
     scores: Scores | None
     limit: int | None
     seconds: float
+    missing: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()

@@ -13,53 +13,57 @@ output/coco.
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, missing_parts
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 CATEGORIES = ("random", "popular", "adversarial")
-_IMAGE_FOLDERS = ("val2014", "images", "coco/val2014", "../val2014", ".")
+_IMAGE_FOLDERS = ("val2014", "coco/val2014", "images", ".")
 
 
-def _read_original(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
+def _read_original(folder: pathlib.Path, split: str) -> Found | None:
     names = {category: f"coco_pope_{category}.json" for category in CATEGORIES}
-    paths_by_category = {
-        category: files.find(folder, name, f"coco/{name}", f"*/coco/{name}") for category, name in names.items()
-    }
-    if split != "test" or not any(paths_by_category.values()):
+    paths = {category: files.find(folder, name, f"coco/{name}") for category, name in names.items()}
+    present = {category: found[0] for category, found in paths.items() if found}
+    if split != "test" or not present:
         return None
-    if missing := [category for category, paths in paths_by_category.items() if not paths]:
-        raise UserError(f"{folder}: POPE lacks the parts {', '.join(missing)} (expected: {ORIGINAL.expected})")
-    # COCO's images may be next to the questions or in a folder of their own.
-    roots = [paths[0].parent for paths in paths_by_category.values()] + [folder]
-    candidates = [root / name for root in roots for name in _IMAGE_FOLDERS]
-    images = next((path for path in candidates if path.is_dir() and any(path.glob("COCO_*"))), candidates[0])
-    return (
+    questions = (
         question
-        for category, paths in paths_by_category.items()
+        for category, path in present.items()
         for question in files.questions(
-            files.json_lines(paths[0]), functools.partial(_question_from_original, images, category)
+            files.json_lines(path),
+            functools.partial(_question_from_original, files.ImageFolders(path, _IMAGE_FOLDERS), category),
         )
     )
+    return Found(questions, missing_parts("POPE's parts", names.values(), [names[category] for category in present]))
 
 
-def _question_from_original(images: pathlib.Path, category: str, row: Row) -> Question:
-    return _question(row, category, row.text("text"), images / row.text("image"), row.text("label"))
+def _question_from_original(images: files.ImageFolders, category: str, row: Row) -> Question:
+    return _question(row, category, row.text("text"), images.find(row.text("image")), row.text("label"))
 
 
-def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    paths = files.find(folder, *(f"{prefix}{split}-*.parquet" for prefix in ("data/", "")))
-    if not paths:
+def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
+    patterns = [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")]
+    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+
+
+def _read_parts(folder: pathlib.Path, split: str) -> Found | None:
+    shards = {part: files.find_shards(folder, f"Full/{part}-*.parquet", f"{part}-*.parquet") for part in CATEGORIES}
+    present = [part for part, (paths, _) in shards.items() if paths]
+    if split != "test" or not present:
         return None
-    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
-    return files.questions(
-        rows,
-        lambda row: _question(row, row.text("category"), row.text("question"), row.get("image"), row.text("answer")),
+    rows = (row for paths, _ in shards.values() for path in paths for row in files.parquet_rows(path, ("image",)))
+    missing = [sentence for _, sentences in shards.values() for sentence in sentences]
+    return Found(
+        files.questions(rows, _question_from_parquet), (*missing_parts("POPE's parts", CATEGORIES, present), *missing)
     )
+
+
+def _question_from_parquet(row: Row) -> Question:
+    return _question(row, row.text("category"), row.text("question"), row.get("image"), row.text("answer"))
 
 
 def _question(row: Row, category: str, text: str, image, label: str) -> Question:
@@ -77,11 +81,19 @@ def _question(row: Row, category: str, text: str, image, label: str) -> Question
 
 ORIGINAL = Layout(
     "the authors' (AoiDragon/POPE)",
-    "DIR/coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json (or in DIR/coco/), and DIR/val2014/",
+    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json in DIR, DIR/coco/ or "
+    "DIR/output/coco/, and DIR/val2014/",
     _read_original,
+    images=("val2014",),
 )
 PARQUET = Layout(
     "Parquet (lmms-lab/POPE)",
     "DIR/data/{split}-*.parquet with question_id, question, answer, category, image",
     _read_parquet,
+    is_specific=False,
+)
+PARQUET_PARTS = Layout(
+    "Parquet (lmms-lab/POPE, Full)",
+    "DIR/Full/{random,popular,adversarial}-*.parquet, with the same columns",
+    _read_parts,
 )

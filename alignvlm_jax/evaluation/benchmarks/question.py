@@ -55,6 +55,8 @@ class Question:
       document: id of the document that the value belongs to (DeepForm, KLC).
       values: accepted spellings of each value to be found in the document (DeepForm, KLC).
       extra: additional information for the benchmark's metric; a string is a remark for the report.
+      is_published: whether the files have this question. A value of a document that no question asks for counts as
+        missed, but not as a question.
       problem: reason why the question cannot be asked; "" if it can. Such a question counts as answered wrongly.
     """
 
@@ -69,4 +71,5 @@ class Question:
     document: str = ""
     values: tuple[tuple[str, ...], ...] = ()
     extra: Any = None
+    is_published: bool = True
     problem: str = ""

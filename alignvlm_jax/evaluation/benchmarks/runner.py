@@ -4,7 +4,6 @@ Answers are appended to a file of predictions as they arrive, and a later run do
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, ImageSource, Question
+from alignvlm_jax.evaluation.benchmarks.reading import QuestionSet, read_questions
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
@@ -43,6 +43,7 @@ def evaluate_benchmarks(
     data: str | os.PathLike,
     split: str | None = None,
     limit: int | None = None,
+    allow_partial: bool = False,
     batch_size: int = 32,
     views: int = 1,
     json_file: str | None = None,
@@ -57,6 +58,7 @@ def evaluate_benchmarks(
       data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it.
       split: split to score instead of each benchmark's default.
       limit: maximum number of questions per benchmark.
+      allow_partial: whether to score a benchmark of which a part is missing. The score is marked.
       batch_size: number of questions decoded at once.
       views: number of views of each image (see `inference/views.py`).
       json_file: file for the scores.
@@ -77,7 +79,10 @@ def evaluate_benchmarks(
     # packages of a metric.
     for row in benchmarks:
         row.metric((), {})
-    questions_by_name = {row.name: read_questions(row, pathlib.Path(data), split or row.split) for row in benchmarks}
+    question_sets = {
+        row.name: read_questions(row, pathlib.Path(data), split or row.split, allow_partial=allow_partial)
+        for row in benchmarks
+    }
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
 
     loaded: list[Reader] = []
@@ -92,8 +97,8 @@ def evaluate_benchmarks(
     outcomes = []
     with call_in_primary(lambda: Predictions(predictions_file)) or contextlib.nullcontext() as predictions:
         for row in benchmarks:
-            questions = questions_by_name[row.name]
-            outcomes.append(run(row, split or row.split, questions, reader, predictions, identity, limit=limit))
+            question_set = question_sets[row.name]
+            outcomes.append(run(row, split or row.split, question_set, reader, predictions, identity, limit=limit))
     if distributed.is_primary():
         print(f"{identity['checkpoint']}: answers in {predictions_file}\n")
         print(summary.format_table(outcomes, pruned=pruned))
@@ -107,40 +112,10 @@ def evaluate_benchmarks(
     return outcomes
 
 
-def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str) -> list[Question]:
-    """Returns all questions of a benchmark, from the first of its layouts whose files exist.
-
-    Raises:
-      UserError: if no files are found, or no question can be asked. The message names the expected files.
-    """
-    expected = "; ".join(layout.describe(split) for layout in benchmark.layouts)
-    if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder. Expected files of {benchmark.title}: {expected}")
-    folder = data / benchmark.name if (data / benchmark.name).is_dir() else data
-    # The first layout that recognizes the files is used, even if its questions turn out to be unusable.
-    for layout in benchmark.layouts:
-        layout_questions = layout.read(folder, split)
-        if layout_questions is None:
-            continue
-        questions = list(layout_questions)
-        valid = [question for question in questions if not question.problem]
-        if not valid:
-            reason = f": {questions[0].problem}" if questions else ""
-            raise UserError(f"{folder}: no question of {benchmark.title}, split {split}, can be asked{reason}")
-        images = [image for question in valid for image in question.images]
-        if images and not any(files.image_exists(image) for image in images):
-            raise UserError(
-                f"{folder}: none of the {len(images)} images of {benchmark.title} exists, for example {images[0]}. "
-                f"Expected files: {layout.describe(split)}"
-            )
-        return _unique(questions)
-    raise UserError(f"{folder}: no files of {benchmark.title}, split {split}. Expected files: {expected}")
-
-
 def run(
     benchmark: Benchmark,
     split: str,
-    questions: Sequence[Question],
+    question_set: QuestionSet,
     reader: Callable[[], Reader],
     predictions: Predictions | None,
     identity: Mapping[str, Any],
@@ -154,7 +129,7 @@ def run(
     Args:
       benchmark: row of the table of benchmarks.
       split: name of the split.
-      questions: all questions of the split, from `read_questions`.
+      question_set: all questions of the split, from `read_questions`.
       reader: function that returns the model; called only if a question has to be asked.
       predictions: file of answers in the primary process; None in the others.
       identity: identity of the checkpoint.
@@ -163,11 +138,11 @@ def run(
     start_time = time.monotonic()
     # Stored answers count only for the same model, prompt and questions. The limit may differ between runs.
     settings = {**identity, "split": split, "prompt": benchmark.prompt, "max_new_tokens": benchmark.max_new_tokens}
-    settings["questions"] = fingerprint(questions)
+    settings["questions"] = fingerprint(question_set.questions)
     stored_answers = predictions.begin(benchmark.name, settings) if predictions is not None else {}
     # Index 0 is the primary process. Its stored answers decide what all processes ask.
     answers: dict[str, str | None] = dict(distributed.gather_json(stored_answers)[0])
-    questions = list(questions)[:limit]
+    questions = question_set.questions[:limit]
     problems = {question.id: question.problem for question in questions if question.problem}
     pending = [question for question in questions if question.id not in answers and question.id not in problems]
     quiet = not distributed.is_primary()
@@ -192,7 +167,18 @@ def run(
     scored = [question for question in questions if question.problem or question.references is not None]
     is_withheld = all(question.problem for question in scored)
     scores = None if is_withheld else benchmark.metric(scored, final_answers)
-    return Outcome(benchmark, split, questions, final_answers, problems, scores, limit, time.monotonic() - start_time)
+    return Outcome(
+        benchmark,
+        split,
+        questions,
+        final_answers,
+        problems,
+        scores,
+        limit,
+        time.monotonic() - start_time,
+        missing=question_set.missing,
+        remarks=question_set.remarks,
+    )
 
 
 def _ask(
@@ -253,19 +239,6 @@ def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | Non
     # `Predictions` refuses the file.
     path = pathlib.Path(checkpoint).absolute()
     return str(pathlib.Path("runs", "benchmarks", "-".join(path.parts[-2:]) + ".jsonl"))
-
-
-def _unique(questions: list[Question]) -> list[Question]:
-    """Returns the questions, with a problem and a new id for each question whose id occurred before."""
-    seen: set[str] = set()
-    unique = []
-    for question in questions:
-        if question.id in seen:
-            new_id = f"{question.id} ({question.where})"
-            question = dataclasses.replace(question, id=new_id, problem=f"the id {question.id} occurs twice")
-        seen.add(question.id)
-        unique.append(question)
-    return unique
 
 
 def _write_submissions(outcomes: Sequence[Outcome], predictions_file: pathlib.Path) -> None:

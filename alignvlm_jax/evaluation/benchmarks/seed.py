@@ -11,12 +11,12 @@ DATASET.md.
 
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
 from alignvlm_jax.evaluation.benchmarks.question import ImageSource, Question
 
 # Names of the question types, for files that do not define them.
@@ -33,8 +33,8 @@ _TYPES = {
 }
 
 
-def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    paths = files.find(folder, "SEED-Bench.json", "*/SEED-Bench.json")
+def _read_original(folder: pathlib.Path, split: str) -> Found | None:
+    paths = files.find(folder, "SEED-Bench.json")
     if split != "test" or not paths:
         return None
     content = files.json_file(paths[0])
@@ -46,20 +46,17 @@ def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | Non
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else _TYPES
     records = files.records(content["questions"], f"{paths[0]}, questions")
-    images = paths[0].parent / "SEED-Bench-image"
-    return files.questions(records, functools.partial(_question_from_original, images, names))
+    images = files.ImageFolders(paths[0], ("SEED-Bench-image",))
+    return Found(files.questions(records, functools.partial(_question_from_original, images, names)))
 
 
-def _question_from_original(images: pathlib.Path, types: Mapping[str, str], row: Row) -> Question | None:
-    return _question(row, types, (images / row.text("data_id"),)) if row.text("data_type") == "image" else None
+def _question_from_original(images: files.ImageFolders, types: Mapping[str, str], row: Row) -> Question | None:
+    return _question(row, types, (images.find(row.text("data_id")),)) if row.text("data_type") == "image" else None
 
 
-def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    paths = files.find(folder, *(f"{prefix}{split}-*.parquet" for prefix in ("data/", "")))
-    if not paths:
-        return None
-    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
-    return files.questions(rows, _question_from_parquet)
+def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
+    patterns = [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")]
+    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question | None:
@@ -83,10 +80,14 @@ def _question(row: Row, types: Mapping[str, str], images: tuple[ImageSource, ...
 
 
 ORIGINAL = Layout(
-    "the authors' (AILab-CVC/SEED-Bench)", "DIR/SEED-Bench.json and DIR/SEED-Bench-image/", _read_original
+    "the authors' (AILab-CVC/SEED-Bench)",
+    "DIR/SEED-Bench.json and DIR/SEED-Bench-image/",
+    _read_original,
+    images=("SEED-Bench-image",),
 )
 PARQUET = Layout(
     "Parquet (lmms-lab/SEED-Bench)",
     "DIR/data/{split}-*.parquet with question_id, question, choice_a ... choice_d, answer, data_type, image",
     _read_parquet,
+    is_specific=False,
 )

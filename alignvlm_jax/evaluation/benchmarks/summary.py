@@ -17,6 +17,8 @@ from alignvlm_jax.evaluation.benchmarks.paper import (
 )
 from alignvlm_jax.evaluation.benchmarks.scores import Score
 
+PARTIAL = " (partial)"
+"""Mark of a score over a part of a benchmark."""
 _SHOWN_PROBLEMS = 5
 
 
@@ -44,14 +46,15 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
         paper_scores, mark = outcome.benchmark.paper, MARKS.get(outcome.benchmark.name, "")
         paper_cells = [f"{paper_scores[model]:.2f}{mark}" if model in paper_scores else "" for model in models]
         if outcome.scores is None or outcome.scores.primary is None:
-            rows.append([name, str(len(outcome.questions)), "not scored here", *paper_cells])
+            rows.append([name, str(len(outcome.questions)), "not scored here" + _mark(outcome), *paper_cells])
             continue
         primary = outcome.scores.primary
-        rows.append([f"{name}, {primary.name}", str(primary.count), _format(primary), *paper_cells])
+        rows.append([f"{name}, {primary.name}", str(primary.count), _format(primary) + _mark(outcome), *paper_cells])
         rows += [[f"  {other.name}", str(other.count), _format(other)] for other in outcome.scores.others]
     if (average := average_of(AVERAGED, outcomes)) is not None:
         paper_cells = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
-        rows.append(["average of the nine", "", f"{average:.2f}", *paper_cells])
+        mark = PARTIAL if any(outcome.missing for outcome in outcomes if outcome.benchmark.name in AVERAGED) else ""
+        rows.append(["average of the nine", "", f"{average:.2f}{mark}", *paper_cells])
     # Align the columns. Rows of further scores are shorter: they have no cells for the paper's models.
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
@@ -76,6 +79,9 @@ def format_notes(outcomes: Sequence[Outcome]) -> str:
     lines = []
     for outcome in outcomes:
         title = outcome.benchmark.title
+        if outcome.missing:
+            lines.append(f"{title}: the score is over a part of the benchmark; the paper's scores are over all")
+            lines += [f"  {sentence}" for sentence in outcome.missing]
         if outcome.limit is not None:
             lines.append(f"{title}: only the first {len(outcome.questions)} questions; the paper's scores are over all")
         if outcome.problems:
@@ -121,6 +127,8 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "benchmark": benchmark.name,
         "split": outcome.split,
         "num_questions": len(outcome.questions),
+        "num_published": list(benchmark.published.get(outcome.split, ())),
+        "is_partial": bool(outcome.missing),
         "limit": outcome.limit,
         "metric": scores.primary.name if scores and scores.primary else None,
         **(scores.primary.to_json() if scores and scores.primary else {"score": None}),
@@ -133,15 +141,19 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "num_not_asked": len(outcome.problems),
         "not_asked": outcome.problems,
         "scorer_aborted": dict(scores.aborted) if scores else {},
-        "remarks": _remarks(outcome),
+        "remarks": [*outcome.missing, *_remarks(outcome)],
         "seconds": round(outcome.seconds, 1),
     }
 
 
 def _remarks(outcome: Outcome) -> list[str]:
-    """Returns each distinct remark of the file readers, with the number of questions it is about."""
+    """Returns the remarks about the files, and each distinct remark of their readers with its number of questions."""
     counts = Counter(question.extra for question in outcome.questions if isinstance(question.extra, str))
-    return [f"{remark} ({count} questions)" for remark, count in counts.items()]
+    return [*outcome.remarks, *(f"{remark} ({count} questions)" for remark, count in counts.items())]
+
+
+def _mark(outcome: Outcome) -> str:
+    return PARTIAL if outcome.missing else ""
 
 
 def _format(score: Score) -> str:

@@ -97,6 +97,8 @@ class Benchmark:
       prompt_source: source of the prompt.
       max_new_tokens: maximum length of an answer.
       metric: function from questions and answers to scores.
+      published: numbers of questions in the published splits. Some splits were published in several sizes.
+      folders: names of the folders and repositories that it is published in, besides `name` and `title`.
       submission: function from questions and answers to the content of the file for the benchmark's server or judge.
     """
 
@@ -108,6 +110,8 @@ class Benchmark:
     prompt_source: str
     max_new_tokens: int
     metric: scoring.Metric
+    published: Mapping[str, tuple[int, ...]]
+    folders: tuple[str, ...] = ()
     submission: Callable[[Sequence[Question], scoring.Answers], Any] | None = None
 
     @property
@@ -129,51 +133,61 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
         (docdownstream.layout("DocVQA"), documents.DOCVQA, documents.DOCVQA_PARQUET),
         split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("ANLS", scoring.anls), submission=documents.submission,
+        published={"val": (5349,), "test": (5188,)}, folders=("spdocvqa", "SP-DocVQA"),
     ),
     Benchmark(
         "infovqa", "InfoVQA",
         (docdownstream.layout("InfographicsVQA"), documents.INFOVQA, documents.INFOVQA_PARQUET),
         split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("ANLS", scoring.anls), submission=documents.submission,
+        published={"val": (2801,), "test": (3288,)}, folders=("InfographicVQA", "InfographicsVQA"),
     ),
     Benchmark(
         "deepform", "DeepForm", (docdownstream.layout("DeepForm"),),
         split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
+        published={"test": (1500,)},
     ),
     Benchmark(
         "klc", "KLC", (docdownstream.layout("KleisterCharity"),),
         split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64, metric=scoring.forms,
+        published={"test": (4872,)}, folders=("KleisterCharity",),
     ),
     Benchmark(
         "wtq", "WTQ", (docdownstream.layout("WikiTableQuestions"),),
         split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=64,
         metric=scoring.mean_of("denotation accuracy", scoring.wtq_whole, split_at_bars=scoring.wtq_split),
+        published={"val": (2831,), "test": (4344,)}, folders=("WikiTableQuestions",),
     ),
     Benchmark(
         "tabfact", "TabFact", (docdownstream.layout("TabFact"),),
         split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=8,
         metric=scoring.mean_of("accuracy", scoring.tabfact_accuracy),
+        published={"val": (12792,), "test": (12779, 12722)},
     ),
     Benchmark(
         "chartqa", "ChartQA", (docdownstream.layout("ChartQA"), chartqa.ORIGINAL, chartqa.PARQUET),
         split="test", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("relaxed accuracy", scoring.relaxed_accuracy),
+        published={"val": (1920,), "test": (2500,)}, folders=("ChartQA Dataset",),
     ),
     Benchmark(
         "textvqa", "TextVQA", (docdownstream.layout("TextVQA"), textvqa.ORIGINAL, textvqa.PARQUET),
         split="val", prompt=_PLAIN, prompt_source=_DOCOWL, max_new_tokens=32,
         metric=scoring.mean_of("VQA accuracy", scoring.vqa_accuracy), submission=textvqa.submission,
+        published={"val": (5000,), "test": (5734,)},
     ),
     Benchmark(
         "tablevqa", "TableVQA-Bench", (tablevqa.PARQUET,),
         split="test", prompt={"vwtq": _VWTQ, "vwtq_syn": _VWTQ, "vtabfact": _VTABFACT, "fintabnetqa": _FINTABNETQA},
         prompt_source="VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py", max_new_tokens=64, metric=scoring.tablevqa,
+        published={"test": (1500,)}, folders=("TableVQA-Bench", "tablevqabench"),
     ),
     *(
         Benchmark(
             f"vcr_{language}_{difficulty}", f"VCR {language} {difficulty}", (vcr.layout(language, difficulty),),
             split="test", prompt=_VCR[language], prompt_source="tianyu-z/VCR; lmms-eval, tasks/vcr_wiki",
             max_new_tokens=120, metric=scoring.vcr(language),
+            published={"test": (5000,)}, folders=vcr.folders(language, difficulty),
         )
         for language in ("en", "zh") for difficulty in ("easy", "hard")
     ),
@@ -186,26 +200,31 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
         },
         prompt_source="lmms-eval, tasks/mmmu; images where the text names them, as in VLMEvalKit",
         max_new_tokens=128, metric=scoring.mmmu, submission=mmmu.submission,
+        published={"dev": (150,), "val": (900,), "test": (10500,)},
     ),
     Benchmark(
         "seed", "SEED-Bench (images)", (seed.ORIGINAL, seed.PARQUET),
         split="test", prompt=_BY_LETTER, prompt_source="lmms-eval, tasks/seedbench", max_new_tokens=16,
         metric=scoring.mean_of("accuracy", scoring.seed_accuracy),
+        published={"test": (14233,)}, folders=("SEED-Bench",),
     ),
     Benchmark(
-        "mmvet", "MM-Vet", (mmvet.ORIGINAL,),
+        "mmvet", "MM-Vet", (mmvet.ORIGINAL, mmvet.PARQUET),
         split="test", prompt=_PLAIN, prompt_source="LLaVA, docs/Evaluation.md", max_new_tokens=1024,
         metric=scoring.not_scored, submission=mmvet.submission,
+        published={"test": (218,)},
     ),
     Benchmark(
-        "pope", "POPE", (pope.ORIGINAL, pope.PARQUET),
+        "pope", "POPE", (pope.ORIGINAL, pope.PARQUET, pope.PARQUET_PARTS),
         split="test", prompt=_SHORT_ANSWER, prompt_source="lmms-eval, tasks/pope", max_new_tokens=16,
         metric=scoring.pope,
+        published={"test": (9000, 8910)},
     ),
     Benchmark(
         "gqa", "GQA", (gqa.ORIGINAL, gqa.PARQUET),
         split="test", prompt=_SHORT_ANSWER, prompt_source="lmms-eval, tasks/gqa", max_new_tokens=16,
         metric=scoring.mean_of("accuracy", scoring.gqa_accuracy),
+        published={"val": (132062,), "test": (12578,)},
     ),
 )}
 # fmt: on

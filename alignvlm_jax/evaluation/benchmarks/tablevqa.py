@@ -8,29 +8,28 @@ Source: naver-ai/tablevqabench, inference_examples.ipynb and src/evaluate_tablev
 
 import functools
 import pathlib
-from collections.abc import Iterator
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, missing_parts
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 PARTS = ("vwtq", "vwtq_syn", "vtabfact", "fintabnetqa")
 
 
-def _read(folder: pathlib.Path, split: str) -> Iterator[Question] | None:
-    paths_by_part = {part: files.find(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
-    if split != "test" or not any(paths_by_part.values()):
+def _read(folder: pathlib.Path, split: str) -> Found | None:
+    shards = {part: files.find_shards(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
+    if split != "test" or not any(paths for paths, _ in shards.values()):
         return None
-    if missing := [part for part, paths in paths_by_part.items() if not paths]:
-        raise UserError(f"{folder}: TableVQA-Bench lacks the parts {', '.join(missing)} (expected: {EXPECTED})")
-    return (
+    questions = (
         question
-        for part, paths in paths_by_part.items()
+        for part, (paths, _) in shards.items()
         for path in paths
         for question in files.questions(files.parquet_rows(path, ("image",)), functools.partial(_question, part))
     )
+    parts = missing_parts("TableVQA-Bench's parts", PARTS, [part for part, (paths, _) in shards.items() if paths])
+    return Found(questions, (*parts, *(sentence for _, missing in shards.values() for sentence in missing)))
 
 
 def _question(part: str, row: Row) -> Question:
@@ -48,5 +47,8 @@ def _question(part: str, row: Row) -> Question:
     )
 
 
-EXPECTED = "DIR/data/{vwtq,vwtq_syn,vtabfact,fintabnetqa}-*.parquet with qa_id, question, gt, image"
-PARQUET = Layout("Parquet (terryoo/TableVQA-Bench)", EXPECTED, _read)
+PARQUET = Layout(
+    "Parquet (terryoo/TableVQA-Bench)",
+    "DIR/data/{vwtq,vwtq_syn,vtabfact,fintabnetqa}-*.parquet with qa_id, question, gt, image",
+    _read,
+)

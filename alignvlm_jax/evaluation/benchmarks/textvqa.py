@@ -9,19 +9,19 @@ are then written in EvalAI's format.
 
 import functools
 import pathlib
-from collections.abc import Iterable
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout, split_names
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
-_IMAGE_FOLDERS = {"val": ("train_images", "train_val_images/train_images"), "test": ("test_images",)}
+_IMAGE_FOLDERS = ("train_images", "train_val_images/train_images")
+_TEST_IMAGE_FOLDERS = ("test_images",)
 
 
-def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    paths = files.find(folder, f"TextVQA_0.5.1_{split}.json", f"*/TextVQA_0.5.1_{split}.json")
+def _read_original(folder: pathlib.Path, split: str) -> Found | None:
+    paths = files.find(folder, f"TextVQA_0.5.1_{split}.json")
     if not paths:
         return None
     content = files.json_file(paths[0])
@@ -29,24 +29,18 @@ def _read_original(folder: pathlib.Path, split: str) -> Iterable[Question] | Non
         raise UserError(
             f"{paths[0]}: expected the questions in a list 'data', as in TextVQA's files; there is no such list"
         )
-    names = _IMAGE_FOLDERS[split]
-    candidates = [root / name for root in (paths[0].parent, folder) for name in names]
-    images = next((path for path in candidates if path.is_dir()), candidates[0])
+    images = files.ImageFolders(paths[0], _TEST_IMAGE_FOLDERS if split == "test" else _IMAGE_FOLDERS)
     records = files.records(content["data"], f"{paths[0]}, data")
-    return files.questions(records, functools.partial(_question, images))
+    return Found(files.questions(records, functools.partial(_question, images)))
 
 
-def _read_parquet(folder: pathlib.Path, split: str) -> Iterable[Question] | None:
+def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
     patterns = [f"{prefix}{part}-*.parquet" for prefix in ("data/", "") for part in split_names(split)]
-    paths = files.find(folder, *patterns)
-    if not paths:
-        return None
-    rows = (row for path in paths for row in files.parquet_rows(path, ("image",)))
-    return files.questions(rows, functools.partial(_question, None))
+    return files.parquet_questions(folder, patterns, ("image",), functools.partial(_question, None))
 
 
-def _question(images: pathlib.Path | None, row: Row) -> Question:
-    image = row.get("image") if images is None else images / f"{row.text('image_id')}.jpg"
+def _question(images: files.ImageFolders | None, row: Row) -> Question:
+    image = row.get("image") if images is None else images.find(f"{row.text('image_id')}.jpg")
     answers = row.texts("answers") if "answers" in row else None
     return Question(
         id=row.text("question_id"), where=row.where, text=row.text("question"), images=(image,), references=answers
@@ -68,9 +62,11 @@ ORIGINAL = Layout(
     "the authors' (textvqa.org)",
     "DIR/TextVQA_0.5.1_{split}.json, and DIR/train_images/ (for test: test_images/)",
     _read_original,
+    images=(*_IMAGE_FOLDERS, *_TEST_IMAGE_FOLDERS),
 )
 PARQUET = Layout(
     "Parquet (lmms-lab/textvqa)",
     "DIR/data/{split}-*.parquet with question_id, question, answers, image",
     _read_parquet,
+    is_specific=False,
 )

@@ -8,13 +8,11 @@ A single question asks for all covered texts, and each is searched for in the an
 Source: tianyu-z/VCR; lmms-eval, tasks/vcr_wiki.
 """
 
-import functools
 import pathlib
-from collections.abc import Iterable
 
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 # Only the first one is shown to the model. The others are listed because columns that are not are read as text, and
@@ -22,12 +20,10 @@ from alignvlm_jax.evaluation.benchmarks.question import Question
 _IMAGES = ("stacked_image", "image", "only_it_image", "only_it_image_small")
 
 
-def _read(repository: str, folder: pathlib.Path, split: str) -> Iterable[Question] | None:
-    paths = files.find(folder, *(f"{prefix}{split}-*.parquet" for prefix in (f"{repository}/data/", "data/", "")))
-    if not paths:
-        return None
-    rows = (row for path in paths for row in files.parquet_rows(path, _IMAGES))
-    return files.questions(rows, _question)
+def _read(folder: pathlib.Path, split: str) -> Found | None:
+    return files.parquet_questions(
+        folder, [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")], _IMAGES, _question
+    )
 
 
 def _question(row: Row) -> Question:
@@ -40,11 +36,17 @@ def _question(row: Row) -> Question:
     )
 
 
+def folders(language: str, difficulty: str) -> tuple[str, ...]:
+    """Returns the names of the repositories of one of the four sets: the complete set, its test split, and parts."""
+    return tuple(f"VCR-wiki-{language}-{difficulty}{part}" for part in ("", "-test", "-test-500", "-test-100"))
+
+
 def layout(language: str, difficulty: str) -> Layout:
     """Returns the layout of one of the four sets: language en or zh, difficulty easy or hard."""
     repository = f"VCR-wiki-{language}-{difficulty}-test"
     return Layout(
         f"Parquet (vcr-org/{repository})",
         f"DIR/data/{{split}}-*.parquet or DIR/{repository}/data/..., with stacked_image, crossed_text",
-        functools.partial(_read, repository),
+        _read,
+        is_specific=False,
     )

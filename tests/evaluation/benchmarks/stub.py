@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import PIL.Image
 
 from alignvlm_jax.evaluation.benchmarks import runner
+from alignvlm_jax.evaluation.benchmarks.reading import read_questions
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
 
 
@@ -64,11 +65,18 @@ def write_json(path: pathlib.Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-def evaluate(name: str, data: pathlib.Path, rule: Callable[[str], str], split: str | None = None, **options):
+def evaluate(
+    name: str,
+    data: pathlib.Path,
+    rule: Callable[[str], str],
+    split: str | None = None,
+    allow_partial: bool = False,
+    **options,
+):
     """Returns the outcome of a benchmark with a stub that answers by this rule, and the stub."""
     benchmark, stub = BENCHMARKS[name], StubReader(rule)
     split = split or benchmark.split
-    questions = runner.read_questions(benchmark, data, split)
+    questions = read_questions(benchmark, data, split, allow_partial=allow_partial)
     return runner.run(benchmark, split, questions, lambda: stub, None, {"checkpoint": "stub"}, **options), stub
 
 

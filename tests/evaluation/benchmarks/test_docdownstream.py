@@ -60,7 +60,7 @@ def test_docvqa_with_all_accepted_answers(tmp_path):
     write_lines(meta / "metadata.jsonl", [metadata("rnbx0223_193", "What is the date?", "1/8/93")])
     write_lines(meta / "document.jsonl", [due("rnbx0223_193", ("What is the date?", [["1/8/93", "January 8, 1993"]]))])
     outcome, _ = evaluate("docvqa", tmp_path, lambda text: "january  8, 1993", split="test")
-    assert outcome.scores.primary.value > 0.9 and not summary.format_notes([outcome])
+    assert outcome.scores.primary.value > 0.9 and "one reference" not in summary.format_notes([outcome])
 
     write_lines(meta / "metadata.jsonl", [metadata("a", "b", "c"), metadata("d", "e", "f")])
     with pytest.raises(UserError, match="2 lines for the 1 questions"):

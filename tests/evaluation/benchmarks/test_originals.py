@@ -142,7 +142,7 @@ def test_pope_in_the_authors_format(tmp_path):
     others = {score.name: score.value for score in outcome.scores.others}
     assert others["accuracy"] == others["share of yes"] == others["popular, F1"] == others["random, accuracy"] == 0.5
     (tmp_path / "coco" / "coco_pope_popular.json").unlink()
-    with pytest.raises(UserError, match="POPE lacks the parts popular "):
+    with pytest.raises(UserError, match="1 of POPE's parts is missing .of 3.: coco_pope_popular.json"):
         evaluate("pope", tmp_path, lambda text: "")
 
 

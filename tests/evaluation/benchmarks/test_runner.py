@@ -13,9 +13,10 @@ import pytest
 
 from alignvlm_jax import cli
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks import runner
+from alignvlm_jax.evaluation.benchmarks import reading, runner
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import Question
+from alignvlm_jax.evaluation.benchmarks.reading import read_questions
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS, find_benchmarks
 from tests.evaluation.benchmarks import slow_run
 from tests.evaluation.benchmarks.drawn import write_docdownstream
@@ -41,7 +42,7 @@ def run_or_resume(
 ):
     """Runs a benchmark with a file of predictions; returns the outcome and the stub that answered."""
     stub = StubReader(rule)
-    questions = runner.read_questions(benchmark, charts, "test")
+    questions = read_questions(benchmark, charts, "test", allow_partial=True)
     with Predictions(file) as predictions:
         return runner.run(benchmark, "test", questions, lambda: stub, predictions, identity, **options), stub
 
@@ -71,7 +72,7 @@ def test_a_killed_run_resumes_and_asks_no_question_twice(charts, tmp_path):
     def nothing_left():
         raise AssertionError("the model is loaded without need")
 
-    questions = runner.read_questions(CHARTQA, charts, "test")
+    questions = read_questions(CHARTQA, charts, "test", allow_partial=True)
     with Predictions(file) as predictions:
         again = runner.run(CHARTQA, "test", questions, nothing_left, predictions, slow_run.IDENTITY)
     assert again.scores == outcome.scores
@@ -127,8 +128,8 @@ def test_a_repeated_id_is_a_problem(tmp_path):
     write_image(tmp_path / "images" / "a.png", 1)
     entry = {"imageId": "n1", "question": "?", "answer": "no"}
     write_json(tmp_path / "testdev_balanced_questions.json", {"1": entry})
-    question = BENCHMARKS["gqa"].layouts[0].read(tmp_path, "test")
-    unique = runner._unique([*question] * 2)
+    found = BENCHMARKS["gqa"].layouts[0].read(tmp_path, "test")
+    unique = reading._unique([*found.questions] * 2)
     assert [bool(one.problem) for one in unique] == [False, True]
 
 

@@ -1,0 +1,110 @@
+"""What a location is: `~`, schemes that are refused, and every place where a location can be given."""
+
+import os
+import pathlib
+
+import pytest
+
+from alignvlm_jax import cli
+from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_local, local_path, location
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_paths_on_a_disk(home):
+    """RFC 8089 (file URLs); cockroachdb/cockroach#14435: shells do not expand `~` in --workdir=~/run."""
+    assert local_path("~/runs") == f"{home}/runs" and local_path("~") == str(home)
+    assert local_path("~root/x") == os.path.expanduser("~root/x") != "~root/x"
+    for text in ("file:///data/a%20b", "file:/data/a%20b", "file://localhost/data/a%20b"):
+        assert local_path(text) == "/data/a b"
+    for text in ("nano", "C:/runs", "a:b", "./gs:/x", "runs/~/x", "data:image/png;base64,/9j/"):
+        assert local_path(text) == text
+    assert local_path(pathlib.Path("a/b")) == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # tensorpack/tensorpack#1317: gs://BUCKET became the local folder gs:/BUCKET.
+        ("gs://bucket/run", "gs://bucket/run is in a bucket.*mount the bucket"),
+        ("gs:/bucket/run", "gs:/bucket/run is in a bucket"),
+        ("S3://bucket", "is in a bucket"),
+        ("hf://datasets/lmms-lab/DocVQA", "is on the Hugging Face Hub.*hf download"),
+        ("https://example.org/a.png", "is on the web.*download it"),
+        ("file://host/a", "names another host"),
+        ("nfs://host/a", "has the scheme nfs://, which is not supported"),
+        ("runs/gs://bucket", "is in a bucket"),
+        ("~nobody-has-this-name/x", "this machine has no user nobody-has-this-name"),
+        ("", "the path is empty"),
+    ],
+)
+def test_refused_locations(text, message):
+    """tensorpack/tensorpack#1317, google/orbax#1652."""
+    with pytest.raises(UserError, match=message):
+        local_path(text)
+
+
+def test_buckets_where_they_are_supported():
+    """tools/prepare_data.py reads and writes buckets."""
+    assert location("GS://bucket/a") == "gs://bucket/a" and not is_local("gs://bucket/a")
+    assert location("s3://bucket") == "s3://bucket" and is_local(location("data/x"))
+    for text in ("gs:/bucket", "gs://", "gs:///a", "https://a"):
+        with pytest.raises(UserError):
+            location(text)
+
+
+CHECKPOINT = ("--checkpoint", "nano")
+COMMANDS = {
+    "train": ("train", "--config", "configs/nano.py", "--workdir", "w"),
+    "eval": ("eval", *CHECKPOINT, "--data", "d", "--json", "j", "--predictions", "p"),
+    "ask": ("ask", "page.png", *CHECKPOINT, "--question", "?"),
+    "inspect": ("inspect", "page.png", *CHECKPOINT, "--out", "o"),
+    "analyze": ("analyze", "vocabulary", *CHECKPOINT, "--data", "d", "--out", "o", "--prune", "9", "--save", "s"),
+    "demo": ("demo", "--out", "o", "--config", "c"),
+    "reproduce": ("reproduce", "--out", "o", "--data", "d", "--config", "c", "--vision", "patches=v"),
+}
+PLACES = [
+    (command, place)
+    for command, words in COMMANDS.items()
+    for place in range(1, len(words))
+    if not words[place].startswith("-") and words[place] not in ("vocabulary", "?", "9")
+]
+
+
+@pytest.mark.parametrize(("command", "place"), PLACES)
+def test_every_command_refuses_a_bucket_and_writes_nothing(command, place, home, capsys):
+    """young-geng/EasyLM#25: a bucket was given, and part of the output was not there."""
+    words = list(COMMANDS[command])
+    words[place] = words[place].replace(words[place].rpartition("=")[2], "gs://bucket/a")
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2 and "gs://bucket/a is in a bucket" in capsys.readouterr().err
+    assert not list(home.iterdir())
+
+
+def test_init_from_is_refused_too(home, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*COMMANDS["train"], "--init-from", "gs://bucket/a"])
+    assert "argument --init-from: gs://bucket/a" in capsys.readouterr().err
+
+
+PATHS = ("data.root", "init_from", "tokenizer", "backbones.vision", "backbones.language", "evaluation.dataset")
+
+
+@pytest.mark.parametrize("key", [*PATHS, "stages.0.mixture.0.dataset"])
+def test_paths_in_configs(key, home):
+    """google/orbax#1652 and bash: a config's paths reach pathlib as they are written."""
+    file = pathlib.Path(__file__).parents[1] / "configs" / "nano.py"
+    value = load_config(file, [f"{key}=~/x"])
+    for name in key.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    assert value == f"{home}/x"
+    with pytest.raises(UserError, match=f"config.{key}: s3://b/x is in a bucket"):
+        load_config(file, [f"{key}=s3://b/x"])
