@@ -41,7 +41,9 @@ def main() -> int:
             convert = in_beam([f"--runner={args.runner}", *beam_arguments])
         else:
             convert = prepare.in_processes(args.processes)
-        summary = prepare.prepare(recipe, args.out, max_rejects=args.max_rejects, convert=convert)
+        summary = prepare.prepare(
+            recipe, args.out, max_rejects=args.max_rejects, allow_partial=args.allow_partial, convert=convert
+        )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
@@ -77,6 +79,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         type=float,
         default=prepare.DEFAULT_MAX_REJECTS,
         help="stop if a larger fraction of the records is refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="convert input of which shards (-of-00002) are missing or there twice; the data set's metadata say so",
     )
     parser.add_argument(
         "--max-pixels", type=int, default=limits["max_pixels"], help="refuse larger images (default: %(default)s)"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from alignvlm_jax.data.paths import is_local
 from alignvlm_jax.data.shards import INFO_FILE
+from alignvlm_jax.locations import is_local
 
 _PLAN = "progress/plan.json"
 _MAX_NAMES = 8

@@ -20,9 +20,12 @@ Every record of the input is either in the data set or a line of `OUT/rejects.js
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,7 +35,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from alignvlm_jax.data import nearby, store
+from alignvlm_jax.data import nearby, shard_names, store
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
@@ -110,6 +113,7 @@ def prepare(
     out: str | os.PathLike,
     *,
     max_rejects: float = DEFAULT_MAX_REJECTS,
+    allow_partial: bool = False,
     progress: bool = True,
     convert: Converter | None = None,
 ) -> Summary:
@@ -119,6 +123,7 @@ def prepare(
       recipe: input and settings.
       out: folder of the data set; empty, or with the same conversion, finished or not.
       max_rejects: largest share of refused records; above it, the conversion stops.
+      allow_partial: whether to convert input of which shards are missing or there twice. The metadata name them.
       progress: whether to show a progress bar.
       convert: converts slices and yields the summary of each when it is done; by default `in_processes()`.
 
@@ -129,15 +134,16 @@ def prepare(
     """
     job = Job(recipe, os.fspath(out))
     _check(recipe, max_rejects)
-    files = _input_files(recipe)
+    files, remarks = _input_files(recipe, allow_partial)
     fingerprint = _fingerprint(recipe, files)
     with one_writer(job.out) as lease:
-        return _prepare(job, files, fingerprint, convert or in_processes(), max_rejects, progress, lease)
+        return _prepare(job, files, remarks, fingerprint, convert or in_processes(), max_rejects, progress, lease)
 
 
 def _prepare(
     job: Job,
     files: Sequence[str],
+    remarks: Sequence[str],
     fingerprint: str,
     convert: Converter,
     max_rejects: float,
@@ -166,7 +172,8 @@ def _prepare(
         [notes.shard(index) for index in range(len(slices))],
         notes.folder,
         description="Conversations about images, prepared by alignvlm_jax.",
-        metadata={"fingerprint": fingerprint, "recipe": _to_json(recipe)} | dataclasses.asdict(summary),
+        metadata={"fingerprint": fingerprint, "recipe": _to_json(recipe), "remarks": list(remarks)}
+        | dataclasses.asdict(summary),
     )
     notes.clear()
     return summary
@@ -305,8 +312,8 @@ def _check(recipe: Recipe, max_rejects: float) -> None:
         raise UserError(f"the image root {root} is not a folder{_what_it_is(root)}")
 
 
-def _input_files(recipe: Recipe) -> list[str]:
-    """Returns the files that the recipe's inputs name."""
+def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[str]]:
+    """Returns the files that the recipe's inputs name, and a sentence about each part of them that is missing."""
     suffixes = FORMATS[recipe.format].suffixes
     files = []
     for entry in recipe.inputs:
@@ -318,7 +325,23 @@ def _input_files(recipe: Recipe) -> list[str]:
                 f"input {entry}: no such file, and no {' or '.join(suffixes)} files there{_found_there(entry)}"
             )
         files += matches
-    return files
+    selection = shard_names.select(files, exists=_shard_exists)
+    if selection.missing and not allow_partial:
+        raise UserError(
+            f"not all of the input is there. {'; '.join(selection.missing)}. Fetch the rest, or convert this part with "
+            "--allow-partial"
+        )
+    remarks = [*selection.missing, *shard_names.gaps(files)]
+    for sentence in remarks:
+        print(f"note: {sentence}", file=sys.stderr)
+    return list(selection.files), remarks
+
+
+def _shard_exists(file: str) -> bool:
+    """Returns whether a shard exists, whose name may end in a hash."""
+    path = epath.Path(file)
+    beginning = re.match(r".*-of-\d+", path.name, re.DOTALL)[0]
+    return any(True for _ in path.parent.glob(f"{glob.escape(beginning)}*"))
 
 
 def _describes_data(name: str) -> bool:

@@ -12,6 +12,7 @@ A text is returned as `str`, a sequence of texts as a list, and an image as the 
 
 import contextlib
 import itertools
+import posixpath
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from alignvlm_jax.locations import location
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
+_SHOWN = 4  # missing shards that a message names
 _RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, so records are written in chunks
 
 
@@ -76,11 +78,9 @@ class RecordSource:
             if index < shard.num_records:
                 break
             index -= shard.num_records
-        others = [f"{shard.split}[:{shard.first}]"] * (shard.first > 0)
-        others += [f"{shard.split}[{shard.after}:]"] * (shard.after < shard.total)
-        without = f", or omit it: split={'+'.join(others)!r} in the mixture of the stage" if others else ""
         return (
-            f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy{without}"
+            f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy"
+            + _without([shard])
         )
 
 
@@ -88,7 +88,7 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     """Opens a split of a data set, or parts of splits in the notation of TFDS: "train[:1000]+train[2000:]".
 
     Raises:
-      UserError: if the folder is not a data set, or it has no such split.
+      UserError: if the folder is not a data set, it has no such split, or a shard of the split is missing.
     """
     folder = location(folder)
     builder = _open_builder(folder)
@@ -100,10 +100,40 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
-        source, shards = builder.as_data_source(split, decoders=decoders), _shard_parts(splits, split)
+        source, shards = builder.as_data_source(split, decoders=decoders), tuple(_shard_parts(splits, split))
     except ValueError as error:
         raise UserError(f"{folder}: no such part of a split: {split!r} ({error})") from error
+    _check_complete(folder, shards)
     return RecordSource(source, features, shards)
+
+
+def _check_complete(folder: str, shards: Sequence[_ShardPart]) -> None:
+    """Raises a `UserError` if a file of the selected records is missing; otherwise it would show during training."""
+    present = {path.name for path in epath.Path(folder).iterdir()}
+    absent = [shard for shard in shards if posixpath.basename(shard.file) not in present]
+    if not absent:
+        return
+    names = ", ".join(posixpath.basename(shard.file) for shard in absent[:_SHOWN])
+    more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+    verb = "is" if len(absent) == 1 else "are"
+    raise UserError(
+        f"{folder}: {len(absent)} of its {len(shards)} shards {verb} missing, {names}{more}. Restore them from a copy"
+        + _without(absent)
+    )
+
+
+def _without(shards: Sequence[_ShardPart]) -> str:
+    """Returns the end of a message: the split without the records of these files, if any records remain."""
+    parts = []
+    for name in dict.fromkeys(shard.split for shard in shards):
+        first, total = 0, next(shard.total for shard in shards if shard.split == name)
+        for start, stop in sorted((shard.first, shard.after) for shard in shards if shard.split == name):
+            if start > first:
+                parts.append(f"{name}[{first or ''}:{start}]")
+            first = max(first, stop)
+        if first < total:
+            parts.append(f"{name}[{first}:]")
+    return f", or omit it: split={'+'.join(parts)!r} in the mixture of the stage" if parts else ""
 
 
 def is_occupied(folder: str | Path) -> bool:

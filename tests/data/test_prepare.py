@@ -20,7 +20,7 @@ from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits
 from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
-from alignvlm_jax.data.store import open_dataset
+from alignvlm_jax.data.store import open_dataset, read_metadata
 from alignvlm_jax.errors import UserError
 from tests.data.bucket import bucket_in
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
@@ -292,3 +292,38 @@ def test_tool_prints_a_summary(pages, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--temp_location", "x")
     assert "unrecognized arguments: --temp_location x" in capsys.readouterr().err
+
+
+def test_missing_shards_are_refused(tmp_path, capsys):
+    """PKU-YuanGroup/ImgEdit#3 and rom1504/img2dataset#159: parts of a download are not there."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a-00000-of-00003-0123456789abcdef.tar", "a-00002-of-00003-fedcba9876543210.tar"):
+        write_tar(folder / name, range(2))
+    recipe = Recipe("webdataset", (str(folder),))
+    with pytest.raises(UserError, match="1 of 3 shards is missing, a-00001-of-00003.tar.*--allow-partial"):
+        prepare(recipe, tmp_path / "out", convert=IN_PROCESS, progress=False)
+    assert not (tmp_path / "out").exists()
+    prepare(recipe, tmp_path / "out", allow_partial=True, convert=IN_PROCESS, progress=False)
+    assert len(open_dataset(tmp_path / "out", "train")) == 4
+    assert "a-00001-of-00003.tar" in read_metadata(tmp_path / "out")["remarks"][0]
+    assert "note: " in capsys.readouterr().err
+
+    # A shard that exists and is not given was left out on purpose.
+    write_tar(folder / "a-00001-of-00003-0000000000000000.tar", range(2))
+    chosen = Recipe("webdataset", (str(folder / "a-0000[02]*"),))
+    prepare(chosen, tmp_path / "chosen", convert=IN_PROCESS, progress=False)
+    # Two downloads of one set: every record would be there twice.
+    write_tar(folder / "a-00000-of-00001.tar", range(2))
+    with pytest.raises(UserError, match="side by side, a-.-of-00001.tar and a-.-of-00003.tar; remove one of them"):
+        prepare(recipe, tmp_path / "twice", convert=IN_PROCESS, progress=False)
+    prepare(recipe, tmp_path / "twice", allow_partial=True, convert=IN_PROCESS, progress=False)
+    assert len(open_dataset(tmp_path / "twice", "train")) == 6
+
+
+def test_gaps_in_numbered_archives_are_stated(tmp_path, capsys):
+    """rom1504/img2dataset#159: 2 of 12 million images arrived, without an error."""
+    for number in (0, 1, 3):
+        write_tar(tmp_path / f"{number:05}.tar", range(1))
+    prepare(Recipe("webdataset", (str(tmp_path / "*.tar"),)), tmp_path / "out", convert=IN_PROCESS, progress=False)
+    assert "note:" in (errors := capsys.readouterr().err) and "leave out 00002.tar" in errors
