@@ -1,20 +1,23 @@
 """Opens the image files of real documents as plain RGB.
 
-Handles EXIF rotation, palettes, transparency (on white, like paper), grayscale of 1, 8 or 16 bits, CMYK and floating
-point. Only the first page of a multi-page TIFF and the first frame of an animation are read, with a warning in the log.
-A file that cannot be read raises a `UserError` that names it, so callers can skip one bad file.
+Handles EXIF rotation, palettes, transparency (on white, like paper), grayscale of any number of bits, CMYK and floating
+point; see `rgb.py`. Only the first page of a multi-page TIFF and the first frame of an animation are read, with a
+warning in the log. A file that cannot be read raises a `UserError` that says what the file is, so callers can skip one
+bad file.
 """
 
 import contextlib
-import io
+import importlib
 import logging
 import os
 import pathlib
 from collections.abc import Iterator
 
 import PIL.Image
+import PIL.TiffImagePlugin
 
-from alignvlm_jax.data.rgb import formats, to_rgb
+from alignvlm_jax.data.file_kinds import UnreadableImageError, is_avif, is_heif
+from alignvlm_jax.data.rgb import open_encoded, to_rgb
 from alignvlm_jax.errors import UserError
 
 # An A4 page at 600 dots per inch has 35 million pixels. The limit is a quarter of a gigabyte when decoded to RGB.
@@ -83,20 +86,35 @@ def _open_checked(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image
     """Opens an image and reads its header; errors, here or while the image is in use, become a `UserError`."""
     if not data:
         raise UserError(f"{name}: the image file is empty")
+    _register_plugin(data)
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=formats()) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UserError(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels}")
+        with open_encoded(data, max_pixels) as image:
             yield image
     except UserError:
         raise
+    except UnreadableImageError as error:
+        raise UserError(f"{name}: {error}") from error
     except PIL.UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image in a format that can be read ({len(data)} bytes)") from error
+        start = data[:8].hex(" ")
+        raise UserError(
+            f"{name}: not an image in a format that can be read ({len(data)} bytes, which begin {start}). Find out "
+            "what it is with `file`, and convert it to PNG."
+        ) from error
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name}: too many pixels: {error}") from error
     except Exception as error:  # Decoders raise any exception on damaged data: struct.error, IndexError, ...
         raise UserError(f"{name}: the image cannot be read, it may be damaged ({error})") from error
+
+
+def _register_plugin(data: bytes) -> None:
+    """Registers the PIL plugin for a HEIC or AVIF file, if one is installed and PIL lacks a reader."""
+    PIL.Image.init()
+    if is_heif(data) and "HEIF" not in PIL.Image.OPEN:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
+    elif is_avif(data) and "AVIF" not in PIL.Image.OPEN:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pillow_avif")  # registers itself
 
 
 _warned_about: set[str] = set()
@@ -104,9 +122,11 @@ _warned_about: set[str] = set()
 
 def _warn_about_more_pages(image: PIL.Image.Image, name: str) -> None:
     """Warns that only the first page or frame of a file is read; once for pages and once for frames."""
-    if image.format == "TIFF":
-        # `next` is the offset of the second page, or 0. Counting the pages would visit all of them.
+    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+        # `next` is the offset of the next page, or 0. Counting the pages would visit all of them.
         what, more = "pages", image.tag_v2.next != 0
+    elif image.format == "TIFF":
+        what, more = "pages", image.is_animated
     else:
         what, more = "frames", getattr(image, "is_animated", False)
     if more and what not in _warned_about:

@@ -21,7 +21,6 @@ torch nor an accelerator, and the peak memory is the size of one file (5 GB) plu
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import alignvlm_jax
 from alignvlm_jax.checkpoints.new_folder import new_folder
 from alignvlm_jax.checkpoints.weights import ParameterReader
 from alignvlm_jax.config.serialization import config_to_dict
@@ -42,7 +40,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import tables
 from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
 from alignvlm_jax.interop.model_card import model_card
-from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
@@ -51,7 +49,6 @@ from alignvlm_jax.models.weight_table import Row
 
 TRAINING_FILE = "alignvlm_training.json"
 PROCESSOR_FILE = "processor_config.json"
-_PACKAGE = Path(alignvlm_jax.__file__).parent
 
 
 def export_alignvlm(
@@ -73,8 +70,8 @@ def export_alignvlm(
         # Weights and tokenizer, the code that runs them, and the configs that transformers reads.
         source.write_weights(folder, tables.alignvlm(source.model), "", max_shard_bytes)
         export_tokenizer(source.reader.tokenizer_folder, folder)
-        for name, file in REMOTE_CODE_FILES.items():
-            shutil.copyfile(_PACKAGE / file, folder / name)
+        for name in REMOTE_CODE_FILES:
+            (folder / name).write_text(remote_code(name), encoding="utf-8")
         _write_json(folder / "config.json", source.config_json())
         _write_json(folder / PROCESSOR_FILE, processor_config(source.model, source.tiling, source.image_token))
         _write_json(folder / "generation_config.json", source.special_ids)

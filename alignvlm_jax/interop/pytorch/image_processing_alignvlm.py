@@ -18,7 +18,6 @@ one entry per tile, so that engines can slice images apart and join them again i
 import base64
 import dataclasses
 import functools
-import io
 import math
 import os
 import urllib.request
@@ -31,8 +30,13 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+# The imports of rgb_alignvlm are repeated here: transformers 5.0 copies only the files that this file imports directly.
+from .file_kinds_alignvlm import identify  # noqa: F401
+from .png_alignvlm import without_metadata  # noqa: F401
 from .resampling_alignvlm import num_visual_tokens, resample_images
-from .rgb_alignvlm import formats, to_rgb
+from .rgb_alignvlm import open_encoded, to_rgb
+from .samples_alignvlm import to_bytes  # noqa: F401
+from .tiff_alignvlm import read_page  # noqa: F401
 from .tiling_alignvlm import TilePlan, TilingConfig, cut_tiles, plan_tiles
 
 # The source that stands for the end of a row; modeling_alignvlm.py has the same number.
@@ -200,7 +204,7 @@ def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
             data = base64.b64decode(str(source), validate=True)
         except ValueError:
             raise ValueError(f"{str(source)[:200]!r} is neither a file, an http(s) URL nor base64 text") from None
-    image = PIL.Image.open(io.BytesIO(data), formats=formats())
+    image = open_encoded(data)
     image.load()
     return image
 

@@ -29,12 +29,15 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
-
 # The imports of image_processing_alignvlm are repeated here: transformers 5.0 copies only the files that this file
 # imports directly.
+from .file_kinds_alignvlm import identify  # noqa: F401
+from .image_processing_alignvlm import AlignVLMImagesKwargs, flatten_images
+from .png_alignvlm import without_metadata  # noqa: F401
 from .resampling_alignvlm import resample_images  # noqa: F401
 from .rgb_alignvlm import to_rgb  # noqa: F401
+from .samples_alignvlm import to_bytes  # noqa: F401
+from .tiff_alignvlm import read_page  # noqa: F401
 from .tiling_alignvlm import cut_tiles  # noqa: F401
 
 

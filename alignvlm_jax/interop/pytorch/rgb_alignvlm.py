@@ -1,5 +1,5 @@
 """Shim: `data/rgb.py` under its name in an exported folder."""
 
-from alignvlm_jax.data.rgb import formats, to_rgb
+from alignvlm_jax.data.rgb import open_encoded, to_rgb
 
-__all__ = ["formats", "to_rgb"]
+__all__ = ["open_encoded", "to_rgb"]

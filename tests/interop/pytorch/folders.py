@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -13,13 +12,12 @@ import safetensors.numpy
 import torch
 from flax.traverse_util import flatten_dict
 
-import alignvlm_jax
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.interop import export, tables
-from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
+from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import (
@@ -87,8 +85,8 @@ def write_folder(
     chat_folder = write_chat_folder(folder.parent / f"{folder.name}_chat")
     folder.mkdir(parents=True)
     export_tokenizer(chat_folder, folder)
-    for name, file in REMOTE_CODE_FILES.items():
-        shutil.copyfile(pathlib.Path(alignvlm_jax.__file__).parent / file, folder / name)
+    for name in REMOTE_CODE_FILES:
+        (folder / name).write_text(remote_code(name), encoding="utf-8")
     chat = ChatTokenizer.from_folder(chat_folder)
     ids = {
         "bos_token_id": chat.token_to_id("<|begin|>"),
