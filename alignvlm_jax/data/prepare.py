@@ -136,6 +136,9 @@ def prepare(
     _check(recipe, max_rejects)
     files, remarks = _input_files(recipe, allow_partial)
     fingerprint = _fingerprint(recipe, files)
+    # A finished data set may be on storage that can only be read. Then no lease is needed, and none is possible.
+    if not job.notes.folder.exists() and (done := _finished_summary(job, fingerprint)) is not None:
+        return done
     with one_writer(job.out) as lease:
         return _prepare(job, files, remarks, fingerprint, convert or in_processes(), max_rejects, progress, lease)
 
@@ -279,7 +282,8 @@ def _finished_summary(job: Job, fingerprint: str) -> Summary | None:
     metadata = store.read_metadata(job.out)
     if metadata.get("fingerprint") != fingerprint:
         return None
-    job.notes.clear()  # if an earlier run was killed before it removed them
+    if job.notes.folder.exists():
+        job.notes.clear()  # an earlier run was killed before it removed them
     return Summary(metadata["accepted"], metadata["rejected"])
 
 

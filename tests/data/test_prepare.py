@@ -22,6 +22,8 @@ from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
 from alignvlm_jax.data.store import open_dataset, read_metadata
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import InUseError
+from alignvlm_jax.leases.one_writer import one_writer
 from tests.data.bucket import bucket_in
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
@@ -327,3 +329,15 @@ def test_gaps_in_numbered_archives_are_stated(tmp_path, capsys):
         write_tar(tmp_path / f"{number:05}.tar", range(1))
     prepare(Recipe("webdataset", (str(tmp_path / "*.tar"),)), tmp_path / "out", convert=IN_PROCESS, progress=False)
     assert "note:" in (errors := capsys.readouterr().err) and "leave out 00002.tar" in errors
+
+
+def test_two_conversions_to_one_folder_are_refused(pages, tmp_path):
+    write_json(pages / "a.json", [llava_record(i) for i in range(8)])
+    out = tmp_path / "out"
+    with one_writer(out), pytest.raises(InUseError, match="another run is writing to it"):
+        prepare(recipe_for(pages), out, progress=False, convert=IN_PROCESS)
+    written = prepare(recipe_for(pages), out, progress=False, convert=IN_PROCESS)
+    assert not list(out.glob(".writer*"))
+    # A finished data set is found without writing anything, so it may be on storage that can only be read.
+    with one_writer(out):
+        assert prepare(recipe_for(pages), out, progress=False, convert=IN_PROCESS) == written

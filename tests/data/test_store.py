@@ -17,6 +17,8 @@ from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import InUseError
+from alignvlm_jax.leases.one_writer import one_writer
 
 SIZES = {"train": 70, "validation": 5, "heldout": 6}
 FEATURES = {"name": tfds.features.Text(), "words": tfds.features.Sequence(tfds.features.Text())}
@@ -209,3 +211,12 @@ def test_all_missing_shards_are_named_at_once(four_shards):
     assert "split='train[10:20]+train[30:]'" in str(error.value)
     with pytest.raises(UserError, match="1 of its 1 shards is missing"):
         open_dataset(four_shards, "train[:5]")
+
+
+def test_a_corpus_that_another_process_is_drawing_is_not_drawn_twice(tmp_path):
+    with one_writer(tmp_path / "corpus", beside=True), pytest.raises(InUseError):
+        build_corpus(tmp_path / "corpus", seed=0, sizes={"train": 2}, progress=False)
+    build_corpus(tmp_path / "corpus", seed=0, sizes={"train": 2}, progress=False)
+    with one_writer(tmp_path / "corpus", beside=True):
+        build_corpus(tmp_path / "corpus", seed=0, sizes={"train": 2}, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]

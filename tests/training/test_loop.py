@@ -22,6 +22,8 @@ from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.planning import StagePlan
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.leases.lease import InUseError, LeaseLostError
+from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import config_changes, loop
@@ -307,3 +309,22 @@ def test_bins_that_do_not_divide_over_the_mesh_are_refused(tmp_path):
 def test_a_mesh_that_does_not_use_all_devices_is_refused(tmp_path):
     with pytest.raises(UserError, match="data=3 fsdp=1 tensor=1 does not fit 8"):
         train(tmp_path, dataclasses.replace(CONFIG, mesh=MeshConfig(data=3)))
+
+
+def test_a_second_run_in_a_workdir_is_refused_before_it_reads_or_deletes_anything(tmp_path):
+    """meta-pytorch/torchtune#481 and deepinv/deepinv#525."""
+    remains = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+    remains.mkdir(parents=True)
+    (tmp_path / "config.json").write_text("not read")
+    with one_writer(tmp_path), pytest.raises(InUseError, match="another run is writing to it: host"):
+        train(tmp_path)
+    assert remains.is_dir() and (tmp_path / "config.json").read_text() == "not read"
+
+
+def test_a_run_ends_at_the_step_after_it_lost_its_lease():
+    class Lost:
+        def raise_if_lost(self):
+            raise LeaseLostError
+
+    with pytest.raises(LeaseLostError):
+        loop._finish_step(Lost(), pytest.fail, 3)
