@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from alignvlm_jax import locations
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases import file_systems
 from alignvlm_jax.leases.lease import Lease, NoLease, Place
@@ -45,7 +46,7 @@ def one_writer(output: str | os.PathLike, *, beside: bool = False) -> Iterator[L
 
 def take(output: str | os.PathLike, *, beside: bool = False) -> Lease:
     """Takes the lease of an output; see `one_writer`. The caller must release it."""
-    if "://" in os.fspath(output):
+    if not locations.is_local(output):
         # Buckets are written without a lease. One by generation preconditions belongs here.
         return NoLease()
     place = _place(output, beside)
