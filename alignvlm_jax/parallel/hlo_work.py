@@ -30,7 +30,8 @@ def flops(program: Program) -> dict[str, float]:
                 operands = [body[operand].shapes[0][1] for operand in instruction.operands[:2]]
                 total[instruction.op_name] += times * _product_flops(instruction, *operands)
             elif instruction.opcode == "custom-call" and "splash" in instruction.name:
-                total[instruction.op_name] += times * _splash_flops(instruction)
+                origin = _origin(body, instruction)
+                total[origin] += times * _splash_flops(instruction, is_causal="language" in origin)
     return dict(total)
 
 
@@ -38,10 +39,11 @@ def kernels(program: Program) -> dict[str, float]:
     """Number of runs of each Pallas kernel, with keys such as "language: splash_mha_fwd_segmented"."""
     found = collections.defaultdict(float)
     for name, times in program.runs.items():
-        for instruction in program.computations.get(name, {}).values():
+        body = program.computations.get(name, {})
+        for instruction in body.values():
             if '"tpu_custom_call"' in instruction.attributes:
                 kernel = re.sub(r"\.\d+$", "", instruction.name)
-                found[f"{_module_path(instruction.op_name).split('/')[0]}: {kernel}"] += times
+                found[f"{_module_path(_origin(body, instruction)).split('/')[0]}: {kernel}"] += times
     return dict(found)
 
 
@@ -109,10 +111,27 @@ def _moved(program: Program, body: dict[str, Instruction], instruction: Instruct
     return moved
 
 
+def _origin(body: dict[str, Instruction], kernel: Instruction) -> str:
+    """Returns the op_name of an attention kernel, preceded by that of an operand if its own does not name the part.
+
+    JAX 0.11 gives the operations of a function that it has traced before only the path inside that function. The
+    nearest operand whose path names a part of the model is then as good: the queries come from the same layer.
+    """
+    queue, seen = collections.deque([kernel]), set()
+    while queue:
+        current = queue.popleft()
+        if re.search(r"\b(vision|language)/", current.op_name):
+            return current.op_name if current is kernel else f"{current.op_name}/{kernel.op_name}"
+        names = [name for name in current.operands if name in body and name not in seen]
+        seen.update(names)
+        queue.extend(body[name] for name in names)
+    return kernel.op_name
+
+
 def _module_path(op_name: str) -> str:
     """Returns the path of the Flax modules that an instruction comes from, without the names that JAX adds."""
     words = re.sub(r"jit\([^)]*\)|[()]", "/", op_name).split("/")
-    added = "while body cond closed_call shard_map jvp transpose checkpoint rematted_computation".split()
+    added = "while body cond closed_call eval_jaxpr shard_map jvp transpose checkpoint rematted_computation".split()
     return "/".join(word for word in words if word and word not in added and not word.startswith("AlignVLM"))
 
 
@@ -193,7 +212,7 @@ def _count_valid_pairs(
     return count
 
 
-def _splash_flops(instruction: Instruction) -> float:
+def _splash_flops(instruction: Instruction, *, is_causal: bool) -> float:
     """Floating-point operations of one run of a splash-attention kernel."""
     kind = re.search(r"splash_\w+?_(fwd|dkv|dq)", instruction.name).group(1)
     # The result with the most axes and elements is [..., heads, length, width]. The others are softmax statistics.
@@ -204,7 +223,7 @@ def _splash_flops(instruction: Instruction) -> float:
         head_shapes = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
         heads = max((s[-3] for s in head_shapes), default=heads)
     # The causal kernel skips the blocks above the diagonal, about half of all.
-    pairs = length * length * (0.5 if "language" in instruction.op_name else 1.0)
+    pairs = length * length * (0.5 if is_causal else 1.0)
     return 2.0 * _SPLASH[kind] * math.prod(rows) * heads * pairs * width
 
 

@@ -161,6 +161,21 @@ def test_products_inside_pallas_kernels_are_counted():
     }
 
 
+def test_a_kernel_that_lost_its_path_belongs_to_the_part_that_its_operands_come_from():
+    """JAX 0.11 names the operations of a function that it has traced before by the path inside the function alone."""
+    text = SPLASH.replace("jit(s)/language/layers/attention/pallas_call", "vmap(x)/jit(_splash_attention)/pallas_call")
+    query = """  %q = bf16[1]{0} fusion(%p), calls=%f, metadata={op_name="jit(s)/eval_jaxpr/language/layers/query"}
+  %half = bf16[1]{0} bitcast(%q), metadata={op_name="jit(s)/while/body/eval_jaxpr/layers/attention"}
+  %padded = bf16[1]{0} pad(%half, %half), metadata={op_name="vmap(x)/jit(_splash_attention)/pad"}
+  %splash_mha_fwd_segmented_residuals.2"""
+    text = text.replace("  %splash_mha_fwd_segmented_residuals.2", query).replace(
+        "custom-call(%p), custom", "custom-call(%padded), custom", 1
+    )
+    program = Program(text)
+    assert hlo_work.kernels(program) == hlo_work.kernels(Program(SPLASH))
+    assert sum(hlo_work.flops(program).values()) == sum(hlo_work.flops(Program(SPLASH)).values())
+
+
 @functools.cache
 def _traffic():
     """Compiles a loop of 6 with an all-gather over fsdp and an all-reduce over tensor, then an all-reduce over data."""
