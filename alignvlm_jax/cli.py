@@ -25,6 +25,7 @@ from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reprodu
 from alignvlm_jax.commands.arguments import Commands, style
 from alignvlm_jax.commands.terminal import ignore_output_errors
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 
 DESCRIPTION = """\
 AlignVLM in JAX: vision-language models for documents. Their connector turns each image
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Runs a parsed command, and prints errors that the user can fix as one line."""
     try:
-        args.run(args)
+        with ordinary_modes():
+            args.run(args)
         return 0
     except UserError as error:
         if args.debug:

@@ -32,10 +32,12 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_json, read_config_json
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import Params, random_parameters, stored_dtypes
 from alignvlm_jax.parallel import sharding
 
 
+@ordinary_modes()
 def write_checkpoint(
     workdir: str | Path,
     config: ExperimentConfig,
@@ -83,6 +85,7 @@ def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
     return [*reader.history, *([trained] if reader.step else [])]
 
 
+@ordinary_modes()
 def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
     """Returns a checkpoint's weights in `dtype`, placed on a mesh or, without one, all on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(read_run_config(folder).model, jax.random.key(0)))
@@ -102,6 +105,7 @@ def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str =
     )
 
 
+@ordinary_modes()
 def restore_params_into(folder: str | Path, abstract: Params) -> Params:
     """Returns a checkpoint's weights with the shapes, dtypes and shardings of `abstract`."""
     workdir, step = find_undamaged(folder)

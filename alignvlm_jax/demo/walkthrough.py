@@ -33,6 +33,7 @@ from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.during_training import during_training
 from alignvlm_jax.evaluation.report import Report, format_table
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.models.connectors import AlignConfig
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -40,6 +41,7 @@ from alignvlm_jax.training import loop
 from alignvlm_jax.training.initial import initial_parameters, load_tokenizer
 
 
+@ordinary_modes()
 def run(config: ExperimentConfig, out: pathlib.Path, *, sizes: Mapping[str, int] = SIZES) -> None:
     """Runs the demo, or the rest of it.
 

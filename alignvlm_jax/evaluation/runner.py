@@ -37,6 +37,7 @@ from alignvlm_jax.evaluation.identity import locate
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import one_writer_of
@@ -53,6 +54,7 @@ It is a document (id, source for its family, font, encoded image, questions, ans
 _DOCUMENTS_AT_ONCE = 64
 
 
+@ordinary_modes()
 def evaluate(
     reader: Reader,
     records: Sequence[Record],
@@ -114,6 +116,7 @@ def evaluate(
     return Report(answers, unseen_fonts, control, time.monotonic() - start_time)
 
 
+@ordinary_modes()
 def evaluate_checkpoint(
     checkpoint: str | pathlib.Path,
     *,

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.data.resampling import Resampling, at_positions
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
@@ -76,6 +77,7 @@ class Prompt:
 class Generator:
     """Greedy decoder of batches of prompts, with a model and its parameters."""
 
+    @ordinary_modes()
     def __init__(
         self,
         config: AlignVLMConfig,
@@ -106,12 +108,14 @@ class Generator:
         self.pad_id = pad_id
         self.batch_size = batch_size
 
+    @ordinary_modes()
     def with_feature_noise(self, sigma: float, seed: int) -> "Generator":
         """Returns a generator with the same weights and noise on the connector's input (`models/feature_noise.py`)."""
         noisy = copy.copy(self)  # A shallow copy, which shares the weights.
         noisy.variables = {**self.variables, "perturbation": {"features": FeatureNoise.create(sigma, seed)}}
         return noisy
 
+    @ordinary_modes()
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None
     ) -> list[Int[np.ndarray, " A"]]:
@@ -216,6 +220,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id", "views"))
+@ordinary_modes()
 def greedy_decode(
     model: AlignVLM,
     variables: Variables,

@@ -22,9 +22,11 @@ from jaxtyping import Array, Float32
 
 from alignvlm_jax.inference.generate import Generator, Prompt, pad_prompts
 from alignvlm_jax.inference.vocabulary import Variables
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, Batch
 
 
+@ordinary_modes()
 def prompt_embeds(generator: Generator, prompts: Sequence[Prompt]) -> list[Float32[np.ndarray, "L D"]]:
     """Returns the input vectors of each prompt: embedded text, with the visual tokens in their places.
 

@@ -28,6 +28,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import views
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.locations import local_path
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
@@ -217,6 +218,7 @@ class Reader:
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 
+@ordinary_modes()
 def load(
     checkpoint: str | os.PathLike, *, batch_size: int = 32, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Reader:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Params
 from alignvlm_jax.models.connectors import AlignConfig
@@ -33,6 +34,7 @@ WORD_PARAMETERS = ("w2", "vocab_norm_scale", "vocab_norm_bias")
 """Parameters of ALIGN that have a row per word."""
 
 
+@ordinary_modes()
 def cache_vocabulary(config: AlignVLMConfig, params: Params) -> Variables:
     """Returns the model's variables: the parameters and, for an ALIGN that is not pruned, the statistics of W2."""
     params = nn.meta.unbox(params)
@@ -42,6 +44,7 @@ def cache_vocabulary(config: AlignVLMConfig, params: Params) -> Variables:
     return {"params": params, "vocabulary": {"connector": {"statistics": statistics}}}
 
 
+@ordinary_modes()
 def prune_vocabulary(
     config: AlignVLMConfig,
     params: Params,
@@ -100,6 +103,7 @@ def prune_vocabulary(
     return config, {**params, "connector": pruned}
 
 
+@ordinary_modes()
 def vocabulary_usage(
     config: AlignVLMConfig,
     variables: Variables,

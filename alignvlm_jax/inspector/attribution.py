@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.vocabulary import Variables
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch
 
 _LENGTH_STEP = 16
@@ -61,6 +62,7 @@ class Attribution:
         return abs(float(np.sum(self.shares)) - rise) / max(abs(rise), 1e-9)
 
 
+@ordinary_modes()
 def attribute(
     config: AlignVLMConfig,
     variables: Variables,

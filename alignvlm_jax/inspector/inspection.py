@@ -21,6 +21,7 @@ from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inspector import geometry, packing, page
 from alignvlm_jax.inspector.attribution import Attribution, attribute
 from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_words
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import token_grid
 
 _MAX_WORDS = 1000
@@ -125,6 +126,7 @@ class Inspection:
         }
 
 
+@ordinary_modes()
 def inspect_image(
     reader: Reader,
     image: str | os.PathLike | PIL.Image.Image,
@@ -222,6 +224,7 @@ def _rounded(numbers) -> list[float]:
     return [round(float(number), 3) for number in numbers]
 
 
+@ordinary_modes()
 def inspect_to_file(
     checkpoint: str | os.PathLike,
     image: str | os.PathLike | PIL.Image.Image,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.vocabulary import Variables
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 
@@ -52,6 +53,7 @@ def check_connector(config: AlignVLMConfig) -> None:
     )
 
 
+@ordinary_modes()
 def patch_words(
     config: AlignVLMConfig,
     variables: Variables,

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, huggingface
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import (
     AlignVLMConfig,
     Params,
@@ -37,6 +38,7 @@ _FREE_FIELDS = ("dtype", "attention", "remat", "max_position_embeddings", "vocab
 _GROWING = ("embedding", "lm_head")
 
 
+@ordinary_modes()
 def assemble(
     config: AlignVLMConfig,
     vision_folder: str | Path | None,
@@ -90,6 +92,7 @@ def assemble(
     return params
 
 
+@ordinary_modes()
 def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dtype: str = "float32") -> Params:
     """Returns shapes, dtypes and shardings of the weights; without a mesh all of them are on the first device."""
     boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))

@@ -43,6 +43,7 @@ from alignvlm_jax.interop.model_card import model_card
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import connector_spec
 from alignvlm_jax.models.weight_table import Row
@@ -51,6 +52,7 @@ TRAINING_FILE = "alignvlm_training.json"
 PROCESSOR_FILE = "processor_config.json"
 
 
+@ordinary_modes()
 def export_alignvlm(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -79,6 +81,7 @@ def export_alignvlm(
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype), encoding="utf-8")
 
 
+@ordinary_modes()
 def export_language(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -94,6 +97,7 @@ def export_language(
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype, part="language"), "utf-8")
 
 
+@ordinary_modes()
 def export_vision(
     checkpoint: str | Path, out: str | Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:

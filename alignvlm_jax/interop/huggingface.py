@@ -29,6 +29,7 @@ from alignvlm_jax.interop.huggingface_config import (
 )
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES, write_parameters
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
 from alignvlm_jax.models.weight_table import Row
@@ -133,6 +134,7 @@ def _check_tied(files: TensorFiles) -> None:
         )
 
 
+@ordinary_modes()
 def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
     """Reads a SigLIP folder onto the first device, as float32.
 
@@ -146,6 +148,7 @@ def load_vision_folder(folder: str | Path) -> tuple[VisionConfig, Params]:
         return backbone.config, convert.read(backbone.match(abstract), backbone.folder)
 
 
+@ordinary_modes()
 def load_language_folder(folder: str | Path) -> tuple[LanguageConfig, Params]:
     """Reads a Llama folder onto the first device, as float32.
 

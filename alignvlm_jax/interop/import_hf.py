@@ -23,6 +23,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.assemble import assemble, check_same_model
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.interop.tokenizer import import_tokenizer
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig, connector_named
 from alignvlm_jax.models.language import LanguageConfig
@@ -36,6 +37,7 @@ _TEXT_TOKENS = 256
 _BIN_MULTIPLE = 512
 
 
+@ordinary_modes()
 def import_huggingface(
     vision: str | Path,
     language: str | Path,

@@ -35,6 +35,7 @@ from alignvlm_jax.interop.huggingface_config import read_language_config, read_v
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer, read_exported_tokenizer
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params
 
 # Folders without `alignvlm_training.json` get the training stages of this config, which are the paper's.
@@ -42,6 +43,7 @@ DEFAULT_CONFIG = "alignvlm_1b.py"
 _FROM_PYTORCH = "saved by PyTorch"
 
 
+@ordinary_modes()
 def import_alignvlm(
     folder: str | Path,
     out: str | Path,
@@ -86,6 +88,7 @@ class AlignVLMFolder:
     history: list[dict[str, Any]]
 
 
+@ordinary_modes()
 def read_alignvlm(
     folder: str | Path,
     *,

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.models.connectors import (
     AlignConfig,
@@ -92,11 +93,11 @@ class AlignVLMOutput:
     Attributes:
       logits: logits of the next token, float32.
       effective_tokens: exp(entropy) of the visual tokens' distributions over words, averaged over the tiles that are
-        not padding; NaN for connectors without such a distribution.
+        not padding; None for connectors without such a distribution.
     """
 
     logits: Float[Array, "B L V"]
-    effective_tokens: Float[Array, ""]
+    effective_tokens: Float[Array, ""] | None
 
 
 @flax.struct.dataclass
@@ -111,7 +112,7 @@ class AlignVLMLoss:
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
-    effective_tokens: Float[Array, ""]
+    effective_tokens: Float[Array, ""] | None
 
 
 class Newline(nn.Module):
@@ -142,6 +143,7 @@ class AlignVLM(nn.Module):
             self.newline = Newline(config.language.hidden_size)
             nn.share_scope(self.newline, self.connector)
 
+    @ordinary_modes()
     def __call__(self, batch: Batch) -> AlignVLMOutput:
         """Scores every position of packed rows.
 
@@ -153,6 +155,7 @@ class AlignVLM(nn.Module):
         hidden, effective_tokens = self.read(batch)
         return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
 
+    @ordinary_modes()
     def loss(self, batch: Batch) -> AlignVLMLoss:
         """Returns the loss of packed rows, without materializing the [B, L, V] logits.
 
@@ -163,13 +166,15 @@ class AlignVLM(nn.Module):
         loss, weight = self.language.loss(hidden, batch["targets"], batch["loss_weights"])
         return AlignVLMLoss(loss, weight, effective_tokens)
 
-    def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""]]:
+    @ordinary_modes()
+    def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""] | None]:
         """Returns the hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
         inputs = self.merge(batch, visual)
         hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
         return hidden, _effective_tokens(entropy, batch["tile_valid_hw"])
 
+    @ordinary_modes()
     def encode_images(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"] | None]:
@@ -182,6 +187,7 @@ class AlignVLM(nn.Module):
         entropy = None if output.entropy is None else output.entropy.reshape(rows, -1)
         return layers.constrain(visual, "batch", None, None), entropy
 
+    @ordinary_modes()
     def encode_features(
         self, tiles: UInt8[Array, "B M S S 3"], tile_valid_hw: Int[Array, "B M 2"]
     ) -> Float[Array, "B*M N d"]:
@@ -194,6 +200,7 @@ class AlignVLM(nn.Module):
         noise = self.get_variable("perturbation", "features")
         return features if noise is None else noise.add_to(features, tiles)
 
+    @ordinary_modes()
     def merge(self, batch: Batch, visual: Float[Array, "B T D"]) -> Float[Array, "B L D"]:
         """Embeds the text and puts visual tokens at the positions given by `visual_index`."""
         text = self.language.embed(batch["tokens"])
@@ -206,6 +213,7 @@ class AlignVLM(nn.Module):
         inputs = jnp.where((index >= 0)[..., None], gathered.astype(text.dtype), text)
         return layers.constrain(inputs, "batch", "sequence", None)
 
+    @ordinary_modes()
     def prefill(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
         """Reads prompts into an empty cache: one example per row, padded on the right.
 
@@ -230,6 +238,7 @@ class AlignVLM(nn.Module):
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(hidden), cache
 
+    @ordinary_modes()
     def decode_step(
         self, tokens: Int[Array, " B"], positions: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
@@ -268,15 +277,16 @@ def mix_visual(
     return mixed
 
 
-def _effective_tokens(entropy, tile_valid_hw) -> Float[Array, ""]:
+def _effective_tokens(entropy, tile_valid_hw) -> Float[Array, ""] | None:
     if entropy is None:
-        return jnp.float32(jnp.nan)
+        return None
     # Tiles of height 0 are padding of the bin.
     is_real = (tile_valid_hw[..., 0] > 0).astype(jnp.float32)
     per_tile = jnp.mean(jnp.exp(entropy).reshape(*is_real.shape, -1), axis=-1)
     return jnp.sum(per_tile * is_real) / jnp.maximum(jnp.sum(is_real), 1.0)
 
 
+@ordinary_modes()
 def example_batch(config: AlignVLMConfig, *, rows: int = 1, tiles: int = 1, length: int | None = None) -> Batch:
     """Returns a batch of zeros in the model's shapes, for initialization and for shape evaluation."""
     length = length or tiles * tokens_per_tile(config) + 1
@@ -315,12 +325,14 @@ def stored_dtypes(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(find, params)
 
 
+@ordinary_modes()
 def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
     """Returns random float32 parameters, wrapped in `nn.LogicallyPartitioned`; ALIGN's W2 is a copy of the LM head."""
     params = AlignVLM(config).init(rng, example_batch(config))["params"]
     return seed_connector(config, params)
 
 
+@ordinary_modes()
 def seed_connector(config: AlignVLMConfig, params: Params) -> Params:
     """Sets the connector's parameters that start from the LM head, such as ALIGN's W2. Call it before stage 1."""
     spec = connector_spec(config.connector)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
 from alignvlm_jax.ops.embedding_lookup import embedding_lookup
@@ -95,6 +96,7 @@ class KVCache:
     index: Int[Array, ""]
 
 
+@ordinary_modes()
 def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
     """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included."""
     shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_width)

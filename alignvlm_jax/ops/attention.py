@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import attention_flash, attention_splash
 
 KERNELS = ("splash", "flash", "xla")
@@ -65,6 +66,7 @@ def default_kernel(device: jax.Device) -> str:
     return "xla"
 
 
+@ordinary_modes()
 def packed_attention(
     query: Float[Array, "B L H h"],
     key: Float[Array, "B L G h"],
@@ -127,6 +129,7 @@ def packed_attention(
     return _attend_in_blocks(query, key, value, mask, causal)
 
 
+@ordinary_modes()
 def cached_attention(
     query: Float[Array, "B L H h"],
     key: Float[Array, "B K G h"],

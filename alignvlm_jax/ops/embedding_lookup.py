@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _BLOCK_SIZE = 16384
 """Default of K. Every block is compared with all ids, so a few large blocks are best."""
 
 
+@ordinary_modes()
 def embedding_lookup(
     table: Float[Array, "V D"],
     ids: Int[Array, "B ..."],
@@ -76,10 +78,12 @@ def _lookup(options: _Options, table: Float[Array, "V D"], ids: Int[Array, "B ..
     return streaming.shard(local, axes, (streaming.table_spec(axes), ids_spec), ids_spec)(table, ids)
 
 
+@ordinary_modes()
 def _lookup_forward(options, table, ids):
     return _lookup(options, table, ids), (table, ids)
 
 
+@ordinary_modes()
 def _lookup_backward(options, residuals, cotangent):
     axes = options.axes
     ids_spec, table_spec = streaming.query_spec(axes), streaming.table_spec(axes)

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignvlm_jax.jax_modes import ordinary_modes
 
+
+@ordinary_modes()
 def linear(
     inputs: Float[Array, "... i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
 ) -> Float[Array, "... o"]:
@@ -30,10 +33,12 @@ def _product(rows: Float[Array, "T i"], kernel: Float[Array, "i o"]) -> Float[Ar
     return jnp.dot(rows, kernel.astype(rows.dtype))
 
 
+@ordinary_modes()
 def _product_forward(rows, kernel):
     return _product(rows, kernel), (rows, kernel)
 
 
+@ordinary_modes()
 def _product_backward(residuals, cotangent):
     rows, kernel = residuals
     drows = jnp.dot(cotangent, kernel.T.astype(rows.dtype))

@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _CHUNK_SIZES = (256, 2048)  # smallest and largest C
 
 
+@ordinary_modes()
 def linear_cross_entropy(
     hidden: Float[Array, "... D"],
     head: Float[Array, "V D"],
@@ -128,11 +130,13 @@ def _forward(
     return sharded(hidden, head, targets, weights)
 
 
+@ordinary_modes()
 def _loss_forward(options, hidden, head, targets, weights):
     loss, softmax = _forward(options, hidden, head, targets, weights)
     return loss, (hidden, head, targets, weights, softmax)
 
 
+@ordinary_modes()
 def _loss_backward(options, residuals, cotangent):
     axes = options.axes
 

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 from alignvlm_jax.ops.vocabulary_statistics import (
     VocabularyStatistics,
@@ -61,6 +62,7 @@ class VocabularySummary:
     top_ids: Int[Array, "... k"] | None = None
 
 
+@ordinary_modes()
 def vocabulary_attention(
     q: Float[Array, "... D"],
     keys: Float[Array, "V D"],
@@ -113,6 +115,7 @@ def vocabulary_attention(
     return (mixed, summary) if entropy or top_k else mixed
 
 
+@ordinary_modes()
 def vocabulary_usage(
     q: Float[Array, "... D"],
     keys: Float[Array, "V D"],
@@ -246,11 +249,13 @@ def _attend(options, inputs, statistics):
     return _forward(options, inputs, statistics, for_gradient=False)[:2]
 
 
+@ordinary_modes()
 def _attend_forward(options, inputs, statistics):
     mixed, summary, residuals = _forward(options, inputs, statistics, for_gradient=True)
     return (mixed, summary), (inputs, statistics, residuals)
 
 
+@ordinary_modes()
 def _attend_backward(options, saved, cotangents):
     inputs, statistics, residuals = saved
     cotangent, _ = cotangents  # the summary counts as constant, so its cotangent is ignored

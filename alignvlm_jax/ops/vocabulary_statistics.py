@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _PANELS = 4
@@ -48,6 +49,7 @@ class VocabularyStatistics:
         return q @ self.mean, jnp.maximum(jnp.sum(q * spread, axis=-1), 0.0), spread
 
 
+@ordinary_modes()
 def vocabulary_statistics(
     keys: Float[Array, "V D"],
     *,

@@ -25,6 +25,7 @@ from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import plan_tiles
 from alignvlm_jax.interop.huggingface import save_language_folder
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel
 from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes
 from alignvlm_jax.pretraining.tokenizer import READING_INSTRUCTIONS, VOCAB_SIZE, save_tokenizer
@@ -127,6 +128,7 @@ class PageDecoder(nn.Module):
         return self.language.logits(hidden)
 
 
+@ordinary_modes()
 def make_language_backbone(out: str | Path, workdir: str | Path, config: PretrainConfig) -> dict[str, float]:
     """Trains the tokenizer and the decoder, writes both, and returns the accuracy on validation pages."""
     save_tokenizer(out, seed=config.seed)

@@ -25,6 +25,7 @@ from alignvlm_jax.data.edit_distance import edit_distance
 from alignvlm_jax.data.synthetic import draw_document
 from alignvlm_jax.data.tiling import TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.interop.huggingface import save_vision_folder
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.layers import Dense
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder, normalize_tiles
 from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes, reading_order
@@ -111,6 +112,7 @@ def character_error_rate(predicted: Sequence[str], batch: Mapping[str, np.ndarra
     return edits / sum(map(len, printed))
 
 
+@ordinary_modes()
 def make_vision_backbone(
     out: str | Path, workdir: str | Path, config: PretrainConfig, objective: str = "patches"
 ) -> dict[str, float]:

@@ -13,10 +13,12 @@ from pathlib import Path
 import jax
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.reproduce import parts, work
 from alignvlm_jax.reproduce.options import Options
 
 
+@ordinary_modes()
 def main(arguments: list[str]) -> int:
     """Runs the job and returns the exit code."""
     out, name, share, parent = Path(arguments[0]), arguments[1], int(arguments[2]), int(arguments[3])

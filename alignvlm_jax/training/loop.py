@@ -25,6 +25,7 @@ from alignvlm_jax.checkpoints.workdir import Progress
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.refusals import RefusalLog
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
@@ -58,6 +59,7 @@ class TrainResult:
     progress: Progress
 
 
+@ordinary_modes()
 def train(
     config: ExperimentConfig,
     workdir: str | Path,

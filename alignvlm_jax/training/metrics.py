@@ -207,7 +207,7 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
 
     On a chip without a known peak there is no MFU.
     """
-    # Speeds are NaN if no step was timed; the words per patch are NaN for connectors without a distribution over words.
+    # Speeds are NaN if no step was timed. Connectors without a distribution over words have no words per patch.
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]
     if not math.isnan(summary["tokens_per_second"]):
@@ -218,7 +218,7 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
             mfu = f", MFU {100 * summary['mfu']:.1f} %" if "mfu" in summary else ""
             pieces.append(f"{summary['tflops_per_second_per_chip']:.3g} TFLOP/s a chip{mfu}")
     pieces.append(f"bins {100 * summary['token_fraction']:.0f} % full")
-    if not math.isnan(summary["effective_tokens"]):
+    if not math.isnan(summary.get("effective_tokens", math.nan)):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
     pieces.append("lr " + "/".join(f"{rate:.1e}" for rate in sorted(set(rates.values()), reverse=True)))
     # Problems are shown only if there are any.

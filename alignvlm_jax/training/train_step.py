@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.optimizer import make_optimizer
@@ -67,12 +68,14 @@ class TrainState(flax.struct.PyTreeNode):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
+@ordinary_modes()
 def create_state(stage: StageConfig, params: Params) -> TrainState:
     """Returns the state that a stage starts with. It can be jitted, and passed to `jax.eval_shape`."""
     opt_state = stage_optimizer(stage).init(trainable_params(stage, params))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, peak_learning_rates(stage))
 
 
+@ordinary_modes()
 def peak_learning_rates(
     stage: StageConfig, sharding: jax.sharding.Sharding | None = None
 ) -> dict[str, Float[Array, ""]]:
@@ -81,6 +84,7 @@ def peak_learning_rates(
     return {part: jax.device_put(rate, sharding) for part, rate in rates.items()}
 
 
+@ordinary_modes()
 def abstract_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, for restoring a checkpoint or compiling the step."""
     # The boxes hold the logical axis names of the weights, from which their shardings follow.
@@ -101,6 +105,7 @@ def state_shardings(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model_config, stage, mesh))
 
 
+@ordinary_modes()
 def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, params: Params) -> TrainState:
     """Returns the state that a stage starts with, every array created in its sharding.
 
@@ -139,11 +144,13 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
             "squared_lengths": jnp.sum(squares),
             "positions": jnp.float32(microbatch["segment_ids"].size),
             "tiles": tiles,
-            # A mean over tiles, turned back into a sum that microbatches can add up.
-            "effective_tokens": output.effective_tokens * tiles,
         }
+        if output.effective_tokens is not None:
+            # A mean over tiles, turned back into a sum that microbatches can add up.
+            sums["effective_tokens"] = output.effective_tokens * tiles
         return output.loss, sums
 
+    @ordinary_modes()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         schedules = stage_schedules(stage, state.learning_rates)
         optimizer = make_optimizer(stage.optimizer, schedules)
@@ -191,9 +198,10 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
             "squared_lengths": sums["squared_lengths"],
             "token_fraction": sums["tokens"] / sums["positions"],
             "tiles": sums["tiles"],
-            "effective_tokens": sums["effective_tokens"] / jnp.maximum(sums["tiles"], 1.0),
             **{f"learning_rate/{part}": jnp.float32(rate(state.step)) for part, rate in schedules.items()},
         }
+        if "effective_tokens" in sums:
+            metrics["effective_tokens"] = sums["effective_tokens"] / jnp.maximum(sums["tiles"], 1.0)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

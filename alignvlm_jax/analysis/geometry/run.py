@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from alignvlm_jax.analysis import inputs, output
 from alignvlm_jax.analysis.geometry import report
 from alignvlm_jax.analysis.geometry.measure import HULL_TOKENS, PAGES, TOKENS, measure_geometry
+from alignvlm_jax.jax_modes import ordinary_modes
 
 
+@ordinary_modes()
 def run(
     checkpoints: Sequence[str],
     data: str,

@@ -6,8 +6,10 @@ from alignvlm_jax.analysis import inputs, output
 from alignvlm_jax.analysis.noise import report
 from alignvlm_jax.analysis.noise.corruptions import DEFAULT_CORRUPTIONS, Corruption
 from alignvlm_jax.analysis.noise.measure import SIGMAS, feature_noise, image_noise
+from alignvlm_jax.jax_modes import ordinary_modes
 
 
+@ordinary_modes()
 def run(
     checkpoints: Sequence[str],
     data: str,

@@ -12,8 +12,10 @@ from alignvlm_jax.analysis.rare_names.kinds import NameAnswer
 from alignvlm_jax.analysis.rare_names.measure import compare, letter_agreement, summarize
 from alignvlm_jax.data.synthetic.names import read_lexicon
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.jax_modes import ordinary_modes
 
 
+@ordinary_modes()
 def analyze(
     reader: Reader, folder: str | Path, *, split: str = "heldout", limit: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def analyze(
     return {**results, "answers": [answer.to_json() for answer in answers]}
 
 
+@ordinary_modes()
 def run(
     checkpoints: Sequence[str],
     data: str | Path,

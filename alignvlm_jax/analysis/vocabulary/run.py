@@ -15,10 +15,12 @@ from alignvlm_jax.analysis.vocabulary.measure import (
 from alignvlm_jax.analysis.vocabulary.saving import save_pruned
 from alignvlm_jax.checkpoints.new_folder import check_is_free
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 
 _TOP = 20
 
 
+@ordinary_modes()
 def run(
     checkpoints: Sequence[str],
     data: str,

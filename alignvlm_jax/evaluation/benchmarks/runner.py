@@ -28,6 +28,7 @@ from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import call_in_primary
@@ -36,6 +37,7 @@ _QUESTIONS_AT_ONCE = 64
 """Minimum number of prompts prepared before they are answered, so that batches can have prompts of similar length."""
 
 
+@ordinary_modes()
 def evaluate_benchmarks(
     checkpoint: str | os.PathLike,
     names: Sequence[str],
@@ -112,6 +114,7 @@ def evaluate_benchmarks(
     return outcomes
 
 
+@ordinary_modes()
 def run(
     benchmark: Benchmark,
     split: str,
