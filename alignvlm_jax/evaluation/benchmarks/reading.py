@@ -60,7 +60,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
       UserError: if no files are found, a part of them is missing, or no question can be asked. The message names the
         expected files.
     """
-    split = _SPLITS.get(split, split)
+    split = split_name(split)
     expected = "; ".join(layout.describe(split) for layout in benchmark.layouts)
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder. Expected files of {benchmark.title}: {expected}")
@@ -82,12 +82,17 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
         )
     images = [image for question in valid for image in question.images]
     if images and not any(files.image_exists(image) for image in images):
-        packed = "".join(f"{sentence}. " for sentence in _archives(folder))
+        packed = "".join(f"{sentence}. " for sentence in _archives(data))
         raise UserError(
             f"{folder}: none of the {len(images)} images of {benchmark.title} exists, for example {images[0]}. "
             f"{packed}Expected files: {layout.describe(split)}"
         )
     return QuestionSet(_unique(questions), found.missing, tuple(_count_remarks(benchmark, split, questions)))
+
+
+def split_name(split: str) -> str:
+    """Returns the name that a split has here: "validation" -> "val"."""
+    return _SPLITS.get(split, split)
 
 
 def _find(benchmark: Benchmark, data: pathlib.Path, split: str) -> tuple[Layout, pathlib.Path, Found] | None:

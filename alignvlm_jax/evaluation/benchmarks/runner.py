@@ -23,7 +23,7 @@ from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import IMAGE, ImageSource, Question
-from alignvlm_jax.evaluation.benchmarks.reading import QuestionSet, read_questions
+from alignvlm_jax.evaluation.benchmarks.reading import QuestionSet, read_questions, split_name
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
@@ -69,6 +69,7 @@ def evaluate_benchmarks(
       mesh: device mesh as for `evaluation.runner.evaluate_checkpoint`.
     """
     benchmarks = find_benchmarks(names)
+    split = split and split_name(split)
     # Processes with different arguments would wait for each other forever.
     arguments = dict(names=list(names), data=str(data), split=split, limit=limit, batch_size=batch_size, mesh=str(mesh))
     distributed.require_equal({"checkpoint": str(checkpoint), "views": views, **arguments})
