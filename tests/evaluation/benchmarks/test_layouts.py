@@ -1,8 +1,8 @@
 """Tests of folders as publishers' archives unpack, one row for each line of the table in docs/benchmarks.md.
 
 Sources: rrc.cvc.uab.es (spdocvqa_qas.zip, spdocvqa_images.tar.gz, infographicsvqa_qas.zip, ...), the repositories
-vis-nlp/ChartQA, AoiDragon/POPE, yuweihao/MM-Vet and AILab-CVC/SEED-Bench, textvqa.org, cs.stanford.edu, and the file lists
-of the data sets of lmms-lab, HuggingFaceM4, MMMU, terryoo and vcr-org on the Hub.
+vis-nlp/ChartQA, AoiDragon/POPE, yuweihao/MM-Vet and AILab-CVC/SEED-Bench, textvqa.org, cs.stanford.edu, and the file
+lists of the data sets of lmms-lab, HuggingFaceM4, MMMU, terryoo and vcr-org on the Hub.
 """
 
 import pathlib
@@ -100,7 +100,8 @@ LAYOUTS = {
                          "MMMU/data/dev-00000-of-00001.parquet": mmmu("wrong")},
     "seed-authors": {"SEED-Bench/SEED-Bench.json": {"questions": [SEED]}, "SEED-Bench/SEED-Bench-image/a.png": 1},
     "seed-parquet": {"SEED-Bench/data/test-00000-of-00001.parquet": [{**SEED, "image": [cell(1)]}]},
-    "mmvet-authors": {"mm-vet/mm-vet.json": {"v1_0": {"imagename": "a.png", "question": "q"}}, "mm-vet/images/a.png": 1},
+    "mmvet-authors": {"mm-vet/mm-vet.json": {"v1_0": {"imagename": "a.png", "question": "q"}},
+                      "mm-vet/images/a.png": 1},
     "mmvet-parquet": {"MMVet/data/test-00000-of-00001.parquet": [{"question_id": "0", "question": "q", **PICTURE}]},
     "pope-authors": {
         **{f"POPE-main/output/coco/coco_pope_{part}.json": [POPE] for part in ("random", "popular", "adversarial")},
@@ -162,7 +163,7 @@ def test_the_docs_list_every_layout():
 
 def test_several_benchmarks_in_one_folder(tmp_path):
     """lmms-eval keeps the data sets of lmms-lab side by side; most of their files are called test-* alike."""
-    names = ("docvqa-parquet", "chartqa-parquet", "pope-parquet", "mmvet-parquet", "textvqa-parquet", "mmmu-parquet-one")
+    names = [f"{name}-parquet" for name in ("docvqa", "chartqa", "pope", "mmvet", "textvqa")] + ["mmmu-parquet-one"]
     for name in names:
         folder = tmp_path / "lmms-lab" / "DocVQA" if name == "docvqa-parquet" else tmp_path / "lmms-lab"
         write(folder, LAYOUTS[name])
@@ -209,9 +210,9 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_two_copies_of_a_benchmark(tmp_path):
     """The Hub's cache keeps a folder for each revision that was downloaded."""
-    files = {name: content for c in "ab" for name, content in
-             {f"snapshots/{c * 40}/DocVQA/validation-00000-of-00001.parquet": [{**DOC, **PICTURE}]}.items()}  # fmt: skip
-    write(tmp_path, files)
+    for revision in ("a" * 40, "b" * 40):
+        file = tmp_path / "snapshots" / revision / "DocVQA" / "validation-00000-of-00001.parquet"
+        write_parquet(file, [{**DOC, **PICTURE}])
     with pytest.raises(UserError, match="DocVQA was found in 2 folders: .*aaa/DocVQA and .*bbb/DocVQA. Give one"):
         read("docvqa", tmp_path)
     assert read("docvqa", tmp_path / "snapshots" / ("a" * 40)).questions
