@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Exports a checkpoint as a folder for PyTorch (transformers 5).
 
-    tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out alignvlm-nano --dtype bfloat16
+    tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out alignvlm-nano --dtype bfloat16 --verify
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out llama-nano --language-only
     tools/export_pytorch.py --checkpoint runs/demo/checkpoint --out siglip-nano --vision-only
 
 The export needs no torch, no transformers and no accelerator. Without --dtype, every weight keeps its dtype, and
 `tools/import_pytorch.py` restores a bit-identical checkpoint. For serving, use --dtype bfloat16.
+
+--verify answers a question about one page with the checkpoint in JAX and with the exported folder in PyTorch, both in
+float32 on the CPU, and prints both answers and the largest difference of their logits. If they differ, the exit code is
+3; the folder stays. This needs torch, transformers 5, and memory for the model in float32: 8 GB for 1B, 40 GB for 8B.
 """
 
 import argparse
@@ -39,13 +43,21 @@ def main() -> None:
         metavar="SIZE",
         help="maximum size of a file of weights (default: 5GB); the export needs memory for one file and one matrix",
     )
+    parser.add_argument("--verify", action="store_true", help="compare the folder with the checkpoint on one page")
+    parser.add_argument(
+        "--verify-image", type=Path, metavar="FILE", help="the page for --verify (default: a drawn page of the demo)"
+    )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
     part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
+    verify = args.verify or args.verify_image is not None
+    if verify and (args.language_only or args.vision_only):
+        parser.error("--verify compares the complete model: leave out --language-only and --vision-only")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.errors import UserError
+    from alignvlm_jax.inference import verification
     from alignvlm_jax.interop import export
 
     write = export.export_alignvlm
@@ -54,11 +66,25 @@ def main() -> None:
     if args.vision_only:
         write = export.export_vision
     try:
+        if verify:
+            # Before the export, which may take minutes.
+            verification.check_packages()
+            verification.read_page(args.verify_image)
         write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:,.1f} MB")
+    if verify:
+        comparison = verification.verify_export(
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            image=args.verify_image,
+            on_side=lambda side: print(f"verifying: {side} ...", file=sys.stderr, flush=True),
+        )
+        print(comparison.describe())
+        sys.exit(3 if comparison.problems else 0)
 
 
 def _size(text: str) -> int:

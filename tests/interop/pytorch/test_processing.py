@@ -192,7 +192,7 @@ def test_tiling_options_can_be_passed_to_the_processor(pair):
 
 
 @pytest.mark.parametrize("rule", ["ovis", "internvl", "anyres_max_9"])
-@pytest.mark.parametrize("max_tiles", [1, 2, 5, 9, 23])
+@pytest.mark.parametrize("max_tiles", [1, 5, 8, 21])
 def test_vllm_reserves_memory_for_the_image_with_most_tokens(rule, max_tiles):
     """vLLM takes a size from the image processor: a square, its default, need not have the most tiles.
 
@@ -201,7 +201,7 @@ def test_vllm_reserves_memory_for_the_image_with_most_tokens(rule, max_tiles):
     processor = AlignVLMImageProcessor((3, 2), rule=rule, tile_size=24, max_tiles=max_tiles, grid_side=3)
     most = processor.num_visual_tokens(processor.size["height"], processor.size["width"])
     rng = np.random.default_rng(0)
-    sizes = [*rng.integers(1, 400, (300, 2)), *itertools.product((1, 23, 24, 25, 48, 72, 500), repeat=2)]
+    sizes = [*rng.integers(1, 400, (60, 2)), *itertools.product((1, 23, 24, 25, 48, 72, 500), repeat=2)]
     assert most >= max(processor.num_visual_tokens(int(height), int(width)) for height, width in sizes)
     if rule != "anyres_max_9":
         assert most == 6 * (max_tiles + (max_tiles > 1))
