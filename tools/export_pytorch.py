@@ -45,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--verify", action="store_true", help="compare the folder with the checkpoint on one page")
     parser.add_argument(
-        "--verify-image", type=Path, metavar="FILE", help="the page for --verify (default: a drawn page of the demo)"
+        "--verify-image", type=as_path, metavar="FILE", help="the page for --verify (default: a drawn page of the demo)"
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
