@@ -17,14 +17,12 @@ import importlib.util
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 import alignvlm_jax
 from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
 from alignvlm_jax.commands.arguments import Commands, style
-from alignvlm_jax.commands.terminal import ignore_output_errors
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.jax_modes import ordinary_modes
 
 DESCRIPTION = """\
@@ -50,28 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     _quiet_logs(args.debug)
-    with ignore_output_errors():
-        return _run(args)
+    return run_program("alignvlm", lambda: _run(args), debug=args.debug)
 
 
-def _run(args: argparse.Namespace) -> int:
-    """Runs a parsed command, and prints errors that the user can fix as one line."""
-    try:
-        with ordinary_modes():
-            args.run(args)
-        return 0
-    except UserError as error:
-        if args.debug:
-            traceback.print_exc()
-        # Messages may have line breaks.
-        line = " ".join(str(error).split())
-        print(f"alignvlm: error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        if args.debug:
-            traceback.print_exc()
-        print("alignvlm: interrupted", file=sys.stderr)
-        return getattr(error, "exit_code", 130)
+def _run(args: argparse.Namespace) -> None:
+    """Runs a parsed command."""
+    with ordinary_modes():
+        args.run(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -130,6 +113,7 @@ def _quiet_logs(debug: bool) -> None:
     if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
         # libtpu may be installed on a machine without a TPU, to compile for one. JAX would then search for TPUs, and
         # libtpu would warn that there are none.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        # A variable that is set but empty also leaves the choice to JAX.
+        os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,12 +18,19 @@ import os
 import re
 import sys
 
+from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.locations import as_path, local_path
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def main() -> None:
+def main() -> int:
+    """Runs the export and returns the exit code."""
+    return run_program("export_pytorch", lambda: run(parse()))
+
+
+def parse() -> argparse.Namespace:
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=local_path, required=True, help="the workdir of a training run, or one of its step folders"
@@ -51,12 +58,16 @@ def main() -> None:
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
     part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
     args = parser.parse_args()
-    verify = args.verify or args.verify_image is not None
-    if verify and (args.language_only or args.vision_only):
-        parser.error("--verify compares the complete model: leave out --language-only and --vision-only")
+    args.verify = args.verify or args.verify_image is not None
+    if args.verify and (args.language_only or args.vision_only):
+        parser.error("--verify compares the complete model: omit --language-only and --vision-only")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports the checkpoint, compares both if asked to, and returns the exit code."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Import late, so that --help is fast and JAX reads the variable above.
-    from alignvlm_jax.errors import UserError
     from alignvlm_jax.inference import verification
     from alignvlm_jax.interop import export
 
@@ -65,17 +76,13 @@ def main() -> None:
         write = export.export_language
     if args.vision_only:
         write = export.export_vision
-    try:
-        if verify:
-            # Before the export, which may take minutes.
-            verification.check_packages()
-            verification.read_page(args.verify_image)
-        write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    if args.verify:
+        # Before the export, which may take minutes.
+        verification.check_packages()
+        verification.read_page(args.verify_image)
+    write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:,.1f} MB")
-    if verify:
+    if args.verify:
         comparison = verification.verify_export(
             args.checkpoint,
             args.out,
@@ -84,7 +91,8 @@ def main() -> None:
             on_side=lambda side: print(f"verifying: {side} ...", file=sys.stderr, flush=True),
         )
         print(comparison.describe())
-        sys.exit(3 if comparison.problems else 0)
+        return 3 if comparison.problems else 0
+    return 0
 
 
 def _size(text: str) -> int:
@@ -95,4 +103,4 @@ def _size(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

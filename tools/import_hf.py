@@ -24,11 +24,18 @@ import sys
 from pathlib import Path
 
 from alignvlm_jax.commands.arguments import positive
+from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import as_path, local_path
 
 
-def main() -> None:
+def main() -> int:
+    """Runs the import and returns the exit code."""
+    return run_program("import_hf", lambda: run(parse()))
+
+
+def parse() -> argparse.Namespace:
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--vision", required=True, type=local_path, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one'
@@ -76,30 +83,30 @@ def main() -> None:
         metavar="N",
         help="maximum number of tiles per page, without the thumbnail (default: the config's max_tiles)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports the folders and prints the next command."""
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.interop.import_hf import import_huggingface
     from alignvlm_jax.parallel.mesh import parse_mesh
 
-    try:
-        template = None if args.chat_template is None else _read(args.chat_template)
-        config = import_huggingface(
-            args.vision,
-            args.language,
-            args.out,
-            connector=args.connector,
-            dtype=args.dtype,
-            mesh=None if args.mesh is None else parse_mesh(args.mesh),
-            config_file=args.config,
-            image_token=args.image_token,
-            chat_template=template,
-            max_tiles=args.max_tiles,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    template = None if args.chat_template is None else _read(args.chat_template)
+    config = import_huggingface(
+        args.vision,
+        args.language,
+        args.out,
+        connector=args.connector,
+        dtype=args.dtype,
+        mesh=None if args.mesh is None else parse_mesh(args.mesh),
+        config_file=args.config,
+        image_token=args.image_token,
+        chat_template=template,
+        max_tiles=args.max_tiles,
+    )
     tiling, model = config.data.tiling, config.model
     print(f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page. Ask, export or train it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
@@ -119,4 +126,4 @@ def _read(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,10 +12,17 @@ import argparse
 import os
 import sys
 
+from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.locations import as_path, local_path
 
 
-def main() -> None:
+def main() -> int:
+    """Runs the import and returns the exit code."""
+    return run_program("import_pytorch", lambda: run(parse()))
+
+
+def parse() -> argparse.Namespace:
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=as_path, required=True, metavar="DIR", help="the PyTorch folder")
     parser.add_argument(
@@ -37,25 +44,24 @@ def main() -> None:
         metavar="FILE",
         help="config with the settings that a folder without alignvlm_training.json lacks (default: the paper's)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports the folder and prints the next command."""
     if args.mesh is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Import late, so that --help is fast and JAX reads the variable above.
     from alignvlm_jax.config.loading import load_config
-    from alignvlm_jax.errors import UserError
     from alignvlm_jax.interop.import_pytorch import import_alignvlm
     from alignvlm_jax.parallel.mesh import make_mesh, parse_mesh
 
-    try:
-        mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))
-        base = load_config(args.config) if args.config else None
-        import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))
+    base = load_config(args.config) if args.config else None
+    import_alignvlm(args.folder, args.out, dtype=args.dtype, mesh=mesh, base=base)
     print(f"{args.out}: ask, evaluate, export or train it:")
     print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 
+from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.data import prepare
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits
@@ -27,8 +28,20 @@ from alignvlm_jax.locations import location
 
 
 def main() -> int:
-    """Runs the conversion and returns the exit status."""
-    args, beam_arguments = parse()
+    """Runs the conversion and returns the exit code."""
+    return run_program("prepare_data", lambda: run(*parse()))
+
+
+def run(args: argparse.Namespace, beam_arguments: list[str]) -> int:
+    """Converts the records, prints how many were refused, and returns the exit code.
+
+    Args:
+      args: the arguments of this command.
+      beam_arguments: arguments for Beam.
+
+    Raises:
+      UserError: if the input cannot be read, or the output cannot be written.
+    """
     recipe = prepare.Recipe(
         args.format,
         tuple(args.input),
@@ -44,9 +57,8 @@ def main() -> int:
         summary = prepare.prepare(
             recipe, args.out, max_rejects=args.max_rejects, allow_partial=args.allow_partial, convert=convert
         )
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    except OSError as error:
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

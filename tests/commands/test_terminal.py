@@ -9,9 +9,9 @@ import pytest
 PROGRAM = """
 import sys
 from tqdm import tqdm
-from alignvlm_jax.commands.terminal import ignore_output_errors
+from alignvlm_jax.commands.terminal import tolerant_output
 
-with ignore_output_errors():
+with tolerant_output():
     sys.stdin.readline()
     with tqdm(total=2, file=sys.stderr) as bar:
         tqdm.write("a line")

@@ -155,6 +155,9 @@ def run_tool(*arguments):
     sys.argv = ["tools/import_hf.py", *arguments]
     try:
         runpy.run_path("tools/import_hf.py", run_name="__main__")
+    except SystemExit as exited:
+        if exited.code:
+            raise
     finally:
         sys.argv = original
 

@@ -20,9 +20,9 @@ import runpy, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # Importing them fails.
 checkpoint, folder, back, tools = sys.argv[1:]
 sys.argv = ["export", "--checkpoint", checkpoint, "--out", folder, "--max-shard-size", "20KB"]
-runpy.run_path(f"{tools}/export_pytorch.py", run_name="__main__")
+assert runpy.run_path(f"{tools}/export_pytorch.py")["main"]() == 0
 sys.argv = ["import", "--folder", folder, "--out", back]
-runpy.run_path(f"{tools}/import_pytorch.py", run_name="__main__")
+assert runpy.run_path(f"{tools}/import_pytorch.py")["main"]() == 0
 """
 
 
