@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from tqdm import tqdm
 
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
@@ -25,6 +24,7 @@ from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import connector_spec
+from alignvlm_jax.progress import progress_bar
 
 Record = Mapping[str, Any]
 """A record of `data/store.py`; `evaluation/runner.py` describes its fields."""
@@ -97,7 +97,7 @@ def tile_batches(
         return padded[None], np.pad(valid_hw[:_TILES_PER_BATCH], ((0, missing), (0, 0)))[None]
 
     indices = page_indices(records, pages)
-    for record_index, image_index in tqdm(indices, desc=title, unit="page", dynamic_ncols=True, leave=None):
+    for record_index, image_index in progress_bar(indices, title, unit="page", leave=None):
         record = records[record_index]
         cut = reader.cut(images.open_image(page_images(record)[image_index], name=record["id"]))
         tiles, valid_hw = np.concatenate([tiles, cut.tiles]), np.concatenate([valid_hw, cut.valid_hw])

@@ -10,10 +10,14 @@ valid one.
 Keys that a file omits have the defaults of their dataclasses, which are defined in the packages they configure.
 """
 
+import contextlib
+import os
 import runpy
+import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -75,18 +79,45 @@ def _shipped_folders() -> list[Path]:
     return [package / "configs", package.parent / "configs"]  # installed, and in a clone
 
 
+@contextlib.contextmanager
+def _importable_neighbors(folder: Path) -> Iterator[None]:
+    """Lets a config file import the files in its folder and in the current one, however the program was started."""
+    # `python -m` adds the current folder to the path and a console script does not; neither adds the config's folder.
+    before_path, before_modules = list(sys.path), set(sys.modules)
+    sys.path[:0] = [str(folder), os.getcwd()]
+    try:
+        yield
+    finally:
+        sys.path[:] = before_path
+        # The config of another folder may have a neighbor of the same name.
+        new = set(sys.modules) - before_modules
+        neighbors = {name for name in new if "." not in name and _is_in(sys.modules[name], folder)}
+        for name in new:
+            if name.partition(".")[0] in neighbors:
+                del sys.modules[name]
+
+
+def _is_in(module: ModuleType, folder: Path) -> bool:
+    """Returns whether a module is a file, or a package, directly in the folder."""
+    file = Path(getattr(module, "__file__", None) or "")
+    return (file.parent.parent if file.name == "__init__.py" else file.parent) == folder
+
+
 def read_config_file(file: str | Path) -> Any:
     """Returns the unchecked config that the file's `get_config` returns, for config files that modify another one.
+
+    A config file may import modules from its own folder and from the current one.
 
     Raises:
       UserError: if the file fails. The message names the file and the line.
     """
     path = find_config(file)
     try:
-        namespace = runpy.run_path(str(path))
-        if not callable(namespace.get("get_config")):
-            raise UserError(f"{path}: a config file must define get_config() and return the config from it")
-        config = namespace["get_config"]()
+        with _importable_neighbors(path.resolve().parent):
+            namespace = runpy.run_path(str(path))
+            if not callable(namespace.get("get_config")):
+                raise UserError(f"{path}: a config file must define get_config() and return the config from it")
+            config = namespace["get_config"]()
     except UserError:
         raise
     except SyntaxError as error:

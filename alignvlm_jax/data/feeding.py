@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from alignvlm_jax.data.examples import ExampleReader, locate_example
 from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
 from alignvlm_jax.data.window import MeasuredExample, Window
-from alignvlm_jax.data.workers import SignalBlockingContext, exit_with_parent
+from alignvlm_jax.data.workers import SignalBlockingContext, can_start_workers, exit_with_parent
 from alignvlm_jax.errors import UserError
 
 RowStates = Mapping[str, Any]
@@ -65,11 +65,14 @@ class BatchIterator(Protocol):
 
 
 class Pool:
-    """Measures and builds examples, in threads of this process or in other processes."""
+    """Measures and builds examples, in threads of this process or in other processes.
+
+    Where worker processes cannot be started, threads take their place, with a warning. The batches are the same.
+    """
 
     def __init__(self, reader: ExampleReader, *, workers: int = 0, threads: int = 2):
         self._reader = reader
-        if workers:
+        if workers and can_start_workers("threads read the data (config.data.workers=0)"):
             # On Ctrl-C or SIGTERM the training process still finishes its step and saves a checkpoint. It may need
             # these workers for that, so the signals must not end them.
             self._executor = concurrent.futures.ProcessPoolExecutor(

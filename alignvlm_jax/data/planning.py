@@ -10,13 +10,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import Pool
 from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.window import MeasuredExample, Window
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.progress import progress_bar
 
 # Positions measured per task.
 _POSITIONS_PER_TASK = 16
@@ -102,8 +101,8 @@ def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -
     try:
         starts = range(0, number, _POSITIONS_PER_TASK)
         measuring = [pool.measure(range(start, min(start + _POSITIONS_PER_TASK, number))) for start in starts]
-        bar = tqdm(measuring, desc="measuring examples", unit_scale=_POSITIONS_PER_TASK, unit="example", delay=2)
-        bar.disable = not progress
+        title, scale = "measuring examples", _POSITIONS_PER_TASK
+        bar = progress_bar(measuring, title, unit_scale=scale, unit="example", delay=2, show=progress)
         return list(itertools.chain.from_iterable(future.result() for future in bar))
     finally:
         pool.close()

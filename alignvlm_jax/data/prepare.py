@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tqdm import tqdm
 
 from alignvlm_jax.data import nearby, shard_names, store
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
@@ -47,6 +46,7 @@ from alignvlm_jax.data.workers import WorkerDied, run_tasks
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.leases.one_writer import one_writer
+from alignvlm_jax.progress import progress_bar
 
 NAME = "conversations"
 REJECTS_FILE = "rejects.jsonl"
@@ -244,7 +244,7 @@ def _convert(
     sizes = [piece.records for piece in slices]
     total = None if None in sizes else sum(sizes)
     name = epath.Path(job.out).name
-    with tqdm(total=total, initial=summary.total, desc=name, unit="record", disable=not progress) as bar:
+    with progress_bar(desc=name, total=total, initial=summary.total, unit="record", show=progress) as bar:
         for slice_summary in convert(job, tasks):
             lease.raise_if_lost()
             summary += slice_summary

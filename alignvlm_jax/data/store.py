@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from alignvlm_jax.data.nearby import describe_no_dataset
+from alignvlm_jax.data.open_files import ArrayRecordFiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import location
 
@@ -101,6 +102,8 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
         source, shards = builder.as_data_source(split, decoders=decoders), tuple(_shard_parts(splits, split))
+        # TFDS would keep the files of all shards open.
+        source.data_source = ArrayRecordFiles(splits[split].file_instructions)
     except ValueError as error:
         raise UserError(f"{folder}: no such part of a split: {split!r} ({error})") from error
     _check_complete(folder, shards)

@@ -7,9 +7,12 @@ import multiprocessing.context
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+from tqdm import tqdm
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,9 +29,12 @@ class WorkerDied(Exception):
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yields every task with the function's result, in the order in which they finish."""
+    """Yields every task with the function's result, in the order in which they finish.
+
+    Where worker processes cannot be started, this process does all tasks.
+    """
     processes = min(processes, len(tasks))
-    if processes <= 1:
+    if processes <= 1 or not can_start_workers("one process does all the work"):
         for task in tasks:
             yield task, function(task)
         return
@@ -52,6 +58,24 @@ def run_tasks(
         raise WorkerDied(list(running.values())) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def can_start_workers(alternative: str) -> bool:
+    """Returns whether worker processes can be started here; warns if not.
+
+    Args:
+      alternative: what happens without them, for the warning.
+    """
+    try:
+        # Executors communicate through semaphores. They are files in /dev/shm, which some containers lack.
+        multiprocessing.get_context("spawn").Lock()
+    except (OSError, ImportError) as error:
+        tqdm.write(
+            f"warning: worker processes cannot start here, because /dev/shm does not work ({error}): {alternative}",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 class _SignalBlockingProcess(multiprocessing.context.SpawnProcess):

@@ -23,7 +23,6 @@ from typing import Any, Literal, TextIO
 import jax
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from alignvlm_jax.checkpoints.workdir import read_run_config
 from alignvlm_jax.config.experiment import ExperimentConfig
@@ -41,6 +40,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import one_writer_of
+from alignvlm_jax.progress import progress_bar
 
 Control = Literal["none", "blank", "wrong"]
 Record = Mapping[str, Any]
@@ -100,8 +100,8 @@ def evaluate(
     # Images are decoded and cut group by group, because all of them may not fit in memory.
     answers = []
     total = sum(len(document.questions) for document in documents)
-    quiet = not distributed.is_primary()
-    with tqdm(total=total, desc=title, unit="question", dynamic_ncols=True, leave=None, disable=quiet) as progress:
+    show = distributed.is_primary()
+    with progress_bar(desc=title, total=total, unit="question", leave=None, show=show) as progress:
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
             prompts = []

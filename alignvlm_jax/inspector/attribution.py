@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch
+from alignvlm_jax.progress import progress_bar
 
 _LENGTH_STEP = 16
 
@@ -104,7 +104,7 @@ def attribute(
         token_weights = token_weights.sum(axis=0, keepdims=True)
     fixed = (model, variables, batch, len(prompt.tokens), padded)
     shares = np.zeros((len(token_weights), len(visual)))
-    with tqdm(total=steps * len(token_weights), desc="attributing the answer", disable=not progress) as bar:
+    with progress_bar(desc="attributing the answer", total=steps * len(token_weights), show=progress) as bar:
         for step in range(steps):
             for row, weights in enumerate(token_weights):
                 # Midpoint rule: the gradient at the center of each interval stands for the interval.

@@ -12,13 +12,13 @@ import functools
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.vocabulary import Variables
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, connector_spec
+from alignvlm_jax.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def patch_words(
     """
     check_connector(config)
     descriptions = []
-    for i in tqdm(range(len(tiles)), "reading tiles", unit="tile", disable=not progress):
+    for i in progress_bar(range(len(tiles)), "reading tiles", unit="tile", show=progress):
         description = _describe(AlignVLM(config), variables, tiles[i], tile_valid_hw[i], k=k)
         # One tile's results leave the device before the next tile is processed.
         descriptions.append(jax.tree.map(np.asarray, description))

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
-from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.models.weight_table import Row, Transform
+from alignvlm_jax.progress import progress_bar
 
 Params = dict[str, Any]
 
@@ -147,7 +147,7 @@ def read(parameters: Sequence[ParameterSource], source: str | Path) -> Params:
     """Reads the parameters found by `match`; `source` is the name of the folder on the progress bar."""
     params = {}
     total = sum(_num_bytes(parameter.leaf) for parameter in parameters)
-    with tqdm(total=total, desc=f"reading {source}", unit="B", unit_scale=True, delay=2, dynamic_ncols=True) as bar:
+    with progress_bar(desc=f"reading {source}", total=total, unit="B", unit_scale=True, delay=2) as bar:
         for parameter in parameters:
             leaf = parameter.leaf
             sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])

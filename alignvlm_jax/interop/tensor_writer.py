@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from tqdm import tqdm
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert
 from alignvlm_jax.models.weight_table import Row
+from alignvlm_jax.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Maximum size of a file: the former default of transformers and the Hub."""
@@ -113,7 +113,7 @@ def write_tensors(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=total < 2**27) as bar:
+    with progress_bar(desc=title, total=total, unit="B", unit_scale=True, show=total >= 2**27) as bar:
         for name, shard in zip(names, shards, strict=True):
             tensors = {}
             for spec in shard:

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from alignvlm_jax.config.optimizer import OptimizerConfig
+from alignvlm_jax.progress import progress_bar
 from alignvlm_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -91,7 +91,7 @@ def pretrain(
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     data = iter(batches.slice(slice(first, config.steps)).to_iter_dataset(options))
     start_time = time.time()
-    with tqdm(total=config.steps, initial=first, desc=name, unit="step", mininterval=10) as bar:
+    with progress_bar(desc=name, total=config.steps, initial=first, unit="step", mininterval=10) as bar:
         for step in range(first + 1, config.steps + 1):
             state, metrics = step_fn(state, next(data))
             bar.update()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, complete_steps
 from alignvlm_jax.errors import TemporaryError
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.progress import progress_bar
 from alignvlm_jax.reproduce.jobs import COMPLETE, Job, Result, is_done, read_result
 from alignvlm_jax.reproduce.options import Options
 
@@ -125,10 +126,9 @@ def _sort_jobs(options: Options, out: Path, jobs: Sequence[Job]) -> tuple[list[J
 def _progress_bar(jobs: Sequence[Job], waiting: Sequence[Job]) -> tqdm:
     """Returns a bar that advances by the weight of each job."""
     total = sum(job.weight for job in jobs)
-    return tqdm(
+    return progress_bar(
         total=round(total, 2),
         initial=round(total - sum(job.weight for job in waiting), 2),
-        dynamic_ncols=True,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}",
     )
 

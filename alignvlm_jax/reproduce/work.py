@@ -276,7 +276,7 @@ class _Curve:
 
     def __init__(self, file: Path):
         self._file = file
-        self.points: list[list[float]] = json.loads(file.read_text()) if file.is_file() else []
+        self.points: list[list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
     def add(self, step: int, loss: float) -> None:
         """Adds a point, and drops points of this and later steps."""

@@ -99,6 +99,6 @@ class Interruption:
 def is_google_cloud() -> bool:
     """Returns whether this machine is in Google's cloud."""
     try:
-        return _HOST_VARIABLE in os.environ or _PRODUCT.read_text().startswith("Google")
+        return _HOST_VARIABLE in os.environ or _PRODUCT.read_text(encoding="utf-8").startswith("Google")
     except OSError:
         return False

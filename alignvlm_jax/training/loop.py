@@ -31,6 +31,7 @@ from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
 from alignvlm_jax.parallel.writing import one_writer_of
+from alignvlm_jax.progress import progress_bar
 from alignvlm_jax.training import budget, metrics, out_of_memory
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.experiment_data import ExperimentData, TrainingData
@@ -177,5 +178,6 @@ def _refusals_file() -> str:
 
 
 def _progress_bar(total: int, done: int) -> tqdm:
-    is_quiet = not distributed.is_primary()
-    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=is_quiet)
+    # Without a terminal, the line that is logged every few steps says the same.
+    show = distributed.is_primary()
+    return progress_bar(total=total, initial=done, unit="step", smoothing=0.1, show=show, lines=False)

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tensorboardX
+from tqdm import tqdm
 
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
@@ -199,13 +200,14 @@ def speeds(
     return summary | {"steps_per_second": len(steps) * per_second}
 
 
-def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
+def format_line(step: int, stage: str, summary: dict[str, float], steps_left: int = 0) -> str:
     """Formats the summary as one line for the terminal (here in two).
 
         step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip,
-        MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04
+        MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04 | 1:02:10 left
 
-    On a chip without a known peak there is no MFU.
+    On a chip without a known peak there is no MFU. The time left assumes that the remaining steps of all stages take as
+    long as those of the summary.
     """
     # Speeds are NaN if no step was timed. Connectors without a distribution over words have no words per patch.
     rates = {name: value for name, value in summary.items() if name.startswith("learning_rate/")}
@@ -221,6 +223,8 @@ def format_line(step: int, stage: str, summary: dict[str, float]) -> str:
     if not math.isnan(summary.get("effective_tokens", math.nan)):
         pieces.append(f"words per patch {summary['effective_tokens']:.1f}")
     pieces.append("lr " + "/".join(f"{rate:.1e}" for rate in sorted(set(rates.values()), reverse=True)))
+    if steps_left and summary["steps_per_second"] > 0:
+        pieces.append(f"{tqdm.format_interval(steps_left / summary['steps_per_second'])} left")
     # Problems are shown only if there are any.
     if summary.get("data_wait", 0.0) > _MIN_SHOWN_WAIT:
         pieces.append(f"{100 * summary['data_wait']:.0f} % of the time waiting for data")

@@ -30,6 +30,7 @@ from alignvlm_jax.data.refusals import RefusalLog
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
+from alignvlm_jax.progress import exclude_first_step
 from alignvlm_jax.training import debug, metrics
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.interruption import Interruption
@@ -206,8 +207,14 @@ class Trainer:
         """Waits for the previous step and starts the next one."""
         # Keeps the host at most one step ahead, so batches do not pile up in device memory.
         jax.block_until_ready(run.measured)
+        start_time = time.monotonic()
+        if not run.is_compiled:
+            distributed.log(f"compiling the step of {run.stage.name} ...")
         with self.profiler.step(run.progress.step + 1):
+            # The call returns when the step is compiled and queued, not when it is done.
             run.state, run.measured = run.train_step(run.state, device_batch)
+        if not run.is_compiled:
+            distributed.log(f"compiling ... {time.monotonic() - start_time:.0f} s")
         run.progress = Progress(
             step=run.progress.step + 1,
             stage=run.progress.stage,
@@ -231,17 +238,20 @@ class Trainer:
         """Collects what the step measured and, every `log_every_steps` steps, writes a summary."""
         self.log.add({**run.measured, **counts, "data_seconds": data_seconds})
         self.refusals.add(run.batches.refused())
-        self.bar.update()
+        if run.is_compiled:
+            self.bar.update()
+        else:
+            # The first step includes compilation. Speeds and the time left are measured from the second step on.
+            jax.block_until_ready(run.measured)
+            self.log.restart_clock()
+            exclude_first_step(self.bar)
+            run.is_compiled = True
         step = run.progress.step
         if run.is_finished or step % self.config.log_every_steps == 0:
             summary = self.log.write(step, run.progress.stage)
-            distributed.log(metrics.format_line(step, run.stage.name, summary))
+            steps_left = sum(stage.steps for stage in self.stages) - step
+            distributed.log(metrics.format_line(step, run.stage.name, summary, steps_left))
             self.bar.set_postfix_str(f"loss {summary['loss']:.3f}")
-        if not run.is_compiled:
-            # The first step includes compilation, so speeds are measured from the second step on.
-            jax.block_until_ready(run.measured)
-            self.log.restart_clock()
-            run.is_compiled = True
 
     def _should_stop(self, signals: _Signals) -> type[distributed.Interrupted] | None:
         """Returns the exception that ends the run after this step, or None."""

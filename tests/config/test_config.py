@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 
@@ -197,6 +199,29 @@ def test_an_invalid_file_is_named_with_the_line_or_key_of_its_error(tmp_path, te
     message = error_message(file=path)
     assert expected in message
     assert str(path) in message or message.startswith("config.")
+
+
+@pytest.mark.parametrize("neighbor", ["base.py", "base/__init__.py"])
+def test_a_config_file_may_import_its_neighbors(tmp_path, monkeypatch, neighbor):
+    """open-mmlab/mim-example#5, facebookresearch/detectron2#4214: a config file imports a module next to it."""
+    # A console script has its own folder instead of the current one on the path.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    for seed in (3, 4):
+        folder = tmp_path / f"project{seed}"
+        (folder / neighbor).parent.mkdir(parents=True)
+        (folder / neighbor).write_text(f"SEED = {seed}\n")
+        (folder / "mine.py").write_text(
+            "from alignvlm_jax.config import read_config_file\nfrom base import SEED\n\n"
+            "def get_config():\n    config = read_config_file('nano.py')\n    config.seed = SEED\n    return config\n"
+        )
+        # The second folder has another module of the same name.
+        assert load_config(folder / "mine.py").seed == seed
+    (tmp_path / "shared_settings.py").write_text("SEED = 5\n")
+    text = (tmp_path / "project3" / "mine.py").read_text()
+    (tmp_path / "project3" / "mine.py").write_text(text.replace("from base", "from shared_settings"))
+    assert load_config("project3/mine.py").seed == 5
+    assert "base" not in sys.modules and str(tmp_path) not in sys.path
 
 
 def test_a_connector_without_token_positions_cannot_join_tiles():

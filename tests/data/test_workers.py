@@ -25,3 +25,15 @@ def test_killed_process_ends_the_run_and_names_its_tasks():
     with pytest.raises(WorkerDied) as error:
         list(run_tasks(signal.raise_signal, [signal.SIGKILL] * 9, 2))
     assert 1 <= len(error.value.tasks) <= 4
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), PermissionError(13, "denied")])
+def test_without_dev_shm_one_process_does_the_work(error, monkeypatch, capsys):
+    """cloudflare/containers#252, travis-ci/travis-cookbooks#241: semaphores cannot be made in some containers."""
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("_multiprocessing.SemLock", fail)
+    assert dict(run_tasks(abs, [-1, 2], 2)) == {-1: 1, 2: 2}
+    assert str(error) in capsys.readouterr().err

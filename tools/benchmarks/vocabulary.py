@@ -338,7 +338,7 @@ class TorchProgram:
         elif sys.platform == "linux" and self._peak is None:
             # Measured once: the peak memory of this process, which is reset first ("5" in clear_refs does that). Unlike
             # JAX's number, it includes the results.
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             before = _status_bytes("VmRSS")
             self._function()
             self._peak = _status_bytes("VmHWM") - before
@@ -352,7 +352,7 @@ class TorchProgram:
 
 def _status_bytes(field: str) -> int:
     """Returns a field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")

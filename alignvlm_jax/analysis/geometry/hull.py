@@ -17,9 +17,9 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
-from tqdm import tqdm
 
 from alignvlm_jax.analysis.geometry.words import lowest_products, nearest_words
+from alignvlm_jax.progress import progress_bar
 
 MAX_STEPS = 300
 _REFINEMENTS = 6
@@ -60,7 +60,7 @@ def hull_distances(
     lower = np.zeros(len(visual))
     scale = max(np.abs(text).max(), 1e-300)
     open_tokens = list(range(len(visual)))
-    for _ in tqdm(range(max_steps), desc="hull", unit="step", dynamic_ncols=True, leave=None):
+    for _ in progress_bar(range(max_steps), "hull", unit="step", leave=None):
         if not open_tokens:
             break
         # For every open token, find the word that lies farthest towards the token, seen from the best point so far.

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from alignvlm_jax.analysis.rare_names.kinds import NameAnswer, classify, distinguishing_letters
 from alignvlm_jax.data import images, store
@@ -32,6 +31,7 @@ from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.models.alignvlm import AlignVLM, tokens_per_tile
 from alignvlm_jax.pretraining.patches import CHARACTERS, patch_classes
+from alignvlm_jax.progress import progress_bar
 
 _PAGES_PER_BATCH = 32
 _MAX_NEW_TOKENS = 16
@@ -144,7 +144,7 @@ def _batches(
     """Yields records in batches, each with its document drawn again for the positions of the glyphs."""
     records, groups = store.open_dataset(folder, split), store.read_metadata(folder)["groups"]
     order = range(len(records)) if indices is None else indices
-    with tqdm(total=len(order), desc=title, unit="page", dynamic_ncols=True, leave=None) as progress:
+    with progress_bar(desc=title, total=len(order), unit="page", leave=None) as progress:
         for start in range(0, len(order), _PAGES_PER_BATCH):
             batch = [records[index] for index in order[start : start + _PAGES_PER_BATCH]]
             yield [(record, redraw(record["id"], groups)) for record in batch]

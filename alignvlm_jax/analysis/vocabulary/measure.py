@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
-from tqdm import tqdm
 
 from alignvlm_jax.analysis.inputs import Record, encode, page_indices, tile_batches
 from alignvlm_jax.errors import UserError
@@ -25,6 +24,7 @@ from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import Variables, prune_vocabulary
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, connector_spec
+from alignvlm_jax.progress import progress_bar
 
 PAGES = 100
 MASSES = (0.9, 0.99, 0.999)
@@ -195,7 +195,7 @@ def vocabulary_curve(
     shares = np.sort(usage / usage.sum())[::-1]
     num_words = align_config(reader.config).kept_words or len(usage)
     points = []
-    for size in tqdm(sizes, desc="pruned", unit="model", dynamic_ncols=True, leave=None):
+    for size in progress_bar(sizes, "pruned", unit="model", leave=None):
         pruned = reader if size == num_words else pruned_reader(reader, usage, size, statistics=statistics)
         report = evaluate(pruned, records, limit=limit, title=f"{size:,} words")
         points.append(VocabularyPoint(size, statistics, float(shares[:size].sum()), report.overall))

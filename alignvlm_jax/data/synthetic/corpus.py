@@ -19,9 +19,11 @@ from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.document import draw_document
 from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.data.synthetic.values import SPLITS
+from alignvlm_jax.data.workers import can_start_workers
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.leases.one_writer import one_writer
+from alignvlm_jax.progress import progress_bar
 
 FEATURES = {
     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -128,7 +130,7 @@ def _write(
     processes = processes or min(os.cpu_count() or 1, _MAX_PROCESSES, max(1, total // _DOCUMENTS_PER_PROCESS))
     name = recipe["kind"].replace(" ", "_")
     with (
-        tqdm(total=total, desc="drawing documents", unit="page", mininterval=0.5, disable=not progress) as bar,
+        progress_bar(desc="drawing documents", total=total, unit="page", mininterval=0.5, show=progress) as bar,
         _make_executor(processes) as executor,
     ):
         splits = {split: _records(executor, draw, size, processes, bar) for split, (draw, size) in drawings.items()}
@@ -168,7 +170,7 @@ class _InlineExecutor(concurrent.futures.Executor):
 
 def _make_executor(processes: int) -> concurrent.futures.Executor:
     """Returns an executor for drawing."""
-    if processes == 1:
+    if processes == 1 or not can_start_workers("one process draws all documents"):
         return _InlineExecutor()
     # Spawned, because a fork of a process in which JAX has started its threads can hang.
     return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))

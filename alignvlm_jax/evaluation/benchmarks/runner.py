@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from alignvlm_jax.checkpoints.provenance import versions
 from alignvlm_jax.data.images import open_image
@@ -32,6 +31,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import call_in_primary
+from alignvlm_jax.progress import progress_bar
 
 _QUESTIONS_AT_ONCE = 64
 """Minimum number of prompts prepared before they are answered, so that batches can have prompts of similar length."""
@@ -149,14 +149,12 @@ def run(
     questions = question_set.questions[:limit]
     problems = {question.id: question.problem for question in questions if question.problem}
     pending = [question for question in questions if question.id not in answers and question.id not in problems]
-    quiet = not distributed.is_primary()
-    with tqdm(
+    with progress_bar(
+        desc=benchmark.title,
         total=len(questions),
         initial=len(questions) - len(pending),
-        desc=benchmark.title,
         unit="question",
-        dynamic_ncols=True,
-        disable=quiet,
+        show=distributed.is_primary(),
     ) as progress:
         # Answers are stored after each group, so a stopped run loses one group at most.
         step = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if pending else 1
