@@ -1,11 +1,14 @@
 """What a location is: `~`, schemes that are refused, and every place where a location can be given."""
 
+import argparse
 import os
 import pathlib
+import re
 
 import pytest
 
 from alignvlm_jax import cli
+from alignvlm_jax.commands.arguments import name_and_path
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import is_local, local_path, location
@@ -93,6 +96,29 @@ def test_init_from_is_refused_too(home, capsys):
     with pytest.raises(SystemExit):
         cli.main([*COMMANDS["train"], "--init-from", "gs://bucket/a"])
     assert "argument --init-from: gs://bucket/a" in capsys.readouterr().err
+
+
+def test_every_option_that_is_a_path_is_parsed_as_one():
+    """Options of commands by their placeholders, and of tools by their names."""
+    paths = {"DIR", "FILE", "PATH", "IMAGE", "CHECKPOINT", "ENCODER=DIR"}
+    parsers = list(cli._parsers()[1].values())
+    while parsers:
+        for action in parsers.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.metavar in paths:
+                assert action.type in (local_path, name_and_path), action
+    names = "config|out|json|checkpoint|folder|vision|language|chat-template|workdir|images|input|plot|data"
+    tools = pathlib.Path(__file__).parents[1] / "tools"
+    options = [
+        (file.name, option)
+        for file in [*tools.glob("*.py"), *tools.glob("benchmarks/*.py")]
+        for option in file.read_text().split("add_argument(")[1:]
+        if re.match(rf"\s*\"--({names})\"", option)
+    ]
+    assert len(options) > 15
+    for file, option in options:
+        assert re.search(r"type=(local_path|as_path|location)\b", option.partition("help=")[0]), (file, option[:80])
 
 
 PATHS = ("data.root", "init_from", "tokenizer", "backbones.vision", "backbones.language", "evaluation.dataset")

@@ -19,6 +19,7 @@ import yaml
 from etils import epath
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import location
 
 _STRATEGY = re.compile(r"(first|end|random):(\d+)(%?)")
 _KNOWN_KEYS = {"json_path", "sampling_strategy"}
@@ -84,8 +85,12 @@ def _read_entry(entry: Any, file: str, position: int) -> MixtureEntry:
         raise UserError(f"{where}: json_path is missing")
     if unknown := sorted(map(str, set(entry) - _KNOWN_KEYS)):
         raise UserError(f"{where}: unknown {', '.join(unknown)}; expected only {', '.join(sorted(_KNOWN_KEYS))}")
-    sibling = epath.Path(file).parent / entry["json_path"]
-    path = str(sibling) if sibling.exists() else entry["json_path"]
+    try:
+        path = location(entry["json_path"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    sibling = epath.Path(file).parent / path
+    path = str(sibling) if sibling.exists() else path
     if not epath.Path(path).is_file():
         raise UserError(f"{where}: no such file: {path}")
     strategy = entry.get("sampling_strategy", "all")

@@ -4,6 +4,7 @@ A row is a dict. `Row` gives access to its fields; its errors name the file, the
 available fields. An incomplete row becomes a `Question` with a `problem`, so that it is counted and reported.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from alignvlm_jax.data import shard_names
+from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks.layout import Found
 from alignvlm_jax.evaluation.benchmarks.question import Cell, ImageSource, Question
@@ -140,9 +142,15 @@ def json_file(file: pathlib.Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))  # With or without a byte order mark.
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: cannot be read as JSON ({error}). The file may be incomplete; fetch it again"
-        ) from error
+        raise UserError(_unreadable(file, "JSON", str(error))) from error
+
+
+def _unreadable(file: pathlib.Path, kind: str, error: str) -> str:
+    """Returns a message about a file that cannot be read, which says what it is instead, if that is known."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if (other := describe_other_content(stream.read(HEAD_BYTES), ("Parquet file",))) is not None:
+            return f"{file}: cannot be read as {kind}. It is {other}"
+    return f"{file}: cannot be read as {kind} ({error}). The file may be incomplete; fetch it again"
 
 
 def json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
@@ -195,7 +203,7 @@ def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[t
                             fields[name] = cells or None
                     yield fields, f"{file}: row {number}"
     except (arrow_error, OSError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]}): fetch it again") from error
+        raise UserError(_unreadable(file, "Parquet", str(error).splitlines()[0])) from error
 
 
 def image_bytes(source: ImageSource) -> bytes:

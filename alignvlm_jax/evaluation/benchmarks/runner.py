@@ -111,6 +111,7 @@ def evaluate_benchmarks(
             figures = {**identity, "data": str(data), "predictions": str(predictions_file), "versions": versions()}
             figures["average_of_nine"] = summary.average_of(AVERAGED, outcomes)
             figures["average_of_four"] = summary.average_of(FOUR, outcomes)
+            figures["partial"] = [outcome.benchmark.name for outcome in outcomes if outcome.missing]
             write_json({**figures, "benchmarks": [summary.to_json(outcome) for outcome in outcomes]}, json_file)
     return outcomes
 

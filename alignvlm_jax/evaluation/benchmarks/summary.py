@@ -53,8 +53,7 @@ def format_table(outcomes: Sequence[Outcome], *, pruned: bool = False) -> str:
         rows += [[f"  {other.name}", str(other.count), _format(other)] for other in outcome.scores.others]
     if (average := average_of(AVERAGED, outcomes)) is not None:
         paper_cells = [f"{AVERAGE[model]:.2f}" if model in AVERAGE else "" for model in models]
-        mark = PARTIAL if any(outcome.missing for outcome in outcomes if outcome.benchmark.name in AVERAGED) else ""
-        rows.append(["average of the nine", "", f"{average:.2f}{mark}", *paper_cells])
+        rows.append(["average of the nine", "", f"{average:.2f}{_mark_of(AVERAGED, outcomes)}", *paper_cells])
     # Align the columns. Rows of further scores are shorter: they have no cells for the paper's models.
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
@@ -110,8 +109,8 @@ def _paper_notes(outcomes: Sequence[Outcome]) -> list[str]:
         lines.insert(1, f"  averages of these models on MMMU, SEED, MM-Vet, POPE and GQA: {averages}")
     if (average := average_of(FOUR, outcomes)) is not None:
         lines.append(
-            f"average on DocVQA, InfoVQA, ChartQA and TextVQA: {average:.2f}; the paper's low-resource models "
-            f"(3B, LLaVA data): {_format_averages(LOW_RESOURCE[FOUR])}"
+            f"average on DocVQA, InfoVQA, ChartQA and TextVQA: {average:.2f}{_mark_of(FOUR, outcomes)}; the paper's "
+            f"low-resource models (3B, LLaVA data): {_format_averages(LOW_RESOURCE[FOUR])}"
         )
     return lines
 
@@ -154,6 +153,11 @@ def _remarks(outcome: Outcome) -> list[str]:
 
 def _mark(outcome: Outcome) -> str:
     return PARTIAL if outcome.missing else ""
+
+
+def _mark_of(names: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+    """Returns the mark of an average over these benchmarks."""
+    return "".join(sorted({_mark(outcome) for outcome in outcomes if outcome.benchmark.name in names}))
 
 
 def _format(score: Score) -> str:

@@ -76,3 +76,16 @@ def test_python_in_yaml_is_not_run(tmp_path):
     with pytest.raises(UserError, match="not valid YAML"):
         read_mixture(str(tmp_path / "mix.yaml"))
     assert not (tmp_path / "made").exists()
+
+
+def test_paths_in_a_mixture(tmp_path, monkeypatch):
+    """LLaVA-OneVision's mixtures have absolute paths; cockroachdb/cockroach#14435: `~` in a file is not expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_json(tmp_path / "a.json", [llava_record(0)])
+    mixture = tmp_path / "mix" / "mixture.yaml"
+    mixture.parent.mkdir()
+    mixture.write_text("datasets:\n  - json_path: ~/a.json\n")
+    assert [entry.file for entry in read_mixture(str(mixture))] == [str(tmp_path / "a.json")]
+    mixture.write_text("datasets:\n  - json_path: hf://datasets/a/b.json\n")
+    with pytest.raises(UserError, match="mixture.yaml: data set 1: hf://datasets/a/b.json is on the Hugging Face Hub"):
+        read_mixture(str(mixture))

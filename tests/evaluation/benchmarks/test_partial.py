@@ -71,6 +71,15 @@ def test_an_average_over_a_partial_score_is_marked(tmp_path):
         assert "100.00 (partial)" in summary.format_table([outcome]).splitlines()[-1]
 
 
+def test_a_pointer_is_not_a_damaged_file(tmp_path):
+    """huggingface/datasets: a clone without Git LFS has pointers in place of the Parquet files."""
+    file = tmp_path / "data" / "test-00000-of-00001.parquet"
+    file.parent.mkdir()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="test-00000-of-00001.parquet: .* a Git LFS pointer, .* `git lfs pull`"):
+        evaluate("chartqa", tmp_path, lambda text: "14")
+
+
 def test_every_benchmark_has_a_published_number_of_questions():
     """Publishers' pages; docs/benchmarks.md lists them."""
     for benchmark in BENCHMARKS.values():
