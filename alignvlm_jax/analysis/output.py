@@ -6,7 +6,6 @@ Plots stay readable in grayscale: every line has its own marker and dash pattern
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +60,6 @@ def percent(score: Tally) -> str:
     """Returns a score as text: "78.9 % [76.4-81.3]"."""
     low, high = score.interval
     return f"{100 * score.exact_match:.1f} % [{100 * low:.1f}-{100 * high:.1f}]"
-
-
-def check_folder(out: str | Path) -> None:
-    """Checks that `write` will be able to write to `out`, before any long work. Creates nothing.
-
-    Raises:
-      UserError: if the folder is not writable.
-    """
-    # `out` would be created in its closest existing parent.
-    folder = Path(out).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({folder}: {error.strerror or error})") from error
 
 
 def write(

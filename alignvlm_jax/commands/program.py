@@ -8,6 +8,7 @@ Exit codes:
     130  interrupted
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,22 @@ from collections.abc import Callable
 
 from alignvlm_jax.commands.terminal import tolerant_output
 from alignvlm_jax.errors import UserError
+
+# Errors of the file system that a person must fix. The others, such as a server that does not answer, may pass.
+_USER_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 def run_program(name: str, body: Callable[[], int | None], *, debug: bool = False) -> int:
@@ -33,6 +50,12 @@ def run_program(name: str, body: Callable[[], int | None], *, debug: bool = Fals
                 traceback.print_exc()
             _print_error(name, str(error))
             return error.exit_code
+        except OSError as error:
+            if debug or error.errno not in _USER_ERRORS:
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            _print_error(name, f"{where}{error.strerror}")
+            return 2
         except KeyboardInterrupt as error:
             if debug:
                 traceback.print_exc()

@@ -13,12 +13,11 @@ answer, and its prompt contains the preceding turns as they are in the data. The
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -37,6 +36,7 @@ from alignvlm_jax.evaluation.report import Answer, Report, format_table
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.jax_modes import ordinary_modes
+from alignvlm_jax.output_files import check_writable, open_atomically
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import one_writer_of
@@ -155,7 +155,9 @@ def evaluate_checkpoint(
     # Sharding over all devices fits the weights of any run, however it was trained.
     if mesh is None and jax.process_count() > 1:
         mesh = MeshConfig(data=1, fsdp=-1)
-    # Loading the model takes long, so the checkpoint and the data are checked first.
+    # Loading the model takes long, so the checkpoint, the data and the output files are checked first.
+    for file in filter(None, (json_file, predictions_file)):
+        check_writable(file)
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
@@ -215,7 +217,7 @@ def derangement(families: Sequence[str], seed: int) -> list[int]:
 
 def write_predictions(report: Report, file: str | pathlib.Path) -> None:
     """Writes one JSON line per question."""
-    with _open_for_writing(file) as out:
+    with open_atomically(file) as out:
         for answer in report.answers:
             fields = {name: getattr(answer, name) for name in answer.__dataclass_fields__}
             out.write(json.dumps({**fields, "right": answer.is_right}, ensure_ascii=False) + "\n")
@@ -223,7 +225,7 @@ def write_predictions(report: Report, file: str | pathlib.Path) -> None:
 
 def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:
     """Writes numbers and settings as JSON."""
-    with _open_for_writing(file) as out:
+    with open_atomically(file) as out:
         json.dump(figures, out, indent=2, ensure_ascii=False)
         out.write("\n")
 
@@ -330,20 +332,3 @@ def _count_images(messages: Sequence[Message]) -> int:
     # Content that is a plain string has no images.
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     return sum(part["type"] == "image" for content in contents for part in content)
-
-
-@contextlib.contextmanager
-def _open_for_writing(file: str | pathlib.Path) -> Iterator[TextIO]:
-    """Opens a file for writing, and gives it its final name only when it is complete."""
-    file = pathlib.Path(file)
-    # The process id keeps two evaluations that write the same file apart.
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as out:
-            yield out
-        partial.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,11 +6,10 @@ import io
 import json
 import os
 import pathlib
-import tempfile
 
 import PIL.Image
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.output_files import open_atomically
 
 _WEB = pathlib.Path(__file__).parent / "web"
 # The files are concatenated into one script, in this order, because a file uses the top-level names of those before it.
@@ -47,21 +46,8 @@ def write(text: str, file: str | os.PathLike) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    file = pathlib.Path(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            # mkstemp creates files that only their owner may read.
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, file)
-        except BaseException:
-            os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+    with open_atomically(file) as stream:
+        stream.write(text)
 
 
 def image_url(image: PIL.Image.Image) -> str:

@@ -1,5 +1,7 @@
 """Tests of the exit code and the error message of a program."""
 
+import errno
+
 import jax
 import pytest
 
@@ -22,6 +24,12 @@ class _TryAgain(UserError):
         (lambda: 3, 3, ""),
         (lambda: _fail(UserError("a.toml: no such\nfile")), 2, "tool: error: a.toml: no such file\n"),
         (lambda: _fail(_TryAgain("it is busy")), 75, "tool: error: it is busy\n"),
+        # huggingface/datasets#2837, allenai/allennlp#4838: files in a folder that is read-only.
+        (
+            lambda: _fail(OSError(errno.EROFS, "Read-only file system", "runs/a")),
+            2,
+            "tool: error: runs/a: Read-only file system\n",
+        ),
         (lambda: _fail(KeyboardInterrupt()), 130, "tool: interrupted\n"),
     ],
 )
@@ -51,6 +59,7 @@ def test_a_platform_that_is_missing_is_one_line(raised, shown, monkeypatch, caps
     assert message.count("\n") == 1
 
 
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_program("tool", lambda: _fail(RuntimeError("a bug")))
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.ESTALE, "a server that restarts", "runs/a")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run_program("tool", lambda: _fail(error))

@@ -28,6 +28,7 @@ from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.reader import CutImage, Reader, load
 from alignvlm_jax.jax_modes import ordinary_modes
+from alignvlm_jax.output_files import check_writable
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import call_in_primary
@@ -87,6 +88,8 @@ def evaluate_benchmarks(
         for row in benchmarks
     }
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
+    if json_file:
+        check_writable(json_file)
 
     loaded: list[Reader] = []
 

@@ -1,0 +1,54 @@
+"""Files that commands write: they are checked before the work, and appear when they are complete."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from alignvlm_jax.errors import UserError
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Checks that a file or folder can be written, before any long work. Creates nothing.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    # Missing folders would be created in the closest existing parent.
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        folder = folder.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({folder}: {error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def open_atomically(file: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Opens a text file for writing, which replaces an existing one only when it is complete.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    file, scratch = Path(file), None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own keeps two commands that write the same file apart.
+        handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            yield stream
+        # mkstemp creates files that only their owner may read.
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, file)
+        scratch = None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if scratch is not None:
+            os.unlink(scratch)
