@@ -125,11 +125,13 @@ class LanguageModel(nn.Module):
         self.layers = stack(hardware.resolve(config))
         self.final_norm = layers.RMSNorm(config.rms_norm_eps)
 
+    @ordinary_modes()
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the embeddings of tokens."""
         dtype = hardware.resolve(self.config).dtype
         return embedding_lookup(self.embedding, tokens, dtype=dtype, mesh_axes=layers.vocabulary_mesh())
 
+    @ordinary_modes()
     def __call__(
         self,
         inputs: Float[Array, "B L D"],
@@ -171,10 +173,12 @@ class LanguageModel(nn.Module):
         hidden, (keys, values) = self.layers(inputs, context, (cache.keys, cache.values))
         return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
 
+    @ordinary_modes()
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns the scores of every word of the vocabulary, in float32."""
         return jnp.dot(hidden, self._head_table().T.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
+    @ordinary_modes()
     def loss(
         self, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers
 from alignvlm_jax.ops.attention import packed_attention
 
@@ -87,6 +88,7 @@ class VisionEncoder(nn.Module):
     config: VisionConfig
 
     @nn.compact
+    @ordinary_modes()
     def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
         """Returns one feature per patch."""
         config = hardware.resolve(self.config)

@@ -13,6 +13,7 @@ from alignvlm_jax.analysis.geometry.hull import HullDistances, hull_distances
 from alignvlm_jax.analysis.geometry.words import blocks, nearest_words
 from alignvlm_jax.analysis.inputs import Record, connect, encode, tile_batches
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM
 
 PAGES = 20
@@ -105,6 +106,7 @@ class Geometry:
         return 1 - self.outside - self.inside
 
 
+@ordinary_modes()
 def measure_geometry(
     reader: Reader,
     records: Sequence[Record],

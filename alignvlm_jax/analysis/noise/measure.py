@@ -32,6 +32,7 @@ from alignvlm_jax.analysis.noise.corruptions import DEFAULT_CORRUPTIONS, Corrupt
 from alignvlm_jax.evaluation.report import Tally
 from alignvlm_jax.evaluation.runner import evaluate
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.models.feature_noise import FeatureNoise
 
@@ -108,6 +109,7 @@ class Distances:
     num_tokens: int
 
 
+@ordinary_modes()
 def feature_noise(
     reader: Reader,
     records: Sequence[Record],
@@ -187,6 +189,7 @@ def _cosine_distances(
     return 1.0 - jnp.sum(left * right, axis=-1) / jnp.maximum(lengths, 1e-30)
 
 
+@ordinary_modes()
 def image_noise(
     reader: Reader,
     records: Sequence[Record],

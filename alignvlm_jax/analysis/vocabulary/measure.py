@@ -22,6 +22,7 @@ from alignvlm_jax.evaluation.report import Tally
 from alignvlm_jax.evaluation.runner import evaluate
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import Variables, prune_vocabulary
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig, connector_spec
 from alignvlm_jax.progress import progress_bar
@@ -85,6 +86,7 @@ def mean_distribution(reader: Reader, records: Sequence[Record], *, pages: int =
     return vocabulary_use(reader, records, pages=pages).mean
 
 
+@ordinary_modes()
 def vocabulary_use(reader: Reader, records: Sequence[Record], *, pages: int = PAGES) -> VocabularyUse:
     """Returns the mean distribution with the other measures of P. Patches of padding tiles do not count."""
     config = align_config(reader.config)
@@ -171,6 +173,7 @@ def pruned_reader(
     return Reader(config, params, reader.tokenizer, reader.tiling, batch_size=generator.batch_size, mesh=generator.mesh)
 
 
+@ordinary_modes()
 def vocabulary_curve(
     reader: Reader,
     records: Sequence[Record],

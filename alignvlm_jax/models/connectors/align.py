@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
@@ -75,11 +76,13 @@ class AlignConnector(nn.Module):
     output_size: int
     dtype: str = "float32"
 
+    @ordinary_modes()
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         """Returns the visual tokens of tiles, and the entropy of each P."""
         tokens, summary = self.describe(features, text_embedding)
         return ConnectorOutput(tokens, summary.entropy)
 
+    @ordinary_modes()
     def describe(
         self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"], top_k: int = 0
     ) -> tuple[Float[Array, "B N D"], VocabularySummary]:

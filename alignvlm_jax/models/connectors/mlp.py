@@ -9,6 +9,7 @@ import dataclasses
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
@@ -29,6 +30,7 @@ class MLPConnector(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
+    @ordinary_modes()
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         """Returns the visual tokens of tiles."""
         # Unlike ALIGN's, the outputs of an MLP are not confined to the convex hull of the text embeddings.

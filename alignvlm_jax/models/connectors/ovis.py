@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
@@ -40,6 +41,7 @@ class OvisConnector(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
+    @ordinary_modes()
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         """Returns the visual tokens of tiles, and the entropy of each distribution over visual words."""
         del text_embedding

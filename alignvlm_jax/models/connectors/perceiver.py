@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import layers
 from alignvlm_jax.models.connectors.output import ConnectorOutput
 from alignvlm_jax.models.connectors.registry import ConnectorConfig, ConnectorShape, ConnectorSpec
@@ -55,6 +56,7 @@ class PerceiverConnector(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
+    @ordinary_modes()
     def __call__(self, features: Float[Array, "B N d"], text_embedding: Float[Array, "V D"]) -> ConnectorOutput:
         """Returns the visual tokens of tiles."""
         del text_embedding
