@@ -10,7 +10,7 @@ The export needs no torch, no transformers and no accelerator. Without --dtype, 
 
 --verify answers a question about one page with the checkpoint in JAX and with the exported folder in PyTorch, both in
 float32 on the CPU, and prints both answers and the largest difference of their logits. If they differ, the exit code is
-3; the folder stays. This needs torch, transformers 5, and memory for the model in float32: 8 GB for 1B, 40 GB for 8B.
+3; the folder stays. This needs torch, transformers 5, and memory for the model in float32: 11 GB for 1B, 40 GB for 8B.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 Axes: A tokens of the answer, V vocabulary.
 
 Both sides have the weights as exported (rounded, if `dtype` is bfloat16 or float16) and compute in float32 on the host,
-so only the order of additions may differ. One side is loaded after the other: 4 bytes per weight, and about 1 GB.
+so only the order of additions may differ. One side is loaded after the other: 4 bytes per weight, and up to 3 GB.
 """
 
 import dataclasses
