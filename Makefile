@@ -19,6 +19,10 @@ VERSION := $(shell $(PYTHON) -c '$(VERSION_PROGRAM)')
 STAMP := $(VENV)/.installed-$(VERSION)
 DOCS_STAMP := $(VENV)/.installed-docs-$(VERSION)
 MAKE_VENV := test "$$($(BIN)/python -c '$(VERSION_PROGRAM)' 2>&1)" = $(VERSION) || $(PYTHON) -m venv --clear $(VENV)
+# vLLM pins torch and transformers, so it has an environment of its own.
+VLLM_VERSION := 0.32.0
+VLLM := build/venv-vllm
+VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
 .PHONY: install test test-large test-vllm test-tpu demo backbones docs lint clean
 
