@@ -12,7 +12,7 @@ from alignvlm_jax.locations import is_local
 
 _PLAN = "progress/plan.json"
 _MAX_NAMES = 8
-_MAX_DEPTH = 3
+_MAX_DEPTH = 5
 _MAX_FOLDERS = 2000
 _RAW_ENDINGS = (".json", ".jsonl", ".parquet", ".tar", ".tgz", ".arrow")
 
@@ -25,15 +25,17 @@ def describe_no_dataset(folder: str | os.PathLike) -> str:
     why = "it holds no dataset_info.json" if path.exists() else "there is no such folder"
     if (path / _PLAN).exists():
         return f"{folder} is not a data set yet: run the same tools/prepare_data.py command again to finish it"
-    # Look beneath the folder, or else beneath the nearest folder that exists above it.
-    above = next((parent for parent in path.parents if parent.exists()), None)
-    for base in (path, above):
-        if base is not None and str(base) != "/" and base.exists() and (found := _datasets_beneath(base)):
-            return f"{folder} is not a data set: {why}. Data sets beneath {base}: {_join(found)}"
-    endings = count_endings(folder) if path.is_dir() else {}
-    if raw := [ending for ending in _RAW_ENDINGS if ending in endings]:
-        return f"{folder} is not a data set: {why}. tools/prepare_data.py makes one of its {' and '.join(raw)} files"
-    return f"{folder} is not a data set: {why}. tools/prepare_data.py makes data sets"
+    beneath = _datasets_beneath(path)
+    if not beneath and path.is_dir():
+        endings = count_endings(folder)
+        if raw := [ending for ending in _RAW_ENDINGS if ending in endings]:
+            why += f"; tools/prepare_data.py makes one of its {' and '.join(raw)} files"
+    # If there are none beneath the folder, look beneath the nearest folder that exists above it.
+    above = next((parent for parent in path.parents if parent.exists() and str(parent) != "/"), None)
+    base = path if beneath or above is None else above
+    if beneath := beneath or _datasets_beneath(base):
+        return f"{folder} is not a data set: {why}. Data sets beneath {base}: {_join(beneath)}"
+    return f"{folder} is not a data set: {why}"
 
 
 def count_endings(folder: str | os.PathLike) -> dict[str, int]:

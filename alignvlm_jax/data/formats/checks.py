@@ -15,7 +15,6 @@ from typing import Any
 
 from etils import epath
 
-from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Message, Refusal
 from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import status
@@ -26,6 +25,7 @@ Record = dict[str, Any]
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 _MAX_NAMES = 200_000
+_MAX_PATH = 4096  # the limit of Linux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +172,9 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
     """Returns the path of an image, which must not leave the root by `..`, an absolute path or a link."""
     if "\0" in name:
         raise Refusal("image path", f"the image path has a NUL character: {name!r}")
+    if len(name) > _MAX_PATH:  # resolving it would take long
+        what = f"File name too long: {len(name)} characters. Base64 text is read only if it is of an image"
+        raise Refusal("unreadable image", f"{name[:60]}...: {what}")
     if "://" in name:  # in a bucket
         name = name.removeprefix(image_root.rstrip("/") + "/")
         if "://" in name:
@@ -184,6 +187,8 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
     if is_local(path) and not follow_links:
         real, root = os.path.realpath(path), os.path.realpath(image_root)
         if os.path.commonpath([real, root]) != root:
+            if not os.path.exists(real):
+                raise Refusal("missing image", f"{name}: {_describe_missing(path, image_root)}")
             raise Refusal(
                 "image path", f"{name}: a link leads out of the image root, to {real} (--follow-links allows it)"
             )
@@ -194,8 +199,6 @@ def _check_image(data: bytes, name: str, max_pixels: int) -> None:
     """Raises a `Refusal` if an image cannot be opened."""
     if not data:
         raise Refusal("unreadable image", f"{name}: the file is empty")
-    if content := describe_other_content(data[:HEAD_BYTES], expected=("PDF",)):
-        raise Refusal("unreadable image", f"{name}: not an image but {content}")
     try:
         open_image(data, name=name, max_pixels=max_pixels)
     except UserError as error:

@@ -118,7 +118,7 @@ def read_conversations(
 
 def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
     """Returns the record in a range of bytes."""
-    if start == 0 and (content := describe_other_content(buffer[:HEAD_BYTES])):
+    if start == 0 and (content := describe_other_content(buffer[:HEAD_BYTES], "json")):
         raise Refusal("damaged file", f"the file is {content}")
     if stop - start > max_bytes:
         raise Refusal("too large", f"the record has {stop - start} bytes, more than the limit of {max_bytes}")
@@ -155,7 +155,7 @@ def _map_file(path: str) -> Iterator[Buffer]:
 
 def _spans(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int]]:
     """Yields the start and stop of each record, beginning with the record at `start`."""
-    if describe_other_content(buffer[:HEAD_BYTES]):
+    if describe_other_content(buffer[:HEAD_BYTES], "json"):
         yield 0, len(buffer)  # `_parse` refuses it and states the reason
         return
     records = _find_list(buffer)

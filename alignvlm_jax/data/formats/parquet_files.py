@@ -86,7 +86,7 @@ def _plan_file(path: str, options: FormatOptions) -> Iterator[Slice]:
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file; raises a `Refusal` if its metadata are damaged."""
     with open_binary(path) as handle:
-        if content := describe_other_content(handle.read(HEAD_BYTES), expected=["Parquet file"]):
+        if content := describe_other_content(handle.read(HEAD_BYTES), "parquet"):
             raise Refusal("damaged file", f"the file is {content}")
         size = handle.seek(0, 2)
         handle.seek(0)

@@ -270,7 +270,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def _open_archive(path: str) -> Iterator[BinaryIO]:
     """Opens an archive, decompressing gzip."""
     with open_binary(path) as file:
-        if content := describe_other_content(file.read(HEAD_BYTES), expected=["tar archive", "gzip file"]):
+        if content := describe_other_content(file.read(HEAD_BYTES), "tar", "gzip"):
             raise _DamagedArchive(0, f"the file is {content}")
         file.seek(0)
         # Detect gzip by its magic number, because the file name need not say so.
