@@ -150,22 +150,27 @@ def _describe_missing(path: epath.Path, image_root: str) -> str:
     if is_local(path) and os.path.islink(path):
         return f"a link to {os.readlink(path)}, which does not exist"
     missing = f"no such file in {image_root}"
-    other_case = [name for name in _names_in(str(path.parent)) if name.lower() == path.name.lower()]
-    if other_case:
-        return f"{missing}, but {other_case[0]}: the name differs in capital letters"
-    archives = [name for name in _names_in(image_root) if name.lower().endswith(_ARCHIVES)]
+    if alike := _names_in(str(path.parent)).get(_stem(path.name)):
+        how = "capital letters" if alike.lower() == path.name.lower() else "its ending"
+        return f"{missing}, but {alike}, whose name differs in {how}: rename it or change the record"
+    archives = [name for name in _names_in(image_root).values() if name.lower().endswith(_ARCHIVES)]
     if archives:
         return f"{missing}; unpack {archives[0]} there, or name the folder that paths start from (--images)"
     return f"{missing}, the folder that paths start from (--images)"
 
 
-@functools.lru_cache(maxsize=256)
-def _names_in(folder: str) -> list[str]:
-    """Returns the names in a local folder, or none; remembers them, because images are often missing in thousands."""
+@functools.lru_cache(maxsize=64)
+def _names_in(folder: str) -> dict[str, str]:
+    """Returns the names in a local folder by their stems; remembers them, as images may be missing in thousands."""
     if not is_local(folder) or not os.path.isdir(folder):
-        return []
+        return {}
     with os.scandir(folder) as entries:
-        return [entry.name for entry in itertools.islice(entries, _MAX_NAMES)]
+        return {_stem(entry.name): entry.name for entry in itertools.islice(entries, _MAX_NAMES)}
+
+
+def _stem(name: str) -> str:
+    """Returns a file's name in small letters and without its ending."""
+    return os.path.splitext(name)[0].lower()
 
 
 def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:

@@ -64,6 +64,8 @@ def refusal(folder, record, format="messages"):
         ({"image": "broken.png", **ABOUT_IMAGE}, "missing image", ["a link to /nowhere/1.png, which does not exist"]),
         ({"image": "album.png", **ABOUT_IMAGE}, "image path", ["album.png: a folder"]),
         ({"image": "0.PNG", **ABOUT_IMAGE}, "missing image", ["0.png", "capital letters"]),
+        # haotian-liu/LLaVA#593, #601: the records of OCR-VQA say .jpg, some files are .gif.
+        ({"image": "0.jpg", **ABOUT_IMAGE}, "missing image", ["but 0.png, whose name differs in its ending"]),
         ({"image": "2.png", **ABOUT_IMAGE}, "missing image", ["unpack photos.zip", "--images"]),
         # Marks: hiyouga/LlamaFactory#6135 (an image without a mark), #5883 (the length of a path taken for a number).
         ({"images": ["0.png"], "messages": messages("Q?", "A.")}, "image marks", ["0 image marks for 1 images"]),
@@ -124,7 +126,7 @@ def test_lines_of_rejects_stay_under_1_kb(folder):
     ],
 )
 def test_a_file_that_is_something_else_is_named(tmp_path, name, content, what):
-    """Git LFS pointers and pages of an error are what `git clone` and `wget` leave, as in lm-sys/FastChat#1089."""
+    """A clone without Git LFS leaves pointers (biomarkersParkinson/paradigma#250), and `wget` leaves error pages."""
     (tmp_path / name).write_bytes(content)
     format = "webdataset" if name.endswith("tar") else "messages"
     (found,) = read_all(format, tmp_path / name)
