@@ -147,6 +147,9 @@ def is_jxl(data: bytes) -> bool:
 
 def identify(data: bytes) -> tuple[str, str] | None:
     """Returns what a file is and the next step, or None if it is an image or unknown."""
+    if data.startswith(b"\x89PNG") and data[12:16] == b"CgBI":
+        command = "pngcrush -revert-iphone-optimizations FILE page.png"
+        return "a PNG in the format of iOS apps (CgBI)", convert_with(command)
     if data.startswith(_READABLE):
         return None
     for prefix, kind in _BY_PREFIX:
@@ -155,16 +158,24 @@ def identify(data: bytes) -> tuple[str, str] | None:
     return _identify_container(data) or _identify_text(data)
 
 
-def identify_damaged(data: bytes) -> tuple[str, str] | None:
-    """Returns what is unusual about a file that looks like an image but cannot be opened, or None."""
-    if data.startswith(b"\x89PNG") and data[12:16] == b"CgBI":
-        return "a PNG in the format of iOS apps (CgBI)", convert_with(
-            "pngcrush -revert-iphone-optimizations FILE page.png"
-        )
+def identify_undecodable(data: bytes) -> tuple[str, str] | None:
+    """Returns what is unusual about a file that looks like an image but cannot be decoded, or None."""
     if data.startswith(b"\xff\xd8"):
         return _identify_jpeg(data)
     if data and not data.strip(b"\0"):
         return f"{len(data)} zero bytes, a file that was never written", "Copy or download it again."
+    return None
+
+
+def identify_path(path: str) -> tuple[str, str] | None:
+    """Returns what a text is that is no path of a file, and the next step, or None if it may be a path."""
+    start = path[:200].lstrip().lower()
+    if start.startswith("data:"):
+        return "a data URL, not a file", "Decode the base64 text after its comma, and pass the bytes."
+    if "://" in start[:12] and not start.startswith("file:"):
+        return "a link, not a file", "Download it, and give the path of the copy."
+    if path.encode("utf-8", "replace").startswith(_BASE64) and len(path) > 100:
+        return "the base64 text of an image, not a path", "Decode it, and pass the bytes."
     return None
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import PIL.Image
 import PIL.TiffImagePlugin
 
-from alignvlm_jax.data.file_kinds import UnreadableImageError, is_avif, is_heif
+from alignvlm_jax.data.file_kinds import UnreadableImageError, identify_path, identify_undecodable, is_avif, is_heif
 from alignvlm_jax.data.rgb import open_encoded, to_rgb
 from alignvlm_jax.errors import UserError
 
@@ -103,6 +103,9 @@ def _open_checked(data: bytes, name: str, max_pixels: int) -> Iterator[PIL.Image
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{name}: too many pixels: {error}") from error
     except Exception as error:  # Decoders raise any exception on damaged data: struct.error, IndexError, ...
+        kind = identify_undecodable(data)
+        if kind is not None:
+            raise UserError(f"{name}: not an image in a format that can be read: {'. '.join(kind)}") from error
         raise UserError(f"{name}: the image cannot be read, it may be damaged ({error})") from error
 
 
@@ -146,9 +149,17 @@ def _orientation(image: PIL.Image.Image) -> int | None:
 
 def _read(path: str | os.PathLike, name: str) -> bytes:
     """Returns the bytes of an image file."""
+    kind = identify_path(name)
+    if kind is not None:
+        shortened = name if len(name) <= 80 else f"{name[:60]}..."
+        raise UserError(f"{shortened}: {'. '.join(kind)}")
     try:
         return pathlib.Path(path).read_bytes()
     except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise UserError(
+                f"{name}: a link to {os.readlink(path)!r}, which does not exist. Restore the file that it points to."
+            ) from error
         raise UserError(f"{name}: no such image file") from error
     except IsADirectoryError as error:
         raise UserError(f"{name}: is a folder, not an image file") from error

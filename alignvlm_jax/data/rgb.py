@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import PIL.TiffImagePlugin
 
-from alignvlm_jax.data.file_kinds import UnreadableImageError, identify, identify_damaged, is_avif, is_heif, is_jxl
+from alignvlm_jax.data.file_kinds import UnreadableImageError, identify, identify_undecodable, is_avif, is_heif, is_jxl
 from alignvlm_jax.data.png import PNG_SIGNATURE, decode_png, is_png_read_by_pillow, without_metadata
 from alignvlm_jax.data.samples import to_bytes
 from alignvlm_jax.data.tiff import (
@@ -71,7 +71,7 @@ def open_encoded(data: bytes, max_pixels: int | None = None) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=formats())
     except PIL.UnidentifiedImageError as error:
-        kind = identify_damaged(data)
+        kind = identify_undecodable(data)
         if kind is None:
             raise
         raise _refusal(*kind) from error
@@ -160,7 +160,7 @@ def _to_opaque(image: PIL.Image.Image) -> PIL.Image.Image:
         )
     # Lower-case "a": premultiplied alpha (La, RGBa). A palette or RGB image may name one transparent color.
     if "A" in image.mode.replace("LAB", "") or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         paper = PIL.Image.new("RGBA", image.size, "white")
         return PIL.Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("L" if image.mode == "L" else "RGB")
@@ -168,7 +168,7 @@ def _to_opaque(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def _with_transparent_value(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
     """Returns the bytes of a grayscale image, with white where the image has its transparent value."""
-    if "transparency" in image.info:
+    if isinstance(image.info.get("transparency"), int):
         pixels[np.asarray(image) == image.info["transparency"]] = 255
     return pixels
 

@@ -116,12 +116,14 @@ class TiffPage:
       next_offset: offset of the next page's directory, or 0.
       byte_order: "<" or ">".
       number: number of the page in the file, from 0.
+      is_big: whether the file is a BigTIFF, with 64-bit offsets.
     """
 
     tags: dict[int, tuple[int, ...]]
     next_offset: int
     byte_order: str
     number: int = 0
+    is_big: bool = False
 
     def value(self, tag: int, default: int = 0) -> int:
         """Returns the first value of a tag."""
@@ -228,7 +230,7 @@ def _read_directory(data: bytes, offset: int, order: str, big: bool, number: int
             (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, start)
         tags[tag] = struct.unpack_from(f"{order}{length}{layout}", data, start)
     (following,) = struct.unpack_from(order + ("Q" if big else "I"), data, offset + count * entry_size)
-    return TiffPage(tags, following, order, number)
+    return TiffPage(tags, following, order, number, big)
 
 
 def page_of_image(image: PIL.TiffImagePlugin.TiffImageFile) -> TiffPage:
@@ -255,6 +257,8 @@ def is_read_by_pillow(page: TiffPage) -> bool:
         page.extra_samples,
     )
     chunky = page.value(_PLANAR, 1) == 1
+    if page.is_big and page.byte_order == ">":
+        return False
     if page.sample_formats != {_UNSIGNED} or page.value(_FILL_ORDER, 1) not in (1, 2):
         return False
     if compression in _JPEG_COMPRESSIONS or compression == _WEBP:
@@ -274,7 +278,7 @@ def is_read_by_pillow(page: TiffPage) -> bool:
     if photometric == _INDEXED:
         return chunky and (bits in ((1,), (2,), (4,), (8,)) or (bits == (8, 8) and extra in ((0,), (2,))))
     if photometric == _CMYK:
-        return bits == (8, 8, 8, 8) and chunky
+        return bits == (8, 8, 8, 8) and chunky and page.value(_INK_SET, 1) == 1
     if photometric == _YCBCR:
         # Without compression, Pillow assumes that the colors have the resolution of the gray values.
         return bits == (8, 8, 8) and chunky and _is_full_resolution(page)
@@ -422,7 +426,12 @@ def _decode_plane(data: bytes, page: TiffPage, plane: int, planes: int, predicto
     row_bytes = -(-tile_width * per_pixel * bits // 8)
     across, down = -(-width // tile_width), -(-height // tile_height)
     offsets = page.tags.get(_TILE_OFFSETS if is_tiled else _STRIP_OFFSETS, ())
-    counts = page.tags.get(_TILE_COUNTS if is_tiled else _STRIP_COUNTS, (row_bytes * tile_height,) * len(offsets))
+    counts = page.tags.get(_TILE_COUNTS if is_tiled else _STRIP_COUNTS, ())
+    if page.value(_COMPRESSION, 1) == 1:
+        # The sizes are known, and many files state none or wrong ones. The last strip may be shorter.
+        last = height - (down - 1) * tile_height
+        rows_of_chunks = [tile_height] * (down * across) if is_tiled else [tile_height] * (down - 1) + [last]
+        counts = tuple(row_bytes * rows for rows in rows_of_chunks) * planes
     chunks = slice(plane * across * down, (plane + 1) * across * down)
     if len(offsets[chunks]) != across * down or len(counts[chunks]) != across * down:
         raise ValueError(f"the TIFF file has {len(offsets)} strips or tiles, fewer than its size needs")
@@ -478,8 +487,8 @@ def _decode_bytes(
         }
     else:
         tags |= {_ROWS_PER_STRIP: (tile_size[1],), _STRIP_OFFSETS: offsets, _STRIP_COUNTS: counts}
-    if max(offsets) >= len(data):
-        raise ValueError("a strip or tile begins after the end of the TIFF file")
+    if max(map(sum, zip(offsets, counts, strict=True))) > len(data):
+        raise ValueError("the TIFF file is truncated")
     file = io.BytesIO(_with_directory(data, tags))
     # Not PIL.Image.open: its limit of pixels counts bytes here. The caller has checked the size.
     with PIL.TiffImagePlugin.TiffImageFile(file) as image:
