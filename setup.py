@@ -46,6 +46,8 @@ NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
+    # HEIC, the photos of phones.
+    "heif": ["pillow-heif>=0.22,<2"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": TORCH,
