@@ -332,8 +332,8 @@ def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[s
     selection = shard_names.select(files, exists=_shard_exists)
     if selection.missing and not allow_partial:
         raise UserError(
-            f"not all of the input is there. {'; '.join(selection.missing)}. Fetch the rest, or convert this part with "
-            "--allow-partial"
+            f"not exactly the published files. {'; '.join(selection.missing)}. Complete them, or convert what is there "
+            "with --allow-partial"
         )
     remarks = [*selection.missing, *shard_names.gaps(files)]
     for sentence in remarks:

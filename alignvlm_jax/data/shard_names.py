@@ -76,8 +76,8 @@ def _other_uploads(totals: Mapping[int, _Shards], chosen: int) -> tuple[str, lis
     patterns = {total: _pattern(_example(shards)) for total, shards in sorted(totals.items())}
     unread = [file for total in totals if total != chosen for copies in totals[total].values() for file in copies]
     return (
-        f"the shards of {len(totals)} uploads are side by side, {' and '.join(patterns.values())}; remove one of them, "
-        f"or read only {patterns[chosen]} with --allow-partial"
+        f"the shards of {len(totals)} uploads are side by side, {' and '.join(patterns.values())}; remove one of them "
+        f"(--allow-partial reads only {patterns[chosen]})"
     ), unread
 
 
@@ -88,8 +88,8 @@ def _repeated(shards: _Shards) -> tuple[str, list[str]]:
         return "", []
     names = [posixpath.basename(file) for file in repeated[0]]
     return (
-        f"two uploads are side by side, {' and '.join(names)}; remove one of them, or read only {names[-1]} "
-        "with --allow-partial"
+        f"two uploads are side by side, {' and '.join(names)}; remove one of them (--allow-partial reads only "
+        f"{names[-1]})"
     ), [file for copies in repeated for file in copies[:-1]]
 
 
@@ -114,10 +114,10 @@ def gaps(files: Sequence[str]) -> list[str]:
             numbers[folder, match[1], match[3]][int(match[2])] = match[2]
     sentences = []
     for (folder, stem, rest), present in numbers.items():
-        width = len(next(iter(present.values())))
-        absent = [number for number in range(min(present), max(present)) if number not in present]
         # Of files with numbers of another kind, such as dates, most numbers are absent.
-        if absent and len(present) > len(absent):
+        if len(present) < max(present) - min(present) + 1 < 2 * len(present):
+            width = len(next(iter(present.values())))
+            absent = [number for number in range(min(present), max(present)) if number not in present]
             names = _some(f"{stem}{number:0{width}}{rest}" for number in absent)
             sentences.append(f"{folder or '.'}: the numbered files leave out {names}")
     return sentences

@@ -48,3 +48,4 @@ def test_gaps_in_numbered_files():
     """img2dataset numbers its archives, and a shard that failed leaves a gap (rom1504/img2dataset#159)."""
     assert gaps(["d/00000.tar", "d/00001.tar", "d/00003.tar"]) == ["d: the numbered files leave out 00002.tar"]
     assert not gaps(["d/00000.tar", "d/00001.tar"]) and not gaps(["d/2019.tar", "d/2024.tar"]) and not gaps([])
+    assert not gaps(["d/1.tar", "d/999999999999.tar"])

@@ -63,7 +63,8 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
     split = split_name(split)
     expected = "; ".join(layout.describe(split) for layout in benchmark.layouts)
     if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder. Expected files of {benchmark.title}: {expected}")
+        problem = "this is a file, not a folder" if data.exists() else "no such folder"
+        raise UserError(f"--data {data}: {problem}. Expected files of {benchmark.title}: {expected}")
     match = _find(benchmark, data, split)
     if match is None:
         hint = "".join(f"{sentence}. " for sentence in _hints(benchmark, data, split))
@@ -77,8 +78,8 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
         raise UserError(f"{folder}: no question of {benchmark.title}, split {split}, can be asked{reason}")
     if found.missing and not allow_partial:
         raise UserError(
-            f"{benchmark.title}, split {split}: not all of it is there. {'; '.join(found.missing)}. Fetch the rest, or "
-            "score this part with --allow-partial, which marks the score"
+            f"{benchmark.title}, split {split}: not exactly the published files. {'; '.join(found.missing)}. Complete "
+            "them, or score what is there with --allow-partial, which marks the score"
         )
     images = [image for question in valid for image in question.images]
     if images and not any(files.image_exists(image) for image in images):

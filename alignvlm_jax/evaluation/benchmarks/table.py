@@ -187,7 +187,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {row.name: row for row in (
             f"vcr_{language}_{difficulty}", f"VCR {language} {difficulty}", (vcr.layout(language, difficulty),),
             split="test", prompt=_VCR[language], prompt_source="tianyu-z/VCR; lmms-eval, tasks/vcr_wiki",
             max_new_tokens=120, metric=scoring.vcr(language),
-            published={"test": (5000,)}, folders=vcr.folders(language, difficulty),
+            published={"val": (5000,), "test": (5000,)}, folders=vcr.folders(language, difficulty),
         )
         for language in ("en", "zh") for difficulty in ("easy", "hard")
     ),

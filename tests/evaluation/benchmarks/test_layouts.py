@@ -186,7 +186,7 @@ def test_files_of_another_benchmark_are_not_read(benchmark, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    """RRC has one archive for the questions and one for the images."""
+    """NielsRogge/Transformers-Tutorials#18: where is val_v1.0.json? RRC has one archive for it, and one for images."""
     write_image(tmp_path / "a" / "spdocvqa_images" / "a.png", 1)
     with pytest.raises(UserError) as error:
         read("docvqa", tmp_path / "a")
@@ -219,6 +219,7 @@ def test_two_copies_of_a_benchmark(tmp_path):
 
 
 def test_other_names_of_splits(tmp_path):
+    """open-compass/VLMEvalKit#198: MMMU's dev questions must not be part of its validation score."""
     write_parquet(tmp_path / "validation-00000-of-00001.parquet", [{**DOC, **PICTURE}])
     assert read_questions(BENCHMARKS["docvqa"], tmp_path, "validation").questions
     # MMMU has a split dev besides its validation split.
