@@ -14,6 +14,8 @@ from alignvlm_jax import cli, demo
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.interop import huggingface
+from alignvlm_jax.leases.lease import InUseError
+from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.models.alignvlm import random_parameters
 from tests.data.nano_tokenizer import write_chat_folder
 
@@ -66,6 +68,12 @@ def test_results_are_complete_and_consistent(out):
     assert results["config"]["model"]["connector"]["name"] == "align"
     answers = [json.loads(line) for line in (out / "evaluation" / "heldout.jsonl").read_text().splitlines()]
     assert sum(answer["right"] for answer in answers) == results["evaluations"]["heldout"]["num_right"]
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(experiment, tmp_path):
+    with one_writer(tmp_path), pytest.raises(InUseError, match="another run is writing to it"):
+        demo.run(experiment, tmp_path, sizes=SIZES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_running_the_demo_again_repeats_nothing(out, experiment, capsys):

@@ -10,6 +10,8 @@ from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.runner import derangement, evaluate, write_json, write_predictions
+from alignvlm_jax.leases.lease import InUseError
+from alignvlm_jax.leases.one_writer import one_writer
 
 FAMILIES = ("form", "receipt", "table")
 
@@ -182,3 +184,15 @@ def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, c
     assert json.loads((tmp_path / "views.json").read_text())["views"] == fake.num_views == 3
     with pytest.raises(UserError, match="has no data set; name one with --data"):
         runner.evaluate_checkpoint(checkpoint)
+
+
+def test_two_runs_do_not_write_one_file_of_predictions(monkeypatch, tmp_path):
+    """open-compass/VLMEvalKit#1540: the processes of two evaluations write to one place."""
+    monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: RECORDS)
+    monkeypatch.setattr(runner, "load", lambda *args, **options: pytest.fail("the model must not be loaded"))
+    file = tmp_path / "answers.jsonl"
+    with one_writer(file, beside=True), pytest.raises(InUseError, match="answers.jsonl: another run is writing to it"):
+        runner.evaluate_checkpoint("nano", data="pages", predictions_file=file)
+    monkeypatch.setattr(runner, "load", lambda *args, **options: FakeReader())
+    runner.evaluate_checkpoint("nano", data="pages", predictions_file=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]

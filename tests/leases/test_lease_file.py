@@ -68,6 +68,7 @@ def test_a_holder_whose_clock_is_wrong_refuses_after_its_next_renewal(place):
 
 
 def test_a_dead_holder_refuses_for_at_most_60_seconds(place, capsys):
+    """huggingface/huggingface_hub#3944: a lock file of a killed pod on shared storage blocks all others."""
     dead = take(place, "a")
     make_old(place)
     clock = Clock()
@@ -180,6 +181,7 @@ def test_the_same_job_takes_over_at_once(place, before, now):
 
 @pytest.mark.parametrize("job, attempt", [("Slurm 43", 5), ("Slurm 42", 0)])
 def test_another_job_and_an_earlier_start_do_not_take_over(place, job, attempt):
+    """Lightning-AI/pytorch-lightning#12369: two requeued jobs in one folder resume from the same checkpoint."""
     lease = take(place, "a", job="Slurm 42", attempt=1)
     with pytest.raises(InUseError, match="job Slurm 42"):
         take(place, "b", job=job, attempt=attempt)
