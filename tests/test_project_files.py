@@ -44,6 +44,36 @@ def test_workflows_use_targets_of_the_makefile():
     assert used_targets == {"lint", "docs", "test"} and used_targets <= targets
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-c ") ;;
+  -c*) echo {version} ;;
+  "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && rm -f .venv/.installed* ;;
+esac
+"""
+
+
+def test_make_replaces_a_venv_of_another_python_only_if_asked_to(tmp_path):
+    """A stamp that knew only setup.py kept a .venv of 3.11 for `make test PYTHON=python3.13`."""
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for version in ("3.11", "3.13"):
+        file = tmp_path / f"python{version}"
+        file.write_text(FAKE_PYTHON.format(version=version))
+        file.chmod(0o755)
+
+    def make(*arguments):
+        done = subprocess.run(["make", "install", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return subprocess.run(
+            [tmp_path / ".venv/bin/python", "-c", "version"], capture_output=True, text=True
+        ).stdout.strip()
+
+    assert make("PYTHON=./python3.11") == "3.11"
+    assert make("PYTHON=./python3.13") == "3.13"
+    assert make() == "3.13", "without PYTHON, an existing .venv stays"
+
+
 def test_the_citation_file_follows_the_schema_and_names_this_version():
     file = ROOT / "CITATION.cff"
     check_schema("vendor.citation-file-format", file)
