@@ -203,7 +203,7 @@ def in_processes(processes: int | None = None) -> Converter:
 def convert_slice(job: Job, task: Task) -> Summary:
     """Writes the shard of a slice and a note of its size and its refused records."""
     (index, piece), recipe = task, job.recipe
-    root = piece.image_root or recipe.limits.image_root or str(epath.Path(piece.file).parent)
+    root = recipe.limits.image_root or piece.image_root or str(epath.Path(piece.file).parent)
     rejects = []
 
     # A generator, so that only one record is in memory at a time; refused records are collected in `rejects`.

@@ -187,7 +187,7 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
     # normpath resolves `..` in the text of the path; realpath below resolves links.
     relative = os.path.normpath(os.path.relpath(name, image_root) if os.path.isabs(name) else name)
     if relative.split(os.sep)[0] == os.pardir:
-        raise Refusal("image path", f"{name}: outside the image root {image_root}")
+        raise Refusal("image path", f"{name}: outside the image root {image_root} (--images)")
     path = epath.Path(image_root) / relative
     if is_local(path) and not follow_links:
         real, root = os.path.realpath(path), os.path.realpath(image_root)

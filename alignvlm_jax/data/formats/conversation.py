@@ -101,7 +101,7 @@ class Slice:
       first: number of the first record in the file.
       records: number of records, used and refused ones together, if it is known before reading.
       picks: numbers of the selected records; None selects all.
-      image_root: folder that image paths start from, if the input states it; otherwise `checks.Limits` decides.
+      image_root: folder that image paths start from, if the input states it; `checks.Limits` may replace it.
     """
 
     file: str

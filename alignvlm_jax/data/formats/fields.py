@@ -23,10 +23,10 @@ IMAGE_FIELDS = (
 )
 # Numbered columns with an image each, as in the multi-image data of LLaVA-NeXT-Interleave.
 NUMBERED_IMAGE = re.compile(r"image_?(\d+)")
-_OTHER_MEDIA = {"video": "a video", "videos": "a video", "audio": "sound", "audios": "sound"}
+_OTHER_MEDIA = {"video": "a video", "videos": "a video", "audio": "audio", "audios": "audio"}
 _MEDIA_ENDINGS = {
     "a video": (".mp4", ".webm", ".avi", ".mov", ".mkv", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"),
-    "sound": (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus"),
+    "audio": (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus"),
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKETS = ("gs", "s3")
@@ -74,7 +74,7 @@ def as_objects(value: Any, what: str, entry: str) -> list[dict[str, Any]]:
             raise Refusal("unreadable record", f"{what} is text that is not valid JSON: {error}") from error
     if is_struct_of_lists(value):
         value = _rows(value, what)
-    return [expect_object(row, entry) for row in expect_list(value, what)]
+    return [expect_object(row, entry) for row in expect_list(value, what) if row is not None]
 
 
 def is_struct_of_lists(value: Any) -> bool:
@@ -121,14 +121,14 @@ def image_source(value: Any) -> bytes | str | None:
 
 
 def refuse_other_media(record: Mapping[str, Any]) -> None:
-    """Raises a `Refusal` if a record has a video or sound."""
+    """Raises a `Refusal` if a record has a video or audio."""
     for name, kind in _OTHER_MEDIA.items():
         if not is_absent(record.get(name)):
             raise other_media(kind, f"in the field {name!r}", record[name])
 
 
 def other_media(kind: str, place: str, value: Any) -> Refusal:
-    """Returns the refusal of a video or sound, which is named if it is a file."""
+    """Returns the refusal of a video or audio, which is named if it is a file."""
     while isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, dict):
@@ -175,7 +175,7 @@ def _data_url(text: str) -> bytes:
         raise Refusal("image path", f"the image is a data URL without a comma before its content: {text[:60]!r}")
     media_type = header[1].lower()
     if media_type.startswith(("video/", "audio/")):
-        raise other_media("a video" if media_type.startswith("video/") else "sound", "as a data URL", media_type)
+        raise other_media("a video" if media_type.startswith("video/") else "audio", "as a data URL", media_type)
     content = text[header.end() :]
     if ";base64" not in header[2].lower():
         return urllib.parse.unquote_to_bytes(content)

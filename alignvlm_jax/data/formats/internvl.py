@@ -3,13 +3,12 @@
     {"sharegpt4v": {"root": "playground/data/", "annotation": "opensource/sharegpt4v.jsonl", "repeat_time": 1}}
 
 `annotation` and `root` are relative to the meta file, or to the working directory if there is nothing there. The image
-paths of the records start from `root`, which must be below the meta file's folder or the working directory. A
-`repeat_time` of 2 uses every record twice, and one of 0.5 uses the first half of the records, as InternVL itself does.
+paths of the records start from `root` and stay in it; --images replaces it. A `repeat_time` of 2 uses every record twice,
+and one of 0.5 uses the first half of the records, as InternVL itself does.
 """
 
 import dataclasses
 import json
-import os
 import re
 from typing import Any
 
@@ -76,17 +75,5 @@ def _read_entry(entry: dict[str, Any], file: str, name: str) -> MetaEntry:
     path = str(folder / annotation) if (folder / annotation).exists() else annotation
     if not epath.Path(path).is_file():
         raise UserError(f"{where}: no such file: {path}")
-    return MetaEntry(path, _image_root(folder, root, where) if root else None, repeat)
-
-
-def _image_root(folder: epath.Path, root: str, where: str) -> str:
-    """Returns the folder of the images, which must be below the meta file's folder or the working directory."""
-    found = next((path for path in (folder / root, epath.Path(root)) if path.is_dir()), None)
-    if found is None:
-        raise UserError(f"{where}: no such folder of images: {folder / root}")
-    real = os.path.realpath(found)
-    if not any(os.path.commonpath([real, os.path.realpath(base)]) == os.path.realpath(base) for base in (folder, ".")):
-        raise UserError(
-            f"{where}: root {root} is outside {folder} and the working directory; run the command above both"
-        )
-    return str(found)
+    roots = [path for path in (folder / root, epath.Path(root)) if path.is_dir()] if root else []
+    return MetaEntry(path, str(roots[0]) if roots else None, repeat)

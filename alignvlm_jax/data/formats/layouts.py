@@ -211,6 +211,8 @@ def _spoken(turns: Sequence[Mapping[str, Any]], has_images: bool) -> list[Messag
     for turn in turns:
         spelled = next((turn[name] for name in _ROLES if turn.get(name) is not None), None)
         role = expect_role(spelled)
+        if role == "system" and fields.first_present(turn, _CONTENTS) is None:
+            continue
         message = {"role": role, "content": _content(turn, role, has_images)}
         # The calls and results of tools, and a message that is only an image, continue a message of the same role.
         only_images = bool(message["content"]) and all(_is_image(part) for part in message["content"])
@@ -272,7 +274,7 @@ def _part(part: Any) -> dict[str, Any]:
     if kind in ("video", "video_url", "input_video"):
         raise fields.other_media("a video", f"in a part of a message ('{kind}', expected 'text' or 'image')", part)
     if kind in ("audio", "audio_url", "input_audio"):
-        raise fields.other_media("sound", f"in a part of a message ('{kind}', expected 'text' or 'image')", part)
+        raise fields.other_media("audio", f"in a part of a message ('{kind}', expected 'text' or 'image')", part)
     raise Refusal(
         "unreadable record", f"a part of a message has the type {repr(kind)[:60]}, expected 'text' or 'image'"
     )
@@ -284,7 +286,7 @@ def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mes
     if not messages or messages[0]["role"] != "system":
         texts.append(fields.first_present(record, _SYSTEMS))
     tools = record.get("tools")
-    texts.append(None if fields.is_absent(tools) else tools)
+    texts.append(None if fields.is_absent(tools) or tools in ("[]", "{}") else tools)
     texts = [
         text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in texts if text is not None
     ]

@@ -46,7 +46,7 @@ _ANSWERS = (*_TEXTS, "json", "cls")
 _USED_ENDINGS = (*_IMAGES, *_ANSWERS)
 _NUMBERED = re.compile(r"(?:(?:img|image|page|frame|view|p)[-_]?)?\d+\.[a-z]+")
 _OTHER_MEDIA = {"mp4": "a video", "webm": "a video", "avi": "a video", "mov": "a video", "mkv": "a video"}
-_OTHER_MEDIA |= {"wav": "sound", "mp3": "sound", "flac": "sound", "ogg": "sound"}
+_OTHER_MEDIA |= {"wav": "audio", "mp3": "audio", "flac": "audio", "ogg": "audio"}
 # WebDataset's rule. Files that do not match it (hidden files) belong to no sample.
 _NAME = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
@@ -119,15 +119,16 @@ def _split(sample: _Sample) -> list[_Sample]:
 def _conversation(sample: _Sample, where: str, record_id: str, source: str, options: FormatOptions) -> Conversation:
     """Returns the conversation of a sample."""
     endings = _image_endings(sample.files)
-    if not endings:
-        raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
-    images = [sample.files[ending] for ending in endings]
     values = _json(sample.files)
+    images = [sample.files[ending] for ending in endings]
     if layouts.has_conversation(values):
         images = _named_images(values, sample, endings) or images
+        # Without image files, the conversation has no images, or holds them itself.
         return layouts.to_conversation(
-            values, where, default_id=record_id, default_source=source, options=options, images=images
+            values, where, default_id=record_id, default_source=source, options=options, images=images or None
         )
+    if not endings:
+        raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
     question = [IMAGE] * len(images) + ([text_part(options.instruction)] if options.instruction else [])
     messages = [
         {"role": "user", "content": question},

@@ -14,6 +14,8 @@ import pytest
 
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refused
+from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
+from alignvlm_jax.errors import UserError
 from tests.data.formats.samples import IMAGE_TYPE, add_file, embedded, image_bytes, read_all, write_images
 
 Writer = Callable[[pathlib.Path], pathlib.Path]
@@ -187,7 +189,7 @@ PUBLISHERS = {
         document(
             [
                 {"messages": messages("<image>Q?", "A.", "And?<image>", "B."), "images": ["0.png", "1.png"]},
-                {"messages": messages("Q?", "A."), "images": [], "videos": [], "audios": []},
+                {"messages": [{"role": "system", "content": ""}, *messages("Q?", "A.")], "images": [], "videos": []},
             ]
         ),
         [["user: [0]Q?", "assistant: A.", "user: And?[1]", "assistant: B."], ["user: Q?", "assistant: A."]],
@@ -231,7 +233,7 @@ PUBLISHERS = {
         lines(
             {"query": "Image-1: <image>\nImage-2: <image>\nQ?", "response": "A.",
              "history": [["<image>First?", "One."], ["C", "D"]], "images": ["0.png", "1.png", "2.png"]},
-            {"query": "Q?", "response": "A.", "images": [""], "system": None, "history": None},
+            {"query": "Q?", "response": "A.", "images": [""], "system": None, "history": None, "tools": "[]"},
         ),
         [
             ["user: [0]First?", "assistant: One.", "user: C", "assistant: D",
@@ -450,16 +452,18 @@ PUBLISHERS = {
         "webdataset/webdataset#20 (several images), mlfoundations/open_clip#480 (other endings)",
         archive(
             "v1.5/a.10.jpg", "v1.5/a.9.jpg", "v1.5/a.txt", "b.side0.png", "b.top1.png", "b.outputs.txt",
-            "c.jpg", "c.seg1.png", "c.cls", "d.left1.png", "d.right0.png", "d.json",
+            "c.jpg", "c.seg1.png", "c.cls", "d.left1.png", "d.right0.png", "d.json", "e.json",
             **{"v1_5/a_10_jpg": image_bytes(3), "v1_5/a_9_jpg": image_bytes(2),
                             "d_json": json.dumps({"images": ["d.right0.png", "d.left1.png"],
-                                                  "conversations": turns("<image>and<image>", "A.")}).encode()},
+                                                  "conversations": turns("<image>and<image>", "A.")}).encode(),
+                            "e_json": json.dumps(turns("Q?", "A.")).encode()},
         ),
         [
             ["user: [2][3]", "assistant: v1.5/a.txt"],
             ["user: [0][1]", "assistant: b.outputs.txt"],
             ["user: [0]", "assistant: c.cls"],
             ["user: [0]and[1]", "assistant: A."],
+            ["user: Q?", "assistant: A."],
         ],
     ),
     "webdataset-dots": Publisher(
@@ -516,6 +520,12 @@ def test_meta_file_of_internvl(tmp_path):
     }
     found = read_all("llava", document(meta, "meta.json")(tmp_path))
     assert [item.id for item in found] == ["a0", "a1", *[f"b{i}" for i in range(4)] * 2]
+    # Images are found under the meta file's root.
+    recipe = Recipe("llava", (str(tmp_path / "meta.json"),))
+    assert prepare(recipe, tmp_path / "out", convert=in_processes(1), progress=False).accepted == 10
+    meta["b"]["annotation"] = "c.jsonl"
+    with pytest.raises(UserError, match="data set 'b': no such file: c.jsonl"):
+        read_all("llava", document(meta, "meta.json")(tmp_path))
 
 
 def test_the_table_in_the_docs_lists_these_layouts():

@@ -41,8 +41,8 @@ def refusal(folder, record, format="messages"):
         # Videos and sound: QwenLM/Qwen3-VL#196, modelscope/ms-swift docs (videos, audios), OpenAI's input_audio.
         ({"video": "clip.mp4", "image": None, **ABOUT_IMAGE}, "unreadable record", ["a video", "'video'", "clip.mp4"]),
         ({"videos": [["a.mp4"]], "images": ["0.png"], **ABOUT_IMAGE}, "unreadable record", ["'videos'", "a.mp4"]),
-        ({"audio": {"path": "a.wav", "bytes": None}, **ABOUT_IMAGE}, "unreadable record", ["sound", "a.wav"]),
-        ({"audios": ["a.wav"], **ABOUT_IMAGE}, "unreadable record", ["sound", "'audios'"]),
+        ({"audio": {"path": "a.wav", "bytes": None}, **ABOUT_IMAGE}, "unreadable record", ["audio", "a.wav"]),
+        ({"audios": ["a.wav"], **ABOUT_IMAGE}, "unreadable record", ["audio", "'audios'"]),
         ({"image": "clip.MP4", **ABOUT_IMAGE}, "unreadable record", ["a video where an image belongs", "clip.MP4"]),
         (
             {"messages": messages([{"type": "video_url", "video_url": {"url": "x"}}], "A.")},
@@ -52,7 +52,7 @@ def refusal(folder, record, format="messages"):
         (
             {"messages": messages([{"type": "input_audio", "input_audio": {"data": HUGE}}], "A.")},
             "unreadable record",
-            ["sound in a part"],
+            ["audio in a part"],
         ),
         # Images that are elsewhere, or are no images.
         ({"image": "https://a.org/1.png", **ABOUT_IMAGE}, "image path", ["a URL", "https://a.org/1.png", "download"]),
@@ -175,7 +175,7 @@ def test_samples_that_cannot_be_used(tmp_path):
     path = archive("a.mp4", "a.txt", "b.1.jpg", "b.txt", "b.wav", "c.0.jpg", "c.1.txt", "c.2.txt", "d.jpg", "d.json",
                    d_json=b"{}")(tmp_path)  # fmt: skip
     found = kinds(read_all("webdataset", path))
-    expected = ["a video among its files (a.mp4)", "sound among its files", "several texts (1, 2)", "no caption"]
+    expected = ["a video among its files (a.mp4)", "audio among its files", "several texts (1, 2)", "no caption"]
     assert [phrase for phrase, why in zip(expected, found, strict=True) if phrase not in why] == []
 
 
