@@ -3,8 +3,8 @@
     {"sharegpt4v": {"root": "playground/data/", "annotation": "opensource/sharegpt4v.jsonl", "repeat_time": 1}}
 
 `annotation` and `root` are relative to the meta file, or to the working directory if there is nothing there. The image
-paths of the records start from `root` and stay in it; --images replaces it. A `repeat_time` of 2 uses every record twice,
-and one of 0.5 uses the first half of the records, as InternVL itself does.
+paths of the records start from `root` and stay in it; --images replaces it. A `repeat_time` of 2 uses every record
+twice, and one of 0.5 uses the first half of the records, as InternVL itself does.
 """
 
 import dataclasses
