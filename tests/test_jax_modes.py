@@ -10,13 +10,14 @@ import dataclasses
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 from alignvlm_jax.inference.generate import Generator
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.training.train_step import create_state, make_train_step
-from tests.inference import test_generate
+from tests.inference.test_generate import PROMPTS
 from tests.training.batches import MODEL, random_batch, stage
 
 BATCH = random_batch(3, bins=2)
@@ -35,44 +36,42 @@ def all_modes():
         yield
 
 
-def leaves(tree):
-    return jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+@pytest.fixture(scope="module")
+def params():
+    return nn.unbox(jax.jit(lambda: random_parameters(MODEL, jax.random.key(0)))())
 
 
-def assert_equal(actual, expected):
-    """Fails unless two trees have the same arrays and dtypes."""
-    assert len(leaves(actual)) == len(leaves(expected))
-    for (path, left), (_, right) in zip(leaves(actual), leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
-        assert np.asarray(left).dtype == np.asarray(right).dtype, jax.tree_util.keystr(path)
+def test_answers_are_the_same_in_all_modes_at_once(params):
+    def answer():
+        return Generator(MODEL, params, end_ids=(1,), pad_id=0).generate(PROMPTS[:1], max_new_tokens=3)[0]
 
-
-def results(params):
-    """Returns the state and the metrics after a step of training, and the answer of a model."""
-    trained = jax.jit(make_train_step(MODEL, STAGE))(create_state(STAGE, params[0]), jax.device_put(BATCH))
-    generator = Generator(test_generate.CONFIG, params[1], end_ids=(1,), pad_id=0)
-    return trained, generator.generate(test_generate.PROMPTS[:1], max_new_tokens=3)
-
-
-def test_training_and_decoding_have_the_same_results_in_all_modes_at_once():
-    params = [
-        nn.unbox(jax.jit(lambda rng, config=config: random_parameters(config, rng))(jax.random.key(0)))
-        for config in (MODEL, test_generate.CONFIG)
-    ]
-    expected = results(params)
+    expected = answer()
     with all_modes():
-        actual = results(params)
-    assert_equal(actual, expected)
+        actual = answer()
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.dtype == expected.dtype
 
 
-def test_the_model_and_its_gradient_can_be_part_of_a_program_that_uses_a_mode():
+def test_training_has_the_same_dtypes_in_all_modes_at_once(params):
+    def train():
+        state = create_state(STAGE, params)
+        return state, jax.eval_shape(make_train_step(MODEL, STAGE), state, BATCH)
+
+    expected = train()
+    with all_modes():
+        actual = train()
+    jax.tree.map(np.testing.assert_array_equal, actual[0], expected[0])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), actual) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+
+
+def test_a_gradient_of_the_model_can_be_part_of_a_program_that_uses_a_mode(params):
     def loss(params, batch):
         return AlignVLM(MODEL).apply({"params": params}, batch, method="loss").loss
 
-    boxed = jax.eval_shape(lambda: random_parameters(MODEL, jax.random.key(0)))
-    batch = jax.tree.map(lambda field: field[0], BATCH)
     with all_modes():
-        gradient = jax.eval_shape(jax.grad(loss), nn.unbox(boxed), batch)
+        gradient = jax.eval_shape(jax.grad(loss), params, jax.tree.map(lambda field: field[0], BATCH))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
 
 
