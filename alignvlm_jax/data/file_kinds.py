@@ -121,6 +121,8 @@ _AVIF_BRANDS = {b"avif", b"avis"}
 # The start of the base64 text of common image formats.
 _BASE64 = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR", b"SUkqA", b"TU0AK", b"JVBERi0")
 
+_JPEG_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+
 # Members by which office documents and other formats that are zip archives are known.
 _OFFICE = (b"word/", b"xl/", b"ppt/", b"[Content_Types].xml", b"mimetypeapplication/vnd.oasis")
 
@@ -204,6 +206,8 @@ def _identify_container(data: bytes) -> tuple[str, str] | None:
         return _filled(_ARCHIVE, "zip", "unzip FILE")
     if data[257:262] == b"ustar":
         return _filled(_ARCHIVE, "tar", "tar -xf FILE")
+    if data.startswith(_JPEG_2000):
+        return _identify_jpeg_2000(data)
     if data[128:132] == b"DICM":
         return "a medical image (DICOM)", convert_with("dcm2img FILE page.png")
     if data[:4] == b"\0\0\2\0" and data[4:5] != b"\0" and data[5:6] == b"\0":
@@ -211,6 +215,18 @@ def _identify_container(data: bytes) -> tuple[str, str] | None:
     if data[:4] in (b"II*\0", b"MM\0*") and data[8:10] == b"CR":
         return _filled(_RAW, "CR2")
     return None
+
+
+def _identify_jpeg_2000(data: bytes) -> tuple[str, str] | None:
+    """Identifies colors of more than 8 bits, whose white is black in Pillow: it rounds 1023 / 4 to 256, which becomes 0."""
+    start = data.find(b"\xff\x4f\xff\x51")  # start of the codestream and marker SIZ
+    if start < 0 or len(data) < start + 42:
+        return None
+    (number,) = struct.unpack_from(">H", data, start + 40)
+    bits = [(size & 0x7F) + 1 for size in data[start + 42 : start + 42 + 3 * number : 3]]
+    if number < 2 or not bits or max(bits) <= 8:
+        return None
+    return f"a JPEG 2000 image of {number} x {max(bits)} bits per pixel", convert_with("magick FILE -depth 8 page.png")
 
 
 def _identify_text(data: bytes) -> tuple[str, str] | None:

@@ -71,7 +71,7 @@ def open_encoded(data: bytes, max_pixels: int | None = None) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=formats())
     except PIL.UnidentifiedImageError as error:
-        kind = identify_undecodable(data)
+        kind = kind or identify_undecodable(data)
         if kind is None:
             raise
         raise _refusal(*kind) from error

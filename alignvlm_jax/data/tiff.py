@@ -69,7 +69,6 @@ _PLAIN_COMPRESSIONS = {
 }
 _FAX_COMPRESSIONS = (2, 3, 4, 32771)
 _JPEG_COMPRESSIONS = (6, 7)
-_WEBP = 50001
 _COMPRESSION_NAMES = {
     34712: "JPEG 2000",
     33003: "JPEG 2000",
@@ -261,7 +260,7 @@ def is_read_by_pillow(page: TiffPage) -> bool:
         return False
     if page.sample_formats != {_UNSIGNED} or page.value(_FILL_ORDER, 1) not in (1, 2):
         return False
-    if compression in _JPEG_COMPRESSIONS or compression == _WEBP:
+    if compression in _JPEG_COMPRESSIONS:
         return set(bits) == {8} and photometric in (0, 1, 2, 5, 6)
     if compression in _FAX_COMPRESSIONS:
         return bits == (1,) and photometric in (0, 1, 3)

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import struct
+import sys
 import types
 import zipfile
 
@@ -34,6 +35,15 @@ def media(brand: bytes, compatible: bytes = b"mif1") -> bytes:
     """Returns the start of an ISO media file."""
     brands = brand + bytes(4) + compatible
     return struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(400)
+
+
+@pytest.fixture(autouse=True)
+def no_heif(monkeypatch):
+    """As if pillow-heif were not installed."""
+    PIL.Image.init()
+    monkeypatch.setattr(PIL.Image, "OPEN", {name: PIL.Image.OPEN[name] for name in PIL.Image.OPEN if name != "HEIF"})
+    monkeypatch.setattr(PIL.Image, "ID", [name for name in PIL.Image.ID if name != "HEIF"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
 
 
 _PAGE = PIL.Image.fromarray(color_scene())
@@ -73,6 +83,11 @@ _KINDS = [
     (bytes(128) + b"DICM" + bytes(40), "a medical image .DICOM.", "dcm2img"),
     (b"\0\0\2\0\1\0\x10\x10" + bytes(40), "a mouse cursor", "magick"),
     (b"\x89PNG\n\x1a\n" + encode(_PAGE)[8:], "PNG damaged by a transfer in text mode", "as binary"),
+    (
+        encode(_PAGE, "JPEG2000").replace(b"\0\3\7\1\1\7\1\1\7", b"\0\3\x0b\1\1\x0b\1\1\x0b"),
+        "JPEG 2000 .*3 x 12",
+        "-depth 8",
+    ),
     (bytes(500), "500 zero bytes", "again"),
     (encode(_PAGE, "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "JPEG of 12 bits", "magick"),
     (b"Scanned on Monday", "read .17 bytes, which begin 53 63 61", "`file`"),
@@ -116,15 +131,11 @@ class FakeHeifFile(PIL.ImageFile.ImageFile):
 
 def test_heic_is_read_if_its_plugin_is_installed(monkeypatch):
     """Whether the plugin is registered by the user or found by the reader."""
-    monkeypatch.setattr(PIL.Image, "OPEN", dict(PIL.Image.OPEN))
-    monkeypatch.setattr(PIL.Image, "ID", list(PIL.Image.ID))
 
     def register_heif_opener():
         PIL.Image.register_open("HEIF", FakeHeifFile, lambda prefix: prefix[4:8] == b"ftyp")
 
-    monkeypatch.setitem(
-        __import__("sys").modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register_heif_opener)
-    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register_heif_opener))
     assert "HEIF" not in PIL.Image.OPEN
     for _ in range(2):
         np.testing.assert_array_equal(open_image(media(b"heic")), color_scene())

@@ -161,6 +161,8 @@ def test_images_that_pil_has_opened():
         (scene(), {"photometric": 32844}, "LogL"),
         (scene(), {"tags": {259: (34712,)}}, "compression JPEG 2000"),
         (scene(), {"tags": {259: (50002,)}}, "compression 50002"),
+        (scene(), {"tags": {259: (50001,)}}, "compression WebP"),
+        (scaled(scene(), 12), {"bits": 12, "tags": {259: (7,)}}, "gray of 12 unsigned bits, compression JPEG"),
         (scaled(color_scene(), 16), {"photometric": 8}, "Lab of 3 x 16"),
         (scaled(color_scene(), 16), {"photometric": 6}, "YCbCr of 3 x 16"),
         (color_scene(), {"photometric": 6, "tags": {530: (2, 2), 279: (9,) * 4}}, "YCbCr of 3 x 8"),

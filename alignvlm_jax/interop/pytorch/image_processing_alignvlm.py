@@ -197,15 +197,19 @@ def _open(source: str | os.PathLike | bytes) -> PIL.Image.Image:
     elif str(source).startswith(("http://", "https://")):
         with urllib.request.urlopen(source, timeout=60) as reply:
             data = reply.read()
-    elif str(source).startswith("data:image/"):
+    elif str(source).startswith("data:"):
         data = base64.b64decode(str(source).split(",", 1)[1])
     else:
         try:
             data = base64.b64decode(str(source), validate=True)
         except ValueError:
             raise ValueError(f"{str(source)[:200]!r} is neither a file, an http(s) URL nor base64 text") from None
-    image = open_encoded(data)
-    image.load()
+    try:
+        image = open_encoded(data)
+        image.load()
+    except ValueError as error:
+        where = "the image" if isinstance(source, bytes) else str(source)[:200]
+        raise ValueError(f"{where}: {error}") from error
     return image
 
 

@@ -4,8 +4,10 @@ import base64
 import io
 import itertools
 import os
+import struct
 import subprocess
 import sys
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES
 from alignvlm_jax.interop.pytorch.image_processing_alignvlm import AlignVLMImageProcessor
 from alignvlm_jax.models.vision import normalize_tiles
+from tests.data.test_png import chunk, png
+from tests.data.tiff_files import tiff
 from tests.interop.pytorch.folders import TILING, ask, random_image, tiles_of
 
 
@@ -70,6 +74,13 @@ def unusual_images() -> dict[str, bytes]:
         stream = io.BytesIO()
         image.save(stream, format, **options)
         encoded[name] = stream.getvalue()
+    # Files that PIL reads wrong or not at all.
+    encoded["12 bits"] = tiff(gray.astype(np.uint16) * 16 + gray // 16, 12)
+    encoded["white is zero"] = tiff(65535 - gray.astype(np.uint16) * 257, photometric=0)
+    encoded["planes"] = tiff(np.asarray(scene).astype(np.uint16) * 257, photometric=2, planar=2)
+    transparent = chunk(b"tRNS", struct.pack(">H", int(gray[3, 3]) * 257))
+    encoded["transparent gray"] = png(gray.astype(np.uint16) * 257, 16, before=transparent)
+    encoded["metadata"] = png(gray, before=chunk(b"iCCP", b"scanner\0\0" + zlib.compress(bytes(2 << 20))))
     return encoded
 
 
@@ -84,12 +95,23 @@ def test_unusual_images_match_the_reader_from_every_source(pair, tmp_path, kind,
         "path": str(path),
         "url": "data:image/png;base64," + base64.b64encode(data).decode(),
         "base64": base64.b64encode(data).decode(),
-        "image": PIL.Image.open(path),
+        "image": PIL.Image.open(path) if kind != "metadata" else None,
     }
+    if kind == "metadata":
+        del sources["image"]  # PIL cannot open it
     for key, source in sources.items():
         message = {"role": "user", "content": [{"type": "image", key: source}, {"type": "text", "text": "a"}]}
         assert_same_tiles(pair.inputs([message])["pixel_values"], *expected)
     assert_same_tiles(pair.processor(images=str(path), text="<|image|>")["pixel_values"], *expected)
+
+
+def test_a_file_that_is_no_image_is_named(pair, tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(ValueError, match=r"photo.jpg: not an image .*HEIC.*pillow-heif"):
+        pair().processor.image_processor(str(path))
+    with pytest.raises(ValueError, match="a PDF.*pdftoppm"):
+        pair().processor.image_processor("data:application/pdf;base64," + base64.b64encode(b"%PDF-1.7").decode())
 
 
 def test_the_loader_of_transformers_gives_other_pixels(tmp_path):
