@@ -218,7 +218,7 @@ def _identify_container(data: bytes) -> tuple[str, str] | None:
 
 
 def _identify_jpeg_2000(data: bytes) -> tuple[str, str] | None:
-    """Identifies colors of more than 8 bits, whose white is black in Pillow: it rounds 1023 / 4 to 256, which becomes 0."""
+    """Identifies colors of more than 8 bits, whose white is black in Pillow: 1023 / 4 is rounded to 256, which is 0."""
     start = data.find(b"\xff\x4f\xff\x51")  # start of the codestream and marker SIZ
     if start < 0 or len(data) < start + 42:
         return None
