@@ -98,8 +98,11 @@ def _incomplete(shards: _Shards, total: int, exists: Callable[[str], bool] | Non
     absent = [_sibling(_example(shards), index) for index in _absent(shards, total)]
     if exists is not None:
         absent = [file for file in absent if not exists(file)]
-    if not absent:
-        return ""
+    return describe_missing(absent, total) if absent else ""
+
+
+def describe_missing(absent: Sequence[str], total: int) -> str:
+    """Returns a sentence that names missing shards of a set, with `total` shards in all."""
     verb = "is" if len(absent) == 1 else "are"
     return f"{len(absent)} of {total} shards {verb} missing, {_some(map(posixpath.basename, absent))}"
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from etils import epath
 
+from alignvlm_jax.data import shard_names
 from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.open_files import ArrayRecordFiles
 from alignvlm_jax.errors import UserError
@@ -28,7 +29,6 @@ from alignvlm_jax.locations import location
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
-_SHOWN = 4  # missing shards that a message names
 _RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, so records are written in chunks
 
 
@@ -116,13 +116,8 @@ def _check_complete(folder: str, shards: Sequence[_ShardPart]) -> None:
     absent = [shard for shard in shards if posixpath.basename(shard.file) not in present]
     if not absent:
         return
-    names = ", ".join(posixpath.basename(shard.file) for shard in absent[:_SHOWN])
-    more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
-    verb = "is" if len(absent) == 1 else "are"
-    raise UserError(
-        f"{folder}: {len(absent)} of its {len(shards)} shards {verb} missing, {names}{more}. Restore them from a copy"
-        + _without(absent)
-    )
+    missing = shard_names.describe_missing([shard.file for shard in absent], len(shards))
+    raise UserError(f"{folder}: {missing}. Restore the files from a copy{_without(absent)}")
 
 
 def _without(shards: Sequence[_ShardPart]) -> str:

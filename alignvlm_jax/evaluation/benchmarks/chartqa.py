@@ -48,8 +48,7 @@ def _question_from_original(images: files.ImageFolders, half: str, row: Row) -> 
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in split_names(split)]
-    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+    return files.parquet_questions(folder, split_names(split), ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question:

@@ -54,8 +54,7 @@ def _question_from_rrc(images: files.ImageFolders, row: Row) -> Question:
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{part}-*.parquet" for prefix in ("data/", "") for part in split_names(split)]
-    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+    return files.parquet_questions(folder, split_names(split), ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question:

@@ -94,18 +94,19 @@ def find_shards(folder: pathlib.Path, *patterns: str) -> tuple[list[pathlib.Path
 
 def parquet_questions(
     folder: pathlib.Path,
-    patterns: Sequence[str],
+    split_names: Sequence[str],
     image_columns: Sequence[str],
     make: Callable[[Row], Question | None],
 ) -> Found | None:
-    """Returns the questions in the Parquet files that match the first pattern with any match, or None without any.
+    """Returns the questions in the Parquet files of a split, in the folder or its subfolder data/, or None without any.
 
     Args:
-      folder: folder that the patterns start from.
-      patterns: patterns of the files of a split.
+      folder: folder of a data set, as it is on the Hub.
+      split_names: names of the split; the first one with files is read.
       image_columns: columns with images.
       make: function that converts one row, as for `questions`.
     """
+    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in split_names]
     paths, missing = find_shards(folder, *patterns)
     if not paths:
         return None
@@ -148,7 +149,7 @@ def json_file(file: pathlib.Path) -> Any:
 def _unreadable(file: pathlib.Path, kind: str, error: str) -> str:
     """Returns a message about a file that cannot be read, which says what it is instead, if that is known."""
     with contextlib.suppress(OSError), file.open("rb") as stream:
-        if (other := describe_other_content(stream.read(HEAD_BYTES), ("Parquet file",))) is not None:
+        if (other := describe_other_content(stream.read(HEAD_BYTES), kind.lower())) is not None:
             return f"{file}: cannot be read as {kind}. It is {other}"
     return f"{file}: cannot be read as {kind} ({error}). The file may be incomplete; fetch it again"
 

@@ -68,8 +68,7 @@ def _read(folder: pathlib.Path, split: str) -> Found | None:
         rows = (row for paths, _ in by_subject.values() for path in paths for row in files.parquet_rows(path, IMAGES))
         missing = [sentence for _, sentences in by_subject.values() for sentence in sentences]
         return Found(files.questions(rows, _question), (*missing_parts("MMMU's subjects", SUBJECTS, present), *missing))
-    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in names]
-    return files.parquet_questions(folder, patterns, IMAGES, _question)
+    return files.parquet_questions(folder, names, IMAGES, _question)
 
 
 def _question(row: Row) -> Question:

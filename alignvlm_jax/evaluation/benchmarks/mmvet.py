@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 
@@ -40,8 +40,7 @@ def _question(images: files.ImageFolders, row: Row) -> Question:
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")]
-    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+    return files.parquet_questions(folder, split_names(split), ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question:

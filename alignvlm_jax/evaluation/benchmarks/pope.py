@@ -17,7 +17,7 @@ import pathlib
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, missing_parts
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, missing_parts, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -46,8 +46,7 @@ def _question_from_original(images: files.ImageFolders, category: str, row: Row)
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")]
-    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+    return files.parquet_questions(folder, split_names(split), ("image",), _question_from_parquet)
 
 
 def _read_parts(folder: pathlib.Path, split: str) -> Found | None:

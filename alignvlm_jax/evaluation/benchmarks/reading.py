@@ -18,6 +18,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from alignvlm_jax.data import nearby
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
@@ -209,9 +210,8 @@ def _hints(benchmark: Benchmark, data: pathlib.Path, split: str) -> Iterator[str
     if owner not in (None, benchmark.name):
         yield f"The folder is named after {BENCHMARKS[owner].title}"
     yield from _archives(data)
-    names = sorted(path.name + "/" * path.is_dir() for path in itertools.islice(data.iterdir(), 1000))
-    if names and not present:
-        yield f"It has {', '.join(names[:_SHOWN])}" + " and more" * (len(names) > _SHOWN)
+    if not present:
+        yield f"It has {nearby.list_names(data)}"
 
 
 def _archives(folder: pathlib.Path) -> Iterator[str]:

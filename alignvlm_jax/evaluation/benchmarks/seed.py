@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import ImageSource, Question
 
 # Names of the question types, for files that do not define them.
@@ -55,8 +55,7 @@ def _question_from_original(images: files.ImageFolders, types: Mapping[str, str]
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")]
-    return files.parquet_questions(folder, patterns, ("image",), _question_from_parquet)
+    return files.parquet_questions(folder, split_names(split), ("image",), _question_from_parquet)
 
 
 def _question_from_parquet(row: Row) -> Question | None:

@@ -35,8 +35,7 @@ def _read_original(folder: pathlib.Path, split: str) -> Found | None:
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    patterns = [f"{prefix}{part}-*.parquet" for prefix in ("data/", "") for part in split_names(split)]
-    return files.parquet_questions(folder, patterns, ("image",), functools.partial(_question, None))
+    return files.parquet_questions(folder, split_names(split), ("image",), functools.partial(_question, None))
 
 
 def _question(images: files.ImageFolders | None, row: Row) -> Question:

@@ -12,7 +12,7 @@ import pathlib
 
 from alignvlm_jax.evaluation.benchmarks import files
 from alignvlm_jax.evaluation.benchmarks.files import Row
-from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
+from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 # Only the first one is shown to the model. The others are listed because columns that are not are read as text, and
@@ -21,9 +21,7 @@ _IMAGES = ("stacked_image", "image", "only_it_image", "only_it_image_small")
 
 
 def _read(folder: pathlib.Path, split: str) -> Found | None:
-    return files.parquet_questions(
-        folder, [f"{prefix}{split}-*.parquet" for prefix in ("data/", "")], _IMAGES, _question
-    )
+    return files.parquet_questions(folder, split_names(split), _IMAGES, _question)
 
 
 def _question(row: Row) -> Question:

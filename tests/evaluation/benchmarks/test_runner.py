@@ -121,7 +121,7 @@ def test_bad_commands_are_refused_at_once(tmp_path, capsys):
     command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa", "--data", str(tmp_path)]
     assert cli.main([*command, "--control", "blank"]) == 2
     assert cli.main(command) == 2
-    assert "no files of DocVQA, split val. Expected files: DocDownstream-1.0" in capsys.readouterr().err
+    assert "no files of DocVQA, split val. It has nothing. Expected files: DocDownstream-1.0" in capsys.readouterr().err
 
 
 def test_a_repeated_id_is_a_problem(tmp_path):
