@@ -8,9 +8,16 @@ key-value heads are repeated. That takes L x H x h values each for keys and valu
 8B model and 9,728 positions).
 """
 
+import warnings
+
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as kernels
 from jaxtyping import Array, Float, Int
+
+# JAX 0.11 deprecates the kernel, and 0.12 still has it. A program that imports the library can do nothing about that,
+# and would end if it runs with `-W error`.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas.ops.gpu import attention as kernels
 
 _BLOCK = 128
 _NO_SEGMENT = -1
