@@ -3,9 +3,9 @@
     comparison = verify_export("runs/demo/checkpoint", "alignvlm-nano")
     print(comparison.describe())
 
-Axes: A tokens of the answer, V vocabulary.
+Axes: L positions of the prompt, A tokens of the answer, V vocabulary.
 
-Both sides have the weights as exported (rounded, if `dtype` is bfloat16 or float16) and compute in float32 on the host,
+Both sides have the weights as exported (rounded, if `dtype` is bfloat16 or float16) and compute in float32,
 so only the order of additions may differ. One side is loaded after the other: 4 bytes per weight, and up to 3 GB.
 """
 
@@ -46,19 +46,21 @@ _NEW_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one side made of the page.
+    """What one side makes of the page.
 
     Attributes:
       tokens: ids of the prompt.
-      answer: the answer, decoded greedily.
+      answer_ids: ids of the answer, decoded greedily.
+      answer: its text.
       logits: scores of the tokens that follow the prompt and each token of the JAX answer.
       seconds: time for loading the model and answering.
     """
 
     tokens: Int32[np.ndarray, " L"]
+    answer_ids: Int[np.ndarray, " A"]
     answer: str
     logits: Float32[np.ndarray, "A+1 V"]
-    seconds: float
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,36 +157,74 @@ def verify_export(
     page, question = read_page(image)
     on_side = on_side or (lambda side: None)
     on_side("JAX")
-    in_jax, answer = _run_jax(checkpoint, dtype, page, question)
+    start = time.monotonic()
+    in_jax = answer_in_jax(_load_in_float32(checkpoint, dtype), page, question)
+    in_jax = dataclasses.replace(in_jax, seconds=time.monotonic() - start)
     # Free the weights before the other side loads its own.
     gc.collect()
     on_side("PyTorch")
-    in_pytorch = _run_pytorch(Path(folder), page, question, answer)
-    return Comparison(question, in_jax, in_pytorch)
-
-
-def _run_jax(
-    checkpoint: str | Path, dtype: str | None, page: bytes, question: str
-) -> tuple[Result, Int[np.ndarray, " A"]]:
-    """Returns the result of the checkpoint and the token ids of its answer."""
     start = time.monotonic()
+    in_pytorch = answer_in_pytorch(*_load_in_pytorch(folder), page, question, in_jax.answer_ids)
+    return Comparison(question, in_jax, dataclasses.replace(in_pytorch, seconds=time.monotonic() - start))
+
+
+def answer_in_jax(reader: Reader, page: bytes, question: str) -> Result:
+    """Returns what a checkpoint makes of a page."""
+    (prompt,) = reader.prompts(page, [question])
+    # On accelerators, products of float32 matrices would be rounded.
+    with jax.default_matmul_precision("float32"):
+        (answer,) = reader.generator.generate([prompt], _NEW_TOKENS)
+        logits = _answer_logits(reader, prompt, answer)
+    return Result(prompt.tokens, answer, reader.tokenizer.decode(answer).strip(), logits)
+
+
+def answer_in_pytorch(
+    model: Any, processor: Any, page: bytes, question: str, answer_ids: Int[np.ndarray, " A"]
+) -> Result:
+    """Returns what an exported model makes of a page; its logits are those after each of the tokens `answer_ids`."""
+    import torch
+
+    # The processor opens the file itself, as it does for users.
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(page)
+        file.flush()
+        content = [{"type": "image", "path": file.name}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    ids = inputs["input_ids"]
+    with torch.inference_mode():
+        generated = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+        inputs["input_ids"] = torch.cat([ids, torch.tensor(np.asarray(answer_ids)[None], dtype=ids.dtype)], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        logits = model(**inputs, logits_to_keep=len(answer_ids) + 1).logits[0]
+    text = processor.decode(generated, skip_special_tokens=True).strip()
+    return Result(ids[0].numpy().astype(np.int32), generated.numpy(), text, logits.float().numpy())
+
+
+def _load_in_float32(checkpoint: str | Path, dtype: str | None) -> Reader:
+    """Loads a checkpoint with its weights rounded to `dtype`, to be used in float32."""
     source = ParameterReader(checkpoint)
-    config = _in_float32(source.config.model)
-    params = restore_params(checkpoint, dtype=dtype or "float32")
-    # Weights that the export has rounded keep their rounded values.
-    leaves, structure = jax.tree.flatten(params)
-    del params
+    leaves, structure = jax.tree.flatten(restore_params(checkpoint, dtype=dtype or "float32"))
     for i, leaf in enumerate(leaves):
         leaves[i] = leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
     params = jax.tree.unflatten(structure, leaves)
-    del leaves
     chat = ChatTokenizer.from_folder(source.tokenizer_folder)
-    reader = Reader(config, params, chat, source.config.data.tiling, batch_size=1)
-    del params
-    (prompt,) = reader.prompts(page, [question])
-    (answer,) = reader.generator.generate([prompt], _NEW_TOKENS)
-    logits = _answer_logits(reader, prompt, answer)
-    return Result(prompt.tokens, chat.decode(answer).strip(), logits, time.monotonic() - start), answer
+    return Reader(_in_float32(source.config.model), params, chat, source.config.data.tiling, batch_size=1)
+
+
+def _load_in_pytorch(folder: str | Path) -> tuple[Any, Any]:
+    """Loads the model, in float32, and the processor of an exported folder."""
+    import torch
+    import transformers
+
+    options = {"trust_remote_code": True}
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(folder, **options)
 
 
 def _in_float32(config: AlignVLMConfig) -> AlignVLMConfig:
@@ -214,35 +254,3 @@ def _score(model: AlignVLM, variables: Variables, batch: Batch, positions: Int[A
         return module.language.logits(hidden[0, positions])
 
     return model.apply(variables, method=score)
-
-
-def _run_pytorch(folder: Path, page: bytes, question: str, answer: Int[np.ndarray, " A"]) -> Result:
-    """Returns the result of the exported folder; its logits are those after the tokens of `answer`."""
-    import torch
-    import transformers
-
-    start = time.monotonic()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32
-    ).eval()
-    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    # The processor opens the file itself, as it does for users.
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(page)
-        file.flush()
-        content = [{"type": "image", "path": file.name}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    ids = inputs["input_ids"]
-    with torch.inference_mode():
-        generated = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
-        inputs["input_ids"] = torch.cat([ids, torch.tensor(np.asarray(answer)[None], dtype=ids.dtype)], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        logits = model(**inputs, logits_to_keep=len(answer) + 1).logits[0]
-    text = processor.decode(generated, skip_special_tokens=True).strip()
-    return Result(ids[0].numpy().astype(np.int32), text, logits.float().numpy(), time.monotonic() - start)

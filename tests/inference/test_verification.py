@@ -1,41 +1,35 @@
-"""`--verify` of an export: one page through the checkpoint in JAX and the exported folder in PyTorch."""
+"""`--verify` of an export: one page through the checkpoint in JAX and the exported folder in PyTorch.
+
+tests/interop/pytorch/test_verification.py compares loaded models.
+"""
 
 import dataclasses
 import importlib.metadata
 
 import numpy as np
 import pytest
-import safetensors.torch
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import verification
-from alignvlm_jax.inference.verification import Comparison, Result, check_packages, read_page, verify_export
+from alignvlm_jax.inference.verification import Comparison, Result, check_packages, verify_export
 from alignvlm_jax.interop.export import export_alignvlm
 from tests.interop.exported import make_checkpoint
 
 
-def test_an_export_is_verified_and_a_change_is_noticed(tmp_path):
-    """bfloat16 weights: the checkpoint's are rounded the same way, so the logits still agree in float32."""
-    make_checkpoint(tmp_path / "checkpoint", "mlp")
-    folder = tmp_path / "folder"
-    export_alignvlm(tmp_path / "checkpoint", folder, dtype="bfloat16")
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_exported_folder_is_verified(tmp_path, dtype):
+    """bfloat16: the weights of both sides are rounded the same way, so their logits still agree in float32."""
+    make_checkpoint(tmp_path / "checkpoint")
+    export_alignvlm(tmp_path / "checkpoint", tmp_path / "folder", dtype=dtype)
     sides = []
-    comparison = verify_export(tmp_path / "checkpoint", folder, dtype="bfloat16", on_side=sides.append)
+    comparison = verify_export(tmp_path / "checkpoint", tmp_path / "folder", dtype=dtype, on_side=sides.append)
     assert sides == ["JAX", "PyTorch"]
     assert comparison.problems == [] and comparison.difference < 1e-5
-    # The same JAX result against a folder with one wrong matrix.
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    weights["model.connector.linear_out.weight"] *= 1.1
-    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    page, question = read_page(None)
-    answer = np.zeros(len(comparison.in_jax.logits) - 1, np.int32)
-    changed = verification._run_pytorch(folder, page, question, answer)
-    assert "the logits differ" in " ".join(dataclasses.replace(comparison, in_pytorch=changed).problems)
 
 
 def test_every_difference_is_named():
     logits = np.array([[1.0, -4.0]], np.float32)
-    result = Result(np.arange(3), "12.50", logits, 1.0)
+    result = Result(np.arange(3), np.arange(1), "12.50", logits)
 
     def problems(**changes):
         return Comparison("a?", result, dataclasses.replace(result, **changes)).problems

@@ -62,7 +62,7 @@ def test_problems_are_reported_in_one_line(tool, arguments, problem, monkeypatch
 @pytest.mark.parametrize(("answer", "code"), [("12.50", 0), ("12.5", 3)])
 def test_the_exit_code_tells_whether_the_folder_was_verified(answer, code, monkeypatch, capsys, tmp_path):
     """tests/inference/test_verification.py compares real folders."""
-    result = verification.Result(np.arange(3), "12.50", np.ones((2, 4), np.float32), 1.0)
+    result = verification.Result(np.arange(3), np.arange(1), "12.50", np.ones((2, 4), np.float32))
     comparison = verification.Comparison("a?", result, dataclasses.replace(result, answer=answer))
     monkeypatch.setattr(verification, "verify_export", lambda *args, **kwargs: comparison)
     monkeypatch.setattr(export, "export_alignvlm", lambda checkpoint, out, **kwargs: out.mkdir())
