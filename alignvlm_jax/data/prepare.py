@@ -39,7 +39,7 @@ from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
-from alignvlm_jax.data.paths import atomic_file, find_files, open_binary, status
+from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
@@ -324,6 +324,12 @@ def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[s
         matches = find_files(entry, suffixes)
         if epath.Path(entry).is_dir():
             matches = [file for file in matches if not _describes_data(epath.Path(file).name)]
+        for file in [entry, *matches]:
+            if is_local(file) and os.path.islink(file) and not os.path.exists(file):
+                target = os.readlink(file)
+                raise UserError(
+                    f"input {file} is a link to {target}, which does not exist: fetch it or remove the link"
+                )
         if not matches:
             raise UserError(
                 f"input {entry}: no such file, and no {' or '.join(suffixes)} files there{_found_there(entry)}"

@@ -108,7 +108,7 @@ def image_source(value: Any) -> bytes | str | None:
     if is_absent(value):
         return None
     if isinstance(value, dict):
-        found = first_present(value, ("bytes", "path", "url", "image", "image_url", "file_name"))
+        found = first_present(value, ("bytes", "path", "url", "image", "image_url", "file_name", "data"))
         if found is None:
             fields = ", ".join(sorted(map(str, value)))
             raise Refusal(
@@ -161,7 +161,7 @@ def _reference(text: str) -> bytes | str:
                 "image path", f"the image is a URL, {text[:200]}: download it and write its path in the record instead"
             )
     for kind, endings in _MEDIA_ENDINGS.items():
-        if text.lower().endswith(endings):
+        if text[-8:].lower().endswith(endings):
             raise other_media(kind, "where an image belongs", text)
     if len(text) >= _MIN_BASE64_CHARACTERS and _BASE64_IMAGE.match(text):
         return _decode(text, "base64 text")

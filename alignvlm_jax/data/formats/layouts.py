@@ -264,7 +264,7 @@ def _part(part: Any) -> dict[str, Any]:
             (name for name in ("image", "image_url", "video", "audio", "text") if part.get(name) is not None), kind
         )
     if kind in ("image", "image_url", "input_image", "image_path", "image_binary"):
-        source = fields.first_present(part, ("image", "image_url", "url", "path", "bytes", "content"))
+        source = fields.first_present(part, ("image", "image_url", "url", "path", "bytes", "content", "source"))
         if source is not None:
             return {"type": "image", "source": source}
         return {"type": "image"} if part.get("index") is None else {"type": "image", "index": part["index"]}

@@ -306,6 +306,14 @@ PUBLISHERS = {
                                      {"type": "text", "content": "Q?"}], "A.")}),
         ONE,
     ),
+    "anthropic": Publisher(
+        "messages",
+        "Anthropic, guide to vision: base64 sources",
+        lines({"system": "S.", "messages": messages(
+            [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64[0]}}, part("Q?")],
+            "A.")}),
+        [["system: S.", "user: [0]Q?", "assistant: A."]],
+    ),
     "h4-vsft": Publisher(
         "messages",
         "HuggingFaceH4/llava-instruct-mix-vsft on the Hub",

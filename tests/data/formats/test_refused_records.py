@@ -141,11 +141,16 @@ def test_a_format_for_other_files_is_recommended(tmp_path):
     assert "JSON text" in read_all("webdataset", tmp_path / "c.tar")[0].why
     assert "tar archive" in read_all("llava", archive("1.jpg")(tmp_path))[0].why
     (tmp_path / "d").mkdir()
+    (tmp_path / "links").mkdir()
+    for link in ("link.parquet", "links/c.parquet"):
+        (tmp_path / link).symlink_to("gone.parquet")
     write_lines(tmp_path / "d" / "a.jsonl", [])
     for entry, found in (
         ("d", "The folder holds 1 .jsonl; perhaps --format llava or docdownstream or messages"),
         ("d/b.parquet", "d holds a.jsonl"),
         ("no/b.parquet", "There is no folder"),
+        ("link.parquet", "is a link to gone.parquet, which does not exist"),
+        ("links", "links/c.parquet is a link to gone.parquet, which does not exist"),
     ):
         with pytest.raises(UserError, match=found):
             prepare(Recipe("bigdocs", (f"{tmp_path}/{entry}",)), tmp_path / "out")
