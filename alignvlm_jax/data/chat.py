@@ -40,6 +40,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Float32, Int32
 
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 
 Message = Mapping[str, Any]
@@ -431,6 +432,8 @@ def compile_template(chat_template: str) -> jinja2.Template:
 
 def _read(path: pathlib.Path) -> str:
     """Returns the text of a file in a tokenizer folder."""
+    if reason := describe_stub(path):
+        raise UserError(f"{path} {reason}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ other rows. ALIGN must not use these tokens, so its own vocabulary keeps the siz
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def assemble(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     seed: int = 0,
+    log: Callable[[str], None] = print,
 ) -> Params:
     """Builds the initial weights of stage 1.
 
@@ -57,6 +59,7 @@ def assemble(
       mesh: devices for the weights, sharded by `parallel/sharding.py`; None is the first device.
       dtype: dtype of the weights.
       seed: seed of the connector and of all other random weights.
+      log: called with a sentence about each set of weights in a folder that is not read.
 
     Raises:
       UserError: if the config and a folder do not fit, or a folder is damaged; lists all problems.
@@ -65,7 +68,7 @@ def assemble(
     rng = jax.random.key(seed)
     with contextlib.ExitStack() as stack:
         # Open and check both folders.
-        matches, problems = {}, []
+        matches, problems, notes = {}, [], []
         for name, folder, open_folder in (
             ("vision", vision_folder, huggingface.open_vision),
             ("language", language_folder, huggingface.open_language),
@@ -73,12 +76,15 @@ def assemble(
             try:
                 if folder is not None:
                     backbone = stack.enter_context(open_folder(folder))
+                    notes += backbone.files.notes
                     _check_fits(name, config, backbone)
                     matches[name] = backbone.match(abstract[name], grow=_GROWING)
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError("; ".join(problems))
+        for note in notes:
+            log(note)
         # Read or draw the weights of the backbones.
         params = {}
         for name, folder in (("vision", vision_folder), ("language", language_folder)):

@@ -1,4 +1,4 @@
-"""Adapts the chat templates of text models to images.
+r"""Adapts the chat templates of text models to images.
 
 A chat template is a small Jinja program that renders a conversation as text. Templates of text models expect the
 content of each message to be a string; ours is a list of images and texts. A prelude, also written in Jinja, turns each
@@ -7,6 +7,10 @@ serves `ChatTokenizer`, transformers' `apply_chat_template` and vLLM.
 
 If a template writes today's date, another prelude replaces it with a fixed date, so that the same conversation always
 gives the same tokens.
+
+Templates of models that reason open the answer themselves: add_generation_prompt writes "<think>\n" after the
+assistant's header, but a conversation has no such text before its answers. A model trained on answers would then get
+prompts that it has never seen. A frame around the template removes the text from the end of the prompt.
 """
 
 import json
@@ -54,6 +58,17 @@ _PARTS_PRELUDE = """{#- The template below expects texts: a list of parts become
 {%- set messages = chat.messages %}
 """
 
+# A `set` block captures what the template writes. trim_blocks removes the line breaks after its tags, and nothing else
+# is trimmed, so the template writes the same text as without the frame.
+_FRAME_START = "{% set framed %}\n"
+_FRAME_END = """{% endset %}
+{%- if add_generation_prompt and framed.endswith(OPENING) -%}
+    {{- framed[:-LENGTH] -}}
+{%- else -%}
+    {{- framed -}}
+{%- endif -%}
+"""
+
 
 def adapt_to_images(template: str, names: Mapping[str, str], notes: list[str]) -> str:
     """Returns the template with the preludes that it needs to accept images, tested on small conversations.
@@ -73,16 +88,44 @@ def adapt_to_images(template: str, names: Mapping[str, str], notes: list[str]) -
             "same tokens every day"
         )
     # Templates of vision-language models accept lists of parts themselves.
-    if _accepts_parts(template, names):
-        return template
-    image_token = json.dumps(names["image_token"], ensure_ascii=False)
-    wrapped = _PARTS_PRELUDE.replace("IMAGE_TOKEN", image_token) + template
-    if not _accepts_parts(wrapped, names):
-        raise UserError(
-            "the chat template does not render the user's text and the image as expected; pass another template "
-            "with --chat-template"
+    if not _accepts_parts(template, names):
+        image_token = json.dumps(names["image_token"], ensure_ascii=False)
+        template = _PARTS_PRELUDE.replace("IMAGE_TOKEN", image_token) + template
+        if not _accepts_parts(template, names):
+            raise UserError(
+                "the chat template does not render the user's text and the image as expected; pass another template "
+                "with --chat-template"
+            )
+    opening = _find_opening(template, names)
+    if opening:
+        template = (
+            _FRAME_START
+            + template.removesuffix("\n")  # Jinja drops a line break at the end of a template.
+            + _FRAME_END.replace("OPENING", json.dumps(opening, ensure_ascii=False)).replace(
+                "LENGTH", str(len(opening))
+            )
         )
-    return wrapped
+        notes.append(
+            f"the chat template opens every answer with {opening!r}, but conversations have no such text before an "
+            "answer: prompts end without it, so that the model answers directly, as it is trained; pass another "
+            "template with --chat-template to change that"
+        )
+    return template
+
+
+def _find_opening(template: str, names: Mapping[str, str]) -> str:
+    """Returns the text that the template writes at the end of a prompt, but not before an answer; "" if none."""
+    compiled = compile_template(template)
+    variables = {"tools": None, "documents": None, **names}
+    question, answer = {"role": "user", "content": "qwestion"}, {"role": "assistant", "content": "annswer"}
+    try:
+        prompt = compiled.render(messages=[question], add_generation_prompt=True, **variables)
+        before, _, _ = compiled.render(messages=[question, answer], add_generation_prompt=False, **variables).partition(
+            "annswer"
+        )
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return ""  # `ChatTokenizer` reports it.
+    return prompt[len(before) :] if prompt.startswith(before) else ""
 
 
 def _accepts_parts(template: str, names: Mapping[str, str]) -> bool:

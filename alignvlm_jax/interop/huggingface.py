@@ -9,6 +9,7 @@ weights. `huggingface_config.py` reads and writes the configs.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ from alignvlm_jax.interop.huggingface_config import (
     read_vision_config,
     siglip_config,
 )
+from alignvlm_jax.interop.quantization import describe_quantized_tensors
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES, write_parameters
 from alignvlm_jax.jax_modes import ordinary_modes
@@ -41,6 +43,8 @@ _SIGLIP_UNUSED = ("vision_model.head.", "vision_model.embeddings.position_ids", 
 _LLAMA_UNUSED = ("model.rotary_emb.",)
 # Number of rows of two tied tables that are compared at a time.
 _COMPARED_ROWS = 4096
+# Tensors of PEFT in a model that was saved before its adapter was merged.
+_ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector|modules_to_save)\b")
 _ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
 
 
@@ -92,9 +96,15 @@ def open_vision(folder: str | Path) -> Backbone:
     folder = Path(folder)
     config = read_vision_config(folder)
     files = TensorFiles(folder)
-    # SiglipModel, and SiglipVisionModel up to transformers 5.0, keep the layers in an inner `vision_model`.
-    prefixed = any(key.startswith("vision_model.") for key in files.shapes)
-    rename = None if prefixed else "vision_model.{}".format
+    # SiglipModel, and SiglipVisionModel up to transformers 5.0, keep the layers in an inner `vision_model`. A model cut
+    # out of a larger one, or saved from a wrapper, has further prefixes.
+    prefix = _common_prefix(files, "embeddings.patch_embedding.weight", "vision_model.")
+    outer = prefix.removesuffix("vision_model.")
+
+    def rename(key: str) -> str:
+        key = key.removeprefix(outer)
+        return key if prefix != outer else f"vision_model.{key}"
+
     return Backbone(folder, config, files, tables.SIGLIP, rename, _SIGLIP_UNUSED)
 
 
@@ -107,22 +117,64 @@ def open_language(folder: str | Path) -> Backbone:
     folder = Path(folder)
     config = read_language_config(folder)
     files = TensorFiles(folder)
+    _check_complete_weights(files)
+    # The decoder's keys begin with `model.`. A decoder cut out of a larger model, saved from a wrapper, or saved
+    # without its head has other prefixes (`model.language_model.`, `_orig_mod.model.`, none).
+    prefix = _common_prefix(files, "embed_tokens.weight", "model.")
+    heads = [key for key in files.shapes if key.endswith("lm_head.weight")]
+
+    def rename(key: str) -> str:
+        if len(heads) == 1 and key == heads[0]:
+            return "lm_head.weight"
+        return f"model.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
+
     unused = _LLAMA_UNUSED
     if config.tie_word_embeddings:
-        _check_tied(files)
+        _check_tied(files, {rename(key): key for key in files.shapes})
         unused += ("lm_head.",)  # Some files contain the tied table twice.
-    unused += tuple(key for key in files.shapes if key.endswith(_ROTARY_BUFFER))
-    return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), None, unused)
+    elif not heads:
+        raise UserError(
+            f"{folder}: lm_head.weight is missing, and config.json does not set tie_word_embeddings. If the model's "
+            'head is its embedding table, add "tie_word_embeddings": true to it; otherwise download the weights again'
+        )
+    unused += tuple(rename(key) for key in files.shapes if key.endswith(_ROTARY_BUFFER))
+    return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), rename, unused)
 
 
-def _check_tied(files: TensorFiles) -> None:
+def _common_prefix(files: TensorFiles, key: str, default: str) -> str:
+    """Returns what stands in front of a key that every model of this kind has, or `default` if it is not unique."""
+    found = [name.removesuffix(key) for name in files.shapes if name == key or name.endswith(f".{key}")]
+    return found[0] if len(found) == 1 else default
+
+
+def _check_complete_weights(files: TensorFiles) -> None:
+    """Checks that the tensors are the model's own weights.
+
+    Raises:
+      UserError: if they are quantized, or contain an adapter that has not been merged.
+    """
+    if problem := describe_quantized_tensors(files.shapes):
+        raise UserError(f"{files.folder}: {problem}")
+    adapters = [key for key in files.shapes if _ADAPTER_TENSOR.search(key)]
+    if adapters:
+        raise UserError(
+            f"{files.folder}: the weights contain a PEFT adapter that is not merged ({adapters[0]}): call "
+            "`model.merge_and_unload()` on the PEFT model, and save what it returns"
+        )
+
+
+def _check_tied(files: TensorFiles, names: Mapping[str, str]) -> None:
     """Checks that a stored LM head equals the embedding table that it is tied to.
+
+    Args:
+      files: tensors of the folder.
+      names: key of each tensor in the files, by its usual key.
 
     Raises:
       UserError: if they differ. The config is then wrong; transformers 5 unties the two in this case.
     """
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    if head not in files.shapes or files.shapes[head] != files.shapes.get(table):
+    head, table = names.get("lm_head.weight"), names.get("model.embed_tokens.weight")
+    if head is None or table is None or files.shapes[head] != files.shapes[table]:
         return
     # Compare block by block, because comparing complete tables would need memory for a mask of their size.
     rows = range(0, files.shapes[head][0], _COMPARED_ROWS)

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.quantization import describe_quantization
 from alignvlm_jax.models.language import LanguageConfig, RopeScaling
 from alignvlm_jax.models.vision import VisionConfig
 
@@ -147,15 +149,19 @@ class _RawConfig:
         self.path = folder / "config.json"
         self.problems: list[str] = []
         try:
-            self.fields = json.loads(self.path.read_text(encoding="utf-8"))
+            self.fields = json.loads(self.path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
-            raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json") from None
+            raise UserError(
+                f"{self.path} {reason}"
+                if (reason := describe_stub(self.path))
+                else f"{folder} is not a Hugging Face folder: it has no config.json"
+            ) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is not JSON: {error}") from error
+            raise UserError(f"{self.path} {describe_stub(self.path) or f'is not JSON: {error}'}") from error
         if not isinstance(self.fields, dict):
             raise UserError(f"{self.path} is not a config: expected a JSON object")
-        if self.fields.get("quantization_config"):
-            self.problems.append("the weights are quantized; import the original folder")
+        if quantized := describe_quantization(self.fields):
+            self.problems.append(quantized)
 
     def nested(self, fields: dict[str, Any]) -> "_RawConfig":
         """Returns a reader of other fields of the same file; it shares the list of problems."""

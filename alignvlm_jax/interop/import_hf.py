@@ -19,6 +19,7 @@ from alignvlm_jax.config.loading import load_config, shipped_configs
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
+from alignvlm_jax.downloads.hub_cache import model_name
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.assemble import assemble, check_same_model
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
@@ -76,8 +77,8 @@ def import_huggingface(
     """
     if connector is not None:
         connector_named(connector)  # Refuses an unknown name before anything is read.
-    names = {"vision": Path(vision).name, "language": Path(language).name}
     backbones = BackbonesConfig(str(vision), str(language))
+    names = {part: model_name(Path(folder)) for part, folder in (("vision", vision), ("language", language))}
     vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
     with new_folder(out) as folder:
         # The folders determine the shapes and the tokenizer.
@@ -105,7 +106,7 @@ def import_huggingface(
         config = config_from_dict(config_to_dict(config))  # Validates it.
         # Build the weights on their devices and write the checkpoint.
         devices = None if mesh is None else make_mesh(mesh)
-        params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed)
+        params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed, log=log)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}
         write_checkpoint(folder, config, params, tokenizer.chat, history=[history])
     return config

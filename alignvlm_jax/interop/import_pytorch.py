@@ -12,6 +12,7 @@ the config from another config.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig
+from alignvlm_jax.downloads.contents import describe_adapter
+from alignvlm_jax.downloads.hub_cache import snapshot_folder
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
 from alignvlm_jax.interop.assemble import abstract_parameters
@@ -51,6 +55,7 @@ def import_alignvlm(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     base: ExperimentConfig | None = None,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Reads a folder and writes a checkpoint.
 
@@ -60,6 +65,7 @@ def import_alignvlm(
       dtype: dtype of the weights; None keeps the dtype of each tensor in the folder.
       mesh: devices that hold the weights during the import; None is the first device.
       base: source of settings that a folder without `alignvlm_training.json` lacks, such as stages.
+      log: called with a sentence for each decision made during the import.
 
     Raises:
       UserError: if the folder is not an AlignVLM, its tensors do not fit its config (lists all problems), or `out` is
@@ -67,6 +73,8 @@ def import_alignvlm(
     """
     with new_folder(out) as scratch:
         content = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
+        for note in content.notes:
+            log(note)
         write_checkpoint(
             scratch,
             content.config,
@@ -79,13 +87,14 @@ def import_alignvlm(
 
 @dataclasses.dataclass(frozen=True)
 class AlignVLMFolder:
-    """Content of an AlignVLM folder; see `write_checkpoint` for the fields."""
+    """Content of an AlignVLM folder; see `write_checkpoint` for the fields. `notes` are sentences for the user."""
 
     config: ExperimentConfig
     params: Params
     tokenizer: ChatTokenizer
     progress: Progress
     history: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
 
 @ordinary_modes()
@@ -97,14 +106,14 @@ def read_alignvlm(
     base: ExperimentConfig | None = None,
 ) -> AlignVLMFolder:
     """Reads a folder; see `import_alignvlm` for arguments and errors."""
-    folder = Path(folder)
+    folder = snapshot_folder(folder)
     config_json = _read_json(folder / "config.json")
     _refuse_other_models(folder, config_json)
     config, progress, history = _read_run(folder, config_json, base)
     tokenizer = _read_tokenizer(folder, config_json, config.model.language.vocab_size)
     with TensorFiles(folder) as files:
         params = _read_params(files, config.model, dtype, mesh)
-    return AlignVLMFolder(config, params, tokenizer, progress, history)
+    return AlignVLMFolder(config, params, tokenizer, progress, history, files.notes)
 
 
 def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
@@ -151,7 +160,9 @@ def _read_run(
         base = dataclasses.replace(
             base or load_config(DEFAULT_CONFIG), backbones=BackbonesConfig("random", "random"), tokenizer=None
         )
-        dtype = "float32" if config_json.get("dtype", "float32") == "float32" else "bfloat16"
+        # transformers 4 writes `torch_dtype`, transformers 5 `dtype`.
+        stored = config_json.get("dtype") or config_json.get("torch_dtype") or "float32"
+        dtype = "float32" if stored == "float32" else "bfloat16"
         raw = config_to_dict(base)
         for part in ("vision", "language"):
             raw["model"][part] |= {"dtype": dtype, "remat": "none"}
@@ -242,11 +253,15 @@ def _kept_dtype(stored: np.dtype | None, default: np.dtype) -> np.dtype:
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; raises a `UserError` if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
+        if reason := describe_stub(path):
+            raise UserError(f"{path} {reason}") from None
+        if adapter := describe_adapter(path.parent):
+            raise UserError(f"{path.parent}: {adapter}") from None
         raise UserError(f"{path.parent} is not an AlignVLM folder: it has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} {describe_stub(path) or f'is not JSON: {error}'}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
     return content

@@ -10,7 +10,7 @@ that part. A tensor itself never takes up memory; only copies of it do.
 
 import json
 import mmap
-import shlex
+import os
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -19,10 +19,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from alignvlm_jax.interop.weight_files import WeightFiles, choose_weights, is_inside, missing_shards_advice
 
 _DTYPES = {
     "F64": np.float64,
@@ -42,25 +41,17 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
-# The conversion command for pickled weights. weights_only prevents torch from running code in the pickle. The clones
-# separate tensors that share memory, which safetensors refuses.
-_CONVERT = (
-    "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
-    "s.save_file({k: v.clone().contiguous() for f in sorted(glob.glob(d + '/pytorch_model*.bin')) "
-    "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}, "
-    f"d + '/{WEIGHTS_FILE}', metadata={{'format': 'pt'}})"
-)
-
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
 class TensorFiles:
-    """The tensors of a folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
+    """The tensors of a folder, from the files that `weight_files.choose_weights` chooses.
 
     Attributes:
       folder: path of the folder.
       shapes: shape of every tensor, by key.
       dtypes: dtype of every tensor, by key; bfloat16 is `ml_dtypes.bfloat16`.
+      notes: sentences for the user about weights in the folder that are not read.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,15 +64,16 @@ class TensorFiles:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self.notes: tuple[str, ...] = ()
         # The mapped file of every tensor, and the offset of its data.
         self._locations: dict[str, tuple[mmap.mmap, int]] = {}
         self._problems: list[str] = []
-        if (self.folder / WEIGHTS_FILE).is_file():
-            self._open(WEIGHTS_FILE)
-        elif (self.folder / INDEX_FILE).is_file():
-            self._open_shards()
-        else:
-            self._problems.append(_describe_missing_weights(self.folder))
+        try:
+            chosen = choose_weights(self.folder)
+            self.notes = chosen.notes
+            self._open_all(chosen)
+        except UserError as error:
+            self._problems.append(str(error))
         if self._problems:
             self.close()
             raise UserError(f"{self.folder}: " + "; ".join(self._problems))
@@ -105,30 +97,22 @@ class TensorFiles:
             return np.empty(shape, self.dtypes[key])[index]
         return np.frombuffer(memory, self.dtypes[key], count, offset).reshape(shape)[index]
 
-    def _open_shards(self) -> None:
-        """Opens the files that the index names, and notes problems of the index."""
-        try:
-            weight_map = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-            if not all(isinstance(shard, str) for shard in shards):
-                raise TypeError("a shard's name must be text")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._problems.append(f"{INDEX_FILE} is not an index of safetensors ({type(error).__name__}: {error})")
-            return
-        opened = [shard for shard in shards if self._is_inside(shard) and self._open(shard)]
-        for key, shard in weight_map.items():
-            if shard in opened and key not in self.shapes:
-                self._problems.append(f"{INDEX_FILE} says {key} is in {shard}, which does not contain it")
-
-    def _is_inside(self, shard: str) -> bool:
-        """Returns whether a file named by the index is in this folder, with links resolved; notes a problem if not."""
-        folder, path = self.folder.resolve(), (self.folder / shard).resolve()
-        # The cache of huggingface_hub links snapshots/REVISION/* to blobs/*, two folders up.
-        in_cache = folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs"
-        if Path(shard).is_absolute() or ".." in Path(shard).parts or not (path.is_relative_to(folder) or in_cache):
-            self._problems.append(f"{INDEX_FILE} points outside the folder, to {shard!r} ({path})")
-            return False
-        return True
+    def _open_all(self, chosen: WeightFiles) -> None:
+        """Opens the chosen files, and notes problems of the files and of the index."""
+        outside = [name for name in chosen.files if not is_inside(name)]
+        self._problems += [f"{chosen.index} points outside the folder, to {name!r}" for name in outside]
+        inside = [name for name in chosen.files if name not in outside]
+        # A link without a target exists as a name; `_open` says what it is.
+        missing = [name for name in inside if not os.path.lexists(self.folder / name)]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            named = f", which {chosen.index} names" if chosen.index else ""
+            self._problems.append(f"{names} {verb} missing{named}: {missing_shards_advice(self.folder, chosen)}")
+        opened = [name for name in inside if name not in missing and self._open(name)]
+        for key, name in chosen.weight_map.items():
+            if name in opened and key not in self.shapes:
+                self._problems.append(f"{chosen.index} says {key} is in {name}, which does not contain it")
 
     def _open(self, name: str) -> bool:
         """Maps a file and registers its tensors; notes problems and returns False if the file cannot be read."""
@@ -140,11 +124,9 @@ class TensorFiles:
                 pass
             with path.open("rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            self._problems.append(f"{name} is missing")
-            return False
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            self._problems.append(f"{name} is damaged, truncated or not safetensors ({error}): download it again")
+            reason = describe_stub(path) or f"is damaged, truncated or not safetensors ({error}): download it again"
+            self._problems.append(f"{name} {reason}")
             return False
         # Layout: 8 bytes with the length of the header, the header as JSON, and then the data.
         length = int.from_bytes(memory[:8], "little")
@@ -160,16 +142,3 @@ class TensorFiles:
                 self.dtypes[key] = np.dtype(_DTYPES[entry["dtype"]])
                 self._locations[key] = memory, 8 + length + entry["data_offsets"][0]
         return True
-
-
-def _describe_missing_weights(folder: Path) -> str:
-    """Returns an error message for a folder without safetensors, with a command that converts pickled weights."""
-    if not folder.is_dir():
-        return "no such folder"
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if not pickled:
-        return f"no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-    return (
-        f"the weights are pickled ({pickled[0]}), and reading a pickle can run code of its author; "
-        f"on a machine with torch, convert them with: python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
-    )

@@ -25,6 +25,7 @@ from alignvlm_jax.data.chat import (
     ChatTokenizer,
     special_names,
 )
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.chat_template import adapt_to_images
 from alignvlm_jax.interop.typed_text import mark_typed_text, unmark_typed_text
@@ -41,6 +42,9 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 # A key of exported tokenizer_config.json files that only this project uses. It keeps the rule that the export removes
 # from tokenizer.json, so that the import can restore it.
 _RULE = "plain_text_post_processor"
+_ADDED_FILE = "added_tokens.json"
+# Folder of templates with names, next to chat_template.jinja, which is then the default one.
+_NAMED_TEMPLATES = "additional_chat_templates"
 _LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
@@ -165,7 +169,7 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         raise UserError(f"the image token {image_token!r} begins, ends or pads a text: choose another one")
     if not re.fullmatch(r"<.+>|\[.+\]", image_token):
         raise UserError(f"the image token {image_token!r} could occur in ordinary text: choose one in <> or []")
-    rows = _check_rows(_token_ids(vocabulary), image_token, num_embeddings, notes)
+    rows = _check_rows(_token_ids(vocabulary), image_token, names.get("pad_token"), num_embeddings, notes)
     # Mark all named tokens as special, so that the tokenizer never splits them.
     for token in (*names.values(), image_token):
         _make_special(vocabulary, token)
@@ -186,7 +190,11 @@ def _import(files: "_Files", num_embeddings: int, image_token: str | None, templ
         config["model_max_length"] = limit
     if end_tokens:
         config[END_TOKENS] = end_tokens
-    chat = ChatTokenizer(_dump(vocabulary), config, adapt_to_images(template, special_names(config), notes))
+    template = adapt_to_images(template, special_names(config), notes)
+    try:
+        chat = ChatTokenizer(_dump(vocabulary), config, template)
+    except UserError as error:
+        raise UserError(f"{error}. To use another chat template, pass it with --chat-template") from error
     # The `tokenizers` library ignores the ids of added tokens in the file and numbers them consecutively. If the ids
     # have gaps, tokens would silently move to other rows of the embedding table.
     renumbered = [
@@ -208,7 +216,7 @@ class _Files(NamedTuple):
     special_map: dict[str, Any]
     generation: dict[str, Any]
     model: dict[str, Any]
-    template: str | None
+    template: str | dict[str, str] | None
 
 
 def _read_folder(folder: pathlib.Path) -> _Files:
@@ -216,6 +224,15 @@ def _read_folder(folder: pathlib.Path) -> _Files:
     if not folder.is_dir():
         raise UserError("no such folder")
     if not (folder / TOKENIZER_FILE).exists():
+        if reason := describe_stub(folder / TOKENIZER_FILE):  # a link without a target
+            raise UserError(f"{TOKENIZER_FILE} {reason}")
+        if reason := describe_stub(folder / "tokenizer.model"):
+            raise UserError(f"it has no {TOKENIZER_FILE}, and tokenizer.model {reason}")
+        if (folder / "tekken.json").exists():
+            raise UserError(
+                f"it has a tokenizer of mistral-common (tekken.json), without {TOKENIZER_FILE}: download the model in "
+                f"the format of transformers, which has {TOKENIZER_FILE}"
+            )
         if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
             raise UserError(
                 f"it contains a tokenizer in an older format, without {TOKENIZER_FILE}. Convert it on a machine with "
@@ -230,12 +247,22 @@ def _read_folder(folder: pathlib.Path) -> _Files:
         template = _read_json(folder / "chat_template.json").get("chat_template")
     optional = (CONFIG_FILE, "special_tokens_map.json", "generation_config.json", "config.json")
     parsed = [_read_json(folder / name) if (folder / name).exists() else {} for name in optional]
-    return _Files(_read_json(folder / TOKENIZER_FILE), *parsed, template)
+    if template is None and not parsed[0].get("chat_template"):
+        named = sorted((folder / _NAMED_TEMPLATES).glob("*.jinja"))
+        template = {path.stem: _read_text(path) for path in named} or None
+    files = _Files(_read_json(folder / TOKENIZER_FILE), *parsed, template)
+    # Older trainings list the tokens that they added in a file of their own.
+    if (folder / _ADDED_FILE).exists() and not files.config.get("added_tokens_decoder"):
+        added = _read_json(folder / _ADDED_FILE)
+        files.config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
+    return files
 
 
 def _read_text(path: pathlib.Path) -> str:
+    if reason := describe_stub(path):
+        raise UserError(f"{path.name} {reason}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path.name}: cannot be read ({error})") from error
 
@@ -343,9 +370,12 @@ def _find_template(files: _Files, notes: list[str]) -> str:
     if isinstance(template, Mapping):
         named = dict(template)
         template = named.get("default") or next(iter(named.values()), None)
-        if len(named) > 1:
+        if len(named) > 1 or "default" not in named:
             used = next(name for name, text in named.items() if text == template)
-            notes.append(f"there are several chat templates ({', '.join(map(str, named))}); {used!r} is used")
+            notes.append(
+                f"the chat templates have names ({', '.join(map(str, named))}); {used!r} is used, and another one can "
+                "be passed with --chat-template"
+            )
     if isinstance(template, str):
         return template
     notes.append(
@@ -366,18 +396,25 @@ def _find_image_token(vocabulary: Mapping[str, Any], taken: Collection[str], tem
     return min(free, key=lambda token: int(_RESERVED.fullmatch(token)[1]), default=_NEW_IMAGE_TOKEN)
 
 
-def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, notes: list[str]) -> int:
-    """Returns the number of rows that the embedding table must have; it grows only if the image token needs a row.
+def _check_rows(
+    ids: Mapping[str, int], image_token: str, pad_token: str | None, num_embeddings: int, notes: list[str]
+) -> int:
+    """Returns the number of rows that the embedding table must have.
+
+    It grows only for the image token and for the padding token. Nothing is ever read from the padding token's row, so
+    trainings add one without a row.
 
     Raises:
       UserError: if other tokens have no row.
     """
-    outside = sorted((token for token, i in ids.items() if i >= num_embeddings and token != image_token), key=ids.get)
+    may_grow = (image_token, pad_token)
+    outside = sorted((token for token, i in ids.items() if i >= num_embeddings and token not in may_grow), key=ids.get)
     if outside:
         some = ", ".join([*map(repr, outside[:5]), *(["..."] if len(outside) > 5 else [])])
         raise UserError(
             f"{TOKENIZER_FILE} has {_next_id(ids)} ids, but the embedding table has {num_embeddings} rows: "
-            f"none for {len(outside)} tokens ({some}). Does this tokenizer belong to another model?"
+            f"none for {len(outside)} tokens ({some}). Does this tokenizer belong to another model? If the tokens were "
+            "added for a training, add their rows with transformers' resize_token_embeddings, or remove the tokens"
         )
     # Published tables have some spare rows; many of them suggest the tokenizer of another model.
     unused = num_embeddings - len(set(ids.values()))
@@ -389,16 +426,18 @@ def _check_rows(ids: Mapping[str, int], image_token: str, num_embeddings: int, n
     # The image token needs a row: its own, a spare one, or one that is added to the table.
     added = image_token not in ids
     image_id = _next_id(ids) if added else ids[image_token]
-    if image_id < num_embeddings:
+    pad_id = ids.get(pad_token, 0)
+    # Grow the table to the next multiple.
+    needed = max(image_id, pad_id) + 1
+    rows = num_embeddings if needed <= num_embeddings else -(-needed // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    grows = f"the embedding table grows from {num_embeddings} to {rows} rows"
+    if pad_id >= num_embeddings:
+        notes.append(f"padding token {pad_token!r} has id {pad_id}, for which the embedding table has no row: {grows}")
+    if image_id >= num_embeddings:
+        notes.append(f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: {grows}")
+    else:
         where = ", a spare row of the embedding table" if added else ", which is already in the vocabulary"
         notes.append(f"image token {image_token!r} has id {image_id}{where}")
-        return num_embeddings
-    # Grow the table to the next multiple.
-    rows = -(-(image_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    notes.append(
-        f"image token {image_token!r} is {'added as ' if added else ''}id {image_id}: the embedding table grows from "
-        f"{num_embeddings} to {rows} rows"
-    )
     return rows
 
 

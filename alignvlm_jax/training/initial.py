@@ -18,6 +18,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import assemble
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.models.alignvlm import PARTS, Params
+from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import make_mesh
 
 RANDOM = "random"
@@ -41,7 +42,7 @@ def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Pa
         return _from_checkpoint(config, mesh)
     names = {"vision": config.backbones.vision, "language": config.backbones.language}
     folders = [None if name == RANDOM else backbone_folder(part, name) for part, name in names.items()]
-    return assemble.assemble(config.model, *folders, mesh=mesh, seed=config.seed)
+    return assemble.assemble(config.model, *folders, mesh=mesh, seed=config.seed, log=distributed.log)
 
 
 def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:

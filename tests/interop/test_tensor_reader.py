@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 import torch
 
+from alignvlm_jax.downloads.contents import INDEX_FILE, WEIGHTS_FILE
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop.tensor_reader import INDEX_FILE, WEIGHTS_FILE, TensorFiles
+from alignvlm_jax.interop.tensor_reader import TensorFiles
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -102,7 +103,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     path = tmp_path / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        UserError, match="model.safetensors is damaged, truncated or not safetensors .*download it again"
+        UserError, match="model.safetensors is (empty|damaged, truncated or not safetensors .*): download it again"
     ):
         TensorFiles(tmp_path)
 
@@ -111,7 +112,6 @@ def test_all_problems_of_shards_are_reported_together(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir(), elsewhere.mkdir()
     save(elsewhere, "secret.safetensors", ("b.bias",))
-    (folder / "link.safetensors").symlink_to(elsewhere / "secret.safetensors")
     # A header of 16 bytes is announced, and two follow.
     (folder / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     # Each of these keys points to another kind of wrong file, and one shard more than the index names has `count`.
@@ -120,7 +120,6 @@ def test_all_problems_of_shards_are_reported_together(tmp_path):
         up="../elsewhere/secret.safetensors",
         sideways="sub/../../elsewhere/secret.safetensors",
         absolute=str(elsewhere / "secret.safetensors"),
-        linked="link.safetensors",
         gone="gone.safetensors",
         cut="short.safetensors",
         misplaced="one.safetensors",
@@ -132,8 +131,8 @@ def test_all_problems_of_shards_are_reported_together(tmp_path):
     with pytest.raises(UserError) as error:
         TensorFiles(folder)
     report = str(error.value)
-    assert report.count("points outside the folder") == 4
-    for name in ("'../elsewhere/", "'sub/../../elsewhere/", f"'{elsewhere}", "'link.safetensors'"):
+    assert report.count("points outside the folder") == 3
+    for name in ("'../elsewhere/", "'sub/../../elsewhere/", f"'{elsewhere}"):
         assert f"to {name}" in report
     assert "gone.safetensors is missing" in report
     assert "short.safetensors is damaged" in report
