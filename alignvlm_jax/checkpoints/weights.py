@@ -21,6 +21,7 @@ from alignvlm_jax.checkpoints.workdir import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     HISTORY_FILE,
+    PAGES_FILE,
     TOKENIZER_FOLDER,
     Progress,
     find_checkpoint,
@@ -46,6 +47,7 @@ def write_checkpoint(
     *,
     history: Sequence[dict[str, Any]],
     progress: Progress | None = None,
+    page_scale: float | None = None,
 ) -> None:
     """Writes weights from another source as a workdir, for inference, further training and export.
 
@@ -58,10 +60,12 @@ def write_checkpoint(
       tokenizer: tokenizer of the language model.
       history: history of the weights, oldest entry first; shown in the model card.
       progress: steps that the weights were already trained for.
+      page_scale: scale of the pages that the weights were trained on; see `data/page_scale.py`. None if unknown.
     """
     with new_folder(workdir) as scratch:
         (scratch / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
         write_history(scratch, history)
+        write_page_scale(scratch, page_scale)
         tokenizer.save(scratch / TOKENIZER_FOLDER)
         with Checkpointer(scratch, config) as checkpointer:
             checkpointer.save_params(progress or Progress(), params)
@@ -76,6 +80,18 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """Reads the history of the weights that a run started with; empty if it started from its backbones."""
     path = find_checkpoint(folder)[0] / HISTORY_FILE
     return read_config_json(path) if path.is_file() else []
+
+
+def write_page_scale(workdir: Path, scale: float | None) -> None:
+    """Writes the scale of the pages that the weights were trained on, if it is known."""
+    if scale is not None:
+        (workdir / PAGES_FILE).write_text(json.dumps({"scale": round(scale, 4)}) + "\n", encoding="utf-8")
+
+
+def read_page_scale(folder: str | Path) -> float | None:
+    """Reads the scale of the pages that a checkpoint was trained on; None if it is not recorded."""
+    path = find_checkpoint(folder)[0] / PAGES_FILE
+    return read_config_json(path).get("scale") if path.is_file() else None
 
 
 def history_of_run(folder: str | Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     WORKDIR/config.json              the experiment
     WORKDIR/history.json             origin of its initial weights, unless the config names it (backbones)
+    WORKDIR/pages.json               scale of the pages that it is trained on (`data/page_scale.py`)
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
         params/  opt_state/          weights; optimizer state of the stage (`arrays.py`)
@@ -33,6 +34,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 HISTORY_FILE = "history.json"
+PAGES_FILE = "pages.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """`alignvlm ask`: answers a question about an image."""
 
 import argparse
+import sys
 
 import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
 from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
-Answer a question about an image with a trained model.
+Answer a question about an image with a trained model. A line on stderr warns of an answer
+that should not be believed: from an untrained connector, about a page that is shown much
+smaller than the pages of the training, empty, cut off, or in a loop.
 """
 
 EPILOG = """\
@@ -44,9 +47,14 @@ def run(args: argparse.Namespace) -> None:
     """Prints the answer."""
     from alignvlm_jax.data import images
     from alignvlm_jax.inference import reader
+    from alignvlm_jax.inference.answers import warn_about
 
     # Errors in the question or the image are reported before the model is loaded, which takes long.
     question = reader.check_question(args.question)
     image = images.open_image(args.image)
     model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
-    print(model.ask(image, question, max_new_tokens=args.max_new_tokens))
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    answer = model.ask(image, question, max_new_tokens=args.max_new_tokens)
+    print(answer, flush=True)
+    warn_about(answer)

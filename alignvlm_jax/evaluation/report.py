@@ -7,6 +7,8 @@ meaningful for few questions and for scores near 0 or 1: for 0 right of 20 it is
 import dataclasses
 import math
 
+from alignvlm_jax.inference.answers import count_warnings
+
 _Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations of its mean.
 
 
@@ -21,6 +23,7 @@ class Answer:
       question: text of the question.
       expected: correct answer.
       predicted: answer of the model.
+      warnings: kinds of warnings about the answer (`inference/answers.py`).
     """
 
     document: str
@@ -29,6 +32,7 @@ class Answer:
     question: str
     expected: str
     predicted: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def is_right(self) -> bool:
@@ -108,6 +112,11 @@ class Report:
         return {family: Tally.of([a for a in self.answers if a.family == family]) for family in families}
 
     @property
+    def warnings(self) -> dict[str, int]:
+        """Number of answers with each kind of warning."""
+        return count_warnings(answer.warnings for answer in self.answers)
+
+    @property
     def unseen_font(self) -> Tally:
         """Tally of the pages in fonts that are not in the training data."""
         return Tally.of([answer for answer in self.answers if answer.font in self.unseen_fonts])
@@ -120,6 +129,7 @@ class Report:
             "unseen_font": {"fonts": list(self.unseen_fonts), **self.unseen_font.to_json()},
             "num_documents": len({answer.document for answer in self.answers}),
             "control": self.control,
+            "warnings": self.warnings,
             "seconds": round(self.seconds, 1),
         }
 

@@ -33,8 +33,9 @@ from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.identity import locate
 from alignvlm_jax.evaluation.report import Answer, Report, format_table
+from alignvlm_jax.inference.answers import format_counts
 from alignvlm_jax.inference.generate import Prompt
-from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.inference.reader import Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.output_files import check_writable, open_atomically
 from alignvlm_jax.parallel import distributed
@@ -112,7 +113,8 @@ def evaluate(
             for document in documents[group.start : group.stop]:
                 for question, expected in zip(document.questions, document.answers, strict=True):
                     predicted = next(predictions)
-                    answers.append(Answer(document.id, document.family, document.font, question, expected, predicted))
+                    where = document.id, document.family, document.font
+                    answers.append(Answer(*where, question, expected, str(predicted), tuple(predicted.warnings)))
     return Report(answers, unseen_fonts, control, time.monotonic() - start_time)
 
 
@@ -182,6 +184,9 @@ def evaluate_checkpoint(
     model_name = str(model) if step is None else f"{model}, step {step}"
     print(f"{model_name}: split {split!r} of {folder}, every question with {shown}{views_note}\n")
     print(format_table({"exact match": report}))
+    if warnings := format_counts(report.warnings, len(report.answers)):
+        print(f"\nwarnings: {warnings}")
+    warn_untrained(reader.training)
     figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, "views": views}
     figures |= report.to_json()
     if json_file:

@@ -54,6 +54,7 @@ class Prompt:
       tile_valid_hw: height and width of the image's part of each tile.
       resampling: sources and weights of each visual token, for the tiling rule anyres_max_9.
       other_views: pixels of the tiles in all views but the first; None for a single view.
+      page_scale: smallest scale at which the tiles show an image (`data/page_scale.py`); 1 without images.
     """
 
     tokens: Int[np.ndarray, " L"]
@@ -62,6 +63,7 @@ class Prompt:
     tile_valid_hw: Int[np.ndarray, "M 2"]
     resampling: Resampling | None = None
     other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
+    page_scale: float = 1.0
 
     @property
     def num_views(self) -> int:

@@ -8,7 +8,9 @@ Axes: M tiles, S tile side, K views.
 """
 
 import copy
+import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,20 +20,26 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from alignvlm_jax.backbones import trained_model
+from alignvlm_jax.checkpoints.connector_training import is_connector_trained
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
-from alignvlm_jax.checkpoints.weights import ParameterReader, restore_params
+from alignvlm_jax.checkpoints.weights import ParameterReader, read_page_scale, restore_params
+from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer, Message
+from alignvlm_jax.data.page_scale import page_scale
 from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import views
+from alignvlm_jax.inference.answers import AnswerText, describe_scale, describe_text
 from alignvlm_jax.inference.generate import Generator, Prompt
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.locations import local_path
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
+
+_UNTRAINED = "the connector was never trained, so its answers have nothing to do with the page"
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
@@ -52,6 +60,18 @@ class CutImage(NamedTuple):
     other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
 
 
+class TrainingRecord(NamedTuple):
+    """What is known about the training of a model's weights.
+
+    Attributes:
+      is_connector_trained: False if the connector still has its random initial weights.
+      page_scale: scale of the training pages (`data/page_scale.py`); None if unknown.
+    """
+
+    is_connector_trained: bool = True
+    page_scale: float | None = None
+
+
 class Reader:
     """A model with its tokenizer and its tiling.
 
@@ -61,6 +81,8 @@ class Reader:
       tiling: settings of the tiles.
       num_views: number of views of each image.
       generator: decoder of prompts, with the model's parameters.
+      training: what is known about the training of the weights, for warnings about answers.
+      notes: sentences for the user about files of the checkpoint that were not read.
     """
 
     def __init__(
@@ -72,8 +94,12 @@ class Reader:
         *,
         batch_size: int = 32,
         mesh: Mesh | None = None,
+        training: TrainingRecord | None = None,
+        notes: tuple[str, ...] = (),
     ):
         self.config = config
+        self.training = training or TrainingRecord()
+        self.notes = notes
         self.tokenizer = tokenizer
         self.tiling = tiling
         self.num_views = 1
@@ -106,7 +132,7 @@ class Reader:
         other.num_views = number
         return other
 
-    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> str:
+    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> AnswerText:
         """Answers a question about an image by greedy decoding.
 
         Args:
@@ -115,13 +141,14 @@ class Reader:
           max_new_tokens: maximum length of the answer.
 
         Returns:
-          The answer, without whitespace at its ends.
+          The answer, without whitespace at its ends. It is a string whose `warnings` say why it may be wrong, by kind
+          (`inference/answers.py`).
         """
         return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
 
     def ask_batch(
         self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
-    ) -> list[str]:
+    ) -> list[AnswerText]:
         """Answers many questions, each about one image.
 
         Gives the same answers as single calls of `ask`, but faster.
@@ -185,7 +212,8 @@ class Reader:
             )
         tiles, valid_hw, other_views = self._concatenate(cut_images)
         resampling = resample_images(plans, self.tiling, grid)
-        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling, other_views)
+        scale = min(map(page_scale, plans), default=1.0)
+        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling, other_views, scale)
 
     def _concatenate(
         self, cut_images: Sequence[CutImage]
@@ -203,7 +231,7 @@ class Reader:
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None
-    ) -> list[str]:
+    ) -> list[AnswerText]:
         """Answers prompts.
 
         Args:
@@ -215,7 +243,16 @@ class Reader:
           The answers, in the order of the prompts, without whitespace at their ends.
         """
         answers = self.generator.generate(prompts, max_new_tokens, on_batch=on_batch)
-        return [self.tokenizer.decode(answer).strip() for answer in answers]
+        return [
+            self.answer_text(prompt, answer, max_new_tokens) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def answer_text(self, prompt: Prompt, answer: Int[np.ndarray, " A"], max_new_tokens: int) -> AnswerText:
+        """Returns the text of generated tokens, with warnings about it."""
+        text = self.tokenizer.decode(answer).strip()
+        warnings = {} if self.training.is_connector_trained else dict(untrained=_UNTRAINED)
+        warnings |= describe_scale(prompt.page_scale, self.training.page_scale)
+        return AnswerText(text, warnings | describe_text(text, num_tokens=len(answer), max_new_tokens=max_new_tokens))
 
 
 @ordinary_modes()
@@ -241,14 +278,31 @@ def load(
     folder = trained_model(local_path(checkpoint))
     if is_alignvlm_folder(folder):
         exported = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
-        config, params, tokenizer = exported.config, exported.params, exported.tokenizer
+        config, params, tokenizer, notes = exported.config, exported.params, exported.tokenizer, exported.notes
+        progress, history, scale = dataclasses.asdict(exported.progress), exported.history, exported.page_scale
     else:
-        source = ParameterReader(folder)
+        source, notes = ParameterReader(folder), ()
+        progress, history, scale = source.meta["progress"], source.history, read_page_scale(folder)
         config, tokenizer = source.config, ChatTokenizer.from_folder(source.tokenizer_folder)
         # A checkpoint stores its weights in one dtype, except for a few of the connector's; the embedding tells which.
         is_bfloat16 = source.dtypes["language/embedding"] == hardware.resolve(config.model.language).dtype == "bfloat16"
         params = restore_params(folder, mesh, dtype=dtype or ("bfloat16" if is_bfloat16 else "float32"))
-    return Reader(config.model, params, tokenizer, config.data.tiling, batch_size=batch_size, mesh=mesh)
+    return Reader(
+        config.model,
+        params,
+        tokenizer,
+        config.data.tiling,
+        batch_size=batch_size,
+        mesh=mesh,
+        training=TrainingRecord(is_connector_trained(history, progress, config_to_dict(config)), scale),
+        notes=notes,
+    )
+
+
+def warn_untrained(training: TrainingRecord) -> None:
+    """Prints a line on stderr if the connector was never trained."""
+    if not training.is_connector_trained:
+        print(f"warning: {_UNTRAINED}", file=sys.stderr)
 
 
 def _open(image: ImageSource) -> PIL.Image.Image:

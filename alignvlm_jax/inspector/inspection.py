@@ -16,6 +16,7 @@ from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.resampling import resample_images
 from alignvlm_jax.data.tiling import cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference.answers import AnswerText, warn_about
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.inspector import geometry, packing, page
@@ -58,7 +59,7 @@ class Answer:
     """A question and its answer; `attribution` is None if it was not requested or the answer is empty."""
 
     question: str
-    text: str
+    text: AnswerText
     ids: np.ndarray
     attribution: Attribution | None
 
@@ -203,7 +204,7 @@ def _answer(
 ) -> Answer:
     """Generates the answer to a question and attributes it to the patches, unless `blank` is None."""
     (ids,) = reader.generator.generate([prompt], config.max_new_tokens)
-    text = reader.tokenizer.decode(ids).strip()
+    text = reader.answer_text(prompt, ids, config.max_new_tokens)
     attribution = None
     if blank is not None and len(ids):
         width = words.visual.shape[-1]
@@ -256,5 +257,6 @@ def inspect_to_file(
     page.write(text, out)
     for answer in inspection.answers:
         print(f"{answer.question}  ->  {answer.text}")
+        warn_about(answer.text)
     size, patches = len(text.encode()) / 1e6, inspection.words.entropy.size
     print(f"{out}: {size:.2f} MB, {len(inspection.tiles)} tiles, {patches:,} patches; open it in a browser")

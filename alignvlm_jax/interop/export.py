@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignvlm_jax.checkpoints.new_folder import new_folder
-from alignvlm_jax.checkpoints.weights import ParameterReader
+from alignvlm_jax.checkpoints.weights import ParameterReader, read_page_scale
 from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.chat import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from alignvlm_jax.data.chat import ChatTokenizer, special_names
@@ -173,7 +173,7 @@ class _Source:
         self.reader = ParameterReader(checkpoint)
         self.model = self.reader.config.model
         self.tiling = self.reader.config.data.tiling
-        self._dtype = dtype
+        self._checkpoint, self._dtype = checkpoint, dtype
         self._check_shapes(checkpoint)
         # config.json states a single dtype; the embedding table's stands for all weights.
         self.dtype = dtype or self.reader.dtypes["language/embedding"].name
@@ -214,6 +214,7 @@ class _Source:
             "config": config_to_dict(self.reader.config),
             "meta": self.reader.meta,
             "history": self.reader.history,
+            "page_scale": read_page_scale(self._checkpoint),
         }
 
     def _check_shapes(self, checkpoint: str | Path) -> None:

@@ -82,6 +82,7 @@ def import_alignvlm(
             content.tokenizer,
             history=content.history,
             progress=content.progress,
+            page_scale=content.page_scale,
         )
 
 
@@ -95,6 +96,7 @@ class AlignVLMFolder:
     progress: Progress
     history: list[dict[str, Any]]
     notes: tuple[str, ...] = ()
+    page_scale: float | None = None
 
 
 @ordinary_modes()
@@ -113,7 +115,7 @@ def read_alignvlm(
     tokenizer = _read_tokenizer(folder, config_json, config.model.language.vocab_size)
     with TensorFiles(folder) as files:
         params = _read_params(files, config.model, dtype, mesh)
-    return AlignVLMFolder(config, params, tokenizer, progress, history, files.notes)
+    return AlignVLMFolder(config, params, tokenizer, progress, history, files.notes, _read_page_scale(folder))
 
 
 def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
@@ -175,6 +177,12 @@ def _read_run(
         return config_from_dict(raw), progress, history
     except UserError as error:
         raise UserError(f"{folder}: config.json and {PROCESSOR_FILE} give an invalid config: {error}") from error
+
+
+def _read_page_scale(folder: Path) -> float | None:
+    """Returns the scale of the pages that the weights were trained on, which exported folders record."""
+    file = folder / TRAINING_FILE
+    return _read_json(file).get("page_scale") if file.is_file() else None
 
 
 def _read_model(folder: Path, config_json: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

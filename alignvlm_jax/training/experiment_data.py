@@ -9,6 +9,7 @@ from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data import pipeline, store
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
+from alignvlm_jax.data.page_scale import sample_scale
 from alignvlm_jax.data.planning import StagePlan, plan_stage
 from alignvlm_jax.models.alignvlm import token_grid
 from alignvlm_jax.parallel import distributed
@@ -36,6 +37,9 @@ class TrainingData(Protocol):
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes everything that is needed to decode the model's tokens."""
+
+    def page_scale(self) -> float | None:
+        """Returns the scale of the training pages (`data/page_scale.py`); None if there are none."""
 
 
 class ExperimentData:
@@ -91,6 +95,10 @@ class ExperimentData:
             token_grid=token_grid(self._config.model),
             max_text_tokens=stage.max_text_tokens,
         )
+
+    def page_scale(self) -> float | None:
+        """Returns the scale of a sample of the pages of all stages."""
+        return sample_scale(list(self._sources.values()), self._config.data.tiling)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer and its chat template."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignvlm_jax.checkpoints.weights import history_of_run, write_history
+from alignvlm_jax.checkpoints.weights import history_of_run, read_page_scale, write_history, write_page_scale
 from alignvlm_jax.checkpoints.workdir import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -20,7 +20,7 @@ from alignvlm_jax.training.experiment_data import TrainingData
 
 
 def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]) -> None:
-    """Writes the config, tokenizer and history of a new run, or checks the config of a resumed run.
+    """Writes the config, tokenizer, history and page scale of a new run, or checks the config of a resumed run.
 
     If a resumed run has a changed config, the new config replaces the old one.
 
@@ -60,6 +60,8 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
             if config.init_from is not None and not is_resumed:
                 write_history(workdir, history_of_run(config.init_from))
+            if not is_resumed:
+                write_page_scale(workdir, _page_scale(config, data))
             # Write under another name and rename, so that a kill cannot leave half a config.
             new = path.with_name(f".{path.name}.new")
             new.write_text(text, encoding="utf-8")
@@ -69,3 +71,9 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
     # Barrier: process 0 has written. A host that does not see the file now does not share its storage.
     distributed.gather_json("written")
     distributed.require_equal({f"{workdir} is on storage that the host shares with process 0": path.is_file()})
+
+
+def _page_scale(config: ExperimentConfig, data: TrainingData) -> float | None:
+    """Returns the scale of the pages of this run or of the run that it starts from, whichever is smaller."""
+    scales = [data.page_scale(), read_page_scale(config.init_from) if config.init_from is not None else None]
+    return min((scale for scale in scales if scale is not None), default=None)

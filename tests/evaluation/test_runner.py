@@ -10,6 +10,8 @@ from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.runner import derangement, evaluate, write_json, write_predictions
+from alignvlm_jax.inference.answers import AnswerText
+from alignvlm_jax.inference.reader import TrainingRecord
 from alignvlm_jax.leases.lease import InUseError
 from alignvlm_jax.leases.one_writer import one_writer
 
@@ -40,6 +42,7 @@ class FakeReader:
     def __init__(self):
         self.sizes = []
         self.num_views = 1
+        self.training = TrainingRecord(is_connector_trained=False)
 
     def with_views(self, number):
         self.num_views = number
@@ -51,7 +54,9 @@ class FakeReader:
 
     def answer(self, prompts, *, max_new_tokens, on_batch):
         on_batch(len(prompts))
-        return [f"{number + ('plus' in question)} " for number, question in prompts]
+        answers = [f"{number + ('plus' in question)} " for number, question in prompts]
+        # Answers of two digits count as answers in a loop.
+        return [AnswerText(answer, {"loop": "two digits"} if len(answer) > 2 else {}) for answer in answers]
 
 
 RECORDS = [record(number) for number in range(9)]
@@ -131,7 +136,7 @@ class ChattingReader(FakeReader):
 
     def answer(self, prompts, *, max_new_tokens, on_batch):
         on_batch(len(prompts))
-        return [" ".join(map(str, prompt)) for prompt in prompts]
+        return [AnswerText(" ".join(map(str, prompt))) for prompt in prompts]
 
 
 def conversation(number: int, *turns: tuple[int, str, str]) -> dict:
@@ -175,7 +180,10 @@ def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, c
     fake = FakeReader()
     monkeypatch.setattr(runner, "load", lambda *args, **options: fake)
     report = runner.evaluate_checkpoint(checkpoint, data="pages", json_file=tmp_path / "scores.json")
-    assert report.overall.right == 18 and f"{NANO_MODEL}: split 'heldout' of pages" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert report.overall.right == 18 and f"{NANO_MODEL}: split 'heldout' of pages" in printed.out
+    assert "warnings" not in printed.out
+    assert printed.err.startswith("warning: the connector was never trained")
     figures = json.loads((tmp_path / "scores.json").read_text())
     assert figures["checkpoint"] == str(NANO_MODEL) and figures["step"] is None
     assert figures["views"] == fake.num_views == 1

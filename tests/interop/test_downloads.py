@@ -295,7 +295,7 @@ def test_quantized_tensors_are_refused_without_a_word_in_the_config(folder):
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "base_model.model.model.", ""])
 def test_prefixes_of_larger_models_and_wrappers_are_removed(folder, prefix):
-    """baby-llama2-chinese#34 (`_orig_mod.`), PosterLlama#7 (`base_model.model.`): a decoder saved from inside another."""
+    """baby-llama2-chinese#34 (`_orig_mod.`), PosterLlama#7 (`base_model.model.`): a decoder saved inside another."""
     save(folder, {key.replace("model.", prefix, 1): tensor for key, tensor in TENSORS.items()})
     assert_same_model(folder)
 

@@ -147,6 +147,9 @@ def train(
         def batches(self, stage_index, stage, plan, state, rows):
             return RandomBatches(stage_index, state[str(rows[0])] if state else 0, rows)
 
+        def page_scale(self):
+            return None
+
         def save_tokenizer(self, folder):
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")

@@ -94,6 +94,9 @@ class _MemoryData:
     def batches(self, stage_index, stage_config, plan, state, rows):
         return Feed(self._examples, rows, plan.microbatches, state)
 
+    def page_scale(self):
+        return None
+
     def save_tokenizer(self, folder):
         self._tokenizer.save(folder)
 

@@ -89,6 +89,9 @@ class RandomData:
         steps = {state[str(row)]["next"] for row in rows} if state else {0}
         return RandomBatches(stage_index, *steps, rows)
 
+    def page_scale(self):
+        return None
+
     def save_tokenizer(self, folder):
         folder.mkdir(exist_ok=True)
         (folder / "tokenizer.json").write_text("{}")

@@ -10,7 +10,13 @@ from jaxtyping import Float64
 from alignvlm_jax.analysis.vocabulary.measure import Statistics
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
-from alignvlm_jax.checkpoints.weights import ParameterReader, history_of_run, restore_params_into, write_checkpoint
+from alignvlm_jax.checkpoints.weights import (
+    ParameterReader,
+    history_of_run,
+    read_page_scale,
+    restore_params_into,
+    write_checkpoint,
+)
 from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.inference.vocabulary import prune_vocabulary
@@ -42,6 +48,7 @@ def save_pruned(
     if is_alignvlm_folder(folder):
         exported = read_alignvlm(folder)
         config, params, tokenizer, history = exported.config, exported.params, exported.tokenizer, exported.history
+        scale = exported.page_scale
         if exported.progress.step:
             progress, trained = dataclasses.asdict(exported.progress), config_to_dict(config)
             history = [*history, {"what": "trained", "progress": progress, "config": trained}]
@@ -52,9 +59,9 @@ def save_pruned(
         abstract = flatten_dict(abstract_parameters(config.model), sep="/")
         stored = {path: leaf.update(dtype=source.dtypes[path]) for path, leaf in abstract.items()}
         params = restore_params_into(folder, unflatten_dict(stored, sep="/"))
-        history = history_of_run(folder)
+        history, scale = history_of_run(folder), read_page_scale(folder)
     num_words = len(usage)
     model, params = prune_vocabulary(config.model, params, usage, k, statistics=statistics)
     event = {"what": "pruned", "words kept": k, "of": num_words, "statistics of LN_V": f"{statistics} vocabulary"}
     config = dataclasses.replace(config, model=model)
-    write_checkpoint(out, config, params, tokenizer, history=[*history, event])
+    write_checkpoint(out, config, params, tokenizer, history=[*history, event], page_scale=scale)

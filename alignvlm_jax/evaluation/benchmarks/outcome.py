@@ -19,6 +19,7 @@ class Outcome:
       problems: reason by question id, for the questions that could not be asked.
       scores: scores of the answers; None if the benchmark withholds its references.
       limit: maximum number of questions to ask; None for all.
+      warnings: number of answers with each kind of warning (`inference/answers.py`).
       seconds: time this run took to answer the questions that had no stored answer.
       missing: one sentence for each part of the benchmark that was not there.
       remarks: other differences from the published benchmark.
@@ -34,3 +35,4 @@ class Outcome:
     seconds: float
     missing: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    warnings: dict[str, int] = dataclasses.field(default_factory=dict)

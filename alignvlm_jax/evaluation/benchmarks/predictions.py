@@ -2,7 +2,7 @@
 
     {"benchmark": "docvqa", "asked_of": {"checkpoint": "...", "prompt": "{question}", "questions": "9b1f...", ...}}
     {"benchmark": "docvqa", "id": "49153", "answer": "0.28"}
-    {"benchmark": "docvqa", "id": "24580", "answer": "University of California"}
+    {"benchmark": "docvqa", "id": "24580", "answer": "University of", "warnings": ["cut_off"]}
 
 The first line of each benchmark records the model, the prompt and the questions that the answers belong to. A run with
 other settings is refused. Only lines that end in a newline count: a partial last line, left by a crash, is dropped.
@@ -26,12 +26,14 @@ class Predictions:
       path: path of the file.
       settings: settings by benchmark, as read from the file or given to `begin`.
       answers: answers by benchmark and question id.
+      warnings: kinds of warnings by benchmark and question id, of answers that have some (`inference/answers.py`).
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self.settings: dict[str, Mapping[str, Any]] = {}
         self.answers: dict[str, dict[str, str]] = {}
+        self.warnings: dict[str, dict[str, list[str]]] = {}
         with contextlib.ExitStack() as stack:
             self._lease = stack.enter_context(one_writer(self.path, beside=True))
             try:
@@ -74,7 +76,14 @@ class Predictions:
 
     def add(self, benchmark: str, answers: Mapping[str, str]) -> None:
         """Appends answers. They are on disk when this returns."""
-        self._append([{"benchmark": benchmark, "id": id, "answer": answer} for id, answer in answers.items()])
+        records = []
+        for id, answer in answers.items():
+            warnings = list(getattr(answer, "warnings", ()))
+            records.append({"benchmark": benchmark, "id": id, "answer": answer})
+            if warnings:
+                records[-1]["warnings"] = warnings
+                self.warnings.setdefault(benchmark, {})[id] = warnings
+        self._append(records)
         self.answers.setdefault(benchmark, {}).update(answers)
 
     def _append(self, records: list[dict[str, Any]]) -> None:
@@ -100,6 +109,8 @@ class Predictions:
                     self.settings[name] = record["asked_of"]
                 else:
                     self.answers.setdefault(name, {})[str(record["id"])] = str(record["answer"])
+                    if record.get("warnings"):
+                        self.warnings.setdefault(name, {})[str(record["id"])] = list(record["warnings"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self.path}: line {number} was not written by `alignvlm eval --benchmark` ({error}). Name "

@@ -26,7 +26,8 @@ from alignvlm_jax.evaluation.benchmarks.reading import QuestionSet, read_questio
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
-from alignvlm_jax.inference.reader import CutImage, Reader, load
+from alignvlm_jax.inference.answers import AnswerText, count_warnings
+from alignvlm_jax.inference.reader import CutImage, Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.output_files import check_writable
 from alignvlm_jax.parallel import distributed
@@ -109,6 +110,8 @@ def evaluate_benchmarks(
         print(f"{identity['checkpoint']}: answers in {predictions_file}\n")
         print(summary.format_table(outcomes, pruned=pruned))
         print(summary.format_notes(outcomes))
+        for model in loaded:
+            warn_untrained(model.training)
         _write_submissions(outcomes, pathlib.Path(predictions_file))
         if json_file:
             figures = {**identity, "data": str(data), "predictions": str(predictions_file), "versions": versions()}
@@ -173,6 +176,7 @@ def run(
     scored = [question for question in questions if question.problem or question.references is not None]
     is_withheld = all(question.problem for question in scored)
     scores = None if is_withheld else benchmark.metric(scored, final_answers)
+    kinds = predictions.warnings.get(benchmark.name, {}) if predictions is not None else {}
     return Outcome(
         benchmark,
         split,
@@ -184,12 +188,13 @@ def run(
         time.monotonic() - start_time,
         missing=question_set.missing,
         remarks=question_set.remarks,
+        warnings=count_warnings(kinds.get(question.id, ()) for question in questions),
     )
 
 
 def _ask(
     reader: Reader, benchmark: Benchmark, questions: Sequence[Question], on_batch: Callable[[int], Any]
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, AnswerText], dict[str, str]]:
     """Returns answers by question id, and problems by question id for questions that cannot be asked."""
     prompts, problems = {}, {}
     last_images: tuple[tuple[ImageSource, ...], list[CutImage]] = ((), [])

@@ -16,6 +16,7 @@ from alignvlm_jax.evaluation.benchmarks.paper import (
     PRUNED,
 )
 from alignvlm_jax.evaluation.benchmarks.scores import Score
+from alignvlm_jax.inference.answers import format_counts
 
 PARTIAL = " (partial)"
 """Mark of a score over a part of a benchmark."""
@@ -94,6 +95,8 @@ def format_notes(outcomes: Sequence[Outcome]) -> str:
                 f"{title}: the official scorer would fail with an error on {len(outcome.scores.aborted)} answers, "
                 f"which count as wrong here. The first is {first_id}: {first_error}"
             )
+        if warnings := format_counts(outcome.warnings, len(outcome.questions)):
+            lines.append(f"{title}: warnings: {warnings}")
         lines += [f"{title}: {note}" for note in _remarks(outcome)]
     lines += _paper_notes(outcomes)
     return "\n".join(["", *lines]) if lines else ""
@@ -141,6 +144,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "not_asked": outcome.problems,
         "scorer_aborted": dict(scores.aborted) if scores else {},
         "remarks": [*outcome.missing, *_remarks(outcome)],
+        "warnings": outcome.warnings,
         "seconds": round(outcome.seconds, 1),
     }
 

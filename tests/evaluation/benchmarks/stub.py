@@ -11,6 +11,7 @@ import PIL.Image
 from alignvlm_jax.evaluation.benchmarks import runner
 from alignvlm_jax.evaluation.benchmarks.reading import read_questions
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
+from alignvlm_jax.inference.reader import TrainingRecord
 
 
 def png(number: int) -> bytes:
@@ -29,6 +30,7 @@ class StubReader:
 
     def __init__(self, rule: Callable[[str], str]):
         self.rule, self.seen, self.generator = rule, [], types.SimpleNamespace(batch_size=4)
+        self.training = TrainingRecord()
 
     def cut(self, image: PIL.Image.Image) -> int:
         """Returns the number that an image encodes."""
