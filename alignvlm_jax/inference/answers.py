@@ -24,8 +24,7 @@ from collections.abc import Iterable, Mapping
 
 # A page counts as shrunk if its scale is less than this part of the scale of the training pages.
 _SCALE_TOLERANCE = 0.8
-_LOOP = re.compile(r"(.{2,60}?)\1{3,}|(.)\2{11,}", re.DOTALL)
-_MIN_REPETITIONS_OF_WORDS = 5
+_REPEATED = re.compile(r"(.{1,60}?)\1{3,}", re.DOTALL)
 # Of an answer that is cut off: repetitions at its end, characters that they take together, and longest unit.
 _REPETITIONS, _TAIL, _LONGEST_UNIT = 3, 20, 200
 
@@ -78,16 +77,21 @@ def describe_text(text: str, *, num_tokens: int, max_new_tokens: int) -> dict[st
 
 def find_loop(text: str, *, is_cut_off: bool) -> str | None:
     """Returns the unit that an answer repeats, or None if it is not in a loop."""
-    for match in _LOOP.finditer(text):
-        unit = match[1] or match[2]
-        is_long = not unit.isalnum() or len(match.group()) >= _MIN_REPETITIONS_OF_WORDS * len(unit)
-        if is_long and 2 * len(match.group()) >= len(text):
+    for match in _REPEATED.finditer(text):
+        unit, repeated = match[1], match.group()
+        if len(repeated) >= _needed_repetitions(unit) * len(unit) and 2 * len(repeated) >= len(text):
             return unit
     if is_cut_off:
         for length in range(1, min(len(text) // _REPETITIONS, _LONGEST_UNIT) + 1):
             if _periodic_end(text, length) >= max(_REPETITIONS * length, _TAIL):
                 return text[-length:]
     return None
+
+
+def _needed_repetitions(unit: str) -> int:
+    if len(unit) == 1:
+        return 12
+    return 5 if unit.isalnum() else 4
 
 
 def _periodic_end(text: str, period: int) -> int:

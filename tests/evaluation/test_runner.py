@@ -118,6 +118,7 @@ def test_written_files(tmp_path):
         "expected": "1",
         "predicted": "1 ",
         "right": True,
+        "warnings": [],
     }
     with pytest.raises(UserError, match="cannot be written"):
         write_json({}, tmp_path)
@@ -183,7 +184,7 @@ def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, c
     printed = capsys.readouterr()
     assert report.overall.right == 18 and f"{NANO_MODEL}: split 'heldout' of pages" in printed.out
     assert "warnings" not in printed.out
-    assert printed.err.startswith("warning: the connector was never trained")
+    assert "warning: the connector was never trained" in printed.err
     figures = json.loads((tmp_path / "scores.json").read_text())
     assert figures["checkpoint"] == str(NANO_MODEL) and figures["step"] is None
     assert figures["views"] == fake.num_views == 1

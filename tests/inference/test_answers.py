@@ -20,7 +20,19 @@ from alignvlm_jax.inference.answers import AnswerText, count_warnings, describe_
 # What nano answers about photos of receipts, with and without an end.
 _LOOPS = ["8.2.2.2.2.2.22", "7.7.7.7.79", "the total the total the total the total the total", "0" * 12, "-" * 40]
 # Numbers, names and lists that repeat themselves and are right.
-_NOT_LOOPS = ["111111", "2.2.2", "1.1.1.1", "12121212", "0.00", "Miss Mississippi", "no no no", "11-11-11", "", "x"]
+_NOT_LOOPS = [
+    "111111",
+    "2.2.2",
+    "1.1.1.1",
+    "12121212",
+    "0.00",
+    "Miss Mississippi",
+    "no no no",
+    "11-11-11",
+    "-" * 8,
+    "",
+    "x",
+]
 
 
 @pytest.mark.parametrize("text", _LOOPS)
