@@ -91,7 +91,11 @@ def test_ask_answers_with_the_checkpoint(out, tmp_path, monkeypatch, capsys):
     assert PIL.Image.open(out / "example_large.png").width > PIL.Image.open(out / "example.png").width
     argv = ["ask", "--checkpoint", str(out / "checkpoint"), str(out / "example.png"), "--max-new-tokens", "4"]
     assert cli.main([*argv, "--question", "What is the total?"]) == 0
-    assert capsys.readouterr().out.count("\n") >= 1
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") >= 1
+    # The run has recorded the scale of its pages, and that its connector is trained.
+    assert json.loads((out / "checkpoint" / "pages.json").read_text()) == {"scale": 1.0}
+    assert "never trained" not in printed.err and "of its size" not in printed.err
 
 
 def test_eval_scores_the_checkpoint(out, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,12 @@ from pathlib import Path
 
 def is_alignvlm_folder(folder: str | Path) -> bool:
     """Returns whether `folder` is an exported folder (read with `read_alignvlm`) and not the workdir of a run."""
+    return model_type(folder) == "alignvlm"
+
+
+def model_type(folder: str | Path) -> str | None:
+    """Returns the type of the model in a Hugging Face folder; None if `config.json` names none."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type") == "alignvlm"
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
     except (OSError, ValueError, AttributeError):
-        return False
+        return None

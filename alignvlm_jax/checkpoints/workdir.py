@@ -24,9 +24,11 @@ import jax
 
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints import integrity
-from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
+from alignvlm_jax.checkpoints.exported import is_alignvlm_folder, model_type
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, read_config_json
+from alignvlm_jax.downloads.contents import describe_adapter
+from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
 
@@ -98,11 +100,19 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         workdir = folder.parent if folder.name == CHECKPOINTS_FOLDER else folder
         steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
     if not (workdir / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is not a checkpoint: {workdir} holds no {CONFIG_FILE} of a training run")
+        reason = describe_adapter(workdir) or f"{workdir} holds no {CONFIG_FILE} of a training run"
+        raise UserError(f"{folder} is not a checkpoint: {reason}")
     # If no step is complete, tell apart an exported folder, an incomplete step and a run that ended early.
     if not steps:
         if is_alignvlm_folder(workdir):
             raise UserError(_exported_message(folder, workdir))
+        if reason := describe_stub(workdir / CONFIG_FILE):
+            raise UserError(f"{workdir / CONFIG_FILE} {reason}")
+        if (kind := model_type(workdir)) is not None:
+            raise UserError(
+                f"{folder} is not a checkpoint: its {CONFIG_FILE} describes a model of type {kind!r}. "
+                "tools/import_hf.py joins a SigLIP and a Llama folder into a checkpoint, which then has to be trained"
+            )
         names = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
         incomplete = [int(name) for name in names if name.isdigit()]
         if incomplete:

@@ -56,4 +56,5 @@ def _read_answers(file: pathlib.Path) -> list[Answer]:
     # A line of predictions also has derived values, which are not fields of Answer.
     names = {field.name for field in dataclasses.fields(Answer)}
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [Answer(**{name: value for name, value in line.items() if name in names}) for line in lines]
+    answers = [Answer(**{name: value for name, value in line.items() if name in names}) for line in lines]
+    return [dataclasses.replace(answer, warnings=tuple(answer.warnings)) for answer in answers]  # JSON has no tuples.

@@ -14,6 +14,7 @@ from alignvlm_jax.checkpoints import weights
 from alignvlm_jax.checkpoints.workdir import TOKENIZER_FOLDER, find_checkpoint, read_run_config
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.chat import CONFIG_FILE, ChatTokenizer, special_names
+from alignvlm_jax.downloads.hub_cache import snapshot_folder
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import assemble
 from alignvlm_jax.interop.tokenizer import import_tokenizer
@@ -53,7 +54,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     """
     # In order of precedence: a folder named by the config, the checkpoint's tokenizer, the decoder's tokenizer.
     if config.tokenizer is not None:
-        folder = Path(config.tokenizer)
+        folder = snapshot_folder(config.tokenizer)
     elif config.init_from is not None:
         folder = find_checkpoint(config.init_from)[0] / TOKENIZER_FOLDER
     else:

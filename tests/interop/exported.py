@@ -75,7 +75,7 @@ def make_checkpoint(
     """Writes a checkpoint of `tiny_config` with random weights; returns its folder."""
     config = tiny_config(connector, tied=tied)
     params = random_params(config.model, dtype=dtype, mesh=mesh)
-    write_checkpoint(workdir, config, params, nano_tokenizer(), history=HISTORY, progress=PROGRESS)
+    write_checkpoint(workdir, config, params, nano_tokenizer(), history=HISTORY, progress=PROGRESS, page_scale=0.5)
     return workdir
 
 

@@ -13,6 +13,7 @@ import safetensors.numpy
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.downloads.hub_cache import model_name
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference.reader import load
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tokenizer import import_tokenizer
@@ -246,6 +247,17 @@ def test_an_adapter_next_to_a_model_is_noted(folder):
     save(folder, {"lora": np.zeros(3, np.float32)}, "adapter_model.safetensors")
     (note,) = TensorFiles(folder).notes
     assert "the PEFT adapter next to the weights is not applied" in note
+
+
+def test_folders_that_cannot_be_asked_are_named(folder):
+    """peft, transformers: an adapter, a language model or a Git LFS pointer given to `alignvlm ask --checkpoint`."""
+    assert "a model of type 'llama'" in refusal(load, folder)
+    (folder / "config.json").write_text(POINTER)
+    assert "config.json is a Git LFS pointer" in refusal(load, folder)
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"auto_mapping": {"base_model_class": "AlignVLMForX"}}')
+    message = refusal(load, folder)
+    assert "PEFT adapter" in message and "AutoModelForImageTextToText" in message and "AutoProcessor" in message
 
 
 @pytest.mark.parametrize(

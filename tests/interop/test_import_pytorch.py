@@ -11,7 +11,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from alignvlm_jax.checkpoints.weights import ParameterReader, restore_params
+from alignvlm_jax.checkpoints.weights import ParameterReader, read_page_scale, restore_params
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.export import export_alignvlm, export_language
@@ -73,6 +73,7 @@ def test_round_trips_are_bit_exact(connector, dtype, tmp_path):
     assert after.config == before.config == tiny_config(connector)
     assert (after.step, after.meta["progress"]) == (before.step, before.meta["progress"])
     assert after.step == 7 and after.history == HISTORY
+    assert read_page_scale(tmp_path / "back") == 0.5
 
     export_alignvlm(tmp_path / "back", tmp_path / "again")
     for file in sorted((tmp_path / "folder").iterdir()):
