@@ -312,6 +312,17 @@ def test_prefixes_of_larger_models_and_wrappers_are_removed(folder, prefix):
     assert_same_model(folder)
 
 
+@pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "model.vision_tower.", ""])
+def test_prefixes_of_vision_encoders_are_removed(tmp_path, prefix):
+    """LLaVA's checkpoints keep their encoder as vision_tower.vision_model, or vision_tower in transformers 5."""
+    nano = shutil.copytree(backbone_folder("vision", "nano"), tmp_path / "vision")
+    expected = huggingface.load_vision_folder(nano)[1]
+    tensors = safetensors.numpy.load_file(nano / "model.safetensors")
+    save(nano, {key.replace("vision_model.", prefix, 1): tensor for key, tensor in tensors.items()})
+    kernel = huggingface.load_vision_folder(nano)[1]["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(kernel, expected["patch_embedding"]["kernel"])
+
+
 def test_an_adapter_inside_the_weights_is_refused(folder):
     """PosterLlama#7: the state dict of a PEFT model, with lora_A and lora_B."""
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"

@@ -15,7 +15,7 @@ from alignvlm_jax.checkpoints.weights import ParameterReader, read_page_scale, r
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.export import export_alignvlm, export_language
-from alignvlm_jax.interop.import_pytorch import import_alignvlm
+from alignvlm_jax.interop.import_pytorch import import_alignvlm, read_alignvlm_config
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.interop.exported import (
     CONNECTORS,
@@ -213,3 +213,13 @@ def test_a_workdir_that_is_not_empty_is_refused_before_reading(folder, tmp_path)
     (tmp_path / "out" / "precious").write_text("")
     _assert_refused("is not empty", folder, tmp_path)
     assert (tmp_path / "out" / "precious").exists()
+
+
+def test_the_dtype_key_of_transformers_4_is_read(edited):
+    """transformers 4.56 renamed `torch_dtype` to `dtype`; folders saved before have the old key."""
+    (edited / "alignvlm_training.json").unlink()
+    config = json.loads((edited / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        for dtype in ("float32", "bfloat16"):
+            (edited / "config.json").write_text(json.dumps({**config, "dtype": None, key: dtype}))
+            assert read_alignvlm_config(edited).model.language.dtype == dtype
