@@ -108,9 +108,8 @@ def run(args: argparse.Namespace) -> None:
         max_tiles=args.max_tiles,
     )
     tiling, model = config.data.tiling, config.model
-    print(
-        f"{args.out}: up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page. Train its connector, before you ask or export it:"
-    )
+    tiles = f"up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page"
+    print(f"{args.out}: {tiles}. Train its connector, before you ask or export it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
     words = getattr(model.connector, "vocab_size", None)
     if words is not None:
