@@ -45,6 +45,8 @@ _LLAMA_UNUSED = ("model.rotary_emb.",)
 _COMPARED_ROWS = 4096
 # Tensors of PEFT in a model that was saved before its adapter was merged.
 _ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector|modules_to_save)\b")
+_HEAD = "lm_head.weight"
+_TIE = 'If the head of the model is its embedding table, add "tie_word_embeddings": true to config.json'
 _ROTARY_BUFFER = ".self_attn.rotary_emb.inv_freq"
 
 
@@ -76,15 +78,20 @@ class Backbone:
 
     def match(self, abstract: Params, grow: Collection[str] = ()) -> list[convert.ParameterSource]:
         """Finds the tensors of each parameter of `abstract`; see `convert.match`."""
-        return convert.match(
-            self.files,
-            self.rows,
-            abstract,
-            source=self.folder,
-            ignore=self.unused,
-            rename=self.rename,
-            grow=grow,
-        )
+        try:
+            return convert.match(
+                self.files,
+                self.rows,
+                abstract,
+                source=self.folder,
+                ignore=self.unused,
+                rename=self.rename,
+                grow=grow,
+            )
+        except UserError as error:
+            if f"{_HEAD} is missing" in str(error):
+                raise UserError(f"{error}. {_TIE}") from error
+            raise
 
 
 def open_vision(folder: str | Path) -> Backbone:
@@ -121,22 +128,17 @@ def open_language(folder: str | Path) -> Backbone:
     # The decoder's keys begin with `model.`. A decoder cut out of a larger model, saved from a wrapper, or saved
     # without its head has other prefixes (`model.language_model.`, `_orig_mod.model.`, none).
     prefix = _common_prefix(files, "embed_tokens.weight", "model.")
-    heads = [key for key in files.shapes if key.endswith("lm_head.weight")]
+    heads = [key for key in files.shapes if key.endswith(_HEAD)]
 
     def rename(key: str) -> str:
         if len(heads) == 1 and key == heads[0]:
-            return "lm_head.weight"
+            return _HEAD
         return f"model.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
 
     unused = _LLAMA_UNUSED
     if config.tie_word_embeddings:
         _check_tied(files, {rename(key): key for key in files.shapes})
         unused += ("lm_head.",)  # Some files contain the tied table twice.
-    elif not heads:
-        raise UserError(
-            f"{folder}: lm_head.weight is missing, and config.json does not set tie_word_embeddings. If the model's "
-            'head is its embedding table, add "tie_word_embeddings": true to it; otherwise download the weights again'
-        )
     unused += tuple(rename(key) for key in files.shapes if key.endswith(_ROTARY_BUFFER))
     return Backbone(folder, config, files, tables.llama(config.tie_word_embeddings), rename, unused)
 
@@ -173,7 +175,7 @@ def _check_tied(files: TensorFiles, names: Mapping[str, str]) -> None:
     Raises:
       UserError: if they differ. The config is then wrong; transformers 5 unties the two in this case.
     """
-    head, table = names.get("lm_head.weight"), names.get("model.embed_tokens.weight")
+    head, table = names.get(_HEAD), names.get("model.embed_tokens.weight")
     if head is None or table is None or files.shapes[head] != files.shapes[table]:
         return
     # Compare block by block, because comparing complete tables would need memory for a mask of their size.

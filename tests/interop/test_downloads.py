@@ -336,7 +336,7 @@ def test_a_tied_head_may_be_stored_and_an_untied_one_must_be(folder):
     assert_same_model(folder)
     shutil.copy(NANO / "model.safetensors", folder)
     edit(folder / "config.json", tie_word_embeddings=None)
-    assert 'add "tie_word_embeddings": true' in refusal(huggingface.open_language, folder)
+    assert 'add "tie_word_embeddings": true' in refusal(huggingface.load_language_folder, folder)
 
 
 # Tokenizers.
