@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import time
 import urllib.error
@@ -340,7 +341,9 @@ def test_the_decoder_alone_answers_vectors(tmp_path, language, reader, pages):
 @contextlib.contextmanager
 def server(tmp_path: pathlib.Path, folder: pathlib.Path, *options: str):
     """Starts vLLM's server; yields a function that posts a body and returns the reply."""
-    port = 18211
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "m", *options]
 
@@ -356,8 +359,10 @@ def server(tmp_path: pathlib.Path, folder: pathlib.Path, *options: str):
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | _ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(300):
+        deadline = time.monotonic() + 1800  # A start takes a minute on two idle cores.
+        while True:
             assert process.poll() is None, (tmp_path / "server.log").read_text()[-4000:]
+            assert time.monotonic() < deadline, "the server did not start in time"
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
@@ -365,7 +370,10 @@ def server(tmp_path: pathlib.Path, folder: pathlib.Path, *options: str):
         yield post
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _base64(vectors: np.ndarray) -> str:
