@@ -123,6 +123,8 @@ def alignvlm_config(
             "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
             "AutoModel": "modeling_alignvlm.AlignVLMModel",
             "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_alignvlm.AlignVLMForConditionalGeneration",
             "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
             "AutoImageProcessor": "image_processing_alignvlm.AlignVLMImageProcessor",
         },

@@ -11,6 +11,8 @@ import re
 REMOTE_CODE_FILES: dict[str, str] = {
     "configuration_alignvlm.py": "interop/pytorch/configuration_alignvlm.py",
     "modeling_alignvlm.py": "interop/pytorch/modeling_alignvlm.py",
+    "generation_alignvlm.py": "interop/pytorch/generation_alignvlm.py",
+    "outputs_alignvlm.py": "interop/pytorch/outputs_alignvlm.py",
     "image_processing_alignvlm.py": "interop/pytorch/image_processing_alignvlm.py",
     "processing_alignvlm.py": "interop/pytorch/processing_alignvlm.py",
     "tiling_alignvlm.py": "data/tiling.py",

@@ -18,7 +18,7 @@ Encoder and decoder are transformers' own layers, and their attention uses its i
 sdpa, flash_attention_2, ...). transformers loads this file with `trust_remote_code`. It needs only torch and
 transformers.
 
-Sections: ALIGN's arithmetic, connectors, encoder and shared base class, base model, complete model, helpers.
+Sections: ALIGN's arithmetic, connectors, encoder and shared base class, base model, complete model.
 """
 
 import dataclasses
@@ -31,18 +31,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, LlamaModel, SiglipVisionConfig
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipPreTrainedModel, SiglipVisionEmbeddings
 from transformers.utils import can_return_tuple
 
 from .configuration_alignvlm import AlignVLMConfig
+from .generation_alignvlm import AlignVLMGenerationMixin, check_counts, if_given, is_empty, is_token
+from .outputs_alignvlm import AlignVLMCausalLMOutput, AlignVLMModelOutput, AlignVLMTrainingOutput, DelayedLogits
 
 _IGNORED_LABEL = -100
 # The source that stands for the end of a row in `visual_sources`; image_processing_alignvlm.py has the same number.
@@ -292,6 +288,11 @@ class AlignConnector(nn.Module):
         self.vocab_norm = WordNorm(self.num_words, fields["vocab_scale_init"])
         self.register_buffer("word_ids", None if kept is None else torch.arange(kept, dtype=torch.int32))
         self.key_statistics = None if kept is None else KeyStatistics(width)
+
+    @property
+    def num_rows_read(self) -> int:
+        """Number of rows that the embedding table must have."""
+        return self.num_words if self.word_ids is None else int(self.word_ids.max()) + 1
 
     def forward(self, features: torch.Tensor, embed_words: EmbedWords) -> torch.Tensor:
         query, words = self.query(features), self.words(embed_words)
@@ -560,6 +561,24 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs) -> nn.Module:
+        """Extends transformers' method: ALIGN keeps its words, whatever the number of tokens.
+
+        Raises:
+            ValueError: If the new table would lack rows that the connector or the image token needs.
+        """
+        num_tokens = self.config.text_config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = math.ceil(num_tokens / pad_to_multiple_of) * pad_to_multiple_of
+        # Only ALIGN reads the table.
+        needed = getattr(self.base_model.connector, "num_rows_read", 0)
+        if num_tokens < max(needed, self.config.image_token_id + 1):
+            raise ValueError(
+                f"cannot shrink the embedding table to {num_tokens} rows: the connector reads {needed} rows, and the "
+                f"image token is row {self.config.image_token_id}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -586,28 +605,6 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class AlignVLMModelOutput(BaseModelOutputWithPast):
-    """Output of `AlignVLMModel`.
-
-    Attributes:
-        image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] if tiles are joined.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclasses.dataclass
-class AlignVLMCausalLMOutput(CausalLMOutputWithPast):
-    """Output of `AlignVLMForConditionalGeneration`.
-
-    Attributes:
-        image_hidden_states: the visual tokens, [M, N', D], or [T, 1, D] if tiles are joined.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-
-
 class AlignVLMModel(AlignVLMPreTrainedModel):
     """Encoder, connector and decoder, without the language-model head.
 
@@ -632,8 +629,12 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        """Replaces the embedding table of the decoder."""
+        """Replaces the embedding table of the decoder. Its number of rows may change, ALIGN's words stay the same."""
         self.language_model.set_input_embeddings(value)
+        fields = self.config.connector_config
+        # None stands for all rows of the table, which may have others from now on.
+        if fields["name"] == "align" and fields.get("kept_words") is None:
+            fields["vocab_size"] = self.connector.num_words
 
     @can_return_tuple
     def get_image_features(
@@ -681,7 +682,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             # row can have any number of them.
             visual = mix_visual(visual, self.image_newline, visual_sources, visual_weights)[:, None]
             if image_grid_thw is not None:
-                tokens_per_tile = _is_token(visual_weights).sum(dim=-1).split(image_grid_thw.prod(dim=-1).tolist())
+                tokens_per_tile = is_token(visual_weights).sum(dim=-1).split(image_grid_thw.prod(dim=-1).tolist())
                 visual = list(visual[:, 0].split([int(tokens.sum()) for tokens in tokens_per_tile]))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=visual)
 
@@ -735,8 +736,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual is not None:
                 inputs_embeds = self.place_visual_tokens(input_ids, inputs_embeds, visual)
-            elif _is_empty(kwargs.get("cache") if past_key_values is None else past_key_values):
-                _check_counts(input_ids == self.config.image_token_id, num_visual=0)
+            elif is_empty(kwargs.get("cache") if past_key_values is None else past_key_values):
+                check_counts(input_ids == self.config.image_token_id, num_visual=0)
         elif visual is not None:
             raise ValueError("`pixel_values` require `input_ids`, which mark the places of the visual tokens")
         # With a cache, the mask also covers earlier positions; keep only the positions of the new tokens.
@@ -746,7 +747,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **_if_given(past_key_values=past_key_values),
+            **if_given(past_key_values=past_key_values),
             **kwargs,
         )
         return AlignVLMModelOutput(**outputs, image_hidden_states=visual)
@@ -757,7 +758,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         """Returns `inputs_embeds` [B, L, D] with the image tokens replaced by the visual tokens, in order."""
         visual = visual.flatten(0, -2).to(inputs_embeds.device, inputs_embeds.dtype)
         is_image = input_ids == self.config.image_token_id
-        _check_counts(is_image, len(visual))
+        check_counts(is_image, len(visual))
         return inputs_embeds.masked_scatter(is_image.to(inputs_embeds.device)[..., None], visual)
 
 
@@ -781,14 +782,9 @@ def mix_visual(
     # The newline is the last row.
     rows = torch.cat([features.flatten(0, 1), newline[None].to(features)])
     index = torch.where(sources == _NEWLINE, len(rows) - 1, first + sources)
-    is_token = _is_token(weights)
-    mixed = (rows[index[is_token]].float() * weights[is_token][..., None]).sum(dim=1)
+    has_token = is_token(weights)
+    mixed = (rows[index[has_token]].float() * weights[has_token][..., None]).sum(dim=1)
     return mixed.to(features.dtype)
-
-
-def _is_token(weights: torch.Tensor) -> torch.Tensor:
-    """Returns which slots [M, K] of `visual_weights` have a visual token."""
-    return (weights != 0).any(dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -796,7 +792,7 @@ def _is_token(weights: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
+class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, AlignVLMGenerationMixin):
     """AlignVLM with a language-model head, for generation and training.
 
     Args:
@@ -836,9 +832,11 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
+        cache=None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_logits: bool | None = None,
@@ -854,15 +852,20 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             attention_mask: see `AlignVLMModel.forward`.
             position_ids: see `AlignVLMModel.forward`.
             past_key_values: see `AlignVLMModel.forward`.
+            cache: the same; `generate` looks for this name from transformers 5.24 on.
             inputs_embeds: see `AlignVLMModel.forward`.
             mm_encoder_outputs: see `AlignVLMModel.forward`.
-            labels: [B, L] token at each position, or -100 if it is excluded from the loss (prompt, visual tokens,
-                padding). They are not shifted; the shift by one happens here.
+            labels: [B, L] token at each position, or -100 if it is excluded from the loss (prompt, padding). They are
+                not shifted; the shift by one happens here. Image tokens are always excluded: they are the places of
+                visual tokens, which the model does not predict.
+            shift_labels: [B, L] labels that are shifted already, as trainers pass them if they split sequences over
+                devices.
             logits_to_keep: number of positions at the end to compute logits for (0: all), or their indices.
             num_items_in_batch: divisor of the summed loss, if gradients are accumulated over several batches; by
                 default the number of labels in this batch.
-            return_logits: whether to return logits together with a loss. By default they are not returned in training
-                mode: the loss needs only those before a label, which are few compared to thousands of visual tokens.
+            return_logits: whether to compute logits together with a loss. By default, in training mode, they are only
+                computed if the caller reads them: the loss needs only those before a label, which are few compared to
+                thousands of visual tokens.
             visual_sources: see `AlignVLMModel.get_image_features`.
             visual_weights: see `AlignVLMModel.get_image_features`.
             **kwargs: arguments for the decoder and its attention.
@@ -875,7 +878,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **_if_given(past_key_values=past_key_values),
+            **if_given(past_key_values=past_key_values, cache=cache),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             visual_sources=visual_sources,
@@ -884,118 +887,39 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         )
         # The loss computes its own logits, only where there are labels. Logits for the caller are optional.
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self.label_loss(hidden, labels, num_items_in_batch)
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        logits = None
-        if return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-        return AlignVLMCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL)
+        loss = None if shift_labels is None else self.label_loss(hidden, shift_labels, num_items_in_batch)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # torch.compile cannot trace the delayed form.
+        delay = return_logits is None and loss is not None and self.training and not torch.compiler.is_compiling()
+        logits = self.lm_head(hidden[:, kept]) if return_logits is not False and not delay else None
+        # Its cache has another name from transformers 5.24 on.
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        if not delay:
+            return AlignVLMCausalLMOutput(loss=loss, logits=logits, **others)
+        output = AlignVLMTrainingOutput(loss=loss)
+        for name, value in {"logits": DelayedLogits(self.lm_head, hidden[:, kept]), **others}.items():
+            output[name] = value
+        return output
 
     def label_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+        self, hidden: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the sum of -log p(label) divided by the number of labels; 0 if there are none."""
-        targets = labels[:, 1:].to(hidden.device)
-        has_label = targets != _IGNORED_LABEL
+        """Returns the sum of -log p(label) divided by the number of labels; 0 if there are none.
+
+        Args:
+            hidden: [B, L, D] last hidden states.
+            shift_labels: [B, L] the token after each position, or -100.
+            num_items_in_batch: divisor; None is the number of labels.
+        """
+        targets = shift_labels.to(hidden.device)
+        has_label = (targets != _IGNORED_LABEL) & (targets != self.config.image_token_id)
         # Compute logits only where there is a label: visual tokens and prompts have none.
-        logits = self.lm_head(hidden[:, :-1][has_label]).float()
+        logits = self.lm_head(hidden[has_label]).float()
         total = F.cross_entropy(logits, targets[has_label], reduction="sum")
         count = has_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        """Prepares the inputs of a decoding step; images are only passed with the prompt."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            **_if_given(past_key_values=past_key_values),
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        # In later steps, the visual tokens are in the cache.
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("pixel_values", None)
-            for name in ("mm_encoder_outputs", "visual_sources", "visual_weights"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **model_kwargs
-    ):
-        """Repeats rows for beams in place (a a b b), together with the tiles of each row (a1 a2 a1 a2 b1 b1)."""
-        joined = {name: model_kwargs.pop(name) for name in ("visual_sources", "visual_weights") if name in model_kwargs}
-        if pixel_values is not None and expand_size > 1:
-            is_image = input_ids == self.config.image_token_id
-            if joined:
-                tokens = _is_token(joined["visual_weights"]).sum(dim=-1).to(input_ids.device)
-            else:
-                tokens = torch.full((len(pixel_values),), self.config.tokens_per_tile, device=input_ids.device)
-            _check_counts(is_image, int(tokens.sum()))
-            # A row has the tiles up to the one with its last visual token.
-            ends = torch.searchsorted(tokens.cumsum(dim=0), is_image.sum(dim=-1).cumsum(dim=0), right=True)
-            sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-
-            def expand(tiles):
-                return torch.cat([part for part in tiles.split(sizes) for _ in range(expand_size)])
-
-            pixel_values = expand(pixel_values)
-            joined = {name: expand(tiles) for name, tiles in joined.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, {**model_kwargs, **joined}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Helpers
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _is_empty(cache) -> bool:
-    """Returns whether a cache is known to be empty."""
-    # Under torch.compile, the length of a static cache is a tensor, which must not decide a branch.
-    return cache is None or (not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0)
-
-
-def _if_given(**argument) -> dict:
-    """Returns the argument as keywords, without None.
-
-    From transformers 5.24 on, `past_key_values` is called `cache` and arrives in `kwargs`.
-    """
-    return {name: value for name, value in argument.items() if value is not None}
-
-
-def _check_counts(is_image: torch.Tensor, num_visual: int) -> None:
-    """Raises a `ValueError` unless there is one image token per visual token."""
-    # The check would need a device synchronization, which breaks the graph under torch.compile.
-    if torch.compiler.is_compiling():
-        return
-    num_image_tokens = int(is_image.sum())
-    if num_image_tokens != num_visual:
-        raise ValueError(
-            f"the text has {num_image_tokens} image tokens for {num_visual} visual tokens: use the processor of the "
-            "same folder, and do not truncate its output"
-        )
 
 
 __all__ = ["AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]
