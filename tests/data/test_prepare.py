@@ -289,7 +289,7 @@ def test_tool_prints_a_summary(pages, tmp_path, monkeypatch, capsys):
     code, _, errors = run()
     assert code == 2 and "error: 1 of 9 records" in errors
     code, output, errors = run("--max-rejects", 0.2)
-    assert code == 0 and "9/9" in errors  # the progress bar
+    assert code == 0 and "\r" not in errors  # a progress bar is for a terminal
     assert output.splitlines() == [f"{tmp_path / 'out'}: 8 of 9 records, 1 refused", "         1  missing image"]
     with pytest.raises(SystemExit):
         run("--temp_location", "x")

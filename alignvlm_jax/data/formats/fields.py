@@ -17,10 +17,9 @@ from typing import Any
 from alignvlm_jax.data.formats.conversation import Refusal, expect_list, expect_object, expect_text
 
 # Fields that hold images, in the order in which they are tried.
-IMAGE_FIELDS = (
-    *("images", "image", "image_path", "img_path", "image_paths", "image_base64_str", "file_name"),
-    *("jpg", "jpeg", "png", "webp"),  # columns of WebDataset archives that the Hub has converted to Parquet
-)
+IMAGE_FIELDS = ("images", "image", "image_path", "img_path", "image_paths", "image_base64_str")
+# Fields that hold the image of a caption: ImageFolder's, and WebDataset's as the Hub converts them to Parquet.
+CAPTIONED_FIELDS = ("file_name", "jpg", "jpeg", "png", "webp")
 # Numbered columns with an image each, as in the multi-image data of LLaVA-NeXT-Interleave.
 NUMBERED_IMAGE = re.compile(r"image_?(\d+)")
 _OTHER_MEDIA = {"video": "a video", "videos": "a video", "audio": "audio", "audios": "audio"}
@@ -34,16 +33,17 @@ _DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 # How the base64 text of a JPEG, PNG, GIF, WebP, TIFF or BMP file begins. Paths that begin like this are much shorter.
 _BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk)[A-Za-z0-9+/_=\s-]+\Z")
 _MIN_BASE64_CHARACTERS = 80
+_MAX_DEPTH = 20
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: Any, depth: int = 0) -> bool:
     """Returns whether a value stands for nothing: null, NaN, false, blank text, or a list or object of such values."""
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, Mapping):
-        return all(is_absent(entry) for entry in value.values())
-    if isinstance(value, list):
-        return all(is_absent(entry) for entry in value)
+    if isinstance(value, Mapping | list):
+        entries = value.values() if isinstance(value, Mapping) else value
+        # JSON may be nested deeper than Python can call functions.
+        return depth < _MAX_DEPTH and all(is_absent(entry, depth + 1) for entry in entries)
     return value is None or value is False or value == b"" or isinstance(value, float) and math.isnan(value)
 
 
@@ -96,11 +96,12 @@ def record_images(record: Mapping[str, Any], names: Sequence[str] = IMAGE_FIELDS
     return [image_source(image) for image in as_list(value)]
 
 
-def image_source(value: Any) -> bytes | str | None:
+def image_source(value: Any, depth: int = 0) -> bytes | str | None:
     """Returns an image as bytes or as a path, or None if there is none.
 
     Args:
       value: {"bytes", "path"} as `datasets` stores an image, bytes alone, a path, a data URL, or base64 text.
+      depth: number of objects around the value.
 
     Raises:
       Refusal: if the value is something else, such as the URL of an image on the web.
@@ -109,12 +110,12 @@ def image_source(value: Any) -> bytes | str | None:
         return None
     if isinstance(value, dict):
         found = first_present(value, ("bytes", "path", "url", "image", "image_url", "file_name", "data"))
-        if found is None:
+        if found is None or depth == _MAX_DEPTH:
             fields = ", ".join(sorted(map(str, value)))
             raise Refusal(
                 "unreadable record", f"an image is an object with the fields {fields}, expected bytes or path"
             )
-        return image_source(found)
+        return image_source(found, depth + 1)
     if isinstance(value, bytes):
         return value
     return _reference(expect_text(value, "the name of an image"))

@@ -57,7 +57,16 @@ _NAMED_IMAGE = re.compile(r"<img>([^<>\n]+)</img>")
 
 # The columns to read from a Parquet file.
 COLUMNS = (
-    *(*fields.IMAGE_FIELDS, "image_[0-9]*", "image[0-9]*", "video", "videos", "audio", "audios"),
+    *(
+        *fields.IMAGE_FIELDS,
+        *fields.CAPTIONED_FIELDS,
+        "image_[0-9]*",
+        "image[0-9]*",
+        "video",
+        "videos",
+        "audio",
+        "audios",
+    ),
     *(*_DIALOGUES, *_INSTRUCTIONS, *_INPUTS, *_QUESTIONS, *_ANSWERS, *_CAPTIONS, *_SYSTEMS, *_IDS, *_SOURCES),
     *("history", "tools"),
 )
@@ -86,9 +95,15 @@ def to_conversation(
       Refusal: if the record cannot be read.
     """
     fields.refuse_other_media(record)
-    images = fields.record_images(record) if images is None else images
-    messages = _messages(record, images, options.instruction)
-    messages, images = _place_images(_with_system(messages, record), images)
+    if images is None:
+        # In a conversation, a field such as file_name may name the text it was made from.
+        more = () if has_conversation(record) else fields.CAPTIONED_FIELDS
+        images = fields.record_images(record, (*fields.IMAGE_FIELDS, *more))
+    try:
+        messages = _messages(record, images, options.instruction)
+        messages, images = _place_images(_with_system(messages, record), images)
+    except RecursionError as error:
+        raise Refusal("unreadable record", "the record is nested too deeply") from error
     source = next((record[name] for name in _SOURCES if isinstance(record.get(name), str) and record[name]), None)
     return Conversation(
         where, record_id(record, default_id), options.source or source or default_source, messages, images
@@ -120,6 +135,8 @@ def _messages(record: Mapping[str, Any], images: Sequence[bytes | str | None], i
         if fields.is_absent(value):
             continue
         turns = fields.as_objects(value, f"'{name}'", entry)
+        if not turns:
+            continue
         if any(key in turn for turn in turns for key in _ROLES) or not _is_pair(turns[0]):
             return _spoken(turns, has_images)
         pairs = [_pair(turn) for turn in turns]
@@ -233,7 +250,7 @@ def _content(turn: Mapping[str, Any], role: str, has_images: bool) -> list[dict[
     calls = turn.get("tool_calls")
     if not fields.is_absent(calls):
         named = [call.get("function", call) if isinstance(call, dict) else call for call in fields.as_list(calls)]
-        calls = [text_part(json.dumps(named, ensure_ascii=False))]
+        calls = [text_part(json.dumps(named, ensure_ascii=False, default=str))]
         return calls if fields.is_absent(value) else [*_content({"value": value}, role, has_images), *calls]
     if isinstance(value, dict):
         value = fields.as_objects(value, "the content", "a part") if fields.is_struct_of_lists(value) else [value]
@@ -261,7 +278,7 @@ def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type")
     if kind is None:  # Qwen: {"image": "a.png"}, {"text": "What is this?"}
         kind = next(
-            (name for name in ("image", "image_url", "video", "audio", "text") if part.get(name) is not None), kind
+            (name for name in ("image", "image_url", "video", "audio", "text") if part.get(name) is not None), None
         )
     if kind in ("image", "image_url", "input_image", "image_path", "image_binary"):
         source = fields.first_present(part, ("image", "image_url", "url", "path", "bytes", "content", "source"))
@@ -288,7 +305,9 @@ def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mes
     tools = record.get("tools")
     texts.append(None if fields.is_absent(tools) or tools in ("[]", "{}") else tools)
     texts = [
-        text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in texts if text is not None
+        text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+        for text in texts
+        if text is not None
     ]
     if not texts:
         return messages

@@ -77,6 +77,7 @@ def refusal(folder, record, format="messages"):
             "unreadable record",
             ["different lengths: role 2, content 1"],
         ),
+        ({"conversations": "[]"}, "unreadable record", ["'conversations' is missing"]),
         ({"conversations": "[{]"}, "unreadable record", ["'conversations' is text that is not valid JSON"]),
         ({"note": 1, "images": ["0.png"]}, "unreadable record", ["'conversations' is missing", "images, note"]),
         # Two questions in a row stay refused unless one is only an image.
@@ -154,6 +155,28 @@ def test_a_format_for_other_files_is_recommended(tmp_path):
     ):
         with pytest.raises(UserError, match=found):
             prepare(Recipe("bigdocs", (f"{tmp_path}/{entry}",)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("field", ["images", "image", "video", "tools", "system", "conversations", "history", "id"])
+@pytest.mark.parametrize("brackets", ["[]", ('{"image": ', "}")])
+def test_deep_nesting_costs_only_its_record(tmp_path, field, brackets):
+    """RFC 8259, section 9: JSON may be nested as deeply as its parser allows, and Python code less deeply."""
+    opening, closing = brackets
+    deep = opening * 900 + ("1" if closing == "}" else "") + closing * 900
+    record = json.dumps({"query": "Q?", "response": "A."} | {field: "DEEP"}).replace('"DEEP"', deep)
+    (tmp_path / "a.jsonl").write_text(record + "\n" + json.dumps({"query": "Q?", "response": "A."}))
+    for format in ("messages", "docdownstream"):
+        found = read_all(format, tmp_path / "a.jsonl")
+        assert len(found) == 2
+    assert not isinstance(read_all("messages", tmp_path / "a.jsonl")[1], Refused)
+
+
+def test_file_name_of_a_conversation_is_no_image(tmp_path):
+    """A field that names the image of a caption in ImageFolder may name anything in a conversation."""
+    (found,) = read_all(
+        "llava", write_lines(tmp_path / "a.jsonl", [{"file_name": "a.pdf", "conversations": turns("Q?", "A.")}])
+    )
+    assert found.images == []
 
 
 def test_descriptions_next_to_the_data_are_not_data(folder):
