@@ -75,9 +75,9 @@ def open_encoded(data: bytes, max_pixels: int | None = None) -> PIL.Image.Image:
         if kind is None:
             raise
         raise _refusal(*kind) from error
-    _check_size(image.size, max_pixels)
     if page is not None and page.number:
         image.seek(page.number)
+    _check_size(image.size, max_pixels)
     if image.format == "PNG" and not is_png_read_by_pillow(data):
         return _decoded(_rotated(decode_png(data), _orientation(image)), "PNG", image.is_animated)
     return image

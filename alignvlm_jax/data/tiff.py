@@ -91,6 +91,7 @@ _COMPRESSION_NAMES = {
 
 # Exceeding this many bytes of decoded samples is refused, as the number of pixels is.
 _MAX_DECODED_BYTES = 2 << 30
+_LARGEST_TILE_BYTES = 64 << 20
 
 TRANSPOSES: dict[int, PIL.Image.Transpose] = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -435,6 +436,9 @@ def _decode_plane(data: bytes, page: TiffPage, plane: int, planes: int, predicto
     if len(offsets[chunks]) != across * down or len(counts[chunks]) != across * down:
         raise ValueError(f"the TIFF file has {len(offsets)} strips or tiles, fewer than its size needs")
     rows = down * tile_height if is_tiled else height
+    # Tiles of a small page may be larger than the page, but not by any factor.
+    if row_bytes * across * rows > max(_LARGEST_TILE_BYTES, 4 * row_bytes * width * height // tile_width):
+        raise ValueError(f"the tiles of the TIFF file, {tile_width} x {tile_height}, are larger than its pages")
     raw = _decode_bytes(
         data, page, offsets[chunks], counts[chunks], (row_bytes * across, rows), (row_bytes, tile_height)
     )

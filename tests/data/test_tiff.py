@@ -215,6 +215,8 @@ def test_limits_and_damage():
         open_image(data, max_pixels=100)
     with pytest.raises(UserError, match="pixels"):
         open_image(tiff(scaled(scene(), 12), 12, tags={256: (60_000,), 257: (60_000,)}))
+    with pytest.raises(UserError, match="the tiles of the TIFF file, 1000000000 x 16, are larger"):
+        open_image(tiff(scaled(scene(), 12), 12, tile=(16, 16), tags={322: (10**9,)}))
     for cut in range(8, len(data), 7):
         with pytest.raises(UserError):
             open_image(data[:cut], name="page")
