@@ -836,7 +836,6 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, AlignVLMGenerati
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_logits: bool | None = None,
@@ -858,8 +857,6 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, AlignVLMGenerati
             labels: [B, L] token at each position, or -100 if it is excluded from the loss (prompt, padding). They are
                 not shifted; the shift by one happens here. Image tokens are always excluded: they are the places of
                 visual tokens, which the model does not predict.
-            shift_labels: [B, L] labels that are shifted already, as trainers pass them if they split sequences over
-                devices.
             logits_to_keep: number of positions at the end to compute logits for (0: all), or their indices.
             num_items_in_batch: divisor of the summed loss, if gradients are accumulated over several batches; by
                 default the number of labels in this batch.
@@ -868,11 +865,14 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, AlignVLMGenerati
                 thousands of visual tokens.
             visual_sources: see `AlignVLMModel.get_image_features`.
             visual_weights: see `AlignVLMModel.get_image_features`.
-            **kwargs: arguments for the decoder and its attention.
+            **kwargs: arguments for the decoder and its attention. `shift_labels` are [B, L] labels that are shifted
+                already, as trainers pass them if they split sequences over devices.
 
         Returns:
             Loss, logits, cache, and the outputs of the decoder.
         """
+        # As a named argument, it would be one of the labels that transformers' Trainer wants to evaluate a batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -190,7 +190,10 @@ def trainer():
             )
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            losses = [float(loss) for loss in losses]
             assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), (mode, losses)
+            evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+            assert len(evaluations) == 2 * ("eval_strategy" in mode)
 
 
 def adapters():
@@ -251,7 +254,7 @@ def sft():
                 )
                 trainer.train()
                 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-                assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), losses
+                assert len(losses) == 2 and all(0 < float(loss) < 100 for loss in losses), losses
                 if lora and not bf16:
                     merged = pathlib.Path(sys.argv[1]).parent / f"merged-trl-{trl.__version__}"
                     trainer.model.merge_and_unload().save_pretrained(merged)

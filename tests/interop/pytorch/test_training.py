@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from transformers.utils import find_labels
 
 from tests.interop.pytorch.folders import ask, random_image, relative_error
 
@@ -73,6 +74,8 @@ def test_image_tokens_are_no_labels(training):
     shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     assert torch.equal(model(**inputs, shift_labels=shifted).loss, model(**batch).loss)
+    # transformers' Trainer evaluates no loss if a batch lacks one of these.
+    assert find_labels(type(model)) == ["labels"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # transformers 5.0 lacks the new name.
