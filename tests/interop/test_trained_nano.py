@@ -102,6 +102,7 @@ def test_every_held_out_question_gets_the_same_answer(reader, exported, records,
     print(f"exact match of {len(expected)} held-out questions:", num_right)
     assert len(expected) == questions
     assert in_pytorch == in_jax
+    assert report.warnings == {}, "no warning about a page of the kind that the model is trained on"
     assert num_right["JAX"] == report.overall.right > 0.75 * len(expected)
 
 
