@@ -162,7 +162,7 @@ def test_a_format_for_other_files_is_recommended(tmp_path):
 def test_deep_nesting_costs_only_its_record(tmp_path, field, brackets):
     """RFC 8259, section 9: JSON may be nested as deeply as its parser allows, and Python code less deeply."""
     opening, closing = brackets
-    deep = opening * 900 + ("1" if closing == "}" else "") + closing * 900
+    deep = opening * 450 + ("1" if closing == "}" else "") + closing * 450
     record = json.dumps({"query": "Q?", "response": "A."} | {field: "DEEP"}).replace('"DEEP"', deep)
     (tmp_path / "a.jsonl").write_text(record + "\n" + json.dumps({"query": "Q?", "response": "A."}))
     for format in ("messages", "docdownstream"):
