@@ -2,7 +2,7 @@
 
 Axes: L positions of one prompt, D decoder width.
 
-vLLM, SGLang and other engines serve a plain Llama and accept vectors in place of token ids. The encoder and the
+vLLM serves a plain Llama and accepts vectors in place of token ids, as other engines may do. The encoder and the
 connector then run here, and the decoder in the engine, from the folder that `tools/export_pytorch.py --language-only`
 writes:
 
