@@ -168,8 +168,8 @@ def size_with_most_tokens(config: TilingConfig, token_grid: tuple[int, int]) -> 
     """Returns (width, height) of an image that has as many visual tokens as any."""
     side = config.tile_size
     if config.rule != "anyres_max_9":
-        # The proportions of one row of cells. At twice their size, no smaller grid keeps as much detail.
-        return 2 * config.max_tiles * side, 2 * side
+        # So wide that the longest row of cells is always the best grid, even if a call allows more cells than `config`.
+        return max(64, 2 * config.max_tiles) * side, side
     # An image fills the width or the height of its canvas. The other side matters only in whole tokens.
     rows, cols = token_grid
     cells = range(1, config.grid_side + 1)

@@ -227,6 +227,9 @@ def test_vllm_reserves_memory_for_the_image_with_most_tokens(rule, max_tiles):
     assert most >= max(processor.num_visual_tokens(int(height), int(width)) for height, width in sizes)
     if rule != "anyres_max_9":
         assert most == 6 * (max_tiles + (max_tiles > 1))
+        # vLLM takes the size from the folder, but counts with the options of the engine.
+        size = processor.size["height"], processor.size["width"]
+        assert [processor.plan(*size, max_tiles=n).num_tiles for n in (1, 2, 7, 30)] == [1, 3, 8, 31]
     assert "size" not in processor.to_dict()
 
 

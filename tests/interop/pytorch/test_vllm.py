@@ -135,9 +135,9 @@ def records():
 
 
 @pytest.fixture(scope="module")
-def pages(workspace, records):
+def pages(workspace):
     """Files of the first four held-out pages."""
-    return [save_image(workspace / "images", records[i]["image"]) for i in range(4)]
+    return [save_image(workspace / "images", record["image"]) for record in draw_records(0, "heldout", 0, 4)]
 
 
 def _heldout(workspace, records) -> tuple[list[list[dict]], list[str]]:
