@@ -4,19 +4,31 @@
 """
 
 import re
+from collections.abc import Mapping
 
-from alignvlm_jax.data.file_kinds import identify
+from alignvlm_jax.data.file_kinds import identify, is_office
 
 HEAD_BYTES = 512
+
+# How `tools/prepare_data.py` reads the content of a file. Benchmarks have no such choice.
+FORMATS_OF: Mapping[str, str] = {
+    "json": "read it with --format messages, llava or docdownstream",
+    "tar": "read it with --format webdataset",
+    "parquet": "read it with --format messages or bigdocs",
+}
 
 _HTML = re.compile(rb"\s*(?:<!doctype html|<html|<head)", re.IGNORECASE)
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]")
 # Each kind: whether the first bytes are of this kind, and what a file of the kind is.
 _KINDS = {
-    "json": (_JSON.match, "JSON text; read it with --format messages, llava or docdownstream"),
-    "tar": (lambda head: head[257:262] == b"ustar", "a tar archive; read it with --format webdataset, or unpack it"),
-    "parquet": (lambda head: head[:4] == b"PAR1", "a Parquet file; read it with --format messages or bigdocs"),
+    "json": (_JSON.match, "JSON text"),
+    "tar": (lambda head: head[257:262] == b"ustar", "a tar archive; unpack it"),
+    "parquet": (lambda head: head[:4] == b"PAR1", "a Parquet file"),
     "gzip": (lambda head: head[:2] == b"\x1f\x8b", "compressed with gzip; unpack it with `gunzip`"),
+    "office": (
+        lambda head: head[:4] == b"PK\3\4" and is_office(head),
+        "an Excel sheet or another office document; store its table as JSON lines, one object per row",
+    ),
     "zip": (lambda head: head[:4] in (b"PK\3\4", b"PK\5\6"), "a zip archive; unpack it and give the files in it"),
     "zstd": (lambda head: head[:4] == b"(\xb5/\xfd", "compressed with zstd; unpack it with `unzstd`"),
     "arrow": (
@@ -39,18 +51,19 @@ _KINDS = {
 }
 
 
-def describe_other_content(head: bytes, *expected: str) -> str | None:
+def describe_other_content(head: bytes, *expected: str, advice: Mapping[str, str] = FORMATS_OF) -> str | None:
     """Returns what a file is and what to do about it, or None if it may be what was expected.
 
     Args:
       head: the first `HEAD_BYTES` bytes of the file.
       *expected: kinds of content that are no surprise: "json", "tar", "gzip" or "parquet".
+      advice: what to do about a kind of content that the command reads in another way.
     """
     if any(_KINDS[kind][0](head) for kind in expected):
         return None
-    for matches, what in _KINDS.values():
+    for kind, (matches, what) in _KINDS.items():
         if matches(head):
-            return what
+            return f"{what}; {advice[kind]}" if kind in advice else what
     # An archive may begin with the name of its first file, which is any text.
     kind = None if "tar" in expected else identify(head)
     return kind and f"{kind[0]}. {kind[1]}".rstrip(".")

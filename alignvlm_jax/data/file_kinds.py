@@ -147,6 +147,11 @@ def is_jxl(data: bytes) -> bool:
     return data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"))
 
 
+def is_office(data: bytes) -> bool:
+    """Returns whether a zip archive is an office document."""
+    return any(member in data[:4096] for member in _OFFICE)
+
+
 def identify(data: bytes) -> tuple[str, str] | None:
     """Returns what a file is and the next step, or None if it is an image or unknown."""
     if data.startswith(b"\x89PNG") and data[12:16] == b"CgBI":
@@ -201,7 +206,7 @@ def _identify_container(data: bytes) -> tuple[str, str] | None:
     if b"%PDF-" in data[:1024]:
         return "a PDF", "Convert its pages with `pdftoppm -r 200 -png FILE page`."
     if data[:2] == b"PK" and data[2:4] in (b"\3\4", b"\5\6"):
-        if any(member in data[:4096] for member in _OFFICE):
+        if is_office(data):
             return "an office document", convert_with("soffice --headless --convert-to pdf FILE")
         return _filled(_ARCHIVE, "zip", "unzip FILE")
     if data[257:262] == b"ustar":

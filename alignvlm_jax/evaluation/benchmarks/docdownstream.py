@@ -267,6 +267,6 @@ def _with_ten_answers(questions: list[Question], folder: pathlib.Path, split: st
                 )
             )
         else:
-            answers = row.texts("answers") if "answers" in row else None
+            answers = row.answers("answers")
             completed.append(dataclasses.replace(question, id=row.text("question_id"), references=answers))
     return completed

@@ -49,7 +49,7 @@ def _question_from_rrc(images: files.ImageFolders, row: Row) -> Question:
         where=row.where,
         text=row.text("question"),
         images=(images.find(name, posixpath.basename(name)),),
-        references=row.texts("answers") if "answers" in row else None,
+        references=row.answers("answers"),
     )
 
 
@@ -63,7 +63,7 @@ def _question_from_parquet(row: Row) -> Question:
         where=row.where,
         text=row.text("question"),
         images=(row.get("image"),),
-        references=row.texts("answers") if "answers" in row else None,
+        references=row.answers("answers"),
     )
 
 

@@ -55,6 +55,15 @@ class Row:
             raise RowError(f"{self.where}: expected a list of texts in field {names[0]!r}, got {str(value)[:60]!r}")
         return tuple(str(item) for item in value)
 
+    def answers(self, *names: str) -> tuple[str, ...] | None:
+        """Returns the first present one of these fields as texts, or None if it is absent, empty or blank.
+
+        Publishers withhold the answers of a test split by null, by an empty list or by empty texts.
+        """
+        present = [name for name in names if name in self]
+        answers = self.texts(*present) if present else ()
+        return answers if any(answer.strip() for answer in answers) else None
+
 
 def questions(rows: Iterable[tuple[Any, str]], make: Callable[[Row], Question | None]) -> Iterator[Question]:
     """Converts rows to questions. An unusable row becomes a question with a problem.
@@ -88,8 +97,18 @@ def find_shards(folder: pathlib.Path, *patterns: str) -> tuple[list[pathlib.Path
 
     Of two uploads in one folder, only the files of one are returned.
     """
-    selection = shard_names.select(path.as_posix() for path in find(folder, *patterns))
-    return [pathlib.Path(file) for file in selection.files], selection.missing
+    found = [path.as_posix() for path in find(folder, *patterns)]
+    selection = shard_names.select(found)
+    return [pathlib.Path(file) for file in selection.files], (*selection.missing, *shard_names.gaps(found))
+
+
+def split_patterns(*names: str, folders: Sequence[str] = ("data/", "")) -> list[str]:
+    """Returns patterns of the Parquet files of a split, which may have any of these names.
+
+    The Hub's own conversion (refs/convert/parquet) has a folder for the split: validation/0000.parquet.
+    """
+    endings = ("-*.parquet", ".parquet", "/[0-9][0-9][0-9][0-9].parquet")
+    return [f"{folder}{name}{ending}" for ending in endings for folder in folders for name in names]
 
 
 def parquet_questions(
@@ -106,8 +125,7 @@ def parquet_questions(
       image_columns: columns with images.
       make: function that converts one row, as for `questions`.
     """
-    patterns = [f"{prefix}{name}-*.parquet" for prefix in ("data/", "") for name in split_names]
-    paths, missing = find_shards(folder, *patterns)
+    paths, missing = find_shards(folder, *split_patterns(*split_names))
     if not paths:
         return None
     rows = (row for path in paths for row in parquet_rows(path, image_columns))
@@ -149,7 +167,7 @@ def json_file(file: pathlib.Path) -> Any:
 def _unreadable(file: pathlib.Path, kind: str, error: str) -> str:
     """Returns a message about a file that cannot be read, which says what it is instead, if that is known."""
     with contextlib.suppress(OSError), file.open("rb") as stream:
-        if (other := describe_other_content(stream.read(HEAD_BYTES), kind.lower())) is not None:
+        if (other := describe_other_content(stream.read(HEAD_BYTES), kind.lower(), advice={})) is not None:
             return f"{file}: cannot be read as {kind}. It is {other}"
     return f"{file}: cannot be read as {kind} ({error}). The file may be incomplete; fetch it again"
 

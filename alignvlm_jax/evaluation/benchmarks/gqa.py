@@ -35,12 +35,16 @@ def _read_original(folder: pathlib.Path, split: str) -> Found | None:
 
 
 def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
-    paths, missing = files.find_shards(folder, "testdev_balanced_instructions/testdev-*.parquet")
+    paths, missing = files.find_shards(
+        folder, *files.split_patterns("testdev", folders=("testdev_balanced_instructions/",))
+    )
     if split != "test" or not paths:
         return None
     # Many questions share an image, so the images are in files of their own.
     images: dict[str, Cell] = {}
-    image_paths, missing_images = files.find_shards(folder, "testdev_balanced_images/testdev-*.parquet")
+    image_paths, missing_images = files.find_shards(
+        folder, *files.split_patterns("testdev", folders=("testdev_balanced_images/",))
+    )
     for path in image_paths:
         images |= {fields.get("id"): fields.get("image") for fields, _ in files.parquet_rows(path, ("image",))}
     if not images:

@@ -61,14 +61,19 @@ def _read(folder: pathlib.Path, split: str) -> Found | None:
     # MMMU has a split called dev, which is not the validation split.
     names = ("validation", "val") if split == "val" else (split,)
     by_subject = {
-        subject: files.find_shards(folder, *(f"{subject}/{name}-*.parquet" for name in names)) for subject in SUBJECTS
+        subject: files.find_shards(folder, *files.split_patterns(*names, folders=(f"{subject}/",)))
+        for subject in SUBJECTS
     }
     present = [subject for subject, (paths, _) in by_subject.items() if paths]
     if present:
         rows = (row for paths, _ in by_subject.values() for path in paths for row in files.parquet_rows(path, IMAGES))
         missing = [sentence for _, sentences in by_subject.values() for sentence in sentences]
         return Found(files.questions(rows, _question), (*missing_parts("MMMU's subjects", SUBJECTS, present), *missing))
-    return files.parquet_questions(folder, names, IMAGES, _question)
+    found = files.parquet_questions(folder, names, IMAGES, _question)
+    if found is not None and folder.resolve().name in SUBJECTS:
+        missing = missing_parts("MMMU's subjects", SUBJECTS, [folder.resolve().name])
+        return dataclasses.replace(found, missing=(*missing, *found.missing))
+    return found
 
 
 def _question(row: Row) -> Question:

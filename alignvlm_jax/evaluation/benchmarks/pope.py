@@ -50,7 +50,9 @@ def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
 
 
 def _read_parts(folder: pathlib.Path, split: str) -> Found | None:
-    shards = {part: files.find_shards(folder, f"Full/{part}-*.parquet", f"{part}-*.parquet") for part in CATEGORIES}
+    shards = {
+        part: files.find_shards(folder, *files.split_patterns(part, folders=("Full/", ""))) for part in CATEGORIES
+    }
     present = [part for part, (paths, _) in shards.items() if paths]
     if split != "test" or not present:
         return None
@@ -66,14 +68,14 @@ def _question_from_parquet(row: Row) -> Question:
 
 
 def _question(row: Row, category: str, text: str, image, label: str) -> Question:
-    if label not in ("yes", "no"):
+    if label.strip().lower() not in ("yes", "no"):
         raise UserError(f"{row.where}: expected yes or no as the answer, got {label!r}")
     return Question(
         id=f"{category}:{row.text('question_id')}",
         where=row.where,
         text=text,
         images=(image,),
-        references=(label,),
+        references=(label.strip().lower(),),
         group=category,
     )
 

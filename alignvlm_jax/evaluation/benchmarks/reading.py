@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from alignvlm_jax.data import nearby
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks import files
+from alignvlm_jax.evaluation.benchmarks import files, scoring
 from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout
-from alignvlm_jax.evaluation.benchmarks.question import Question
+from alignvlm_jax.evaluation.benchmarks.question import ImageSource, Question
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 
 _DEPTH = 4
@@ -31,6 +31,14 @@ _SPLITS: Mapping[str, str] = {"validation": "val", "testdev": "test"}
 """Other names of splits -> their names here."""
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 _SHOWN = 8
+_MAX_NAMES = 200_000
+# Endings of files that hold benchmarks but are not read, and what to do.
+_UNREAD: Mapping[str, str] = {
+    ".tsv": "TSV files of VLMEvalKit are not read",
+    ".arrow": "Arrow files of `save_to_disk` are not read; store the data set with `to_parquet`",
+    ".incomplete": "Downloads were interrupted, as .incomplete shows; repeat them",
+    ".lance": "Lance files are not read; store the data set as Parquet",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +95,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
         packed = "".join(f"{sentence}. " for sentence in _archives(data))
         raise UserError(
             f"{folder}: none of the {len(images)} images of {benchmark.title} exists, for example {images[0]}. "
-            f"{packed}Expected files: {layout.describe(split)}"
+            f"{_similar_image(images[0], data)}{packed}Expected files: {layout.describe(split)}"
         )
     return QuestionSet(_unique(questions), found.missing, tuple(_count_remarks(benchmark, split, questions)))
 
@@ -210,8 +218,21 @@ def _hints(benchmark: Benchmark, data: pathlib.Path, split: str) -> Iterator[str
     if owner not in (None, benchmark.name):
         yield f"The folder is named after {BENCHMARKS[owner].title}"
     yield from _archives(data)
+    endings = nearby.count_endings(data)
+    yield from (sentence for ending, sentence in _UNREAD.items() if ending in endings)
     if not present:
         yield f"It has {nearby.list_names(data)}"
+
+
+def _similar_image(image: ImageSource, data: pathlib.Path) -> str:
+    """Returns a sentence about a file beneath a folder whose name is a missing image's, except for case and ending."""
+    if not isinstance(image, pathlib.Path):
+        return ""
+    paths = (pathlib.Path(parent, name) for parent, _, names in os.walk(data) for name in names)
+    for path in itertools.islice(paths, _MAX_NAMES):
+        if path.stem.lower() == image.stem.lower() and path.suffix.lower() not in (".json", ".txt", ".xml", ".csv"):
+            return f"There is {path}: rename it, or the folder that it is in. "
+    return ""
 
 
 def _archives(folder: pathlib.Path) -> Iterator[str]:
@@ -228,6 +249,9 @@ def _archives(folder: pathlib.Path) -> Iterator[str]:
 
 def _count_remarks(benchmark: Benchmark, split: str, questions: Sequence[Question]) -> Iterator[str]:
     """Yields a remark if the number of questions is not a published one."""
+    withheld = sum(question.references is None and not question.problem for question in questions)
+    if 0 < withheld < len(questions) and benchmark.metric is not scoring.not_scored:
+        yield f"number of questions without an answer in the files, which are not scored: {withheld:,}"
     published = benchmark.published.get(split, ())
     number = sum(question.is_published for question in questions)
     if published and number not in published:

@@ -19,7 +19,7 @@ PARTS = ("vwtq", "vwtq_syn", "vtabfact", "fintabnetqa")
 
 
 def _read(folder: pathlib.Path, split: str) -> Found | None:
-    shards = {part: files.find_shards(folder, f"data/{part}-*.parquet", f"{part}-*.parquet") for part in PARTS}
+    shards = {part: files.find_shards(folder, *files.split_patterns(part)) for part in PARTS}
     if split != "test" or not any(paths for paths, _ in shards.values()):
         return None
     questions = (

@@ -40,7 +40,7 @@ def _read_parquet(folder: pathlib.Path, split: str) -> Found | None:
 
 def _question(images: files.ImageFolders | None, row: Row) -> Question:
     image = row.get("image") if images is None else images.find(f"{row.text('image_id')}.jpg")
-    answers = row.texts("answers") if "answers" in row else None
+    answers = row.answers("answers")
     return Question(
         id=row.text("question_id"), where=row.where, text=row.text("question"), images=(image,), references=answers
     )

@@ -227,3 +227,54 @@ def test_other_names_of_splits(tmp_path):
     with pytest.raises(UserError, match="no files of MMMU, split val"):
         read("mmmu", tmp_path / "mmmu")
     assert read_questions(BENCHMARKS["mmmu"], tmp_path / "mmmu", "dev").questions
+
+
+@pytest.mark.parametrize("ending", ["/0000.parquet", ".parquet"])
+@pytest.mark.parametrize("name", ["docvqa", "mmmu", "pope", "gqa", "tablevqa"])
+def test_other_names_of_parquet_files(name, ending, tmp_path):
+    """huggingface/datasets#5986: the Hub's own conversion, refs/convert/parquet, has a folder for each split."""
+    content = LAYOUTS[f"{name}-parquet-full" if name == "pope" else f"{name}-parquet"]
+    for file, rows in content.items():
+        write(tmp_path, {re.sub(r"-00000-of-00001[^/]*", ending, file): rows})
+    assert all(question.text == "q" for question in read(name, tmp_path).questions)
+
+
+def test_missing_file_of_the_hubs_conversion(tmp_path):
+    """The files of refs/convert/parquet do not state their number, but a gap shows."""
+    write(tmp_path, {f"validation/{number}.parquet": [{**DOC, **PICTURE}] for number in ("0000", "0002")})
+    with pytest.raises(UserError, match="leave out 0001.parquet"):
+        read("docvqa", tmp_path)
+
+
+def test_the_folder_of_one_subject(tmp_path):
+    """MMMU-Benchmark/MMMU: a score of Accounting is no score of MMMU."""
+    write(tmp_path, {"Art/validation-00000-of-00001.parquet": mmmu("Art")})
+    with pytest.raises(UserError, match="29 of MMMU's subjects are missing"):
+        read("mmmu", tmp_path / "Art")
+
+
+@pytest.mark.parametrize("answers", [None, [], [""] * 10])
+def test_withheld_answers(answers, tmp_path):
+    """facebookresearch/TextVQA: the answers of the test split are empty texts, so an empty answer would be right."""
+    columns = {"question_id": "1", "question": "q", "answers": answers, **PICTURE}
+    write(tmp_path, {"data/test-00000-of-00001.parquet": [columns]})
+    (question,) = read_questions(BENCHMARKS["textvqa"], tmp_path, "test").questions
+    assert question.references is None and not question.problem
+
+
+def test_files_that_are_near(tmp_path):
+    """open-compass/VLMEvalKit: benchmarks as TSV files. GQA's images are also published as allImages/images."""
+    questions = {"testdev_balanced_questions.json": {"1": {"imageId": "a", "question": "q", "answer": "no"}}}
+    write(tmp_path, {**questions, "allImages/images/A.JPG": 1})
+    with pytest.raises(UserError, match="There is .*/allImages/images/A.JPG: rename"):
+        read("gqa", tmp_path)
+    (tmp_path / "DocVQA_VAL.tsv").touch()
+    with pytest.raises(UserError, match="TSV files of VLMEvalKit are not read"):
+        read("docvqa", tmp_path)
+
+
+def test_messages_about_content_fit_the_command(tmp_path):
+    """`alignvlm eval` has no --format."""
+    (tmp_path / "val_v1.0.json").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(UserError, match="It is a Parquet file$"):
+        read("docvqa", tmp_path)
