@@ -10,23 +10,33 @@ from typing import TextIO
 from alignvlm_jax.errors import UserError
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Checks that a file or folder can be written, before any long work. Creates nothing.
+def check_writable(file: str | os.PathLike[str]) -> None:
+    """Checks that a file can be written, before any long work. Creates nothing.
 
     Raises:
       UserError: if it cannot be written.
     """
+    _check(file, Path(file).absolute().parent)
+
+
+def check_writable_folder(folder: str | os.PathLike[str]) -> None:
+    """Checks that files can be written to a folder, which need not exist, before any long work. Creates nothing.
+
+    Raises:
+      UserError: if they cannot.
+    """
+    _check(folder, Path(folder).absolute())
+
+
+def _check(output: str | os.PathLike[str], folder: Path) -> None:
     # Missing folders would be created in the closest existing parent.
-    folder = Path(path).absolute()
-    if not folder.is_dir():
-        folder = folder.parent
     while not folder.exists():
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({folder}: {error.strerror or error})") from error
+        raise UserError(f"{output}: cannot be written ({folder}: {error.strerror or error})") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.output_files import check_writable, open_atomically
+from alignvlm_jax.output_files import check_writable, check_writable_folder, open_atomically
 
 
 def _read_only(monkeypatch):
@@ -18,13 +18,14 @@ def _read_only(monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", fail)
 
 
-@pytest.mark.parametrize("name", ["a.json", "new/deep/a.json", "."])
-def test_a_place_is_checked_without_creating_anything(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["a.json", "new/deep/a.json"])
+@pytest.mark.parametrize("check", [check_writable, check_writable_folder])
+def test_a_place_is_checked_without_creating_anything(tmp_path, monkeypatch, name, check):
     """huggingface/datasets#2837, allenai/allennlp#4838: a folder on read-only media."""
-    check_writable(tmp_path / name)
+    check(tmp_path / name)
     _read_only(monkeypatch)
     with pytest.raises(UserError, match=r"cannot be written \(.*Read-only file system"):
-        check_writable(tmp_path / name)
+        check(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -32,6 +33,9 @@ def test_a_file_stands_in_the_way_of_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         check_writable(tmp_path / "file" / "a.json")
+    with pytest.raises(UserError, match="Not a directory"):
+        check_writable_folder(tmp_path / "file")
+    check_writable(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"), open_atomically(tmp_path / "file" / "a.json"):
         pass
 

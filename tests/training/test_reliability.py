@@ -91,6 +91,9 @@ def test_resuming_needs_no_more_memory_than_a_fresh_start_and_reads_each_byte_tw
         assert read < 1.05 * 2 * size / num_processes
 
 
+_TEXTS = ("interop/model_card.py", "downloads/contents.py")
+
+
 def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
     """The package must not execute code from files it reads, or extract archives to paths that they choose."""
     root = pathlib.Path(weights.__file__).parents[1]

@@ -6,7 +6,7 @@ from alignvlm_jax.analysis import inputs, output
 from alignvlm_jax.analysis.geometry import report
 from alignvlm_jax.analysis.geometry.measure import HULL_TOKENS, PAGES, TOKENS, measure_geometry
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_writable_folder
 
 
 @ordinary_modes()
@@ -33,7 +33,7 @@ def run(
       hull_tokens: number of those tokens whose distance to the hull is computed.
       seed: seed of the draws.
     """
-    check_writable(out)
+    check_writable_folder(out)
     records = inputs.open_records(data, split)
     geometries = {
         name: measure_geometry(reader, records, pages=pages, tokens=tokens, hull_tokens=hull_tokens, seed=seed)

@@ -7,7 +7,7 @@ from alignvlm_jax.analysis.noise import report
 from alignvlm_jax.analysis.noise.corruptions import DEFAULT_CORRUPTIONS, Corruption
 from alignvlm_jax.analysis.noise.measure import SIGMAS, feature_noise, image_noise
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_writable_folder
 
 
 @ordinary_modes()
@@ -36,7 +36,7 @@ def run(
       seed: seed of the noise and of the corruptions.
       batch_size: questions decoded at once.
     """
-    check_writable(out)
+    check_writable_folder(out)
     records = inputs.open_records(data, split)
     sigmas = sorted({0.0, *sigmas})
     reports = {}

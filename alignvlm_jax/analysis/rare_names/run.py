@@ -13,7 +13,7 @@ from alignvlm_jax.analysis.rare_names.measure import compare, letter_agreement, 
 from alignvlm_jax.data.synthetic.names import read_lexicon
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_writable_folder
 
 
 @ordinary_modes()
@@ -67,7 +67,7 @@ def run(
       seed: seed of the bootstrap.
     """
     # Check the arguments, then measure every checkpoint with one view and with `views` views.
-    check_writable(out)
+    check_writable_folder(out)
     read_lexicon(data)  # refuses other corpora before any model is loaded
     models = {}
     for name, reader in load_readers(checkpoints, batch_size=batch_size):

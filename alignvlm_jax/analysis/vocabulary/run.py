@@ -16,7 +16,7 @@ from alignvlm_jax.analysis.vocabulary.saving import save_pruned
 from alignvlm_jax.checkpoints.new_folder import check_is_free
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_writable_folder
 
 _TOP = 20
 
@@ -63,7 +63,7 @@ def run(
         _check_sizes(checkpoint, sizes, prune)
     if save is not None:
         check_is_free(save)
-    check_writable(out)
+    check_writable_folder(out)
 
     counted, records = inputs.open_records(data, usage_split), inputs.open_records(data, split)
     reports = {}
