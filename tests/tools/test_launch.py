@@ -424,27 +424,43 @@ def test_the_job_runs_the_command_in_every_task(fakes, slurm, code):
     assert not fakes.calls("scontrol")
 
 
+def requeues(fakes):
+    return [call for call in fakes.calls("scontrol") if call[1] == "requeue"]
+
+
 def test_a_job_whose_folder_is_in_use_is_requeued(fakes, slurm):
     fakes.add("srun", "75|")
     process = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
     assert process.returncode == 0
-    assert fakes.calls("scontrol") == [["scontrol", "requeue", "77"]]
+    assert requeues(fakes) == [["scontrol", "requeue", "77"]]
 
 
-def test_before_the_time_limit_the_run_is_saved_and_requeued(fakes, slurm):
+def test_a_job_whose_tasks_were_cancelled_is_not_requeued(fakes, slurm):
+    """`scancel` may signal only the tasks, which end with 75 (SchedMD, scancel.html: not sent to the batch step)."""
+    fakes.add("srun", "75|")
+    fakes.add("scontrol", "0|JobId=77 JobName=alignvlm JobState=CANCELLED Reason=None")
+    process = subprocess.run([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm, timeout=60)
+    assert process.returncode == 75
+    assert not requeues(fakes)
+
+
+@pytest.mark.parametrize("state, is_requeued", [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+def test_after_a_signal_the_run_is_saved_and_requeued_unless_it_was_cancelled(fakes, slurm, state, is_requeued):
+    """A job that its user cancels must not come back: Lightning-AI/pytorch-lightning#20542, BSC-ES/autosubmit#2806."""
     saved, started = fakes.folder / "saved", fakes.folder / "started"
+    fakes.add("scontrol", f"0|JobId=77 JobName=alignvlm JobState={state} Reason=None")
     fakes.write(
         "srun",
-        f"#!/usr/bin/env bash\ntrap 'sleep 0.5; touch {saved}; exit 130' TERM\ntouch {started}\nsleep 30 &\nwait\n",
+        f"#!/usr/bin/env bash\ntrap 'sleep 0.5; touch {saved}; exit 75' TERM\ntouch {started}\nsleep 30 &\nwait\n",
     )
     job = subprocess.Popen([LAUNCH / "gpu_cluster.sbatch", *TRAIN], env=slurm)
     deadline = time.monotonic() + 30
     while not started.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == 0
+    assert job.wait(timeout=30) == (0 if is_requeued else 75)
     assert saved.exists(), "the job waits until the tasks have saved"
-    assert fakes.calls("scontrol") == [["scontrol", "requeue", "77"]]
+    assert requeues(fakes) == [["scontrol", "requeue", "77"]] * is_requeued
 
 
 # The container image and the documentation
