@@ -35,7 +35,7 @@ _KINDS = {
 _NEXT_STEPS = {
     "is in a bucket": "Expected a path on a disk that all hosts see: mount the bucket, or copy it there (only "
     "tools/prepare_data.py takes gs:// and s3://)",
-    "is on the web": "Expected a path on a disk: download it",
+    "is on the web": "Expected a path on a disk; to read it, download it",
     "is on the Hugging Face Hub": "Expected a path on a disk: download it with `hf download`",
     "names another host": "Write file:///PATH, or the path alone",
 }

@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alignvlm_jax.data import nearby, shard_names, store
+from alignvlm_jax.data import nearby, shard_names, split_files, store
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
@@ -168,7 +168,9 @@ def _prepare(
         notes.discard_rejected()
         raise UserError(message)
     if not summary.accepted:
-        raise UserError(f"{', '.join(recipe.inputs)}: no usable records")
+        reject = next(job.notes.rejects(), None)
+        reason = f". The first is refused, {reject['where']}: {reject['why']}" if reject else ", the files are empty"
+        raise UserError(f"{', '.join(recipe.inputs)}: no usable records{reason}")
     lease.check()
     # Until this writes the metadata, the folder does not count as a data set.
     job.dataset.finish(
@@ -319,11 +321,13 @@ def _check(recipe: Recipe, max_rejects: float) -> None:
 def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[str]]:
     """Returns the files that the recipe's inputs name, and a sentence about each part of them that is missing."""
     suffixes = FORMATS[recipe.format].suffixes
-    files = []
+    files, unread = [], []
     for entry in recipe.inputs:
         matches = find_files(entry, suffixes)
         if epath.Path(entry).is_dir():
             matches = [file for file in matches if not _describes_data(epath.Path(file).name)]
+            matches, sentence = split_files.select(matches, entry, recipe.split)
+            unread += [sentence] * bool(sentence)
         for file in [entry, *matches]:
             if is_local(file) and os.path.islink(file) and not os.path.exists(file):
                 target = os.readlink(file)
@@ -341,7 +345,7 @@ def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[s
             f"not exactly the published files. {'; '.join(selection.missing)}. Complete them, or convert what is there "
             "with --allow-partial"
         )
-    remarks = [*selection.missing, *shard_names.gaps(files)]
+    remarks = [*unread, *selection.missing, *shard_names.gaps(files)]
     for sentence in remarks:
         print(f"note: {sentence}", file=sys.stderr)
     return list(selection.files), remarks

@@ -10,12 +10,15 @@ import functools
 import itertools
 import json
 import os
+import re
+import unicodedata
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Message, Refusal
+from alignvlm_jax.data.formats.conversation import IMAGE, IMAGE_MARK, Conversation, Message, Refusal
 from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import status
 from alignvlm_jax.errors import UserError
@@ -25,6 +28,8 @@ Record = dict[str, Any]
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 _MAX_NAMES = 200_000
+# Marks of Qwen, MiniCPM, MMMU, InternLM-XComposer, Idefics and others.
+_OTHER_MARK = re.compile(r"<\|?(?:image|img|vision)[\w\s-]{0,20}\|?>|\[IMG\]", re.IGNORECASE)
 _MAX_PATH = 4096  # the limit of Linux
 
 
@@ -60,7 +65,7 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
         raise Refusal(
             "image marks",
             f"the conversation has {marks} image marks for {len(conversation.images)} images; the text needs a mark "
-            "(<image>) where each image goes",
+            f"(<image>) where each image goes{_other_marks(conversation.messages)}",
         )
     # Encoding cannot fail here, because `_check_text` has refused half surrogate pairs.
     budget = _spend_bytes(limits.max_record_bytes, len(text.encode()))
@@ -91,6 +96,13 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise Refusal("empty conversation", f"message {i} (role {message['role']}) is empty")
         if message["role"] != "user" and IMAGE in message["content"]:
             raise Refusal("image marks", f"message {i} (role {message['role']}) shows an image; only a user can")
+
+
+def _other_marks(messages: Sequence[Message]) -> str:
+    """Returns which marks of other models the texts have, to be added to a message."""
+    texts = [part["text"] for message in messages for part in message["content"] if part != IMAGE]
+    found = dict.fromkeys(mark for text in texts for mark in _OTHER_MARK.findall(text) if mark != IMAGE_MARK)
+    return f". It has {', '.join(list(found)[:4])} of another model: replace that with <image>" if found else ""
 
 
 def _spend_bytes(budget: int, size: int) -> int:
@@ -136,7 +148,8 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
         _spend_bytes(max_bytes, file_status.size)  # before reading, which a huge file would make expensive
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise Refusal("missing image", f"{name}: {_describe_missing(path, image_root)}") from error
+        why = _describe_missing(path, image_root) + _spelling(name, image_root)
+        raise Refusal("missing image", f"{name}: {why}") from error
     except UnicodeEncodeError as error:
         raise Refusal("image path", f"{name!r}: not a valid path") from error
     except OSError as error:
@@ -152,11 +165,25 @@ def _describe_missing(path: epath.Path, image_root: str) -> str:
     missing = f"no such file in {image_root}"
     if alike := _names_in(str(path.parent)).get(_stem(path.name)):
         how = "capital letters" if alike.lower() == path.name.lower() else "its ending"
+        if _composed(alike) == _composed(path.name):
+            how = "how its accents are encoded (Unicode NFC or NFD)"
         return f"{missing}, but {alike}, whose name differs in {how}: rename it or change the record"
     archives = [name for name in _names_in(image_root).values() if name.lower().endswith(_ARCHIVES)]
     if archives:
         return f"{missing}; unpack {archives[0]} there, or name the folder that paths start from (--images)"
     return f"{missing}, the folder that paths start from (--images)"
+
+
+def _spelling(name: str, image_root: str) -> str:
+    """Returns a sentence about a path that is spelled as in Windows or in a URL, to be added to a message."""
+    for other, what in ((name.replace("\\", "/"), "backslashes"), (urllib.parse.unquote(name), "%-escapes of a URL")):
+        if other != name and is_local(image_root) and os.path.isfile(os.path.join(image_root, other)):
+            return f". There is {other}: the record has {what} in its path, so change the record"
+    return ""
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,7 +197,7 @@ def _names_in(folder: str) -> dict[str, str]:
 
 def _stem(name: str) -> str:
     """Returns a file's name in small letters and without its ending."""
-    return os.path.splitext(name)[0].lower()
+    return _composed(os.path.splitext(name)[0]).lower()
 
 
 def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:

@@ -131,7 +131,10 @@ def _parse(buffer: Buffer, start: int, stop: int, max_bytes: int) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Refusal("unreadable record", f"the record is not valid JSON: {error}") from error
+        why = f"the record is not valid JSON: {error}"
+        if not text.lstrip().startswith(("{", "[")):
+            why += f". It begins {text[:60]!r}. Store a table (CSV, TSV) as JSON lines, with an object for each row"
+        raise Refusal("unreadable record", why) from error
 
 
 def _is_too_deep(text: str) -> bool:

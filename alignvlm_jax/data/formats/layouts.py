@@ -50,6 +50,10 @@ _QUESTIONS = ("query", "question", "prompt", "prefix")
 _ANSWERS = ("output", "outputs", "response", "answer", "answers", "completion", "suffix")
 _CAPTIONS = ("caption", "txt", "text")
 _SYSTEMS = ("system", "system_prompt")
+_CHOICES = ("choices", "options")
+# Fields of a message by which ms-swift, OpenAI and Axolotl exclude an answer from the loss.
+_WEIGHTS = ("loss", "weight", "train")
+_PLACEHOLDERS = ("<bbox>", "<ref-object>")
 _IDS = ("id", "uid", "sample_id", "question_id", "__key__")
 _SOURCES = ("source", "data_source", "dataset_name")
 # Qwen-VL's and ms-swift's way to name an image in the text. In HTML, <img> has no closing tag.
@@ -68,7 +72,7 @@ COLUMNS = (
         "audios",
     ),
     *(*_DIALOGUES, *_INSTRUCTIONS, *_INPUTS, *_QUESTIONS, *_ANSWERS, *_CAPTIONS, *_SYSTEMS, *_IDS, *_SOURCES),
-    *("history", "tools"),
+    *("history", "tools", "objects", "choices", "options"),
 )
 
 
@@ -95,6 +99,7 @@ def to_conversation(
       Refusal: if the record cannot be read.
     """
     fields.refuse_other_media(record)
+    _refuse_placeholders(record)
     if images is None:
         # In a conversation, a field such as file_name may name the text it was made from.
         more = () if has_conversation(record) else fields.CAPTIONED_FIELDS
@@ -175,7 +180,32 @@ def _question_and_answer(record: Mapping[str, Any], images: Sequence[bytes | str
             raise Refusal("unreadable record", "an entry of 'history' is not a pair of a question and an answer")
         pairs.append(tuple(entry))
     question = "\n".join(expect_text(value, "the question") for value in asked)
+    _refuse_hidden_choices(record, question)
     return _with_marks([*pairs, (question, _alternative(answer))], images)
+
+
+def _refuse_placeholders(record: Mapping[str, Any]) -> None:
+    """Raises a `Refusal` if texts have placeholders that a field fills, as in ms-swift's data for grounding."""
+    if fields.is_absent(record.get("objects")):
+        return
+    texts = json.dumps([record.get(name) for name in (*_DIALOGUES, *_QUESTIONS, *_ANSWERS)], default=str)
+    if found := [mark for mark in _PLACEHOLDERS if mark in texts]:
+        raise Refusal(
+            "unreadable record",
+            f"the text has {' and '.join(found)}, to be replaced by what 'objects' holds: replace them in the record",
+        )
+
+
+def _refuse_hidden_choices(record: Mapping[str, Any], question: str) -> None:
+    """Raises a `Refusal` if a question does not show the choices, one of which is the answer."""
+    choices = fields.first_present(record, _CHOICES)
+    shown = choices if isinstance(choices, list) else [] if choices is None else [choices]
+    if not all(str(choice).lower() in question.lower() for choice in shown):
+        raise Refusal(
+            "unreadable record",
+            "the record has choices that its question does not show: write them into the question, and the answer as "
+            "the text or the letter of one of them",
+        )
 
 
 def _alternative(answer: Any) -> Any:
@@ -230,6 +260,12 @@ def _spoken(turns: Sequence[Mapping[str, Any]], has_images: bool) -> list[Messag
         role = expect_role(spelled)
         if role == "system" and fields.first_present(turn, _CONTENTS) is None:
             continue
+        if role == "assistant" and any(name in turn and turn[name] in (False, 0) for name in _WEIGHTS):
+            raise Refusal(
+                "answers not to learn",
+                "an answer is marked as not to be learned (loss, weight or train is 0), but every answer is learned: "
+                "leave it out, or make it part of the question",
+            )
         message = {"role": role, "content": _content(turn, role, has_images)}
         # The calls and results of tools, and a message that is only an image, continue a message of the same role.
         only_images = bool(message["content"]) and all(_is_image(part) for part in message["content"])

@@ -41,6 +41,7 @@ from alignvlm_jax.data.paths import open_binary
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_IMAGES += ("jfif", "jpe", "jp2", "j2k", "avif", "heic", "heif", "jxl", "ppm", "pgm", "pbm")
 _TEXTS = ("txt", "caption")
 _ANSWERS = (*_TEXTS, "json", "cls")
 _USED_ENDINGS = (*_IMAGES, *_ANSWERS)
@@ -53,11 +54,19 @@ _NAME = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 @dataclasses.dataclass
 class _Sample:
-    """The files of one sample, by their ending in lower case; `problem` is the reason if it cannot be used."""
+    """The files of one sample.
+
+    Attributes:
+      key: name up to its first dot.
+      files: the files that are used, by their ending in lower case.
+      problem: reason if the sample cannot be used.
+      unused: endings of the other files.
+    """
 
     key: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     problem: Refusal | None = None
+    unused: list[str] = dataclasses.field(default_factory=list)
 
 
 def plan(files: Sequence[str], options: FormatOptions) -> list[Slice]:
@@ -128,7 +137,8 @@ def _conversation(sample: _Sample, where: str, record_id: str, source: str, opti
             values, where, default_id=record_id, default_source=source, options=options, images=images or None
         )
     if not endings:
-        raise Refusal("missing image", f"the sample has no image, only {', '.join(sample.files) or 'links'}")
+        found = ", ".join([*sample.files, *sample.unused][:8]) or "links"
+        raise Refusal("missing image", f"the sample has no image, only {found}. Images end in {', '.join(_IMAGES)}")
     question = [IMAGE] * len(images) + ([text_part(options.instruction)] if options.instruction else [])
     messages = [
         {"role": "user", "content": question},
@@ -219,6 +229,7 @@ def _samples(path: str, max_bytes: int) -> Iterator[_Sample]:
             if kind := _OTHER_MEDIA.get(_kind(ending)):
                 sample.problem = fields.other_media(kind, "among its files", posixpath.basename(name))
             if _kind(ending) not in _USED_ENDINGS:
+                sample.unused.append(ending)
                 continue
             if ending in sample.files:
                 sample.problem = Refusal("unreadable record", f"the sample has two files {name}")

@@ -234,3 +234,59 @@ def test_forms_of_json(tmp_path, text):
     for size in (1, 9):
         found = read_all("messages", tmp_path / "a.jsonl", FormatOptions(records_per_shard=size))
         assert [item.id for item in found] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("record", "phrase"),
+    [
+        # OpenAI's and Axolotl's `weight` and `train`, and ms-swift's `loss`, exclude an answer from the loss.
+        (
+            {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A", "loss": False}]},
+            "loss",
+        ),
+        ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A", "weight": 0}]}, "loss"),
+        # modelscope/ms-swift, custom dataset, grounding: `objects` fills <ref-object> and <bbox>.
+        (
+            {
+                "messages": messages("<image>Find <ref-object>", "<bbox>"),
+                "images": ["0.png"],
+                "objects": {"ref": ["a"]},
+            },
+            "<bbox> and <ref-object>",
+        ),
+        # ScienceQA: the answer is the number of a choice that the question does not show.
+        ({"question": "Q?", "choices": ["red", "blue"], "answer": 1, "image": "0.png"}, "choices that its question"),
+        # Marks of other models: QwenLM/Qwen2.5-VL, OpenBMB/MiniCPM-V.
+        ({"messages": messages("<|image_pad|>Q?", "A."), "images": ["0.png"]}, "<|image_pad|> of another model"),
+        ({"messages": messages("<image_00>Q?", "A."), "images": ["0.png"]}, "<image_00> of another model"),
+        # Paths of Windows and of URLs.
+        ({"image": "album.png\\a.png", **ABOUT_IMAGE}, "There is album.png/a.png: the record has backslashes"),
+        ({"image": "album%2Epng/a.png", **ABOUT_IMAGE}, "There is album.png/a.png: the record has %-escapes"),
+        ({"image": "caf\u00e9.png", **ABOUT_IMAGE}, "how its accents are encoded"),
+    ],
+)
+def test_what_looks_right_but_is_not(folder, record, phrase):
+    """Each of these was learned without a word, or refused without saying why."""
+    (folder / "album.png" / "a.png").write_bytes(image_bytes(0))
+    (folder / "cafe\u0301.png").write_bytes(image_bytes(0))
+    assert phrase in refusal(folder, record).why
+
+
+def test_shown_choices_are_read(folder):
+    """The choices of ScienceQA and A-OKVQA are often in the question, too."""
+    record = {"question": "Red or blue?", "choices": ["red", "blue"], "answer": "blue", "image": "0.png"}
+    (found,) = read_all("messages", write_lines(folder / "a.jsonl", [record]))
+    assert not isinstance(found, Refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "phrase"),
+    [
+        ("a.csv", b"image,question,answer\n", "Store a table (CSV, TSV) as JSON lines"),
+        ("a.xlsx", b"PK\3\4" + bytes(26) + b"[Content_Types].xml", "an Excel sheet"),
+    ],
+)
+def test_tables(tmp_path, name, content, phrase):
+    """hiyouga/LLaMA-Factory reads CSV files; here they are named."""
+    (tmp_path / name).write_bytes(content)
+    assert phrase in read_all("messages", tmp_path / name)[0].why

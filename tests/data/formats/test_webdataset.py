@@ -152,3 +152,16 @@ def test_no_archive_at_all(tmp_path):
     assert kinds(tmp_path / "0.tar") == ["damaged file"]
     (tmp_path / "1.tar").write_bytes(b"")
     assert kinds(tmp_path / "1.tar") == ["damaged file"]
+
+
+def test_other_formats_of_images(tmp_path):
+    """webdataset/webdataset#56: images of other formats than the usual ones were passed over by their endings."""
+    path = archive_of(
+        tmp_path / "a.tar",
+        ("a.jp2", image_bytes(0, format="JPEG2000")),
+        ("a.txt", b"A."),
+        ("b.pdf", b""),
+        ("b.txt", b"B."),
+    )
+    read, refused = read_all("webdataset", path)
+    assert len(read.images) == 1 and "pdf. Images end in jpg" in refused.why

@@ -232,7 +232,7 @@ def test_other_names_of_splits(tmp_path):
 @pytest.mark.parametrize("ending", ["/0000.parquet", ".parquet"])
 @pytest.mark.parametrize("name", ["docvqa", "mmmu", "pope", "gqa", "tablevqa"])
 def test_other_names_of_parquet_files(name, ending, tmp_path):
-    """huggingface/datasets#5986: the Hub's own conversion, refs/convert/parquet, has a folder for each split."""
+    """huggingface/dataset-viewer#1463: the Hub's own conversion has a folder for each configuration and split."""
     content = LAYOUTS[f"{name}-parquet-full" if name == "pope" else f"{name}-parquet"]
     for file, rows in content.items():
         write(tmp_path, {re.sub(r"-00000-of-00001[^/]*", ending, file): rows})
@@ -255,7 +255,7 @@ def test_the_folder_of_one_subject(tmp_path):
 
 @pytest.mark.parametrize("answers", [None, [], [""] * 10])
 def test_withheld_answers(answers, tmp_path):
-    """facebookresearch/TextVQA: the answers of the test split are empty texts, so an empty answer would be right."""
+    """facebookresearch/mmf#110: the test split has no answers. As empty texts, they made an empty answer right."""
     columns = {"question_id": "1", "question": "q", "answers": answers, **PICTURE}
     write(tmp_path, {"data/test-00000-of-00001.parquet": [columns]})
     (question,) = read_questions(BENCHMARKS["textvqa"], tmp_path, "test").questions
