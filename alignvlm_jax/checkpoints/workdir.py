@@ -89,8 +89,12 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     if not folder.is_dir():
         if trained_model(folder) != folder:
             raise UserError(_exported_message(folder, trained_model(folder)))
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        # "meta-llama/Llama-3.2-1B"
+        if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists():
+            what += f" (if it is a model on the Hugging Face Hub, run `hf download {folder}` first)"
         raise UserError(
-            f"{folder}: no such folder; a checkpoint is the workdir of a training run (an exported folder, or "
+            f"{folder}: {what}; a checkpoint is the workdir of a training run (an exported folder, or "
             '"nano", can only be used for inference and scoring)'
         )
     # The folder of one step, or a workdir. WORKDIR/checkpoints is accepted, too.

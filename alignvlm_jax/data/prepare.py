@@ -39,13 +39,14 @@ from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
-from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
+from alignvlm_jax.data.paths import atomic_file, check_bucket_package, find_files, is_local, open_binary, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.leases.one_writer import one_writer
+from alignvlm_jax.locations import location
 from alignvlm_jax.progress import progress_bar
 
 NAME = "conversations"
@@ -132,7 +133,10 @@ def prepare(
       UserError: if the settings or the input are not valid, the folder holds something else, or too many records are
         refused.
     """
-    job = Job(recipe, os.fspath(out))
+    recipe = _with_locations(recipe)
+    job = Job(recipe, location(out))
+    for place in (*recipe.inputs, job.out, recipe.limits.image_root or job.out):
+        check_bucket_package(place)
     _check(recipe, max_rejects)
     files, remarks = _input_files(recipe, allow_partial)
     fingerprint = _fingerprint(recipe, files)
@@ -301,6 +305,13 @@ def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
 def _to_json(recipe: Recipe) -> Mapping[str, Any]:
     """Returns the recipe as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _with_locations(recipe: Recipe) -> Recipe:
+    """Returns the recipe with `~` expanded in its locations. Those that cannot be used are refused."""
+    root = recipe.limits.image_root
+    limits = dataclasses.replace(recipe.limits, image_root=None if root is None else location(root))
+    return dataclasses.replace(recipe, inputs=tuple(map(location, recipe.inputs)), limits=limits)
 
 
 def _check(recipe: Recipe, max_rejects: float) -> None:

@@ -291,3 +291,10 @@ def test_only_the_header_of_common_formats_is_read():
     for data, message in [(b"", "page: the image file is empty"), (b"text", "page: not an image")]:
         with pytest.raises(UserError, match=message):
             image_size(data, name="page")
+
+
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    """Only a shell expands `~` (Python's documentation of `expanduser`); file:// URLs are those of RFC 8089."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PIL.Image.new("RGB", (3, 2)).save(tmp_path / "a page.png")
+    assert open_image("~/a page.png").size == open_image(f"file://{tmp_path}/a%20page.png").size == (3, 2)

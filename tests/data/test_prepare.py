@@ -75,6 +75,30 @@ def test_every_format_becomes_a_data_set(name, tmp_path):
     assert (chat.encode(messages, [3]).visual_index >= 0).sum() == 3
 
 
+def test_locations_are_read_as_on_the_command_line(tmp_path, monkeypatch):
+    """pathlib makes a folder `~` of "~/out", as its documentation of `expanduser` says, and `https:` of https://a/out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = Recipe("llava", ("~/none.json",))
+    with pytest.raises(UserError, match=f"input {tmp_path}/none.json: no such file"):
+        prepare(recipe, "~/out")
+    with pytest.raises(UserError, match="https://a/out is on the web"):
+        prepare(recipe, "https://a/out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_without_its_package(monkeypatch):
+    """fsspec, registry.py: `Please install gcsfs to access Google Storage`, an ImportError."""
+
+    def missing(name):
+        raise ImportError(f"Please install {name}fs")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    monkeypatch.setattr("fsspec.filesystem", missing)
+    monkeypatch.setattr("etils.epath.backend.fsspec_backend._get_filesystem", missing)
+    with pytest.raises(UserError, match="needs the package s3fs: pip install s3fs"):
+        prepare(Recipe("llava", ("s3://bucket/a.json",)), "out")
+
+
 def test_data_set_is_readable_without_tensorflow(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
     prepare(recipe_for(pages), tmp_path / "out", convert=IN_PROCESS, progress=False)
