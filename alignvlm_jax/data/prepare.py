@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alignvlm_jax.data import nearby, shard_names, split_files, store
+from alignvlm_jax.data import nearby, repeated_files, shard_names, split_files, store
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
@@ -332,13 +332,14 @@ def _check(recipe: Recipe, max_rejects: float) -> None:
 def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[str]]:
     """Returns the files that the recipe's inputs name, and a sentence about each part of them that is missing."""
     suffixes = FORMATS[recipe.format].suffixes
-    files, unread = [], []
+    files, unread, unfinished = [], [], []
     for entry in recipe.inputs:
         matches = find_files(entry, suffixes)
         if epath.Path(entry).is_dir():
             matches = [file for file in matches if not _describes_data(epath.Path(file).name)]
             matches, sentence = split_files.select(matches, entry, recipe.split)
             unread += [sentence] * bool(sentence)
+            unfinished += repeated_files.unfinished(entry)
         for file in [entry, *matches]:
             if is_local(file) and os.path.islink(file) and not os.path.exists(file):
                 target = os.readlink(file)
@@ -350,13 +351,15 @@ def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[s
                 f"input {entry}: no such file, and no {' or '.join(suffixes)} files there{_found_there(entry)}"
             )
         files += matches
+    files, repeated = repeated_files.distinct(files)
     selection = shard_names.select(files, exists=_shard_exists)
-    if selection.missing and not allow_partial:
+    missing = [*selection.missing, *repeated_files.copies(selection.files), *unfinished]
+    if missing and not allow_partial:
         raise UserError(
-            f"not exactly the published files. {'; '.join(selection.missing)}. Complete them, or convert what is there "
+            f"not exactly the published files. {'; '.join(missing)}. Complete them, or convert what is there "
             "with --allow-partial"
         )
-    remarks = [*unread, *selection.missing, *shard_names.gaps(files)]
+    remarks = [*unread, *repeated, *missing, *shard_names.gaps(files)]
     for sentence in remarks:
         print(f"note: {sentence}", file=sys.stderr)
     return list(selection.files), remarks

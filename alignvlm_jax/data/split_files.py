@@ -53,5 +53,6 @@ def select(files: Sequence[str], folder: str, split: str) -> tuple[list[str], st
 def _split_of(path: str) -> str:
     """Returns the split that a relative path names, or an empty text."""
     *folders, name = path.split("/")
+    folders = [folder.removeprefix("partial-") for folder in folders]
     words = [re.split(r"[-_.\d]", name, maxsplit=1)[0], *reversed(folders), posixpath.splitext(name)[0].split("_")[-1]]
     return next((_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS), "")
