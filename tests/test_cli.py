@@ -10,6 +10,7 @@ import pytest
 
 import alignvlm_jax
 from alignvlm_jax import cli
+from alignvlm_jax.inference import reader
 
 COMMANDS = ("train", "eval", "ask", "inspect", "analyze", "reproduce", "demo")
 
@@ -115,6 +116,14 @@ def test_an_unreadable_image_is_reported(capsys, tmp_path):
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_an_empty_question_is_refused(capsys, page, question):
     assert "question is empty" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", question)
+
+
+def test_a_question_that_is_no_text_is_refused(capsys, page):
+    """huggingface/transformers#43459, openai/tiktoken#82: half a surrogate pair, as extracted from a PDF."""
+    assert "is not valid UTF-8" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", "a \ud83d b?")
+    # The bytes of an argument where Python's locale is ASCII (PEP 383).
+    question = "Größe?".encode().decode("ascii", "surrogateescape")
+    assert reader.check_question(question) == "Größe?"
 
 
 @pytest.mark.parametrize("command", ["ask", "eval"])

@@ -1,11 +1,12 @@
 """Tests of the files that commands write."""
 
 import os
+import stat
 
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.output_files import check_writable, check_writable_folder, open_atomically
+from alignvlm_jax.output_files import check_distinct, check_writable, check_writable_folder, open_atomically
 
 
 def _read_only(monkeypatch):
@@ -53,3 +54,44 @@ def test_a_file_appears_when_it_is_complete(tmp_path, monkeypatch):
     _read_only(monkeypatch)
     with pytest.raises(UserError, match="Read-only file system"), open_atomically(file):
         pass
+
+
+def test_devices_and_pipes_are_written_to(tmp_path, capfd):
+    """mawww/kakoune#3827, twpayne/chezmoi#2367: a rename onto /dev/stdout or a pipe replaces it for all programs."""
+    print("before")
+    for _ in range(2):
+        check_writable("/dev/stdout")
+        with open_atomically("/dev/stdout") as out:
+            out.write("{}\n")
+    assert capfd.readouterr().out == "before\n{}\n{}\n"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with open_atomically(pipe) as out:
+        out.write("{}")
+    assert os.read(reader, 10) == b"{}" and stat.S_ISFIFO(os.stat(pipe).st_mode)
+    os.close(reader)
+    with pytest.raises(UserError, match="No space left"), open_atomically("/dev/full") as out:
+        out.write("{}")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """The target may be on another disk, which the link was made for (mawww/kakoune#3827)."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "a.json"
+    link.symlink_to("disk/b.json")
+    with open_atomically(link) as out:
+        out.write("{}")
+    assert link.is_symlink() and (tmp_path / "disk" / "b.json").read_text() == "{}"
+
+
+def test_a_folder_and_a_second_option_are_refused(tmp_path):
+    """Lightning-AI/litgpt#942: 45 minutes of evaluation, and then the file of results cannot be written."""
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        check_writable(tmp_path)
+    check_distinct(json=tmp_path / "a", predictions=tmp_path / "b", out=None)
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(UserError, match="--json and --predictions are the same file"):
+        check_distinct(json=tmp_path / "a", predictions=tmp_path / "link")
+    with pytest.raises(UserError, match="IMAGE and --out are the same file"):
+        check_distinct(image=tmp_path / "a", out=tmp_path / "a")

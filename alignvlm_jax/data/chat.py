@@ -250,6 +250,12 @@ class ChatTokenizer:
 
     def _tokenize(self, rendered: str, hidden: Sequence[str]) -> tuple[Int32[np.ndarray, " n"], np.ndarray]:
         """Returns token ids and their (start, end) offsets in the rendered text with the hidden passages restored."""
+        try:
+            rendered.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # The tokenizer's own error only says that the text is no text.
+            around = rendered[max(error.start - 20, 0) : error.end + 20]
+            raise UserError(f"the text has half a surrogate pair, which is no character: {around!r}") from error
         # The common case: nothing is hidden, and the tokenizer itself finds the special tokens.
         if not hidden:
             encoding = self._tokenizer.encode(rendered, add_special_tokens=False)

@@ -37,7 +37,7 @@ from alignvlm_jax.inference.answers import format_counts
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable, open_atomically
+from alignvlm_jax.output_files import check_distinct, check_writable, is_stream, open_atomically
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import one_writer_of
@@ -160,6 +160,7 @@ def evaluate_checkpoint(
     # Loading the model takes long, so the checkpoint, the data and the output files are checked first.
     for file in filter(None, (json_file, predictions_file)):
         check_writable(file)
+    check_distinct(json=json_file, predictions=predictions_file)
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
@@ -171,7 +172,8 @@ def evaluate_checkpoint(
         )
     records = store.open_dataset(folder, split)
     # Take the lease before the model is loaded, so that a second run is refused before its work.
-    with one_writer_of(predictions_file, beside=True) if predictions_file else contextlib.nullcontext():
+    has_writer = predictions_file and not is_stream(predictions_file)
+    with one_writer_of(predictions_file, beside=True) if has_writer else contextlib.nullcontext():
         reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
         report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
         if predictions_file and distributed.is_primary():

@@ -316,8 +316,13 @@ def check_question(question: str) -> str:
     """Returns the question without spaces at its ends.
 
     Raises:
-      UserError: if the question is empty.
+      UserError: if the question is empty or not UTF-8.
     """
+    # Where Python's locale is ASCII (`LC_ALL=C`), arguments hold the bytes of other characters as half surrogate pairs.
+    try:
+        question = question.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"the question is not valid UTF-8: {question[:40]!r}. Type it in a UTF-8 terminal") from error
     if not question.strip():
         raise UserError("the question is empty; ask something about the image")
     return question.strip()

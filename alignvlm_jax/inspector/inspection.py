@@ -24,7 +24,7 @@ from alignvlm_jax.inspector.attribution import Attribution, attribute
 from alignvlm_jax.inspector.words import PatchWords, check_connector, patch_words
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import token_grid
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_distinct, check_writable
 
 _MAX_WORDS = 1000
 # Answer tokens times patches up to which every token gets its own map (64 tokens on a nine-tile page). Above it, there
@@ -252,6 +252,8 @@ def inspect_to_file(
     checkpoint = os.fspath(checkpoint)
     # Attribution takes minutes on a CPU.
     check_writable(out)
+    if isinstance(image, str | os.PathLike):
+        check_distinct(image=image, out=out)
     inspection = inspect_image(load(checkpoint), image, questions, name=name, checkpoint=checkpoint, config=config)
     text = page.render(inspection.to_json(), title=f"{inspection.name}, in words")
     page.write(text, out)

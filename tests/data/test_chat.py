@@ -225,6 +225,12 @@ def test_wrong_conversations(chat):
         chat.encode([user("b")])
 
 
+def test_half_a_surrogate_pair_is_named(chat):
+    """huggingface/transformers#43459: the tokenizer's error only says that the text "must be str"."""
+    with pytest.raises(UserError, match=r"half a surrogate pair.*ok\\ud800bad"):
+        chat.encode_prompt([user("ok\ud800bad")], [])
+
+
 def test_wrong_folders(folder, tmp_path):
     with pytest.raises(UserError, match="tokenizer_config.json: no such file"):
         ChatTokenizer.from_folder(tmp_path)

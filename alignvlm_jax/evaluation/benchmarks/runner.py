@@ -29,7 +29,7 @@ from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.answers import AnswerText, count_warnings
 from alignvlm_jax.inference.reader import CutImage, Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.output_files import check_writable
+from alignvlm_jax.output_files import check_distinct, check_writable, is_stream
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.parallel.writing import call_in_primary
@@ -89,8 +89,11 @@ def evaluate_benchmarks(
         for row in benchmarks
     }
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
+    if is_stream(predictions_file):
+        raise UserError(f"--predictions {predictions_file}: expected a file, from which the next run resumes")
     if json_file:
         check_writable(json_file)
+    check_distinct(json=json_file, predictions=predictions_file)
 
     loaded: list[Reader] = []
 
@@ -244,7 +247,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
 
 def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | None) -> str:
     """Returns a path next to the JSON file, or else runs/benchmarks/NAME.jsonl in the current folder."""
-    if json_file:
+    if json_file and not is_stream(json_file):
         return str(pathlib.Path(json_file).with_suffix(".predictions.jsonl"))
     # The last two parts of the path, such as demo-checkpoint, tell most checkpoints apart. If they do not,
     # `Predictions` refuses the file.
