@@ -118,6 +118,12 @@ def test_an_empty_question_is_refused(capsys, page, question):
     assert "question is empty" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", question)
 
 
+def test_the_inspected_image_is_not_overwritten(capsys, page):
+    """siiptuo/pio#9: an output that is the input."""
+    line = error_line(capsys, "inspect", "--checkpoint", "x", page, "--out", page)
+    assert "IMAGE and --out are the same file" in line
+
+
 def test_a_question_that_is_no_text_is_refused(capsys, page):
     """huggingface/transformers#43459, openai/tiktoken#82: half a surrogate pair, as extracted from a PDF."""
     assert "is not valid UTF-8" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", "a \ud83d b?")

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax import inspector
     from alignvlm_jax.data import images
     from alignvlm_jax.inference import reader
+    from alignvlm_jax.output_files import check_distinct
 
+    check_distinct(image=args.image, out=args.out)
     questions = [reader.check_question(question) for question in args.question]
     inspector.inspect_to_file(
         args.checkpoint,
