@@ -63,6 +63,10 @@ def take(output: str | os.PathLike, *, beside: bool = False) -> Lease:
             if error.errno not in NO_LOCKS:
                 raise
             return LeaseFile(place)
+    except (FileExistsError, NotADirectoryError) as error:
+        # One of the folders on the way is a file.
+        file = next((path for path in (place.folder, *place.folder.parents) if path.is_file()), place.folder)
+        raise UserError(f"{file}: a file, expected a folder. Choose another name, or move the file") from error
     except OSError as error:
         where = error.filename or place.folder
         raise UserError(f"{where}: cannot be written ({error.strerror or error})") from error

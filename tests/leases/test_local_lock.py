@@ -101,3 +101,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(module.KIND_VARIABLE, "nfs")
     with pytest.raises(UserError, match="ALIGNVLM_LEASE=nfs: expected local or shared"):
         take(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper/run"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="/file: a file, expected a folder"):
+        take(tmp_path / name)
