@@ -283,7 +283,7 @@ def test_optimizer_state_is_restored_on_another_mesh(finished):
         (lambda folder: None, 'no such folder; a checkpoint is .*workdir.* exported folder.* "nano"'),
         (lambda folder: folder.mkdir(), "is not a checkpoint"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "holds no finished checkpoint"),
-        (lambda folder: folder.write_text("x"), "no such folder"),
+        (lambda folder: folder.write_text("x"), "a file, not a folder"),
     ],
 )
 def test_a_folder_that_is_not_a_checkpoint_is_reported_in_one_line(tmp_path, make, message):
