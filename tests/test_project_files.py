@@ -1,5 +1,6 @@
 """Tests of the files around the code: workflows, CITATION.cff, README, and the links between Markdown files."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -62,8 +63,12 @@ def test_make_replaces_a_venv_of_another_python_only_if_asked_to(tmp_path):
         file.write_text(FAKE_PYTHON.format(version=version))
         file.chmod(0o755)
 
+    # `make test PYTHON=...` passes its variables on to every make below it.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "PYTHON"}
+
     def make(*arguments):
-        done = subprocess.run(["make", "install", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        command = ["make", "install", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return subprocess.run(
             [tmp_path / ".venv/bin/python", "-c", "version"], capture_output=True, text=True
