@@ -1,4 +1,4 @@
-"""What a location is: a path on a disk, or an object in a bucket.
+"""Parses locations: paths on a disk, and objects in a bucket.
 
 Commands, tools and configs pass every location that a user names through this module before anything is read or
 written, for two reasons. A shell expands `~` only at the start of a word, so neither `--workdir=~/run` nor a config has

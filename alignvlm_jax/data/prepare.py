@@ -144,12 +144,22 @@ def prepare(
     if not job.notes.folder.exists() and (done := _finished_summary(job, fingerprint)) is not None:
         return done
     with one_writer(job.out) as lease:
-        return _prepare(job, files, remarks, fingerprint, convert or in_processes(), max_rejects, progress, lease)
+        return _prepare(
+            job,
+            files,
+            remarks=remarks,
+            fingerprint=fingerprint,
+            convert=convert or in_processes(),
+            max_rejects=max_rejects,
+            progress=progress,
+            lease=lease,
+        )
 
 
 def _prepare(
     job: Job,
     files: Sequence[str],
+    *,
     remarks: Sequence[str],
     fingerprint: str,
     convert: Converter,

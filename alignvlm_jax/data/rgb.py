@@ -224,7 +224,7 @@ def _file_of(image: PIL.Image.Image) -> bytes | None:
         file.seek(0)
         data = file.read()
         file.seek(position)
-    except Exception:  # a closed file, or a stream that cannot be read twice
+    except (AttributeError, OSError, ValueError):  # a closed file, or a stream that cannot be read twice
         return None
     return data
 

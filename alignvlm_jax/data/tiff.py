@@ -155,12 +155,12 @@ class TiffPage:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether the page is a smaller copy of another one."""
+        """True if the page is a smaller copy of another one."""
         return bool(self.value(_SUBFILE) & 1) or self.value(_OLD_SUBFILE) == 2
 
     @property
     def is_raw_photo(self) -> bool:
-        """Whether a camera's raw photo is stored in this file, maybe next to a preview."""
+        """True if the file stores the raw photo of a camera, maybe next to a preview."""
         photometric = self.value(_PHOTOMETRIC)
         return _DNG_VERSION in self.tags or photometric in (32803, 34892)
 

@@ -61,7 +61,7 @@ class CutImage(NamedTuple):
 
 
 class TrainingRecord(NamedTuple):
-    """What is known about the training of a model's weights.
+    """Facts about the training of a model's weights.
 
     Attributes:
       is_connector_trained: False if the connector still has its random initial weights.

@@ -46,7 +46,7 @@ _NEW_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one side makes of the page.
+    """Answer and logits of one side, JAX or PyTorch, for the page.
 
     Attributes:
       tokens: ids of the prompt.
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def problems(self) -> list[str]:
-        """What differs; empty if the folder does the same as the checkpoint."""
+        """Differences, one sentence each; empty if the folder does the same as the checkpoint."""
         problems = []
         if not np.array_equal(self.in_jax.tokens, self.in_pytorch.tokens):
             problems.append("the prompts have different token ids")

@@ -1,4 +1,4 @@
-"""Who holds a lease: the process, its machine, and the job that it belongs to."""
+"""Describes the holder of a lease: the process, its machine, and the job that it belongs to."""
 
 import dataclasses
 import datetime
@@ -21,7 +21,7 @@ class Job:
 
     Attributes:
       name: name that every start of the job has.
-      attempt: how often the job was restarted.
+      attempt: number of times the job was restarted.
     """
 
     name: str

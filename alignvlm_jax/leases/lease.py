@@ -1,4 +1,4 @@
-"""What a lease is: the right of one process to write an output."""
+"""Defines a lease: the right of one process to write an output."""
 
 import dataclasses
 import os
@@ -63,7 +63,7 @@ class NoLease:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the files of a lease are.
+    """Location of the files of a lease.
 
     Attributes:
       output: the output, as the user named it.

@@ -29,7 +29,7 @@ _RANKS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Rank:
-    """What MPI's launchers and torchrun tell a process.
+    """Rank of a process, as set by the launchers of MPI or by torchrun.
 
     Attributes:
       index: index of the process.
