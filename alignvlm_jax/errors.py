@@ -16,6 +16,6 @@ class UserError(Exception):
 
 
 class TemporaryError(UserError):
-    """Something that passes by itself: the same command works later, without a change. Launchers repeat it."""
+    """A condition that passes without a change: the same command works later. Launchers repeat it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h

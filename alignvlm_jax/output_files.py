@@ -28,7 +28,7 @@ def check_writable(file: str | os.PathLike[str]) -> None:
 
 
 def check_distinct(**files: str | os.PathLike[str] | None) -> None:
-    """Checks that no two options name the same file, of which one would replace the other.
+    """Checks that no two options name the same file, because one output would replace the other.
 
     Args:
       **files: the file of each option ("json" for --json); None for an option that is not given.

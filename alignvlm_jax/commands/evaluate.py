@@ -71,7 +71,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--allow-partial",
         action="store_true",
-        help="with --benchmark, score a benchmark of which a part is missing; its score is marked",
+        help="with --benchmark, score a benchmark with a missing part; its score is marked",
     )
     command.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"

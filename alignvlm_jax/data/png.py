@@ -34,7 +34,7 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([1-8])')
 _LARGEST_TEXT = 1 << 20  # Pillow's limit
 _LARGEST_XMP = 64 << 20  # bytes of unpacked XMP that are searched for the orientation
 
-_GRAY, _COLOR = 0, 2  # color types, of which IHDR states one
+_GRAY, _COLOR = 0, 2  # color types in IHDR
 
 
 def without_metadata(data: bytes) -> bytes:

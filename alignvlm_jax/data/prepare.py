@@ -124,7 +124,7 @@ def prepare(
       recipe: input and settings.
       out: folder of the data set; empty, or with the same conversion, finished or not.
       max_rejects: largest share of refused records; above it, the conversion stops.
-      allow_partial: whether to convert input of which shards are missing or there twice. The metadata name them.
+      allow_partial: whether to convert input with shards that are missing or present twice. The metadata name them.
       progress: whether to show a progress bar.
       convert: converts slices and yields the summary of each when it is done; by default `in_processes()`.
 

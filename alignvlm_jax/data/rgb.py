@@ -29,7 +29,7 @@ from alignvlm_jax.data.tiff import (
     read_page,
 )
 
-# The formats of pages and photographs, of which HEIF, JXL and some builds of AVIF need a plugin. PIL also reads others,
+# The formats of pages and photographs. HEIF, JXL and some builds of AVIF need a plugin. PIL also reads others,
 # but EPS, for example, would run a PostScript interpreter.
 _FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "GIF", "WEBP", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
 _PLUGIN_FORMATS = ("HEIF", "JXL")
@@ -133,7 +133,7 @@ def to_rgb(image: PIL.Image.Image, *, keep_gray: bool = False) -> PIL.Image.Imag
       keep_gray: whether an image without colors stays in one channel (mode L), which is faster to resize.
 
     Raises:
-      UnreadableImageError: if PIL has decoded a TIFF file wrong, and the file itself is not at hand any more.
+      UnreadableImageError: if PIL has decoded a TIFF file wrong, and the file itself is no longer available.
     """
     image = _to_opaque(image)
     image = image if keep_gray and image.mode == "L" else image.convert("RGB")

@@ -21,7 +21,7 @@ _SNAPSHOT = re.compile(r"(.*/snapshots/)([0-9a-f]{40})/(.*)", re.DOTALL)
 _SHOWN = 4
 
 _Shards = dict[int, list[str]]
-"""Number of a shard -> its files, of which there should be one."""
+"""Maps the number of a shard to its files; there should be one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ class FakeHeifFile(PIL.ImageFile.ImageFile):
 
 
 def test_heic_is_read_if_its_plugin_is_installed(monkeypatch):
-    """Whether the plugin is registered by the user or found by the reader."""
+    """How the plugin of HEIF is registered: by the user, or by the reader."""
 
     def register_heif_opener():
         PIL.Image.register_open("HEIF", FakeHeifFile, lambda prefix: prefix[4:8] == b"ftyp")

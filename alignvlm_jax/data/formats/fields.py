@@ -78,7 +78,7 @@ def as_objects(value: Any, what: str, entry: str) -> list[dict[str, Any]]:
 
 
 def is_struct_of_lists(value: Any) -> bool:
-    """Returns whether a value is an object of which every field that is not null is a list."""
+    """Returns whether a value is an object whose fields are all lists or null."""
     if not isinstance(value, dict):
         return False
     fields = [field for field in value.values() if field is not None]

@@ -197,7 +197,7 @@ def _refuse_placeholders(record: Mapping[str, Any]) -> None:
 
 
 def _refuse_hidden_choices(record: Mapping[str, Any], question: str) -> None:
-    """Raises a `Refusal` if a question does not show the choices, one of which is the answer."""
+    """Raises a `Refusal` if a question does not show the choices that its answer is one of."""
     choices = fields.first_present(record, _CHOICES)
     shown = choices if isinstance(choices, list) else [] if choices is None else [choices]
     if not all(str(choice).lower() in question.lower() for choice in shown):

@@ -35,7 +35,7 @@ def read_slice(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[int, dict
 
     Args:
       piece: the slice.
-      columns: names or patterns of the columns to read, of which a file may lack some.
+      columns: names or patterns of the columns to read; a file may lack some of them.
     """
     with contextlib.ExitStack() as stack:
         try:

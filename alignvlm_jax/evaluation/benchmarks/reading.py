@@ -63,7 +63,7 @@ def read_questions(benchmark: Benchmark, data: pathlib.Path, split: str, *, allo
       benchmark: row of the table of benchmarks.
       data: folder with the files, directly or in a folder below it.
       split: name of the split.
-      allow_partial: whether to read a benchmark of which a part is missing.
+      allow_partial: whether to read a benchmark with a missing part.
 
     Raises:
       UserError: if no files are found, a part of them is missing, or no question can be asked. The message names the

@@ -62,7 +62,7 @@ def evaluate_benchmarks(
       data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it.
       split: split to score instead of each benchmark's default.
       limit: maximum number of questions per benchmark.
-      allow_partial: whether to score a benchmark of which a part is missing. The score is marked.
+      allow_partial: whether to score a benchmark with a missing part. The score is marked.
       batch_size: number of questions decoded at once.
       views: number of views of each image (see `inference/views.py`).
       json_file: file for the scores.

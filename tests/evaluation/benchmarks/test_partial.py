@@ -1,4 +1,4 @@
-"""Tests of benchmarks of which a part did not arrive, or arrived twice."""
+"""Tests of benchmarks with parts that are missing or present twice."""
 
 import json
 
