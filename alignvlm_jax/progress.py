@@ -34,7 +34,7 @@ def progress_bar(
         none, a longer one prints a line every half minute and one at its end.
       **options: further arguments of tqdm, such as `total` and `unit`.
     """
-    is_terminal = is_shown_on_terminal()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     # tqdm reads TQDM_DISABLE only if `disable` is not passed.
     if not show or not (is_terminal or lines):
         return tqdm(iterable, desc, disable=True, **options)
@@ -49,11 +49,6 @@ def progress_bar(
         "position": 0,
     }
     return tqdm(iterable, desc, **options)
-
-
-def is_shown_on_terminal() -> bool:
-    """Returns whether stderr, where bars are drawn, is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def exclude_first_step(bar: tqdm) -> None:

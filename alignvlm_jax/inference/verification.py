@@ -169,7 +169,7 @@ def verify_export(
 
 
 def answer_in_jax(reader: Reader, page: bytes, question: str) -> Result:
-    """Returns what a checkpoint makes of a page."""
+    """Returns the answer of a checkpoint to a question about a page, and its logits."""
     (prompt,) = reader.prompts(page, [question])
     # On accelerators, products of float32 matrices would be rounded.
     with jax.default_matmul_precision("float32"):
@@ -181,7 +181,7 @@ def answer_in_jax(reader: Reader, page: bytes, question: str) -> Result:
 def answer_in_pytorch(
     model: Any, processor: Any, page: bytes, question: str, answer_ids: Int[np.ndarray, " A"]
 ) -> Result:
-    """Returns what an exported model makes of a page; its logits are those after each of the tokens `answer_ids`."""
+    """Returns the answer of an exported model, and its logits after each of the tokens `answer_ids`."""
     import torch
 
     # The processor opens the file itself, as it does for users.
