@@ -104,8 +104,12 @@ class Parameters(nn.Module):
 
 
 def remat_policy(name: str) -> Callable | None:
-    """Returns the rematerialization policy called `name`: "full" keeps nothing, "dots" keeps matrix products."""
-    return {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_saveable}[name]
+    """Returns the rematerialization policy called `name`: "full" keeps nothing, "dots" the products of linear layers.
+
+    Products with batch dimensions are the scores of attention, whose size grows with the square of the length.
+    """
+    policies = jax.checkpoint_policies
+    return {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[name]
 
 
 def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
