@@ -3,6 +3,7 @@
     WORKDIR/config.json              the experiment
     WORKDIR/history.json             origin of its initial weights, unless the config names it (backbones)
     WORKDIR/pages.json               scale of the pages that it is trained on (`data/page_scale.py`)
+    WORKDIR/remat.json               what each stage recomputes, if the config says "auto" (`training/remat_choice.py`)
     WORKDIR/tokenizer/               its tokenizer and chat template
     WORKDIR/checkpoints/120/         everything after 120 optimizer steps, counted over all stages:
         params/  opt_state/          weights; optimizer state of the stage (`arrays.py`)

@@ -1,8 +1,8 @@
 """Builds frozen dataclasses from nested dicts and from text on the command line.
 
-The fields may have these types: dataclasses, tuples of one type, `Literal`, `X | None`, int, float, str, bool, and
-`ConnectorConfig`, whose value names a registered connector. A value that does not fit raises a `UserError` that names
-the key's full path, what was expected and, for a key or a choice, the closest valid one.
+The fields may have these types: dataclasses, tuples of one type, `Literal`, `X | None`, `str | tuple[str, ...]`, int,
+float, str, bool, and `ConnectorConfig`, whose value names a registered connector. A value that does not fit raises a
+`UserError` that names the key's full path, what was expected and, for a key or a choice, the closest valid one.
 """
 
 import ast
@@ -54,8 +54,10 @@ def build(kind: Any, value: Any, path: str, default: Any) -> Any:
         if value is None or (isinstance(value, UnparsedText) and value.lower() == "none"):
             if type(None) in arguments:
                 return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return build(kind, value, path, default)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        # str | tuple[str, ...]: a list is built as the tuple, everything else as the first type.
+        tuples = [kind for kind in kinds if typing.get_origin(kind) is tuple and isinstance(value, list)]
+        return build((tuples or kinds)[0], value, path, default)
     # All other types need parsed text.
     if isinstance(value, UnparsedText):
         value = _parse(kind, value)

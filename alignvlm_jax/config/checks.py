@@ -12,7 +12,7 @@ from alignvlm_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
 from alignvlm_jax.config.run import traced_steps
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models import hardware
+from alignvlm_jax.models import hardware, rematerialization
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig, connector_shape
 from alignvlm_jax.models.connectors import connector_spec
 from alignvlm_jax.ops.attention import KERNELS
@@ -38,7 +38,7 @@ def _check_model(model: AlignVLMConfig) -> None:
         path = f"config.model.{name}"
         check_one_of(f"{path}.dtype", part.dtype, hardware.DTYPES)
         check_one_of(f"{path}.attention", part.attention, (hardware.AUTO, *KERNELS))
-        check_one_of(f"{path}.remat", part.remat, ("none", "dots", "full"))
+        _check_remat(f"{path}.remat", part.remat)
         _check_positive(path, part, "hidden_size", "intermediate_size", "num_layers", "num_heads")
     _check_positive("config.model.vision", vision, "image_size", "patch_size")
     _check_positive("config.model.language", language, "vocab_size", "num_kv_heads", "max_position_embeddings")
@@ -71,6 +71,19 @@ def _check_model(model: AlignVLMConfig) -> None:
     spec = connector_spec(model.connector)
     if spec.check is not None:
         spec.check(model.connector, connector_shape(model))
+
+
+def _check_remat(path: str, remat: str) -> None:
+    """Checks the list of values that the backward pass keeps."""
+    names = remat.split(",")
+    for name in names:
+        check_one_of(path, name, (*rematerialization.WORDS, *rematerialization.KEPT))
+    alone = [name for name in names if name in rematerialization.WORDS]
+    if alone and len(names) > 1:
+        raise UserError(
+            f"{path}: {alone[0]!r} cannot be combined with other names, got {remat!r}: list only what to keep "
+            f"({join_names(rematerialization.KEPT)})"
+        )
 
 
 def _check_tiles(config: ExperimentConfig) -> None:

@@ -13,11 +13,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models import hardware, layers
+from alignvlm_jax.models import hardware, layers, rematerialization
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
+from alignvlm_jax.ops.checkpoint_names import MLP_IN, QKV
 from alignvlm_jax.ops.embedding_lookup import embedding_lookup
 from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -66,9 +68,13 @@ class LanguageConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 131072
-    remat: str = "none"
+    remat: str | tuple[str, ...] = rematerialization.NONE
     dtype: str = "auto"
     attention: str = "auto"
+
+    def __post_init__(self):
+        """Writes `remat` as one string."""
+        object.__setattr__(self, "remat", rematerialization.canonical(self.remat))
 
     @property
     def head_width(self) -> int:
@@ -243,6 +249,7 @@ class DecoderAttention(nn.Module):
         query = rotate(project("query", config.num_heads), context.cosines, context.sines)
         key = rotate(project("key", config.num_kv_heads), context.cosines, context.sines)
         value = project("value", config.num_kv_heads)
+        query, key, value = (checkpoint_name(heads, QKV) for heads in (query, key, value))
         if cache is not None:
             # Before the attention, because queries also attend to the new positions.
             start = (0, context.index, 0, 0)
@@ -284,6 +291,7 @@ class GatedMLP(nn.Module):
 
         gate = dense(self.intermediate_size, ("embed", "mlp"), "gate")(inputs)
         up = dense(self.intermediate_size, ("embed", "mlp"), "up")(inputs)
+        gate, up = checkpoint_name(gate, MLP_IN), checkpoint_name(up, MLP_IN)
         return dense(self.output_size, ("mlp", "embed"), "down")(nn.silu(gate) * up)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignvlm_jax.models import rematerialization
 from alignvlm_jax.ops.attention import AttentionMesh
 from alignvlm_jax.ops.linear import linear
 from alignvlm_jax.ops.vocabulary_streaming import VocabularyMesh
@@ -103,30 +104,21 @@ class Parameters(nn.Module):
         return {name: param(self, name, *declaration) for name, declaration in declared.items()}
 
 
-def remat_policy(name: str) -> Callable | None:
-    """Returns the rematerialization policy called `name`: "full" keeps nothing, "dots" the products of linear layers.
-
-    Products with batch dimensions are the scores of attention, whose size grows with the square of the length.
-    """
-    policies = jax.checkpoint_policies
-    return {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[name]
-
-
 def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
     """Stacks `layer` `num_layers` times under one `nn.scan`, so that compile time does not grow with depth.
 
     Args:
       layer: a module called as `layer(carry, *inputs) -> (carry, outputs)`.
       num_layers: depth; parameters get a leading axis "layers" of this size.
-      remat: rematerialization in the backward pass: "none", "dots" (all but matrix products) or "full".
+      remat: values that the backward pass keeps, see `rematerialization.py`.
       in_axes: for each input after the carry, 0 (one slice per layer) or `nn.broadcast`.
 
     Returns:
       A module class whose instances hold all layers.
     """
     # Inside a scan, the barriers of `prevent_cse` are not needed and only cost time (see `jax.checkpoint`).
-    if remat != "none":
-        layer = nn.remat(layer, policy=remat_policy(remat), prevent_cse=False)
+    if remat != rematerialization.NONE:
+        layer = nn.remat(layer, policy=rematerialization.policy(remat), prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0},

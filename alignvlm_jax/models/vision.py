@@ -11,11 +11,13 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models import hardware, layers
+from alignvlm_jax.models import hardware, layers, rematerialization
 from alignvlm_jax.ops.attention import packed_attention
+from alignvlm_jax.ops.checkpoint_names import MLP_IN, QKV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class VisionConfig:
       num_layers: number of transformer blocks.
       num_heads: attention heads of each block.
       layer_norm_eps: epsilon of every LayerNorm.
-      remat: rematerialization in the backward pass: "none", "dots" (all but matrix products) or "full".
+      remat: values that the backward pass keeps instead of recomputing them: "none", "full", "auto", or a list such as
+        "attention_out,qkv"; see `rematerialization.py`.
       dtype: dtype of the arithmetic; "auto" is bfloat16 on accelerators and float32 on CPUs (`models/hardware.py`).
       attention: attention kernel, one of `ops.attention.KERNELS`; "auto" is the fastest on the device.
     """
@@ -42,9 +45,13 @@ class VisionConfig:
     num_layers: int = 27
     num_heads: int = 16
     layer_norm_eps: float = 1e-6
-    remat: str = "none"
+    remat: str | tuple[str, ...] = rematerialization.NONE
     dtype: str = "auto"
     attention: str = "auto"
+
+    def __post_init__(self):
+        """Writes `remat` as one string."""
+        object.__setattr__(self, "remat", rematerialization.canonical(self.remat))
 
     @property
     def grid_size(self) -> int:
@@ -121,7 +128,7 @@ class VisionLayer(nn.Module):
         hidden += VisionAttention(config, name="attention")(normed)
         normed = layers.LayerNorm(config.layer_norm_eps, name="mlp_norm")(hidden)
         inner = layers.Dense(config.intermediate_size, ("embed", "mlp"), dtype=config.dtype, name="mlp_in")(normed)
-        inner = nn.gelu(inner, approximate=True)
+        inner = nn.gelu(checkpoint_name(inner, MLP_IN), approximate=True)
         hidden += layers.Dense(config.hidden_size, ("mlp", "embed"), dtype=config.dtype, name="mlp_out")(inner)
         return layers.constrain(hidden, "batch", None, None), None
 
@@ -139,7 +146,7 @@ class VisionAttention(nn.Module):
 
         def project(name):
             outputs = layers.Dense(config.hidden_size, ("embed", "heads"), dtype=config.dtype, name=name)(hidden)
-            return outputs.reshape(*hidden.shape[:2], config.num_heads, head_dim)
+            return checkpoint_name(outputs.reshape(*hidden.shape[:2], config.num_heads, head_dim), QKV)
 
         attended = packed_attention(
             project("query"),

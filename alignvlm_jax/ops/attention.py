@@ -25,11 +25,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import attention_flash, attention_splash
+from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
 KERNELS = ("splash", "flash", "xla")
 
@@ -126,7 +128,9 @@ def packed_attention(
             allowed = is_earlier[None] if allowed is None else allowed & is_earlier
         return allowed
 
-    return _attend_in_blocks(query, key, value, mask, causal)
+    # The backward pass recomputes the scores of each block from queries, keys and values. With the result kept, nothing
+    # else of the forward pass runs again.
+    return checkpoint_name(_attend_in_blocks(query, key, value, mask, causal), ATTENTION_OUT)
 
 
 @ordinary_modes()

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
+from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
+
 _LANES = 128
 _NO_SEGMENT = -1
 _ONE_BLOCK = 1024  # a row of up to this length is one block
@@ -79,4 +81,5 @@ def _make_kernel(num_heads: int, length: int, block: int, causal: bool, interpre
     mask = splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * num_heads)
     sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
-    return make(mask, block_sizes=splash.BlockSizes(**sizes))
+    # The result and the statistics of the softmax, the residuals of the backward kernels, both get the name.
+    return make(mask, block_sizes=splash.BlockSizes(**sizes), residual_checkpoint_name=ATTENTION_OUT)

@@ -12,6 +12,7 @@ pages share a bin. It measures how many do.)
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import time
@@ -32,6 +33,7 @@ from alignvlm_jax.parallel import hlo_collectives, hlo_work, sharding
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
+from alignvlm_jax.training import remat_choice
 from alignvlm_jax.training.flops import train_flops
 from alignvlm_jax.training.train_step import abstract_state, batch_fields, jit_train_step
 
@@ -88,9 +90,12 @@ def compile_train_step(
         if name in batch_fields(model)
     }
 
+    chip, num_chips = _chip(devices)
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
-        compiled, seconds, text, failure = _compile(jit_train_step(model, stage, mesh), state, batch)
+        make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh)
+        model, choice, program = _compile_least_recomputation(make_step, model, (state, batch), mesh, _capacity(chip))
+        compiled, seconds, text, failure = program
 
     # FLOPs that the model needs for the full bins.
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
@@ -100,7 +105,6 @@ def compile_train_step(
     # on the data and is not part of the program.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
-    chip, num_chips = _chip(devices)
     memory = {
         "parameters": _bytes_per_device(state.params),
         "optimizer": _bytes_per_device(state.opt_state),
@@ -126,6 +130,8 @@ def compile_train_step(
         "flops_by_part": flops,
         "compile_seconds": seconds,
         "attention": _kernels(program),
+        "remat": {"encoder": model.vision.remat, "decoder": model.language.remat},
+        "remat_trials": [dataclasses.asdict(trial) for trial in choice.trials] if choice else [],
         "versions": _versions(),
     }
     if compiled is not None:
@@ -242,6 +248,36 @@ def _compile(function, *arguments):
     return compiled, time.monotonic() - start_time, compiled.as_text(), None
 
 
+def _compile_least_recomputation(make_step, model: AlignVLMConfig, arguments, mesh: Mesh, capacity: int):
+    """Compiles a step with the least recomputation that fits, where the model says "auto".
+
+    Returns:
+      The model that is compiled, the choice (None if nothing is to be chosen), and the result of `_compile`.
+    """
+    if not remat_choice.is_auto(model):
+        return model, None, _compile(make_step(model), *arguments)
+    steps, results = {}, {}
+
+    def lower_bound(remat):
+        steps[remat] = make_step(remat_choice.with_remat(model, remat))
+        return remat_choice.least_bytes(steps[remat].trace(*arguments), arguments, mesh.size)
+
+    def compile(remat):
+        results[remat] = _compile(steps[remat], *arguments)
+        compiled = results[remat][0]
+        return None if compiled is None else remat_choice.required_bytes(compiled)
+
+    choice = remat_choice.choose_remat(lower_bound, compile, capacity)
+    if choice.remat not in results:
+        compile(choice.remat)  # none fits: report how much the last one needs
+    return remat_choice.with_remat(model, choice.remat), choice, results[choice.remat]
+
+
+def _capacity(chip: Chip) -> int:
+    """Returns the memory of a device that a program can use, in bytes."""
+    return int(_USABLE_MEMORY * chip.hbm_bytes / chip.devices_per_chip)
+
+
 def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dict[str, float]:
     """Returns the numbers of tiles and tokens of a full bin, by the names of `train_flops`' arguments."""
     visual = tiles * tokens_per_tile(model)
@@ -270,7 +306,7 @@ def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory)
       mesh: the mesh.
       memory: bytes per device of the program's arguments.
     """
-    capacity = int(_USABLE_MEMORY * chip.hbm_bytes / chip.devices_per_chip)
+    capacity = _capacity(chip)
 
     # Bytes that each device sends, by kind of collective and by network: within a slice (ICI), between slices (DCN).
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
@@ -332,7 +368,7 @@ def _advice(memory: dict[str, float], capacity: int) -> list[str]:
         return [spread, "a chip with more memory"]
     return [
         "fewer bins at a time: --rows-per-device 1, and config.data.packing.bins_per_microbatch to match",
-        "recompute more: config.model.language.remat=full, config.model.vision.remat=full",
+        "recompute more: config.model.language.remat=auto, config.model.vision.remat=auto",
         "split each bin across several chips: mesh.tensor=2 or 4",
         "smaller bins: config.data.packing.tokens_per_bin and tiles_per_bin, with data.tiling.max_tiles",
         spread,

@@ -9,8 +9,8 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
-# Keys that may differ when a run resumes, because they do not change the trained weights (the mesh and the attention
-# kernels change only their rounding).
+# Keys that may differ when a run resumes, because they do not change the trained weights (the mesh, the attention
+# kernels and rematerialization change only their rounding).
 _MAY_DIFFER = (
     "checkpoint",
     "anomalies.spike",
@@ -20,6 +20,8 @@ _MAY_DIFFER = (
     "mesh",
     "model.vision.attention",
     "model.language.attention",
+    "model.vision.remat",
+    "model.language.remat",
     "profile",
     "data.root",
     "data.max_refused",

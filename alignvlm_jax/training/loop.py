@@ -139,6 +139,7 @@ def train(
                 stages=stages,
                 plans=plans,
                 mesh=mesh,
+                workdir=workdir,
                 resumption=resumption,
                 checkpointer=checkpointer,
                 interruption=interruption,

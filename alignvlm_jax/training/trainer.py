@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.progress import exclude_first_step
-from alignvlm_jax.training import debug, metrics
+from alignvlm_jax.training import debug, metrics, remat_choice
 from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
@@ -65,7 +66,7 @@ class _StageRun:
 
     Attributes:
       stage: the stage, with its number of steps filled in.
-      train_step: its compiled step.
+      train_step: its jitted step; None before the first batch.
       batches: its batches.
       state: weights and optimizer; None only while a rollback replaces them.
       progress: steps done.
@@ -77,7 +78,7 @@ class _StageRun:
     """
 
     stage: StageConfig
-    train_step: TrainStep
+    train_step: TrainStep | None
     batches: BatchIterator
     state: TrainState | None
     progress: Progress
@@ -101,6 +102,7 @@ class Trainer:
       stages: its stages, with their numbers of steps filled in.
       plans: the plans of the stages, saved with every checkpoint.
       mesh: devices of all processes.
+      workdir: folder of the run.
       resumption: provides the state to continue with after a rollback.
       checkpointer: saves the run.
       interruption: tells whether this process was told to stop.
@@ -117,6 +119,7 @@ class Trainer:
     stages: list[StageConfig]
     plans: list[StagePlan]
     mesh: Mesh
+    workdir: Path
     resumption: Resumption
     checkpointer: Checkpointer
     interruption: Interruption
@@ -171,7 +174,7 @@ class Trainer:
         self.bar.set_description(stage.name)
         run = _StageRun(
             stage,
-            jit_train_step(self.config.model, stage, self.mesh),
+            None,
             batches,
             state,
             progress,
@@ -208,6 +211,8 @@ class Trainer:
         # Keeps the host at most one step ahead, so batches do not pile up in device memory.
         jax.block_until_ready(run.measured)
         start_time = time.monotonic()
+        if run.train_step is None:
+            run.train_step = self._make_step(run.stage, run.state, device_batch)
         if not run.is_compiled:
             distributed.log(f"compiling the step of {run.stage.name} ...")
         with self.profiler.step(run.progress.step + 1):
@@ -222,6 +227,15 @@ class Trainer:
             train_seconds=time.monotonic() - run.start_time,
         )
         self.profiler.after(run.progress.step, run.measured)
+
+    def _make_step(self, stage: StageConfig, state: TrainState, device_batch: Mapping[str, jax.Array]) -> TrainStep:
+        """Returns the jitted step of a stage, with the least recomputation that fits if the config says "auto"."""
+        model = self.config.model
+        if not remat_choice.is_auto(model):
+            return jit_train_step(model, stage, self.mesh)
+        make_step = functools.partial(jit_train_step, stage=stage, mesh=self.mesh)
+        arguments = (state, dict(device_batch))
+        return remat_choice.choose_step(model, stage, self.mesh, make_step, arguments, self.workdir)
 
     def _check_anomalies(self, run: _StageRun, batch: Batch, device_batch: Mapping[str, jax.Array]) -> bool:
         """Checks the step before the newest one; returns True if too many updates in a row were skipped."""

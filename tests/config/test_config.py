@@ -61,6 +61,7 @@ def test_overrides_are_parsed_as_the_type_of_their_field():
             "data.root=/some/where=else",
             "mesh.fsdp=2",
             "model.language.rope_scaling.factor=8",
+            "model.language.remat=qkv,attention_out",
         ],
     )
     assert config.seed == 7 and config.stages[0].learning_rates.vision == 1e-5
@@ -68,6 +69,7 @@ def test_overrides_are_parsed_as_the_type_of_their_field():
     assert config.stages[0].name == "1" and config.stages[1].optimizer.clip_norm is None
     assert config.data.tiling.thumbnail is True and config.data.root == "/some/where=else"
     assert config.mesh.fsdp == 2 and config.model.language.rope_scaling.factor == 8.0
+    assert config.model.language.remat == "attention_out,qkv"
 
 
 def test_an_override_leaves_other_fields_unchanged():
@@ -131,6 +133,9 @@ def test_a_removed_option_is_dropped_if_it_was_off():
         ("model.connector=aling", ["config.model.connector.name", "did you mean 'align'?"]),
         ("model.vision.dtype=float16", ["config.model.vision.dtype", "float32, bfloat16"]),
         ("model.language.remat=ful", ["config.model.language.remat", "did you mean 'full'?"]),
+        ("model.vision.remat=qkv,atention_out", ["config.model.vision.remat", "did you mean 'attention_out'?"]),
+        ("model.vision.remat=qkv,full", ["config.model.vision.remat", "'full' cannot be combined"]),
+        ("model.vision.remat=", ["config.model.vision.remat", "expected one of none, full, auto, attention_out"]),
         ("stages.0.optimizer.name=moun", ["config.stages.0.optimizer.name", "did you mean 'muon'?"]),
         ("stages.0.schedule=cos", ["config.stages.0.schedule", "cosine, linear, constant"]),
         ("stages.0.trainable=visoin", ["config.stages.0.trainable.0", "did you mean 'vision'?"]),

@@ -166,25 +166,6 @@ def test_padding_is_zero_after_normalization():
     assert np.all(pixels[0, :2, :3] == 1.0) and np.all(pixels[0, 2:] == 0.0) and np.all(pixels[0, :, 3:] == 0.0)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.large), "full"])
-def test_rematerialization_does_not_change_gradients(params, remat):
-    rematerialized = AlignVLMConfig(
-        dataclasses.replace(VISION, remat=remat), CONFIG.connector, dataclasses.replace(LANGUAGE, remat=remat)
-    )
-    batch = _bin([_example(np.random.default_rng(0), 1, 4)], 20, 1)
-
-    def gradient(config):
-        return jax.jit(jax.grad(lambda p: jnp.sum(AlignVLM(config).apply({"params": p}, batch).logits ** 2)))(params)
-
-    ours, expected = gradient(rematerialized), gradient(CONFIG)
-    # A bias of the keys moves all scores of a query alike, which softmax ignores: its gradient is rounding noise.
-    for gradients in (ours, expected):
-        key = gradients["vision"]["layers"]["attention"]["key"]
-        assert np.linalg.norm(key.pop("bias")) <= 1e-6 * np.linalg.norm(key["kernel"])
-    for got, reference in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(got - reference) <= 1e-4 * max(np.linalg.norm(reference), 1e-3)
-
-
 @pytest.mark.parametrize(
     ("connector", "count"),
     [

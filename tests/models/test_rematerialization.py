@@ -1,58 +1,112 @@
 """FLOPs of the gradient, and its values, under each rematerialization policy."""
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.flatten_util import ravel_pytree
+from jax.interpreters import partial_eval
 
 from alignvlm_jax.models.language import LanguageModel
+from alignvlm_jax.models.rematerialization import CANDIDATES
 from alignvlm_jax.models.vision import VisionEncoder
 from tests.tiny_models import tiny_language, tiny_vision
 
-LENGTH = 24
+PARTS = ("decoder", "encoder")
+LENGTH, LAYERS = 24, 2
 
 
-def _decoder(remat):
-    """Returns a function of the decoder's parameters and inputs, and shapes of its arguments."""
-    model = LanguageModel(tiny_language(40, remat=remat, dtype="float32", attention="xla"))
-    inputs = jax.ShapeDtypeStruct((1, LENGTH, 32), jnp.float32)
+def _model(part, remat, attention="xla"):
+    """Returns the part, its inputs and the other arguments of its call."""
+    fields = dict(num_layers=LAYERS, remat=remat, dtype="float32", attention=attention)
+    if part == "encoder":
+        return VisionEncoder(tiny_vision(**fields)), jax.random.normal(jax.random.key(1), (2, 16, 16, 3)), {}
     arrays = {name: jnp.ones((1, LENGTH), jnp.int32) for name in ("positions", "segment_ids")}
-    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **arrays), inputs)
-    return lambda params, inputs: jnp.sum(model.apply(params, inputs, **arrays)[0] ** 2), params, inputs
+    return LanguageModel(tiny_language(40, **fields)), jax.random.normal(jax.random.key(1), (1, LENGTH, 32)), arrays
 
 
-def _encoder(remat):
-    """Returns a function of the encoder's parameters and inputs, and shapes of its arguments."""
-    model = VisionEncoder(tiny_vision(num_layers=2, remat=remat, dtype="float32", attention="xla"))
-    inputs = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), inputs)
-    return lambda params, inputs: jnp.sum(model.apply(params, inputs) ** 2), params, inputs
+def _summed(part, remat, attention="xla"):
+    model, inputs, arrays = _model(part, remat, attention)
+
+    def summed(params):
+        output = model.apply(params, inputs, **arrays)
+        return jnp.sum((output if part == "encoder" else output[0]) ** 3)
+
+    return summed
 
 
-PARTS = {"decoder": _decoder, "encoder": _encoder}
+def _init(part):
+    model, inputs, arrays = _model(part, "none")
+    return lambda: model.init(jax.random.key(0), inputs, **arrays)
 
 
-def product_flops(jaxpr):
-    """Returns the floating-point operations of all matrix products in a jaxpr, each loop's times its iterations."""
+def _gradient(part, remat, attention="xla"):
+    """Returns the jaxpr of the gradient, without equations that no result depends on."""
+    jaxpr = jax.make_jaxpr(jax.grad(_summed(part, remat, attention)))(jax.eval_shape(_init(part))).jaxpr
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _sum_over(jaxpr, measure):
+    """Returns the sum of a measure of each equation in a jaxpr, each loop's times its iterations."""
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        inner = sum(product_flops(getattr(sub, "jaxpr", sub)) for sub in jaxprs_in_params(equation.params))
-        total += equation.params.get("length", 1) * inner
+        total += measure(equation)
+        if equation.primitive.name != "pallas_call":
+            inner = (getattr(sub, "jaxpr", sub) for sub in jaxprs_in_params(equation.params))
+            total += equation.params.get("length", 1) * sum(_sum_over(sub, measure) for sub in inner)
     return total
 
 
-def gradient_flops(part, remat):
-    function, params, inputs = PARTS[part](remat)
-    return product_flops(jax.make_jaxpr(jax.grad(function))(params, inputs).jaxpr)
+def _product_flops(equation):
+    if equation.primitive.name != "dot_general":
+        return 0
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_policies_differ_in_the_flops_of_the_gradient(part):
-    flops = [gradient_flops(part, remat) for remat in ("none", "dots", "full")]
-    assert flops[0] < flops[1] < flops[2]
+def test_each_kept_value_saves_its_products(part):
+    """The candidates of "auto" recompute more and more; each of them names one value less than the one before."""
+    flops = {remat: _sum_over(_gradient(part, remat), _product_flops) for remat in (*CANDIDATES, "dots")}
+    none, dots_and_attention, *others = (flops[remat] for remat in CANDIDATES)
+    # These two differ only in what lies between the products.
+    assert none == dots_and_attention
+    assert all(less < more for less, more in itertools.pairwise((dots_and_attention, *others)))
+    # Two names save as much as each of them alone.
+    assert flops["full"] - flops["dots"] == flops["attention_out"] - none > 0
+
+
+@pytest.mark.parametrize(
+    "part, remat, runs", [("decoder", "attention_out", 1), ("decoder", "full", 2), ("encoder", "attention_out", 1)]
+)
+def test_with_kept_attention_the_splash_kernel_runs_once(part, remat, runs):
+    def is_forward(equation):
+        return equation.primitive.name == "pallas_call" and "fwd" in str(equation.params["name"])
+
+    assert _sum_over(_gradient(part, remat, attention="splash"), is_forward) == runs * LAYERS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_values_and_gradients_are_the_same_under_all_policies(part):
+    params = jax.jit(_init(part))()
+
+    def evaluate(remat):
+        value, gradient = jax.jit(jax.value_and_grad(_summed(part, remat)))(params)
+        return value, ravel_pytree(gradient)[0]
+
+    value, gradient = evaluate("none")
+    for remat in ("full", "attention_out,qkv,mlp_in,dots"):
+        ours = evaluate(remat)
+        np.testing.assert_allclose(ours[0], value, rtol=1e-6)
+        assert np.linalg.norm(ours[1] - gradient) <= 1e-6 * np.linalg.norm(gradient), remat
+
+
+def test_lists_have_one_form():
+    written = ("qkv,attention_out", " attention_out , qkv", ("qkv", "attention_out", "qkv"), ["attention_out", "qkv"])
+    for remat in written:
+        assert tiny_language(40, remat=remat).remat == tiny_vision(remat=remat).remat == "attention_out,qkv"

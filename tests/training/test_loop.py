@@ -33,7 +33,7 @@ from tests.training.batches import MODEL, random_batch, stage
 
 # Two short stages, so that runs can be stopped in either, between them, and between checkpoints.
 CONFIG = ExperimentConfig(
-    model=MODEL,
+    model=dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, remat="auto")),
     data=DataConfig(tiling=TilingConfig(tile_size=16), packing=PackingConfig(64, 3, 8)),
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
     stages=(
@@ -137,6 +137,9 @@ def test_the_workdir_is_complete(finished):
     refused = [json.loads(line)["id"] for line in (workdir / "data_refused.jsonl").read_text().splitlines()]
     assert refused == ["1", "2", "3", "4"], "each refused record is named once"
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
+    # remat="auto": the choice of each stage. The machine has memory for a tiny model without recomputation.
+    choices = json.loads((workdir / "remat.json").read_text())
+    assert {name: choice["remat"] for name, choice in choices.items()} == {"first": "none", "second": "none"}
 
 
 def test_event_files_contain_the_metrics(finished):
