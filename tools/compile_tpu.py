@@ -4,11 +4,16 @@
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --json 8b.json
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
+    python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3 --search
 
 Any key of the config can be set with --config.path.to.key=value. The reported memory is what the compiler allocates.
 Collectives and FLOPs are counted in the compiled program; those in a loop count once per iteration. Times are estimates
 from a roofline model. The counts assume that all bins are full of pages of the largest size, and that a step has
 global_batch examples.
+
+--search tries meshes, rows per device, recomputation and bins: first by arithmetic, then the most promising programs at
+low effort, and the best of them at full effort. It prints step time against memory, and writes the best as overrides.
+Finished programs are stored, so an interrupted search can be continued.
 
 Exit codes: 0 if the program fits in memory; 2 for invalid arguments; 3 if it does not fit; 4 if it fits, but attention
 fell back to the xla kernel.
@@ -32,6 +37,7 @@ from alignvlm_jax.locations import local_path
 from alignvlm_jax.parallel.mesh import parse_mesh
 from alignvlm_jax.parallel.topology import topology_devices
 from alignvlm_jax.training import ahead_of_time
+from tools import tpu_search
 
 DOES_NOT_FIT, FELL_BACK = 3, 4
 
@@ -45,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= args.stage <= len(experiment.stages):
             raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
         devices = topology_devices(args.topology, slices=args.slices)
+        if args.search:
+            return tpu_search.run(args, overrides, experiment, devices)
         print(
             f"compiling for {len(devices)} devices of {args.topology}, which takes minutes", file=sys.stderr, flush=True
         )
@@ -146,7 +154,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, placed along data")
     parser.add_argument("--stage", type=int, default=1, metavar="I", help="number of the stage, from 1 (default: 1)")
     parser.add_argument(
-        "--mesh", metavar="SIZES", help="mesh, such as data=1,fsdp=64,tensor=4 (default: the config's mesh)"
+        "--mesh",
+        action="append",
+        metavar="SIZES",
+        help="mesh, such as data=1,fsdp=64,tensor=4 (default: the config's mesh); --search tries each that is given",
     )
     parser.add_argument(
         "--rows-per-device",
@@ -163,6 +174,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "compiler's own level, as in a run)",
     )
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the report to this file")
+    tpu_search.add_options(parser)
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]
     if unknown:
@@ -170,8 +182,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.slices < 1 or args.rows_per_device < 1:
         parser.error("--slices and --rows-per-device: expected 1 or more")
     overrides = [word.removeprefix("--config.") for word in rest]
-    if args.mesh:
-        mesh = parse_mesh(args.mesh)
+    if args.search and (args.decode or args.json or args.optimization_level or args.rows_per_device != 1):
+        parser.error("--search: takes no --decode, --json, --optimization-level or --rows-per-device (use --rows)")
+    if args.mesh and not args.search:
+        if len(args.mesh) > 1:
+            parser.error("--mesh: expected one mesh, or --search")
+        mesh = parse_mesh(args.mesh[0])
         overrides += [f"mesh.{axis}={getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor")]
     return args, overrides
 

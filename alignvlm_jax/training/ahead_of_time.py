@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
@@ -71,9 +72,7 @@ def compile_train_step(
     """
     mesh = make_mesh(experiment.mesh, devices, slices=slices)
     model = resolve(experiment.model, devices[0])
-    # The schedules need a number of steps. It does not change the cost of a step.
-    stage = dataclasses.replace(experiment.stages[stage_index], steps=1000, epochs=None)
-    stage = dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
+    stage = compilable_stage(experiment, stage_index)
 
     # Shapes of the batch.
     bins = rows_per_device * num_batch_shards(mesh)
@@ -90,11 +89,13 @@ def compile_train_step(
         if name in batch_fields(model)
     }
 
-    chip, num_chips = _chip(devices)
+    chip, num_chips = find_chips(devices)
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
         make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh)
-        model, choice, program = _compile_least_recomputation(make_step, model, (state, batch), mesh, _capacity(chip))
+        model, choice, program = _compile_least_recomputation(
+            make_step, model, (state, batch), mesh, capacity_bytes(chip)
+        )
         compiled, seconds, text, failure = program
 
     # FLOPs that the model needs for the full bins.
@@ -106,9 +107,9 @@ def compile_train_step(
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
     memory = {
-        "parameters": _bytes_per_device(state.params),
-        "optimizer": _bytes_per_device(state.opt_state),
-        "batch": _bytes_per_device(batch),
+        "parameters": bytes_per_device(state.params),
+        "optimizer": bytes_per_device(state.opt_state),
+        "batch": bytes_per_device(batch),
     }
 
     report = _report(program, compiled, failure, chip, mesh, memory)
@@ -138,6 +139,12 @@ def compile_train_step(
         shortest = report["estimate"]["step_seconds_if_all_overlaps"]
         report["estimate"]["model_flops_utilization"] = needed.total / num_chips / chip.peak_flops / shortest
     return report
+
+
+def compilable_stage(experiment: ExperimentConfig, index: int) -> StageConfig:
+    """Returns a stage with a number of steps, which the schedules need. It does not change the cost of a step."""
+    stage = dataclasses.replace(experiment.stages[index], steps=1000, epochs=None)
+    return dataclasses.replace(stage, warmup_steps=min(stage.warmup_steps, 999))
 
 
 def compile_decoding(
@@ -202,7 +209,7 @@ def compile_decoding(
             tokens,
         ),
     }
-    chip, num_chips = _chip(devices)
+    chip, num_chips = find_chips(devices)
     reports = {}
     for name, (function, argument) in programs.items():
         with jax.set_mesh(mesh), sharding.logical_rules():
@@ -211,7 +218,7 @@ def compile_decoding(
             jitted = jax.jit(function, donate_argnums=1, out_shardings=out_shardings)
             compiled, seconds, text, failure = _compile(jitted, params, cache, argument)
         program = Program(text)
-        memory = {"parameters": _bytes_per_device(params), "cache": _bytes_per_device(cache)}
+        memory = {"parameters": bytes_per_device(params), "cache": bytes_per_device(cache)}
         reports[name] = _report(program, compiled, failure, chip, mesh, memory) | {
             "what": f"{name}, {rows} questions at once, each a page of {packing.tiles_per_bin} tiles",
             "chip": chip.name,
@@ -273,7 +280,7 @@ def _compile_least_recomputation(make_step, model: AlignVLMConfig, arguments, me
     return remat_choice.with_remat(model, choice.remat), choice, results[choice.remat]
 
 
-def _capacity(chip: Chip) -> int:
+def capacity_bytes(chip: Chip) -> int:
     """Returns the memory of a device that a program can use, in bytes."""
     return int(_USABLE_MEMORY * chip.hbm_bytes / chip.devices_per_chip)
 
@@ -306,7 +313,7 @@ def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory)
       mesh: the mesh.
       memory: bytes per device of the program's arguments.
     """
-    capacity = _capacity(chip)
+    capacity = capacity_bytes(chip)
 
     # Bytes that each device sends, by kind of collective and by network: within a slice (ICI), between slices (DCN).
     slice_of = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
@@ -384,12 +391,14 @@ def _kernels(program: Program) -> dict[str, str]:
     }
 
 
-def _chip(devices: Sequence[jax.Device]) -> tuple[Chip, int]:
+def find_chips(devices: Sequence[jax.Device]) -> tuple[Chip, int]:
+    """Returns the kind of the devices' chips, and the number of chips."""
     chip = find_chip(devices[0].device_kind)
     if chip is None:
         raise UserError(f"{devices[0].device_kind} is not a known chip: add it to parallel/chips.py")
     return chip, len(devices) // chip.devices_per_chip
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of a tree of arrays, or of their shapes and shardings, on each device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
