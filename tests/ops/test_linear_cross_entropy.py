@@ -1,4 +1,4 @@
-"""Values and gradients of the loss against PyTorch and the dense form in float64, for several chunk sizes."""
+"""Values and gradients of the loss against PyTorch and the dense form in float64, for several sizes of its loops."""
 
 import jax
 import jax.numpy as jnp
@@ -43,19 +43,48 @@ def assert_matches_dense(arguments, z_loss, **options):
 
 
 # About 36 of 120 positions have a weight. In turn: the default chunk, larger than needed; one chunk that is almost
-# full; several chunks; and one chunk for each position.
+# full; several chunks in groups of two; and one chunk for each position, in groups of 25.
 @pytest.mark.parametrize(
-    ("chunk_size", "block_size", "z_loss"), [(None, None, 0.0), (40, 20, 0.0), (17, 53, 0.1), (1, 52, 0.1)]
+    ("chunk_size", "block_size", "group_size", "z_loss"),
+    [(None, None, None, 0.0), (40, 20, 1, 0.0), (17, 53, 40, 0.1), (1, 52, 25, 0.1)],
 )
-def test_values_and_gradients_match_the_dense_form(chunk_size, block_size, z_loss):
-    assert_matches_dense(inputs(), z_loss, chunk_size=chunk_size, block_size=block_size)
+def test_values_and_gradients_match_the_dense_form(chunk_size, block_size, group_size, z_loss):
+    assert_matches_dense(inputs(), z_loss, chunk_size=chunk_size, block_size=block_size, group_size=group_size)
 
 
-@pytest.mark.parametrize("answer_fraction", [1.0, 0.008])
-def test_all_positions_or_a_single_one_may_have_weight(answer_fraction):
+@pytest.mark.parametrize(("answer_fraction", "group_size"), [(1.0, 48), (0.008, None)])
+def test_all_positions_or_a_single_one_may_have_weight(answer_fraction, group_size):
     arguments = inputs(answer_fraction=answer_fraction)
     assert np.count_nonzero(arguments[3]) in (1, 120)
-    assert_matches_dense(arguments, 0.0, chunk_size=16)
+    assert_matches_dense(arguments, 0.0, chunk_size=16, group_size=group_size)
+
+
+@pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((1,), 2), ((0, 1), 3)])
+def test_the_logits_are_computed_once_and_only_gradients_of_trained_arrays(trained, products):
+    # XLA counts the body of a loop once, so a product is that of one chunk and one block.
+    chunk, block, width = 64, 256, 512
+    hidden, head = jnp.ones((4 * chunk, width)), jnp.ones((4 * block, width))
+
+    def loss(hidden, head):
+        targets, weights = jnp.zeros(len(hidden), int), jnp.ones(len(hidden))
+        options = dict(chunk_size=chunk, block_size=block, group_size=2 * chunk)
+        return linear_cross_entropy(hidden, head, targets, weights, **options)[0]
+
+    function = jax.value_and_grad(loss, trained) if trained else loss
+    flops = jax.jit(function).lower(hidden, head).compile().cost_analysis()["flops"]
+    assert 1 <= flops / (2 * chunk * block * width) / products < 1.05, "the rest is exp, sums and comparisons"
+
+
+def test_confident_positions_keep_their_gradient_in_bfloat16():
+    """The gradient of a target's logit, p - 1, is tiny here, and lost if p is rounded before the subtraction."""
+    hidden, head, targets, weights = inputs(dtype=jnp.bfloat16)
+    hidden += 3 * head[targets]
+    gradients = jax.grad(lambda *a: linear_cross_entropy(*a, targets, weights)[0], (0, 1))(hidden, head)
+    expected = dense.in_float64(
+        jax.grad(lambda *a: dense.linear_cross_entropy(*a, targets, weights), (0, 1)), hidden, head
+    )
+    for got, reference in zip(gradients, expected, strict=True):
+        assert dense.distance(got, reference) < 0.01
 
 
 def test_zero_weights_give_zero_loss_and_gradients():

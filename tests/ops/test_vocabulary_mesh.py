@@ -4,6 +4,7 @@ The mesh is data 2 x fsdp 2 x tensor 2: queries are split over (data, fsdp), row
 widths over fsdp.
 """
 
+import functools
 import math
 import re
 
@@ -124,15 +125,18 @@ def loss_with_gradients(loss):
     return run
 
 
-def streamed_loss(*arrays):
-    return linear_cross_entropy(*arrays, z_loss=0.01, chunk_size=8, block_size=BLOCK, mesh_axes=AXES)[0]
+def streamed_loss(*arrays, group_size=16):
+    options = dict(chunk_size=8, block_size=BLOCK, group_size=group_size)
+    return linear_cross_entropy(*arrays, z_loss=0.01, mesh_axes=AXES, **options)[0]
 
 
-@pytest.mark.parametrize("words", [96, 101])
-def test_loss_matches_one_device(mesh, words):
+# Of the 40 positions of a device, 0 to 5 chunks of 8 contain weights. They are processed as 0 to 3 groups, or as one.
+@pytest.mark.parametrize(("words", "group_size"), [(96, 16), (101, None)])
+def test_loss_matches_one_device(mesh, words, group_size):
     arrays = loss_inputs(8, 20, words)
     placed = place(mesh, arrays, words)
-    value, gradients = compile_on(mesh, loss_with_gradients(streamed_loss), placed, 2)(*placed)
+    loss = functools.partial(streamed_loss, group_size=group_size)
+    value, gradients = compile_on(mesh, loss_with_gradients(loss), placed, 2)(*placed)
     expected, expected_gradients = dense.in_float64(
         loss_with_gradients(lambda *a: dense.linear_cross_entropy(*a, z_loss=0.01)), *arrays
     )
