@@ -158,7 +158,8 @@ def _loss_and_gradients(
         else:
             # Groups gather blocks of the head, so all devices must process the same number of them.
             num_groups = jax.lax.pmax(positions.num_groups, axes.queries) if axes.queries else positions.num_groups
-            loss, gradients = jax.lax.fori_loop(0, num_groups, add_group, (jnp.zeros(()), empty))
+            with jax.named_scope("groups"):
+                loss, gradients = jax.lax.fori_loop(0, num_groups, add_group, (jnp.zeros(()), empty))
 
         loss = streaming.all_reduce(loss, axes.queries)
         dhidden, dhead = gradients

@@ -102,10 +102,12 @@ def compile_train_step(
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
-    # The loss loops over the chunks that contain answer tokens. It is the only loop whose number of iterations depends
-    # on the data and is not part of the program.
+    # The loss loops over the chunks that contain answer tokens, and over groups of chunks, the first of which has room
+    # for all answers. These are the only loops whose number of iterations depends on the data and is not part of the
+    # program.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
-    program = Program(text, trips=lambda _: max(1.0, rows_per_device * contents["answer_tokens"] / chunk))
+    chunks = max(1.0, rows_per_device * contents["answer_tokens"] / chunk)
+    program = Program(text, trips=lambda op_name: 1.0 if op_name.endswith("groups/while") else chunks)
     memory = {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
