@@ -44,12 +44,17 @@ DATA = ["pyarrow>=25,<28", "pyyaml>=6.0.2,<7"]
 # Execute the notebooks of docs/tutorials/, in a test and while the site is built.
 NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 
+# Attention kernels for Hopper GPUs, in private modules, hence exact versions: the last one for Python 3.11, and one for
+# Python 3.12, which brings a profiler (40 packages).
+TOKAMAX = ["tokamax==0.0.12; python_version < '3.12'", "tokamax==0.0.17; python_version >= '3.12'"]
+
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     # HEIC, the photos of phones.
     "heif": ["pillow-heif>=0.22,<2"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
+    "tokamax": TOKAMAX,
     "torch": TORCH,
     # tools/prepare_data.py reads YAML and Parquet, the benchmarks read Parquet.
     "data": DATA,
@@ -68,6 +73,7 @@ EXTRAS = {
         *EVAL,
         *DATA,
         *NOTEBOOKS,
+        *TOKAMAX,
         # Checks the workflows and CITATION.cff against the schemas that it contains.
         "check-jsonschema>=0.33,<0.40",
         # The TPU compiler, for programs that are only compiled. Without a TPU, jax keeps using the CPU.

@@ -1,9 +1,10 @@
 """Resolves "auto" in a config to the dtype and the attention kernel that suit the device.
 
-    device                          dtype      attention
-    TPU                             bfloat16   splash
-    GPU, Ampere or newer            bfloat16   flash
-    older GPU, CPU                  float32    xla
+    device                               dtype      attention
+    TPU                                  bfloat16   splash
+    GPU, Hopper, with tokamax            bfloat16   tokamax
+    GPU, Ampere or newer                 bfloat16   flash, or xla if JAX no longer has that kernel
+    older GPU, CPU                       float32    xla
 
 Weights, their gradients, the optimizer, softmax and norm statistics, and the loss with all its sums stay float32.
 """
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from alignvlm_jax.ops.attention import default_kernel
+from alignvlm_jax.ops.attention import default_kernel, has_bfloat16
 
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16")
@@ -27,10 +28,8 @@ def resolve(config: Config, device: jax.Device | None = None) -> Config:
     if AUTO not in (config.dtype, config.attention):
         return config
     device = device or jax.devices()[0]
-    kernel = default_kernel(device)
-    dtype = "float32" if kernel == "xla" else "bfloat16"
     return dataclasses.replace(
         config,
-        dtype=dtype if config.dtype == AUTO else config.dtype,
-        attention=kernel if config.attention == AUTO else config.attention,
+        dtype=("bfloat16" if has_bfloat16(device) else "float32") if config.dtype == AUTO else config.dtype,
+        attention=default_kernel(device) if config.attention == AUTO else config.attention,
     )

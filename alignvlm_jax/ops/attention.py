@@ -2,26 +2,27 @@
 
 Axes: B rows, L query positions, K key positions, H query heads, G key-value heads, R = H / G, h head width.
 
-Three kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
+Four kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
 segments, so several examples can be packed into a row:
 
-    "splash"  TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal.
-    "flash"   NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`.
-              (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
-    "xla"     All devices, including CPUs and older GPUs. In this file. Queries are processed in blocks, and the
-              backward pass recomputes the scores of a block, so the scores of one block are held at a time. A causal
-              block never reads the keys after it. On a CPU this is 2-3 times as fast as a single product, because
-              scores stay in the cache.
+    "splash"   TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal.
+    "tokamax"  NVIDIA GPUs of the Hopper generation. Kernels of the package tokamax, in `attention_tokamax.py`.
+    "flash"    NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`, which JAX deprecates.
+               (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
+    "xla"      All devices, including CPUs and older GPUs. In this file. Queries are processed in blocks, and the
+               backward pass recomputes the scores of a block, so the scores of one block are held at a time. A causal
+               block never reads the keys after it. On a CPU this is 2-3 times as fast as a single product, because
+               scores stay in the cache.
 
-`default_kernel` chooses the kernel of a device. Shapes that a kernel does not support (such as a head width) fall back
-to "xla", with a warning.
+`default_kernel` chooses the kernel of a device, among those that are installed. Shapes that a kernel does not support
+(such as a head width) fall back to the next kernel of the device, with a warning.
 """
 
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.ops import attention_flash, attention_splash
+from alignvlm_jax.ops import attention_flash, attention_splash, attention_tokamax
 from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
-KERNELS = ("splash", "flash", "xla")
+KERNELS = ("splash", "tokamax", "flash", "xla")
 
 _MASKED = -1e30  # finite: if every key of a query is masked, -inf would give NaN
 _QUERY_BLOCK = 64
 _MAX_BLOCKS = 32  # the blocks are unrolled, and more of them would take long to compile
-_AMPERE = 8.0
+_GPUS = ("gpu", "cuda")
+_AMPERE, _HOPPER, _BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
+
+_MODULES = {"splash": attention_splash, "tokamax": attention_tokamax, "flash": attention_flash}
+# The kernels that are tried for a choice, in this order. "xla" is the last one of all.
+_CANDIDATES = {"splash": ("splash",), "tokamax": ("tokamax", "flash"), "flash": ("flash",), "xla": ()}
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +66,30 @@ class AttentionMesh:
 
 
 def default_kernel(device: jax.Device) -> str:
-    """Returns the fastest kernel that runs on a device."""
+    """Returns the fastest kernel that runs on a device, and logs the choice for a TPU or GPU."""
     if device.platform == "tpu":
-        return "splash"
-    if device.platform in ("gpu", "cuda") and float(getattr(device, "compute_capability", 0) or 0) >= _AMPERE:
-        return "flash"
-    return "xla"
+        return _log_choice("splash", device)
+    if device.platform not in _GPUS:
+        return "xla"
+    # tokamax also has kernels for Blackwell, but its version for Python 3.11 has none for gradients of heads above 64.
+    candidates = ["tokamax"] if _HOPPER <= _compute_capability(device) < _BLACKWELL else []
+    candidates += ["flash"] if has_bfloat16(device) else []
+    missing = []
+    for kernel in candidates:
+        reason = _MODULES[kernel].unavailable()
+        if reason is None:
+            return _log_choice(kernel, device, missing)
+        missing.append(reason)
+    return _log_choice("xla", device, missing)
+
+
+def has_bfloat16(device: jax.Device) -> bool:
+    """Returns whether a device multiplies bfloat16 matrices fast: a TPU, or an NVIDIA GPU from Ampere on."""
+    return device.platform == "tpu" or (device.platform in _GPUS and _compute_capability(device) >= _AMPERE)
+
+
+def _compute_capability(device: jax.Device) -> float:
+    return float(getattr(device, "compute_capability", 0) or 0)  # AMD reports none
 
 
 @ordinary_modes()
@@ -107,13 +131,12 @@ def packed_attention(
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    # A Pallas kernel, if it supports the shapes.
-    if kernel != "xla":
-        module = attention_splash if kernel == "splash" else attention_flash
-        reason = module.unsupported(query.shape, key.shape)
-        if reason is None:
-            return _on_each_device(module.attend, query, key, value, segment_ids, causal, mesh_axes)
-        _warn_once(f"attention: {kernel} does not support {reason}; falling back to kernel xla, which is slower")
+    # A Pallas kernel, if one supports the shapes.
+    for name in _CANDIDATES[kernel]:
+        obstacle = _obstacle(name, query, key)
+        if obstacle is None:
+            return _on_each_device(_MODULES[name].attend, query, key, value, segment_ids, causal, mesh_axes)
+        _warn_once(f"attention: {obstacle}; falling back to a slower kernel")
 
     # Otherwise XLA, with a mask for each block of queries.
     length = query.shape[1]
@@ -182,6 +205,27 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
     return jax.shard_map(
         attend, in_specs=(head_spec, head_spec, head_spec, row_spec), out_specs=head_spec, check_vma=False
     )(query, key, value, segment_ids)
+
+
+def _obstacle(kernel: str, query, key) -> str | None:
+    """Returns why a Pallas kernel cannot compute attention of these arrays, or None."""
+    module = _MODULES[kernel]
+    # Every supported version of JAX has splash.
+    if kernel != "splash" and (reason := module.unavailable()) is not None:
+        return reason
+    reason = module.unsupported(query.shape, key.shape, query.dtype)
+    return reason and f"{kernel} does not support {reason}"
+
+
+def _log_choice(kernel: str, device: jax.Device, missing: Sequence[str] = ()) -> str:
+    reasons = f" ({'; '.join(missing)})" if missing else ""
+    _log_once(f"attention: kernel {kernel} on {getattr(device, 'device_kind', device.platform)}{reasons}")
+    return kernel
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info(message)
 
 
 @functools.cache

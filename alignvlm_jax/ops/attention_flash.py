@@ -10,22 +10,31 @@ key-value heads are repeated. That takes L x H x h values each for keys and valu
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # JAX 0.11 deprecates the kernel, and 0.12 still has it. A program that imports the library can do nothing about that,
 # and would end if it runs with `-W error`.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas.ops.gpu import attention as kernels
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as kernels
+except ImportError:
+    kernels = None
 
 _BLOCK = 128
 _NO_SEGMENT = -1
 _WIDEST_HEAD = 256
 
 
-def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
-    """Returns the property of these shapes that the kernel does not support, or None."""
+def unavailable() -> str | None:
+    """Returns why the kernel cannot be used in this environment, or None."""
+    return None if kernels else f"JAX {jax.__version__} has no jax.experimental.pallas.ops.gpu.attention"
+
+
+def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
+    """Returns the property of these shapes or this dtype that the kernel does not support, or None."""
     num_heads, width = query_shape[2:]
     if num_heads % key_shape[2]:
         return f"{num_heads} heads that share {key_shape[2]} key-value heads"

@@ -22,8 +22,8 @@ _ONE_BLOCK = 1024  # a row of up to this length is one block
 _BLOCK = 512  # block size of longer rows
 
 
-def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> str | None:
-    """Returns the property of these shapes that the kernel does not support, or None.
+def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
+    """Returns the property of these shapes or this dtype that the kernel does not support, or None.
 
     After padding, every length and head width is supported.
     """

@@ -19,7 +19,7 @@ class _FakeGpu:
     platform: str = "gpu"
 
 
-@pytest.mark.parametrize("compute_capability, kernel", [("9.0", "flash"), ("7.5", "xla")])
+@pytest.mark.parametrize("compute_capability, kernel", [("8.0", "flash"), ("7.5", "xla")])
 def test_the_train_step_lowers_for_cuda(compute_capability, kernel):
     experiment, gpu = load_config("configs/debug_gpu.py"), _FakeGpu(compute_capability)
     model = dataclasses.replace(

@@ -14,12 +14,12 @@ import pytest
 
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.ops import attention, attention_flash, attention_splash
+from alignvlm_jax.ops import attention, attention_flash, attention_splash, attention_tokamax
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.abstract_gpu import gpu_mesh
 
-KERNELS = {"splash": attention_splash, "flash": attention_flash}
+KERNELS = {"splash": attention_splash, "tokamax": attention_tokamax, "flash": attention_flash}
 
 
 def _inputs(length, heads=4, groups=2, width=24, rows=2):
@@ -67,6 +67,7 @@ def test_values_and_gradients_match_float64(name, length, causal):
 def test_on_a_mesh_each_device_computes_its_rows_and_heads(monkeypatch, name, mesh):
     module = KERNELS[name]
     monkeypatch.setattr(module, "attend", functools.partial(module.attend, interpret=True))
+    monkeypatch.setattr(attention, "_obstacle", lambda *args: None)
     query, key, value, segments = _inputs(24, heads=8, groups=4, rows=8)
     axes = attention.AttentionMesh(("data", "fsdp"), ("tensor",))
 
@@ -91,18 +92,54 @@ def test_an_unsupported_shape_falls_back_with_a_warning(caplog):
     assert "flash does not support heads of width 260" in caplog.text and "falling back" in caplog.text
 
 
-def test_flash_lowers_for_cuda_without_a_gpu():
+@pytest.mark.parametrize(
+    "segment_ids, contiguous",
+    [
+        ([[1, 1, 2, 2, 0], [7, 7, 7, 7, 7], [2, 0, 0, 1, 1]], True),
+        ([[1, 1, 2, 2, 0], [1, 2, 2, 1, 0]], False),
+        ([[0, 1, 1, 0]], False),
+    ],
+)
+def test_a_segment_that_continues_after_another_is_recognized(segment_ids, contiguous):
+    assert attention_tokamax.is_contiguous(jnp.asarray(segment_ids)) == contiguous
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokamax_sorts_rows_whose_segments_are_interrupted(causal):
+    query, key, value, _ = _inputs(60)
+    segments = jnp.asarray(np.random.default_rng(2).integers(0, 4, (2, 60)), jnp.int32)
+
+    def loss(attend, *qkv):
+        return jnp.sum(jnp.sin(attend(*qkv)))
+
+    got = functools.partial(attention_tokamax.attend, segment_ids=segments, causal=causal, interpret=True)
+    expected = functools.partial(_plain, segments=segments, causal=causal)
+    np.testing.assert_allclose(got(query, key, value), expected(query, key, value), rtol=2e-5, atol=2e-6)
+    gradients = (jax.grad(loss, (1, 2, 3))(attend, query, key, value) for attend in (got, expected))
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "kernel, call", [("tokamax", "mosaic_gpu"), ("flash", "triton"), ("xla", "stablehlo.exponential")]
+)
+def test_each_choice_for_gpus_lowers_for_cuda_without_a_gpu(kernel, call):
+    if kernel == "tokamax":
+        pytest.importorskip("tokamax")
     query, key, value, segments = (
-        array.astype(jnp.bfloat16) if array.dtype == jnp.float32 else array for array in _inputs(196, 12, 12, 64)
+        array.astype(jnp.bfloat16) if array.dtype == jnp.float32 else array for array in _inputs(196, 12, 4, 64)
     )
 
-    def loss(query, key, value):
-        out = attention.packed_attention(query, key, value, segment_ids=segments, causal=False, kernel="flash")
+    def loss(query, key, value, causal):
+        out = attention.packed_attention(query, key, value, segment_ids=segments, causal=causal, kernel=kernel)
         return jnp.sum(out.astype(jnp.float32))
 
     with gpu_mesh():
-        lowered = jax.jit(jax.grad(loss)).trace(query, key, value).lower(lowering_platforms=("cuda",))
-    assert "triton" in lowered.as_text()
+        for causal in (True, False):
+            step = jax.jit(jax.grad(functools.partial(loss, causal=causal), (0, 1, 2)))
+            text = step.trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
+            assert call in text
+            assert kernel != "tokamax" or "x196x4x3x64xbf16" not in text, "the 4 key-value heads are not repeated"
 
 
 @dataclasses.dataclass
@@ -115,15 +152,32 @@ class _FakeDevice:
     "device, kernel, dtype",
     [
         (_FakeDevice("tpu"), "splash", "bfloat16"),
-        (_FakeDevice("gpu", "9.0"), "flash", "bfloat16"),
+        (_FakeDevice("gpu", "9.0"), "tokamax", "bfloat16"),
+        (_FakeDevice("gpu", "10.0"), "flash", "bfloat16"),
         (_FakeDevice("gpu", "8.0"), "flash", "bfloat16"),
         (_FakeDevice("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, and not enough memory for the kernel.
         (_FakeDevice("gpu"), "xla", "float32"),  # AMD reports no compute capability.
         (_FakeDevice("cpu"), "xla", "float32"),
     ],
 )
-def test_each_device_has_default_kernels_that_a_config_may_override(device, kernel, dtype):
+def test_each_device_has_default_kernels_that_a_config_may_override(monkeypatch, device, kernel, dtype):
+    monkeypatch.setattr(attention_tokamax, "unavailable", lambda: None)
     resolved = hardware.resolve(LanguageConfig(), device)
     assert (resolved.attention, resolved.dtype) == (kernel, dtype)
     forced = LanguageConfig(attention="xla", dtype="bfloat16")
     assert hardware.resolve(forced, device) == forced
+
+
+def test_a_missing_kernel_leaves_the_next_one_and_the_log_says_why(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    hopper = _FakeDevice("gpu", "9.0")
+    attention._log_once.cache_clear()
+    monkeypatch.setattr(attention_tokamax.importlib.metadata, "version", lambda name: "0.0.1")
+    assert attention.default_kernel(hopper) == "flash"
+    monkeypatch.setattr(attention_flash, "kernels", None)
+    for _ in range(2):
+        resolved = hardware.resolve(LanguageConfig(), hopper)
+        assert (resolved.attention, resolved.dtype) == ("xla", "bfloat16")
+    flash, xla = (record.getMessage() for record in caplog.records)  # each choice is logged once
+    assert flash.startswith("attention: kernel flash on gpu (tokamax 0.0.1 is none of")
+    assert xla.startswith("attention: kernel xla on gpu (tokamax 0.0.1 is none of") and "JAX 0." in xla
