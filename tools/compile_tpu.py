@@ -7,9 +7,10 @@
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3 --search
 
 Any key of the config can be set with --config.path.to.key=value. The reported memory is what the compiler allocates.
-Collectives and FLOPs are counted in the compiled program; those in a loop count once per iteration. Times are estimates
-from a roofline model. The counts assume that all bins are full of pages of the largest size, and that a step has
-global_batch examples.
+Collectives and FLOPs are counted in the compiled program; those in a loop count once per iteration. Step times are
+estimates: one with each resource at its peak and everything overlapped, and one by the compiler's own schedule, which
+is only meaningful at full effort (without --optimization-level O0). The counts assume that all bins are full of pages
+of the largest size, and that a step has global_batch examples.
 
 --search tries meshes, rows per device, recomputation and bins: first by arithmetic, then the most promising programs at
 low effort, and the best of them at full effort. It prints step time against memory, and writes the best as overrides.
@@ -56,16 +57,14 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"compiling for {len(devices)} devices of {args.topology}, which takes minutes", file=sys.stderr, flush=True
         )
+        texts = []
+        options = dict(rows_per_device=args.rows_per_device, write_text=texts.append)
         if args.decode:
-            report = ahead_of_time.compile_decoding(experiment, devices, rows_per_device=args.rows_per_device)
+            report = ahead_of_time.compile_decoding(experiment, devices, **options)
             reports = list(report.values())
         else:
             report = ahead_of_time.compile_train_step(
-                experiment,
-                devices,
-                stage_index=args.stage - 1,
-                slices=args.slices,
-                rows_per_device=args.rows_per_device,
+                experiment, devices, stage_index=args.stage - 1, slices=args.slices, **options
             )
             reports = [report]
     except UserError as error:
@@ -73,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for entry in reports:
         print(describe(entry))
+    if args.text:
+        Path(args.text).write_text("\n".join(texts), encoding="utf-8")
     if args.json:
         request = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
         request["optimization_level"] = args.optimization_level
@@ -107,7 +108,10 @@ def describe(report: ahead_of_time.Report) -> str:
             f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}",
             f"model TFLOP per step: {report['flops'] / 1e12:,.0f} ({parts})",
         ]
-    lines += [f"executed TFLOP per chip: {report['executed_flops_per_chip'] / 1e12:,.1f}"]
+    ratio = (
+        f", {report['executed_over_needed']:.2f} times its share of these" if "executed_over_needed" in report else ""
+    )
+    lines += [f"executed TFLOP per chip: {report['executed_flops_per_chip'] / 1e12:,.1f}{ratio}"]
     if "remat" in report:
         lines += [f"remat: encoder {report['remat']['encoder']}; decoder {report['remat']['decoder']}"]
     for trial in report.get("remat_trials", ()):
@@ -124,12 +128,13 @@ def describe(report: ahead_of_time.Report) -> str:
     lines += [
         f"attention: {kernels}",
         "",
-        f"ESTIMATE (roofline model, nothing was run): {times}",
-        f"  a step takes {estimate['step_seconds_if_all_overlaps']:.2f} s if everything overlaps,"
-        f" {estimate['step_seconds_if_nothing_overlaps']:.2f} s if nothing does",
+        f"ESTIMATE (nothing was run), each resource at its peak: {times}",
+        f"  if everything overlaps: {_step(estimate, 'if_all_overlaps', 'model_flops_utilization')}",
     ]
-    if "model_flops_utilization" in estimate:
-        lines.append(f"  MFU at most {100 * estimate['model_flops_utilization']:.0f} %")
+    if "step_seconds_by_schedule" in estimate:
+        times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in estimate["seconds_by_schedule"].items())
+        step = _step(estimate, "by_schedule", "model_flops_utilization_by_schedule")
+        lines += [f"  by the compiler's schedule: {step} ({times})"]
     # Advice for a program that does not fit.
     if not report["fits"]:
         lines += ["", "largest buffers"]
@@ -139,6 +144,12 @@ def describe(report: ahead_of_time.Report) -> str:
             *(f"  - {advice}" for advice in report["advice"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _step(estimate: dict, time: str, utilization: str) -> str:
+    """Returns one estimate of a step's time, with the utilization that follows from it in training."""
+    cap = f", MFU at most {100 * estimate[utilization]:.0f} %" if utilization in estimate else ""
+    return f"a step takes {estimate[f'step_seconds_{time}']:.2f} s{cap}"
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -174,6 +185,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "compiler's own level, as in a run)",
     )
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the report to this file")
+    parser.add_argument(
+        "--text",
+        type=local_path,
+        metavar="FILE",
+        help="write the compiled program, as the compiler prints it, to a file",
+    )
     tpu_search.add_options(parser)
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not (word.startswith("--config.") and "=" in word)]

@@ -3,7 +3,7 @@
     make test-tpu                          compile all missing rows (minutes each; 4 GB of memory)
     python tools/tpu_table.py --only 8b    only rows whose name contains "8b"
     python tools/tpu_table.py --redo       compile all rows again
-    python tools/tpu_table.py --fast       compile with little effort; such rows are marked with *
+    python tools/tpu_table.py --fast       compile with little effort; such rows have no cap by schedule
     python tools/tpu_table.py --list       print the commands
 
 A finished row is stored as docs/tpu/NAME.json and is compiled again only if its command changes, so an interrupted
@@ -105,14 +105,17 @@ def _write_page() -> None:
 def table() -> str:
     """Returns all finished rows as a Markdown table."""
     lines = [
-        "| model, stage | chips | mesh | GB per chip | fits | bins per step (K x B) | MFU at most | step, s | ICI, GB |"
-        " DCN, GB | attention | compile time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model, stage | chips | mesh | GB per chip | fits | bins per step (K x B) | executed / needed FLOPs"
+        " | MFU at most, by FLOPs | MFU at most, by schedule | step, s | ICI, GB | DCN, GB | attention | effort |"
+        " compile time |",
+        "|---" * 15 + "|",
     ]
     for name in ROWS:
         row = _read_row(name)
         if row is None:
             continue
+        # The schedule of little effort is not one that a run would have, so it is left out.
+        is_fast = _is_fast(row)
         # Collectives are summed over their kinds, per network.
         estimate, traffic = row["estimate"], row["collectives"].values()
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
@@ -124,13 +127,24 @@ def table() -> str:
             f"| {slices}{row['topology']} | {mesh} "
             f"| {total} of {row['capacity_bytes'] / 1e9:.1f} | {'yes' if row['fits'] else '**no**'} "
             f"| {row['microbatches']} x {row['bins_per_microbatch']} "
-            f"| {100 * estimate.get('model_flops_utilization', 0):.0f} % "
-            f"| {estimate['step_seconds_if_all_overlaps']:.1f} to {estimate['step_seconds_if_nothing_overlaps']:.1f} "
+            f"| {_number(row.get('executed_over_needed'), '.2f')} "
+            f"| {_percent(estimate.get('model_flops_utilization'))} "
+            f"| {'?' if is_fast else _percent(estimate.get('model_flops_utilization_by_schedule'))} "
+            f"| {estimate['step_seconds_if_all_overlaps']:.1f} "
+            f"to {'?' if is_fast else _number(estimate.get('step_seconds_by_schedule'), '.1f')} "
             f"| {ici:.0f} | {dcn:.1f} "
             f"| {' '.join(sorted(set(row['attention'].values())))} "
-            f"| {row['compile_seconds']:.0f} s{' *' if _is_fast(row) else ''} |"
+            f"| {'low' if is_fast else 'full'} | {row['compile_seconds']:.0f} s |"
         )
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.0f} %"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
 
 
 def _parse() -> argparse.Namespace:

@@ -15,6 +15,9 @@ Sources:
                 pod of 256 chips
     TPU7x       docs.cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GB/s, 1200 GB/s both ways, 100 Gbit/s;
                 JAX sees each chip's two TensorCores as two devices
+    Clocks      v4: arXiv 2304.01433, table 4. v5e: jax-ml.github.io/scaling-book/tpus. v5p, v6e and TPU7x: the peak
+                rate divided by the FLOPs of one cycle of a device's matrix units (2**18, 2**19 and 2**19). These fit
+                the compiler's estimates of a large product: 90, 70 and 80 % of that rate
     V100, T4    nvidia.com data sheets of the V100 (SXM2) and the T4
     A100, A10G  nvidia.com data sheet of the A100; data sheet of the A10G by NVIDIA and AWS
     L4, L40S    nvidia.com data sheets, half of their figures "with sparsity"; RTX 4090: the Ada architecture whitepaper
@@ -43,6 +46,8 @@ class Chip:
       dcn_bandwidth: bytes per second that the chip can send over the network: its share of the bandwidth of its host.
         None if unknown.
       devices_per_chip: number of `jax.Device`s of one chip.
+      ici_links: number of links that `ici_bandwidth` is spread over: two for each axis of a TPU's torus. None for GPUs.
+      clock_hz: clock of a TPU's cores, in which its compiler estimates times. None for GPUs.
     """
 
     name: str
@@ -52,13 +57,15 @@ class Chip:
     ici_bandwidth: float | None = None
     dcn_bandwidth: float | None = None
     devices_per_chip: int = 1
+    ici_links: int | None = None
+    clock_hz: float | None = None
 
 
-TPU_V4 = Chip("TPU v4", 275e12, 32 * GIB, 1200e9, ici_bandwidth=270e9, dcn_bandwidth=6.25e9)
-TPU_V5E = Chip("TPU v5e", 197e12, 16 * GIB, 819e9, ici_bandwidth=200e9, dcn_bandwidth=3.125e9)
-TPU_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, ici_bandwidth=600e9, dcn_bandwidth=6.25e9)
-TPU_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, ici_bandwidth=400e9, dcn_bandwidth=12.5e9)
-TPU_7X = Chip("TPU7x", 2307e12, 192 * GIB, 7380e9, ici_bandwidth=600e9, dcn_bandwidth=12.5e9, devices_per_chip=2)
+TPU_V4 = Chip("TPU v4", 275e12, 32 * GIB, 1200e9, 270e9, 6.25e9, ici_links=6, clock_hz=1.05e9)
+TPU_V5E = Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, ici_links=4, clock_hz=1.5e9)
+TPU_V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, ici_links=6, clock_hz=1.75e9)
+TPU_V6E = Chip("TPU v6e", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, ici_links=4, clock_hz=1.75e9)
+TPU_7X = Chip("TPU7x", 2307e12, 192 * GIB, 7380e9, 600e9, 12.5e9, devices_per_chip=2, ici_links=6, clock_hz=2.2e9)
 
 # By `jax.Device.device_kind`: first the names that libtpu uses today, then those of other versions of libtpu.
 _TPUS = {

@@ -2,7 +2,8 @@
 
 Traffic between slices does not appear in the text as collectives, but as messages to the host, which reduces or
 distributes them; `_between_slices` translates these messages. A collective that XLA splits to overlap it with
-computation appears several times, as the parts of one chain. It is counted where the chain starts.
+computation appears several times, as the parts of one chain. It is counted where the chain starts. A reduce-scatter
+that XLA's TPU compiler fuses appears as an all-reduce followed by a slice, inside a fusion.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 from alignvlm_jax.parallel.hlo import Instruction, Program, array_bytes
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+"""Opcodes of collectives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Collective:
       count: number of runs in one step.
       bytes_sent: bytes that one device sends in one run, in a ring algorithm.
       crosses_slices: whether any of its groups spans the network between slices.
+      links: number of a TPU's links that the compiler's algorithm uses at a time; None if the text does not name it.
+      is_overlapped: whether it is asynchronous, so that computation can run between its start and its end.
+      computation: the computation that runs it. For one inside a fusion, it is the one that contains the fusion.
     """
 
     kind: str
@@ -32,6 +37,9 @@ class Collective:
     count: float
     bytes_sent: float
     crosses_slices: bool
+    links: int | None
+    is_overlapped: bool
+    computation: str
 
 
 def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collective]:
@@ -42,18 +50,31 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
       slice_of_device: the slice of each device, in the order of the mesh.
     """
     found = []
+    # Fusions of an all-reduce and a slice, by the name of their computation.
+    fused_scatters = {
+        i.attribute("calls"): i for body in program.computations.values() for i in body.values() if _is_scatter(i)
+    }
+    # The computation that contains each fusion, by the name of the fusion's computation.
+    callers = {
+        i.attribute("calls"): name
+        for name, body in program.computations.items()
+        for i in body.values()
+        if i.opcode == "fusion"
+    }
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
+        caller = callers.get(name, name)
         # First parts of chains: the operands of the instructions that start an asynchronous collective.
         started = {operand for i in body.values() if '"AsyncCollectiveStart"' in i.attributes for operand in i.operands}
         for instruction in body.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind == "send" and "megascale" in instruction.attributes:
                 kind, sent = _between_slices(instruction)
-                found.append(Collective(kind, instruction.op_name, times, sent, True))
-            if kind not in _COLLECTIVES or instruction.opcode == "send":
+                found.append(Collective(kind, instruction.op_name, times, sent, True, None, True, caller))
+            if kind not in KINDS or instruction.opcode == "send":
                 continue
-            if "chain_id=" in instruction.attributes and instruction.name not in started:
+            is_chain = "chain_id=" in instruction.attributes
+            if is_chain and instruction.name not in started:
                 continue  # a later part of a chain
             groups = _groups(instruction.attributes, len(slice_of_device))
             size = max(map(len, groups)) if groups else len(slice_of_device)
@@ -66,6 +87,9 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
             # Bytes of the result on one device. In a ring of n devices, each sends (n - 1) / n of the complete array,
             # and an all-reduce is a reduce-scatter and an all-gather. The result of a reduce-scatter is 1 / n of it.
             result = sum(array_bytes(*shape) for shape in shapes)
+            scatter = fused_scatters.get(name)
+            if kind == "all-reduce" and scatter is not None:
+                kind, result = "reduce-scatter", result / size
             sent = {
                 "all-gather": result * (size - 1) / size,
                 "all-reduce": 2 * result * (size - 1) / size,
@@ -74,8 +98,33 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
                 "collective-permute": result,
             }[kind]
             crosses = any(len({slice_of_device[i] for i in group}) > 1 for group in groups)
-            found.append(Collective(kind, instruction.op_name, times, sent, crosses))
+            links = _num_links((scatter or instruction).attributes, size)
+            is_overlapped = is_chain or instruction.opcode.endswith("-start")
+            found.append(Collective(kind, instruction.op_name, times, sent, crosses, links, is_overlapped, caller))
     return found
+
+
+def _is_scatter(instruction: Instruction) -> bool:
+    """Returns whether an instruction is a reduce-scatter written as a fusion of an all-reduce and a slice."""
+    return instruction.opcode == "fusion" and 'AllReduceScatterFusion"' in instruction.attributes
+
+
+def _num_links(attributes: str, group_size: int) -> int | None:
+    """Returns the number of links of a TPU that an algorithm sends on at a time; None if it is not one of rings.
+
+    A chip of a torus has two links along each axis. A ring uses both, one for each direction, and "colors" is the
+    number of rings; a "UniDirection" ring uses one of them. Two neighbors have a single link.
+    """
+    config = attributes.partition('"collective_algorithm_config":{')[2]
+    strategy = re.search(r"(\w*)Strategy\w*\{colors:(\d+)", config)
+    emitter = re.match(r'"emitter":"(\w+)"', config)
+    if strategy:
+        links = int(strategy.group(2)) * (1 if "UniDirection" in strategy.group(1) else 2)
+    elif emitter and re.match(r"1D|\w*Ring", emitter.group(1)):
+        links = 2
+    else:
+        return None
+    return 1 if group_size == 2 else links
 
 
 def _between_slices(message: Instruction) -> tuple[str, float]:
@@ -100,26 +149,38 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
     if pairs:
         return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", pairs.group(1) + "}")]
-    # replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}: the groups run along the axes in braces.
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:\([^)]*\)\s*)?\{([^}]*)\}", attributes)
+    # replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}: the groups run along the axes in braces. The devices of the
+    # mesh may be in another order: mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}
+    device_ids = r"(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\]{device_ids}\s*\{{([^}}]*)\}}", attributes)
     if mesh:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
-        along = re.findall(r"'([^']+)'", mesh.group(2))
+        along = re.findall(r"'([^']+)'", mesh.group(4))
         sizes = list(axes.values())
         order = [i for i, name in enumerate(axes) if name not in along]
         order += [i for i, name in enumerate(axes) if name in along]
-        return _split_box(num_devices, sizes, order, math.prod(axes[name] for name in along))
+        groups = _split_box(num_devices, sizes, order, math.prod(axes[name] for name in along))
+        if mesh.group(2):
+            box = _integers(mesh.group(2))
+            device_order = _integers(mesh.group(3)) if mesh.group(3) else list(range(len(box)))
+            (devices,) = _split_box(num_devices, box, device_order, num_devices)
+            groups = [[devices[i] for i in group] for group in groups]
+        return groups
     # replica_groups=[2,2]<=[2,2]T(1,0): number the devices of a box, transpose its axes, and cut it into rows.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        sizes = [int(size) for size in iota.group(3).split(",")]
-        order = [int(axis) for axis in iota.group(4).split(",")] if iota.group(4) else list(range(len(sizes)))
+        sizes = _integers(iota.group(3))
+        order = _integers(iota.group(4)) if iota.group(4) else list(range(len(sizes)))
         return _split_box(num_devices, sizes, order, int(iota.group(2)))
     # replica_groups={{0,1},{2,3}}
     listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if listed:
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
     return []
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _split_box(num_devices: int, sizes: list[int], order: list[int], group_size: int) -> list[list[int]]:

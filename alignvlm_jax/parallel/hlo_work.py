@@ -1,6 +1,6 @@
 """Counts the matrix products and the memory traffic of a compiled program from its text, once per iteration of a loop.
 
-XLA's own analysis cannot see inside Pallas kernels. This module adds the products of splash attention.
+XLA's own analysis cannot see inside Pallas kernels. `hlo_attention` adds the products of splash attention.
 """
 
 import collections
@@ -8,19 +8,24 @@ import functools
 import math
 import re
 
-from alignvlm_jax.parallel.hlo import Instruction, Program, parameters, parse_shapes
+from alignvlm_jax.parallel.hlo import Instruction, Program, parameters
+from alignvlm_jax.parallel.hlo_attention import ExecutedBlocks, all_blocks, splash_flops
 
 # Opcodes that only name, group or reinterpret memory. The bodies of loops and branches are counted separately.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "iota", "copy-start", "copy-done", "async-start", "async-done", "opt-barrier",
+    "partition-id", "replica-id", "iota", "copy-start", "copy-done", "slice-start", "slice-done", "async-start",
+    "async-done", "opt-barrier",
 )  # fmt: skip
-# Matrix products in each kernel of splash attention. One product takes 2 * h FLOPs per query, key and head of width h.
-_SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
-def flops(program: Program) -> dict[str, float]:
-    """Floating-point operations of matrix products by op_name, including those inside attention kernels."""
+def flops(program: Program, executed_blocks: ExecutedBlocks = all_blocks) -> dict[str, float]:
+    """Floating-point operations of matrix products by op_name, including those inside attention kernels.
+
+    Args:
+      program: the program.
+      executed_blocks: the blocks of a row that attention kernels run; by default all that the mask does not exclude.
+    """
     total = collections.defaultdict(float)
     for name, times in program.runs.items():
         body = program.computations.get(name, {})
@@ -29,10 +34,14 @@ def flops(program: Program) -> dict[str, float]:
             if instruction.opcode in ("dot", "convolution"):
                 operands = [body[operand].shapes[0][1] for operand in instruction.operands[:2]]
                 total[instruction.op_name] += times * _product_flops(instruction, *operands)
-            elif instruction.opcode == "custom-call" and "splash" in instruction.name:
-                origin = _origin(body, instruction)
-                total[origin] += times * _splash_flops(instruction, is_causal="language" in origin)
+            elif is_attention(instruction):
+                total[_origin(body, instruction)] += times * splash_flops(instruction, executed_blocks)
     return dict(total)
+
+
+def is_attention(instruction: Instruction) -> bool:
+    """Returns whether an instruction is a splash-attention kernel."""
+    return instruction.opcode == "custom-call" and "splash" in instruction.name
 
 
 def kernels(program: Program) -> dict[str, float]:
@@ -53,23 +62,20 @@ def bytes_moved(program: Program) -> float:
     An operand that is only sliced counts as many bytes as the slice; a result that is updated in place counts as many
     as the update.
     """
-    # Computations of fusions: their instructions do not run on their own.
-    fused = {
-        callee
-        for body in program.computations.values()
-        for instruction in body.values()
-        if instruction.opcode == "fusion"
-        for callee in [instruction.attribute("calls")]
-    }
+    fused = fused_computations(program)
     total = 0.0
     for name, times in program.runs.items():
         if name in fused:
-            continue  # values inside a fusion stay in registers; `_moved` counts its operands and its result
+            continue  # values inside a fusion stay in registers; `moved` counts its operands and its result
         body = program.computations.get(name, {})
-        for instruction in body.values():
-            if instruction.opcode not in _FREE:
-                total += times * _moved(program, body, instruction)
+        total += times * sum(moved(program, body, instruction) for instruction in body.values())
     return total
+
+
+def fused_computations(program: Program) -> set[str]:
+    """Returns the names of the computations of fusions. Their instructions do not run on their own."""
+    bodies = program.computations.values()
+    return {i.attribute("calls") or "" for body in bodies for i in body.values() if i.opcode == "fusion"}
 
 
 def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]]:
@@ -77,7 +83,7 @@ def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]
     best = {}
     for name in program.runs:
         for instruction in program.computations.get(name, {}).values():
-            if instruction.opcode in _FREE or len(instruction.shapes) > 1:
+            if instruction.opcode in _FREE or len(instruction.shapes) != 1:
                 continue
             dtype, shape = instruction.shapes[0]
             label = f"{dtype}[{','.join(map(str, shape))}]"
@@ -86,29 +92,68 @@ def largest_buffers(program: Program, count: int) -> list[tuple[float, str, str]
     return sorted(best.values(), reverse=True)[:count]
 
 
-def _moved(program: Program, body: dict[str, Instruction], instruction: Instruction) -> float:
-    """Bytes that one run of an instruction reads and writes."""
-    inner = program.computations.get(instruction.attribute("calls") or "", {})
+def moved(program: Program, body: dict[str, Instruction], instruction: Instruction) -> float:
+    """Bytes that one run of an instruction reads and writes; 0 if it does not move memory by itself."""
+    if instruction.opcode in _FREE or re.search(r'"(AllocateBuffer|ConcatBitcast)"', instruction.attributes):
+        return 0.0
     # A slice is read and then written. So is an update; the rest of its buffer is reused without being moved.
     if instruction.opcode in ("dynamic-slice", "gather"):
         return 2 * instruction.size
     if instruction.opcode == "dynamic-update-slice":
         return 2 * body[instruction.operands[1]].size
-    if not inner:
+    callee = instruction.attribute("calls") or ""
+    if callee not in program.computations:
         return instruction.size + sum(body[name].size for name in instruction.operands if name in body)
-    # A fusion: its result, or the part of it that is written in place, then each operand.
-    moved = instruction.size
-    root = program.roots[instruction.attribute("calls")]
-    if root.opcode == "dynamic-update-slice":
-        moved = inner[root.operands[1]].size
-    for parameter in parameters(inner):
-        users = [i for i in inner.values() if parameter.name in i.operands]
-        if users and all(i.opcode == "dynamic-slice" and i.operands[0] == parameter.name for i in users):
-            moved += sum(user.size for user in users)
-        # The buffer that the root updates in place is not read.
-        elif not (root.opcode == "dynamic-update-slice" and users == [root]):
-            moved += parameter.size
-    return moved
+    inner, root = program.computations[callee], program.roots[callee]
+    written = instruction.size if root is None else _bytes_written(program, callee, root.name)
+    return written + sum(_bytes_read(program, callee, parameter.name) for parameter in parameters(inner))
+
+
+def _bytes_written(program: Program, computation: str, name: str) -> float:
+    """Bytes that a fusion writes for one value of its computation that is a part of its result."""
+    body = program.computations[computation]
+    value = body[name]
+    if value.opcode == "parameter" or _is_later_part(value):
+        return 0.0  # an operand that is passed on keeps its memory
+    if value.opcode in ("tuple", "bitcast"):
+        return sum(_bytes_written(program, computation, operand) for operand in value.operands)
+    if value.opcode == "dynamic-update-slice":
+        return body[value.operands[1]].size  # in place
+    callee = value.attribute("calls") or ""
+    if value.opcode == "fusion" and program.roots.get(callee):
+        return _bytes_written(program, callee, program.roots[callee].name)
+    if value.opcode == "get-tuple-element" and body[value.operands[0]].opcode == "fusion":
+        callee = body[value.operands[0]].attribute("calls")
+        element = program.roots[callee].operands[int(value.attribute("index"))]
+        return _bytes_written(program, callee, element)
+    return value.size
+
+
+def _bytes_read(program: Program, computation: str, name: str) -> float:
+    """Bytes of one value of a fusion's computation that are read: all, unless every user reads only a slice of it."""
+    body = program.computations[computation]
+    size, total = body[name].size, 0.0
+    for user in body.values():
+        if name not in user.operands or _is_later_part(user):
+            continue
+        if user.opcode == "dynamic-slice" and user.operands[0] == name:
+            total += user.size
+        elif user.opcode == "bitcast" or (user.opcode == "dynamic-update-slice" and name not in user.operands[1:]):
+            total += _bytes_read(program, computation, user.name)  # the rest of an updated buffer is not read
+        elif user.opcode == "fusion" and user.attribute("calls") in program.computations:
+            callee = user.attribute("calls")
+            numbers = {int(i.attributes): i.name for i in parameters(program.computations[callee])}
+            inside = [numbers[number] for number, operand in enumerate(user.operands) if operand == name]
+            total += sum(_bytes_read(program, callee, parameter) for parameter in inside)
+        elif user.opcode != "tuple":
+            return size
+    return min(total, size)
+
+
+def _is_later_part(instruction: Instruction) -> bool:
+    """Returns whether an instruction continues an asynchronous collective, whose bytes count where it starts."""
+    is_done = '"AsyncCollectiveDone"' in instruction.attributes
+    return is_done or (instruction.opcode != "custom-call" and "chain_id=" in instruction.attributes)
 
 
 def _origin(body: dict[str, Instruction], kernel: Instruction) -> str:
@@ -210,23 +255,3 @@ def _count_valid_pairs(
             index = position * stride + offset * window_dilation - padding
             count += 0 <= index <= (source - 1) * input_dilation and index % input_dilation == 0
     return count
-
-
-def _splash_flops(instruction: Instruction, *, is_causal: bool) -> float:
-    """Floating-point operations of one run of a splash-attention kernel."""
-    kind = re.search(r"splash_\w+?_(fwd|dkv|dq)", instruction.name).group(1)
-    # The result with the most axes and elements is [..., heads, length, width]. The others are softmax statistics.
-    shape = max((shape for _, shape in instruction.shapes), key=lambda shape: (len(shape), math.prod(shape)))
-    *rows, heads, length, width = shape
-    if kind == "dkv":
-        # Its results have only the key-value heads. The shapes of its operands show the number of query heads.
-        head_shapes = [s for s in _operand_shapes(instruction) if len(s) >= 3 and s[-2:] == shape[-2:]]
-        heads = max((s[-3] for s in head_shapes), default=heads)
-    # The causal kernel skips the blocks above the diagonal, about half of all.
-    pairs = length * length * (0.5 if is_causal else 1.0)
-    return 2.0 * _SPLASH[kind] * math.prod(rows) * heads * pairs * width
-
-
-def _operand_shapes(instruction: Instruction) -> list[tuple[int, ...]]:
-    layouts = instruction.attributes.partition("operand_layout_constraints=")[2].partition("}}")[0]
-    return [shape for _, shape in parse_shapes(layouts)]

@@ -16,7 +16,7 @@ import functools
 import importlib.metadata
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,9 +30,10 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
 from alignvlm_jax.models.language import empty_cache
-from alignvlm_jax.parallel import hlo_collectives, hlo_work, sharding
+from alignvlm_jax.parallel import hlo_collectives, hlo_schedule, hlo_work, sharding
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
+from alignvlm_jax.parallel.hlo_attention import ExecutedBlocks, all_blocks
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
 from alignvlm_jax.training import remat_choice
 from alignvlm_jax.training.flops import train_flops
@@ -54,6 +55,7 @@ def compile_train_step(
     stage_index: int = 0,
     slices: int = 1,
     rows_per_device: int = 1,
+    write_text: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Lowers and compiles a stage's training step.
 
@@ -63,6 +65,7 @@ def compile_train_step(
       stage_index: index of the stage.
       slices: number of slices that the devices form.
       rows_per_device: bins in a microbatch per position along `data` x `fsdp`.
+      write_text: receives the text of the compiled program.
 
     Returns:
       The report: whether the step fits, memory by kind, collectives, kernels, FLOPs and estimated times.
@@ -97,6 +100,7 @@ def compile_train_step(
             make_step, model, (state, batch), mesh, capacity_bytes(chip)
         )
         compiled, seconds, text, failure = program
+    write_text(text)
 
     # FLOPs that the model needs for the full bins.
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
@@ -138,8 +142,11 @@ def compile_train_step(
         "versions": _versions(),
     }
     if compiled is not None:
-        shortest = report["estimate"]["step_seconds_if_all_overlaps"]
-        report["estimate"]["model_flops_utilization"] = needed.total / num_chips / chip.peak_flops / shortest
+        estimate, shortest = report["estimate"], needed.total / num_chips / chip.peak_flops
+        report["executed_over_needed"] = report["executed_flops_per_chip"] * num_chips / needed.total
+        estimate["model_flops_utilization"] = shortest / estimate["step_seconds_if_all_overlaps"]
+        if "step_seconds_by_schedule" in estimate:
+            estimate["model_flops_utilization_by_schedule"] = shortest / estimate["step_seconds_by_schedule"]
     return report
 
 
@@ -155,6 +162,7 @@ def compile_decoding(
     *,
     rows_per_device: int = 1,
     answer_tokens: int = 128,
+    write_text: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Report]:
     """Lowers and compiles the two programs of generation: reading a full page ("prefill"), and one token ("decode").
 
@@ -163,6 +171,7 @@ def compile_decoding(
       devices: devices of a topology.
       rows_per_device: questions per position along `data` x `fsdp`.
       answer_tokens: number of cache slots after the prompt.
+      write_text: receives the text of each compiled program.
 
     Returns:
       A report for each program, by its name.
@@ -219,6 +228,7 @@ def compile_decoding(
             out_shardings = (row_sharding, jax.tree.map(cache_sharding, cache))
             jitted = jax.jit(function, donate_argnums=1, out_shardings=out_shardings)
             compiled, seconds, text, failure = _compile(jitted, params, cache, argument)
+        write_text(text)
         program = Program(text)
         memory = {"parameters": bytes_per_device(params), "cache": bytes_per_device(cache)}
         reports[name] = _report(program, compiled, failure, chip, mesh, memory) | {
@@ -304,7 +314,9 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
     }
 
 
-def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory) -> Report:
+def _report(
+    program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory, executed_blocks: ExecutedBlocks = all_blocks
+) -> Report:
     """Returns the part of the report that training and decoding share.
 
     Args:
@@ -314,6 +326,7 @@ def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory)
       chip: data of the chips.
       mesh: the mesh.
       memory: bytes per device of the program's arguments.
+      executed_blocks: the blocks of a row that attention kernels run.
     """
     capacity = capacity_bytes(chip)
 
@@ -326,15 +339,21 @@ def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory)
         networks["dcn" if collective.crosses_slices else "ici"] += collective.count * collective.bytes_sent
     ici, dcn = (sum(networks[name] for networks in traffic.values()) for name in ("ici", "dcn"))
 
-    # Times if each resource were the only limit.
-    executed = sum(hlo_work.flops(program).values())
+    # Times if each resource were the only limit. A collective of one ring uses two links; the others are idle.
+    executed = sum(hlo_work.flops(program, executed_blocks).values())
     share = 1 / chip.devices_per_chip
     seconds = {
         "products": executed / (chip.peak_flops * share),
         "memory": hlo_work.bytes_moved(program) / (chip.hbm_bandwidth * share),
-        "ici": ici / (chip.ici_bandwidth * share),
+        "ici": sum(hlo_schedule.collective_seconds(chip, each) for each in collectives if not each.crosses_slices),
         "dcn": dcn / (chip.dcn_bandwidth * share),
     }
+    estimate = {"seconds": seconds, "step_seconds_if_all_overlaps": max(seconds.values())}
+    schedule = hlo_schedule.schedule_seconds(program, chip, collectives, executed_blocks)
+    if schedule is not None:
+        # Messages between slices have the whole step to arrive.
+        scheduled = max(sum(schedule.values()), seconds["dcn"])
+        estimate |= {"seconds_by_schedule": schedule, "step_seconds_by_schedule": scheduled}
 
     # Memory besides the arguments. Results that reuse a donated argument's memory are not counted twice.
     if compiled is not None:
@@ -355,11 +374,7 @@ def _report(program: Program, compiled, failure, chip: Chip, mesh: Mesh, memory)
         "collectives": traffic,
         "kernels": hlo_work.kernels(program),
         "executed_flops_per_chip": executed,
-        "estimate": {
-            "seconds": seconds,
-            "step_seconds_if_all_overlaps": max(seconds.values()),
-            "step_seconds_if_nothing_overlaps": sum(seconds.values()),
-        },
+        "estimate": estimate,
         "largest_buffers": [
             {"bytes": size, "shape": shape, "from": origin}
             for size, shape, origin in hlo_work.largest_buffers(program, 8)

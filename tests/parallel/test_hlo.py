@@ -116,11 +116,11 @@ SPLASH = """HloModule test
 
 %body (p: (s32[], bf16[1])) -> (s32[], bf16[1]) {
   %p = (s32[], bf16[1]{0}) parameter(0)
-  %splash_mha_fwd_segmented_residuals.2 = (f32[512,128]{1,0}, bf16[32,9728,128]{2,1,0}, f32[32,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %splash_mha_fwd_segmented_residuals.2 = (f32[512,128]{1,0}, bf16[32,9728,128]{2,1,0}, f32[32,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, s32[9728,128]{1,0}, s32[8,9728]{1,0}, s32[9728,128]{1,0}}, frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="jit(s)/language/layers/attention/pallas_call"}
-  %splash_mha_dkv_segmented.1 = (bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, s32[9728,128]{1,0}}, metadata={op_name="jit(s)/language/layers/attention/dkv"}
-  %splash_mha_fwd_segmented.3 = (f32[10,768,128]{2,1,0}, bf16[10,16,768,72]{3,2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="jit(s)/vision/layers/attention/pallas_call"}
+  %splash_mha_dkv_segmented.1 = (bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,19,19]{2,1,0}, bf16[32,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, bf16[8,9728,128]{2,1,0}, s32[8,9728]{1,0}, s32[9728,128]{1,0}, s32[8,9728]{1,0}}, metadata={op_name="jit(s)/language/layers/attention/dkv"}
+  %splash_mha_fwd_segmented.3 = (f32[10,768,128]{2,1,0}, bf16[10,16,768,72]{3,2,1,0}) custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, bf16[10,16,768,72]{3,2,1,0}, bf16[10,16,768,72]{3,2,1,0}, bf16[10,16,768,72]{3,2,1,0}, s32[10,768,128]{2,1,0}, s32[10,8,768]{2,1,0}}, metadata={op_name="jit(s)/vision/layers/attention/pallas_call"}
   ROOT %t = (s32[], bf16[1]{0}) tuple(%p)
 }
 
@@ -142,7 +142,7 @@ ENTRY %main (a: bf16[1]) -> (s32[], bf16[1]) {
 
 def test_products_inside_pallas_kernels_are_counted():
     program = Program(SPLASH)
-    square = 9728 * 9728 / 2  # Causal: the blocks above the diagonal are skipped.
+    square = 19 * 20 / 2 * 512**2  # Causal: of 19 x 19 blocks, those above the diagonal are skipped.
     # Layers x 2 FLOPs per multiply-add x products of the kernel x heads x pairs of positions x head width.
     assert hlo_work.flops(program) == {
         "jit(s)/language/layers/attention/pallas_call": 32 * 2 * 2 * 32 * square * 128,
@@ -221,6 +221,7 @@ def test_collectives_across_slices_are_distinguished():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, use_global", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, use_global", [[0, 2], [1, 3]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}, use_global", [[0, 1], [2, 3]]),
         ("replica_groups={}", []),
     ],
 )
