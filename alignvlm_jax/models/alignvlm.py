@@ -196,7 +196,9 @@ class AlignVLM(nn.Module):
         Noise is added to them if the variables contain it (`models/feature_noise.py`).
         """
         pixels = normalize_tiles(tiles, tile_valid_hw)
-        features = self.vision(pixels.reshape(-1, *pixels.shape[2:]))
+        # Tiles of height 0 are padding of the bin.
+        is_real = (tile_valid_hw[..., 0] > 0).reshape(-1)
+        features = self.vision(pixels.reshape(-1, *pixels.shape[2:]), is_real)
         noise = self.get_variable("perturbation", "features")
         return features if noise is None else noise.add_to(features, tiles)
 

@@ -12,7 +12,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers, rematerialization
@@ -96,9 +96,23 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     @ordinary_modes()
-    def __call__(self, tiles: Float[Array, "B S S 3"]) -> Float[Array, "B N d"]:
-        """Returns one feature per patch."""
+    def __call__(
+        self, tiles: Float[Array, "B S S 3"], is_real: Bool[Array, " B"] | None = None
+    ) -> Float[Array, "B N d"]:
+        """Returns one feature per patch.
+
+        Args:
+          tiles: pixels in [-1, 1].
+          is_real: False for tiles that only fill up a bin; None means that all tiles are real. On TPUs the attention
+            of the others is skipped, so their features are finite but have no meaning. Everything else is computed for
+            all tiles, because shapes are fixed.
+        """
         config = hardware.resolve(self.config)
+        segment_ids = None
+        # The other kernels cannot skip a tile, and are faster without segments.
+        if is_real is not None and config.attention == "splash":
+            # A tile is one segment, and a padding tile has none.
+            segment_ids = jnp.broadcast_to(is_real[:, None], (tiles.shape[0], config.num_patches)).astype(jnp.int32)
         patches = extract_patches(tiles, config.patch_size)
         embed = layers.Dense(config.hidden_size, ("patch", "embed"), dtype=config.dtype, name="patch_embedding")
         positions = layers.param(
@@ -110,8 +124,8 @@ class VisionEncoder(nn.Module):
         )
         # Add in float32, so that the gradient of the positions is summed over the batch in float32.
         hidden = layers.constrain((embed(patches) + positions).astype(config.dtype), "batch", None, None)
-        stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=())
-        hidden, _ = stack(config, name="layers")(hidden)
+        stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=(nn.broadcast,))
+        hidden, _ = stack(config, name="layers")(hidden, segment_ids)
         return layers.LayerNorm(config.layer_norm_eps, name="final_norm")(hidden)
 
 
@@ -121,11 +135,11 @@ class VisionLayer(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B N d"]):
+    def __call__(self, hidden: Float[Array, "B N d"], segment_ids: Int[Array, "B N"] | None):
         """Returns the hidden states, and None as the output that `nn.scan` expects."""
         config = self.config
         normed = layers.LayerNorm(config.layer_norm_eps, name="attention_norm")(hidden)
-        hidden += VisionAttention(config, name="attention")(normed)
+        hidden += VisionAttention(config, name="attention")(normed, segment_ids)
         normed = layers.LayerNorm(config.layer_norm_eps, name="mlp_norm")(hidden)
         inner = layers.Dense(config.intermediate_size, ("embed", "mlp"), dtype=config.dtype, name="mlp_in")(normed)
         inner = nn.gelu(checkpoint_name(inner, MLP_IN), approximate=True)
@@ -139,7 +153,7 @@ class VisionAttention(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
+    def __call__(self, hidden: Float[Array, "B N d"], segment_ids: Int[Array, "B N"] | None) -> Float[Array, "B N d"]:
         """Returns the output of the attention."""
         config = self.config
         head_dim = config.hidden_size // config.num_heads
@@ -152,6 +166,7 @@ class VisionAttention(nn.Module):
             project("query"),
             project("key"),
             project("value"),
+            segment_ids=segment_ids,
             causal=False,
             kernel=config.attention,
             mesh_axes=layers.attention_mesh(),

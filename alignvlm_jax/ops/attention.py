@@ -5,7 +5,8 @@ Axes: B rows, L query positions, K key positions, H query heads, G key-value hea
 Four kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
 segments, so several examples can be packed into a row:
 
-    "splash"   TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal.
+    "splash"   TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal, blocks between
+               segments, and blocks of padding.
     "tokamax"  NVIDIA GPUs of the Hopper generation. Kernels of the package tokamax, in `attention_tokamax.py`.
     "flash"    NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`, which JAX deprecates.
                (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
@@ -105,7 +106,8 @@ def packed_attention(
 ) -> Float[Array, "B L H h"]:
     """Attends within each segment of a row, and only to earlier positions if `causal`.
 
-    Example: a row with two segments and one padding position, causal. `x` marks the keys that a query attends to:
+    Example: a row with two segments and one padding position, causal. `x` marks the keys that a query attends to. A
+    kernel may skip the last one:
 
         segment_ids   1 1 2 2 0
         query 0       x . . . .
@@ -124,7 +126,8 @@ def packed_attention(
       mesh_axes: axes of the current mesh that split rows and heads; "xla" does not need them.
 
     Returns:
-      The attended values, in the dtype of `query`. Softmax statistics are computed in float32.
+      The attended values, in the dtype of `query`. Softmax statistics are computed in float32. Values at padding are
+      finite and depend on the kernel.
 
     Raises:
       ValueError: if the kernel is unknown.

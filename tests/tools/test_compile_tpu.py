@@ -33,12 +33,13 @@ def compile_tpu(*arguments):
 
 
 @pytest.mark.large
-def test_the_nano_model_trains_on_a_slice(tmp_path):
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_nano_model_trains_on_a_slice(tmp_path, topology):
     file = tmp_path / "report.json"
-    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", "--json", str(file))
+    done = compile_tpu("--config", "configs/nano.py", "--topology", topology, "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    assert report["fits"] and 0 < report["per_chip_bytes"] < report["capacity_bytes"] < 16 * 2**30
+    assert report["fits"] and 0 < report["per_chip_bytes"] < report["capacity_bytes"]
     assert report["flops"] == pytest.approx(sum(report["flops_by_part"].values()))
     assert report["compile_seconds"] > 0 and report["num_chips"] == 4
     assert report["attention"] == {"encoder": "splash", "decoder": "splash"}
