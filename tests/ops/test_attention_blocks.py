@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.vision import VisionConfig, VisionEncoder
 from alignvlm_jax.ops import attention, attention_splash
 from alignvlm_jax.ops.attention_blocks import needed_blocks, next_needed
@@ -180,3 +181,13 @@ def test_needed_blocks_are_those_that_share_a_segment():
 def test_a_skipped_step_loads_what_the_next_step_needs():
     needed = jnp.array([[False, True, False, False, True, False], [False] * 6])
     np.testing.assert_array_equal(next_needed(needed), [[1, 1, 4, 4, 4, 4], [0] * 6])
+
+
+def test_unknown_block_tables_are_an_error(small_blocks, monkeypatch):
+    make = attention_splash._make_kernel
+    wide = functools.partial(make, 2, 1024)  # the tables of another length
+
+    monkeypatch.setattr(attention_splash, "_make_kernel", lambda heads, length, *rest: wide(*rest))
+    inputs = _heads(np.random.default_rng(0), 1)[:3]
+    with pytest.raises(UserError, match="other block tables than expected"):
+        attention_splash.attend(*inputs, jnp.ones((1, LENGTH), jnp.int32), causal=True)
