@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignvlm_jax.config.experiment import ExperimentConfig
@@ -30,6 +31,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
 from alignvlm_jax.models.language import empty_cache
+from alignvlm_jax.ops import attention_splash
 from alignvlm_jax.parallel import hlo_collectives, hlo_schedule, hlo_work, sharding
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.parallel.hlo import Program
@@ -118,7 +120,8 @@ def compile_train_step(
         "batch": bytes_per_device(batch),
     }
 
-    report = _report(program, compiled, failure, chip, mesh, memory)
+    executed_blocks = full_bin_blocks(packing.tokens_per_bin, int(contents["tokens"]), pages)
+    report = _report(program, compiled, failure, chip, mesh, memory, executed_blocks)
     flops = {part.name: getattr(needed, part.name) for part in dataclasses.fields(needed)}
     report |= {
         "what": f"stage {stage_index + 1} ({stage.name}), training step",
@@ -312,6 +315,21 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
         "answer_tokens": max(1, (tokens - visual) // 4),
         "squared_lengths": float(tokens) ** 2 / pages,
     }
+
+
+def full_bin_blocks(length: int, tokens: int, pages: int) -> ExecutedBlocks:
+    """Returns the blocks that the splash kernels run for pages of equal length, followed by padding.
+
+    Args:
+      length: L.
+      tokens: number of positions that are not padding.
+      pages: number of pages.
+    """
+    segment_ids = np.zeros((1, length), np.int32)
+    segment_ids[0, :tokens] = 1 + np.arange(tokens) * pages // tokens
+    in_decoder = attention_splash.executed_blocks(segment_ids, causal=True)
+    # A tile of the encoder is one segment, and no tile of a full bin is padding.
+    return lambda kernel, num_blocks, causal: in_decoder[kernel] if causal else all_blocks(kernel, num_blocks, causal)
 
 
 def _report(
