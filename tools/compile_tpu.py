@@ -117,7 +117,7 @@ def describe(report: ahead_of_time.Report) -> str:
     for trial in report.get("remat_trials", ()):
         size = "more than there is" if trial["num_bytes"] is None else f"{trial['num_bytes'] / 1e9:.2f} GB"
         outcome = "fits" if trial["fits"] else "does not fit" if trial["is_compiled"] else "at least; not compiled"
-        lines.append(f"  tried {trial['remat']:<26} {size} ({outcome})")
+        lines.append(f"  tried {trial['remat']}: {size} ({outcome})")
     lines += ["", "collectives, GB sent per chip"]
     for kind, networks in report["collectives"].items():
         lines.append(f"  {kind:<20} ICI {networks['ici'] / 1e9:>9.2f}   DCN {networks['dcn'] / 1e9:>9.2f}")

@@ -17,6 +17,7 @@ or one of these words alone:
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -31,15 +32,31 @@ WORDS = (NONE, FULL, AUTO)
 KEPT = (ATTENTION_OUT, QKV, MLP_IN, DOTS)
 """Values of a layer that `remat` can list."""
 
+
+class Candidate(NamedTuple):
+    """Values of `remat` that "auto" can choose, one for each part."""
+
+    vision: str
+    language: str
+
+    def __str__(self) -> str:
+        """Names the parts, or only the value if both have the same."""
+        if self.vision == self.language:
+            return self.language
+        return f"{self.language} in the decoder and {self.vision} in the encoder"
+
+
 CANDIDATES = (
-    NONE,
-    f"{ATTENTION_OUT},{DOTS}",
-    f"{ATTENTION_OUT},{QKV},{MLP_IN}",
-    f"{ATTENTION_OUT},{QKV}",
-    ATTENTION_OUT,
-    FULL,
+    Candidate(NONE, NONE),
+    Candidate(f"{ATTENTION_OUT},{DOTS}", f"{ATTENTION_OUT},{DOTS}"),
+    # The decoder saves several times as many FLOPs per byte: its layers are wider and its rows are longer than a tile.
+    Candidate(FULL, f"{ATTENTION_OUT},{DOTS}"),
+    Candidate(FULL, f"{ATTENTION_OUT},{QKV},{MLP_IN}"),
+    Candidate(FULL, f"{ATTENTION_OUT},{QKV}"),
+    Candidate(FULL, ATTENTION_OUT),
+    Candidate(FULL, FULL),
 )
-"""Values of `remat` that "auto" chooses from, the least recomputation first."""
+"""Candidates of "auto", the least recomputation first."""
 
 
 def canonical(remat: str | Sequence[str]) -> str:

@@ -141,7 +141,9 @@ def compile_train_step(
         "compile_seconds": seconds,
         "attention": _kernels(program),
         "remat": {"encoder": model.vision.remat, "decoder": model.language.remat},
-        "remat_trials": [dataclasses.asdict(trial) for trial in choice.trials] if choice else [],
+        "remat_trials": [{**dataclasses.asdict(trial), "remat": str(trial.remat)} for trial in choice.trials]
+        if choice
+        else [],
         "versions": _versions(),
     }
     if compiled is not None:

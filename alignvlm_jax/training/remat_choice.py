@@ -1,8 +1,8 @@
 """Chooses the least recomputation that fits in memory, for `remat="auto"`.
 
-The candidates are tried from the least recomputation to the most, for encoder and decoder together. A candidate is
-first traced: if what its layers keep does not fit by itself, it is not compiled, which can take many minutes then.
-Otherwise its step is compiled, and the compiler says how much memory it needs. The first that fits is used.
+The candidates are tried from the least recomputation to the most. A candidate is first traced: if what its layers keep
+does not fit by itself, it is not compiled, which can take many minutes then. Otherwise its step is compiled, and the
+compiler says how much memory it needs. The first that fits is used.
 
 The choice of each stage is recorded in WORKDIR/remat.json, so that a resumed run need not try again. A record counts
 only for the same model, stage, batch, mesh, devices and versions.
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
-from alignvlm_jax.models.rematerialization import AUTO, CANDIDATES
+from alignvlm_jax.models.rematerialization import AUTO, CANDIDATES, Candidate
 from alignvlm_jax.output_files import open_atomically
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.writing import call_in_primary
@@ -51,7 +51,7 @@ class Trial:
       fits: whether the step fits in memory.
     """
 
-    remat: str
+    remat: Candidate
     num_bytes: int | None
     is_compiled: bool
     fits: bool
@@ -67,16 +67,16 @@ class Choice:
       trials: the candidates that were tried, in their order.
     """
 
-    remat: str
+    remat: Candidate
     limit: int | None
     trials: tuple[Trial, ...]
 
 
 def choose_remat(
-    lower_bound: Callable[[str], int],
-    compile: Callable[[str], int | None],
+    lower_bound: Callable[[Candidate], int],
+    compile: Callable[[Candidate], int | None],
     limit: int | None,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[Candidate] = CANDIDATES,
 ) -> Choice:
     """Returns the first candidate whose step fits.
 
@@ -84,13 +84,16 @@ def choose_remat(
       lower_bound: returns the least memory in bytes that the step of a candidate can need on each device.
       compile: compiles the step of a candidate and returns the memory that it needs; None if the compiler gives up.
       limit: usable memory of each device; None if unknown, for which the first candidate is used untried.
-      candidates: values of `remat`, the least recomputation first.
+      candidates: the candidates, the least recomputation first.
     """
     if limit is None:
         return Choice(candidates[0], None, ())
-    trials = []
+    trials, last_bound = [], None
     for remat in candidates:
         bound = lower_bound(remat)
+        if bound == last_bound:
+            continue  # it differs from the one before only in a part that is frozen, or that is not "auto"
+        last_bound = bound
         if bound > limit:
             trials.append(Trial(remat, bound, is_compiled=False, fits=False))
             continue
@@ -98,7 +101,8 @@ def choose_remat(
         trials.append(Trial(remat, num_bytes, is_compiled=True, fits=num_bytes is not None and num_bytes <= limit))
         if trials[-1].fits:
             break
-    return Choice(trials[-1].remat, limit, tuple(trials))
+    last = trials[-1].remat if trials[-1].fits else candidates[-1]
+    return Choice(last, limit, tuple(trials))
 
 
 def is_auto(model: AlignVLMConfig) -> bool:
@@ -106,10 +110,10 @@ def is_auto(model: AlignVLMConfig) -> bool:
     return AUTO in (model.vision.remat, model.language.remat)
 
 
-def with_remat(model: AlignVLMConfig, remat: str) -> AlignVLMConfig:
-    """Returns the model with `remat` in place of "auto"."""
+def with_remat(model: AlignVLMConfig, remat: Candidate) -> AlignVLMConfig:
+    """Returns the model with a candidate in place of "auto"."""
     parts = {
-        name: dataclasses.replace(part, remat=remat)
+        name: dataclasses.replace(part, remat=getattr(remat, name))
         for name, part in (("vision", model.vision), ("language", model.language))
         if part.remat == AUTO
     }
@@ -202,12 +206,13 @@ def choose_step(
     file, key = workdir / REMAT_FILE, _key(model, stage, mesh, arguments[1], limit)
     recorded = distributed.gather_json(_read(file, stage.name, key) if distributed.is_primary() else None)[0]
     if recorded is not None:
+        recorded = Candidate(*recorded)
         distributed.log(f"remat=auto: {recorded}, as recorded in {file}")
         return make_step(with_remat(model, recorded))
 
     steps, traces = {}, {}
 
-    def lower_bound(remat: str) -> int:
+    def lower_bound(remat: Candidate) -> int:
         steps[remat] = make_step(with_remat(model, remat))
         traces[remat] = steps[remat].trace(*arguments)
         bound = least_bytes(traces[remat], arguments, mesh.size)
@@ -215,7 +220,7 @@ def choose_step(
             distributed.log(f"remat=auto: {remat} needs at least {_size(bound)} of {_size(limit)}")
         return bound
 
-    def compile(remat: str) -> int | None:
+    def compile(remat: Candidate) -> int | None:
         distributed.log(f"remat=auto: compiling with {remat} ...")
         start_time = time.monotonic()
         num_bytes = _agree(_try_to_compile(traces[remat].lower()))
@@ -230,7 +235,7 @@ def choose_step(
 
 
 def describe(choice: Choice) -> str:
-    """Returns the choice as a phrase: "attention_out,qkv, which needs 14.77 of 16.49 GB"."""
+    """Returns the choice as a phrase: "attention_out,qkv, which needs 14.77 GB of 16.49 GB"."""
     if not choice.trials:
         return f"{choice.remat}, because the memory of the device is not known"
     last = choice.trials[-1]
@@ -272,11 +277,11 @@ def _key(model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, batch: Mapping[s
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(file: Path, stage: str, key: str) -> str | None:
+def _read(file: Path, stage: str, key: str) -> list[str] | None:
     """Returns the recorded choice of a stage, or None if there is none for this key."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))[stage]
-        return record["remat"] if record["key"] == key else None
+        return [record["vision"], record["language"]] if record["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a damaged record costs only another search
 
@@ -287,9 +292,16 @@ def _write(file: Path, stage: str, key: str, choice: Choice) -> None:
         records = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         records = {}
-    records[stage] = {"key": key, **dataclasses.asdict(choice)}
+    trials = [_record(trial) for trial in choice.trials]
+    records[stage] = {"key": key, **_record(choice), "trials": trials}
     with open_atomically(file) as stream:
         stream.write(json.dumps(records, indent=2) + "\n")
+
+
+def _record(outcome: Choice | Trial) -> dict[str, Any]:
+    """Returns the fields of a choice or a trial for JSON, with the candidate's fields among them."""
+    fields = dataclasses.asdict(outcome)
+    return {**fields.pop("remat")._asdict(), **fields}
 
 
 def _is_local(device: jax.Device) -> bool:

@@ -10,10 +10,14 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
+from jax.sharding import SingleDeviceSharding
 
 from alignvlm_jax.models.language import LanguageModel
 from alignvlm_jax.models.rematerialization import CANDIDATES
 from alignvlm_jax.models.vision import VisionEncoder
+from alignvlm_jax.parallel import hlo_work
+from alignvlm_jax.parallel.hlo import Program
+from alignvlm_jax.parallel.topology import has_compiler, topology_devices
 from tests.tiny_models import tiny_language, tiny_vision
 
 PARTS = ("decoder", "encoder")
@@ -71,9 +75,10 @@ def _product_flops(equation):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_each_kept_value_saves_its_products(part):
-    """The candidates of "auto" recompute more and more; each of them names one value less than the one before."""
-    flops = {remat: _sum_over(_gradient(part, remat), _product_flops) for remat in (*CANDIDATES, "dots")}
-    none, dots_and_attention, *others = (flops[remat] for remat in CANDIDATES)
+    """The decoder's candidates of "auto" recompute more and more: each names one value less than the one before."""
+    candidates = list(dict.fromkeys(candidate.language for candidate in CANDIDATES))
+    flops = {remat: _sum_over(_gradient(part, remat), _product_flops) for remat in (*candidates, "dots")}
+    none, dots_and_attention, *others = (flops[remat] for remat in candidates)
     # These two differ only in what lies between the products.
     assert none == dots_and_attention
     assert all(less < more for less, more in itertools.pairwise((dots_and_attention, *others)))
@@ -89,6 +94,23 @@ def test_with_kept_attention_the_splash_kernel_runs_once(part, remat, runs):
         return equation.primitive.name == "pallas_call" and "fwd" in str(equation.params["name"])
 
     assert _sum_over(_gradient(part, remat, attention="splash"), is_forward) == runs * LAYERS
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
+def test_a_compiled_tpu_program_runs_the_forward_kernel_once_with_kept_attention():
+    device = topology_devices("v5e:2x2")[0]
+
+    def forward_runs(remat):
+        function, shapes = jax.grad(_summed("decoder", remat, attention="splash")), jax.eval_shape(_init("decoder"))
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device)), shapes
+        )
+        program = Program(jax.jit(function).lower(placed).compile().as_text())
+        return sum(runs for name, runs in hlo_work.kernels(program).items() if "fwd" in name)
+
+    assert forward_runs("full") == 2 * LAYERS
+    assert forward_runs("attention_out") == LAYERS
 
 
 @pytest.mark.parametrize("part", PARTS)

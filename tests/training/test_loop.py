@@ -139,7 +139,7 @@ def test_the_workdir_is_complete(finished):
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
     # remat="auto": the choice of each stage. The machine has memory for a tiny model without recomputation.
     choices = json.loads((workdir / "remat.json").read_text())
-    assert {name: choice["remat"] for name, choice in choices.items()} == {"first": "none", "second": "none"}
+    assert {name: choice["language"] for name, choice in choices.items()} == {"first": "none", "second": "none"}
 
 
 def test_event_files_contain_the_metrics(finished):
