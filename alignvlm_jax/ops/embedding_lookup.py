@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
+from alignvlm_jax.ops.gradient_dtype import exchanged_dtype
 
 _BLOCK_SIZE = 16384
 """Default of K. Every block is compared with all ids, so a few large blocks are best."""
@@ -30,7 +31,7 @@ def embedding_lookup(
     block_size: int = _BLOCK_SIZE,
     mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
 ) -> Float[Array, "B ... D"]:
-    """Returns `table[ids]` in `dtype`; the gradient of the table is summed in float32.
+    """Returns `table[ids]` in `dtype`; the gradient of the table is summed over ids in float32.
 
     Args:
       table: embedding table, with one row per word.
@@ -40,7 +41,9 @@ def embedding_lookup(
       mesh_axes: axes of the current mesh that split the first axis of `ids`, and the rows and the width of the table.
     """
     axes = streaming.resolve(mesh_axes, num_queries=ids.shape[0], num_rows=table.shape[0], widths=table.shape[1:])
-    if axes == streaming.VocabularyMesh(axes.queries):  # the table is not split
+    is_split = axes.vocabulary or axes.widths
+    # XLA sums the gradient of an indexed table over devices in the table's dtype.
+    if not is_split and (not axes.queries or exchanged_dtype() == table.dtype):
         return jnp.take(table, ids, axis=0).astype(dtype)
     # Unless the width is split, nothing is gathered, and one block with all rows is enough.
     return _lookup(_Options(axes, dtype, block_size if axes.widths else table.shape[0]), table, ids)
@@ -101,7 +104,7 @@ def _lookup_backward(options, residuals, cotangent):
         # Sum in float32 regardless of the table's dtype, because an id may occur many times.
         dtable = jnp.zeros(part.shape)
         dtable = streaming.stream(step, dtable, num_rows=table.num_rows, block_size=options.block_size)
-        return streaming.all_reduce(dtable, axes.queries_only).astype(part.dtype)
+        return streaming.all_reduce_gradient(dtable, axes.queries_only).astype(part.dtype)
 
     return streaming.shard(local, axes, (table_spec, ids_spec, ids_spec), table_spec)(*residuals, cotangent), None
 

@@ -3,7 +3,8 @@
 Axes: T rows (positions of all bins), i input width, o output width.
 
 In plain JAX, the gradient of `x @ kernel.astype(bfloat16)` is bfloat16, and so is its sum over rows and, on a mesh,
-over devices. Here, the product that computes the gradient returns float32, and devices exchange float32.
+over devices. Here, the product that computes the gradient returns float32, and devices exchange float32. On request
+(`gradient_dtype.py`), the sum over rows is rounded once, and devices exchange bfloat16.
 """
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignvlm_jax.jax_modes import ordinary_modes
+from alignvlm_jax.ops.gradient_dtype import exchanged_dtype
 
 
 @ordinary_modes()
@@ -43,7 +45,10 @@ def _product_forward(rows, kernel):
 def _product_backward(residuals, cotangent):
     rows, kernel = residuals
     drows = jnp.dot(cotangent, kernel.T.astype(rows.dtype))
-    dkernel = jnp.dot(rows.T, cotangent, preferred_element_type=jnp.float32)
+    # XLA sums the result of this product over devices, in its dtype. Accelerators accumulate a product in float32 even
+    # if its result is bfloat16. A product of float32 cannot have a narrower result.
+    dtype = jnp.promote_types(exchanged_dtype(), rows.dtype)
+    dkernel = jnp.dot(rows.T, cotangent, preferred_element_type=dtype)
     return drows, dkernel.astype(kernel.dtype)
 
 

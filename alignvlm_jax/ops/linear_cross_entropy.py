@@ -43,7 +43,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _CHUNK_SIZES = (256, 2048)  # smallest and largest C
-_GROUP_BYTES = {"split": 1 << 31, "complete": 1 << 29}  # memory for the numbers that are kept, by the head's width
+_GROUP_BYTES = {"split": 1 << 29, "complete": 1 << 29}  # memory for the numbers that are kept, by the head's width
 
 
 @ordinary_modes()
@@ -168,7 +168,7 @@ def _loss_and_gradients(
         if needed.head:
             # A row of the head is shared by devices with other positions. Those that share only its columns have been
             # added to it already.
-            dhead = streaming.all_reduce(dhead, axes.queries_only).astype(head.part.dtype)
+            dhead = streaming.all_reduce_gradient(dhead, axes.queries_only).astype(head.part.dtype)
         return loss, _Gradients(dhidden, dhead)
 
     position_spec, table_spec = streaming.query_spec(axes), streaming.table_spec(axes)

@@ -497,7 +497,7 @@ def _local_backward(
     sums = {name: total[:, None] for name, total in sums.items()}
     sums = streaming.all_reduce_columns({"dq": gradients.q, **sums}, axes.vocabulary)
     dkeys, dvalues = (
-        streaming.all_reduce(gradient, axes.queries_only) for gradient in (gradients.keys, gradients.values)
+        streaming.all_reduce_gradient(gradient, axes.queries_only) for gradient in (gradients.keys, gradients.values)
     )
     norm = streaming.all_reduce_columns(
         {"scale": gradients.scale[:, None], "bias": gradients.bias[:, None]}, axes.queries

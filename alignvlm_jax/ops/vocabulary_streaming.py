@@ -28,6 +28,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from alignvlm_jax.ops import gradient_dtype
+
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
 
@@ -157,6 +159,13 @@ class RunningSoftmax:
 def all_reduce(partial: Tree, axis_names: tuple[str, ...]) -> Tree:
     """Sums every array of a tree over the devices along some mesh axes; without axes, returns the tree unchanged."""
     return jax.lax.psum(partial, axis_names) if axis_names else partial
+
+
+def all_reduce_gradient(gradient: Float[Array, "V/t D/f"], axis_names: tuple[str, ...]) -> Float[Array, "V/t D/f"]:
+    """Sums the gradient of a table over the devices along some mesh axes, which exchange it in `exchanged_dtype()`."""
+    if not axis_names:
+        return gradient
+    return gradient_dtype.exchange(lambda gradient: jax.lax.psum(gradient, axis_names), gradient)
 
 
 def all_reduce_columns(
@@ -340,4 +349,6 @@ class Table:
         if not self.axes.widths:
             return block
         # A reduce-scatter: each device gets the sum over all queries, for its columns only.
-        return jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True)
+        return gradient_dtype.exchange(
+            lambda block: jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True), block
+        )

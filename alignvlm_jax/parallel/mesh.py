@@ -21,13 +21,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.ops.gradient_dtype import GRADIENT_DTYPES
 
 AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis of the mesh, over all slices.
+    """Number of devices along each axis of the mesh, over all slices, and what they exchange.
 
     One axis may be -1: it gets all remaining devices.
 
@@ -38,12 +39,15 @@ class MeshConfig:
       slices: number of groups of devices with only a slow network between them. -1 uses what the devices report: TPUs
         know their slices, and all other devices form one group. For GPUs, set it to the number of nodes, so that nodes
         are placed along `data`.
+      gradient_dtype: dtype in which devices exchange gradients, "float32" or "bfloat16" (`ops/gradient_dtype.py`).
+        bfloat16 halves the bytes.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     slices: int = -1
+    gradient_dtype: str = "float32"
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
@@ -52,6 +56,8 @@ class MeshConfig:
                 "expected sizes of 1 or more, with -1 (all remaining devices) for at most one axis, "
                 f"got {self.describe()}"
             )
+        if self.gradient_dtype not in GRADIENT_DTYPES:
+            raise ValueError(f"gradient_dtype: expected {' or '.join(GRADIENT_DTYPES)}, got {self.gradient_dtype!r}")
 
     def describe(self) -> str:
         """Returns the sizes as text, such as "data=2 fsdp=2 tensor=2"."""

@@ -97,7 +97,8 @@ def compile_train_step(
     chip, num_chips = find_chips(devices)
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
-        make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh)
+        gradient_dtype = experiment.mesh.gradient_dtype
+        make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh, gradient_dtype=gradient_dtype)
         model, choice, program = _compile_least_recomputation(
             make_step, model, (state, batch), mesh, capacity_bytes(chip)
         )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
+from alignvlm_jax.ops.gradient_dtype import exchange_gradients_in
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.optimizer import make_optimizer
 from alignvlm_jax.training.stages import frozen_params, stage_optimizer, stage_schedules, trainable_params
@@ -121,12 +122,17 @@ def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, pa
     return TrainState(step, params, opt_state, peak_learning_rates(stage, shardings.step))
 
 
-def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainStep:
+def make_train_step(model_config: AlignVLMConfig, stage: StageConfig, *, gradient_dtype: str = "float32") -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     The batch is the packed batch with its leading axis K. The metrics are float32 scalars over the whole batch. A step
     whose loss or gradients are not finite counts as done, but leaves weights and optimizer unchanged; its metric
     "skipped" is 1.
+
+    Args:
+      model_config: settings of the model.
+      stage: the stage.
+      gradient_dtype: dtype in which devices exchange gradients of weights (`ops/gradient_dtype.py`).
     """
     model = AlignVLM(model_config)
 
@@ -162,7 +168,7 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
             (_, sums), gradients = jax.value_and_grad(summed_loss, has_aux=True)(trainable, frozen, microbatch)
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
-        with sharding.logical_rules():
+        with sharding.logical_rules(), exchange_gradients_in(gradient_dtype):
             first_microbatch = jax.tree.map(lambda field: field[0], batch)
             zeros = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -207,11 +213,13 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig) -> TrainSt
     return train_step
 
 
-def jit_train_step(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
+def jit_train_step(
+    model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, *, gradient_dtype: str = "float32"
+) -> TrainStep:
     """Returns the step jitted for a mesh. The state keeps its shardings and is donated; the bins are sharded."""
     shardings = state_shardings(model_config, stage, mesh)
     return jax.jit(
-        make_train_step(model_config, stage),
+        make_train_step(model_config, stage, gradient_dtype=gradient_dtype),
         in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

@@ -231,9 +231,10 @@ class Trainer:
     def _make_step(self, stage: StageConfig, state: TrainState, device_batch: Mapping[str, jax.Array]) -> TrainStep:
         """Returns the jitted step of a stage, with the least recomputation that fits if the config says "auto"."""
         model = self.config.model
+        gradient_dtype = self.config.mesh.gradient_dtype
+        make_step = functools.partial(jit_train_step, stage=stage, mesh=self.mesh, gradient_dtype=gradient_dtype)
         if not remat_choice.is_auto(model):
-            return jit_train_step(model, stage, self.mesh)
-        make_step = functools.partial(jit_train_step, stage=stage, mesh=self.mesh)
+            return make_step(model)
         arguments = (state, dict(device_batch))
         return remat_choice.choose_step(model, stage, self.mesh, make_step, arguments, self.workdir)
 

@@ -63,7 +63,8 @@ def _train(config: ExperimentConfig, stage: StageConfig, mesh: jax.sharding.Mesh
     plan = data.plan(len(config.stages) - 1, stage)
     rows = range(config.data.packing.bins_per_microbatch)
     state = place_state(config.model, stage, mesh, params)
-    train_step, seconds = jit_train_step(config.model, stage, mesh), []
+    train_step = jit_train_step(config.model, stage, mesh, gradient_dtype=config.mesh.gradient_dtype)
+    seconds = []
     batches = data.batches(len(config.stages) - 1, stage, plan, None, rows)
     try:
         for number, batch in zip(range(_STEPS), batches, strict=False):
