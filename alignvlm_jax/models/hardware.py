@@ -7,6 +7,7 @@
     older GPU, CPU                       float32    xla
 
 Weights, their gradients, the optimizer, softmax and norm statistics, and the loss with all its sums stay float32.
+(On request, devices exchange gradients in bfloat16: `MeshConfig.gradient_dtype`.)
 """
 
 import dataclasses

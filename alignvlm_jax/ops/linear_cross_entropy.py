@@ -22,12 +22,9 @@ block. So one pass over the vocabulary keeps exp(logit - maximum) in the dtype o
 these numbers into the gradients. The loss with both gradients takes three products of N V D multiply-adds, with one
 gradient two, and without gradients one.
 
-What is kept is large for a row full of answers. Both passes therefore process a group of M positions at a time. If the
-width of the head is split, each group gathers the head and sums its gradient over devices anew, so M is as large as
-2 GiB allow; otherwise another group costs next to nothing, and 512 MiB are enough. For the 8B model and a bin of 14,848
-positions on two devices along `tensor`, 2 GiB hold all positions, and the usual 1,000 answers write 0.13 GB of them.
-(Computing the logits again, beyond a smaller M, would need the time of one more product instead. On TPUs, that is
-about the time to gather and to sum once more.)
+What is kept is large for a row full of answers. Both passes therefore process a group of M positions at a time, as many
+as 512 MiB hold. If the width of the head is split, another group gathers the head and sums its gradient over devices
+once more. For the 8B model on two devices along `tensor`, M is 4,000 positions, and a bin has about 1,000 answers.
 """
 
 import dataclasses
@@ -43,7 +40,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _CHUNK_SIZES = (256, 2048)  # smallest and largest C
-_GROUP_BYTES = {"split": 1 << 29, "complete": 1 << 29}  # memory for the numbers that are kept, by the head's width
+_GROUP_BYTES = 1 << 29  # memory for the numbers that are kept
 
 
 @ordinary_modes()
@@ -71,8 +68,7 @@ def linear_cross_entropy(
       z_loss: cost of a log(Z) far from 0; PaLM uses 1e-4.
       chunk_size: C; None means a sixteenth of the positions, but at least 256 and at most 2048.
       block_size: K; None means `default_block_size`.
-      group_size: M, rounded down to whole chunks; None means as many as 2 GiB hold, or 512 MiB if the width of the head
-        is not split.
+      group_size: M, rounded down to whole chunks; None means as many as 512 MiB hold.
       mesh_axes: axes of the current mesh that split the first axis of `hidden`, the vocabulary, and the head's width.
 
     Returns:
@@ -328,9 +324,7 @@ class _Positions:
         self._chunk_size = min(options.chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
         max_chunks = group_chunks = -(-num_positions // self._chunk_size)
         if keeps_rows:
-            size = options.group_size or _GROUP_BYTES["split" if options.axes.widths else "complete"] // (
-                keeps_rows * hidden.dtype.itemsize
-            )
+            size = options.group_size or _GROUP_BYTES // (keeps_rows * hidden.dtype.itemsize)
             group_chunks = min(max_chunks, max(1, size // self._chunk_size))
         self.group_size = group_chunks * self._chunk_size
         self.max_groups = -(-max_chunks // group_chunks)

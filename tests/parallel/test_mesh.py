@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh, num_batch_shards
@@ -117,3 +118,10 @@ def test_one_process_holds_all_rows():
     assert sharding.local_rows(make_mesh(MeshConfig(2, 2, 2)), 8) == tuple(range(8))
     with pytest.raises(UserError, match="bins_per_microbatch: expected a multiple of 4 .*data=2 x fsdp=2.*got 6"):
         sharding.local_rows(make_mesh(MeshConfig(2, 2, 2)), 6)
+
+
+def test_the_dtype_of_exchanged_gradients_is_checked():
+    experiment = load_config("configs/nano.py", ["mesh.gradient_dtype=bfloat16"])
+    assert experiment.mesh.gradient_dtype == "bfloat16"
+    with pytest.raises(UserError, match="gradient_dtype: expected float32 or bfloat16, got 'float16'"):
+        load_config("configs/nano.py", ["mesh.gradient_dtype=float16"])
