@@ -19,16 +19,21 @@ A range of keys describes a row in which each segment is contiguous, as `data/pa
     end           2 2 4 4 5
 
 Any other row is sorted by segment first. That branch is not taken, and costs no time, while all rows are contiguous.
+The compiler still reserves memory for it: another copy of what the kernels read.
 """
 
 import contextlib
 import functools
 import importlib.metadata
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
 VERSIONS = ("0.0.12", "0.0.17")
 """The first is the last one for Python 3.11 and JAX 0.10, the second is for Python 3.12 and JAX 0.11."""
@@ -81,24 +86,8 @@ def attend(
     def pad(array, fill=0):
         return jnp.pad(array, ((0, 0), (0, -length % _BLOCK)) + ((0, 0),) * (array.ndim - 2), constant_values=fill)
 
-    query, key, value, segment_ids = pad(query), pad(key), pad(value), pad(segment_ids, _NO_SEGMENT)
-    attend_ranges = functools.partial(_plain_attention if interpret else _flash_attention, causal)
-
-    def contiguous(query, key, value, segment_ids):
-        return attend_ranges(query, key, value, *key_ranges(segment_ids))
-
-    # The checkpoint keeps the sorted arrays out of the residuals, which both branches share.
-    @jax.checkpoint
-    def scattered(query, key, value, segment_ids):
-        order = jnp.argsort(segment_ids, axis=1, stable=True)
-        attended = contiguous(
-            *(jnp.take_along_axis(heads, order[:, :, None, None], axis=1) for heads in (query, key, value)),
-            jnp.take_along_axis(segment_ids, order, axis=1),
-        )
-        return jnp.take_along_axis(attended, jnp.argsort(order, axis=1)[:, :, None, None], axis=1)
-
-    attended = jax.lax.cond(is_contiguous(segment_ids), contiguous, scattered, query, key, value, segment_ids)
-    return attended[:, :length]
+    segment_ids = pad(segment_ids, _NO_SEGMENT)
+    return _attend(causal, interpret, segment_ids, pad(query), pad(key), pad(value))[:, :length]
 
 
 def key_ranges(segment_ids: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
@@ -122,88 +111,110 @@ def is_contiguous(segment_ids: Int[Array, "B L"]) -> Bool[Array, ""]:
     return jnp.all(num_runs(segment_ids) == num_runs(jnp.sort(segment_ids, axis=1)))
 
 
-def _plain_attention(causal: bool, query, key, value, start, end):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal: bool, interpret: bool, segment_ids, query, key, value):
+    return _forward(causal, interpret, segment_ids, query, key, value)[0]
+
+
+def _forward(causal: bool, interpret: bool, segment_ids, query, key, value):
+    kernel = functools.partial(_plain_forward if interpret else _flash_forward, causal)
+    attended, statistics = checkpoint_name(_in_order(kernel, segment_ids, query, key, value), ATTENTION_OUT)
+    return attended, (segment_ids, query, key, value, attended, statistics)
+
+
+def _backward(causal: bool, interpret: bool, residuals, cotangent):
+    kernel = functools.partial(_plain_backward if interpret else _flash_backward, causal)
+    return None, *_in_order(kernel, *residuals, cotangent)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _in_order(kernel: Callable, segment_ids, *arrays):
+    """Calls a kernel with the ranges of keys of rows and their arrays [B, L, ...], sorted by segment if necessary."""
+
+    def contiguous(segment_ids, *arrays):
+        return kernel(*key_ranges(segment_ids), *arrays)
+
+    def interrupted(segment_ids, *arrays):
+        order = jnp.argsort(segment_ids, axis=1, stable=True)
+        results = contiguous(*jax.tree.map(functools.partial(_permute, order), (segment_ids, *arrays)))
+        return jax.tree.map(functools.partial(_permute, jnp.argsort(order, axis=1)), results)
+
+    return jax.lax.cond(is_contiguous(segment_ids), contiguous, interrupted, segment_ids, *arrays)
+
+
+def _permute(order: Int[Array, "B L"], array: Array) -> Array:
+    return jnp.take_along_axis(array, order.reshape(order.shape + (1,) * (array.ndim - 2)), axis=1)
+
+
+def _plain_forward(causal: bool, start, end, query, key, value):
     """Computes attention to ranges of keys, with scores of L x L."""
     positions = jnp.arange(query.shape[1])
     if causal:
         end = jnp.minimum(end, positions + 1)
     allowed = (positions >= start[..., None]) & (positions < end[..., None])
-    return jax.nn.dot_product_attention(query, key, value, mask=allowed[:, None])
+    return jax.nn.dot_product_attention(query, key, value, mask=allowed[:, None]), ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash_attention(causal: bool, query, key, value, start, end):
-    return _forward(causal, query, key, value, start, end)[0]
+def _plain_backward(causal: bool, start, end, query, key, value, attended, statistics, cotangent):
+    del attended, statistics
+    forward = functools.partial(_plain_forward, causal, start, end)
+    return jax.vjp(lambda *arrays: forward(*arrays)[0], query, key, value)[1](cotangent)
 
 
-# tokamax is imported when it is used, because it is optional and takes 1.5 seconds.
-# Compiled functions of their own, because both branches of `attend` call them: JAX then lowers the kernels once.
+# tokamax is imported when it is used, because it is optional and takes 1.5 seconds. The kernels are jitted functions:
+# JAX then lowers them once for both branches of `_in_order`.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(causal: bool, query, key, value, start, end):
+def _flash_forward(causal: bool, start, end, query, key, value):
+    """Returns the attended values, and the maximum and the sum of exponentials of each query and head [B, L, H]."""
     with _no_warnings():
         from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as kernels
 
-    kernel = functools.partial(
-        kernels.flash_attention_kernel,
-        bias=None,
-        mask=None,
-        is_causal=causal,
-        logits_soft_cap=None,
-        logits_scale=query.shape[-1] ** -0.5,
-        out_dtype=query.dtype,
-        normalize_output=True,
-        return_residuals=True,
-        use_stable_softmax=True,
-        rescale_threshold=1.0,
-        config=kernels.Config(block_q=64, block_kv=_BLOCK, num_stages=2),
-    )
+        kernel = functools.partial(
+            kernels.flash_attention_kernel,
+            bias=None,
+            mask=None,
+            is_causal=causal,
+            logits_soft_cap=None,
+            logits_scale=query.shape[-1] ** -0.5,
+            out_dtype=query.dtype,
+            normalize_output=True,
+            return_residuals=True,
+            use_stable_softmax=True,
+            rescale_threshold=1.0,
+            config=kernels.Config(block_q=64, block_kv=_BLOCK, num_stages=2),
+        )
 
-    def attend_row(query, key, value, start, end):
-        return kernel(query, key, value, k_start=start[None], k_end=None if causal else end[None])
+        def attend_row(start, end, query, key, value):
+            return kernel(query, key, value, k_start=start[None], k_end=None if causal else end[None])
 
-    with _no_warnings():
-        attended, statistics = jax.vmap(attend_row)(query, key, value, start, end)
-    return attended, (query, key, value, start, end, attended, statistics)
-
-
-def _backward(causal: bool, residuals, cotangent):
-    return *_gradients(causal, residuals, cotangent), None, None
+        attended, statistics = jax.vmap(attend_row)(start, end, query, key, value)
+    return attended, tuple(array.transpose(0, 2, 1) for array in statistics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(causal: bool, residuals, cotangent):
+def _flash_backward(causal: bool, start, end, query, key, value, attended, statistics, cotangent):
     with _no_warnings():
         from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as kernels
 
-    kernel = functools.partial(
-        kernels.flash_attention_vjp_kernel,
-        bias=None,
-        mask=None,
-        is_causal=causal,
-        logits_soft_cap=None,
-        ds_dtype=None,
-        config=kernels.Config(block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64, num_stages=2),
-    )
-
-    def differentiate_row(query, key, value, start, end, attended, statistics, cotangent):
-        gradients = kernel(
-            query,
-            key,
-            value,
-            residuals=statistics,
-            out=attended,
-            dout=cotangent,
-            k_start=start[None],
-            k_end=None if causal else end[None],
+        kernel = functools.partial(
+            kernels.flash_attention_vjp_kernel,
+            bias=None,
+            mask=None,
+            is_causal=causal,
+            logits_soft_cap=None,
             logits_scale=query.shape[-1] ** -0.5,
+            ds_dtype=None,
+            config=kernels.Config(block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64, num_stages=2),
         )
-        return gradients[:3]
 
-    with _no_warnings():
-        return jax.vmap(differentiate_row)(*residuals, cotangent)
+        def differentiate_row(start, end, query, key, value, attended, statistics, cotangent):
+            rows = dict(residuals=tuple(array.T for array in statistics), out=attended, dout=cotangent)
+            ranges = dict(k_start=start[None], k_end=None if causal else end[None])
+            return kernel(query, key, value, **rows, **ranges)[:3]
 
-
-_flash_attention.defvjp(_forward, _backward)
+        return jax.vmap(differentiate_row)(start, end, query, key, value, attended, statistics, cotangent)
 
 
 @contextlib.contextmanager
