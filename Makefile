@@ -2,6 +2,7 @@
 # make test        run the tests, two files at a time
 # make test-large  run the tests at real sizes, then tools/soak.py: 1.5 hours, 20 GB of memory, 60 GB of disk
 # make test-vllm   run exported models in a real vLLM on the CPU: 2.5 GB in build/venv-vllm, a quarter of an hour
+# make test-cuda   compile attention and a train step for GPUs that are not there: 0.3 GB in build/cuda-compiler, minutes
 # make test-tpu    compile the rows that docs/tpu.md lacks: minutes each, 6 GB of memory
 # make demo        draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones   rebuild the shipped nano backbones from scratch: one to two hours
@@ -24,7 +25,11 @@ VLLM_VERSION := 0.32.0
 VLLM := build/venv-vllm
 VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 
-.PHONY: install test test-large test-vllm test-tpu demo backbones docs lint clean
+# The compiler for CUDA, of the version of the installed jaxlib, outside .venv: there, JAX would look for a GPU.
+CUDA_COMPILER := build/cuda-compiler
+CUDA_STAMP := $(CUDA_COMPILER)/.installed
+
+.PHONY: install test test-large test-vllm test-cuda test-tpu demo backbones docs lint clean
 
 install: $(STAMP)
 
@@ -46,6 +51,13 @@ $(VLLM_STAMP):
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
+$(CUDA_STAMP): $(STAMP)
+	rm -rf $(CUDA_COMPILER)
+	version=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)") && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(CUDA_COMPILER) --no-deps \
+		jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version "nvidia-cuda-nvcc-cu12>=12.8,<13"
+	touch $@
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -55,6 +67,9 @@ test-large: $(STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm -s
+
+test-cuda: $(STAMP) $(CUDA_STAMP)
+	$(BIN)/python -m pytest -m "large or not large" -s tests/parallel/test_cuda_topology.py
 
 test-tpu: $(STAMP)
 	$(BIN)/python tools/tpu_table.py
