@@ -4,7 +4,8 @@
     TPU                                  bfloat16   splash
     GPU, Hopper, with tokamax            bfloat16   tokamax
     GPU, Ampere or newer                 bfloat16   flash, or xla if JAX no longer has that kernel
-    older GPU, CPU                       float32    xla
+    older GPU                            float32    xla
+    CPU                                  float32    cpu
 
 Weights, their gradients, the optimizer, softmax and norm statistics, and the loss with all its sums stay float32.
 (On request, devices exchange gradients in bfloat16: `MeshConfig.gradient_dtype`.)
@@ -18,6 +19,7 @@ import jax
 from alignvlm_jax.ops.attention import default_kernel, has_bfloat16
 
 AUTO = "auto"
+MAX_UNROLLED_LAYERS = 8
 DTYPES = (AUTO, "float32", "bfloat16")
 
 Config = TypeVar("Config")
@@ -34,3 +36,13 @@ def resolve(config: Config, device: jax.Device | None = None) -> Config:
         dtype=("bfloat16" if has_bfloat16(device) else "float32") if config.dtype == AUTO else config.dtype,
         attention=default_kernel(device) if config.attention == AUTO else config.attention,
     )
+
+
+def unrolls_layers(config: Config) -> bool:
+    """Returns whether the layers of a resolved config are compiled one by one instead of as a loop.
+
+    On a CPU, a loop copies what a layer keeps for the backward pass to an array of all layers, and back. Unrolled
+    layers do not, but take longer to compile, so deep models keep the loop. So do models with rematerialization:
+    without a loop, the compiler would recognize the recomputed values as equal to the first ones and keep those.
+    """
+    return config.attention == "cpu" and config.remat == "none" and config.num_layers <= MAX_UNROLLED_LAYERS

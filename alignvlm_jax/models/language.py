@@ -127,8 +127,11 @@ class LanguageModel(nn.Module):
         self.embedding = layers.param(self, "embedding", nn.initializers.normal(0.02), ("vocab", "embed"), table)
         if not config.tie_word_embeddings:
             self.head = layers.param(self, "lm_head", nn.initializers.normal(0.02), ("vocab", "embed"), table)
-        stack = layers.scan_layers(DecoderLayer, config.num_layers, config.remat, in_axes=(nn.broadcast, 0))
-        self.layers = stack(hardware.resolve(config))
+        resolved = hardware.resolve(config)
+        unroll = hardware.unrolls_layers(resolved)
+        axes = nn.broadcast, 0
+        stack = layers.scan_layers(DecoderLayer, config.num_layers, config.remat, in_axes=axes, unroll=unroll)
+        self.layers = stack(resolved)
         self.final_norm = layers.RMSNorm(config.rms_norm_eps)
 
     @ordinary_modes()

@@ -104,7 +104,9 @@ class Parameters(nn.Module):
         return {name: param(self, name, *declaration) for name, declaration in declared.items()}
 
 
-def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple) -> type[nn.Module]:
+def scan_layers(
+    layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple, *, unroll: bool = False
+) -> type[nn.Module]:
     """Stacks `layer` `num_layers` times under one `nn.scan`, so that compile time does not grow with depth.
 
     Args:
@@ -112,6 +114,7 @@ def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tu
       num_layers: depth; parameters get a leading axis "layers" of this size.
       remat: values that the backward pass keeps, see `rematerialization.py`.
       in_axes: for each input after the carry, 0 (one slice per layer) or `nn.broadcast`.
+      unroll: whether to compile each layer instead of a loop. The parameters stay stacked.
 
     Returns:
       A module class whose instances hold all layers.
@@ -125,5 +128,6 @@ def scan_layers(layer: type[nn.Module], num_layers: int, remat: str, in_axes: tu
         split_rngs={"params": True},
         in_axes=in_axes,
         length=num_layers,
+        unroll=num_layers if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

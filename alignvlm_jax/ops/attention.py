@@ -2,7 +2,7 @@
 
 Axes: B rows, L query positions, K key positions, H query heads, G key-value heads, R = H / G, h head width.
 
-Four kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
+Five kernels compute the same values up to rounding. None of them holds an [L, L] array for all heads. All support
 segments, so several examples can be packed into a row:
 
     "splash"   TPUs. A Pallas kernel, in `attention_splash.py`, which skips blocks above the diagonal, blocks between
@@ -10,10 +10,10 @@ segments, so several examples can be packed into a row:
     "tokamax"  NVIDIA GPUs of the Hopper generation. Kernels of the package tokamax, in `attention_tokamax.py`.
     "flash"    NVIDIA GPUs from Ampere on. A Pallas (Triton) kernel, in `attention_flash.py`, which JAX deprecates.
                (`jax.nn.dot_product_attention` supports no segments, only a mask of L x L.)
-    "xla"      All devices, including CPUs and older GPUs. In this file. Queries are processed in blocks, and the
-               backward pass recomputes the scores of a block, so the scores of one block are held at a time. A causal
-               block never reads the keys after it. On a CPU this is 2-3 times as fast as a single product, because
-               scores stay in the cache.
+    "cpu"      CPUs. Loops over pairs of blocks, in `attention_cpu.py`, which skip pairs that share no segment.
+    "xla"      All devices, including older GPUs. In this file. Queries are processed in blocks, and the backward pass
+               recomputes the scores of a block, so the scores of one block are held at a time. A causal block never
+               reads the keys after it.
 
 `default_kernel` chooses the kernel of a device, among those that are installed. Shapes that a kernel does not support
 (such as a head width) fall back to the next kernel of the device, with a warning.
@@ -32,10 +32,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.ops import attention_flash, attention_splash, attention_tokamax
+from alignvlm_jax.ops import attention_cpu, attention_flash, attention_splash, attention_tokamax
 from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
-KERNELS = ("splash", "tokamax", "flash", "xla")
+KERNELS = ("splash", "tokamax", "flash", "cpu", "xla")
 
 _MASKED = -1e30  # finite: if every key of a query is masked, -inf would give NaN
 _QUERY_BLOCK = 64
@@ -71,7 +71,7 @@ def default_kernel(device: jax.Device) -> str:
     if device.platform == "tpu":
         return _log_choice("splash", device)
     if device.platform not in _GPUS:
-        return "xla"
+        return "cpu" if device.platform == "cpu" else "xla"
     # tokamax also has kernels for Blackwell, but its version for Python 3.11 has none for gradients of heads above 64.
     candidates = ["tokamax"] if _HOPPER <= _compute_capability(device) < _BLACKWELL else []
     candidates += ["flash"] if has_bfloat16(device) else []
@@ -134,6 +134,8 @@ def packed_attention(
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    if kernel == "cpu":
+        return _on_each_device(attention_cpu.attend, query, key, value, segment_ids, causal, mesh_axes)
     # A Pallas kernel, if one supports the shapes.
     for name in _CANDIDATES[kernel]:
         obstacle = _obstacle(name, query, key)

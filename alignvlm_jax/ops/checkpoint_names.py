@@ -4,8 +4,8 @@ A name alone changes nothing. `models/rematerialization.py` makes the policies t
 """
 
 ATTENTION_OUT = "attention_out"
-"""The result of attention and, with the kernels "splash" and "tokamax", the statistics of each query's softmax. With
-both, the backward pass does not run the forward kernel again."""
+"""The result of attention and, with the kernels "splash", "tokamax" and "cpu", the statistics of each query's softmax.
+With both, the backward pass does not run the forward kernel again."""
 
 QKV = "qkv"
 """Queries, keys and values of attention, after the rotation by position."""

@@ -1,6 +1,6 @@
-"""Values and gradients of the Pallas kernels against float64, the choice of a kernel, and the fallback.
+"""Values and gradients of the kernels against float64, the choice of a kernel, and the fallback.
 
-On a CPU the kernels run in Pallas's interpreter, which executes their arithmetic and masks. That they compile is tested
+The Pallas kernels run in Pallas's interpreter, which executes their arithmetic and masks. That they compile is tested
 separately: for TPUs in tests/tools/test_compile_tpu.py, and for CUDA below.
 """
 
@@ -14,12 +14,18 @@ import pytest
 
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.language import LanguageConfig
-from alignvlm_jax.ops import attention, attention_flash, attention_splash, attention_tokamax
+from alignvlm_jax.ops import attention, attention_cpu, attention_flash, attention_splash, attention_tokamax
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.abstract_gpu import gpu_mesh
 
-KERNELS = {"splash": attention_splash, "tokamax": attention_tokamax, "flash": attention_flash}
+KERNELS = {"splash": attention_splash, "tokamax": attention_tokamax, "flash": attention_flash, "cpu": attention_cpu}
+
+
+def _attend(name):
+    """Returns the function of a kernel; those of Pallas run in the interpreter."""
+    function = KERNELS[name].attend
+    return function if name == "cpu" else functools.partial(function, interpret=True)
 
 
 def _inputs(length, heads=4, groups=2, width=24, rows=2):
@@ -49,7 +55,7 @@ def _plain(query, key, value, segments, causal):
 @pytest.mark.parametrize("length, causal", [(140, True), (100, False)])  # Neither length is a multiple of a block.
 def test_values_and_gradients_match_float64(name, length, causal):
     query, key, value, segments = _inputs(length)
-    attend = functools.partial(KERNELS[name].attend, causal=causal, interpret=True)
+    attend = functools.partial(_attend(name), causal=causal)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=query.shape), jnp.float32)
     got, pull_back = jax.vjp(lambda *qkv: attend(*qkv, segments), query, key, value)
     gradients = pull_back(cotangent)
@@ -65,8 +71,7 @@ def test_values_and_gradients_match_float64(name, length, causal):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])  # (1, 1, 8) has more devices than key-value heads.
 def test_on_a_mesh_each_device_computes_its_rows_and_heads(monkeypatch, name, mesh):
-    module = KERNELS[name]
-    monkeypatch.setattr(module, "attend", functools.partial(module.attend, interpret=True))
+    monkeypatch.setattr(KERNELS[name], "attend", _attend(name))
     monkeypatch.setattr(attention, "_obstacle", lambda *args: None)
     query, key, value, segments = _inputs(24, heads=8, groups=4, rows=8)
     axes = attention.AttentionMesh(("data", "fsdp"), ("tensor",))
@@ -82,6 +87,25 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads(monkeypatch, name, me
         got = attend(query, key, value, segments)
     np.testing.assert_allclose(got, _plain(query, key, value, segments, True), rtol=2e-5, atol=2e-6)
     assert "all-gather" not in text, "rows and heads stay on their devices"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cpu_kernel_takes_segments_in_any_order(causal):
+    """The loops skip pairs of blocks by the range of their segments, which must never skip a pair that is needed."""
+    query, key, value, _ = _inputs(300, heads=2, groups=1, width=4, rows=3)  # three blocks
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def with_gradients(attend, segments):
+        out, pull_back = jax.vjp(lambda *qkv: attend(*qkv, segments, causal=causal), query, key, value)
+        return out, *pull_back(jnp.cos(query))
+
+    one_per_block = np.repeat([[2, 1, 2], [1, 2, 3], [1, 0, 2]], 100, axis=1)
+    mixed = np.repeat(np.random.default_rng(0).integers(0, 4, (3, 30)), 10, axis=1)
+    for segments in (one_per_block, mixed):
+        segments = jnp.asarray(segments, jnp.int32)
+        expected = with_gradients(lambda *args, causal: _plain(*args, causal), segments)
+        for a, b in zip(with_gradients(attention_cpu.attend, segments), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5)
 
 
 def test_an_unsupported_shape_falls_back_with_a_warning(caplog):
@@ -157,7 +181,7 @@ class _FakeDevice:
         (_FakeDevice("gpu", "8.0"), "flash", "bfloat16"),
         (_FakeDevice("gpu", "7.5"), "xla", "float32"),  # Turing: no bfloat16, and not enough memory for the kernel.
         (_FakeDevice("gpu"), "xla", "float32"),  # AMD reports no compute capability.
-        (_FakeDevice("cpu"), "xla", "float32"),
+        (_FakeDevice("cpu"), "cpu", "float32"),
     ],
 )
 def test_each_device_has_default_kernels_that_a_config_may_override(monkeypatch, device, kernel, dtype):
