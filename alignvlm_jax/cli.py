@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import alignvlm_jax
 from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
 from alignvlm_jax.commands.arguments import Commands, style
+from alignvlm_jax.commands.huge_pages import restart_with_huge_pages
 from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.jax_modes import ordinary_modes
 
@@ -47,6 +48,8 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    if argv is None and not _has_accelerator() and getattr(args, "process_id", None) is None:
+        restart_with_huge_pages()
     _quiet_logs(args.debug)
     return run_program("alignvlm", lambda: _run(args), debug=args.debug)
 
@@ -103,6 +106,10 @@ def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, unknown
 
 
+def _has_accelerator() -> bool:
+    return any(map(glob.glob, _ACCELERATORS))
+
+
 def _quiet_logs(debug: bool) -> None:
     """Keeps log messages of libraries off the terminal, which shows tables and progress bars."""
     if debug:
@@ -110,7 +117,7 @@ def _quiet_logs(debug: bool) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
+    if importlib.util.find_spec("libtpu") and not _has_accelerator():
         # libtpu may be installed on a machine without a TPU, to compile for one. JAX would then search for TPUs, and
         # libtpu would warn that there are none.
         # A variable that is set but empty also leaves the choice to JAX.

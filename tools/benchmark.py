@@ -10,17 +10,18 @@ Usage:
     tools/benchmark.py vocab-tpu --json tpu.json          ALIGN compiled for TPUs (needs libtpu, but no TPU)
     tools/benchmark.py data --json data.json              cutting images into tiles, compared with transformers
     tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
+    tools/benchmark.py train --json train.json            training on a CPU, compared with eager PyTorch
 """
 
 import argparse
 import json
 import sys
 
-from benchmarks import images, packing, vocabulary, vocabulary_tpu
+from benchmarks import images, packing, train, vocabulary, vocabulary_tpu
 
 from alignvlm_jax.locations import as_path
 
-COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images, "packing": packing}
+COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images, "packing": packing, "train": train}
 
 
 def main() -> int:

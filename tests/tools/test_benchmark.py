@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -26,6 +28,22 @@ def test_figures_and_plot(tmp_path):
     for dense, streaming in zip(figures["memory"]["dense"], figures["memory"]["streaming"], strict=True):
         assert 0 < streaming < dense
     assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
+def test_training(tmp_path):
+    done = benchmark("train", "--quick", "--peer", "none", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["quick"]
+    assert figures["pages"] == 8 and figures["tokens_per_second"]["ours"] > 0
+
+
+@pytest.mark.large
+def test_training_starts_from_the_same_loss_as_pytorch(tmp_path):
+    done = benchmark("train", "--quick", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["quick"]
+    assert figures["first_loss"]["ours"] == pytest.approx(figures["first_loss"]["torch"], rel=1e-5)
+    assert figures["ratio"] > 0
 
 
 def test_images_into_tiles(tmp_path):
