@@ -160,7 +160,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--config", required=True, type=local_path, metavar="FILE", help="config file of the experiment"
     )
     parser.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8"
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="TPU slice, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or tpu7x:4x4x4",
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices, placed along data")
     parser.add_argument("--stage", type=int, default=1, metavar="I", help="number of the stage, from 1 (default: 1)")

@@ -22,27 +22,38 @@ ROOT = Path(__file__).parents[1]
 ROWS_FOLDER, PAGE = ROOT / "docs" / "tpu", ROOT / "docs" / "tpu.md"
 BEGIN, END = "<!-- table: tools/tpu_table.py -->", "<!-- end of table -->"
 
+
+def _row(
+    model: str, stage: int, topology: str, mesh: str, decoder: str = "full", encoder: str = "full", more: str = ""
+) -> str:
+    """Returns the arguments of compile_tpu.py for a model, a slice, a mesh, and what decoder and encoder keep."""
+    arguments = f"--config configs/alignvlm_{model}.py --topology {topology}{more} --stage {stage} --mesh {mesh}"
+    for part, remat in (("language", decoder), ("vision", encoder)):
+        arguments += "" if remat == "full" else f" --config.model.{part}.remat={remat}"
+    return arguments
+
+
+# Meshes and recomputation were found by `compile_tpu.py --search` for 8B in stage 3.
 ROWS = {
-    "8b-stage1-v5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --stage 1"
-    " --mesh data=2,fsdp=64,tensor=2",
-    "8b-stage3-v5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3"
-    " --mesh data=2,fsdp=64,tensor=2",
-    "8b-stage1-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 1 --mesh data=1,fsdp=64",
-    "8b-stage3-v6e-8x8": "--config configs/alignvlm_8b.py --topology v6e:8x8 --stage 3 --mesh data=1,fsdp=64",
-    "8b-stage1-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 1"
-    " --mesh data=4,fsdp=64,tensor=2",
-    "8b-stage3-2xv5e-16x16": "--config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --stage 3"
-    " --mesh data=2,fsdp=64,tensor=4",
-    "8b-stage1-v5p-4x4x4": "--config configs/alignvlm_8b.py --topology v5p:4x4x4 --stage 1"
-    " --mesh data=1,fsdp=64 --rows-per-device 2",
-    "8b-stage3-v5p-4x4x4": "--config configs/alignvlm_8b.py --topology v5p:4x4x4 --stage 3"
-    " --mesh data=1,fsdp=64 --rows-per-device 2",
-    "1b-stage1-v5e-16x16": "--config configs/alignvlm_1b.py --topology v5e:16x16 --stage 1 --mesh data=4,fsdp=64",
-    "1b-stage1-v5e-2x2": "--config configs/alignvlm_1b.py --topology v5e:2x2 --stage 1 --mesh data=1,fsdp=4",
-    "3b-stage1-v5e-16x16": "--config configs/alignvlm_3b.py --topology v5e:16x16 --stage 1 --mesh data=4,fsdp=64",
-    "3b-stage1-v5e-2x4": "--config configs/alignvlm_3b.py --topology v5e:2x4 --stage 1 --mesh data=1,fsdp=8",
-    "1b-stage1-v5e-2x4": "--config configs/alignvlm_1b.py --topology v5e:2x4 --stage 1 --mesh data=1,fsdp=8",
-    "3b-stage1-v5e-4x4": "--config configs/alignvlm_3b.py --topology v5e:4x4 --stage 1 --mesh data=1,fsdp=8,tensor=2",
+    "8b-stage1-v5e-16x16": _row("8b", 1, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out", "attention_out"),
+    "8b-stage3-v5e-16x16": _row("8b", 3, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out,qkv"),
+    "8b-stage1-v6e-8x8": _row("8b", 1, "v6e:8x8", "data=1,fsdp=64", "attention_out,qkv", "attention_out"),
+    "8b-stage3-v6e-8x8": _row("8b", 3, "v6e:8x8", "data=1,fsdp=64", "attention_out,qkv"),
+    "8b-stage1-2xv5e-16x16": _row(
+        "8b", 1, "v5e:16x16", "data=4,fsdp=64,tensor=2", "attention_out", "attention_out", " --slices 2"
+    ),
+    "8b-stage3-2xv5e-16x16": _row(
+        "8b", 3, "v5e:16x16", "data=2,fsdp=64,tensor=4", "attention_out,qkv", more=" --slices 2"
+    ),
+    "8b-stage1-v5p-4x4x4": _row("8b", 1, "v5p:4x4x4", "data=1,fsdp=64", "attention_out,dots", "attention_out,dots"),
+    "8b-stage3-v5p-4x4x4": _row("8b", 3, "v5p:4x4x4", "data=1,fsdp=64", "attention_out,dots"),
+    "8b-stage3-tpu7x-4x4x4": _row("8b", 3, "tpu7x:4x4x4", "data=2,fsdp=64", "attention_out,dots"),
+    "1b-stage1-v5e-16x16": _row("1b", 1, "v5e:16x16", "data=4,fsdp=64", "attention_out,qkv", "attention_out,qkv"),
+    "1b-stage1-v5e-2x2": _row("1b", 1, "v5e:2x2", "data=1,fsdp=4"),
+    "3b-stage1-v5e-16x16": _row("3b", 1, "v5e:16x16", "data=4,fsdp=64", "attention_out", "attention_out"),
+    "3b-stage1-v5e-2x4": _row("3b", 1, "v5e:2x4", "data=1,fsdp=8"),
+    "1b-stage1-v5e-2x4": _row("1b", 1, "v5e:2x4", "data=1,fsdp=8"),
+    "3b-stage1-v5e-4x4": _row("3b", 1, "v5e:4x4", "data=1,fsdp=8,tensor=2"),
 }
 FITS, DOES_NOT_FIT = 0, 3
 
@@ -105,10 +116,11 @@ def _write_page() -> None:
 def table() -> str:
     """Returns all finished rows as a Markdown table."""
     lines = [
-        "| model, stage | chips | mesh | GB per chip | fits | bins per step (K x B) | executed / needed FLOPs"
+        "| model, stage | chips | mesh | kept by decoder, encoder"
+        " | GB per chip | fits | bins per step (K x B) | executed / needed FLOPs"
         " | MFU at most, by FLOPs | MFU at most, by schedule | step, s | ICI, GB | DCN, GB | attention | effort |"
         " compile time |",
-        "|---" * 15 + "|",
+        "|---" * 16 + "|",
     ]
     for name in ROWS:
         row = _read_row(name)
@@ -124,7 +136,7 @@ def table() -> str:
         slices = f"{row['slices']} x " if row["slices"] > 1 else ""
         lines.append(
             f"| {name.split('-')[0].upper()}, {name.split('-')[1].removeprefix('stage')} "
-            f"| {slices}{row['topology']} | {mesh} "
+            f"| {slices}{row['topology']} | {mesh} | {_kept(row)} "
             f"| {total} of {row['capacity_bytes'] / 1e9:.1f} | {'yes' if row['fits'] else '**no**'} "
             f"| {row['microbatches']} x {row['bins_per_microbatch']} "
             f"| {_number(row.get('executed_over_needed'), '.2f')} "
@@ -137,6 +149,13 @@ def table() -> str:
             f"| {'low' if is_fast else 'full'} | {row['compile_seconds']:.0f} s |"
         )
     return "\n".join(lines)
+
+
+def _kept(row: dict) -> str:
+    """Returns what the decoder and a trained encoder keep for the backward pass."""
+    remat = row.get("remat", {"decoder": "full", "encoder": "full"})
+    parts = [remat["decoder"], *([remat["encoder"]] if "vision" in row["trainable"] else [])]
+    return "; ".join("-" if part == "full" else part.replace(",", ", ") for part in parts)
 
 
 def _percent(share: float | None) -> str:

@@ -25,7 +25,7 @@ def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
     """Returns the devices of TPU slices. They serve for shardings and compilation, but cannot run anything.
 
     Args:
-      name: generation and shape of a slice, such as "v5e:16x16", "v5p:4x4x4" or "v6e:8x8".
+      name: generation and shape of a slice, such as "v5e:16x16", "v5p:4x4x4", "v6e:8x8" or "tpu7x:4x4x4".
       slices: number of such slices, connected by the data-center network.
 
     Raises:
