@@ -38,6 +38,7 @@ from alignvlm_jax.training.compile_search import LOW, Report, best, search, tabl
 from alignvlm_jax.training.train_step import abstract_state
 
 ROOT = Path(__file__).parents[1]
+REMAT = tuple(dict.fromkeys(candidate.language for candidate in rematerialization.CANDIDATES))
 _REPORTED = (0, 3, 4)  # exit codes of compile_tpu.py with a report
 
 
@@ -58,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--remat",
         action="append",
         metavar="NAMES",
-        help=f"decoder's remat (default: {' '.join(rematerialization.CANDIDATES)})",
+        help=f"decoder's remat (default: {' '.join(REMAT)})",
     )
     group.add_argument(
         "--vision-remat", action="append", metavar="NAMES", help="encoder's remat (default: the config's)"
@@ -85,7 +86,7 @@ def run(
     space = make_space(experiment, devices, args.stage - 1, args.slices)
     found = candidates(
         space,
-        policies=args.remat or rematerialization.CANDIDATES,
+        policies=args.remat or REMAT,
         vision_policies=args.vision_remat,
         rows=args.rows,
         pages=args.pages,

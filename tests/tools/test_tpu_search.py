@@ -43,6 +43,11 @@ def compile_program(folder, effort=LOW, candidate=CANDIDATE, identity="a"):
     return tpu_search.compile_program(["--config", "nano.py"], folder, identity, candidate, effort, 60.0)
 
 
+def test_the_decoder_is_tried_with_every_recomputation_that_auto_tries():
+    assert tpu_search.REMAT[0] == "none" and tpu_search.REMAT[-1] == "full"
+    assert "attention_out,qkv" in tpu_search.REMAT and len(set(tpu_search.REMAT)) == len(tpu_search.REMAT)
+
+
 def test_a_finished_program_is_not_compiled_again(tmp_path, processes):
     commands, results = processes
     results += [(0, ""), (3, ""), (0, "")]
