@@ -11,17 +11,25 @@ Usage:
     tools/benchmark.py data --json data.json              cutting images into tiles, compared with transformers
     tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
     tools/benchmark.py train --json train.json            training on a CPU, compared with eager PyTorch
+    tools/benchmark.py decode --json decode.json          prefill and decoding on a CPU, compared with transformers
 """
 
 import argparse
 import json
 import sys
 
-from benchmarks import images, packing, train, vocabulary, vocabulary_tpu
+from benchmarks import decode, images, packing, train, vocabulary, vocabulary_tpu
 
 from alignvlm_jax.locations import as_path
 
-COMMANDS = {"vocab": vocabulary, "vocab-tpu": vocabulary_tpu, "data": images, "packing": packing, "train": train}
+COMMANDS = {
+    "vocab": vocabulary,
+    "vocab-tpu": vocabulary_tpu,
+    "data": images,
+    "packing": packing,
+    "train": train,
+    "decode": decode,
+}
 
 
 def main() -> int:
