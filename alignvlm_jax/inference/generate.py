@@ -37,6 +37,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
+from alignvlm_jax.models.unstacking import is_unstacked, unstack_layers
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import num_batch_shards
 
@@ -169,7 +170,9 @@ class Generator:
         options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
         with self._on_mesh():
             if self.mesh is None:
-                return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, **options))
+                # The views cost no memory, so they need not be kept.
+                variables = unstack_layers(self.variables)
+                return np.asarray(greedy_decode(AlignVLM(self.config), variables, batch, **options))
             batch = sharding.shard_rows(batch, self.mesh)
             answers = greedy_decode(AlignVLM(self.config), self.variables, batch, **options)
             # Replicated, so that every process gets all answers.
@@ -246,7 +249,8 @@ def greedy_decode(
     """
     # Prefill: the cache gets the whole prompt, and `logits` are those of each row's last position.
     rows, length = batch["tokens"].shape
-    cache = empty_cache(model.config.language, rows, length + max_new_tokens)
+    unstacked = is_unstacked(variables["params"]["language"]["layers"])
+    cache = empty_cache(model.config.language, rows, length + max_new_tokens, unstacked=unstacked)
     logits, cache = model.apply(variables, batch, cache, method="prefill")
     prompt_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers, rematerialization
+from alignvlm_jax.models.unstacking import is_unstacked
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
 from alignvlm_jax.ops.checkpoint_names import MLP_IN, QKV
 from alignvlm_jax.ops.embedding_lookup import embedding_lookup
@@ -89,27 +90,42 @@ class KVCache:
     All rows write to the same slots, so that one update serves the batch. `filled` marks the slots that count for a
     row.
 
+    The axes are in the order of attention's products, queries [.., h] times keys [h, K] and weights [.., K] times
+    values [K, h]: a decoding step writes one slot in place and reads the others where they are.
+
     Attributes:
-      keys: keys, one slice per layer.
-      values: values, one slice per layer.
+      keys: keys. One array for all layers, or, with the weights of `unstack_layers`, one per layer.
+      values: values, in the same form.
       filled: whether a slot holds a real position of its row; False for padding and for free slots.
       index: the next slot to write.
     """
 
-    keys: Float[Array, "layers B K G h"]
-    values: Float[Array, "layers B K G h"]
+    keys: Float[Array, "layers B G h K"] | tuple[Float[Array, "B G h K"], ...]
+    values: Float[Array, "layers B G K h"] | tuple[Float[Array, "B G K h"], ...]
     filled: Bool[Array, "B K"]
     index: Int[Array, ""]
 
 
 @ordinary_modes()
-def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
-    """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included."""
-    shape = (config.num_layers, batch_size, num_slots, config.num_kv_heads, config.head_width)
-    dtype = hardware.resolve(config).dtype
+def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int, *, unstacked: bool = False) -> KVCache:
+    """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included.
+
+    Args:
+      config: settings of the decoder.
+      batch_size: B.
+      num_slots: K.
+      unstacked: whether the cache is for weights from `unstack_layers`.
+    """
+    rows, dtype = (batch_size, config.num_kv_heads), hardware.resolve(config).dtype
+
+    def zeros(*slots: int):
+        if unstacked:
+            return tuple(jnp.zeros((*rows, *slots), dtype) for _ in range(config.num_layers))
+        return jnp.zeros((config.num_layers, *rows, *slots), dtype)
+
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=zeros(config.head_width, num_slots),
+        values=zeros(num_slots, config.head_width),
         filled=jnp.zeros((batch_size, num_slots), bool),
         index=jnp.zeros((), jnp.int32),
     )
@@ -167,7 +183,7 @@ class LanguageModel(nn.Module):
         context = _Context(cosines, sines, segment_ids)
         # Training: packed rows without a cache.
         if cache is None:
-            hidden, _ = self.layers(inputs, context, None)
+            hidden, _ = self._run_layers(inputs, context, None)
             return self.final_norm(hidden), None
 
         # Decoding: mark the new slots, and tell the layers where to write.
@@ -179,8 +195,21 @@ class LanguageModel(nn.Module):
             query_slots = cache.index + jnp.arange(length)
             causal = jnp.arange(num_slots)[None, :] <= query_slots[:, None]
             context = context.replace(visible=filled[:, None, :] & causal[None])
-        hidden, (keys, values) = self.layers(inputs, context, (cache.keys, cache.values))
+        hidden, (keys, values) = self._run_layers(inputs, context, (cache.keys, cache.values))
         return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
+
+    def _run_layers(self, hidden: Float[Array, "B L D"], context: "_Context", cache):
+        """Returns the hidden states and the (keys, values) of the cache after all layers; the cache may be None."""
+        weights = self.variables.get("params", {}).get("layers")
+        if not is_unstacked(weights):
+            # The cache is part of the scan's carry, which XLA changes in place. As input and output it would be copied.
+            (hidden, cache), _ = self.layers((hidden, cache), context, jnp.arange(self.config.num_layers))
+            return hidden, cache
+        layer = DecoderLayer(hardware.resolve(self.config), parent=None)
+        caches = [None] * len(weights) if cache is None else list(zip(*cache, strict=True))
+        for index, params in enumerate(weights):
+            (hidden, caches[index]), _ = layer.apply({"params": params}, (hidden, caches[index]), context, None)
+        return hidden, None if cache is None else tuple(zip(*caches, strict=True))
 
     @ordinary_modes()
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -223,25 +252,32 @@ class DecoderLayer(nn.Module):
     config: LanguageConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
-        """Returns the hidden states and this layer's (keys, values) of the cache."""
+    def __call__(self, carry, context: _Context, layer: Int[Array, ""] | None):
+        """Returns the carry after this layer, and None, as `nn.scan` expects.
+
+        Args:
+          carry: hidden states [B, L, D], and the cache's (keys, values) of all layers or None.
+          context: what all layers share.
+          layer: number of this layer in the cache; None if the cache is that of this layer alone.
+        """
         config = self.config
+        hidden, cache = carry
         normed = layers.RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
-        attended, cache = DecoderAttention(config, name="attention")(normed, context, cache)
+        attended, cache = DecoderAttention(config, name="attention")(normed, context, cache, layer)
         hidden += attended
         normed = layers.RMSNorm(config.rms_norm_eps, name="mlp_norm")(hidden)
         hidden += GatedMLP(config.intermediate_size, config.hidden_size, config.dtype, name="mlp")(normed)
-        return layers.constrain(hidden, "batch", "sequence", None), cache
+        return (layers.constrain(hidden, "batch", "sequence", None), cache), None
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions; `cache` is this layer's (keys, values) or None."""
+    """Grouped-query attention with rotary positions; `cache` is the (keys, values) of all layers or None."""
 
     config: LanguageConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache):
-        """Returns the output and this layer's (keys, values) of the cache."""
+    def __call__(self, hidden: Float[Array, "B L D"], context: _Context, cache, layer: Int[Array, ""] | None):
+        """Returns the output and the cache, to which this layer has added its new keys and values."""
         config = self.config
 
         def project(name, num_heads):
@@ -254,15 +290,16 @@ class DecoderAttention(nn.Module):
         value = project("value", config.num_kv_heads)
         query, key, value = (checkpoint_name(heads, QKV) for heads in (query, key, value))
         if cache is not None:
-            # Before the attention, because queries also attend to the new positions.
-            start = (0, context.index, 0, 0)
-            cache = (
-                jax.lax.dynamic_update_slice(cache[0], key, start),
-                jax.lax.dynamic_update_slice(cache[1], value, start),
-            )
+            # Before the attention, because queries also attend to the new positions. From [B, L, G, h] to the axes of
+            # `KVCache`.
+            key_slots = _write(cache[0], key.transpose(0, 2, 3, 1), layer, slot_axis=3, index=context.index)
+            value_slots = _write(cache[1], value.transpose(0, 2, 1, 3), layer, slot_axis=2, index=context.index)
+            cache = (key_slots, value_slots)
         # With earlier positions in the cache, attend to its slots; otherwise (training, prefill) only to the inputs.
         if context.visible is not None:
-            attended = cached_attention(query, *cache, visible=context.visible)
+            if layer is not None:
+                key_slots, value_slots = (array[layer] for array in cache)
+            attended = cached_attention(query, key_slots, value_slots, visible=context.visible)
         else:
             attended = packed_attention(
                 query,
@@ -276,6 +313,15 @@ class DecoderAttention(nn.Module):
         attended = attended.reshape(*hidden.shape[:2], config.num_heads * config.head_width)
         out = layers.Dense(config.hidden_size, ("heads", "embed"), use_bias=False, dtype=config.dtype, name="out")
         return out(attended), cache
+
+
+def _write(cache: Array, new: Array, layer: Int[Array, ""] | None, *, slot_axis: int, index: Int[Array, ""]) -> Array:
+    """Writes new positions [B, G, ...] into a layer of a cache, or into the cache of one layer if `layer` is None."""
+    start = [0] * new.ndim
+    start[slot_axis] = index
+    if layer is None:
+        return jax.lax.dynamic_update_slice(cache, new, start)
+    return jax.lax.dynamic_update_slice(cache, new[None], (layer, *start))
 
 
 class GatedMLP(nn.Module):

@@ -158,6 +158,8 @@ def packed_attention(
 
     # The backward pass recomputes the scores of each block from queries, keys and values. With the result kept, nothing
     # else of the forward pass runs again.
+    # In the order of the products: keys [B, G, h, K], values [B, G, K, h].
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     return checkpoint_name(_attend_in_blocks(query, key, value, mask, causal), ATTENTION_OUT)
 
 
@@ -173,7 +175,7 @@ def cached_attention(
 
     Args:
       query: queries of the new positions.
-      key: keys of all slots.
+      key: keys of all slots. Axes are in the order of the products here and in `value`, so nothing is transposed.
       value: values of all slots.
       visible: the slots that each position attends to.
 
@@ -243,16 +245,15 @@ def _attend_in_blocks(query, key, value, mask: Callable[[slice, slice], Array | 
 
     Args:
       query: queries [B, L, H, h].
-      key: keys [B, K, G, h].
-      value: values [B, K, G, h].
+      key: keys [B, G, h, K].
+      value: values [B, G, K, h].
       mask: returns for a slice of the queries and a slice of the keys which queries attend to which keys; None for all.
       causal: whether to skip the keys after each block of queries.
     """
     batch, length, num_heads, width = query.shape
-    groups, repeats = key.shape[2], num_heads // key.shape[2]
-    # Group the query heads by key-value head: query [B, G, R, L, h], key [B, G, h, K], value [B, G, K, h].
+    groups, repeats = key.shape[1], num_heads // key.shape[1]
+    # Group the query heads by key-value head: query [B, G, R, L, h].
     query = query.reshape(batch, length, groups, repeats, width).transpose(0, 2, 3, 1, 4) * width**-0.5
-    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
     # Checkpoint, so that the backward pass recomputes the scores instead of storing them.
     @jax.checkpoint

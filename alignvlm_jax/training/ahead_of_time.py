@@ -195,14 +195,14 @@ def compile_decoding(
     row_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     # The heads of the cache are sharded only if their number is divisible by the size of the `tensor` axis.
     head_axis = "tensor" if model.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    kv_sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), None, head_axis))
+    kv_sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), head_axis))
 
     def with_shardings(tree, sharding_of):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), tree)
 
     def cache_sharding(leaf):
-        # By rank: 0 for scalars, 5 for keys and values [layers, rows, slots, heads, head width]; all others have rows
-        # as their first axis.
+        # By rank: 0 for scalars, 5 for keys and values, which begin with layers, rows and heads; all others begin with
+        # rows.
         return {0: NamedSharding(mesh, PartitionSpec()), 5: kv_sharding}.get(leaf.ndim, row_sharding)
 
     batch = jax.eval_shape(

@@ -68,5 +68,6 @@ def test_invisible_cache_slots_have_no_effect():
     query, key, value = _inputs(3, keys=10)
     visible = np.random.default_rng(2).random((2, 3, 10)) < 0.5
     visible[..., 0] = True  # every query sees at least one slot, as in decoding
-    out = cached_attention(query, key, value, visible=jnp.asarray(visible))
+    cache = (key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+    out = cached_attention(query, *cache, visible=jnp.asarray(visible))
     np.testing.assert_allclose(out, _reference(query, key, value, visible), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tests of the benchmark tool at small sizes: it runs and writes its figures."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tools.benchmarks import decode
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -55,3 +58,11 @@ def test_images_into_tiles(tmp_path):
         rates = figures[model]["tiles_per_second_and_core"]
         assert {"theirs, PIL", "ours", "ours + float32"} <= set(rates)
         assert all(rate["from_files"] > 0 for rate in rates.values())
+
+
+def test_decoding_gives_the_tokens_of_transformers():
+    figures = decode.run(argparse.Namespace(quick=True, rounds=1, peer="transformers", model=None, prompt=20))
+    contenders = [result for what in ("prefill", "decode batch 2") for result in figures[what].values()]
+    compared = [result for result in contenders if isinstance(result, dict)]
+    assert len(compared) == 5
+    assert all(result["same_tokens"] == 1 and result["tokens_per_second"] > 0 for result in compared)

@@ -61,7 +61,11 @@ def plain_kernels(monkeypatch):
     """Replaces the kernels of the model by those of this file; see above."""
     monkeypatch.setattr(vision, "packed_attention", segment_attention)
     monkeypatch.setattr(language, "packed_attention", segment_attention)
-    monkeypatch.setattr(connectors.perceiver, "cached_attention", lambda q, k, v, visible: softmax_attention(q, k, v))
+    monkeypatch.setattr(
+        connectors.perceiver,
+        "cached_attention",
+        lambda q, k, v, visible: softmax_attention(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)),
+    )
     monkeypatch.setattr(connectors.align, "vocabulary_attention", vocabulary_attention_with_entropy)
     monkeypatch.setattr(connectors.ovis, "vocabulary_attention", vocabulary_attention_with_entropy)
     monkeypatch.setattr(language, "linear_cross_entropy", dense_loss)

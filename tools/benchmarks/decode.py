@@ -28,6 +28,7 @@ from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.interop.huggingface import load_language_folder
 from alignvlm_jax.locations import as_path
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, empty_cache
+from alignvlm_jax.models.unstacking import is_unstacked, unstack_layers
 
 PEERS = ("transformers", "none")
 THREADS = 2
@@ -44,8 +45,9 @@ SMOLLM2 = dict(
     tie_word_embeddings=True,
 )
 QUICK = dict(SMOLLM2, vocab_size=128, hidden_size=36, intermediate_size=64, num_hidden_layers=2)
-PREFILL_TOKENS = 533
+PREFILL_TOKENS, QUICK_PREFILL_TOKENS = 533, 70
 DECODE_PROMPT, DECODE_ROWS, DECODE_TOKENS = 64, (1, 8), 32
+QUICK_ROWS, QUICK_DECODE_TOKENS = (2,), 6
 NANO_PROMPT, NANO_ROWS, NANO_TOKENS = 256, (1, 32), 64
 
 
@@ -56,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="smoke test: a tiny decoder, one round")
     parser.add_argument("--model", type=as_path, help="a Llama folder to use instead of random weights")
     parser.add_argument("--prompt", type=int, default=DECODE_PROMPT, help="tokens before decoding (default: 64)")
-    parser.add_argument("--no-nano", action="store_true", help="skip the nano decoder")
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -74,24 +75,26 @@ def run(args: argparse.Namespace) -> dict | None:
             torch.set_num_threads(THREADS)
             figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
             peer = make_peer(QUICK if args.quick else SMOLLM2, args.model, folder)
-        config, params = load_language_folder(args.model or folder)
+        config, params = load_language(args.model or folder)
     rng = np.random.default_rng(0)
     rounds = 1 if args.quick else args.rounds
-    tokens = rng.integers(3, config.vocab_size, (1, PREFILL_TOKENS), np.int32)
+    length = QUICK_PREFILL_TOKENS if args.quick else PREFILL_TOKENS
+    all_rows, num_tokens = (QUICK_ROWS, QUICK_DECODE_TOKENS) if args.quick else (DECODE_ROWS, DECODE_TOKENS)
+    tokens = rng.integers(3, config.vocab_size, (1, length), np.int32)
     contenders = {"ours": Prefill(config, params, tokens)}
     if peer is not None:
         contenders["transformers"] = TorchPrefill(peer, tokens)
-    figures["prefill"] = compare(f"prefill {PREFILL_TOKENS} tokens", contenders, PREFILL_TOKENS, rounds)
-    for rows in DECODE_ROWS:
+    figures["prefill"] = compare(f"prefill {length} tokens", contenders, length, rounds)
+    for rows in all_rows:
         tokens = rng.integers(3, config.vocab_size, (rows, args.prompt), np.int32)
-        contenders = {"ours": Decode(config, params, tokens, DECODE_TOKENS)}
+        contenders = {"ours": Decode(config, params, tokens, num_tokens)}
         if peer is not None:
             for cache in ("dynamic", "static"):
-                contenders[f"transformers, {cache} cache"] = TorchDecode(peer, tokens, DECODE_TOKENS, cache)
+                contenders[f"transformers, {cache} cache"] = TorchDecode(peer, tokens, num_tokens, cache)
         what = f"decode batch {rows}"
-        figures[what] = compare(what, contenders, rows * DECODE_TOKENS, rounds)
-    if not args.no_nano:
-        config, params = load_language_folder(backbone_folder("language", "nano"))
+        figures[what] = compare(what, contenders, rows * num_tokens, rounds)
+    if not args.quick:
+        config, params = load_language(backbone_folder("language", "nano"))
         for rows in NANO_ROWS:
             tokens = rng.integers(3, config.vocab_size, (rows, NANO_PROMPT), np.int32)
             what = f"nano, decode batch {rows}"
@@ -129,6 +132,13 @@ def compare(what: str, contenders: dict[str, Callable[[], np.ndarray]], num_toke
 # Ours.
 
 
+def load_language(folder):
+    """Returns the config and the parameters of a decoder, unstacked as `Generator` does it."""
+    config, params = load_language_folder(folder)
+    params = jax.device_put(params, jax.devices()[0])
+    return config, unstack_layers({"params": {"language": params}})["params"]["language"]
+
+
 class Prefill:
     """Prefill of a prompt; a call returns the next token of each row."""
 
@@ -147,9 +157,7 @@ class Decode:
     def __init__(self, config: LanguageConfig, params, tokens: np.ndarray, num_tokens: int):
         logits, self._cache = jax.jit(prefill, static_argnums=(0, 3))(config, params, tokens, num_tokens)
         first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        self._program = functools.partial(
-            jax.jit(decode, static_argnums=(0, 3)), config, params, first, num_tokens
-        )
+        self._program = functools.partial(jax.jit(decode, static_argnums=(0, 3)), config, params, first, num_tokens)
 
     def __call__(self) -> np.ndarray:
         return np.asarray(self._program(self._cache))
@@ -161,7 +169,7 @@ def prefill(config, params, tokens, free_slots):
     def read(model, tokens):
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        cache = empty_cache(config, batch, length + free_slots)
+        cache = empty_cache(config, batch, length + free_slots, unstacked=is_unstacked(params["layers"]))
         hidden, cache = model(
             model.embed(tokens),
             positions=positions,

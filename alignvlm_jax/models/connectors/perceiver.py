@@ -97,8 +97,8 @@ class PerceiverLayer(nn.Module):
         visible = jnp.ones((1, 1, context.shape[1]), bool)
         attended = cached_attention(
             project(queries, "query", config.num_heads),
-            project(context, "key", config.num_kv_heads),
-            project(context, "value", config.num_kv_heads),
+            project(context, "key", config.num_kv_heads).transpose(0, 2, 3, 1),
+            project(context, "value", config.num_kv_heads).transpose(0, 2, 1, 3),
             visible=visible,
         )
         attended = attended.reshape(*latents.shape[:2], config.num_heads * config.head_dim)
