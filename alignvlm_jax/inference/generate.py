@@ -37,7 +37,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
-from alignvlm_jax.models.unstacking import is_unstacked, unstack_layers
+from alignvlm_jax.models.unstacking import unstack_layers, with_layers
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import num_batch_shards
 
@@ -170,9 +170,9 @@ class Generator:
         options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
         with self._on_mesh():
             if self.mesh is None:
-                # The views cost no memory, so they need not be kept.
-                variables = unstack_layers(self.variables)
-                return np.asarray(greedy_decode(AlignVLM(self.config), variables, batch, **options))
+                # Views cost no memory, so they need not be kept.
+                layers = unstack_layers(self.variables)
+                return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, layers, **options))
             batch = sharding.shard_rows(batch, self.mesh)
             answers = greedy_decode(AlignVLM(self.config), self.variables, batch, **options)
             # Replicated, so that every process gets all answers.
@@ -230,6 +230,7 @@ def greedy_decode(
     model: AlignVLM,
     variables: Variables,
     batch: Batch,
+    layers: tuple[Params, ...] | None = None,
     *,
     max_new_tokens: int,
     end_ids: tuple[int, ...],
@@ -242,6 +243,7 @@ def greedy_decode(
       model: the model.
       variables: variables of the model.
       batch: batch of prompts with R rows.
+      layers: the decoder's weights from `unstack_layers`, with which a CPU decodes faster; None without them.
       max_new_tokens: length A of the answers.
       end_ids: tokens that end an answer.
       pad_id: token that fills an answer after its end.
@@ -249,10 +251,11 @@ def greedy_decode(
     """
     # Prefill: the cache gets the whole prompt, and `logits` are those of each row's last position.
     rows, length = batch["tokens"].shape
-    unstacked = is_unstacked(variables["params"]["language"]["layers"])
-    cache = empty_cache(model.config.language, rows, length + max_new_tokens, unstacked=unstacked)
+    cache = empty_cache(model.config.language, rows, length + max_new_tokens)
     logits, cache = model.apply(variables, batch, cache, method="prefill")
     prompt_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
+    if layers is not None:
+        variables, cache = with_layers(variables, layers), cache.unstack()
 
     def unfinished(state):
         step, _, ended, _, _ = state

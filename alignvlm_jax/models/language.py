@@ -94,7 +94,7 @@ class KVCache:
     values [K, h]: a decoding step writes one slot in place and reads the others where they are.
 
     Attributes:
-      keys: keys. One array for all layers, or, with the weights of `unstack_layers`, one per layer.
+      keys: keys; one array for all layers, or one per layer after `unstack`, for weights from `unstack_layers`.
       values: values, in the same form.
       filled: whether a slot holds a real position of its row; False for padding and for free slots.
       index: the next slot to write.
@@ -105,27 +105,19 @@ class KVCache:
     filled: Bool[Array, "B K"]
     index: Int[Array, ""]
 
+    @ordinary_modes()
+    def unstack(self) -> "KVCache":
+        """Returns the cache with one array per layer."""
+        return self.replace(keys=tuple(self.keys), values=tuple(self.values))
+
 
 @ordinary_modes()
-def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int, *, unstacked: bool = False) -> KVCache:
-    """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included.
-
-    Args:
-      config: settings of the decoder.
-      batch_size: B.
-      num_slots: K.
-      unstacked: whether the cache is for weights from `unstack_layers`.
-    """
-    rows, dtype = (batch_size, config.num_kv_heads), hardware.resolve(config).dtype
-
-    def zeros(*slots: int):
-        if unstacked:
-            return tuple(jnp.zeros((*rows, *slots), dtype) for _ in range(config.num_layers))
-        return jnp.zeros((config.num_layers, *rows, *slots), dtype)
-
+def empty_cache(config: LanguageConfig, batch_size: int, num_slots: int) -> KVCache:
+    """Returns a cache for `batch_size` rows of at most `num_slots` positions, padding included."""
+    rows, dtype = (config.num_layers, batch_size, config.num_kv_heads), hardware.resolve(config).dtype
     return KVCache(
-        keys=zeros(config.head_width, num_slots),
-        values=zeros(num_slots, config.head_width),
+        keys=jnp.zeros((*rows, config.head_width, num_slots), dtype),
+        values=jnp.zeros((*rows, num_slots, config.head_width), dtype),
         filled=jnp.zeros((batch_size, num_slots), bool),
         index=jnp.zeros((), jnp.int32),
     )

@@ -156,18 +156,18 @@ def packed_attention(
             allowed = is_earlier[None] if allowed is None else allowed & is_earlier
         return allowed
 
-    # The backward pass recomputes the scores of each block from queries, keys and values. With the result kept, nothing
-    # else of the forward pass runs again.
     # In the order of the products: keys [B, G, h, K], values [B, G, K, h].
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    # The backward pass recomputes the scores of each block from queries, keys and values. With the result kept, nothing
+    # else of the forward pass runs again.
     return checkpoint_name(_attend_in_blocks(query, key, value, mask, causal), ATTENTION_OUT)
 
 
 @ordinary_modes()
 def cached_attention(
     query: Float[Array, "B L H h"],
-    key: Float[Array, "B K G h"],
-    value: Float[Array, "B K G h"],
+    key: Float[Array, "B G h K"],
+    value: Float[Array, "B G K h"],
     *,
     visible: Bool[Array, "#B L K"],
 ) -> Float[Array, "B L H h"]:
@@ -175,7 +175,7 @@ def cached_attention(
 
     Args:
       query: queries of the new positions.
-      key: keys of all slots. Axes are in the order of the products here and in `value`, so nothing is transposed.
+      key: keys of all slots. The axes of keys and values are those of `KVCache`, so nothing is transposed.
       value: values of all slots.
       visible: the slots that each position attends to.
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, empty_cache
-from alignvlm_jax.models.unstacking import is_unstacked, unstack_layers
+from alignvlm_jax.models.unstacking import unstack_layers, with_layers
 
 CONFIG = LanguageConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, rope_theta=1e4
@@ -47,29 +47,32 @@ def decode(variables, tokens, cache):
     return jax.lax.while_loop(lambda state: state[0] < 8, body, (0, tokens, cache))
 
 
+def start(stacked, unstacked: bool):
+    """Returns variables and an empty cache in one of the two forms."""
+    cache = empty_cache(CONFIG, ROWS, SLOTS)
+    return (with_layers(stacked, unstack_layers(stacked)), cache.unstack()) if unstacked else (stacked, cache)
+
+
 def test_weights_of_a_layer_are_views(stacked):
-    unstacked = unstack_layers(stacked)
-    whole, layers = stacked["params"]["language"]["layers"], unstacked["params"]["language"]["layers"]
-    assert is_unstacked(layers) and not is_unstacked(whole) and len(layers) == CONFIG.num_layers
-    assert unstack_layers(unstacked) is unstacked
-    kernel = whole["mlp"]["up"]["kernel"]
+    layers = unstack_layers(stacked)
+    assert len(layers) == CONFIG.num_layers
+    kernel = stacked["params"]["language"]["layers"]["mlp"]["up"]["kernel"]
     for index, layer in enumerate(layers):
         view = layer["mlp"]["up"]["kernel"]
         np.testing.assert_array_equal(view, kernel[index])
         assert view.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer() + index * view.nbytes, "a copy"
 
 
-def test_sharded_weights_stay_stacked(stacked):
+def test_weights_on_a_mesh_stay_stacked(stacked):
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
-    sharded = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
-    assert unstack_layers(sharded) is sharded
+    assert unstack_layers(jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))) is None
 
 
 def test_scores_and_cache_are_those_of_stacked_weights(stacked):
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, PROMPT))
     results = []
-    for variables in (stacked, unstack_layers(stacked)):
-        cache = empty_cache(CONFIG, ROWS, SLOTS, unstacked=variables is not stacked)
+    for unstacked in (False, True):
+        variables, cache = start(stacked, unstacked)
         first, cache = jax.jit(step)(variables, tokens, cache)
         second, cache = jax.jit(step)(variables, tokens[:, :1], cache)
         results.append((first, second, jnp.stack(tuple(cache.keys)), jnp.stack(tuple(cache.values))))
@@ -79,8 +82,7 @@ def test_scores_and_cache_are_those_of_stacked_weights(stacked):
 
 @pytest.mark.parametrize("unstacked", [False, True])
 def test_a_decoding_step_does_not_copy_the_cache(stacked, unstacked):
-    variables = unstack_layers(stacked) if unstacked else stacked
-    cache = empty_cache(CONFIG, ROWS, SLOTS, unstacked=unstacked)
+    variables, cache = start(stacked, unstacked)
     text = jax.jit(decode).lower(variables, jnp.zeros((ROWS, 1), int), cache).compile().as_text()
     # Before the loop, the caller's cache is copied once. In its body, nothing is copied or transposed.
     body = text[: text.index("\nENTRY ")]

@@ -28,7 +28,7 @@ from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.interop.huggingface import load_language_folder
 from alignvlm_jax.locations import as_path
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, empty_cache
-from alignvlm_jax.models.unstacking import is_unstacked, unstack_layers
+from alignvlm_jax.models.unstacking import unstack_layers
 
 PEERS = ("transformers", "none")
 THREADS = 2
@@ -133,10 +133,9 @@ def compare(what: str, contenders: dict[str, Callable[[], np.ndarray]], num_toke
 
 
 def load_language(folder):
-    """Returns the config and the parameters of a decoder, unstacked as `Generator` does it."""
+    """Returns the config and the parameters of a decoder, on the first device."""
     config, params = load_language_folder(folder)
-    params = jax.device_put(params, jax.devices()[0])
-    return config, unstack_layers({"params": {"language": params}})["params"]["language"]
+    return config, jax.device_put(params, jax.devices()[0])
 
 
 class Prefill:
@@ -155,7 +154,12 @@ class Decode:
     """Greedy decoding after a prompt; a call returns the answers."""
 
     def __init__(self, config: LanguageConfig, params, tokens: np.ndarray, num_tokens: int):
-        logits, self._cache = jax.jit(prefill, static_argnums=(0, 3))(config, params, tokens, num_tokens)
+        logits, cache = jax.jit(prefill, static_argnums=(0, 3))(config, params, tokens, num_tokens)
+        # As `Generator` does.
+        layers = unstack_layers({"params": {"language": params}})
+        if layers is not None:
+            params, cache = {**params, "layers": layers}, cache.unstack()
+        self._cache = cache
         first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         self._program = functools.partial(jax.jit(decode, static_argnums=(0, 3)), config, params, first, num_tokens)
 
@@ -169,7 +173,7 @@ def prefill(config, params, tokens, free_slots):
     def read(model, tokens):
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        cache = empty_cache(config, batch, length + free_slots, unstacked=is_unstacked(params["layers"]))
+        cache = empty_cache(config, batch, length + free_slots)
         hidden, cache = model(
             model.embed(tokens),
             positions=positions,
