@@ -6,6 +6,9 @@ the tokens of pages count, not padding.
 
 Each side runs in a process of its own. The two take turns, so other load on the machine affects both, and the median
 over the rounds counts. The exported folder holds the weights that ours starts from, so the first losses agree.
+
+Threads that wait for each other suffer most from other load: PyTorch's more than ours. On a busy machine, only the
+tokens per CPU second of one core mean something (`taskset -c 0 tools/benchmark.py train`).
 """
 
 import argparse
@@ -48,6 +51,9 @@ PAGES_PER_BIN = 2
 RATE = 1e-4
 OPTIMIZER = OptimizerConfig(name="adamw", weight_decay=0.01, clip_norm=1.0)
 
+_Turn = tuple[float, float, float]
+"""Loss of the last step, seconds of all steps, and seconds of the processors."""
+
 # The decoder of SmolLM2-135M. Its encoder is nano's.
 SMOLLM2 = LanguageConfig(
     vocab_size=49152,
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: both)")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds; their median counts (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (default: 5)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
+    parser.add_argument("--threads", type=int, default=_num_cores(), help="threads of PyTorch (default: all cores)")
     parser.add_argument(
         "--huge-pages",
         choices=("ours", "both", "none"),
@@ -80,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict | None:
     """Measures, and prints a line for each model; returns None if PyTorch is needed and not installed."""
     jax.config.update("jax_platforms", "cpu")
-    figures = {"machine": platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__, "bar": BAR}
+    figures = {"machine": platform.machine(), "cores": _num_cores(), "jax": jax.__version__, "bar": BAR}
     sides = {"ours": train_ours}
     if args.peer == "torch":
         try:
@@ -94,6 +100,11 @@ def run(args: argparse.Namespace) -> dict | None:
     for name in ["quick"] if args.quick else args.models:
         figures[name] = _compare(name, sides, args)
     return figures
+
+
+def _num_cores() -> int:
+    """Returns the number of cores that this process may use; `taskset` limits it, also for JAX."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def model_config(name: str) -> AlignVLMConfig:
@@ -232,27 +243,33 @@ def _compare(name: str, sides: dict[str, Callable], args: argparse.Namespace) ->
         # The first step compiles, the second one warms up.
         losses, seconds = {}, {}
         for side, turn in turns.items():
-            losses[side], first_step = turn(1)
+            losses[side], first_step, _ = turn(1)
             seconds[side] = turn(1)[1]
             print(f"{name}, {side}: first loss {losses[side]:.5f} in {first_step:.1f} s")
         steps = {side: 1 if args.quick else max(1, round(args.seconds / seconds[side])) for side in sides}
-        rates = {side: [] for side in sides}
+        rates, cpu_rates = ({side: [] for side in sides} for _ in range(2))
         for _ in range(1 if args.quick else args.rounds):
             for side, turn in turns.items():
-                rates[side].append(num_tokens * steps[side] / turn(steps[side])[1])
+                _, wall, cpu = turn(steps[side])
+                rates[side].append(num_tokens * steps[side] / wall)
+                cpu_rates[side].append(num_tokens * steps[side] / cpu)
     figures = {
         "pages": len(pages),
         "tokens": num_tokens,
         "first_loss": losses,
         "tokens_per_second": {side: statistics.median(values) for side, values in rates.items()},
+        "tokens_per_cpu_second": {side: statistics.median(values) for side, values in cpu_rates.items()},
         "rounds": rates,
     }
     line = ", ".join(f"{side} {rate:,.0f} tokens/s" for side, rate in figures["tokens_per_second"].items())
     if "torch" in sides:
         ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["torch"], strict=True)]
         figures["ratio"] = statistics.median(ratios)
+        per_cpu = figures["tokens_per_cpu_second"]
+        figures["cpu_ratio"] = per_cpu["ours"] / per_cpu["torch"]
         line += f", ratio {figures['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         line += f"; target {BAR}: {'met' if figures['ratio'] >= BAR else 'missed'}"
+        line += f"; per CPU second {per_cpu['ours']:,.0f} and {per_cpu['torch']:,.0f}, ratio {figures['cpu_ratio']:.2f}"
     print(f"{name}, {len(pages)} pages of {num_tokens} tokens: {line}")
     return figures
 
@@ -265,10 +282,8 @@ def _environment(use_huge_pages: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _worker(
-    make: Callable, arguments: tuple, environment: dict[str, str]
-) -> Iterator[Callable[[int], tuple[float, float]]]:
-    """Starts a process; yields a function that trains some steps there and returns (last loss, seconds)."""
+def _worker(make: Callable, arguments: tuple, environment: dict[str, str]) -> Iterator[Callable[[int], _Turn]]:
+    """Starts a process; yields a function that trains some steps there."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
@@ -282,7 +297,7 @@ def _worker(
             os.environ[name] = value
     theirs.close()
 
-    def turn(steps: int) -> tuple[float, float]:
+    def turn(steps: int) -> _Turn:
         ours.send(steps)
         return ours.recv()
 
@@ -299,7 +314,7 @@ def _serve(connection, make: Callable, arguments: tuple) -> None:
     with contextlib.suppress(EOFError):
         while True:
             steps, loss = connection.recv(), 0.0
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 loss = train()
-            connection.send((loss, time.perf_counter() - start))
+            connection.send((loss, time.perf_counter() - start, time.process_time() - start_cpu))
