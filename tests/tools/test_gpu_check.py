@@ -38,7 +38,7 @@ def test_it_runs_with_jax_and_flax_alone_and_writes_its_figures(tmp_path):
 @pytest.mark.large
 def test_every_part_runs_without_errors(tmp_path):
     figures, _ = run(tmp_path / "gpu.json")
-    assert list(figures) == ["environment", "matmul", "align", "attention", "train_1b", "frozen_8b"]
+    assert list(figures) == ["environment", "matmul", "align", "attention", "train_1b", "frozen_8b", "train_1b_kept"]
     assert not [name for part in figures.values() for name in part if name.endswith("error")]
     assert figures["align"]["ours_of_matmul_rate"] > 0 and figures["attention"]["xla_forward_ms"] > 0
     assert figures["train_1b"]["needed_tflop"] > figures["frozen_8b"]["needed_tflop"] > 0
