@@ -81,6 +81,22 @@ def test_no_device_holds_a_complete_vocabulary_table(compiled):
     assert not any(WORDS in shape for shape in shapes), "a table was gathered over tensor"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_mesh_setting_reaches_all_tables(mesh, dtype):
+    # The tiny model computes in float32 on a CPU, so bfloat16 appears only where gradients are exchanged.
+    state = abstract_state(MODEL, STAGE, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(field.shape, field.dtype)
+        for name, field in batches.random_batch(0, model=MODEL).items()
+    }
+    with jax.set_mesh(mesh):
+        step = jit_train_step(MODEL, STAGE, mesh, gradient_dtype=dtype)
+        text = str(step.trace(state, batch).jaxpr)
+    # Embedding, LM head, W2, and E_text in the connector; each over fsdp, and over data.
+    exchanged = re.findall(r"bf16\[[\d,]*\] = (?:reduce_scatter|psum)", text)
+    assert len(exchanged) == (8 if dtype == "bfloat16" else 0), exchanged
+
+
 def test_bins_stay_on_their_devices_from_pixels_to_loss(mesh):
     """Named activations are split over (data, fsdp) along rows, and MLPs and heads over tensor along their width."""
     model = AlignVLM(MODEL)

@@ -195,6 +195,10 @@ def test_a_run_is_not_resumed_with_a_changed_config(finished):
     config_changes.check(changes, ["stages"], workdir)
     with pytest.raises(UserError, match="--allow-config-change stages.0.global_batch$"):
         config_changes.check(changes, ["seed", "stages.0.global"], workdir)
+    faster = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, gradient_dtype="bfloat16"))
+    changes = config_changes.compare(config_to_dict(CONFIG), faster)
+    config_changes.check(changes, [], workdir)
+    assert "mesh.gradient_dtype: 'float32' before, 'bfloat16' now" in config_changes.describe(changes)
     old_config = config_to_dict(CONFIG)
     del old_config["anomalies"]
     assert not config_changes.compare(old_config, CONFIG), "a missing key has its default"
