@@ -55,6 +55,8 @@ class LanguageConfig:
       remat: rematerialization in the backward pass, as in `VisionConfig`.
       dtype: dtype of the arithmetic, as in `VisionConfig`.
       attention: attention kernel, as in `VisionConfig`.
+      loss_memory_mib: memory in which training keeps numbers of the loss that would otherwise be computed twice, in
+        MiB on each device: `kept_bytes` of `ops/linear_cross_entropy.py`.
     """
 
     vocab_size: int = 128256
@@ -72,6 +74,7 @@ class LanguageConfig:
     remat: str | tuple[str, ...] = rematerialization.NONE
     dtype: str = "auto"
     attention: str = "auto"
+    loss_memory_mib: int = 512
 
     def __post_init__(self):
         """Writes `remat` as one string."""
@@ -213,7 +216,10 @@ class LanguageModel(nn.Module):
         self, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], weights: Float[Array, "B L"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns the sum over positions of weight * -log p(target), and the sum of the weights."""
-        return linear_cross_entropy(hidden, self._head_table(), targets, weights, mesh_axes=layers.vocabulary_mesh())
+        mesh_axes, kept_bytes = layers.vocabulary_mesh(), self.config.loss_memory_mib << 20
+        return linear_cross_entropy(
+            hidden, self._head_table(), targets, weights, kept_bytes=kept_bytes, mesh_axes=mesh_axes
+        )
 
     def _head_table(self) -> Float[Array, "V D"]:
         return self.embedding if self.config.tie_word_embeddings else self.head

@@ -1,7 +1,7 @@
 """Language-model loss from hidden states and the LM head, without holding the logits of all positions and words.
 
-Axes: N positions, D width, V vocabulary, C positions in a chunk, G chunks in a group, M = G C, K rows of the
-vocabulary in a block, F full blocks, R rows in the smaller last block.
+Axes: N positions, D width, V vocabulary, C positions in a chunk, G chunks whose numbers are kept, K rows of the
+vocabulary in a block, F full blocks, R rows in the smaller last block; t and f, as in `vocabulary_streaming.py`.
 
 The loss is computed only where the weight is not zero: at the answers, a small part of a row. The positions are sorted
 so that these come first, and then processed in chunks of C, up to the last chunk that contains one. This way shapes are
@@ -16,15 +16,16 @@ As in ALIGN (`vocabulary_streaming.py`), the loop over the chunks is inside the 
 A block of a head that is split over devices is therefore gathered once, and devices may have different numbers of
 chunks.
 
-The gradients are computed together with the loss, as in Liger (Hsu et al., arXiv 2410.10989): the backward pass only
+The gradients are computed together with the loss, as in Liger (Hsu et al., arXiv 2410.10989). The backward pass only
 multiplies them by its cotangent. The gradient of a logit needs the softmax's normalizer, which is known after the last
-block. So one pass over the vocabulary keeps exp(logit - maximum) in the dtype of the products, and a second pass turns
-these numbers into the gradients. The loss with both gradients takes three products of N V D multiply-adds, with one
-gradient two, and without gradients one.
+block. Liger holds all logits of a chunk. Here, that would gather the head once for each chunk. Instead, one pass over
+the vocabulary keeps exp(logit - maximum) in the dtype of the products, and a second pass turns these numbers into the
+gradients. The loss takes one product of N V D multiply-adds, with one gradient two, and with both three.
 
-What is kept is large for a row full of answers. Both passes therefore process a group of M positions at a time, as many
-as 512 MiB hold. If the width of the head is split, another group gathers the head and sums its gradient over devices
-once more. For the 8B model on two devices along `tensor`, M is 4,000 positions, and a bin has about 1,000 answers.
+The kept numbers may take 512 MiB, unless the caller allows more. For the 8B model on two devices along `tensor`, that
+is enough for 4,000 answer tokens on a device; a bin has about 1,000. The logits of further chunks are computed again,
+which is a fourth product for these. (Another two passes would not need it. But on TPUs, to gather the head and to sum
+its gradient once more takes about as long, even for 8,000 positions.)
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.ops import vocabulary_streaming as streaming
 
 _CHUNK_SIZES = (256, 2048)  # smallest and largest C
-_GROUP_BYTES = 1 << 29  # memory for the numbers that are kept
+_KEPT_BYTES = 1 << 29
 
 
 @ordinary_modes()
@@ -53,7 +54,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int | None = None,
     block_size: int | None = None,
-    group_size: int | None = None,
+    kept_bytes: int = _KEPT_BYTES,
     mesh_axes: streaming.VocabularyMesh = streaming.UNSHARDED,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the sum over positions of weight * (-log p(target) + z_loss * log(Z)²), with Z the sum of exp(logits).
@@ -68,7 +69,7 @@ def linear_cross_entropy(
       z_loss: cost of a log(Z) far from 0; PaLM uses 1e-4.
       chunk_size: C; None means a sixteenth of the positions, but at least 256 and at most 2048.
       block_size: K; None means `default_block_size`.
-      group_size: M, rounded down to whole chunks; None means as many as 512 MiB hold.
+      kept_bytes: memory for the numbers that are kept until the gradients are computed.
       mesh_axes: axes of the current mesh that split the first axis of `hidden`, the vocabulary, and the head's width.
 
     Returns:
@@ -77,7 +78,7 @@ def linear_cross_entropy(
     """
     axes = streaming.resolve(mesh_axes, num_queries=hidden.shape[0], num_rows=head.shape[0], widths=head.shape[1:])
     targets, weights = jnp.asarray(targets), jnp.asarray(jax.lax.stop_gradient(weights), jnp.float32)
-    loss = _loss(_Options(z_loss, chunk_size, block_size, group_size, axes), hidden, head, targets, weights)
+    loss = _loss(_Options(z_loss, chunk_size, block_size, kept_bytes, axes), hidden, head, targets, weights)
     return loss, jnp.sum(weights)
 
 
@@ -88,7 +89,7 @@ class _Options:
     z_loss: float
     chunk_size: int | None
     block_size: int | None
-    group_size: int | None
+    kept_bytes: int
     axes: streaming.VocabularyMesh
 
 
@@ -135,35 +136,27 @@ def _loss_and_gradients(
 
     def local(hidden, head, targets, weights):
         head = streaming.Table(head, axes)
-        positions = _Positions(hidden, targets, weights, options, keeps_rows=head.num_rows if any(needed) else 0)
-
-        def add_group(index, carry):
-            loss, gradients = carry
-            group = positions.group(index)
-            group_loss, dhidden, dhead = _group_loss(group, head, options, needed, gradients.head)
-            if needed.hidden:
-                dhidden = streaming.update_block(gradients.hidden, index * positions.group_size, dhidden)
-            return loss + group_loss, _Gradients(dhidden, dhead)
-
-        empty = _Gradients(
-            jnp.zeros_like(positions.hidden) if needed.hidden else None,
-            jnp.zeros(head.part.shape) if needed.head else None,
-        )
-        if positions.max_groups == 1:
-            loss, gradients = add_group(0, (0.0, empty))
-        else:
-            # Groups gather blocks of the head, so all devices must process the same number of them.
-            num_groups = jax.lax.pmax(positions.num_groups, axes.queries) if axes.queries else positions.num_groups
-            with jax.named_scope("groups"):
-                loss, gradients = jax.lax.fori_loop(0, num_groups, add_group, (jnp.zeros(()), empty))
-
-        loss = streaming.all_reduce(loss, axes.queries)
-        dhidden, dhead = gradients
+        chunks = _Chunks(hidden, targets, weights, options)
+        kept = _Kept.empty(chunks, head.num_rows, options.kept_bytes) if any(needed) else None
+        softmax, target_logits, kept = _score(chunks, head, kept)
+        # log Z is maximum + log_total. The maximum minus the target's logit comes first: both may be large.
+        log_total = jnp.log(softmax.total)
+        log_z = softmax.maximum + log_total
+        losses = softmax.maximum - target_logits + log_total + options.z_loss * log_z**2
+        loss = streaming.all_reduce(jnp.sum(chunks.weights * losses), axes.queries)
+        if kept is None:
+            return loss, _Gradients(None, None)
+        # d/dlogit of -log p(target) + z_loss log(Z)²: p (1 + 2 z_loss log Z), minus 1 at the target. The difference at
+        # the target is taken in float32, because p may be close to 1.
+        dlog_z = chunks.weights * (1 + 2 * options.z_loss * log_z)
+        dtarget = dlog_z * jnp.exp(target_logits - softmax.maximum) / softmax.total - chunks.weights
+        dhidden, dhead = _differentiate(chunks, head, kept, (softmax, dlog_z, dtarget), needed)
+        # Sum over devices: the gradient of a position over those that share the vocabulary, the gradient of a row of
+        # the head over those that share the positions. `update_gradient` has summed over those that share its columns.
         if needed.hidden:
-            dhidden = positions.restore_order(dhidden).reshape(hidden.shape)
+            dhidden = streaming.all_reduce(dhidden, axes.vocabulary).astype(hidden.dtype)
+            dhidden = chunks.restore_order(dhidden).reshape(hidden.shape)
         if needed.head:
-            # A row of the head is shared by devices with other positions. Those that share only its columns have been
-            # added to it already.
             dhead = streaming.all_reduce_gradient(dhead, axes.queries_only).astype(head.part.dtype)
         return loss, _Gradients(dhidden, dhead)
 
@@ -174,60 +167,32 @@ def _loss_and_gradients(
     return sharded(hidden, head, targets, weights)
 
 
-def _group_loss(
-    group: "_Group",
-    head: streaming.Table,
-    options: _Options,
-    needed: _Gradients,
-    dhead: Float[Array, "V/t D/f"] | None,
-) -> tuple[Float[Array, ""], Float[Array, "M D"] | None, Float[Array, "V/t D/f"] | None]:
-    """Returns the loss of a group, the gradient of its hidden states, and `dhead` plus its gradient of the head."""
-    block_size = options.block_size or streaming.default_block_size(group.chunk_size)
-    kept = _Kept.empty(group, head.num_rows, block_size) if any(needed) else None
-    softmax, target_logits, kept = _score(group, head, kept, block_size)
-    # log Z is maximum + log_total. The maximum minus the target's logit comes first: both may be large.
-    log_total = jnp.log(softmax.total)
-    log_z = softmax.maximum + log_total
-    losses = softmax.maximum - target_logits + log_total + options.z_loss * log_z**2
-    loss = jnp.sum(group.weights * losses)
-    if kept is None:
-        return loss, None, None
-    # d/dlogit of -log p(target) + z_loss log(Z)²: p (1 + 2 z_loss log Z), minus 1 at the target. The difference at the
-    # target is taken in float32, because p may be close to 1.
-    dlog_z = group.weights * (1 + 2 * options.z_loss * log_z)
-    dtarget = dlog_z * jnp.exp(target_logits - softmax.maximum) / softmax.total - group.weights
-    return loss, *_differentiate(group, head, kept, (softmax, dlog_z, dtarget), block_size, needed, dhead)
-
-
 def _score(
-    group: "_Group", head: streaming.Table, kept: "_Kept | None", block_size: int
-) -> tuple[streaming.RunningSoftmax, Float[Array, " M"], "_Kept | None"]:
+    chunks: "_Chunks", head: streaming.Table, kept: "_Kept | None"
+) -> tuple[streaming.RunningSoftmax, Float[Array, " slots"], "_Kept | None"]:
     """Passes over the vocabulary once; returns each position's softmax and logit of the target, and fills `kept`."""
 
     def score_block(start, size, carry):
-        block = head.read_block(start, size, group.hidden.dtype)
+        block = head.read_block(start, size, chunks.hidden.dtype)
 
-        def score(chunk, carry):
+        def score(chunk, carry, *, is_kept):
             sums, kept = carry
-            running, target_logits = group.slice(sums, chunk)
-            logits = streaming.dot(group.slice(group.hidden, chunk), block.T)
+            running, target_logits = chunks.slice(sums, chunk)
+            logits = chunks.logits(chunk, block)
             # Exactly one block of one device contains the target, so this sum is its logit.
-            is_target = group.is_target(chunk, _first_row(head) + start, size)
+            is_target = chunks.is_target(chunk, _first_row(head) + start, size)
             target_logits += jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
             running, exponentials, _ = running.update(logits)
-            if kept is not None:
+            if is_kept:
                 kept = kept.store(start, chunk, running.maximum, exponentials)
-            return group.update(sums, chunk, (running, target_logits)), kept
+            return chunks.update(sums, chunk, (running, target_logits)), kept
 
-        return jax.lax.fori_loop(0, group.num_chunks, score, carry)
+        return chunks.loop(score, carry, num_kept=kept.num_chunks if kept else 0)
 
-    num_positions = len(group.weights)
-    empty = streaming.RunningSoftmax.empty(num_positions), jnp.zeros(num_positions)
-    (softmax, target_logits), kept = streaming.stream(
-        score_block, (empty, kept), num_rows=head.num_rows, block_size=block_size
-    )
+    empty = streaming.RunningSoftmax.empty(chunks.num_slots), jnp.zeros(chunks.num_slots)
+    (softmax, target_logits), kept = chunks.over_vocabulary(head, score_block, (empty, kept))
     # Chunks without weight were skipped. Give them finite values, because 0 * inf would be NaN.
-    is_computed = jnp.arange(num_positions) < group.num_chunks * group.chunk_size
+    is_computed = jnp.arange(chunks.num_slots) < chunks.count * chunks.size
     softmax = streaming.RunningSoftmax(
         jnp.where(is_computed, softmax.maximum, 0.0), jnp.where(is_computed, softmax.total, 1.0)
     )
@@ -240,153 +205,129 @@ def _score(
 
 
 def _differentiate(
-    group: "_Group",
+    chunks: "_Chunks",
     head: streaming.Table,
     kept: "_Kept",
-    scalars: tuple[streaming.RunningSoftmax, Float[Array, " M"], Float[Array, " M"]],
-    block_size: int,
+    scalars: tuple[streaming.RunningSoftmax, Float[Array, " slots"], Float[Array, " slots"]],
     needed: _Gradients,
-    dhead: Float[Array, "V/t D/f"] | None,
 ) -> _Gradients:
-    """Returns the gradients of a group's loss; that of the head is added to `dhead`.
+    """Passes over the vocabulary once more; returns the gradients from this device's positions and rows, in float32.
 
     Args:
-      group: the positions.
+      chunks: the positions.
       head: the head.
-      kept: result of the pass over the vocabulary.
+      kept: the numbers that the first pass has kept.
       scalars: softmax of each position, and the gradients of its log(Z) and of its target's logit.
-      block_size: K.
       needed: gradients to compute.
-      dhead: gradient of the head of earlier groups.
     """
-    dtype = group.hidden.dtype
+    dtype = chunks.hidden.dtype
+    # The block is read for the gradient of the hidden states, and for logits that are computed again.
+    reads_blocks = needed.hidden or kept.num_chunks < chunks.max_count
 
     def add_block(start, size, carry):
         dhidden, dhead = carry
-        block = head.read_block(start, size, dtype) if needed.hidden else None
+        block = head.read_block(start, size, dtype) if reads_blocks else None
 
-        def add(chunk, carry):
+        def add(chunk, carry, *, is_kept):
             dhidden, dblock = carry
-            softmax, dlog_z, dtarget = group.slice(scalars, chunk)
-            maximum, exponentials = kept.load(start, size, chunk)
-            scale = dlog_z * jnp.exp(maximum - softmax.maximum) / softmax.total
-            is_target = group.is_target(chunk, _first_row(head) + start, size)
-            dlogits = jnp.where(is_target, dtarget[:, None], exponentials * scale[:, None]).astype(dtype)
+            softmax, dlog_z, dtarget = chunks.slice(scalars, chunk)
+            if is_kept:
+                maximum, exponentials = kept.load(start, size, chunk)
+                p = exponentials * (jnp.exp(maximum - softmax.maximum) / softmax.total)[:, None]
+            else:
+                p = softmax.probabilities(chunks.logits(chunk, block))
+            is_target = chunks.is_target(chunk, _first_row(head) + start, size)
+            # Round the gradient of the logits to the dtype of the products.
+            dlogits = jnp.where(is_target, dtarget[:, None], p * dlog_z[:, None]).astype(dtype)
             if needed.hidden:
-                rows = group.slice(dhidden, chunk) + streaming.dot(dlogits, block)
-                dhidden = group.update(dhidden, chunk, rows)
+                rows = chunks.slice(dhidden, chunk) + streaming.dot(dlogits, block)
+                dhidden = chunks.update(dhidden, chunk, rows)
             if needed.head:
-                dblock += streaming.dot(dlogits.T, group.slice(group.hidden, chunk))
+                dblock += streaming.dot(dlogits.T, chunks.slice(chunks.hidden, chunk))
             return dhidden, dblock
 
         dblock = jnp.zeros((size, head.width)) if needed.head else None
-        dhidden, dblock = jax.lax.fori_loop(0, group.num_chunks, add, (dhidden, dblock))
-        return dhidden, head.add_gradient(dhead, start, dblock) if needed.head else None
+        dhidden, dblock = chunks.loop(add, (dhidden, dblock), num_kept=kept.num_chunks)
+        return dhidden, head.update_gradient(dhead, start, dblock) if needed.head else None
 
-    dhidden = jnp.zeros(group.hidden.shape) if needed.hidden else None
-    dhidden, dhead = streaming.stream(add_block, (dhidden, dhead), num_rows=head.num_rows, block_size=block_size)
-    if needed.hidden:
-        dhidden = streaming.all_reduce(dhidden, head.axes.vocabulary).astype(dtype)
-    return _Gradients(dhidden, dhead)
+    dhidden = jnp.zeros(chunks.hidden.shape) if needed.hidden else None
+    dhead = jnp.zeros(head.part.shape) if needed.head else None
+    return _Gradients(*chunks.over_vocabulary(head, add_block, (dhidden, dhead)))
 
 
-class _Positions:
-    """Positions of one device in groups of chunks, those with a weight first.
+class _Chunks:
+    """Positions of one device in chunks of C, those with a weight first.
 
     Attributes:
-      hidden: hidden states in this order, padded to full groups.
-      group_size: M.
-      max_groups: number of groups of all positions.
-      num_groups: number of groups that contain a weight.
+      hidden: hidden states in the order of the chunks, padded to full chunks.
+      targets: targets, in the same order.
+      weights: weights, in the same order.
+      size: C.
+      count: number of chunks that contain a weight. It depends on the data, so loops over the chunks are while loops.
+      max_count: number of all chunks.
+      num_slots: number of positions in all chunks.
+      block_size: K.
     """
 
     def __init__(
-        self,
-        hidden: Float[Array, "... D"],
-        targets: Int[Array, "..."],
-        weights: Float[Array, "..."],
-        options: _Options,
-        *,
-        keeps_rows: int,
+        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."], weights: Float[Array, "..."], options: _Options
     ):
-        """Sorts the positions.
-
-        Args:
-          hidden: hidden states.
-          targets: ids of the correct words.
-          weights: weights of the positions.
-          options: options of the loss.
-          keeps_rows: number of words for which a number is kept at each position; 0 for a single group.
-        """
         hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
         num_positions = len(weights)
         smallest, largest = _CHUNK_SIZES
-        self._chunk_size = min(options.chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
-        max_chunks = group_chunks = -(-num_positions // self._chunk_size)
-        if keeps_rows:
-            size = options.group_size or _GROUP_BYTES // (keeps_rows * hidden.dtype.itemsize)
-            group_chunks = min(max_chunks, max(1, size // self._chunk_size))
-        self.group_size = group_chunks * self._chunk_size
-        self.max_groups = -(-max_chunks // group_chunks)
-        # Number of chunks and groups with a weight, rounded up. They depend on the data, so loops over them are while
-        # loops.
-        self._num_chunks = -(-jnp.sum(weights != 0) // self._chunk_size)
-        self.num_groups = -(-self._num_chunks // group_chunks)
+        self.size = min(options.chunk_size or min(largest, max(smallest, num_positions // 16)), num_positions)
+        self.max_count = -(-num_positions // self.size)
+        self.num_slots = self.max_count * self.size
+        self.block_size = options.block_size or streaming.default_block_size(self.size)
         # False (has a weight) sorts before True.
         self._order = jnp.argsort(weights == 0, stable=True)
-        self.hidden, self._targets, self._weights = map(self._in_order, (hidden, targets, weights))
+        # Number of chunks with a weight, rounded up.
+        self.count = (jnp.sum(weights != 0) + self.size - 1) // self.size
+        self.hidden, self.targets, self.weights = map(self._in_chunk_order, (hidden, targets, weights))
 
-    def _in_order(self, leaf: Array) -> Array:
-        padding = self.max_groups * self.group_size - leaf.shape[0]
+    def _in_chunk_order(self, leaf: Array) -> Array:
+        padding = self.num_slots - leaf.shape[0]
         return jnp.pad(leaf[self._order], ((0, padding), *((0, 0),) * (leaf.ndim - 1)))
 
-    def group(self, index: Array | int) -> "_Group":
-        """Returns a group."""
-        start = index * self.group_size
-        hidden, targets, weights = (
-            streaming.slice_block(leaf, start, self.group_size) for leaf in (self.hidden, self._targets, self._weights)
-        )
-        num_chunks = jnp.clip(self._num_chunks - start // self._chunk_size, 0, self.group_size // self._chunk_size)
-        return _Group(hidden, targets, weights, num_chunks, self._chunk_size)
-
     def restore_order(self, leaf: Array) -> Array:
-        """Returns an array with a row for each position, in the original order, [N, ...]."""
+        """Returns an array [num_slots, ...] in the original order of the positions, [N, ...]."""
         return (
             jnp.zeros_like(leaf, shape=(len(self._order), *leaf.shape[1:]))
             .at[self._order]
             .set(leaf[: len(self._order)], unique_indices=True)
         )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """Positions of one device that are processed together, in chunks of C.
-
-    Attributes:
-      hidden: hidden states.
-      targets: ids of the correct words.
-      weights: weights.
-      num_chunks: number of chunks that contain a weight.
-      chunk_size: C.
-    """
-
-    hidden: Float[Array, "M D"]
-    targets: Int[Array, " M"]
-    weights: Float[Array, " M"]
-    num_chunks: Int[Array, ""]
-    chunk_size: int
-
     def slice(self, tree, chunk: Array):
         """Returns a chunk's part of each array of a tree."""
-        return jax.tree.map(lambda leaf: streaming.slice_block(leaf, chunk * self.chunk_size, self.chunk_size), tree)
+        return jax.tree.map(lambda leaf: streaming.slice_block(leaf, chunk * self.size, self.size), tree)
 
     def update(self, tree, chunk: Array, parts):
         """Returns the tree with a chunk's part of each array replaced."""
-        return jax.tree.map(lambda leaf, part: streaming.update_block(leaf, chunk * self.chunk_size, part), tree, parts)
+        return jax.tree.map(lambda leaf, part: streaming.update_block(leaf, chunk * self.size, part), tree, parts)
+
+    def logits(self, chunk: Array, block: Float[Array, "K D"]) -> Float[Array, "C K"]:
+        """Returns the logits of a chunk for a block of words."""
+        return streaming.dot(self.slice(self.hidden, chunk), block.T)
 
     def is_target(self, chunk: Array, first_word: Array | int, num_words: int) -> Bool[Array, "C K"]:
         """Returns which words of a block are the targets of a chunk."""
         return self.slice(self.targets, chunk)[:, None] == first_word + jnp.arange(num_words)
+
+    def loop(self, step, carry, *, num_kept: int):
+        """Folds `carry = step(chunk, carry, is_kept=)` over the chunks that contain a weight; the first G are kept."""
+        num_kept = min(num_kept, self.max_count)
+        last = jnp.minimum(self.count, num_kept)
+        if num_kept:
+            with jax.named_scope("kept"):
+                carry = jax.lax.fori_loop(0, last, functools.partial(step, is_kept=True), carry)
+        if num_kept < self.max_count:
+            with jax.named_scope("not_kept"):
+                carry = jax.lax.fori_loop(last, self.count, functools.partial(step, is_kept=False), carry)
+        return carry
+
+    def over_vocabulary(self, head: streaming.Table, step, carry):
+        """Folds `carry = step(start, size, carry)` over the blocks of the head."""
+        return streaming.stream(step, carry, num_rows=head.num_rows, block_size=self.block_size)
 
 
 @flax.struct.dataclass
@@ -406,16 +347,21 @@ class _Kept:
     maxima: Float[Array, "F+1 G C"]
 
     @classmethod
-    def empty(cls, group: _Group, num_rows: int, block_size: int) -> "_Kept":
-        """Returns the arrays before the pass."""
-        full, ragged = divmod(num_rows, block_size)
-        chunks = len(group.weights) // group.chunk_size, group.chunk_size
-        dtype = group.hidden.dtype
+    def empty(cls, chunks: _Chunks, num_rows: int, max_bytes: int) -> "_Kept":
+        """Returns the arrays before the pass, for as many chunks as `max_bytes` hold."""
+        full, ragged = divmod(num_rows, chunks.block_size)
+        dtype = chunks.hidden.dtype
+        num_chunks = min(chunks.max_count, max_bytes // (chunks.size * num_rows * dtype.itemsize))
         return cls(
-            jnp.zeros((full, *chunks, block_size), dtype),
-            jnp.zeros((*chunks, ragged), dtype),
-            jnp.zeros((full + 1, *chunks)),
+            jnp.zeros((full, num_chunks, chunks.size, chunks.block_size), dtype),
+            jnp.zeros((num_chunks, chunks.size, ragged), dtype),
+            jnp.zeros((full + 1, num_chunks, chunks.size)),
         )
+
+    @property
+    def num_chunks(self) -> int:
+        """G."""
+        return self.last.shape[0]
 
     def store(
         self, start: Array | int, chunk: Array, maximum: Float[Array, " C"], exponentials: Float[Array, "C K"]

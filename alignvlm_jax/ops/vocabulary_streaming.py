@@ -336,19 +336,9 @@ class Table:
         self, gradient: Float[Array, "V/t D/f"], start: Array | int, block: Float[Array, "K D"]
     ) -> Float[Array, "V/t D/f"]:
         """Stores the gradient of a block in `gradient`, summed over the devices that share its columns."""
-        return update_block(gradient, start, self._sum_columns(block))
-
-    def add_gradient(
-        self, gradient: Float[Array, "V/t D/f"], start: Array | int, block: Float[Array, "K D"]
-    ) -> Float[Array, "V/t D/f"]:
-        """Adds the gradient of a block to `gradient`, summed over the devices that share its columns."""
-        earlier = slice_block(gradient, start, block.shape[0])
-        return update_block(gradient, start, earlier + self._sum_columns(block))
-
-    def _sum_columns(self, block: Float[Array, "K D"]) -> Float[Array, "K D/f"]:
-        if not self.axes.widths:
-            return block
-        # A reduce-scatter: each device gets the sum over all queries, for its columns only.
-        return gradient_dtype.exchange(
-            lambda block: jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True), block
-        )
+        if self.axes.widths:
+            # A reduce-scatter: each device gets the sum over all queries, for its columns only.
+            block = gradient_dtype.exchange(
+                lambda block: jax.lax.psum_scatter(block, self.axes.widths, scatter_dimension=1, tiled=True), block
+            )
+        return update_block(gradient, start, block)

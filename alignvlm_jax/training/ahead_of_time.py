@@ -109,12 +109,14 @@ def compile_train_step(
     contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
-    # The loss loops over the chunks that contain answer tokens, and over groups of chunks, the first of which has room
-    # for all answers. These are the only loops whose number of iterations depends on the data and is not part of the
-    # program.
+    # The loss loops over the chunks that contain answer tokens: over those whose numbers it keeps, and over the others.
+    # These are the only loops whose number of iterations depends on the data and is not part of the program.
     chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
     chunks = max(1.0, rows_per_device * contents["answer_tokens"] / chunk)
-    program = Program(text, trips=lambda op_name: 1.0 if op_name.endswith("groups/while") else chunks)
+    words = model.language.vocab_size // mesh.shape["tensor"]
+    kept = (model.language.loss_memory_mib << 20) // (chunk * words * jnp.dtype(model.language.dtype).itemsize)
+    chunks_of_loop = {"kept": min(chunks, kept), "not_kept": max(0.0, chunks - kept)}
+    program = Program(text, trips=lambda op_name: chunks_of_loop.get(op_name.split("/")[-2], chunks))
     memory = {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),

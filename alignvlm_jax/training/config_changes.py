@@ -22,6 +22,7 @@ _MAY_DIFFER = (
     "model.language.attention",
     "model.vision.remat",
     "model.language.remat",
+    "model.language.loss_memory_mib",
     "profile",
     "data.root",
     "data.max_refused",

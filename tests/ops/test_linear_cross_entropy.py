@@ -43,20 +43,21 @@ def assert_matches_dense(arguments, z_loss, **options):
 
 
 # About 36 of 120 positions have a weight. In turn: the default chunk, larger than needed; one chunk that is almost
-# full; several chunks in groups of two; and one chunk for each position, in groups of 25.
+# full; several chunks, the first two kept; and one chunk for each position, none of them kept.
 @pytest.mark.parametrize(
-    ("chunk_size", "block_size", "group_size", "z_loss"),
-    [(None, None, None, 0.0), (40, 20, 1, 0.0), (17, 53, 40, 0.1), (1, 52, 25, 0.1)],
+    ("chunk_size", "block_size", "num_kept", "z_loss"),
+    [(None, None, 120, 0.0), (40, 20, 120, 0.0), (17, 53, 40, 0.1), (1, 52, 0, 0.1)],
 )
-def test_values_and_gradients_match_the_dense_form(chunk_size, block_size, group_size, z_loss):
-    assert_matches_dense(inputs(), z_loss, chunk_size=chunk_size, block_size=block_size, group_size=group_size)
+def test_values_and_gradients_match_the_dense_form(chunk_size, block_size, num_kept, z_loss):
+    options = dict(chunk_size=chunk_size, block_size=block_size, kept_bytes=4 * WORDS * num_kept)
+    assert_matches_dense(inputs(), z_loss, **options)
 
 
-@pytest.mark.parametrize(("answer_fraction", "group_size"), [(1.0, 48), (0.008, None)])
-def test_all_positions_or_a_single_one_may_have_weight(answer_fraction, group_size):
+@pytest.mark.parametrize(("answer_fraction", "num_kept"), [(1.0, 48), (0.008, 120)])
+def test_all_positions_or_a_single_one_may_have_weight(answer_fraction, num_kept):
     arguments = inputs(answer_fraction=answer_fraction)
     assert np.count_nonzero(arguments[3]) in (1, 120)
-    assert_matches_dense(arguments, 0.0, chunk_size=16, group_size=group_size)
+    assert_matches_dense(arguments, 0.0, chunk_size=16, kept_bytes=4 * WORDS * num_kept)
 
 
 @pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((1,), 2), ((0, 1), 3)])
@@ -67,8 +68,7 @@ def test_the_logits_are_computed_once_and_only_gradients_of_trained_arrays(train
 
     def loss(hidden, head):
         targets, weights = jnp.zeros(len(hidden), int), jnp.ones(len(hidden))
-        options = dict(chunk_size=chunk, block_size=block, group_size=2 * chunk)
-        return linear_cross_entropy(hidden, head, targets, weights, **options)[0]
+        return linear_cross_entropy(hidden, head, targets, weights, chunk_size=chunk, block_size=block)[0]
 
     function = jax.value_and_grad(loss, trained) if trained else loss
     flops = jax.jit(function).lower(hidden, head).compile().cost_analysis()["flops"]
