@@ -4,6 +4,7 @@
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --slices 2 --json 8b.json
     python tools/compile_tpu.py --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
+    python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --text-only --length 8192
     python tools/compile_tpu.py --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3 --search
 
 Any key of the config can be set with --config.path.to.key=value. The reported memory is what the compiler allocates.
@@ -64,7 +65,12 @@ def main(argv: list[str] | None = None) -> int:
             reports = list(report.values())
         else:
             report = ahead_of_time.compile_train_step(
-                experiment, devices, stage_index=args.stage - 1, slices=args.slices, **options
+                experiment,
+                devices,
+                stage_index=args.stage - 1,
+                slices=args.slices,
+                text_length=args.length,
+                **options,
             )
             reports = [report]
     except UserError as error:
@@ -100,12 +106,17 @@ def describe(report: ahead_of_time.Report) -> str:
         lines += ["  compiler error: " + report["failure"].splitlines()[0][:300]]
     # The size of a training step. Decoding has no bins.
     if "bins" in report:
+        pages = (
+            f"bins ({report['microbatches']} x {report['bins_per_microbatch']}) of {report['examples']} full pages"
+            if report["tiles"]
+            else "rows of text"
+        )
+        packing = f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}"
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
             "",
-            f"step: {report['bins']} bins ({report['microbatches']} x {report['bins_per_microbatch']}) of"
-            f" {report['examples']} full pages: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
-            f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}",
+            f"step: {report['bins']} {pages}: {report['tokens']:,} tokens, {report['tiles']:,} tiles",
+            *([packing] if report["tiles"] else []),
             f"model TFLOP per step: {report['flops'] / 1e12:,.0f} ({parts})",
         ]
     ratio = (
@@ -182,6 +193,13 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--decode", action="store_true", help="compile prefill and one decode step instead of training")
     parser.add_argument(
+        "--text-only",
+        action="store_true",
+        help="compile the training step of the decoder alone, as of a language model: no images, and a target at every "
+        "position of rows of --length tokens",
+    )
+    parser.add_argument("--length", type=int, metavar="L", help="tokens in a row of --text-only")
+    parser.add_argument(
         "--optimization-level",
         choices=("O0", "O1", "O2", "O3"),
         help="effort of the compiler; O0 takes a fifth of the time but gives a worse schedule (default: the "
@@ -201,9 +219,15 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.slices < 1 or args.rows_per_device < 1:
         parser.error("--slices and --rows-per-device: expected 1 or more")
+    if args.text_only != (args.length is not None) or (args.text_only and (args.length < 1 or args.decode)):
+        parser.error("--text-only: needs --length, 1 or more, and excludes --decode; --length: needs --text-only")
     overrides = [word.removeprefix("--config.") for word in rest]
-    if args.search and (args.decode or args.json or args.optimization_level or args.rows_per_device != 1):
-        parser.error("--search: takes no --decode, --json, --optimization-level or --rows-per-device (use --rows)")
+    if args.search and (
+        args.decode or args.text_only or args.json or args.optimization_level or args.rows_per_device != 1
+    ):
+        parser.error(
+            "--search: takes no --decode, --text-only, --json, --optimization-level or --rows-per-device (use --rows)"
+        )
     if args.mesh and not args.search:
         if len(args.mesh) > 1:
             parser.error("--mesh: expected one mesh, or --search")

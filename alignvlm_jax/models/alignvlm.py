@@ -167,6 +167,14 @@ class AlignVLM(nn.Module):
         return AlignVLMLoss(loss, weight, effective_tokens)
 
     @ordinary_modes()
+    def text_loss(self, batch: Batch) -> AlignVLMLoss:
+        """Returns the loss of packed rows of text. It needs neither images nor the weights of the other parts."""
+        inputs = layers.constrain(self.language.embed(batch["tokens"]), "batch", "sequence", None)
+        hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
+        loss, weight = self.language.loss(hidden, batch["targets"], batch["loss_weights"])
+        return AlignVLMLoss(loss, weight, None)
+
+    @ordinary_modes()
     def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""] | None]:
         """Returns the hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])

@@ -41,6 +41,9 @@ def topology_devices(name: str, *, slices: int = 1) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4:"):
+        # The default describes each core of a v4 as a device, but JAX runs both cores of a chip as one.
+        options["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -39,7 +39,7 @@ from alignvlm_jax.parallel.hlo_attention import ExecutedBlocks, all_blocks
 from alignvlm_jax.parallel.mesh import make_mesh, num_batch_shards
 from alignvlm_jax.training import remat_choice
 from alignvlm_jax.training.flops import train_flops
-from alignvlm_jax.training.train_step import abstract_state, batch_fields, jit_train_step
+from alignvlm_jax.training.train_step import TEXT_FIELDS, abstract_state, batch_fields, jit_train_step, without_images
 
 TEXT_TOKENS = 2048
 """Largest number of text tokens of a page; a quarter of them are answers."""
@@ -57,6 +57,7 @@ def compile_train_step(
     stage_index: int = 0,
     slices: int = 1,
     rows_per_device: int = 1,
+    text_length: int | None = None,
     write_text: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Lowers and compiles a stage's training step.
@@ -67,6 +68,8 @@ def compile_train_step(
       stage_index: index of the stage.
       slices: number of slices that the devices form.
       rows_per_device: bins in a microbatch per position along `data` x `fsdp`.
+      text_length: if given, the step trains the decoder alone, with one microbatch of rows that are one text of this
+        length each. Every position has a target. This is the step of a language model.
       write_text: receives the text of the compiled program.
 
     Returns:
@@ -78,27 +81,32 @@ def compile_train_step(
     mesh = make_mesh(experiment.mesh, devices, slices=slices)
     model = resolve(experiment.model, devices[0])
     stage = compilable_stage(experiment, stage_index)
+    is_text_only = text_length is not None
 
     # Shapes of the batch.
     bins = rows_per_device * num_batch_shards(mesh)
     packing = experiment.data.packing
-    pages = max(1, packing.tiles_per_bin // experiment.data.tiling.max_tiles_per_image)
-    microbatches = max(1, math.ceil(stage.global_batch / (bins * pages)))
-    shapes = jax.eval_shape(
-        lambda: example_batch(model, rows=bins, tiles=packing.tiles_per_bin, length=packing.tokens_per_bin)
-    )
+    if is_text_only:
+        stage = dataclasses.replace(stage, trainable=("language",))
+        length, tiles, pages, microbatches, fields = text_length, 1, 1, 1, TEXT_FIELDS
+    else:
+        length, tiles, fields = packing.tokens_per_bin, packing.tiles_per_bin, batch_fields(model)
+        pages = max(1, tiles // experiment.data.tiling.max_tiles_per_image)
+        microbatches = max(1, math.ceil(stage.global_batch / (bins * pages)))
+    shapes = jax.eval_shape(lambda: example_batch(model, rows=bins, tiles=tiles, length=length))
     batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
     batch = {
         name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=batch_sharding)
         for name, leaf in shapes.items()
-        if name in batch_fields(model)
+        if name in fields
     }
 
     chip, num_chips = find_chips(devices)
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
-        gradient_dtype = experiment.mesh.gradient_dtype
-        make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh, gradient_dtype=gradient_dtype)
+        state = without_images(state) if is_text_only else state
+        options = dict(gradient_dtype=experiment.mesh.gradient_dtype, is_text_only=is_text_only)
+        make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh, **options)
         model, choice, program = _compile_least_recomputation(
             make_step, model, (state, batch), mesh, capacity_bytes(chip)
         )
@@ -106,28 +114,30 @@ def compile_train_step(
     write_text(text)
 
     # FLOPs that the model needs for the full bins.
-    contents = _contents(model, packing.tiles_per_bin, packing.tokens_per_bin, pages)
+    contents = text_contents(length) if is_text_only else _contents(model, tiles, length, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
     # The loss loops over the chunks that contain answer tokens: over those whose numbers it keeps, and over the others.
     # These are the only loops whose number of iterations depends on the data and is not part of the program.
-    chunk = min(2048, max(256, rows_per_device * packing.tokens_per_bin // 16))
+    chunk = min(2048, max(256, rows_per_device * length // 16))
     chunks = max(1.0, rows_per_device * contents["answer_tokens"] / chunk)
     words = model.language.vocab_size // mesh.shape["tensor"]
     kept = (model.language.loss_memory_mib << 20) // (chunk * words * jnp.dtype(model.language.dtype).itemsize)
     chunks_of_loop = {"kept": min(chunks, kept), "not_kept": max(0.0, chunks - kept)}
-    program = Program(text, trips=lambda op_name: chunks_of_loop.get(op_name.split("/")[-2], chunks))
+    program = Program(text, trips=lambda op_name: chunks_of_loop.get(op_name.split("/")[-2:][0], chunks))
     memory = {
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
         "batch": bytes_per_device(batch),
     }
 
-    executed_blocks = full_bin_blocks(packing.tokens_per_bin, int(contents["tokens"]), pages)
+    executed_blocks = full_bin_blocks(length, int(contents["tokens"]), pages)
     report = _report(program, compiled, failure, chip, mesh, memory, executed_blocks)
     flops = {part.name: getattr(needed, part.name) for part in dataclasses.fields(needed)}
     report |= {
-        "what": f"stage {stage_index + 1} ({stage.name}), training step",
+        "what": "training step of the decoder alone"
+        if is_text_only
+        else f"stage {stage_index + 1} ({stage.name}), training step",
         "trainable": list(stage.trainable),
         "chip": chip.name,
         "num_chips": num_chips,
@@ -142,7 +152,7 @@ def compile_train_step(
         "flops": needed.total,
         "flops_by_part": flops,
         "compile_seconds": seconds,
-        "attention": _kernels(program),
+        "attention": _kernels(program, ("decoder",) if is_text_only else ("encoder", "decoder")),
         "remat": {"encoder": model.vision.remat, "decoder": model.language.remat},
         "remat_trials": [{**dataclasses.asdict(trial), "remat": str(trial.remat)} for trial in choice.trials]
         if choice
@@ -245,7 +255,7 @@ def compile_decoding(
             "num_chips": num_chips,
             "mesh": dict(mesh.shape),
             "compile_seconds": seconds,
-            "attention": _kernels(program) if name == "prefill" else {},
+            "attention": _kernels(program, ("encoder", "decoder")) if name == "prefill" else {},
             "versions": _versions(),
         }
     return reports
@@ -320,6 +330,11 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
         "answer_tokens": max(1, (tokens - visual) // 4),
         "squared_lengths": float(tokens) ** 2 / pages,
     }
+
+
+def text_contents(length: int) -> dict[str, float]:
+    """Returns the same numbers for a row that is one text, in which every position has a target."""
+    return {"tiles": 0, "tokens": length, "answer_tokens": length, "squared_lengths": float(length) ** 2}
 
 
 def full_bin_blocks(length: int, tokens: int, pages: int) -> ExecutedBlocks:
@@ -422,12 +437,12 @@ def _advice(memory: dict[str, float], capacity: int) -> list[str]:
     ]
 
 
-def _kernels(program: Program) -> dict[str, str]:
-    """Returns the attention kernel of each part, as found in the program."""
-    names = hlo_work.kernels(program)
+def _kernels(program: Program, parts: Sequence[str]) -> dict[str, str]:
+    """Returns the attention kernel of parts of the model, as found in the program."""
+    modules, names = {"encoder": "vision", "decoder": "language"}, hlo_work.kernels(program)
     return {
-        part: "splash" if any(name.startswith(f"{module}: splash") for name in names) else "xla"
-        for part, module in (("encoder", "vision"), ("decoder", "language"))
+        part: "splash" if any(name.startswith(f"{modules[part]}: splash") for name in names) else "xla"
+        for part in parts
     }
 
 

@@ -43,6 +43,9 @@ FIELDS = (
 RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
 """Additional fields that the step of a model with newlines reads."""
 
+TEXT_FIELDS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+"""Fields that the step of the decoder alone reads."""
+
 
 def batch_fields(model: AlignVLMConfig) -> tuple[str, ...]:
     """Returns the fields of the packed batch that the step of a model reads."""
@@ -122,7 +125,9 @@ def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, pa
     return TrainState(step, params, opt_state, peak_learning_rates(stage, shardings.step))
 
 
-def make_train_step(model_config: AlignVLMConfig, stage: StageConfig, *, gradient_dtype: str = "float32") -> TrainStep:
+def make_train_step(
+    model_config: AlignVLMConfig, stage: StageConfig, *, gradient_dtype: str = "float32", is_text_only: bool = False
+) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
     The batch is the packed batch with its leading axis K. The metrics are float32 scalars over the whole batch. A step
@@ -133,12 +138,14 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig, *, gradien
       model_config: settings of the model.
       stage: the stage.
       gradient_dtype: dtype in which devices exchange gradients of weights (`ops/gradient_dtype.py`).
+      is_text_only: whether the batch has no images and the state no other part than the decoder (`without_images`).
     """
     model = AlignVLM(model_config)
 
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
-        output = model.apply({"params": {**frozen, **trainable}}, microbatch, method="loss")
-        tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0).astype(jnp.float32)
+        method = "text_loss" if is_text_only else "loss"
+        output = model.apply({"params": {**frozen, **trainable}}, microbatch, method=method)
+        tiles = jnp.float32(0) if is_text_only else jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0, dtype=jnp.float32)
         is_real = microbatch["segment_ids"] > 0  # not padding
         # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
         squares = jnp.where(is_real, 2.0 * microbatch["positions"] + 1.0, 0.0)
@@ -213,13 +220,24 @@ def make_train_step(model_config: AlignVLMConfig, stage: StageConfig, *, gradien
     return train_step
 
 
+def without_images(state: TrainState) -> TrainState:
+    """Returns the state of the decoder alone, or its shapes or shardings; the stage must not train another part."""
+    return state.replace(params={"language": state.params["language"]})
+
+
 def jit_train_step(
-    model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, *, gradient_dtype: str = "float32"
+    model_config: AlignVLMConfig,
+    stage: StageConfig,
+    mesh: Mesh,
+    *,
+    gradient_dtype: str = "float32",
+    is_text_only: bool = False,
 ) -> TrainStep:
     """Returns the step jitted for a mesh. The state keeps its shardings and is donated; the bins are sharded."""
     shardings = state_shardings(model_config, stage, mesh)
+    shardings = without_images(shardings) if is_text_only else shardings
     return jax.jit(
-        make_train_step(model_config, stage, gradient_dtype=gradient_dtype),
+        make_train_step(model_config, stage, gradient_dtype=gradient_dtype, is_text_only=is_text_only),
         in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

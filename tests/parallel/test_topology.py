@@ -15,6 +15,12 @@ def test_a_missing_tpu_compiler_is_reported_with_the_package_to_install(monkeypa
         topology.topology_devices("v5e:2x2")
 
 
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is only available for Linux on x86")
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1"])
+def test_the_two_cores_of_a_chip_are_one_device(name):
+    assert len(topology.topology_devices(name)) == 4
+
+
 def test_an_invalid_shape_is_refused_with_an_example():
     with pytest.raises(UserError, match="v5e:16x16"):
         topology.topology_devices("v5e")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel.topology import has_compiler
+from tools import compile_tpu as tool
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
@@ -62,15 +64,46 @@ def test_a_model_that_does_not_fit_is_reported_with_advice(tmp_path):
 
 
 def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
-    file = tmp_path / "report.json"
-    done = compile_tpu("--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", "--json", str(file), *TWO_LAYERS)
+    file, text = tmp_path / "report.json", tmp_path / "program.txt"
+    files = ("--json", str(file), "--text", str(text))
+    done = compile_tpu("--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", *files, *TWO_LAYERS)
     assert done.returncode == 0, done.stderr
+    assert text.read_text().startswith("HloModule jit_train_step")
     report = json.loads(file.read_text())
     # 2.05 billion float32 weights of two layers and three tables of words, and twice that for Adam, over four chips.
     assert report["memory"]["optimizer"] == pytest.approx(2 * report["memory"]["parameters"], rel=1e-3)
     # Each bin has 729 visual and 295 text tokens. The executed products are those of the model and the recomputed ones:
     # more than the formula, and less than twice as many.
     assert 1 < report["executed_flops_per_chip"] * 4 / report["flops"] < 2
+
+
+@pytest.mark.large
+def test_the_decoder_alone_trains_on_a_slice(tmp_path):
+    file = tmp_path / "report.json"
+    rows = ("--text-only", "--length", "512", "--rows-per-device", "2")
+    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", *rows, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["attention"] == {"decoder": "splash"} and report["trainable"] == ["language"]
+    assert report["tokens"] == 8 * 512 and "8 rows of text: 4,096 tokens" in done.stdout
+
+
+def test_the_length_of_text_is_passed_on(monkeypatch):
+    lengths = []
+
+    def compile_train_step(*arguments, text_length, **options):
+        lengths.append(text_length)
+        raise UserError("this is enough")
+
+    monkeypatch.setattr(tool, "topology_devices", lambda *arguments, **options: [])
+    monkeypatch.setattr(tool.ahead_of_time, "compile_train_step", compile_train_step)
+    arguments = ["--config", "configs/nano.py", "--topology", "v5e:2x2"]
+    assert tool.main([*arguments, "--text-only", "--length", "512"]) == 2
+    assert tool.main(arguments) == 2
+    assert lengths == [512, None]
+    for incomplete in (["--text-only"], ["--length", "512"], ["--text-only", "--length", "512", "--decode"]):
+        with pytest.raises(SystemExit):
+            tool.main([*arguments, *incomplete])
 
 
 @pytest.mark.large

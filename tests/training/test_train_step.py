@@ -18,12 +18,14 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.stages import stage_table
 from alignvlm_jax.training.train_step import (
+    TEXT_FIELDS,
     abstract_state,
     batch_fields,
     create_state,
     jit_train_step,
     make_train_step,
     place_state,
+    without_images,
 )
 from tests.training.batches import MODEL, random_batch, stage
 
@@ -179,6 +181,23 @@ def test_the_1b_step_holds_no_scores_over_the_whole_vocabulary():
     # The regular expression does find shapes: those of a table, and of all visual tokens.
     assert (words, model.language.hidden_size) in shapes and any(visual in shape for shape in shapes)
     assert not any({words, visual} <= set(shape) or {words, length} <= set(shape) for shape in shapes)
+
+
+def test_the_text_only_step_trains_the_decoder_like_the_complete_step(params):
+    config = dataclasses.replace(DESCENT, trainable=("language",))
+    batch = random_batch(3, bins=2)
+    batch["visual_index"][:] = -1  # no position takes a visual token
+    state = create_state(config, params)
+    complete, metrics = jitted(config)(state, batch)
+    step = jax.jit(make_train_step(MODEL, config, is_text_only=True))
+    alone, text_metrics = step(without_images(state), {name: batch[name] for name in TEXT_FIELDS})
+    assert alone.params.keys() == {"language"} and text_metrics["tiles"] == 0
+    np.testing.assert_allclose(text_metrics["loss"], metrics["loss"], rtol=1e-6)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
+        alone.params["language"],
+        complete.params["language"],
+    )
 
 
 def test_muons_momentum_is_sharded_like_its_weights():
