@@ -45,7 +45,7 @@ ROWS = {
     "8b-stage3-v5p-4x4x4": _row("8b", 3, "v5p:4x4x4", "data=1,fsdp=64", "attention_out,dots"),
     "1b-stage1-v5e-16x16": _row("1b", 1, "v5e:16x16", "data=4,fsdp=64", "attention_out,qkv", "attention_out,qkv"),
     "1b-stage1-v5e-2x2": _row("1b", 1, "v5e:2x2", "data=1,fsdp=4"),
-    "3b-stage1-v5e-16x16": _row("3b", 1, "v5e:16x16", "data=4,fsdp=64"),
+    "3b-stage1-v5e-16x16": _row("3b", 1, "v5e:16x16", "data=4,fsdp=64", "attention_out", "attention_out"),
     "3b-stage1-v5e-2x4": _row("3b", 1, "v5e:2x4", "data=1,fsdp=8"),
     "1b-stage1-v5e-2x4": _row("1b", 1, "v5e:2x4", "data=1,fsdp=8"),
     "3b-stage1-v5e-4x4": _row("3b", 1, "v5e:4x4", "data=1,fsdp=8,tensor=2"),
