@@ -46,7 +46,7 @@ NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 
 # Attention kernels for Hopper GPUs, in private modules, hence exact versions: the last one for Python 3.11, and one for
 # Python 3.12, which brings a profiler (40 packages).
-TOKAMAX = ["tokamax==0.0.12; python_version < '3.12'", "tokamax==0.0.17; python_version >= '3.12'"]
+TOKAMAX_311, TOKAMAX_312 = "tokamax==0.0.12; python_version < '3.12'", "tokamax==0.0.17; python_version >= '3.12'"
 
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
@@ -54,7 +54,7 @@ EXTRAS = {
     "heif": ["pillow-heif>=0.22,<2"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
-    "tokamax": TOKAMAX,
+    "tokamax": [TOKAMAX_311, TOKAMAX_312],
     "torch": TORCH,
     # tools/prepare_data.py reads YAML and Parquet, the benchmarks read Parquet.
     "data": DATA,
@@ -73,7 +73,7 @@ EXTRAS = {
         *EVAL,
         *DATA,
         *NOTEBOOKS,
-        *TOKAMAX,
+        TOKAMAX_311,  # the tests of other Pythons skip its one program
         # Checks the workflows and CITATION.cff against the schemas that it contains.
         "check-jsonschema>=0.33,<0.40",
         # The TPU compiler, for programs that are only compiled. Without a TPU, jax keeps using the CPU.
