@@ -35,7 +35,7 @@ def _row(
 
 # Meshes and recomputation were found by `compile_tpu.py --search` for 8B in stage 3.
 ROWS = {
-    "8b-stage1-v5e-16x16": _row("8b", 1, "v5e:16x16", "data=2,fsdp=64,tensor=2"),
+    "8b-stage1-v5e-16x16": _row("8b", 1, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out", "attention_out"),
     "8b-stage3-v5e-16x16": _row("8b", 3, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out,qkv"),
     "8b-stage1-v6e-8x8": _row("8b", 1, "v6e:8x8", "data=1,fsdp=64"),
     "8b-stage3-v6e-8x8": _row("8b", 3, "v6e:8x8", "data=1,fsdp=64"),
