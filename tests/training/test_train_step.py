@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from alignvlm_jax.config.optimizer import OptimizerConfig
 from alignvlm_jax.config.stages import LearningRates
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, example_batch, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters
+from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training.stages import stage_table
@@ -198,6 +200,36 @@ def test_the_text_only_step_trains_the_decoder_like_the_complete_step(params):
         alone.params["language"],
         complete.params["language"],
     )
+
+
+@pytest.mark.parametrize(("trainable", "products"), [(("connector", "language"), 3), (("connector",), 2), ((), 1)])
+def test_the_head_takes_a_product_for_the_loss_and_one_for_each_gradient(trainable, products):
+    # No other array has an axis of 711.
+    language = dataclasses.replace(MODEL.language, vocab_size=711, num_layers=1, tie_word_embeddings=False)
+    model = AlignVLMConfig(dataclasses.replace(MODEL.vision, num_layers=1), MLPConfig(), language)
+    params = nn.unbox(jax.eval_shape(lambda: random_parameters(model, KEY)))
+    batch = random_batch(0, model=model)
+    if trainable:
+        config = stage(trainable=trainable)
+        state = jax.eval_shape(lambda params: create_state(config, params), params)
+        jaxpr = jax.make_jaxpr(make_train_step(model, config))(state, batch)
+    else:
+        evaluate = functools.partial(AlignVLM(model).apply, method="loss")
+        jaxpr = jax.make_jaxpr(evaluate)({"params": params}, jax.tree.map(lambda field: field[0], batch))
+    assert sum(711 in _sizes(equation) for equation in _matrix_products(jaxpr.jaxpr)) == products
+
+
+def _matrix_products(jaxpr):
+    """Yields the matrix products of a jaxpr, also those inside of loops and functions."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _matrix_products(getattr(inner, "jaxpr", inner))
+
+
+def _sizes(equation) -> set[int]:
+    return {size for variable in (*equation.invars, *equation.outvars) for size in variable.aval.shape}
 
 
 def test_muons_momentum_is_sharded_like_its_weights():
