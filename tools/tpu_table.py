@@ -41,7 +41,7 @@ ROWS = {
     "8b-stage3-v6e-8x8": _row("8b", 3, "v6e:8x8", "data=1,fsdp=64", "attention_out,qkv"),
     "8b-stage1-2xv5e-16x16": _row("8b", 1, "v5e:16x16", "data=4,fsdp=64,tensor=2", more=" --slices 2"),
     "8b-stage3-2xv5e-16x16": _row("8b", 3, "v5e:16x16", "data=2,fsdp=64,tensor=4", more=" --slices 2"),
-    "8b-stage1-v5p-4x4x4": _row("8b", 1, "v5p:4x4x4", "data=1,fsdp=64 --rows-per-device 2"),
+    "8b-stage1-v5p-4x4x4": _row("8b", 1, "v5p:4x4x4", "data=1,fsdp=64", "attention_out,dots", "attention_out,dots"),
     "8b-stage3-v5p-4x4x4": _row("8b", 3, "v5p:4x4x4", "data=1,fsdp=64", "attention_out,dots"),
     "1b-stage1-v5e-16x16": _row("1b", 1, "v5e:16x16", "data=4,fsdp=64", "attention_out,qkv", "attention_out,qkv"),
     "1b-stage1-v5e-2x2": _row("1b", 1, "v5e:2x2", "data=1,fsdp=4"),
