@@ -40,6 +40,7 @@ import numpy as np
 from benchmarks import jaxtyping_stand_in  # noqa: F401
 
 from alignvlm_jax.config.stages import MixturePart, StageConfig
+from alignvlm_jax.locations import as_path
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.language import LanguageConfig, RopeScaling
@@ -415,7 +416,7 @@ def full_bin(sizes: Sizes, model: AlignVLMConfig) -> tuple[dict[str, jax.Array],
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, one after another")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="write the figures to this file, one after another")
     parser.add_argument("--minutes", type=float, default=10, help="end after this time (default: 10)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a test on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")

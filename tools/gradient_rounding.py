@@ -25,6 +25,7 @@ import optax
 
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.demo.corpus import CORPUS, draw_corpus
+from alignvlm_jax.locations import local_path
 from alignvlm_jax.models.alignvlm import AlignVLM
 from alignvlm_jax.reproduce.validation import OnePagePerBin
 from alignvlm_jax.training.initial import initial_parameters
@@ -41,8 +42,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--pages", type=int, default=24_000, help="number of training pages (default: the demo's)")
-    parser.add_argument("--data", default="runs/demo/data", metavar="DIR", help="folder for the demo's documents")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines to write")
+    parser.add_argument(
+        "--data", type=local_path, default="runs/demo/data", metavar="DIR", help="folder for the demo's documents"
+    )
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="JSON lines to write")
     args = parser.parse_args()
     draw_corpus(Path(args.data) / CORPUS, {"train": args.pages, "validation": 300, "heldout": 300})
     curves = {seed: losses(args, seed) for seed in args.seeds}
