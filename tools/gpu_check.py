@@ -416,7 +416,7 @@ def full_bin(sizes: Sizes, model: AlignVLMConfig) -> tuple[dict[str, jax.Array],
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=as_path, metavar="FILE", help="write the figures to this file, one after another")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="write the figures to this file as they come")
     parser.add_argument("--minutes", type=float, default=10, help="end after this time (default: 10)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a test on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
