@@ -98,8 +98,9 @@ def run(args: argparse.Namespace) -> dict | None:
         for rows in NANO_ROWS:
             tokens = rng.integers(3, config.vocab_size, (rows, NANO_PROMPT), np.int32)
             what = f"nano, decode batch {rows}"
-            figures[what] = compare(what, {"ours": Decode(config, params, tokens, NANO_TOKENS)}, NANO_TOKENS, rounds)
-            print(f"{what}: {1e3 / figures[what]['ours']['tokens_per_second']:.2f} ms per step")
+            ours = {"ours": Decode(config, params, tokens, NANO_TOKENS)}
+            figures[what] = compare(what, ours, rows * NANO_TOKENS, rounds)
+            print(f"{what}: {1e3 * rows / figures[what]['ours']['tokens_per_second']:.2f} ms per step")
     return figures
 
 
