@@ -50,4 +50,5 @@ def is_unstacked(layers: Any) -> bool:
 
 
 def _is_on_one_cpu(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and len(leaf.devices()) == 1 and leaf.devices().pop().platform == "cpu"
+    # The set belongs to the sharding, so it must not be changed.
+    return isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]

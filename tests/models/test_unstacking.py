@@ -53,6 +53,14 @@ def start(stacked, unstacked: bool):
     return (with_layers(stacked, unstack_layers(stacked)), cache.unstack()) if unstacked else (stacked, cache)
 
 
+def test_the_devices_of_the_weights_stay_known(stacked):
+    """A run scores its weights and then saves them, for which Orbax asks for their device."""
+    device = jax.devices()[0]
+    placed = jax.device_put(stacked, NamedSharding(Mesh([device], ("data",)), PartitionSpec()))
+    unstack_layers(placed)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(placed))
+
+
 def test_weights_of_a_layer_are_views(stacked):
     layers = unstack_layers(stacked)
     assert len(layers) == CONFIG.num_layers
