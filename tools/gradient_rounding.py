@@ -1,6 +1,6 @@
 """Trains the nano model with the gradients of 8 simulated devices, exchanged in float32 and in bfloat16.
 
-    python tools/gradient_rounding.py --steps 300 --seeds 0 1 --data runs/demo/data --out rounding.jsonl
+    python tools/gradient_rounding.py --steps 300 --seeds 0 1 --out rounding.jsonl
 
 A CPU exchanges bfloat16 as float32. Here, one CPU therefore computes the gradients of the devices one after the other.
 It rounds each to bfloat16, and their sum after each addition, as in a ring of chips. All gradients are rounded, also
@@ -41,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--pages", type=int, default=24_000, help="number of training pages (default: the demo's)")
+    parser.add_argument("--pages", type=int, default=5000, help="number of training pages to draw")
     parser.add_argument(
-        "--data", type=local_path, default="runs/demo/data", metavar="DIR", help="folder for the demo's documents"
+        "--data", type=local_path, default="runs/gradient_rounding", metavar="DIR", help="folder for the pages"
     )
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="JSON lines to write")
     args = parser.parse_args()
