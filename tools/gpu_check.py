@@ -32,7 +32,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ _DENSE_PRODUCTS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """Sizes of the measured programs.
 
     Attributes:
       align: T, D and V of ALIGN.

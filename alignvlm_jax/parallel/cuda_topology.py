@@ -25,7 +25,7 @@ from alignvlm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """What the compiler needs to know of a GPU. Sources: NVIDIA's white papers of the A100 and the H100."""
+    """Properties of a GPU that the compiler needs. Sources: NVIDIA's white papers of the A100 and the H100."""
 
     device_kind: str
     capability: tuple[int, int]

@@ -33,7 +33,7 @@ KEPT = {
 
 _MOST_EXTRA_EXAMPLES = 1.1
 _BLOCK = 512  # attention computes blocks of this many positions
-_HALF = 2  # bytes of bfloat16
+_BFLOAT16_BYTES = 2
 _LIKELY_SHARE = 0.75
 
 
@@ -218,7 +218,7 @@ def lower_bound(space: Space, candidate: Candidate) -> int:
     if "vision" in space.stage.trainable:
         kept += vision.num_layers * patches * _kept_values(vision, candidate.vision_remat, tensor)
     mlp = positions * (2 * language.intermediate_size / tensor + language.hidden_size)
-    return int(params + moments + trained + _HALF * (kept + mlp))
+    return int(params + moments + trained + _BFLOAT16_BYTES * (kept + mlp))
 
 
 def _kept_values(part, remat: str, tensor: int) -> float:
@@ -286,9 +286,9 @@ def seconds_per_example(space: Space, candidate: Candidate) -> float:
     products = executed / (chip.peak_flops / chip.devices_per_chip)
     # Bytes that a device sends in a microbatch. Weights are gathered as bfloat16 in both passes.
     trained, params, _ = space.state_bytes(candidate.data, candidate.fsdp, candidate.tensor)
-    gathers = 2 * params / 4 * _HALF * (candidate.fsdp - 1)
+    gathers = 2 * params / 4 * _BFLOAT16_BYTES * (candidate.fsdp - 1)
     reductions = trained * (candidate.fsdp - 1 + 2 * (candidate.data - 1) / candidate.data)
-    hidden = candidate.rows * candidate.tokens_per_bin * model.language.hidden_size * _HALF
+    hidden = candidate.rows * candidate.tokens_per_bin * model.language.hidden_size * _BFLOAT16_BYTES
     # Two sums over tensor in each pass; the recomputed pass repeats the first.
     reductions += 2 * (candidate.tensor - 1) / candidate.tensor * model.language.num_layers * 5 * hidden
     rate = (chip.ici_bandwidth or math.inf) / chip.devices_per_chip

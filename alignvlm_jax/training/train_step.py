@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, AlignVLMLoss, Batch, Params, random_parameters
 from alignvlm_jax.ops.gradient_dtype import exchange_gradients_in
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.optimizer import make_optimizer
@@ -145,23 +145,7 @@ def make_train_step(
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
         method = "text_loss" if is_text_only else "loss"
         output = model.apply({"params": {**frozen, **trainable}}, microbatch, method=method)
-        tiles = jnp.float32(0) if is_text_only else jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0, dtype=jnp.float32)
-        is_real = microbatch["segment_ids"] > 0  # not padding
-        # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
-        squares = jnp.where(is_real, 2.0 * microbatch["positions"] + 1.0, 0.0)
-        sums = {
-            "loss": output.loss,
-            "weight": output.weight,
-            "answers": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
-            "tokens": jnp.sum(is_real).astype(jnp.float32),
-            "squared_lengths": jnp.sum(squares),
-            "positions": jnp.float32(microbatch["segment_ids"].size),
-            "tiles": tiles,
-        }
-        if output.effective_tokens is not None:
-            # A mean over tiles, turned back into a sum that microbatches can add up.
-            sums["effective_tokens"] = output.effective_tokens * tiles
-        return output.loss, sums
+        return output.loss, _microbatch_sums(output, microbatch)
 
     @ordinary_modes()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -218,6 +202,29 @@ def make_train_step(
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
+
+
+def _microbatch_sums(output: AlignVLMLoss, microbatch: Batch) -> Metrics:
+    """Returns the sums over a microbatch from which the metrics of a step are computed."""
+    tiles = jnp.float32(0)
+    if "tile_valid_hw" in microbatch:  # not in rows of text
+        tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0, dtype=jnp.float32)
+    is_real = microbatch["segment_ids"] > 0  # not padding
+    # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
+    squares = jnp.where(is_real, 2.0 * microbatch["positions"] + 1.0, 0.0)
+    sums = {
+        "loss": output.loss,
+        "weight": output.weight,
+        "answers": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
+        "tokens": jnp.sum(is_real).astype(jnp.float32),
+        "squared_lengths": jnp.sum(squares),
+        "positions": jnp.float32(microbatch["segment_ids"].size),
+        "tiles": tiles,
+    }
+    if output.effective_tokens is not None:
+        # A mean over tiles, turned back into a sum that microbatches can add up.
+        sums["effective_tokens"] = output.effective_tokens * tiles
+    return sums
 
 
 def without_images(state: TrainState) -> TrainState:
