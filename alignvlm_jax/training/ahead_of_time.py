@@ -411,7 +411,7 @@ def _report(
         "collective_bytes": ici + dcn,
         "collectives": traffic,
         "kernels": hlo_work.kernels(program),
-        "executed_flops_per_chip": executed,
+        "executed_flops_per_chip": executed * chip.devices_per_chip,
         "estimate": estimate,
         "largest_buffers": [
             {"bytes": size, "shape": shape, "from": origin}
