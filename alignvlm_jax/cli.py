@@ -124,3 +124,6 @@ def _quiet_logs(debug: bool) -> None:
         os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # gcsfs logs every error that it raises, with its traceback.
+    for name in ("gcsfs", "fsspec", "s3fs", "aiobotocore", "botocore"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,6 +1,7 @@
 """What a location is: `~`, schemes that are refused, and every place where a location can be given."""
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import re
@@ -11,7 +12,16 @@ from alignvlm_jax import cli
 from alignvlm_jax.commands.arguments import name_and_path
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import is_local, local_path, location
+from alignvlm_jax.locations import (
+    LocationError,
+    absolute,
+    is_bucket,
+    is_local,
+    local_path,
+    location,
+    open_location,
+    parse_location,
+)
 
 
 @pytest.fixture
@@ -54,13 +64,46 @@ def test_refused_locations(text, message):
         local_path(text)
 
 
-def test_buckets_where_they_are_supported():
-    """tools/prepare_data.py reads and writes buckets."""
-    assert location("GS://bucket/a") == "gs://bucket/a" and not is_local("gs://bucket/a")
+def test_buckets():
+    """tensorpack/tensorpack#1317: gs://BUCKET became the local folder gs:/BUCKET."""
+    assert location("GS://bucket/a/") == "gs://bucket/a" and not is_local("gs://bucket/a")
     assert location("s3://bucket") == "s3://bucket" and is_local(location("data/x"))
-    for text in ("gs:/bucket", "gs://", "gs:///a", "https://a"):
-        with pytest.raises(UserError):
-            location(text)
+    path = open_location("gs://bucket/a") / "b"
+    assert (str(path), path.name, str(path.parent)) == ("gs://bucket/a/b", "b", "gs://bucket/a")
+    assert is_bucket(path) and absolute(path) == path == open_location(path)
+    local = open_location("a/b")
+    assert local == pathlib.Path("a/b") and not is_bucket(local) and absolute(local) == pathlib.Path.cwd() / "a/b"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        *((url, "names no bucket: expected gs://BUCKET/PATH") for url in ("gs:/bucket", "gs://", "gs:///a")),
+        *(
+            (f"gs://{name}/a", "cannot be the name of a bucket")
+            for name in ("Bucket", "my bucket", "b", "-bucket", "b#1")
+        ),
+        *((f"s3://bucket/{key}", "without empty parts") for key in ("a//b", "a/../b", "./a", "a\nb")),
+        ("gcs://bucket/a", "is in a bucket"),
+        ("https://a", "is on the web"),
+    ],
+)
+def test_malformed_urls(url, message):
+    """googleapis/google-cloud-python: the server answers 400 to such names, after the work has begun."""
+    with pytest.raises(LocationError, match=message):
+        location(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"), [("gs://bucket/a", "gcsfs", "gcs"), ("s3://bucket", "s3fs", "s3")]
+)
+def test_a_bucket_without_its_package(url, package, extra, monkeypatch):
+    """fsspec, registry.py: `Please install gcsfs to access Google Storage`, an ImportError."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(LocationError, match=rf'pip install "alignvlm-jax\[{extra}\]"'):
+        location(url)
+    assert parse_location(url) == url  # of a stored config
 
 
 CHECKPOINT = ("--checkpoint", "nano")

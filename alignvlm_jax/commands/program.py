@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from alignvlm_jax.commands.terminal import tolerant_output
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage.errors import translate
 
 # Errors of the file system that a person must fix. The others, such as a server that does not answer, may pass.
 _USER_ERRORS = (
@@ -51,6 +52,9 @@ def run_program(name: str, body: Callable[[], int | None], *, debug: bool = Fals
             _print_error(name, str(error))
             return error.exit_code
         except OSError as error:
+            if not debug and (of_bucket := translate(error)):
+                _print_error(name, str(of_bucket))
+                return of_bucket.exit_code
             if debug or error.errno not in _USER_ERRORS:
                 raise
             where = "" if error.filename is None else f"{error.filename}: "
@@ -68,6 +72,12 @@ def run_program(name: str, body: Callable[[], int | None], *, debug: bool = Fals
                 raise
             _print_error(name, platform_error)
             return 2
+        except Exception as error:
+            # Most errors of the libraries that reach buckets are not OSErrors.
+            if debug or (of_bucket := translate(error)) is None:
+                raise
+            _print_error(name, str(of_bucket))
+            return of_bucket.exit_code
 
 
 def _print_error(name: str, message: str) -> None:

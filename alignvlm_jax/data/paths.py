@@ -32,20 +32,6 @@ class Status:
     is_regular: bool
 
 
-def check_bucket_package(path: str | os.PathLike) -> None:
-    """Raises a `UserError` if a path is in a bucket and the package that reads it is not installed."""
-    if is_local(path):
-        return
-    try:
-        epath.Path(path).exists()
-    except ImportError as error:
-        package = {"gs": "gcsfs", "s3": "s3fs"}[os.fspath(path).partition(":")[0]]
-        raise UserError(
-            f"{path} is in a bucket, which needs the package {package}: pip install {package}. Or give a path on a "
-            "disk, where the bucket is mounted or copied to"
-        ) from error
-
-
 def status(path: str | os.PathLike) -> Status:
     """Returns the metadata of a file without opening it."""
     if is_local(path):

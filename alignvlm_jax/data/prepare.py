@@ -39,7 +39,7 @@ from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
-from alignvlm_jax.data.paths import atomic_file, check_bucket_package, find_files, is_local, open_binary, status
+from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
@@ -135,8 +135,6 @@ def prepare(
     """
     recipe = _with_locations(recipe)
     job = Job(recipe, location(out))
-    for place in (*recipe.inputs, job.out, recipe.limits.image_root or job.out):
-        check_bucket_package(place)
     _check(recipe, max_rejects)
     files, remarks = _input_files(recipe, allow_partial)
     fingerprint = _fingerprint(recipe, files)

@@ -24,7 +24,6 @@ from etils import epath
 from alignvlm_jax.data import shard_names
 from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.open_files import ArrayRecordFiles
-from alignvlm_jax.data.paths import check_bucket_package
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import location
 
@@ -93,7 +92,6 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
       UserError: if the folder is not a data set, it has no such split, or a shard of the split is missing.
     """
     folder = location(folder)
-    check_bucket_package(folder)
     builder = _open_builder(folder)
     splits = builder.info.splits
     # Check the names separately, for a message that lists the existing splits.

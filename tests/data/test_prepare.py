@@ -86,19 +86,6 @@ def test_locations_are_read_as_on_the_command_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bucket_without_its_package(monkeypatch):
-    """fsspec, registry.py: `Please install gcsfs to access Google Storage`, an ImportError."""
-
-    def missing(name):
-        raise ImportError(f"Please install {name}fs")
-
-    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
-    monkeypatch.setattr("fsspec.filesystem", missing)
-    monkeypatch.setattr("etils.epath.backend.fsspec_backend._get_filesystem", missing)
-    with pytest.raises(UserError, match="needs the package s3fs: pip install s3fs"):
-        prepare(Recipe("llava", ("s3://bucket/a.json",)), "out")
-
-
 def test_data_set_is_readable_without_tensorflow(pages, tmp_path):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
     prepare(recipe_for(pages), tmp_path / "out", convert=IN_PROCESS, progress=False)
