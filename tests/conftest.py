@@ -1,5 +1,6 @@
-"""Runs every test on the CPU with eight simulated devices, so that meshes are real."""
+"""Runs every test on the CPU with eight simulated devices, so that meshes are real; offers buckets on loopback."""
 
+import itertools
 import os
 import tempfile
 from importlib.metadata import version
@@ -24,6 +25,8 @@ os.environ["NPROC"] = "64"
 import jax
 import pytest
 
+from tests import emulators
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
@@ -35,6 +38,43 @@ def compilation_cache():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+_NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def gcs_server():
+    """URL of a server that speaks Google Cloud Storage's protocol. It starts with the first test that uses it."""
+    with emulators.gcs_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """URL of a server that speaks S3's protocol."""
+    with emulators.s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server, monkeypatch):
+    """URL of an empty bucket, gs://NAME, which every client finds, also in processes that the test starts."""
+    yield from _bucket(monkeypatch, gcs_server, emulators.gcs_environment, emulators.make_gcs_bucket)
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch):
+    """URL of an empty bucket, s3://NAME."""
+    yield from _bucket(monkeypatch, s3_server, emulators.s3_environment, emulators.make_s3_bucket)
+
+
+def _bucket(monkeypatch, server, environment, make):
+    for name, value in environment(server).items():
+        monkeypatch.setenv(name, value)
+    emulators.forget_clients()
+    yield make(server, f"bucket-{next(_NUMBERS)}")
+    emulators.forget_clients()
 
 
 _LONG = ("training", "parallel", "tools", "pretraining", "interop")
