@@ -1,5 +1,6 @@
 """Runs every test on the CPU with eight simulated devices, so that meshes are real; offers buckets on loopback."""
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -25,7 +26,7 @@ os.environ["NPROC"] = "64"
 import jax
 import pytest
 
-from tests import emulators
+from tests import emulators, fault_proxy
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -60,20 +61,43 @@ def s3_server():
 @pytest.fixture
 def gcs_bucket(gcs_server, monkeypatch):
     """URL of an empty bucket, gs://NAME, which every client finds, also in processes that the test starts."""
-    yield from _bucket(monkeypatch, gcs_server, emulators.gcs_environment, emulators.make_gcs_bucket)
+    with _clients(monkeypatch, emulators.gcs_environment(gcs_server)):
+        yield emulators.make_gcs_bucket(gcs_server, _new_name())
 
 
 @pytest.fixture
 def s3_bucket(s3_server, monkeypatch):
     """URL of an empty bucket, s3://NAME."""
-    yield from _bucket(monkeypatch, s3_server, emulators.s3_environment, emulators.make_s3_bucket)
+    with _clients(monkeypatch, emulators.s3_environment(s3_server)):
+        yield emulators.make_s3_bucket(s3_server, _new_name())
 
 
-def _bucket(monkeypatch, server, environment, make):
-    for name, value in environment(server).items():
+@pytest.fixture
+def gcs_proxy(gcs_server, monkeypatch):
+    """`fault_proxy.Proxy` before the store. Its `bucket` is the URL of an empty bucket, reached through the proxy."""
+    with fault_proxy.proxy(gcs_server) as proxy, _clients(monkeypatch, emulators.gcs_environment(proxy.url)):
+        proxy.bucket = emulators.make_gcs_bucket(gcs_server, _new_name())
+        yield proxy
+
+
+@pytest.fixture
+def s3_proxy(s3_server, monkeypatch):
+    """The same before S3's store."""
+    with fault_proxy.proxy(s3_server) as proxy, _clients(monkeypatch, emulators.s3_environment(proxy.url)):
+        proxy.bucket = emulators.make_s3_bucket(s3_server, _new_name())
+        yield proxy
+
+
+def _new_name():
+    return f"bucket-{next(_NUMBERS)}"
+
+
+@contextlib.contextmanager
+def _clients(monkeypatch, environment):
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     emulators.forget_clients()
-    yield make(server, f"bucket-{next(_NUMBERS)}")
+    yield
     emulators.forget_clients()
 
 
