@@ -69,7 +69,7 @@ EXTRAS = {
     "trackio": TRACKIO,
     "tokamax": [TOKAMAX_311, TOKAMAX_312],
     "torch": TORCH,
-    # tools/prepare_data.py reads YAML and Parquet, the benchmarks read Parquet.
+    # `alignvlm prepare` reads YAML and Parquet, the benchmarks read Parquet.
     "data": DATA,
     "beam": [*DATA, "apache-beam>=2.77,<3"],
     "eval": EVAL,

@@ -1,4 +1,4 @@
-"""The `alignvlm` command: train, eval, ask, inspect, analyze, demo, reproduce.
+"""The `alignvlm` command: ask, train, eval, import, export and more; `_GROUPS` has all of them.
 
 This module has the parts that all commands share. The arguments and the help of each command are in `commands/`.
 
@@ -6,7 +6,8 @@ Exit codes:
 
     0    success
     2    an error that the user can fix (one line on stderr; `--debug` shows the traceback)
-    4    another process of the run died (`parallel/watch.py`)
+    3    the result is complete and not what was hoped for: `export --verify` differs, `compile` does not fit
+    4    another process of the run died (`parallel/watch.py`); `compile` fell back to slower attention
     75   try again: preempted by SIGTERM, with the run saved; or another run is writing to the same output
     130  interrupted
 """
@@ -20,7 +21,19 @@ import sys
 from collections.abc import Sequence
 
 import alignvlm_jax
-from alignvlm_jax.commands import analyze, ask, demo, evaluate, inspect, reproduce, train
+from alignvlm_jax.commands import (
+    analyze,
+    ask,
+    compile,
+    demo,
+    evaluate,
+    export,
+    import_model,
+    inspect,
+    prepare,
+    reproduce,
+    train,
+)
 from alignvlm_jax.commands.arguments import Commands, style
 from alignvlm_jax.commands.huge_pages import restart_with_huge_pages
 from alignvlm_jax.commands.program import run_program
@@ -39,7 +52,12 @@ EPILOG = """\
 `alignvlm COMMAND --help` shows the options and examples of a command.
 """
 
-_COMMANDS = (train, evaluate, ask, inspect, analyze, demo, reproduce)
+_GROUPS = {
+    "use a model": (ask, inspect),
+    "train a model": (demo, prepare, train, compile),
+    "measure a model": (evaluate, analyze, reproduce),
+    "convert a model": (import_model, export),
+}
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
 """Device files of TPUs and GPUs on Linux."""
@@ -54,20 +72,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("alignvlm", lambda: _run(args), debug=args.debug)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Runs a parsed command."""
+def _run(args: argparse.Namespace) -> int | None:
+    """Runs a parsed command and returns its exit code, if it has one of its own."""
     with ordinary_modes():
-        args.run(args)
+        return args.run(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line. `overrides` of the result has the --config.key=value pairs as "key=value"."""
+    """Parses the command line.
+
+    `overrides` of the result has the --config.key=value pairs as "key=value". `passed_on` has the arguments that the
+    command passes on to another program.
+    """
     parser, commands = _parsers()
     # argparse does not know the --config.key options. They are taken from the arguments that it does not recognize.
     args, rest = parser.parse_known_args(argv)
     args.debug = getattr(args, "debug", False)
     command = commands[args.command]
-    args.overrides, unknown = _split_overrides(rest)
+    args.passed_on = rest if args.passes_on_with and getattr(args, args.passes_on_with) is not None else []
+    args.overrides, unknown = _split_overrides([] if args.passed_on else rest)
     if unknown:
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.overrides and not args.takes_overrides:
@@ -81,8 +104,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     version = f"alignvlm_jax {alignvlm_jax.__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = Commands(parser, title="commands", dest="command", metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands)
+    for group, members in _GROUPS.items():
+        commands.start_group(group)
+        for command in members:
+            command.add(commands)
     return parser, commands.parsers
 
 

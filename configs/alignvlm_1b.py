@@ -3,7 +3,7 @@ r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN and Llama-3.2-1B, tr
     alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
 
-The backbones are folders in the Hugging Face format. `tools/import_hf.py` converts them to a checkpoint of the
+The backbones are folders in the Hugging Face format. `alignvlm import` converts them to a checkpoint of the
 untrained model. The data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
 
 Source: arXiv 2502.01341. Stages, trained parts, global batches, learning rates, text lengths and epochs are the

@@ -10,7 +10,7 @@ row keeps the tiles separate. The paper does not say how it joined them.
 
 Source: arXiv 2502.01341. Data (LLaVA-558K, then LLaVA-NeXT-779K, one epoch each), trained parts, learning rates and the
 tiling rule are the paper's. It does not state batch sizes and warm-up. This config uses LLaVA-NeXT's: 256 and 128, and
-a cosine decay to 0 after a warm-up of 3 % of the steps. Convert the data with `tools/prepare_data.py --format llava`.
+a cosine decay to 0 after a warm-up of 3 % of the steps. Convert the data with `alignvlm prepare --format llava`.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,13 @@ import alignvlm_jax
 from alignvlm_jax import cli
 from alignvlm_jax.inference import reader
 
-COMMANDS = ("train", "eval", "ask", "inspect", "analyze", "reproduce", "demo")
+GROUPS = {
+    "use a model": ("ask", "inspect"),
+    "train a model": ("demo", "prepare", "train", "compile"),
+    "measure a model": ("eval", "analyze", "reproduce"),
+    "convert a model": ("import", "export"),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
 def error_line(capsys, *argv: str) -> str:
@@ -49,6 +55,10 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"\n    {command} " in out for command in COMMANDS), "one line per command"
+    # Each heading is followed by the commands of its group.
+    lines = out[out.index("\ncommands:\n") :].splitlines()[2 : 2 + len(GROUPS) + len(COMMANDS)]
+    expected = [word for group, commands in GROUPS.items() for word in (f"{group}:", *commands)]
+    assert [line.strip() if line.endswith(":") else line.split()[0] for line in lines] == expected
 
 
 def test_version_is_printed(capsys):

@@ -15,6 +15,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import (
     LocationError,
     absolute,
+    as_path,
     is_bucket,
     is_local,
     local_path,
@@ -150,7 +151,7 @@ def test_every_option_that_is_a_path_is_parsed_as_one():
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
             elif action.metavar in paths:
-                assert action.type in (local_path, name_and_path), action
+                assert action.type in (as_path, local_path, location, name_and_path), action
     names = "config|out|json|checkpoint|folder|vision|language|chat-template|workdir|images|input|plot|data"
     tools = pathlib.Path(__file__).parents[1] / "tools"
     options = [
@@ -159,7 +160,7 @@ def test_every_option_that_is_a_path_is_parsed_as_one():
         for option in file.read_text().split("add_argument(")[1:]
         if re.match(rf"\s*\"--({names})\"", option)
     ]
-    assert len(options) > 15
+    assert len(options) >= 8
     for file, option in options:
         assert re.search(r"type=(local_path|as_path|location)\b", option.partition("help=")[0]), (file, option[:80])
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 class ExportedModel:
-    """Model and processor of a folder written by `tools/export_pytorch.py`."""
+    """Model and processor of a folder written by `alignvlm export`."""
 
     def __init__(self, pretrained: str, *, device: str = "auto", dtype: str = "auto"):
         """Loads the model.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs an exported model in lmms-eval: registers it as `alignvlm`, then calls lmms-eval's own command.
 
-    tools/export_pytorch.py --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
+    alignvlm export --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
     pip install lmms-eval
     tools/lmms_eval_alignvlm.py --model alignvlm --model_args pretrained=alignvlm-3b --tasks docvqa_val,chartqa \
         --batch_size 8 --output_path logs

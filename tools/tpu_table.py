@@ -1,4 +1,4 @@
-"""Writes the table of docs/tpu.md, which shows whether a config fits a TPU slice, one row per call of compile_tpu.py.
+"""Writes the table of docs/tpu.md: whether a config fits a TPU slice, one row per call of `alignvlm compile`.
 
     make test-tpu                          compile all missing rows (minutes each; 4 GB of memory)
     python tools/tpu_table.py --only 8b    only rows whose name contains "8b"
@@ -26,14 +26,14 @@ BEGIN, END = "<!-- table: tools/tpu_table.py -->", "<!-- end of table -->"
 def _row(
     model: str, stage: int, topology: str, mesh: str, decoder: str = "full", encoder: str = "full", more: str = ""
 ) -> str:
-    """Returns the arguments of compile_tpu.py for a model, a slice, a mesh, and what decoder and encoder keep."""
+    """Returns the arguments of `alignvlm compile` for a model, a slice, a mesh, and what decoder and encoder keep."""
     arguments = f"--config configs/alignvlm_{model}.py --topology {topology}{more} --stage {stage} --mesh {mesh}"
     for part, remat in (("language", decoder), ("vision", encoder)):
         arguments += "" if remat == "full" else f" --config.model.{part}.remat={remat}"
     return arguments
 
 
-# Meshes and recomputation were found by `compile_tpu.py --search` for 8B in stage 3.
+# Meshes and recomputation were found by `alignvlm compile --search` for 8B in stage 3.
 ROWS = {
     "8b-stage1-v5e-16x16": _row("8b", 1, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out", "attention_out"),
     "8b-stage3-v5e-16x16": _row("8b", 3, "v5e:16x16", "data=2,fsdp=64,tensor=2", "attention_out,qkv"),
@@ -57,7 +57,7 @@ def main() -> int:
     args = _parse()
     chosen = {name: arguments for name, arguments in ROWS.items() if args.only in name}
     if args.list:
-        print("\n".join(f"python tools/compile_tpu.py {arguments}" for arguments in chosen.values()))
+        print("\n".join(f"alignvlm compile {arguments}" for arguments in chosen.values()))
         return 0
     ROWS_FOLDER.mkdir(parents=True, exist_ok=True)
     for index, (name, arguments) in enumerate(chosen.items()):
@@ -73,12 +73,12 @@ def main() -> int:
 def _compile(name: str, arguments: str, *, is_fast: bool) -> None:
     """Compiles a row in a separate process and stores it."""
     scratch = ROWS_FOLDER / f"{name}.part"
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *shlex.split(arguments)]
+    command = [sys.executable, "-m", "alignvlm_jax", "compile", *shlex.split(arguments)]
     command += ["--optimization-level", "O0"] if is_fast else []
     # Write to a scratch file until the row is complete, because a file with the final name counts as finished.
     code = subprocess.run([*command, "--json", str(scratch)], cwd=ROOT, check=False).returncode
     if code not in (FITS, DOES_NOT_FIT):
-        raise SystemExit(f"{name}: compile_tpu.py failed with exit code {code}; the row was not stored")
+        raise SystemExit(f"{name}: alignvlm compile failed with exit code {code}; the row was not stored")
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     row = json.loads(scratch.read_text(encoding="utf-8"))
     row |= {"arguments": arguments, "revision": revision.stdout.strip()}
@@ -165,7 +165,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="compile finished rows again")
-    parser.add_argument("--fast", action="store_true", help="compile with little effort; see compile_tpu.py")
+    parser.add_argument("--fast", action="store_true", help="compile with little effort; see `alignvlm compile --help`")
     parser.add_argument("--list", action="store_true", help="print the commands and exit")
     return parser.parse_args()
 

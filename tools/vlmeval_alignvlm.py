@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs an exported model in VLMEvalKit: registers it as `alignvlm`, then runs VLMEvalKit's run.py.
 
-    tools/export_pytorch.py --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
+    alignvlm export --checkpoint runs/3b --out alignvlm-3b --dtype bfloat16
     git clone https://github.com/open-compass/VLMEvalKit; cd VLMEvalKit; pip install -e .
     python ../tools/vlmeval_alignvlm.py --pretrained ../alignvlm-3b --data DocVQA_VAL ChartQA_TEST --reuse
 
@@ -69,7 +69,7 @@ class AlignVLM(BaseModel):
 def main() -> None:
     """Registers the model and runs VLMEvalKit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", required=True, help="folder written by tools/export_pytorch.py")
+    parser.add_argument("--pretrained", required=True, help="folder written by alignvlm export")
     parser.add_argument("--device", default="auto", help="torch device (default: the first CUDA device, or the CPU)")
     parser.add_argument("--dtype", default="auto", help="data type of the weights (default: as stored)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum length of an answer (default: 512)")

@@ -4,7 +4,7 @@ AlignVLM aligns a trained vision encoder with a trained language model, so both 
 stand in for SigLIP and Llama in runs that must fit on a laptop. `make backbones` trains them again; `nano/README.md` is
 their model card.
 
-`NANO_MODEL` is the folder of the two backbones joined by ALIGN and trained by the demo, as `tools/export_pytorch.py`
+`NANO_MODEL` is the folder of the two backbones joined by ALIGN and trained by the demo, as `alignvlm export`
 writes it, but without code.
 """
 

@@ -1,4 +1,4 @@
-"""Recognizes the folders that `tools/export_pytorch.py` writes."""
+"""Recognizes the folders that `alignvlm export` writes."""
 
 import json
 from pathlib import Path

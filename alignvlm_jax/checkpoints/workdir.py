@@ -116,7 +116,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         if (kind := model_type(workdir)) is not None:
             raise UserError(
                 f"{folder} is not a checkpoint: its {CONFIG_FILE} describes a model of type {kind!r}. "
-                "tools/import_hf.py joins a SigLIP and a Llama folder into a checkpoint, which then has to be trained"
+                "`alignvlm import` joins a SigLIP and a Llama folder into a checkpoint, which then has to be trained"
             )
         names = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
         incomplete = [int(name) for name in names if name.isdigit()]
@@ -132,7 +132,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
 def _exported_message(name: Path, folder: Path) -> str:
     return (
         f"{name} is an exported folder, for inference and scoring only. For anything else, import it first: "
-        f"tools/import_pytorch.py --folder {folder} --out NEW writes it as the checkpoint NEW"
+        f"`alignvlm import --folder {folder} --out NEW` writes it as the checkpoint NEW"
     )
 
 

@@ -42,7 +42,7 @@ VOCABULARY_DESCRIPTION = """\
 Find the words that ALIGN uses: the mean of P over the patches of many pages, the number
 of words that carry its mass, and the score of models pruned to the most used words.
 --prune and --save write a pruned model as a smaller checkpoint for `alignvlm ask`,
-`alignvlm eval` and tools/export_pytorch.py. It cannot be trained.
+`alignvlm eval` and `alignvlm export`. It cannot be trained.
 """
 
 VOCABULARY_EPILOG = """\

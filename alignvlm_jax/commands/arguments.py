@@ -6,6 +6,7 @@ A type function raises `argparse.ArgumentTypeError` with the expected form.
 import argparse
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from alignvlm_jax.locations import local_path
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions, and lists commands with their summaries on the same line."""
+    """Keeps the line breaks of descriptions, and lists commands by group, with their summaries on the same line."""
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
@@ -23,8 +24,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
+        if not isinstance(action, argparse._SubParsersAction):
+            return text
         # The first line repeats the metavar, which the usage line already has.
-        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+        text = text.partition("\n")[2]
+        for command, group in getattr(action, "group_starts", {}).items():
+            text = re.sub(rf"^    {command} ", f"  {group}:\n\\g<0>", text, count=1, flags=re.MULTILINE)
+        return text
 
 
 def style() -> dict[str, Any]:
@@ -51,6 +57,13 @@ class Commands:
     def __init__(self, parser: argparse.ArgumentParser, *, title: str, dest: str, metavar: str):
         self._subparsers = parser.add_subparsers(title=title, dest=dest, required=True, metavar=metavar)
         self.parsers: dict[str, argparse.ArgumentParser] = self._subparsers.choices
+        # First command of each group -> heading of the group, for `_HelpFormatter`.
+        self._subparsers.group_starts = {}
+        self._group = None
+
+    def start_group(self, heading: str) -> None:
+        """Lists the commands that are added from now on under a heading."""
+        self._group = heading
 
     def add(
         self,
@@ -61,6 +74,7 @@ class Commands:
         epilog: str,
         *,
         takes_overrides: bool = False,
+        passes_on_with: str | None = None,
     ) -> argparse.ArgumentParser:
         """Adds a command.
 
@@ -71,12 +85,17 @@ class Commands:
           description: help text before the arguments.
           epilog: help text after the arguments, which starts with examples.
           takes_overrides: whether the command accepts --config.key=value.
+          passes_on_with: option with which the command passes on arguments that it does not know; without the option,
+            or without a name here, they are an error.
 
         Returns:
           The parser of the command, for its own arguments.
         """
         command = self._subparsers.add_parser(name, help=summary, description=description, epilog=epilog, **style())
-        command.set_defaults(run=run, takes_overrides=takes_overrides)
+        command.set_defaults(run=run, takes_overrides=takes_overrides, passes_on_with=passes_on_with)
+        if self._group is not None:
+            self._subparsers.group_starts[name] = self._group
+            self._group = None
         return command
 
 

@@ -14,7 +14,7 @@ class MixturePart:
     Attributes:
       dataset: name of a data set under the data root.
       split: a split of the data set, or a part of one in TFDS's notation, "train[:90%]".
-      task: kind of conversation to make from a record. "conversation" uses the one that `tools/prepare_data.py` stored
+      task: kind of conversation to make from a record. "conversation" uses the one that `alignvlm prepare` stored
         in it. For the demo's documents, "transcribe" asks for a transcription of the page, "qa" asks its questions, and
         "mixed" does either; see `data/conversations.py`.
       weight: share of the examples, relative to the other parts of the mixture.

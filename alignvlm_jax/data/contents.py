@@ -10,7 +10,7 @@ from alignvlm_jax.data.file_kinds import identify, is_office
 
 HEAD_BYTES = 512
 
-# How `tools/prepare_data.py` reads the content of a file. Benchmarks have no such choice.
+# How `alignvlm prepare` reads the content of a file. Benchmarks have no such choice.
 FORMATS_OF: Mapping[str, str] = {
     "json": "read it with --format messages, llava or docdownstream",
     "tar": "read it with --format webdataset",

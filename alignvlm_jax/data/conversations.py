@@ -2,7 +2,7 @@
 
 The tasks and the fields they read:
 
-    conversation   `conversation` (messages as JSON) and `images`, as `tools/prepare_data.py` writes them: any number of
+    conversation   `conversation` (messages as JSON) and `images`, as `alignvlm prepare` writes them: any number of
                    images and turns; the i-th {"type": "image"} stands for images[i]
     transcribe     `image`, `transcription`: the answer is the text of the page
     qa             `image`, `questions`, `answers`: the questions of the page, in random order

@@ -24,12 +24,12 @@ def describe_no_dataset(folder: str | os.PathLike) -> str:
         return f"{folder} is not a data set but a file"
     why = "it holds no dataset_info.json" if path.exists() else "there is no such folder"
     if (path / _PLAN).exists():
-        return f"{folder} is not a data set yet: run the same tools/prepare_data.py command again to finish it"
+        return f"{folder} is not a data set yet: run the same `alignvlm prepare` command again to finish it"
     beneath = _datasets_beneath(path)
     if not beneath and path.is_dir():
         endings = count_endings(folder)
         if raw := [ending for ending in _RAW_ENDINGS if ending in endings]:
-            why += f"; tools/prepare_data.py makes one of its {' and '.join(raw)} files"
+            why += f"; `alignvlm prepare` makes one of its {' and '.join(raw)} files"
     # If there are none beneath the folder, look beneath the nearest folder that exists above it.
     above = next((parent for parent in path.parents if parent.exists() and str(parent) != "/"), None)
     base = path if beneath or above is None else above

@@ -6,7 +6,7 @@ Controls replace the images and keep questions and answers. A model that reads i
     blank   a white page of the same size; measures what the questions alone reveal
     wrong   a page of another document of the same family; measures what the family's layout and usual values reveal
 
-Conversations written by `tools/prepare_data.py` are scored in the same way. Each turn of the assistant is an expected
+Conversations written by `alignvlm prepare` are scored in the same way. Each turn of the assistant is an expected
 answer, and its prompt contains the preceding turns as they are in the data. They do not support the control `wrong`.
 """
 
@@ -48,7 +48,7 @@ Record = Mapping[str, Any]
 """A record from `data/store.py`.
 
 It is a document (id, source for its family, font, encoded image, questions, answers) or a record of
-`tools/prepare_data.py` (id, source, conversation, images).
+`alignvlm prepare` (id, source, conversation, images).
 """
 
 # Number of pages in memory at once: enough for batches of similar length, and few enough for large pages.
@@ -269,7 +269,7 @@ def _documents(records: Sequence[Record]) -> Iterator[_Document]:
         elif "questions" not in record:
             raise UserError(
                 f"cannot score records with the fields {', '.join(record)}: expected documents (id, source, font, "
-                "image, questions, answers) or records of tools/prepare_data.py (id, source, conversation, images)"
+                "image, questions, answers) or records of `alignvlm prepare` (id, source, conversation, images)"
             )
         elif record["questions"]:
             yield _Document(

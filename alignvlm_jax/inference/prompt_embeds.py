@@ -3,7 +3,7 @@
 Axes: L positions of one prompt, D decoder width.
 
 vLLM serves a plain Llama and accepts vectors in place of token ids, as other engines may do. The encoder and the
-connector then run here, and the decoder in the engine, from the folder that `tools/export_pytorch.py --language-only`
+connector then run here, and the decoder in the engine, from the folder that `alignvlm export --language-only`
 writes:
 
     reader = alignvlm_jax.load("runs/demo/checkpoint")

@@ -263,7 +263,7 @@ def load(
 
     Args:
       checkpoint: folder of a training run (its newest step is loaded), one of its step folders, a folder written by
-        `tools/export_pytorch.py`, or "nano" for the trained model in the package.
+        `alignvlm export`, or "nano" for the trained model in the package.
       batch_size: maximum number of questions answered at once.
       dtype: data type of the weights. By default, weights stored in bfloat16 stay so if the model computes in bfloat16,
         and all others become float32.

@@ -135,7 +135,7 @@ def _refuse_other_models(folder: Path, config_json: dict[str, Any]) -> None:
         return
     advice = ""
     if kind in ("llama", "siglip", "siglip_vision_model"):
-        advice = f": a {kind} folder is a single backbone; tools/import_hf.py builds an AlignVLM from two"
+        advice = f": a {kind} folder is a single backbone; `alignvlm import` builds an AlignVLM from two"
     raise UserError(f"{folder}/config.json: model_type is {kind!r}, expected 'alignvlm'{advice}")
 
 

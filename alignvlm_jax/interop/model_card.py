@@ -85,7 +85,7 @@ def _introduction(part: str) -> str:
         return (
             "A vision-language model that answers questions about images of documents. It was trained in JAX with "
             "`alignvlm_jax` and exported for PyTorch. The code in this folder is all that transformers (5.0 or newer) "
-            "needs. `tools/import_pytorch.py` of `alignvlm_jax` imports the folder without loss."
+            "needs. `alignvlm import --folder` of `alignvlm_jax` imports the folder without loss."
         )
     backbone = "decoder" if part == "language" else "encoder"
     return (

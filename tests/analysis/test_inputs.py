@@ -16,7 +16,7 @@ from tests.analysis.tiny import random_reader, records
 
 
 def conversations():
-    """Returns four pages of `records` as conversations of `tools/prepare_data.py`, with 0, 1, 0 and 3 pages."""
+    """Returns four pages of `records` as conversations of `alignvlm prepare`, with 0, 1, 0 and 3 pages."""
     pages = [record["image"] for record in records()[:4]]
     found = []
     for number, shown in enumerate(([], pages[:1], [], pages[1:])):

@@ -50,7 +50,7 @@ def turn(question: str, answer: str, images: int = 0) -> list[dict]:
 
 
 def prepared(i: int, *turns: list[dict], sizes: tuple[tuple[int, int], ...] = ()) -> dict:
-    """Returns a record as `tools/prepare_data.py` writes it, with one image of each size."""
+    """Returns a record as `alignvlm prepare` writes it, with one image of each size."""
     return {
         "id": f"record-{i}",
         "source": "mixture",

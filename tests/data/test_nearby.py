@@ -32,7 +32,7 @@ def root(tmp_path, monkeypatch):
             "daat/docs",
             "there is no such folder. Data sets beneath .: data/docs/test, data/docs/train, data/names/1.0.0",
         ),
-        ("data/half", "not a data set yet: run the same tools/prepare_data.py command again"),
+        ("data/half", "not a data set yet: run the same `alignvlm prepare` command again"),
         ("raw", "makes one of its .parquet files. Data sets beneath .: data/docs/test"),
         ("raw/a.parquet", "is not a data set but a file"),
     ],

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from tests.data.bucket import bucket_in
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
 
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+PREPARE = [sys.executable, "-m", "alignvlm_jax", "prepare"]
 IN_PROCESS = in_processes(1)
 
 
@@ -173,7 +172,7 @@ def test_killed_and_restarted_conversion_writes_the_same_files(tmp_path):
     recipe = Recipe("llava", (str(file),), options=options, limits=limits)
     prepare(recipe, tmp_path / "whole", convert=IN_PROCESS, progress=False)
 
-    arguments = [sys.executable, TOOL, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
+    arguments = [*PREPARE, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
     arguments += ["--records-per-shard", "3", "--processes", "2", "--out", killed]
     finished = []
     for shards_before_death in (1, 15):
@@ -248,7 +247,7 @@ def test_full_disk_is_reported_and_work_resumes_after_freeing_space(tmp_path):
     limits = Limits(image_root=str(tmp_path / "images"))
     recipe = Recipe("llava", (str(file),), options=FormatOptions(records_per_shard=50), limits=limits)
     prepare(recipe, tmp_path / "whole", convert=IN_PROCESS, progress=False)
-    command = f"{sys.executable} {TOOL} --format llava --input {file} --images {tmp_path}/images --processes 1 "
+    command = f"{' '.join(PREPARE)} --format llava --input {file} --images {tmp_path}/images --processes 1 "
     command += f"--records-per-shard 50 --out {tmp_path}/full"
     run = subprocess.run(["bash", "-c", f"ulimit -f 20; {command}"], capture_output=True, text=True)  # 20 KiB per file
     assert run.returncode == 2 and "Traceback" not in run.stderr
@@ -286,25 +285,6 @@ def test_mistakes_are_named(pages, tmp_path):
         prepare(Recipe("llava", (str(pages / "a.json"),), split="all"), out)
     with pytest.raises(UserError, match="image root .*lost is not a folder"):
         prepare(Recipe("llava", (str(pages / "a.json"),), limits=Limits(image_root=str(tmp_path / "lost"))), out)
-
-
-def test_tool_prints_a_summary(pages, tmp_path, monkeypatch, capsys):
-    write_json(pages / "a.json", [llava_record(i) for i in range(9)])
-    main = runpy.run_path(str(TOOL))["main"]
-
-    def run(*arguments):
-        command = ["--format", "llava", "--input", pages, "--images", pages / "images", "--out", tmp_path / "out"]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in (TOOL, *command, "--processes", 1, *arguments)])
-        return main(), *capsys.readouterr()
-
-    code, _, errors = run()
-    assert code == 2 and "error: 1 of 9 records" in errors
-    code, output, errors = run("--max-rejects", 0.2)
-    assert code == 0 and "\r" not in errors  # a progress bar is for a terminal
-    assert output.splitlines() == [f"{tmp_path / 'out'}: 8 of 9 records, 1 refused", "         1  missing image"]
-    with pytest.raises(SystemExit):
-        run("--temp_location", "x")
-    assert "unrecognized arguments: --temp_location x" in capsys.readouterr().err
 
 
 def test_missing_shards_are_refused(tmp_path, capsys):

@@ -14,7 +14,7 @@ from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
 from alignvlm_jax.data.prepare_beam import in_beam
 from alignvlm_jax.errors import UserError
 from tests.data.formats.samples import write_input
-from tests.data.test_prepare import TOOL, contents
+from tests.data.test_prepare import PREPARE, contents
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_the_direct_runner_writes_the_same(tmp_path):
     file = write_input("llava", tmp_path, 40)
     options, limits = FormatOptions(records_per_shard=3), Limits(image_root=str(tmp_path / "images"))
     prepare(Recipe("llava", (str(file),), options=options, limits=limits), tmp_path / "whole", convert=in_processes(1))
-    arguments = [sys.executable, TOOL, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
+    arguments = [*PREPARE, "--format", "llava", "--input", file, "--images", tmp_path / "images"]
     arguments += ["--records-per-shard", "3", "--runner", "DirectRunner", "--out"]
     two_processes = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
     for name, more in {"one": [], "two": two_processes}.items():

@@ -51,7 +51,7 @@ def test_data_and_configs_are_ready_for_training(tmp_path, monkeypatch):
     for file, text in blocks():
         if file:
             (tmp_path / file).write_text(text)
-        elif "make_tags" in text or "prepare_data" in text or "import_pytorch" in text:
+        elif "make_tags" in text or "alignvlm prepare" in text or "alignvlm import" in text:
             shell(text, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "tags" / "train.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and not (tmp_path / "data" / "tags" / "rejects.jsonl").read_text()

@@ -141,7 +141,7 @@ class ChattingReader(FakeReader):
 
 
 def conversation(number: int, *turns: tuple[int, str, str]) -> dict:
-    """Returns a record of tools/prepare_data.py with turns of (number of images, question, answer)."""
+    """Returns a record of alignvlm prepare with turns of (number of images, question, answer)."""
     messages = []
     for num_images, question, answer in turns:
         parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]

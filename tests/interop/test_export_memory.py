@@ -46,8 +46,8 @@ def test_an_8b_model_is_exported_within_a_shard_and_4_gb(disk):
     shapes = _write_random_checkpoint(disk / "checkpoint", config)
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
     start_time = time.monotonic()
-    tool = _REPOSITORY / "tools" / "export_pytorch.py"
-    command = [sys.executable, str(tool), "--checkpoint", str(disk / "checkpoint"), "--out", str(disk / "out")]
+    command = [sys.executable, "-m", "alignvlm_jax", "export"]
+    command += ["--checkpoint", str(disk / "checkpoint"), "--out", str(disk / "out")]
     peak = _peak_anonymous_memory(command)
     seconds = time.monotonic() - start_time
     print(f"{total / 1e9:.1f} GB exported in {seconds:.0f} s; peak {peak / 1e9:.2f} GB of anonymous memory")

@@ -1,11 +1,9 @@
-"""`tools/import_hf.py` makes a checkpoint for inference, training and export from two folders."""
+"""`alignvlm import` makes a checkpoint for inference, training and export from two folders."""
 
 import dataclasses
 import json
 import re
-import runpy
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ import PIL.Image
 import pytest
 
 import alignvlm_jax
+from alignvlm_jax import cli
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints import weights
 from alignvlm_jax.checkpoints.workdir import read_run_config
@@ -140,7 +139,7 @@ def test_a_context_without_room_for_a_tile_is_refused(backbones, tmp_path):
 
 def test_the_shipped_config_of_the_same_shape_is_used(tmp_path, capsys):
     arguments = ["--vision", "nano", "--language", "nano", "--out", str(tmp_path / "out"), "--max-tiles", "3"]
-    run_tool(*arguments)
+    assert cli.main(["import", *arguments]) == 0
     config, nano = read_run_config(tmp_path / "out"), load_config("nano.py")
     assert config.stages == nano.stages and config.model == nano.model
     assert config.data.tiling == dataclasses.replace(nano.data.tiling, max_tiles=3)
@@ -149,23 +148,11 @@ def test_the_shipped_config_of_the_same_shape_is_used(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, params, initial_parameters(nano))
 
 
-def run_tool(*arguments):
-    """Runs the script as the main program; raises SystemExit if it fails."""
-    original = sys.argv
-    sys.argv = ["tools/import_hf.py", *arguments]
-    try:
-        runpy.run_path("tools/import_hf.py", run_name="__main__")
-    except SystemExit as exited:
-        if exited.code:
-            raise
-    finally:
-        sys.argv = original
-
-
 def test_the_printed_command_has_the_size_of_the_grown_table(backbones, tmp_path, capsys):
     folder, _ = backbones
     out = tmp_path / "out"
-    run_tool("--vision", str(folder / "vision"), "--language", str(folder / "language"), "--out", str(out))
+    folders = ["--vision", str(folder / "vision"), "--language", str(folder / "language")]
+    assert cli.main(["import", *folders, "--out", str(out)]) == 0
     grown = "--config.model.language.vocab_size=576 --config.model.connector.vocab_size=512"
     assert f"--init-from {out} {grown}" in capsys.readouterr().out
 
@@ -228,10 +215,7 @@ def test_bad_arguments_are_refused(backbones, tmp_path, capsys):
         (["--out", str(tmp_path / "out"), "--chat-template", "gone.jinja"], "gone.jinja: cannot be read"),
         (["--out", str(tmp_path / "out"), "--mesh", "data=2,model=4"], "such as data=1"),
         (["--out", str(tmp_path / "out"), "--mesh", "data=3"], "does not fit 8 device"),
-        (["--out", str(tmp_path / "out"), "--max-tiles", "0"], "expected a positive integer"),
     ):
-        with pytest.raises(SystemExit) as exited:
-            run_tool(*required, *arguments)
-        assert exited.value.code == 2
+        assert cli.main(["import", *required, *arguments]) == 2
         assert re.search(message, capsys.readouterr().err), message
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -183,7 +183,7 @@ def test_tensors_that_do_not_fit_are_reported_together(edited, tmp_path):
 
 def test_folders_of_other_models_are_refused(checkpoint, edited, tmp_path):
     export_language(checkpoint, tmp_path / "llama")
-    _assert_refused("model_type is 'llama', expected 'alignvlm'.*tools/import_hf.py", tmp_path / "llama", tmp_path)
+    _assert_refused("model_type is 'llama', expected 'alignvlm'.*alignvlm import", tmp_path / "llama", tmp_path)
     _assert_refused("no config.json", tmp_path / "nowhere", tmp_path)
     _edit_json(edited / "config.json", connector_config={"name": "qformer"})
     _assert_refused("connector.name: expected one of align, mlp.*got 'qformer'", edited, tmp_path)

@@ -147,7 +147,7 @@ def test_one_image_gives_the_same_logits_in_jax_and_in_pytorch(folders):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
     PIL.Image.fromarray(pixels).resize((300, 380)).save(folders / "page.png")
     start_time = time.monotonic()
-    export = [sys.executable, "tools/export_pytorch.py", "--checkpoint", out, "--out", folders / "exported"]
+    export = [sys.executable, "-m", "alignvlm_jax", "export", "--checkpoint", out, "--out", folders / "exported"]
     exported = subprocess.run(export, capture_output=True, text=True)
     assert exported.returncode == 0, exported.stderr[-3000:]
     print(json.dumps({"what": "export bfloat16", "seconds": round(time.monotonic() - start_time)}))

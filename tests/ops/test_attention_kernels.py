@@ -1,7 +1,7 @@
 """Values and gradients of the kernels against float64, the choice of a kernel, and the fallback.
 
 The Pallas kernels run in Pallas's interpreter, which executes their arithmetic and masks. That they compile is tested
-separately: for TPUs in tests/tools/test_compile_tpu.py, and for CUDA below.
+separately: for TPUs in tests/commands/test_compile.py, and for CUDA below.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Errors of `topology_devices`; tests/tools/test_compile_tpu.py compiles for real topologies."""
+"""Errors of `topology_devices`; tests/commands/test_compile.py compiles for real topologies."""
 
 import importlib.util
 

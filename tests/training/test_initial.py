@@ -148,6 +148,6 @@ def test_the_train_step_imports_no_data_libraries():
 
 @pytest.mark.parametrize("name", ["nano", str(NANO_MODEL)])
 def test_an_exported_folder_must_be_imported_before_training(name):
-    command = f"tools/import_pytorch.py --folder {NANO_MODEL} --out NEW"
+    command = f"`alignvlm import --folder {NANO_MODEL} --out NEW`"
     with pytest.raises(UserError, match=f"{name} is an exported folder.*: {command}"):
         initial_parameters(ExperimentConfig(init_from=name))

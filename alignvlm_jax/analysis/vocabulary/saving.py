@@ -34,7 +34,7 @@ def save_pruned(
 ) -> None:
     """Writes a checkpoint pruned to its k most used words as a workdir, with weights in their stored dtypes.
 
-    `load`, `alignvlm ask`, `alignvlm eval` and `tools/export_pytorch.py` accept the result. Training refuses it.
+    `load`, `alignvlm ask`, `alignvlm eval` and `alignvlm export` accept the result. Training refuses it.
 
     Args:
       checkpoint: as for `inference.reader.load`.

@@ -1,4 +1,4 @@
-"""Tests of tools/compile_tpu.py: output, report and exit codes for real steps compiled by libtpu, without a TPU.
+"""`alignvlm compile`: output, report and exit codes for real steps compiled by libtpu, without a TPU.
 
 The tests use low compiler effort, which takes a fifth of the time. The programs are the same, with worse schedules.
 `make test-tpu` compiles the full models with normal effort.
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from alignvlm_jax import cli
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.parallel import topology
 from alignvlm_jax.parallel.topology import has_compiler
-from tools import compile_tpu as tool
+from alignvlm_jax.training import ahead_of_time
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
@@ -28,9 +30,9 @@ TWO_LAYERS = (
 )
 
 
-def compile_tpu(*arguments):
+def compile_step(*arguments):
     environment = {**os.environ, "XLA_FLAGS": "", "NPROC": ""}
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), *FAST, *arguments]
+    command = [sys.executable, "-m", "alignvlm_jax", "compile", *FAST, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 
@@ -38,7 +40,7 @@ def compile_tpu(*arguments):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_nano_model_trains_on_a_slice(tmp_path, topology):
     file = tmp_path / "report.json"
-    done = compile_tpu("--config", "configs/nano.py", "--topology", topology, "--json", str(file))
+    done = compile_step("--config", "configs/nano.py", "--topology", topology, "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["fits"] and 0 < report["per_chip_bytes"] < report["capacity_bytes"]
@@ -55,7 +57,7 @@ def test_the_nano_model_trains_on_a_slice(tmp_path, topology):
 def test_a_model_that_does_not_fit_is_reported_with_advice(tmp_path):
     file = tmp_path / "report.json"
     words = "--config.model.language.vocab_size=8000000"  # Two tables of 4.1 GB, and their optimizer state.
-    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", words, "--json", str(file))
+    done = compile_step("--config", "configs/nano.py", "--topology", "v5e:2x2", words, "--json", str(file))
     assert done.returncode == 3, done.stderr
     report = json.loads(file.read_text())
     assert not report["fits"] and "DOES NOT FIT" in done.stdout
@@ -66,7 +68,7 @@ def test_a_model_that_does_not_fit_is_reported_with_advice(tmp_path):
 def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
     file, text = tmp_path / "report.json", tmp_path / "program.txt"
     files = ("--json", str(file), "--text", str(text))
-    done = compile_tpu("--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", *files, *TWO_LAYERS)
+    done = compile_step("--config", "configs/alignvlm_8b.py", "--topology", "v5e:2x2", *files, *TWO_LAYERS)
     assert done.returncode == 0, done.stderr
     assert text.read_text().startswith("HloModule jit_train_step")
     report = json.loads(file.read_text())
@@ -81,7 +83,7 @@ def test_two_layers_of_the_8b_model_fit_four_chips(tmp_path):
 def test_the_decoder_alone_trains_on_a_slice(tmp_path):
     file = tmp_path / "report.json"
     rows = ("--text-only", "--length", "512", "--rows-per-device", "2")
-    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", *rows, "--json", str(file))
+    done = compile_step("--config", "configs/nano.py", "--topology", "v5e:2x2", *rows, "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["attention"] == {"decoder": "splash"} and report["trainable"] == ["language"]
@@ -95,21 +97,21 @@ def test_the_length_of_text_is_passed_on(monkeypatch):
         lengths.append(text_length)
         raise UserError("this is enough")
 
-    monkeypatch.setattr(tool, "topology_devices", lambda *arguments, **options: [])
-    monkeypatch.setattr(tool.ahead_of_time, "compile_train_step", compile_train_step)
-    arguments = ["--config", "configs/nano.py", "--topology", "v5e:2x2"]
-    assert tool.main([*arguments, "--text-only", "--length", "512"]) == 2
-    assert tool.main(arguments) == 2
+    monkeypatch.setattr(topology, "topology_devices", lambda *arguments, **options: [])
+    monkeypatch.setattr(ahead_of_time, "compile_train_step", compile_train_step)
+    arguments = ["compile", "--config", "configs/nano.py", "--topology", "v5e:2x2"]
+    assert cli.main([*arguments, "--text-only", "--length", "512"]) == 2
+    assert cli.main(arguments) == 2
     assert lengths == [512, None]
     for incomplete in (["--text-only"], ["--length", "512"], ["--text-only", "--length", "512", "--decode"]):
-        with pytest.raises(SystemExit):
-            tool.main([*arguments, *incomplete])
+        assert cli.main([*arguments, *incomplete]) == 2
+    assert len(lengths) == 2
 
 
 @pytest.mark.large
 def test_decoding_compiles(tmp_path):
     file = tmp_path / "report.json"
-    done = compile_tpu("--config", "configs/nano.py", "--topology", "v5e:2x2", "--decode", "--json", str(file))
+    done = compile_step("--config", "configs/nano.py", "--topology", "v5e:2x2", "--decode", "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["prefill"]["fits"] and report["decode"]["fits"]
@@ -126,6 +128,6 @@ def test_decoding_compiles(tmp_path):
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(arguments, message):
-    done = compile_tpu("--config", "configs/nano.py", *arguments)
+    done = compile_step("--config", "configs/nano.py", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The search of tools/compile_tpu.py: stored reports, and a real search for a tiny model."""
+"""The search of `alignvlm compile`: stored reports, and a real search for a tiny model."""
 
 import functools
 import json
@@ -12,10 +12,9 @@ import pytest
 from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.parallel.chips import TPU_V5E
 from alignvlm_jax.parallel.topology import has_compiler
-from alignvlm_jax.training import ahead_of_time
+from alignvlm_jax.training import ahead_of_time, compile_processes
 from alignvlm_jax.training.compile_candidates import Candidate, Space, lower_bound
 from alignvlm_jax.training.compile_search import FULL, LOW
-from tools import tpu_search
 
 CANDIDATE = Candidate(1, 4, 1, 1, "full", "full", 1024, 10)
 ROOT = Path(__file__).parents[2]
@@ -35,17 +34,19 @@ def processes(monkeypatch):
             Path(command[-1]).write_text(json.dumps({"fits": code != 3}))
         return subprocess.CompletedProcess(command, code, "", stderr)
 
-    monkeypatch.setattr(tpu_search.subprocess, "run", run)
+    monkeypatch.setattr(compile_processes.subprocess, "run", run)
     return commands, results
 
 
 def compile_program(folder, effort=LOW, candidate=CANDIDATE, identity="a"):
-    return tpu_search.compile_program(["--config", "nano.py"], folder, identity, candidate, effort, 60.0)
+    return compile_processes.compile_program(["--config", "nano.py"], folder, identity, candidate, effort, 60.0)
 
 
 def test_the_decoder_is_tried_with_every_recomputation_that_auto_tries():
-    assert tpu_search.REMAT[0] == "none" and tpu_search.REMAT[-1] == "full"
-    assert "attention_out,qkv" in tpu_search.REMAT and len(set(tpu_search.REMAT)) == len(tpu_search.REMAT)
+    assert compile_processes.REMAT[0] == "none" and compile_processes.REMAT[-1] == "full"
+    assert "attention_out,qkv" in compile_processes.REMAT and len(set(compile_processes.REMAT)) == len(
+        compile_processes.REMAT
+    )
 
 
 def test_a_finished_program_is_not_compiled_again(tmp_path, processes):
@@ -70,10 +71,10 @@ def test_an_unfinished_program_is_compiled_again(tmp_path, processes):
 
 def test_the_identity_depends_on_the_config_and_the_source(tmp_path, monkeypatch):
     one, other = (load_config("configs/nano.py", [f"seed={seed}"]) for seed in (1, 2))
-    assert tpu_search.identity(one) == tpu_search.identity(one) != tpu_search.identity(other)
-    before = tpu_search.identity(one)
-    monkeypatch.setattr(tpu_search, "ROOT", tmp_path)
-    assert tpu_search.identity(one) != before
+    assert compile_processes.identity(one) == compile_processes.identity(one) != compile_processes.identity(other)
+    before = compile_processes.identity(one)
+    monkeypatch.setattr(compile_processes, "PACKAGE", tmp_path)
+    assert compile_processes.identity(one) != before
 
 
 def test_the_lower_bound_is_below_the_compilers_figure_and_above_a_third_of_it():
@@ -84,7 +85,7 @@ def test_the_lower_bound_is_below_the_compilers_figure_and_above_a_third_of_it()
 
     @functools.cache
     def state_bytes(*sizes):
-        return tpu_search.state_bytes(experiment.model, stage, jax.devices(), 1, *sizes)
+        return compile_processes.state_bytes(experiment.model, stage, jax.devices(), 1, *sizes)
 
     space = Space(experiment, stage, TPU_V5E, 8, 1, ahead_of_time.capacity_bytes(TPU_V5E), state_bytes)
     policy = experiment.model.language.remat
@@ -97,7 +98,7 @@ def test_the_lower_bound_is_below_the_compilers_figure_and_above_a_third_of_it()
 @pytest.mark.large
 @pytest.mark.skipif(not has_compiler(), reason="libtpu is only available for Linux on x86")
 def test_a_search_for_a_tiny_model_finds_what_fits(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "compile_tpu.py"), "--config", "configs/nano.py"]
+    command = [sys.executable, "-m", "alignvlm_jax", "compile", "--config", "configs/nano.py"]
     command += ["--topology", "v5e:2x2", "--search", "--mesh", "data=4", "--mesh", "data=2,fsdp=2", "--rows", "1"]
     command += ["--remat", "full", "--remat", "none", "--finalists", "1", "--search-dir", str(tmp_path)]
     runs = [subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200) for _ in range(2)]
