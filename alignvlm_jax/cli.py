@@ -24,6 +24,7 @@ import alignvlm_jax
 from alignvlm_jax.commands import (
     analyze,
     ask,
+    compilation_cache,
     compile,
     demo,
     evaluate,
@@ -66,14 +67,19 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    if argv is None and not _has_accelerator() and getattr(args, "process_id", None) is None:
+    # With arguments, another program calls this function, and its process is left as it is.
+    is_alone = argv is None and getattr(args, "process_id", None) is None and not getattr(args, "coordinator", None)
+    if is_alone and not _has_accelerator():
         restart_with_huge_pages()
     _quiet_logs(args.debug)
-    return run_program("alignvlm", lambda: _run(args), debug=args.debug)
+    return run_program("alignvlm", lambda: _run(args, use_cache=is_alone), debug=args.debug)
 
 
-def _run(args: argparse.Namespace) -> int | None:
+def _run(args: argparse.Namespace, *, use_cache: bool) -> int | None:
     """Runs a parsed command and returns its exit code, if it has one of its own."""
+    # `compile` shows what the compiler does.
+    if use_cache and args.command != "compile":
+        compilation_cache.turn_on(os.environ)
     with ordinary_modes():
         return args.run(args)
 
