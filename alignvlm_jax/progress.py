@@ -42,13 +42,16 @@ def progress_bar(
         return tqdm(iterable, desc, **{"dynamic_ncols": True, **options})
     has_total = options.get("total") is not None or hasattr(iterable, "__len__")
     line_format = options.get("bar_format") or (_LINE_FORMAT if has_total else _LINE_FORMAT_WITHOUT_TOTAL)
-    options |= {
-        "bar_format": line_format.replace("|{bar}|", ""),
-        "file": _Lines(sys.stderr),
+    return LineBar(iterable, desc, **options | {"bar_format": line_format.replace("|{bar}|", "")})
+
+
+class LineBar(tqdm):
+    """A bar that prints a line now and then, for a log file."""
+
+    def __init__(self, *args: Any, **options: Any):
         # A nested bar would otherwise move the cursor of the terminal.
-        "position": 0,
-    }
-    return tqdm(iterable, desc, **options)
+        defaults = {"bar_format": _LINE_FORMAT}
+        super().__init__(*args, **defaults | options | {"file": _Lines(sys.stderr), "position": 0})
 
 
 def exclude_first_step(bar: tqdm) -> None:

@@ -9,19 +9,16 @@ writes it, but without code.
 """
 
 import os
-import re
 from pathlib import Path
 
 from alignvlm_jax.downloads.contents import describe_adapter
-from alignvlm_jax.downloads.hub_cache import snapshot_folder
+from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 
 _NANO = Path(__file__).parent / "nano"
 NANO_MODEL = _NANO / "model"
 
-# A name on the Hub: organization and model.
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SHIPPED = {
     ("vision", "nano"): _NANO / "vision",
     ("vision", "nano-transcription"): _NANO / "vision_transcription",
@@ -29,25 +26,23 @@ _SHIPPED = {
 }
 
 
-def backbone_folder(kind: str, name: str) -> Path:
-    """Returns the Hugging Face folder of a backbone.
+def backbone_folder(kind: str, name: str, *, with_weights: bool = True, is_quiet: bool = False) -> Path:
+    """Returns the Hugging Face folder of a backbone, after downloading it if it is on the Hub.
 
     Args:
       kind: "vision" or "language".
       name: "nano" for the shipped backbone, "nano-transcription" for the shipped encoder that was trained without
-        labels per patch, otherwise a path; in the cache of the Hub, also the model's folder above its revisions.
+        labels per patch; otherwise a folder, or a name on the Hub (`downloads/sources.py`).
+      with_weights: whether the weights are needed, and not only the config and the tokenizer.
+      is_quiet: whether to print nothing about downloads.
 
     Raises:
-      UserError: if the folder does not exist or holds no config.json.
+      UserError: if the folder does not exist or holds no config.json, or the model on the Hub cannot be read.
     """
-    folder = _SHIPPED.get((kind, name)) or snapshot_folder(name)
+    shipped = _SHIPPED.get((kind, name))
+    folder = shipped or model_source(name, with_weights=with_weights, is_quiet=is_quiet)
     if (folder / "config.json").is_file():
         return folder
-    if not folder.exists() and _REPOSITORY.fullmatch(name):
-        raise UserError(
-            f"{name}: no such folder. If it is a model on the Hub, download it first: hf download {name} --local-dir "
-            f"{folder.name}"
-        )
     reason = describe_stub(folder / "config.json")
     if reason and (folder / "config.json").is_symlink():
         raise UserError(f"{folder / 'config.json'} {reason}")
@@ -55,15 +50,19 @@ def backbone_folder(kind: str, name: str) -> Path:
         raise UserError(f"{folder}: {adapter}")
     raise UserError(
         f"{folder} is not a {kind} backbone: it needs a Hugging Face config.json and model.safetensors "
-        "('nano' is the shipped backbone)"
+        "('nano' is the shipped backbone, ORGANIZATION/NAME is one on the Hub)"
     )
 
 
 def trained_model(checkpoint: str | os.PathLike) -> Path:
     """Returns the folder of a checkpoint.
 
-    "nano" is the model in the package, unless a file or folder has that name. A model in the cache of the Hub may be
-    named by any of its folders.
+    "nano" is the model in the package, unless a file or folder has that name. An exported model may also be named by
+    any of its folders in the cache of the Hub, or by its name on the Hub.
     """
-    is_nano = os.fspath(checkpoint) == "nano" and not os.path.exists("nano")
-    return NANO_MODEL if is_nano else snapshot_folder(checkpoint)
+    text = os.fspath(checkpoint)
+    if text == "nano" and not os.path.exists("nano"):
+        return NANO_MODEL
+    # A mistyped folder of a run looks like a name on the Hub, but its parent exists here.
+    is_mistyped = "://" not in text and not os.path.lexists(text) and Path(text).parent.exists()
+    return Path(text) if is_mistyped else model_source(checkpoint)

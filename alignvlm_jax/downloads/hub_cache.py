@@ -8,9 +8,13 @@
 Users copy the path of any of these folders. Only `snapshots/REVISION` holds the files.
 """
 
+import contextlib
 import os
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
+from alignvlm_jax.downloads.hub_ids import HubId
 from alignvlm_jax.errors import UserError
 
 _SNAPSHOTS = "snapshots"
@@ -53,3 +57,62 @@ def model_name(folder: str | os.PathLike) -> str:
         if ancestor.name.startswith(_MODEL_PREFIX):
             return ancestor.name.removeprefix(_MODEL_PREFIX).replace("--", "/")
     return folder.name
+
+
+def snapshot_path(hub_id: HubId, commit: str) -> Path:
+    """Returns the folder of a commit in the cache, which may not exist."""
+    return _storage(hub_id) / _SNAPSHOTS / commit
+
+
+def cached_commit(hub_id: HubId) -> str | None:
+    """Returns the commit that the cache knows for a revision, or None if it does not know it."""
+    if hub_id.is_pinned:
+        commit = hub_id.revision
+    else:
+        try:
+            commit = (_storage(hub_id) / "refs" / (hub_id.revision or "main")).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+    return commit if snapshot_path(hub_id, commit).is_dir() else None
+
+
+def cached_names(hub_id: HubId, commit: str) -> Mapping[str, int]:
+    """Returns the paths of the files that the cache has of a commit, with their sizes."""
+    folder = snapshot_path(hub_id, commit)
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.exists()}
+
+
+def listed_names(hub_id: HubId) -> Mapping[str, int] | None:
+    """Returns all files of a commit, with their sizes, if an earlier download stored the list; None otherwise."""
+    import huggingface_hub
+
+    # Version 2 of the library stores lists of files.
+    read = getattr(huggingface_hub, "get_cached_repo_tree", None)
+    if read is None:
+        return None
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return {file.path: file.size for file in read(hub_id.name, repo_type=hub_id.kind, revision=hub_id.revision)}
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def record_revision(hub_id: HubId, commit: str) -> None:
+    """Records the commit that a branch or a tag stands for, as `huggingface_hub` does. A cache that is read-only stays."""
+    if hub_id.is_pinned:
+        return
+    path = _storage(hub_id) / "refs" / (hub_id.revision or "main")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        partial.write_text(commit, encoding="utf-8")
+        partial.replace(path)
+
+
+def _storage(hub_id: HubId) -> Path:
+    """Returns the folder of a repository in the cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{hub_id.kind}s--{hub_id.name.replace('/', '--')}"
