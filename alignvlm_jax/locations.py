@@ -44,6 +44,8 @@ _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 # A scheme has two letters or more, because `C:/` is a drive of Windows.
 _URL = re.compile(r"\s*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)(?P<rest>.*)", re.DOTALL)
+# Pages of the Hub are refused later, with the name of what they show.
+_HUB_PAGES = ("hf://", "https://huggingface.co/", "https://hf.co/")
 _KINDS = {
     **dict.fromkeys(("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "r2", "oss"), "is in a bucket"),
     **dict.fromkeys(("http", "https", "ftp", "ftps"), "is on the web"),
@@ -55,7 +57,8 @@ _KINDS = {
 _NEXT_STEPS = {
     "is in a bucket": "Expected a path on a disk that all hosts see: mount the bucket, or copy it there",
     "is on the web": "Expected a path on a disk; to read it, download it",
-    "is on the Hugging Face Hub": "Expected a path on a disk: download it with `hf download`",
+    "is on the Hugging Face Hub": "Expected a path on a disk: download it with `hf download` (models and the input of "
+    "`prepare` are read from the Hub)",
     "names another host": "Write file:///PATH, or the path alone",
 }
 
@@ -89,6 +92,15 @@ def location(text: str | os.PathLike[str]) -> str:
         _check_extra(parsed)
         _configure_clients()
     return parsed
+
+
+def model_location(text: str | os.PathLike[str]) -> str:
+    """Returns a path as `local_path` does, or the name of a model on the Hugging Face Hub (`hf://`).
+
+    `downloads/sources.py` decides whether ORGANIZATION/NAME without a scheme is a folder or on the Hub.
+    """
+    text = os.fspath(text)
+    return text if text.startswith(_HUB_PAGES) else local_path(text)
 
 
 def parse_location(text: str | os.PathLike[str]) -> str:

@@ -23,10 +23,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 # thread, and may wait in several collectives at once: with few threads, eight devices would wait forever.
 os.environ["NPROC"] = "64"
 
+# A mistyped folder may look like a name on the Hugging Face Hub. Tests of downloads have a Hub on loopback.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import jax
 import pytest
 
-from tests import emulators, fault_proxy
+from tests import emulators, fault_proxy, hub_server
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -99,6 +102,23 @@ def _clients(monkeypatch, environment):
     emulators.forget_clients()
     yield
     emulators.forget_clients()
+
+
+@pytest.fixture(scope="session")
+def hub_process():
+    """A Hugging Face Hub on loopback, which starts with the first test that uses it."""
+    server = hub_server.HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(hub_process, tmp_path, monkeypatch):
+    """The Hub without repositories, and an empty cache; nobody is logged in."""
+    hub_process.clear()
+    hub_server.use(hub_process, tmp_path, monkeypatch)
+    yield hub_process
+    hub_server.forget()
 
 
 _LONG = ("training", "parallel", "tools", "pretraining", "interop")

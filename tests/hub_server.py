@@ -13,11 +13,14 @@ import base64
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from alignvlm_jax.downloads import hub
 
 TOKEN = "hf_valid"
 READ_TOKEN = "hf_read"
@@ -80,11 +83,42 @@ class HubServer:
         paths = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
         return [urllib.parse.unquote(path.split("/resolve/")[1].partition("/")[2]) for path in paths]
 
+    def clear(self) -> None:
+        """Removes all repositories, and forgets what was requested."""
+        self.repositories.clear()
+        self.requests.clear()
+        self.fail = lambda method, path: None
+
     def close(self) -> None:
         """Ends the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def use(server: HubServer, folder: pathlib.Path, monkeypatch) -> None:
+    """Makes the server the Hub of this process, with a cache of its own in `folder` and without a token."""
+    from huggingface_hub import constants
+
+    # The library reads its environment when it is imported.
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub_cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    forget()
+
+
+def forget() -> None:
+    """Forgets what this process knows about the Hub, as a new process does."""
+    from huggingface_hub import _tree_cache
+
+    hub.list_files.cache_clear()
+    hub._say_once.cache_clear()
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -180,7 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _refs(self, kind, name):
         if (found := self._find(kind, name, "main")) is not None:
             repository, _ = found
-            branches = [{"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": c} for ref, c in repository.refs.items()]
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+                for name, commit in repository.refs.items()
+            ]
             self._json({"branches": branches, "tags": [], "converts": []})
 
     def _resolve(self, name, revision, file, kind=""):

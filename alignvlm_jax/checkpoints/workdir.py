@@ -29,6 +29,7 @@ from alignvlm_jax.checkpoints.exported import is_alignvlm_folder, model_type
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, read_config_json
 from alignvlm_jax.downloads.contents import describe_adapter
+from alignvlm_jax.downloads.hub_ids import parse_model
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
@@ -88,12 +89,12 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     folder = Path(folder)
     # A name that is not a folder.
     if not folder.is_dir():
-        if trained_model(folder) != folder:
+        if str(folder) == "nano":
             raise UserError(_exported_message(folder, trained_model(folder)))
         what = "a file, not a folder" if folder.exists() else "no such folder"
         # "meta-llama/Llama-3.2-1B"
-        if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists():
-            what += f" (if it is a model on the Hugging Face Hub, run `hf download {folder}` first)"
+        if not folder.parent.exists() and (hub_id := parse_model(str(folder))) is not None:
+            what += f" (if it is an exported model on the Hub, import it first, with --folder {hub_id})"
         raise UserError(
             f"{folder}: {what}; a checkpoint is the workdir of a training run (an exported folder, or "
             '"nano", can only be used for inference and scoring)'

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax.evaluation.during_training import during_training
     from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
+    from alignvlm_jax.training.pinning import pin_sources
 
     if args.init_from:
         args.overrides.append(f"init_from={args.init_from}")
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     with distributed_run(args):
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
+        experiment = pin_sources(experiment, pathlib.Path(args.workdir))
         # Barrier: the other processes wait until the primary one has generated the corpus, which all of them read.
         distributed.gather_json("drawn")
         progress = loop.train(

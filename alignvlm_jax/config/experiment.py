@@ -14,9 +14,11 @@ class BackbonesConfig:
     """Sources of the weights that stage 1 starts with.
 
     Attributes:
-      vision: a SigLIP folder in Hugging Face layout. "nano" is the encoder in the package, "nano-transcription" the one
-        trained without a label for each patch, and "random" draws weights of the configured shape.
-      language: a Llama folder in Hugging Face layout, "nano" or "random".
+      vision: a SigLIP on the Hugging Face Hub ("google/siglip-base-patch16-224", optionally with "@REVISION") or a
+        folder in its layout. "nano" is the encoder in the package, "nano-transcription" the one trained without a label
+        for each patch, and "random" draws weights of the configured shape. A run records the commit of a model on the
+        Hub here.
+      language: a Llama on the Hub or in a folder, "nano" or "random".
     """
 
     vision: str = "nano"
@@ -32,8 +34,8 @@ class ExperimentConfig:
       model: the model.
       backbones: sources of the first weights.
       init_from: a checkpoint whose weights and tokenizer the run starts with, instead of the backbones.
-      tokenizer: a folder with tokenizer.json and its companion files; None uses the tokenizer that belongs to the
-        weights.
+      tokenizer: a folder, or a model on the Hub, with tokenizer.json and its companion files; None uses the tokenizer
+        that belongs to the weights.
       data: data sets, tiling and packing.
       mesh: arrangement of the devices.
       stages: the training stages, in order.

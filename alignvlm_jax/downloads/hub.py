@@ -20,7 +20,6 @@ from alignvlm_jax.downloads import hub_cache
 from alignvlm_jax.downloads.hub_errors import explain, summarize
 from alignvlm_jax.downloads.hub_ids import HubId
 from alignvlm_jax.downloads.stubs import format_size
-from alignvlm_jax.errors import UserError
 from alignvlm_jax.progress import LineBar
 
 _SHORT_COMMIT = 12
@@ -193,4 +192,3 @@ class _ByteLines(LineBar):
 
     def set_description(self, *args: Any, **options: Any) -> None:
         """Keeps the description; the library's are about its storage."""
-

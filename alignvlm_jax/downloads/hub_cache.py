@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from alignvlm_jax.downloads.hub_ids import HubId
+from alignvlm_jax.downloads.hub_ids import HubId, parse_model
 from alignvlm_jax.errors import UserError
 
 _SNAPSHOTS = "snapshots"
@@ -51,7 +51,9 @@ def snapshot_folder(folder: str | os.PathLike) -> Path:
 
 
 def model_name(folder: str | os.PathLike) -> str:
-    """Returns the name of the model in a folder: "org/name" in the cache of the Hub, elsewhere the folder's name."""
+    """Returns "org/name@commit" for a model on the Hub, "org/name" for one in its cache, else the folder's name."""
+    if (hub_id := parse_model(os.fspath(folder))) is not None and hub_id.is_pinned:
+        return str(hub_id)
     folder = Path(folder)
     for ancestor in (folder, *folder.parents[:2]):
         if ancestor.name.startswith(_MODEL_PREFIX):
@@ -100,7 +102,7 @@ def listed_names(hub_id: HubId) -> Mapping[str, int] | None:
 
 
 def record_revision(hub_id: HubId, commit: str) -> None:
-    """Records the commit that a branch or a tag stands for, as `huggingface_hub` does. A cache that is read-only stays."""
+    """Records the commit that a branch or a tag stands for, as `huggingface_hub` does, if the cache can be written."""
     if hub_id.is_pinned:
         return
     path = _storage(hub_id) / "refs" / (hub_id.revision or "main")

@@ -8,6 +8,7 @@ from alignvlm_jax.errors import TemporaryError, UserError
 
 # Answers of a server that is overloaded or restarts. `huggingface_hub` has retried where that can help.
 _TEMPORARY_STATUS = (408, 429, 500, 502, 503, 504)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -88,14 +89,12 @@ def explain(
         return UserError(f"{hub_id}: the Hub answers with status {status}: {_first_line(error)}")
     if isinstance(error, HFValidationError):
         return UserError(f"{hub_id} is not the name of a repository on the Hub: {_first_line(error)}")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(
-            f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}. Set HF_HOME to a folder with more room that "
-            "can be written"
-        )
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        place = error.filename or constants.HF_HUB_CACHE
+        return UserError(f"{place}: {error.strerror}. Set HF_HOME to a folder that can be written and has more room")
     return TemporaryError(
-        f"{hub_id}: the Hub cannot be reached at {constants.ENDPOINT} ({_first_line(error)}). Check the network and try "
-        f"again, or copy the {noun} here and give its folder"
+        f"{hub_id}: the Hub cannot be reached at {constants.ENDPOINT} ({_first_line(error)}). Check the network and "
+        f"try again, or copy the {noun} here and give its folder"
     )
 
 

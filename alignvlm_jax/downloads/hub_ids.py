@@ -19,10 +19,10 @@ _NAME = r"[A-Za-z0-9_][\w.-]*/[\w.-]+"
 # References of pull requests contain slashes.
 _REVISION = r"refs/(?:pr|convert|heads|tags)/[^/@\s]+|[^/@\s]+"
 _MODEL = re.compile(rf"(?:{SCHEME}(?:models/)?)?(?P<name>{_NAME})(?:@(?P<revision>{_REVISION}))?")
-_DATASET = re.compile(
-    rf"{SCHEME}datasets/(?P<name>{_NAME})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>[^\s].*?))?/?"
+_DATASET = re.compile(rf"{SCHEME}datasets/(?P<name>{_NAME})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>[^\s].*?))?/?")
+_WEB = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>.+?)/?(?:/(?:tree|blob)/(?P<revision>[^/]+))?"
 )
-_WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>.+?)/?(?:/(?:tree|blob)/(?P<revision>[^/]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

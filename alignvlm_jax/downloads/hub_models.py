@@ -92,7 +92,7 @@ def _describe_without_weights(files: hub.RemoteFiles) -> str:
             f"{files.hub_id}: no {WEIGHTS_FILE} ({has}). The Hub's converter may have proposed one: if "
             f"huggingface.co/{name}/discussions lists it as number N, name {name}@refs/pr/N"
         )
-    return f"{files.hub_id}: no {WEIGHTS_FILE}, nor an index of shards ({has}): name a model in the format of transformers"
+    return f"{files.hub_id}: no {WEIGHTS_FILE}, nor shards of it ({has}): name a model in the format of transformers"
 
 
 def _read_json(path: Path) -> dict:

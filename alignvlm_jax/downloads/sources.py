@@ -1,8 +1,8 @@
-"""Turns what a user names as a model into a local folder: a folder, a model in the Hub's cache, or a name on the Hub.
+"""Turns the name of a model into a local folder. The name is a folder, or that of a model on the Hugging Face Hub.
 
-    model_source("siglip-base/")                     the folder
-    model_source("google/siglip-base-patch16-224")   the folder, if there is one of this name; else its copy in the cache
-    pinned("google/siglip-base-patch16-224")         "google/siglip-base-patch16-224@7fd15f0..."
+model_source("siglip-base")                      siglip-base, a folder
+model_source("google/siglip-base-patch16-224")   the folder of this name, or else a copy in the cache of the Hub
+pinned("google/siglip-base-patch16-224")         "google/siglip-base-patch16-224@COMMIT"
 """
 
 import os

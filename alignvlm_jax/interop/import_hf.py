@@ -20,6 +20,7 @@ from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.downloads.hub_cache import model_name
+from alignvlm_jax.downloads.sources import pinned
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.assemble import assemble, check_same_model
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
@@ -56,8 +57,8 @@ def import_huggingface(
     """Joins two backbones with a freshly initialized connector and writes the checkpoint.
 
     Args:
-      vision: a SigLIP folder, or "nano".
-      language: a Llama folder with its tokenizer, or "nano".
+      vision: a SigLIP folder, a SigLIP on the Hub, or "nano".
+      language: a Llama folder with its tokenizer, a Llama on the Hub, or "nano".
       out: workdir to create; it must be empty or not exist yet.
       connector: name of the connector; None uses the config's connector.
       dtype: dtype of the weights in the checkpoint.
@@ -77,9 +78,11 @@ def import_huggingface(
     """
     if connector is not None:
         connector_named(connector)  # Refuses an unknown name before anything is read.
-    backbones = BackbonesConfig(str(vision), str(language))
-    names = {part: model_name(Path(folder)) for part, folder in (("vision", vision), ("language", language))}
-    vision, language = backbone_folder("vision", str(vision)), backbone_folder("language", str(language))
+    # Of a model on the Hub, the checkpoint records the commit.
+    sources = {"vision": pinned(str(vision)), "language": pinned(str(language))}
+    backbones, names = BackbonesConfig(**sources), {part: model_name(name) for part, name in sources.items()}
+    # The configs and the tokenizer come first, because weights may take long to download.
+    vision, language = (backbone_folder(part, name, with_weights=False) for part, name in sources.items())
     with new_folder(out) as folder:
         # The folders determine the shapes and the tokenizer.
         encoder, decoder = read_vision_config(vision), read_language_config(language)
@@ -105,6 +108,7 @@ def import_huggingface(
         )
         config = config_from_dict(config_to_dict(config))  # Validates it.
         # Build the weights on their devices and write the checkpoint.
+        vision, language = (backbone_folder(part, name) for part, name in sources.items())
         devices = None if mesh is None else make_mesh(mesh)
         params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed, log=log)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}

@@ -29,7 +29,7 @@ from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.downloads.contents import describe_adapter
-from alignvlm_jax.downloads.hub_cache import snapshot_folder
+from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
@@ -60,7 +60,7 @@ def import_alignvlm(
     """Reads a folder and writes a checkpoint.
 
     Args:
-      folder: contains config.json, safetensors, processor_config.json and a tokenizer.
+      folder: contains config.json, safetensors, processor_config.json and a tokenizer; or a name on the Hub.
       out: workdir to create; it must be empty or not exist yet.
       dtype: dtype of the weights; None keeps the dtype of each tensor in the folder.
       mesh: devices that hold the weights during the import; None is the first device.
@@ -108,7 +108,7 @@ def read_alignvlm(
     base: ExperimentConfig | None = None,
 ) -> AlignVLMFolder:
     """Reads a folder; see `import_alignvlm` for arguments and errors."""
-    folder = snapshot_folder(folder)
+    folder = model_source(folder)
     config_json = _read_json(folder / "config.json")
     _refuse_other_models(folder, config_json)
     config, progress, history = _read_run(folder, config_json, base)

@@ -14,7 +14,7 @@ from alignvlm_jax.checkpoints import weights
 from alignvlm_jax.checkpoints.workdir import TOKENIZER_FOLDER, find_checkpoint, read_run_config
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.chat import CONFIG_FILE, ChatTokenizer, special_names
-from alignvlm_jax.downloads.hub_cache import snapshot_folder
+from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import assemble
 from alignvlm_jax.interop.tokenizer import import_tokenizer
@@ -42,7 +42,13 @@ def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Pa
     if config.init_from is not None:
         return _from_checkpoint(config, mesh)
     names = {"vision": config.backbones.vision, "language": config.backbones.language}
-    folders = [None if name == RANDOM else backbone_folder(part, name) for part, name in names.items()]
+    names = {part: name for part, name in names.items() if name != RANDOM}
+    is_quiet = not distributed.is_primary()
+    # A backbone that cannot be read is reported before gigabytes of the other one are downloaded.
+    for part, name in names.items():
+        backbone_folder(part, name, with_weights=False, is_quiet=True)
+    found = {part: backbone_folder(part, name, is_quiet=is_quiet) for part, name in names.items()}
+    folders = [found.get(part) for part in ("vision", "language")]
     return assemble.assemble(config.model, *folders, mesh=mesh, seed=config.seed, log=distributed.log)
 
 
@@ -54,12 +60,13 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     """
     # In order of precedence: a folder named by the config, the checkpoint's tokenizer, the decoder's tokenizer.
     if config.tokenizer is not None:
-        folder = snapshot_folder(config.tokenizer)
+        folder = model_source(config.tokenizer, with_weights=False, is_quiet=True)
     elif config.init_from is not None:
         folder = find_checkpoint(config.init_from)[0] / TOKENIZER_FOLDER
     else:
         name = config.backbones.language
-        folder = backbone_folder("language", "nano" if name == RANDOM else name)
+        name = "nano" if name == RANDOM else name
+        folder = backbone_folder("language", name, with_weights=False, is_quiet=True)
     rows = config.model.language.vocab_size
     if _has_image_token(folder):
         chat = ChatTokenizer.from_folder(folder)

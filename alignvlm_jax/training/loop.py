@@ -37,6 +37,7 @@ from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.experiment_data import ExperimentData, TrainingData
 from alignvlm_jax.training.initial import initial_parameters
 from alignvlm_jax.training.interruption import Interruption
+from alignvlm_jax.training.pinning import pin_sources
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.resumption import Resumption
 from alignvlm_jax.training.run_folder import prepare_workdir
@@ -100,6 +101,7 @@ def train(
     workdir = Path(workdir)
     # Check this first, because processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
+    config = pin_sources(config, workdir)
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.from_devices(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)

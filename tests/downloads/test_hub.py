@@ -1,4 +1,4 @@
-"""Models are fetched from the Hub: only the files that are read, once per host, and from the cache without a network."""
+"""Models come from the Hub: only the files that are read, once per host, and from the cache without a network."""
 
 import json
 import socket
@@ -11,8 +11,7 @@ from alignvlm_jax.backbones import NANO_MODEL, backbone_folder, trained_model
 from alignvlm_jax.downloads.hub_ids import HubId, parse_dataset, parse_model
 from alignvlm_jax.downloads.sources import pinned
 from alignvlm_jax.errors import TemporaryError, UserError
-from tests.downloads.hub import forget, hub, server  # noqa: F401
-from tests.hub_server import READ_TOKEN, TOKEN
+from tests.hub_server import READ_TOKEN, TOKEN, forget
 
 NAME = "org/llama"
 NANO = backbone_folder("language", "nano")
@@ -88,7 +87,8 @@ def test_names_of_models_are_recognized(text, expected):
 
 
 def test_names_of_data_sets_are_recognized():
-    assert parse_dataset("hf://datasets/org/name@main/a/*.parquet") == HubId("org/name", "main", "dataset", "a/*.parquet")
+    part = parse_dataset("hf://datasets/org/name@main/a/*.parquet")
+    assert part == HubId("org/name", "main", "dataset", "a/*.parquet")
     assert parse_dataset("hf://datasets/org/name/") == HubId("org/name", None, "dataset")
     for text in ("hf://org/name", "hf://datasets/org", "hf://datasets/org/name/../x"):
         with pytest.raises(UserError, match="expected hf://datasets/ORGANIZATION/NAME"):

@@ -115,7 +115,7 @@ def test_the_folder_of_a_model_in_the_hub_cache_stands_for_its_revision(tmp_path
         assert backbone_folder("language", str(path)) == snapshots / "bbb"
         assert model_name(path) == "org/Llama-nano"
     assert "models--org--Llama-nano" in refusal(backbone_folder, "language", str(tmp_path))
-    assert "hf download org/Llama-nano" in refusal(backbone_folder, "language", "org/Llama-nano")
+    assert "not in the cache, and HF_HUB_OFFLINE is set" in refusal(backbone_folder, "language", "org/Llama-nano")
 
 
 # Two sets of weights.
