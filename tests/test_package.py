@@ -3,8 +3,11 @@
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from unittest import mock
 
 import pytest
@@ -22,21 +25,33 @@ def setup_arguments() -> dict:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> pathlib.Path:
-    """A copy of the files that a non-editable `pip install` puts into site-packages."""
-    folder = tmp_path_factory.mktemp("installed")
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build",
-        "--build-base",
-        folder / "base",
-        "--build-lib",
-        folder / "lib",
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder / "lib"
+def built(tmp_path_factory) -> pathlib.Path:
+    """The folder of the sdist and the wheel that `make dist` builds, from only the files that the container image has."""
+    context, out = tmp_path_factory.mktemp("context"), tmp_path_factory.mktemp("dist")
+    for name in copied_to_image():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, context)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, context]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def copied_to_image() -> list[str]:
+    """Returns the files and folders of the clone that the Dockerfile copies."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    return [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> pathlib.Path:
+    """The files that the wheel puts into site-packages."""
+    folder = tmp_path_factory.mktemp("installed") / "lib"
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
 
 
 def run_installed(installed: pathlib.Path, *arguments: str) -> str:
@@ -54,7 +69,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound(setup_arguments):
     for line in requirements:
         operators = {specifier.operator for specifier in Requirement(line).specifier}
         assert operators in ({">=", "<"}, {"=="}), f"{line} is not bounded on both sides"
-    assert {"tpu", "cuda", "torch", "dev"} <= setup_arguments["extras_require"].keys()
+    assert {"cpu", "tpu", "cuda", "torch", "dev"} <= setup_arguments["extras_require"].keys()
 
 
 def test_every_folder_with_code_is_a_package(setup_arguments):
@@ -63,13 +78,26 @@ def test_every_folder_with_code_is_a_package(setup_arguments):
     assert set(setup_arguments["packages"]) == expected | {"alignvlm_jax.configs"}
 
 
-def test_the_installed_copy_has_every_file_and_runs_outside_the_clone(installed):
-    suffixes = {".py", ".jinja", ".json", ".safetensors", ".md", ".html", ".css", ".js"}
-    shipped = [file for file in PACKAGE.rglob("*") if file.suffix in suffixes and "__pycache__" not in file.parts]
-    missing = [file for file in shipped if not (installed / file.relative_to(ROOT)).is_file()]
-    assert not missing
-    assert (installed / "alignvlm_jax" / "configs" / "nano.py").is_file()
+def test_the_wheel_has_the_files_of_the_package_and_no_others(installed):
+    files = [file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    expected = {file.relative_to(ROOT).as_posix() for file in files}
+    expected |= {f"alignvlm_jax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    found = {file.relative_to(installed).as_posix() for file in installed.rglob("*") if file.is_file()}
+    assert {name for name in found if ".dist-info/" not in name} == expected
+    for name in ("py.typed", "configs/nano.py", "inspector/web/page.html", "interop/default_chat_template.jinja"):
+        assert f"alignvlm_jax/{name}" in found
+    for part in ("vision", "vision_transcription", "language", "model"):
+        assert f"alignvlm_jax/backbones/nano/{part}/model.safetensors" in found
 
+
+def test_the_sdist_has_what_the_wheel_is_built_from(built):
+    """The wheel was built from it."""
+    (sdist,) = built.glob("*.tar.gz")
+    tops = {name.split("/")[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    assert tops == {*copied_to_image(), "PKG-INFO", "alignvlm_jax.egg-info", "setup.cfg"}
+
+
+def test_the_installed_copy_runs_outside_the_clone(installed):
     path = run_installed(installed, "-c", "import alignvlm_jax; print(alignvlm_jax.__file__)")
     assert pathlib.Path(path.strip()).is_relative_to(installed)
     program = "from alignvlm_jax.config.loading import find_config; print(find_config('configs/nano.py'))"

@@ -463,19 +463,7 @@ def test_after_a_signal_the_run_is_saved_and_requeued_unless_it_was_cancelled(fa
     assert requeues(fakes) == [["scontrol", "requeue", "77"]] * is_requeued
 
 
-# The container image and the documentation
-
-
-def test_the_image_has_all_files():
-    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
-    setup = (ROOT / "setup.py").read_text()
-    for line in lines:
-        if line.startswith("COPY "):
-            for source in line.split()[1:-1]:
-                assert (ROOT / source).exists(), line
-    (extra,) = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRA=")]
-    assert f'"{extra}": [' in setup
-    assert "FROM python:3.11-slim" in lines and 'python_requires=">=3.11"' in setup
+# The documentation
 
 
 def commands_in(text):

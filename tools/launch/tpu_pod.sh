@@ -21,7 +21,7 @@ usage: tpu_pod.sh --name NAME --project PROJECT --zone ZONE --accelerator-type T
 
   --name             name of the queued resource and of its nodes
   --accelerator-type accelerator type, such as v5litepod-256 (v5e), v5p-128 or v6e-64
-  --image            container image with alignvlm (tools/launch/Dockerfile)
+  --image            container image with alignvlm (Dockerfile)
   --share            NFS export that the workers mount as /share, for checkpoints and data
   --runtime-version  runtime version of the TPU VM (default: Google's recommendation for the type)
   --num-slices       number of slices of this type, connected by the data center network (default: 1)
