@@ -26,7 +26,7 @@ def setup_arguments() -> dict:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> pathlib.Path:
-    """The folder of the sdist and the wheel that `make dist` builds, from only the files that the container image has."""
+    """A folder with the sdist and the wheel of `make dist`, built from the files that the container image has."""
     context, out = tmp_path_factory.mktemp("context"), tmp_path_factory.mktemp("dist")
     for name in copied_to_image():
         if (ROOT / name).is_dir():
