@@ -19,38 +19,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.backbones = ConfigDict(dict(vision="siglip-so400m-patch14-384", language="Llama-3.2-1B-Instruct"))
-    config.model = ConfigDict()
-    config.model.vision = ConfigDict(
-        dict(
-            image_size=384,
-            patch_size=14,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_layers=27,
-            num_heads=16,
-            layer_norm_eps=1e-6,
-            remat="full",
-        )
-    )
-    config.model.connector = ConfigDict(dict(name="align"))
-    config.model.language = ConfigDict(
-        dict(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_layers=16,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=64,
-            rope_theta=500000.0,
-            rope_scaling=dict(
-                factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-            ),
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            max_position_embeddings=131072,
-            remat="full",
-        )
+    # The shapes of encoder and decoder are those of the backbones.
+    config.model = ConfigDict(
+        dict(vision=dict(remat="full"), connector=dict(name="align"), language=dict(remat="full"))
     )
 
     # A scanned page takes nine tiles and a thumbnail, 7,290 visual tokens. Bins for two pages, 29 x 512 tokens, are
@@ -58,7 +29,7 @@ def get_config() -> ConfigDict:
     # quarter padding, because each needs space for 2,048 text tokens.
     config.data = ConfigDict()
     config.data.root = "data"
-    config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=384, max_tiles=9, thumbnail=True))
+    config.data.tiling = ConfigDict(dict(rule="ovis", max_tiles=9, thumbnail=True))
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=14848, tiles_per_bin=20, bins_per_microbatch=64, examples_per_bin=32)
     )

@@ -15,9 +15,6 @@ def get_config() -> ConfigDict:
     """Returns the config of the experiment."""
     config = read_config_file("configs/alignvlm_1b.py")
     config.backbones.language = "Llama-3.2-3B-Instruct"
-    config.model.language.update(
-        dict(hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128)
-    )
     for stage, batch, rate in zip(config.stages, (512, 256, 256), (1e-5, 5e-5, 5e-5), strict=True):
         stage.global_batch = batch
         stage.learning_rates = ConfigDict(dict(vision=rate, connector=rate, language=rate))

@@ -15,18 +15,6 @@ def get_config() -> ConfigDict:
     """Returns the config of the experiment."""
     config = read_config_file("configs/alignvlm_1b.py")
     config.backbones.language = "Llama-3.1-8B-Instruct"
-    config.model.language.update(
-        dict(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            tie_word_embeddings=False,
-        )
-    )
-    config.model.language.rope_scaling.factor = 8.0
     for stage, batch, rate in zip(config.stages, (512, 256, 256), (1e-5, 1e-5, 1e-5), strict=True):
         stage.global_batch = batch
         stage.learning_rates = ConfigDict(dict(vision=rate, connector=rate, language=rate))

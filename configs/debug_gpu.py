@@ -7,11 +7,7 @@ that training works and how fast it is; the model learns nothing useful. With re
 
     alignvlm import --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \
         --config configs/debug_gpu.py --out runs/smol
-    alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol \
-        --config.model.language.vocab_size=49216 --config.model.connector.vocab_size=49152
-
-SmolLM2 has no unused token, so the image token needs a new row, and rows are added in multiples of 64. The import
-prints both sizes.
+    alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol
 """
 
 from ml_collections import ConfigDict
@@ -21,41 +17,15 @@ def get_config() -> ConfigDict:
     """Returns the config of the experiment."""
     config = ConfigDict()
     config.seed = 0
-    config.backbones = ConfigDict(dict(vision="random", language="random"))
-    config.model = ConfigDict()
-    config.model.vision = ConfigDict(
-        dict(
-            image_size=224,
-            patch_size=16,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_layers=12,
-            num_heads=12,
-            remat="full",
-        )
-    )
-    config.model.connector = ConfigDict(dict(name="align"))
-    config.model.language = ConfigDict(
-        dict(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_layers=30,
-            num_heads=9,
-            num_kv_heads=3,
-            head_dim=64,
-            rope_theta=100000.0,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-            remat="full",
-        )
+    config.backbones = ConfigDict(dict(vision="random:siglip-base-patch16-224", language="random:SmolLM2-135M"))
+    config.model = ConfigDict(
+        dict(vision=dict(remat="full"), connector=dict(name="align"), language=dict(remat="full"))
     )
 
     # A page of the demo is one tile of 196 visual tokens, with at most 256 text tokens.
     config.data = ConfigDict()
     config.data.root = "runs/demo/data"
-    config.data.tiling = ConfigDict(dict(rule="ovis", tile_size=224, max_tiles=4, thumbnail=True))
+    config.data.tiling = ConfigDict(dict(rule="ovis", max_tiles=4, thumbnail=True))
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=2048, tiles_per_bin=8, bins_per_microbatch=4, examples_per_bin=8)
     )

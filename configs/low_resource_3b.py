@@ -3,7 +3,7 @@ r"""The paper's low-resource comparison: the 3B model with any connector, traine
     alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \
         --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
     ... --config.model.connector=mlp | ovis | h_reducer | c_abstractor     # the other rows of the table
-    ... --config.model.connector=perceiver --config.data.tiling.rule=ovis --config.model.newline=False
+    ... --config.model.connector=perceiver --config.data.tiling.rule=ovis
 
 anyres_max_9 joins tiles by the positions of their tokens on the page. A Perceiver's tokens have no positions, so its
 row keeps the tiles separate. The paper does not say how it joined them.
@@ -21,8 +21,7 @@ from alignvlm_jax.config import read_config_file
 def get_config() -> ConfigDict:
     """Returns the config of the experiment."""
     config = read_config_file("configs/alignvlm_3b.py")
-    config.model.newline = True
-    config.data.tiling = ConfigDict(dict(rule="anyres_max_9", tile_size=384, max_tiles=9, thumbnail=True))
+    config.data.tiling = ConfigDict(dict(rule="anyres_max_9", max_tiles=9, thumbnail=True))
     # An image has up to 36 cells and the page as a whole: 37 tiles, and up to 8,829 visual tokens after reduction.
     config.data.packing = ConfigDict(
         dict(tokens_per_bin=14848, tiles_per_bin=40, bins_per_microbatch=64, examples_per_bin=32)

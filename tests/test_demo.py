@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 
 from alignvlm_jax import cli, demo
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.leases.lease import InUseError
 from alignvlm_jax.leases.one_writer import one_writer

@@ -10,7 +10,7 @@ import pytest
 
 from alignvlm_jax import cli
 from alignvlm_jax.commands.arguments import name_and_path
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import (
     LocationError,

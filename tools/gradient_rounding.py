@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.demo.corpus import CORPUS, draw_corpus
 from alignvlm_jax.locations import local_path
 from alignvlm_jax.models.alignvlm import AlignVLM

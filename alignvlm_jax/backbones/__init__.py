@@ -19,11 +19,22 @@ from alignvlm_jax.errors import UserError
 _NANO = Path(__file__).parent / "nano"
 NANO_MODEL = _NANO / "model"
 
+RANDOM = "random"
+"""Name of random weights of the configured shape, to try a config out. "random:NAME" takes the shape of NAME.
+
+With a random decoder and no `config.tokenizer`, the nano decoder's tokenizer is used.
+"""
+
 _SHIPPED = {
     ("vision", "nano"): _NANO / "vision",
     ("vision", "nano-transcription"): _NANO / "vision_transcription",
     ("language", "nano"): _NANO / "language",
 }
+
+
+def is_random(name: str) -> bool:
+    """Returns whether the name of a backbone stands for random weights."""
+    return name.partition(":")[0] == RANDOM
 
 
 def backbone_folder(kind: str, name: str, *, with_weights: bool = True, is_quiet: bool = False) -> Path:

@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from alignvlm_jax.config.loading import load_config
+    from alignvlm_jax.interop.start import load_config
     from alignvlm_jax.parallel.mesh import parse_mesh
     from alignvlm_jax.parallel.topology import topology_devices
 

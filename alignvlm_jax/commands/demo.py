@@ -42,6 +42,6 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates the documents, trains the model and scores it."""
     from alignvlm_jax import demo
-    from alignvlm_jax.config.loading import load_config
+    from alignvlm_jax.interop.start import load_config
 
     demo.run(load_config(args.config, args.overrides), pathlib.Path(args.out))

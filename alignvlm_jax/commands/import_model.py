@@ -38,8 +38,8 @@ SmolLM2-135M, configs/alignvlm_1b.py for So400m/14 at 384 px with Llama-3.2-1B, 
 If there is none, the stages are the paper's.
 
 The config matters for `alignvlm ask` (tiles, precision) and for training in this folder.
-`alignvlm train --config FILE --init-from OUT` takes only the weights and the tokenizer
-from OUT, and everything else from FILE.
+`alignvlm train --config FILE --init-from OUT` takes the weights, their geometry and the
+tokenizer from OUT, and everything else from FILE; tiles and bins only if FILE has none.
 """
 
 _BACKBONES_ONLY = ("vision", "language", "connector", "image_token", "chat_template", "max_tiles")
@@ -144,22 +144,17 @@ def _import_backbones(args: argparse.Namespace) -> None:
         chat_template=template,
         max_tiles=args.max_tiles,
     )
-    tiling, model = config.data.tiling, config.model
+    tiling = config.data.tiling
     tiles = f"up to {tiling.max_tiles} tiles of {tiling.tile_size} px per page"
     print(f"{args.out}: {tiles}. Train its connector, before you ask or export it:")
     command = f"alignvlm train --config {args.config or 'FILE'} --workdir NEW --init-from {args.out}"
-    words = getattr(model.connector, "vocab_size", None)
-    if words is not None:
-        # Tokens were added to the embedding table. A config for the original folders has the old size.
-        command += f" --config.model.language.vocab_size={model.language.vocab_size}"
-        command += f" --config.model.connector.vocab_size={words}"
     print(f"  {command}")
 
 
 def _import_folder(args: argparse.Namespace) -> None:
     from alignvlm_jax.backbones import trained_model
-    from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.interop.import_pytorch import import_alignvlm
+    from alignvlm_jax.interop.start import load_config
     from alignvlm_jax.parallel.mesh import make_mesh, parse_mesh
 
     mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))

@@ -63,8 +63,8 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains a model, or resumes a run."""
     from alignvlm_jax import demo
-    from alignvlm_jax.config.loading import load_config
     from alignvlm_jax.evaluation.during_training import during_training
+    from alignvlm_jax.interop.start import load_config
     from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
     from alignvlm_jax.training.pinning import pin_sources

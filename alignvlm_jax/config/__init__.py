@@ -4,6 +4,7 @@
     stages.py, optimizer.py, run.py         settings of training, which imports this package
     loading.py          config files and `--config.key=value`
     overrides.py, building.py, checks.py    nested dicts to checked dataclasses
+    completion.py, geometry.py              configs that state only what they change
     serialization.py    conversion to and from the JSON that is saved with every checkpoint
 
 A config file that changes a shipped one starts with `from alignvlm_jax.config import read_config_file`.
@@ -12,7 +13,12 @@ A config file that changes a shipped one starts with `from alignvlm_jax.config i
 import importlib
 from typing import Any
 
-_PUBLIC = {"ExperimentConfig": "experiment", "load_config": "loading", "read_config_file": "loading"}
+# `load_config` also reads the geometry of backbones and checkpoints, so it is in a package above this one.
+_PUBLIC = {
+    "ExperimentConfig": "alignvlm_jax.config.experiment",
+    "load_config": "alignvlm_jax.interop.start",
+    "read_config_file": "alignvlm_jax.config.loading",
+}
 
 __all__ = ["ExperimentConfig", "load_config", "read_config_file"]
 
@@ -22,4 +28,4 @@ def __getattr__(name: str) -> Any:
     # Lazy: `training.train_step` imports `config.stages`, and must not need ml_collections or grain for it.
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

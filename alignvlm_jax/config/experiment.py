@@ -14,11 +14,12 @@ class BackbonesConfig:
     """Sources of the weights that stage 1 starts with.
 
     Attributes:
-      vision: a SigLIP on the Hugging Face Hub ("google/siglip-base-patch16-224", optionally with "@REVISION") or a
-        folder in its layout. "nano" is the encoder in the package, "nano-transcription" the one trained without a label
-        for each patch, and "random" draws weights of the configured shape. A run records the commit of a model on the
-        Hub here.
-      language: a Llama on the Hub or in a folder, "nano" or "random".
+    Attributes:
+      vision: a SigLIP folder in Hugging Face layout, or its name on the Hub (ORGANIZATION/NAME, with or without
+        @REVISION; a run records the commit). "nano" is the encoder in the package, "nano-transcription" the one trained
+        without a label for each patch. "random" draws weights of the configured shape, and
+        "random:siglip-base-patch16-224" weights of that model's shape.
+      language: a Llama folder in Hugging Face layout, its name on the Hub, "nano", "random" or "random:llama-3.2-1b".
     """
 
     vision: str = "nano"
@@ -31,7 +32,7 @@ class ExperimentConfig:
 
     Attributes:
       seed: seed of random initial weights and of the order of the data.
-      model: the model.
+      model: the model. Its geometry is that of the backbones or of `init_from`; a config states only what it changes.
       backbones: sources of the first weights.
       init_from: a checkpoint whose weights and tokenizer the run starts with, instead of the backbones.
       tokenizer: a folder, or a model on the Hub, with tokenizer.json and its companion files; None uses the tokenizer

@@ -1,13 +1,12 @@
-"""Reads an experiment, as frozen dataclasses, from a plain Python file and from the command line.
+"""Reads a config from a plain Python file and from the command line, as nested dicts that are not checked yet.
 
-A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` (or a dict). `load_config` reads it,
-applies `a.b=value` overrides, and checks everything before anything is built. A wrong key, type (`building.py`) or
+A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` (or a dict). `interop/start.py` turns
+the result into frozen dataclasses, and checks everything before anything is built. A wrong key, type (`building.py`) or
 value (`checks.py`) raises a `UserError` that names the key's full path, what was expected and, for a key, the closest
 valid one.
 
-    config = load_config("configs/nano.py", ["seed=1", "stages.0.learning_rates.vision=1e-4", "model.connector=mlp"])
-
-Keys that a file omits have the defaults of their dataclasses, which are defined in the packages they configure.
+Keys that a file omits have the values of what the run starts from (`completion.py`), or else the defaults of their
+dataclasses, which are defined in the packages they configure.
 """
 
 import contextlib
@@ -24,32 +23,27 @@ import ml_collections
 
 import alignvlm_jax
 from alignvlm_jax.config.building import describe_value, to_plain
-from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.overrides import apply_override
-from alignvlm_jax.config.serialization import config_from_dict
 from alignvlm_jax.errors import UserError
 
 
-def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a config file, applies overrides and checks the result.
+def read_raw_config(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a config file and applies overrides.
 
     Args:
       file: the config file, or the name of one shipped with the package.
       overrides: "a.b=value", with or without "--config." in front.
 
+    Returns:
+      Nested dicts and lists for `complete_config`. The values of overrides are text that is not parsed yet.
+
     Raises:
-      UserError: if the file cannot be read or the config is not valid.
+      UserError: if the file cannot be read.
     """
     raw = to_plain(read_config_file(file))
     for override in overrides:
         apply_override(raw, override)
-    config = config_from_dict(raw)
-    if getattr(config.model.connector, "kept_words", None) is not None:
-        raise UserError(
-            "config.model.connector.kept_words: expected None, because a pruned model cannot be trained; train the "
-            "full model, then prune it with `alignvlm analyze vocabulary --prune`"
-        )
-    return config
+    return raw
 
 
 def find_config(file: str | Path) -> Path:

@@ -13,12 +13,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from alignvlm_jax.config.geometry import check_same_model
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, huggingface
 from alignvlm_jax.jax_modes import ordinary_modes
@@ -30,11 +30,8 @@ from alignvlm_jax.models.alignvlm import (
     stored_dtypes,
 )
 from alignvlm_jax.models.connectors import AlignConfig, connector_spec
-from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.parallel import sharding
 
-# Settings that do not change the shape of a model: they may differ between the config and the folder.
-_FREE_FIELDS = ("dtype", "attention", "remat", "max_position_embeddings", "vocab_scale_init")
 # Parameters that may have more rows than in the folder, for added tokens.
 _GROWING = ("embedding", "lm_head")
 
@@ -113,33 +110,6 @@ def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dty
         stored_dtypes(shapes, dtype),
         shardings,
     )
-
-
-def check_same_model(path: str, expected: Any, actual: Any, folder: str | Path) -> None:
-    """Checks that a part of the config has the shape of the model in a folder.
-
-    Args:
-      path: path of the part in the config, for the message.
-      expected: `VisionConfig`, `LanguageConfig` or connector config of the experiment.
-      actual: the same of the folder.
-      folder: name of the folder, for the message.
-
-    Raises:
-      UserError: if the shapes differ; lists all differences.
-    """
-    if type(expected) is not type(actual):  # Only connectors can be of different types.
-        raise UserError(f"{path} is {expected}, but {folder} has {actual}")
-    # A head_dim of None means hidden_size / num_heads, so compare the resulting widths.
-    if isinstance(expected, LanguageConfig):
-        expected = dataclasses.replace(expected, head_dim=expected.head_width)
-        actual = dataclasses.replace(actual, head_dim=actual.head_width)
-    differences = [
-        f"{field.name} {getattr(expected, field.name)!r} (the folder says {getattr(actual, field.name)!r})"
-        for field in dataclasses.fields(expected)
-        if field.name not in _FREE_FIELDS and getattr(expected, field.name) != getattr(actual, field.name)
-    ]
-    if differences:
-        raise UserError(f"{path} is not the model in {folder}: {', '.join(differences)}")
 
 
 def _check_fits(name: str, config: AlignVLMConfig, backbone: huggingface.Backbone) -> None:

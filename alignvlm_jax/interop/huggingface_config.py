@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.quantization import describe_quantization
@@ -181,7 +183,7 @@ class _RawConfig:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             self.problems.append(f"{name} is {value!r}, expected a positive number")
             return 1.0
-        return float(value)
+        return _without_rounding(float(value))
 
     def count(self, name: str, default: int | None) -> int:
         """Returns a positive integer. Anything else is a problem, except a `default` of 0, which means "not given"."""
@@ -213,6 +215,12 @@ class _RawConfig:
         """Raises a `UserError` with all problems, if there are any."""
         if self.problems:
             raise UserError(f"{self.path}: " + "; ".join(self.problems))
+
+
+def _without_rounding(number: float) -> float:
+    """Returns the number that was written as float32: 1e-05 for 9.999999747378752e-06."""
+    single = np.float32(number)
+    return float(str(single)) if single == number else number
 
 
 def siglip_config(config: VisionConfig, dtype: str) -> dict[str, Any]:

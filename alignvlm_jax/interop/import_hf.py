@@ -14,16 +14,19 @@ from pathlib import Path
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints.new_folder import new_folder
 from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.config.completion import Start, complete_config
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
-from alignvlm_jax.config.loading import load_config, shipped_configs
+from alignvlm_jax.config.geometry import check_same_model
+from alignvlm_jax.config.loading import read_raw_config, shipped_configs
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.downloads.hub_cache import model_name
 from alignvlm_jax.downloads.sources import pinned
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.interop.assemble import assemble, check_same_model
+from alignvlm_jax.interop.assemble import assemble
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.interop.tokenizer import import_tokenizer
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, token_grid, tokens_per_tile
@@ -92,11 +95,17 @@ def import_huggingface(
         for note in tokenizer.notes:
             log(note)
         # A config file determines everything else.
-        config = load_config(config_file) if config_file else _shipped_config(encoder, decoder)
+        if config_file:
+            start = Start(
+                ExperimentConfig(model=AlignVLMConfig(encoder, language=decoder)),
+                dict(vision=str(vision), language=str(language)),
+            )
+            config = complete_config(read_raw_config(config_file), start)
+        else:
+            config = _shipped_config(encoder, decoder)
         if config is None:
             log(f"no shipped config has these shapes: stages as in {_PAPER_CONFIG}, bins for this model (see --config)")
             config = _paper_config(encoder, decoder, dtype)
-        _check_shape(config, encoder, decoder)
         model = _adapt_model(config.model, decoder.vocab_size, tokenizer.num_embeddings, connector)
         config = dataclasses.replace(
             config,
@@ -119,19 +128,13 @@ def import_huggingface(
 def _shipped_config(encoder: VisionConfig, decoder: LanguageConfig) -> ExperimentConfig | None:
     """Returns the first shipped config of these shapes, or None."""
     for file in shipped_configs():
-        config = load_config(file)
+        # A config may also be incomplete without its own arguments.
         with contextlib.suppress(UserError):
-            _check_shape(config, encoder, decoder)
+            config = load_config(file)
+            check_same_model("config.model.vision", config.model.vision, encoder, "the folder of --vision")
+            check_same_model("config.model.language", config.model.language, decoder, "the folder of --language")
             return config
     return None
-
-
-def _check_shape(config: ExperimentConfig, encoder: VisionConfig, decoder: LanguageConfig) -> None:
-    check_same_model("config.model.vision", config.model.vision, encoder, "the folder of --vision")
-    # The config may already include the row of an image token.
-    rows = min(config.model.language.vocab_size, decoder.vocab_size)
-    language = dataclasses.replace(config.model.language, vocab_size=rows)
-    check_same_model("config.model.language", language, decoder, "the folder of --language")
 
 
 def _paper_config(encoder: VisionConfig, decoder: LanguageConfig, dtype: str) -> ExperimentConfig:

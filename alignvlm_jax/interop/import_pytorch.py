@@ -24,7 +24,6 @@ from alignvlm_jax.checkpoints.new_folder import new_folder
 from alignvlm_jax.checkpoints.weights import write_checkpoint
 from alignvlm_jax.checkpoints.workdir import Progress
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.tiling import TilingConfig
@@ -36,6 +35,7 @@ from alignvlm_jax.interop import convert, tables
 from alignvlm_jax.interop.assemble import abstract_parameters
 from alignvlm_jax.interop.export import PROCESSOR_FILE, TRAINING_FILE
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.interop.tensor_reader import TensorFiles
 from alignvlm_jax.interop.tensor_writer import DTYPES
 from alignvlm_jax.interop.tokenizer import import_tokenizer, read_exported_tokenizer

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.models.alignvlm import tokens_per_tile
 from alignvlm_jax.models.connectors import connector_names
 from alignvlm_jax.reproduce.options import FAIR, Options

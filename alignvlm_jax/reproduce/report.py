@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.reproduce import parts, recipe
 from alignvlm_jax.reproduce.jobs import read_result
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.data import store
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.reproduce import parts, recipe, scheduler
 from alignvlm_jax.reproduce.jobs import Job

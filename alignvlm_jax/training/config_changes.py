@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.geometry import is_same_number
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 
@@ -56,10 +57,17 @@ def compare(old: dict[str, Any], new: ExperimentConfig) -> list[Change]:
     """
     try:
         # Fills in the defaults of keys that were added since the config was saved.
-        old = config_to_dict(config_from_dict(old))
+        old = _with_head_width(config_from_dict(old))
     except UserError:
-        pass
-    return [Change(*difference) for difference in _differences(old, config_to_dict(new))]
+        return [Change(*difference) for difference in _differences(old, config_to_dict(new))]
+    return [Change(*difference) for difference in _differences(old, _with_head_width(new))]
+
+
+def _with_head_width(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns the config as a dict with the width of the heads, which a config may leave to be computed."""
+    raw = config_to_dict(config)
+    raw["model"]["language"]["head_dim"] = config.model.language.head_width
+    return raw
 
 
 def describe(changes: Sequence[Change]) -> str:
@@ -102,5 +110,5 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    elif old != new:
+    elif not is_same_number(old, new):
         yield path, old, new

@@ -9,24 +9,19 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from alignvlm_jax.backbones import backbone_folder
+from alignvlm_jax.backbones import backbone_folder, is_random
 from alignvlm_jax.checkpoints import weights
 from alignvlm_jax.checkpoints.workdir import TOKENIZER_FOLDER, find_checkpoint, read_run_config
 from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.geometry import check_fits_checkpoint
 from alignvlm_jax.data.chat import CONFIG_FILE, ChatTokenizer, special_names
 from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import assemble
 from alignvlm_jax.interop.tokenizer import import_tokenizer
-from alignvlm_jax.models.alignvlm import PARTS, Params
+from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import make_mesh
-
-RANDOM = "random"
-"""Value of `config.backbones` for random weights of the configured shape, to try a config out.
-
-With a random decoder and no `config.tokenizer`, the nano decoder's tokenizer is used.
-"""
 
 
 def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Params:
@@ -42,7 +37,7 @@ def initial_parameters(config: ExperimentConfig, mesh: Mesh | None = None) -> Pa
     if config.init_from is not None:
         return _from_checkpoint(config, mesh)
     names = {"vision": config.backbones.vision, "language": config.backbones.language}
-    names = {part: name for part, name in names.items() if name != RANDOM}
+    names = {part: name for part, name in names.items() if not is_random(name)}
     is_quiet = not distributed.is_primary()
     # A backbone that cannot be read is reported before gigabytes of the other one are downloaded.
     for part, name in names.items():
@@ -65,7 +60,7 @@ def load_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         folder = find_checkpoint(config.init_from)[0] / TOKENIZER_FOLDER
     else:
         name = config.backbones.language
-        name = "nano" if name == RANDOM else name
+        name = "nano" if is_random(name) else name
         folder = backbone_folder("language", name, with_weights=False, is_quiet=True)
     rows = config.model.language.vocab_size
     if _has_image_token(folder):
@@ -92,18 +87,5 @@ def _has_image_token(folder: Path) -> bool:
 
 def _from_checkpoint(config: ExperimentConfig, mesh: Mesh) -> Params:
     """Restores the checkpoint's weights onto the mesh of the run."""
-    source = read_run_config(config.init_from).model
-    if getattr(source.connector, "kept_words", None) is not None:
-        raise UserError(
-            f"config.init_from: {config.init_from} is pruned to {source.connector.kept_words} words, and a pruned "
-            "model cannot be trained: start from the full model, and prune it again afterwards"
-        )
-    if config.model.newline != source.newline:
-        raise UserError(
-            f"config.model.newline is {config.model.newline}, but {config.init_from} was trained "
-            f"{'with' if source.newline else 'without'} a newline: use the tiling rule of that checkpoint"
-        )
-    for part in PARTS:
-        path = f"config.model.{part}"
-        assemble.check_same_model(path, getattr(config.model, part), getattr(source, part), config.init_from)
+    check_fits_checkpoint(config.model, read_run_config(config.init_from).model, config.init_from)
     return weights.restore_params(config.init_from, mesh)

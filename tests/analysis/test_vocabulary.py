@@ -21,7 +21,7 @@ from alignvlm_jax.analysis.vocabulary.measure import (
 )
 from alignvlm_jax.analysis.vocabulary.saving import save_pruned
 from alignvlm_jax.checkpoints.weights import ParameterReader
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.reader import load
 from alignvlm_jax.interop.export import export_alignvlm

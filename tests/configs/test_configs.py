@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
@@ -100,7 +100,7 @@ def test_the_low_resource_stages_match_the_paper():
 def test_every_row_of_the_low_resource_table_has_a_config(connector):
     """Traces each config at full size with an image of the largest allowed size."""
     # The Perceiver's latents have no positions in a tile, so it cannot join tiles as anyres_max_9 does.
-    changes = ["data.tiling.rule=ovis", "model.newline=False"] if connector == "perceiver" else []
+    changes = ["data.tiling.rule=ovis"] if connector == "perceiver" else []
     config = load_config("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
     tiles = config.data.tiling.max_tiles_per_image
     length = max_visual_tokens(config.data.tiling, token_grid(config.model)) + 8

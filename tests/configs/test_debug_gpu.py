@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import example_batch
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.training.experiment_data import ExperimentData
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

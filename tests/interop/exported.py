@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints.weights import ParameterReader, write_checkpoint
 from alignvlm_jax.checkpoints.workdir import Progress
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters

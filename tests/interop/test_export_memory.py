@@ -19,8 +19,8 @@ import safetensors
 import tensorstore
 from flax.traverse_util import flatten_dict
 
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_to_json
 from alignvlm_jax.interop.tensor_writer import MAX_SHARD_BYTES
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters

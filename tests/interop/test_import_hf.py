@@ -15,8 +15,8 @@ from alignvlm_jax import cli
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints import weights
 from alignvlm_jax.checkpoints.workdir import read_run_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import BackbonesConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import export
 from alignvlm_jax.interop.import_hf import import_huggingface
@@ -148,13 +148,31 @@ def test_the_shipped_config_of_the_same_shape_is_used(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, params, initial_parameters(nano))
 
 
-def test_the_printed_command_has_the_size_of_the_grown_table(backbones, tmp_path, capsys):
+def test_the_printed_command_takes_the_grown_table_from_the_checkpoint(backbones, tmp_path, capsys):
     folder, _ = backbones
-    out = tmp_path / "out"
+    out, file = tmp_path / "out", tmp_path / "partial.py"
     folders = ["--vision", str(folder / "vision"), "--language", str(folder / "language")]
     assert cli.main(["import", *folders, "--out", str(out)]) == 0
-    grown = "--config.model.language.vocab_size=576 --config.model.connector.vocab_size=512"
-    assert f"--init-from {out} {grown}" in capsys.readouterr().out
+    assert f"--init-from {out}\n" in capsys.readouterr().out
+    file.write_text(
+        "def get_config():\n    return dict(stages=[dict(name='s', mixture=[dict(dataset='d')], steps=1)])\n"
+    )
+    model = load_config(file, [f"init_from={out}"]).model
+    assert model.language.vocab_size == 576 and model.connector == AlignConfig(vocab_size=512)
+
+
+def test_the_folders_tell_the_shape_of_a_partial_config(backbones, tmp_path):
+    """The backbones that the config names are others, and not on this machine."""
+    folder, _ = backbones
+    file = tmp_path / "partial.py"
+    file.write_text(
+        "from alignvlm_jax.config import read_config_file\n\n\n"
+        "def get_config():\n    config = read_config_file('alignvlm_8b.py')\n"
+        "    config.backbones.language = 'gone'\n    return config\n"
+    )
+    config = import_huggingface(folder / "vision", folder / "language", tmp_path / "out", config_file=file, log=str)
+    assert (config.model.language.hidden_size, config.model.vision.image_size) == (32, 20)
+    assert config.model.language.remat == "full" and config.data.tiling.tile_size == 20
 
 
 def truncate_weights(folder):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import example_batch
 from alignvlm_jax.ops import attention

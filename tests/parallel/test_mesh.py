@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh, num_batch_shards

@@ -5,7 +5,7 @@ import pathlib
 import jax
 from flax import linen as nn
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.interop import huggingface
 from alignvlm_jax.models.alignvlm import random_parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 
 TOOLS = Path(__file__).parents[2] / "tools"
 # What a machine with only jax and flax lacks.

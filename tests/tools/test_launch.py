@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from alignvlm_jax import cli
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch"

@@ -12,7 +12,7 @@ import pytest
 
 from alignvlm_jax.checkpoints import arrays
 from alignvlm_jax.checkpoints.workdir import find_checkpoint, read_meta
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.run import AnomalyConfig, DebugConfig
 from alignvlm_jax.data.packing import empty_batch
 from alignvlm_jax.errors import UserError

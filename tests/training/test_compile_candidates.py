@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.stages import MixturePart, StageConfig
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.pipeline import DataConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.parallel.chips import TPU_V5E
 from alignvlm_jax.parallel.topology import has_compiler
 from alignvlm_jax.training import ahead_of_time, compile_processes

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.data.packing import PackingConfig
 from alignvlm_jax.data.window import MeasuredExample, Window
 from alignvlm_jax.models.alignvlm import tokens_per_tile

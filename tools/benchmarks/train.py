@@ -30,7 +30,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.commands.huge_pages import SWITCH, huge_page_modes, with_huge_pages
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.optimizer import OptimizerConfig
 from alignvlm_jax.config.stages import LearningRates, StageConfig
 from alignvlm_jax.data.packing import Batch, Example, PackingConfig, empty_batch, write_bin

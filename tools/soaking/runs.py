@@ -27,8 +27,8 @@ from tqdm import tqdm
 from alignvlm_jax.checkpoints import integrity
 from alignvlm_jax.checkpoints.checkpointer import Checkpointer
 from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, complete_steps
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.loading import load_config
 from alignvlm_jax.config.serialization import config_to_json
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data import store

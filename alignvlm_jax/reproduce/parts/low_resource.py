@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.interop.start import load_config
 from alignvlm_jax.reproduce import plots, recipe
 from alignvlm_jax.reproduce.jobs import Job, Result
 from alignvlm_jax.reproduce.options import ENCODER_TITLES, TITLES, Options

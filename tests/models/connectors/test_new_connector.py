@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.checkpoints.weights import restore_params, write_checkpoint
 from alignvlm_jax.checkpoints.workdir import read_run_config
-from alignvlm_jax.config.loading import load_config
+from alignvlm_jax.config import load_config
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert, tables
