@@ -5,7 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.built_package import ROOT, copied_to_image
+
 LINES = (ROOT / "Dockerfile").read_text().splitlines()
 
 
@@ -18,7 +19,7 @@ def test_hadolint_finds_nothing():
 def test_the_image_has_all_files_and_an_extra_for_each_accelerator():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    copied = {name for line in LINES if line.startswith("COPY ") for name in line.split()[1:-1]}
+    copied = set(copied_to_image())
     assert ignored[0] == "*" and copied == kept and all((ROOT / name).exists() for name in copied)
     assert not any(fnmatch.fnmatch(name, line) for name in copied for line in ignored[1:] if not line.startswith("!"))
     setup = (ROOT / "setup.py").read_text()

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import runpy
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +11,8 @@ from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.built_package import build_package, copied_to_image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "alignvlm_jax"
@@ -25,32 +26,16 @@ def setup_arguments() -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> pathlib.Path:
-    """A folder with the sdist and the wheel of `make dist`, built from the files that the container image has."""
-    context, out = tmp_path_factory.mktemp("context"), tmp_path_factory.mktemp("dist")
-    for name in copied_to_image():
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, context)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, context]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
-def copied_to_image() -> list[str]:
-    """Returns the files and folders of the clone that the Dockerfile copies."""
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
-    return [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+def built(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """The sdist and the wheel."""
+    return build_package(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory) -> pathlib.Path:
     """The files that the wheel puts into site-packages."""
     folder = tmp_path_factory.mktemp("installed") / "lib"
-    (wheel,) = built.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder)
+    zipfile.ZipFile(built[1]).extractall(folder)
     return folder
 
 
@@ -92,8 +77,7 @@ def test_the_wheel_has_the_files_of_the_package_and_no_others(installed):
 
 def test_the_sdist_has_what_the_wheel_is_built_from(built):
     """The wheel was built from it."""
-    (sdist,) = built.glob("*.tar.gz")
-    tops = {name.split("/")[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    tops = {name.split("/")[1] for name in tarfile.open(built[0]).getnames() if "/" in name}
     assert tops == {*copied_to_image(), "PKG-INFO", "alignvlm_jax.egg-info", "setup.cfg"}
 
 

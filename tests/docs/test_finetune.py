@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from alignvlm_jax.config import load_config
+from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.training.experiment_data import ExperimentData
+from tests.built_package import ROOT, build_package
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIAL = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 
 # Text of the tutorial -> its replacement in the test.
@@ -30,10 +31,10 @@ def blocks() -> list[tuple[str, str]]:
     return matches
 
 
-def shell(commands: str, folder: pathlib.Path) -> str:
-    """Runs commands in a folder, with this environment's programs; returns what they print."""
-    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {"PATH": path, "ALIGNVLM": str(ROOT), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+def shell(commands: str, folder: pathlib.Path, programs: pathlib.Path | None = None) -> str:
+    """Runs commands in a folder, with the programs of an environment (by default this one); returns what they print."""
+    path = f"{programs or pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"PATH": path, "PYTHONPATH": "" if programs else str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder,
@@ -76,13 +77,33 @@ def test_data_and_configs_are_ready_for_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.large
-def test_all_five_steps_run(tmp_path):
-    printed = []
+def test_all_five_steps_run_from_the_wheel(tmp_path):
+    """In an empty folder, in a new environment of uv with the wheel and nothing else: no clone, no torch."""
+    _, wheel = build_package(tmp_path / "dist")
+    environment, uv = tmp_path / "environment", pathlib.Path(sys.executable).parent / "uv"
+    shell(f"{uv} venv --python {sys.executable} {environment}", tmp_path)
+    shell(f"{uv} pip install --python {environment} {wheel}", tmp_path)
+    tmp_path = tmp_path / "empty"
+    tmp_path.mkdir()
+    programs, printed = environment / "bin", []
+    where = shell("python -c 'import alignvlm_jax; print(alignvlm_jax.__file__)'", tmp_path, programs)
+    assert where.startswith(str(environment))
     for file, text in blocks():
         if file:
             (tmp_path / file).write_text(text)
         else:
-            printed.append(shell(text, tmp_path))
+            printed.append(shell(text, tmp_path, programs))
     assert re.search(r"^\d of 3 right$", printed[3], re.MULTILINE)  # before training
     assert re.search(r"^\d of 3 right$", printed[-1], re.MULTILINE)  # after training
     assert (tmp_path / "tags-pytorch" / "model.safetensors").is_file()
+
+
+@pytest.mark.large
+def test_the_wheel_answers_without_being_installed(tmp_path):
+    """`uvx` makes an environment of its own, in its cache."""
+    _, wheel = build_package(tmp_path / "dist")
+    (record,) = draw_records(0, "heldout", 0, 1)
+    (tmp_path / "page.png").write_bytes(record["image"])
+    uvx = pathlib.Path(sys.executable).parent / "uvx"
+    command = f"{uvx} --python {sys.executable} --from {wheel.parent}/*.whl alignvlm ask --checkpoint nano page.png"
+    assert shell(f'{command} --question "{record["questions"][0]}"', tmp_path) == f"{record['answers'][0]}\n"
