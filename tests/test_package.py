@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def test_every_dependency_has_a_lower_and_an_upper_bound(setup_arguments):
         operators = {specifier.operator for specifier in Requirement(line).specifier}
         assert operators in ({">=", "<"}, {"=="}), f"{line} is not bounded on both sides"
     assert {"cpu", "tpu", "cuda", "torch", "dev"} <= setup_arguments["extras_require"].keys()
+
+
+def test_every_extra_is_documented(setup_arguments):
+    page = (ROOT / "docs" / "environments.md").read_text()
+    rows = page[page.index("| Extra |") :].split("\n\n")[0]
+    named = {name for row in rows.splitlines()[2:] for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert named == setup_arguments["extras_require"].keys()
 
 
 def test_every_folder_with_code_is_a_package(setup_arguments):
