@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run
+from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run, name_list
 from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
@@ -29,7 +29,10 @@ current folder first, and then among the configs in the package.
 
 The run writes config.json, tokenizer/, checkpoints and TensorBoard event files to
 WORKDIR (`pip install tensorboard`, `tensorboard --logdir WORKDIR`). Pass WORKDIR to
-`eval` and `ask` as --checkpoint.
+`eval` and `ask` as --checkpoint. --log-to sends the same curves to other trackers:
+
+  alignvlm train --config configs/nano.py --workdir runs/first --log-to tensorboard,wandb \
+      --config.evaluation.log_answers_every_steps=100
 """
 
 
@@ -57,18 +60,28 @@ def add(commands: Commands) -> None:
         help="start from the weights and the tokenizer of this checkpoint instead of the backbones (same as "
         "--config.init_from)",
     )
+    command.add_argument(
+        "--log-to",
+        type=name_list,
+        default=("tensorboard",),
+        metavar="NAME[,NAME]",
+        help="trackers of curves and answers: tensorboard, wandb, trackio, or none (default: tensorboard)",
+    )
     add_distributed(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains a model, or resumes a run."""
     from alignvlm_jax import demo
-    from alignvlm_jax.evaluation.during_training import during_training
+    from alignvlm_jax.evaluation.during_training import answers_during_training, during_training
     from alignvlm_jax.interop.start import load_config
     from alignvlm_jax.parallel import distributed
     from alignvlm_jax.training import loop
     from alignvlm_jax.training.pinning import pin_sources
+    from alignvlm_jax.training.tracking.trackers import check_trackers
 
+    log_to = () if args.log_to == ("none",) else args.log_to
+    check_trackers(log_to)
     if args.init_from:
         args.overrides.append(f"init_from={args.init_from}")
     experiment = load_config(args.config, args.overrides)
@@ -82,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
             experiment,
             pathlib.Path(args.workdir),
             score=during_training(experiment),
+            answer=answers_during_training(experiment),
+            log_to=log_to,
             allow_config_change=args.allow_config_change,
         ).progress
         if distributed.is_primary():

@@ -111,8 +111,8 @@ def _check_run(config: ExperimentConfig) -> None:
     """Checks the settings of logs, checkpoints, scores, anomalies and profiles."""
     _check_positive("config", config, "log_every_steps")
     _check_positive("config.checkpoint", config.checkpoint, "every_steps", "keep")
-    _check_positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens")
-    for name in ("every_steps", "limit"):
+    _check_positive("config.evaluation", config.evaluation, "batch_size", "max_new_tokens", "logged_answers")
+    for name in ("every_steps", "limit", "log_answers_every_steps"):
         if getattr(config.evaluation, name) is not None:
             _check_positive("config.evaluation", config.evaluation, name)
     _check_not_negative("config.checkpoint", config.checkpoint, "keep_best")

@@ -41,6 +41,8 @@ class EvaluationConfig:
       limit: number of questions to ask, from the first; None asks all.
       batch_size: number of questions decoded at once, rounded up to a multiple of what the mesh requires.
       max_new_tokens: length at which an unfinished answer is truncated. A truncated answer is wrong anyway.
+      log_answers_every_steps: number of steps between answers that the trackers show with their pages; None shows none.
+      logged_answers: number of these answers, each about another page.
     """
 
     every_steps: int | None = None
@@ -49,6 +51,8 @@ class EvaluationConfig:
     limit: int | None = 256
     batch_size: int = 32
     max_new_tokens: int = 32
+    log_answers_every_steps: int | None = None
+    logged_answers: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,9 +43,9 @@ from alignvlm_jax.training.resumption import Resumption
 from alignvlm_jax.training.run_folder import prepare_workdir
 from alignvlm_jax.training.stage_plans import describe_plan, plan_stages, planned_stage
 from alignvlm_jax.training.stages import stage_table
+from alignvlm_jax.training.tracking import tensorboard, trackers
+from alignvlm_jax.training.tracking.tracker import ShownAnswer
 from alignvlm_jax.training.trainer import Trainer
-
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ def train(
     on_stage_start: Callable[[int, Params], Any] | None = None,
     on_step: Callable[[int], Any] | None = None,
     score: Callable[[Params, Mesh], Mapping[str, float]] | None = None,
+    answer: Callable[[Params, Mesh], Sequence[ShownAnswer]] | None = None,
+    log_to: Sequence[str] = trackers.DEFAULT,
     allow_config_change: Sequence[str] = (),
 ) -> TrainResult:
     """Trains through all stages, or resumes the run in `workdir`.
@@ -86,6 +88,9 @@ def train(
       on_step: called after each step with the number of steps done, over all stages.
       score: called every `config.evaluation.every_steps` steps with the weights and the mesh they are placed on. The
         scores it returns are logged. `evaluation.during_training` makes such a function.
+      answer: called every `config.evaluation.log_answers_every_steps` steps like `score`. The trackers show the answers
+        that it returns.
+      log_to: names of the trackers, from `training.tracking.trackers.KINDS`.
       allow_config_change: keys of the config that may differ from the earlier config of the run.
 
     Returns:
@@ -112,7 +117,7 @@ def train(
         jax.set_mesh(mesh),
         Checkpointer(workdir, config, lease) as checkpointer,
         Interruption() as interruption,
-        Profiler(config.profile, workdir / TENSORBOARD_FOLDER) as profiler,
+        Profiler(config.profile, workdir / tensorboard.FOLDER) as profiler,
         out_of_memory.explain_errors(config, workdir),
     ):
         prepare_workdir(workdir, config, data, allow_config_change)
@@ -131,10 +136,11 @@ def train(
             anomalies.load_state(checkpointer.data_state(progress) or {})
 
         # Train the stages, one after the other.
-        events = workdir / TENSORBOARD_FOLDER if distributed.is_primary() else None
         with (
             _progress_bar(sum(stage.steps for stage in stages), progress.step) as bar,
-            contextlib.closing(metrics.MetricsLog(events, progress.step, machine)) as log,
+            trackers.open_trackers(
+                log_to if distributed.is_primary() else (), workdir, config_to_dict(config), first_step=progress.step
+            ) as tracked,
         ):
             trainer = Trainer(
                 config=config,
@@ -148,10 +154,12 @@ def train(
                 profiler=profiler,
                 refusals=refusals,
                 anomalies=anomalies,
-                log=log,
+                log=metrics.MetricsLog(tracked, machine),
+                trackers=tracked,
                 bar=bar,
                 on_step=functools.partial(_finish_step, lease, on_step),
                 score=score,
+                answer=answer,
             )
             while progress.stage < len(stages):
                 index, stage, plan = progress.stage, stages[progress.stage], plans[progress.stage]

@@ -1,4 +1,4 @@
-"""Turns the metrics of steps into lines on the terminal and curves in TensorBoard.
+"""Turns the metrics of steps into lines on the terminal and curves in the trackers.
 
 Speeds are given for the whole run (`tokens_per_second`) and per chip. A chip is the unit that is sold; it may hold two
 JAX devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs that the model needs
@@ -6,24 +6,20 @@ JAX devices (`parallel/chips.py`). `tflops_per_second_per_chip` counts the FLOPs
 dtype. On a chip without a known peak, such as a CPU, there is no `mfu`.
 """
 
-import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
-from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.chips import Chip, find_chip
 from alignvlm_jax.training.flops import train_flops
+from alignvlm_jax.training.tracking.trackers import Trackers
 from alignvlm_jax.training.train_step import Metrics
 
 # Treatment of a metric in a summary of several steps. Metrics that are not listed are averaged.
@@ -78,24 +74,14 @@ class MetricsLog:
       last: latest written value of each metric.
     """
 
-    def __init__(self, folder: Path | None, first_step: int, machine: Machine):
+    def __init__(self, trackers: Trackers, machine: Machine):
         """Opens the log.
 
         Args:
-          folder: folder for TensorBoard's files; None writes none.
-          first_step: number of steps that are already done.
+          trackers: where the curves go.
           machine: chips that the run uses.
         """
-        self._writer = None
-        if folder is not None:
-            # An earlier session may have logged steps after the checkpoint that the run resumes from. Those steps are
-            # repeated, so `purge_step` drops their points.
-            try:
-                self._writer = tensorboardX.SummaryWriter(
-                    str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000
-                )
-            except OSError as error:
-                distributed.log(f"warning: {folder}: no TensorBoard curves ({error.strerror})", file=sys.stderr)
+        self._trackers = trackers
         self._machine = machine
         self._flops: Callable[[Mapping[str, float]], float] | None = None
         self._start_time = time.monotonic()
@@ -130,24 +116,8 @@ class MetricsLog:
         self._start_time, self._num_untimed = now, 0
         self.last |= summary
         scalars = {name if "/" in name else f"train/{name}": value for name, value in summary.items()}
-        self.write_scalars(step, {**scalars, "train/stage": stage})
+        self._trackers.log(step, {**scalars, "train/stage": stage})
         return summary
-
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes values to TensorBoard's files, under their own names."""
-        # The writer's thread ends when the disk is full. More values would then fill its queue and block forever.
-        if self._writer is not None and not self._writer.file_writer.event_writer._worker.is_alive():
-            distributed.log("warning: TensorBoard's files cannot be written; curves end here", file=sys.stderr)
-            self._writer = None
-        for name, value in values.items():
-            if self._writer is not None and not math.isnan(value):
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Writes everything that is still queued, if the disk has space."""
-        if self._writer is not None and self._writer.file_writer.event_writer._worker.is_alive():
-            with contextlib.suppress(OSError):  # a full disk
-                self._writer.close()
 
 
 def averages(steps: list[dict[str, float]]) -> dict[str, float]:

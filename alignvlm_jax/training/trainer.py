@@ -10,7 +10,7 @@ for every process.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ from alignvlm_jax.training.anomalies import ANOMALIES_FILE, AnomalyWatch
 from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.resumption import Resumption
+from alignvlm_jax.training.tracking.tracker import ShownAnswer
+from alignvlm_jax.training.tracking.trackers import Trackers
 from alignvlm_jax.training.train_step import (
     Metrics,
     TrainState,
@@ -110,9 +112,11 @@ class Trainer:
       refusals: log of the examples that cannot be used.
       anomalies: watches the loss and the skipped updates.
       log: log of the metrics.
+      trackers: where scores and answers go.
       bar: progress bar over all stages.
       on_step: called after each step with the number of steps done, over all stages.
       score: scores the weights on the mesh.
+      answer: answers questions with the weights on the mesh.
     """
 
     config: ExperimentConfig
@@ -127,9 +131,11 @@ class Trainer:
     refusals: RefusalLog
     anomalies: AnomalyWatch
     log: metrics.MetricsLog
+    trackers: Trackers
     bar: tqdm
     on_step: Callable[[int], Any] | None = None
     score: Callable[[Params, Mesh], Mapping[str, float]] | None = None
+    answer: Callable[[Params, Mesh], Sequence[ShownAnswer]] | None = None
 
     def train_stage(self, state: TrainState, progress: Progress, batches: BatchIterator) -> tuple[TrainState, Progress]:
         """Trains from `progress` to the end of its stage, and saves.
@@ -159,8 +165,8 @@ class Trainer:
             if self.on_step:
                 self.on_step(run.progress.step)
             stop = self._should_stop(signals)
-            if not stop and self._maybe_score(run):
-                stop = self._should_stop(signals)  # a signal may have arrived during scoring
+            if not stop and (self._maybe_score(run) + self._maybe_show_answers(run)):
+                stop = self._should_stop(signals)  # a signal may have arrived meanwhile
             has_failed = has_failed or self._maybe_save(run, must_save=run.is_finished or stop is not None)
             if has_failed:
                 self._roll_back(run)
@@ -287,14 +293,29 @@ class Trainer:
         start_time = time.monotonic()
         scores = self.score(run.state.params, self.mesh)
         split = self.config.evaluation.split
-        self.log.write_scalars(step, {f"{split}/{name}": value for name, value in scores.items()})
+        self.trackers.log(step, {f"{split}/{name}": value for name, value in scores.items()})
         seconds = time.monotonic() - start_time
         text = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
         distributed.log(f"step {step} {split} | {text} | scored in {seconds:.0f} s")
-        # Training was paused: exclude the pause from the training time and from the speed.
+        self._exclude_pause(run, seconds)
+        return True
+
+    def _maybe_show_answers(self, run: _StageRun) -> bool:
+        """Answers a few questions if that is due, and shows the answers in the trackers; returns whether it did."""
+        every_steps = self.config.evaluation.log_answers_every_steps
+        if not self.answer or every_steps is None or run.progress.step % every_steps:
+            return False
+        jax.block_until_ready(run.state.params)
+        start_time = time.monotonic()
+        answers = self.answer(run.state.params, self.mesh)
+        self.trackers.log_answers(run.progress.step, self.config.evaluation.split, answers)
+        self._exclude_pause(run, time.monotonic() - start_time)
+        return True
+
+    def _exclude_pause(self, run: _StageRun, seconds: float) -> None:
+        """Excludes a pause of the training from its time and from its speed."""
         self.log.restart_clock()
         run.start_time += seconds
-        return True
 
     def _maybe_save(self, run: _StageRun, must_save: bool) -> bool:
         """Saves if `must_save` or if a checkpoint is due; returns True if too many updates in a row were skipped."""
@@ -360,6 +381,7 @@ class Trainer:
         )
         run.state, run.progress = self.resumption.make_state(progress, params), progress
         self.bar.n = progress.step
+        self.trackers.rewind(progress.step)
 
     def _finish_saving(self, run: _StageRun) -> None:
         """Waits until the run is saved and tells the user how to resume it."""

@@ -14,7 +14,7 @@ from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.evaluation.benchmarks.runner import evaluate_benchmarks
-from alignvlm_jax.evaluation.during_training import during_training
+from alignvlm_jax.evaluation.during_training import answers_during_training, during_training
 from alignvlm_jax.models.alignvlm import random_parameters
 from alignvlm_jax.parallel.mesh import MeshConfig
 from tests.data.nano_tokenizer import write_chat_folder
@@ -46,7 +46,14 @@ def experiment(tmp_path_factory):
         config,
         tokenizer=str(tokenizer),
         data=dataclasses.replace(config.data, root=str(folder)),
-        evaluation=EvaluationConfig(every_steps=2, limit=QUESTIONS, batch_size=6, max_new_tokens=4),
+        evaluation=EvaluationConfig(
+            every_steps=2,
+            limit=QUESTIONS,
+            batch_size=6,
+            max_new_tokens=4,
+            log_answers_every_steps=3,
+            logged_answers=6,
+        ),
     )
 
 
@@ -138,7 +145,7 @@ def test_benchmarks_in_several_processes(checkpoint, tmp_path):
 def test_evaluation_during_training_does_not_change_it(experiment, tmp_path, capsys):
     losses = {}
     no_evaluation = dataclasses.replace(experiment, evaluation=EvaluationConfig())
-    assert during_training(no_evaluation) is None
+    assert during_training(no_evaluation) is None and answers_during_training(no_evaluation) is None
     without = tiny.train(tmp_path / "without", no_evaluation, losses=losses, examples=[])
     score, scores = during_training(experiment), []
 
@@ -148,12 +155,16 @@ def test_evaluation_during_training_does_not_change_it(experiment, tmp_path, cap
         return scores[-1]
 
     scored_losses = {}
-    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, examples=[], score=recording_score)
+    functions = dict(score=recording_score, answer=answers_during_training(experiment))
+    scored = tiny.train(tmp_path / "with", experiment, losses=scored_losses, examples=[], **functions)
     assert scored_losses == losses
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(scored.params), jax.device_get(without.params))
     assert len(scores) == 2 and all(0 <= figures["exact_match"] <= 1 for figures in scores)
     (events,) = (tmp_path / "with" / "tensorboard").iterdir()
-    assert b"validation/exact_match" in events.read_bytes()
+    recorded = events.read_bytes()
+    assert b"validation/exact_match" in recorded and b"\x89PNG" in recorded
+    # An answer about each of the six pages.
+    assert b"validation/answer_5" in recorded and b"validation/answer_6" not in recorded
     assert "step 2 validation | exact match 0." in capsys.readouterr().out
 
 
