@@ -7,9 +7,10 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
-Score a checkpoint on held-out documents. Answers are decoded greedily, and only exact
-matches count. The table has rows for each family of documents and for the font that is
-not in the training data, with 95 % confidence intervals.
+Score a checkpoint on a data set: the demo's held-out documents, or one of your own from
+`alignvlm prepare`. Answers are decoded greedily. The table has a column for each metric,
+and rows for each family or source of documents and for the font that is not in the
+training data, with 95 % confidence intervals.
 
 With --benchmark, score it on published benchmarks with their official metrics, next to
 the paper's scores. Answers are stored as they arrive; run the same command again to
@@ -22,7 +23,15 @@ examples:
   alignvlm eval --checkpoint runs/demo/checkpoint --control blank
   alignvlm eval --checkpoint runs/demo/checkpoint --split validation --json scores.json
   alignvlm eval --checkpoint runs/demo/checkpoint --mesh data=2,fsdp=4
+  alignvlm eval --checkpoint runs/tags --data data/tags_test --split test --metric exact,anls --show-wrong 10
   alignvlm eval --checkpoint runs/3b --benchmark docvqa,chartqa --data DocDownstream-1.0 --json scores.json
+
+metrics (spaces at the ends of an answer do not count)
+  exact    the same text
+  anls     ANLS, as of DocVQA: near misses count in part
+  relaxed  relaxed accuracy, as of ChartQA: numbers within 5 %
+  f1       F1 over the values of all documents, as of DeepForm: the question is the key, case
+           does not count, and "None" means that the document has no such value
 
 controls (a model that reads the page fails them):
   blank   a white page of the same size; shows what can be guessed from the question
@@ -61,6 +70,24 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--split", metavar="NAME", help="split to score (default: heldout, or the benchmark's default split)"
+    )
+    command.add_argument(
+        "--metric",
+        type=name_list,
+        metavar="NAME[,NAME]",
+        help="metrics of a data set, see below (default: exact)",
+    )
+    command.add_argument(
+        "--show-wrong",
+        type=positive,
+        metavar="N",
+        help="print the first N answers that are wrong by the first metric, and save their images",
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="maximum length of an answer in tokens (default: 32, or the benchmark's own)",
     )
     command.add_argument(
         "--control", choices=CONTROLS, default="none", help="replace the images, see below (default: none)"
@@ -105,6 +132,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--benchmark needs --data, the folder with the benchmark's files")
         if args.control != "none":
             raise UserError("--control cannot be used with --benchmark; it is for documents only")
+        for option in ("metric", "show_wrong", "max_new_tokens"):
+            if getattr(args, option):
+                raise UserError(f"--{option.replace('_', '-')} is for data sets; a benchmark has its own")
     elif args.allow_partial:
         raise UserError("--allow-partial is for --benchmark; part of a data set is --split 'NAME[:1000]'")
     options = dict(
@@ -122,4 +152,6 @@ def run(args: argparse.Namespace) -> None:
             evaluate_benchmarks(args.checkpoint, args.benchmark, **options)
         else:
             split = args.split or "heldout"
-            runner.evaluate_checkpoint(args.checkpoint, split=split, control=args.control, **options)
+            options |= dict(split=split, control=args.control, metrics=args.metric or ("exact",))
+            options |= dict(show_wrong=args.show_wrong or 0, max_new_tokens=args.max_new_tokens or 32)
+            runner.evaluate_checkpoint(args.checkpoint, **options)

@@ -6,6 +6,7 @@ meaningful for few questions and for scores near 0 or 1: for 0 right of 20 it is
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 from alignvlm_jax.inference.answers import count_warnings
 
@@ -24,6 +25,7 @@ class Answer:
       expected: correct answer.
       predicted: answer of the model.
       warnings: kinds of warnings about the answer (`inference/answers.py`).
+      record: index of the record in the split; None if it is not known.
     """
 
     document: str
@@ -33,6 +35,7 @@ class Answer:
     expected: str
     predicted: str
     warnings: tuple[str, ...] = ()
+    record: int | None = None
 
     @property
     def is_right(self) -> bool:
@@ -112,6 +115,15 @@ class Report:
         return {family: Tally.of([a for a in self.answers if a.family == family]) for family in families}
 
     @property
+    def groups(self) -> dict[str, list[Answer]]:
+        """Answers of each row of a table: each family, the unseen fonts and all questions."""
+        families = sorted({answer.family for answer in self.answers})
+        groups = {family: [answer for answer in self.answers if answer.family == family] for family in families}
+        if unseen := [answer for answer in self.answers if answer.font in self.unseen_fonts]:
+            groups["font not trained"] = unseen
+        return {**groups, "all": self.answers}
+
+    @property
     def warnings(self) -> dict[str, int]:
         """Number of answers with each kind of warning."""
         return count_warnings(answer.warnings for answer in self.answers)
@@ -143,24 +155,32 @@ def format_table(reports: dict[str, Report]) -> str:
     font not trained       110   0.71 [0.62-0.79]  0.00 [0.00-0.03]
     all                    500   0.89 [0.86-0.91]  0.00 [0.00-0.01]
     """
-    # All reports score the same questions, so the first one has the families of all.
-    first = next(iter(reports.values()))
-    rows = {family: [report.per_family[family] for report in reports.values()] for family in first.per_family}
-    if first.unseen_font.total:
-        rows["font not trained"] = [report.unseen_font for report in reports.values()]
-    rows["all"] = [report.overall for report in reports.values()]
+    # All reports score the same questions, so the first one has the groups of all.
+    first, *others = [report.groups for report in reports.values()]
+    rows = {}
+    for name, answers in first.items():
+        tallies = [Tally.of(group) for group in (answers, *(groups[name] for groups in others))]
+        cells = [format_interval(tally.exact_match, tally.interval) if tally.total else "-" for tally in tallies]
+        rows[name] = len(answers), cells
+    return format_rows(list(reports), rows)
 
+
+def format_rows(titles: Sequence[str], rows: Mapping[str, tuple[int, Sequence[str]]]) -> str:
+    """Returns a table of rows with a name, a number of questions, and a cell below each title."""
     # Columns are as wide as their title or the longest cell.
-    widths = [max(len(name), len("0.00 [0.00-0.00]")) for name in reports]
+    widths = [max(len(title), len("0.00 [0.00-0.00]")) for title in titles]
     name_width = max(len(name) for name in rows)
-    header = [f"{name:<{width}}" for name, width in zip(reports, widths, strict=True)]
+    header = [f"{title:<{width}}" for title, width in zip(titles, widths, strict=True)]
     lines = ["  ".join([f"{'':<{name_width}}", "questions", *header]).rstrip()]
-    for name, tallies in rows.items():
-        cells = [f"{_format(tally):<{width}}" for tally, width in zip(tallies, widths, strict=True)]
-        lines.append("  ".join([f"{name:<{name_width}}", f"{tallies[0].total:>9}", *cells]).rstrip())
+    for name, (count, cells) in rows.items():
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([f"{name:<{name_width}}", f"{count:>9}", *padded]).rstrip())
     return "\n".join(lines)
 
 
-def _format(tally: Tally) -> str:
-    low, high = tally.interval
-    return f"{tally.exact_match:.2f} [{low:.2f}-{high:.2f}]" if tally.total else "-"
+def format_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """Returns a score with its interval: "0.90 [0.86-0.93]"."""
+    if interval is None:
+        return f"{value:.2f}"
+    low, high = interval
+    return f"{value:.2f} [{low:.2f}-{high:.2f}]"

@@ -31,8 +31,10 @@ from alignvlm_jax.data.conversations import make_conversation
 from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.synthetic import HELD_OUT_FONT
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.evaluation import wrong_answers
+from alignvlm_jax.evaluation.answer_metrics import answer_scores, check_metrics, format_scores, scores_to_json
 from alignvlm_jax.evaluation.identity import locate
-from alignvlm_jax.evaluation.report import Answer, Report, format_table
+from alignvlm_jax.evaluation.report import Answer, Report
 from alignvlm_jax.inference.answers import format_counts
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load, warn_untrained
@@ -114,7 +116,8 @@ def evaluate(
                 for question, expected in zip(document.questions, document.answers, strict=True):
                     predicted = next(predictions)
                     where = document.id, document.family, document.font
-                    answers.append(Answer(*where, question, expected, str(predicted), tuple(predicted.warnings)))
+                    texts = question, expected, str(predicted)
+                    answers.append(Answer(*where, *texts, tuple(predicted.warnings), document.index))
     return Report(answers, unseen_fonts, control, time.monotonic() - start_time)
 
 
@@ -131,6 +134,9 @@ def evaluate_checkpoint(
     json_file: str | None = None,
     predictions_file: str | None = None,
     mesh: MeshConfig | None = None,
+    metrics: Sequence[str] = ("exact",),
+    show_wrong: int = 0,
+    max_new_tokens: int = 32,
 ) -> Report:
     """Scores a checkpoint, prints the table, and writes the requested files (`alignvlm eval`).
 
@@ -146,11 +152,16 @@ def evaluate_checkpoint(
       predictions_file: file for the answers, as JSON lines.
       mesh: device mesh. By default, one process uses its first device, and several processes shard the weights over
         all devices (`fsdp`).
+      metrics: names in `answer_metrics.METRICS`. The first one decides which answers are wrong.
+      show_wrong: maximum number of wrong answers to print.
+      max_new_tokens: maximum length of an answer.
 
     Raises:
-      UserError: if the data set is not given or not found.
+      UserError: if the data set is not given or not found, or a metric is unknown.
     """
+    check_metrics(metrics)
     arguments = dict(data=data, split=split, control=control, limit=limit, batch_size=batch_size, mesh=mesh)
+    arguments |= dict(max_new_tokens=max_new_tokens)
     settings = {"checkpoint": checkpoint, "views": views, **arguments}
     # Processes with different arguments would wait for each other forever.
     distributed.require_equal({name: str(value) for name, value in settings.items()})
@@ -175,9 +186,17 @@ def evaluate_checkpoint(
     has_writer = predictions_file and not is_stream(predictions_file)
     with one_writer_of(predictions_file, beside=True) if has_writer else contextlib.nullcontext():
         reader = load(checkpoint, batch_size=batch_size, mesh=mesh and make_mesh(mesh)).with_views(views)
-        report = evaluate(reader, records, control=control, unseen_fonts=(HELD_OUT_FONT,), limit=limit, title=split)
+        report = evaluate(
+            reader,
+            records,
+            control=control,
+            unseen_fonts=(HELD_OUT_FONT,),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            title=split,
+        )
         if predictions_file and distributed.is_primary():
-            write_predictions(report, predictions_file)
+            write_predictions(report, predictions_file, metrics)
     # All processes have the report; only the primary one prints and writes it.
     if not distributed.is_primary():
         return report
@@ -185,12 +204,14 @@ def evaluate_checkpoint(
     views_note = f", {views} views per image" if views > 1 else ""
     model_name = str(model) if step is None else f"{model}, step {step}"
     print(f"{model_name}: split {split!r} of {folder}, every question with {shown}{views_note}\n")
-    print(format_table({"exact match": report}))
+    print(format_scores(report, metrics))
     if warnings := format_counts(report.warnings, len(report.answers)):
         print(f"\nwarnings: {warnings}")
     warn_untrained(reader.training)
     figures = {"checkpoint": str(model), "step": step, "data": str(folder), "split": split, "views": views}
-    figures |= report.to_json()
+    figures |= {**report.to_json(), "metrics": scores_to_json(report, metrics)}
+    if show_wrong:
+        print("\n" + wrong_answers.show(report, records, metrics[0], show_wrong, predictions_file))
     if json_file:
         write_json(figures, json_file)
     return report
@@ -222,12 +243,14 @@ def derangement(families: Sequence[str], seed: int) -> list[int]:
     return others
 
 
-def write_predictions(report: Report, file: str | pathlib.Path) -> None:
-    """Writes one JSON line per question."""
+def write_predictions(report: Report, file: str | pathlib.Path, metrics: Sequence[str] = ()) -> None:
+    """Writes one JSON line per question, with the score of the answer by each metric other than exact match."""
+    others = [name for name in metrics if name != "exact"]
     with open_atomically(file) as out:
         for answer in report.answers:
-            fields = {name: getattr(answer, name) for name in answer.__dataclass_fields__}
-            out.write(json.dumps({**fields, "right": answer.is_right}, ensure_ascii=False) + "\n")
+            fields = {name: getattr(answer, name) for name in answer.__dataclass_fields__ if name != "record"}
+            fields |= {"right": answer.is_right, **({"scores": answer_scores(answer, others)} if others else {})}
+            out.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def write_json(figures: Mapping[str, Any], file: str | pathlib.Path) -> None:

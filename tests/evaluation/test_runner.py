@@ -6,6 +6,7 @@ import json
 import PIL.Image
 import pytest
 
+from alignvlm_jax import cli
 from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import runner
@@ -193,6 +194,51 @@ def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, c
     assert json.loads((tmp_path / "views.json").read_text())["views"] == fake.num_views == 3
     with pytest.raises(UserError, match="has no data set; name one with --data"):
         runner.evaluate_checkpoint(checkpoint)
+
+
+def test_metrics_and_wrong_answers_of_a_data_set(monkeypatch, tmp_path, capsys):
+    """The second question about page 3 is answered by 4; page 8 answers 9, and 9.3 is within 5 % of it."""
+    records = [{**RECORDS[3], "answers": ["3", "14"]}, {**RECORDS[8], "answers": ["8", "9.3"]}]
+    monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: records)
+    monkeypatch.setattr(runner, "load", lambda *args, **options: FakeReader())
+    arguments = ["eval", "--checkpoint", "nano", "--data", "pages", "--split", "test"]
+    files = ["--json", f"{tmp_path}/scores.json", "--predictions", f"{tmp_path}/answers.jsonl"]
+    assert cli.main([*arguments, "--metric", "exact,anls,relaxed,f1", "--show-wrong", "1", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["questions", "exact", "match", "ANLS", "relaxed", "accuracy", "F1"]
+    table = [line.split()[:3] for line in lines[3:6]]
+    assert table == [["form", "2", "0.50"], ["table", "2", "0.50"], ["all", "4", "0.50"]]
+    image = tmp_path / "answers.wrong" / "0-1.png"
+    assert lines[-7:] == [
+        "wrong answers by exact match, 1 of 2:",
+        "",
+        "page-3",
+        f"  image     {image}",
+        "  question  Which page, plus one?",
+        "  answer    4",
+        "  expected  14",
+    ]
+    assert image.read_bytes() == records[0]["image"]
+    metrics = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    assert {name: (score["score"], score["count"]) for name, score in metrics.items()} == {
+        "exact": (0.5, 4),
+        "anls": (0.625, 4),
+        "relaxed": (0.75, 4),
+        "f1": (0.5, 2),
+    }
+    assert metrics["relaxed"]["per_group"]["table"] == {"score": 1.0, "interval_95": [0.3424, 1.0], "count": 2}
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert answers[1]["scores"] == {"anls": 0.5, "relaxed": 0.0, "f1": 0.0} and not answers[1]["right"]
+
+    # By relaxed accuracy one answer is wrong. Without --predictions, its image is in a temporary folder.
+    assert cli.main([*arguments, "--metric", "relaxed", "--show-wrong", "9"]) == 0
+    shown = capsys.readouterr().out
+    assert "wrong answers by relaxed accuracy, 1 of 1:" in shown and "9.3" not in shown
+    assert cli.main([*arguments, "--metric", "exact,anlss"]) == 2
+    assert "--metric anlss: expected one or more of exact, anls, relaxed, f1: did you mean 'anls'?" in (
+        capsys.readouterr().err
+    )
+    assert cli.main([*arguments, "--benchmark", "docvqa", "--metric", "anls"]) == 2
 
 
 def test_two_runs_do_not_write_one_file_of_predictions(monkeypatch, tmp_path):

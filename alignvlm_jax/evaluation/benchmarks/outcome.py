@@ -3,8 +3,8 @@
 import dataclasses
 
 from alignvlm_jax.evaluation.benchmarks.question import Question
-from alignvlm_jax.evaluation.benchmarks.scores import Scores
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark
+from alignvlm_jax.evaluation.scores import Scores
 
 
 @dataclasses.dataclass(frozen=True)

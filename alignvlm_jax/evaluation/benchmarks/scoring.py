@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from alignvlm_jax.evaluation import metrics
 from alignvlm_jax.evaluation.benchmarks.question import Question
-from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores, mean, ratio
+from alignvlm_jax.evaluation.scores import Score, Scores, f1, mean, ratio
 
 Answers = Mapping[str, str | None]
 Metric = Callable[[Sequence[Question], Answers], Scores]
@@ -81,7 +81,7 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
     # F1 and a bootstrap interval over documents, once without the answers "None" and once with them.
     scores = []
     for name, dropped in (("F1, answers None dropped", ("None",)), ("F1, plain DUE", ())):
-        tops, bottoms = [], []
+        values = []
         for document_questions in documents.values():
             predicted = [
                 (question.group, answer.replace("\n", ""))
@@ -91,10 +91,8 @@ def forms(questions: Sequence[Question], answers: Answers) -> Scores:
             # Each value counts once, even if its key is asked for on several pages of the document.
             keys = dict.fromkeys((question.group, question.values) for question in document_questions)
             expected = [(key, value) for key, values in keys for value in values]
-            # F1 = 2 right / (predicted + expected), so micro F1 is a ratio of sums over documents.
-            bottoms.append(len(predicted) + len(expected))
-            tops.append(metrics.due_f1([predicted], [expected]) * bottoms[-1])
-        scores.append(ratio(name, tops, bottoms))
+            values.append((predicted, expected))
+        scores.append(f1(name, values))
     return Scores(scores[0], (scores[1],))
 
 

@@ -15,7 +15,7 @@ from alignvlm_jax.evaluation.benchmarks.paper import (
     MARKS,
     PRUNED,
 )
-from alignvlm_jax.evaluation.benchmarks.scores import Score
+from alignvlm_jax.evaluation.scores import Score
 from alignvlm_jax.inference.answers import format_counts
 
 PARTIAL = " (partial)"

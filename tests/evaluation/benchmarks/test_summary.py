@@ -9,9 +9,9 @@ from alignvlm_jax.backbones import NANO_MODEL
 from alignvlm_jax.evaluation.benchmarks import summary
 from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGE, AVERAGED, FOUR, GENERAL, LOW_RESOURCE, PAPER
-from alignvlm_jax.evaluation.benchmarks.scores import Score, Scores
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS
 from alignvlm_jax.evaluation.identity import is_pruned
+from alignvlm_jax.evaluation.scores import Score, Scores
 
 
 def make_outcomes(names):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from alignvlm_jax.evaluation import metrics
 from alignvlm_jax.evaluation.report import Tally
 
 _BOOTSTRAP_SAMPLES = 2000
@@ -82,3 +83,19 @@ def ratio(name: str, numerators: Sequence[float], denominators: Sequence[float])
         samples[i] = np.sum(weights * tops) / bottom if bottom else 0.0
     low, high = np.percentile(samples, [2.5, 97.5])
     return Score(name, float(value), (float(low), float(high)), len(tops))
+
+
+def f1(name: str, documents: Sequence[tuple[Sequence, Sequence]]) -> Score:
+    """Returns the F1 over the values of all documents, with an interval over documents.
+
+    Args:
+      name: name of the score.
+      documents: predicted and expected values of each document, as for `metrics.due_f1`.
+    """
+    # F1 = 2 right / (predicted + expected), so micro F1 is a ratio of sums over documents.
+    bottoms = [len(predicted) + len(expected) for predicted, expected in documents]
+    tops = [
+        metrics.due_f1([predicted], [expected]) * bottom
+        for (predicted, expected), bottom in zip(documents, bottoms, strict=True)
+    ]
+    return ratio(name, tops, bottoms)

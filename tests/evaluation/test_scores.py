@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.evaluation import metrics
-from alignvlm_jax.evaluation.benchmarks.scores import mean, ratio
+from alignvlm_jax.evaluation.scores import mean, ratio
 
 
 def test_intervals_cover_the_true_value_as_often_as_they_claim():
