@@ -24,7 +24,8 @@ examples:
   alignvlm eval --checkpoint runs/demo/checkpoint --split validation --json scores.json
   alignvlm eval --checkpoint runs/demo/checkpoint --mesh data=2,fsdp=4
   alignvlm eval --checkpoint runs/tags --data data/tags_test --split test --metric exact,anls --show-wrong 10
-  alignvlm eval --checkpoint runs/3b --benchmark docvqa,chartqa --data DocDownstream-1.0 --json scores.json
+  alignvlm eval --checkpoint runs/3b --benchmark docvqa,chartqa --json scores.json
+  alignvlm eval --checkpoint runs/3b --benchmark docvqa,chartqa --data DocDownstream-1.0
 
 metrics (spaces at the ends of an answer do not count)
   exact    the same text
@@ -66,7 +67,8 @@ def add(commands: Commands) -> None:
         "--benchmark",
         type=name_list,
         metavar="NAME[,NAME]",
-        help="score these published benchmarks, whose files are in --data (an unknown name prints the list)",
+        help="score these published benchmarks (an unknown name prints the list); without --data, their files are "
+        "downloaded from the Hugging Face Hub",
     )
     command.add_argument(
         "--split", metavar="NAME", help="split to score (default: heldout, or the benchmark's default split)"
@@ -128,8 +130,6 @@ def run(args: argparse.Namespace) -> None:
 
     if args.benchmark is not None:
         find_benchmarks(args.benchmark)
-        if not args.data:
-            raise UserError("--benchmark needs --data, the folder with the benchmark's files")
         if args.control != "none":
             raise UserError("--control cannot be used with --benchmark; it is for documents only")
         for option in ("metric", "show_wrong", "max_new_tokens"):

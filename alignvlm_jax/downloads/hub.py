@@ -114,18 +114,18 @@ def fetch(files: RemoteFiles, names: Collection[str], *, is_quiet: bool = False)
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    folder = hub_cache.snapshot_path(files.hub_id, files.commit)
+    folder = snapshot_of(files)
     missing = sorted(name for name in names if not (folder / name).exists())
-    say = (lambda text: None) if is_quiet else _say_once
     if not missing:
         reason = f", because {files.reason}" if files.reason else ""
-        say(f"{files.title}: from the cache{reason} ({folder})")
+        say(f"{files.title}: from the cache{reason} ({folder})", is_quiet=is_quiet)
         return folder
     if files.reason:
         raise explain(None, files.hub_id, reason=files.reason, missing=missing)
     size = format_size(sum(files.sizes[name] for name in missing))
     count = f"{len(missing)} file{'s' if len(missing) > 1 else ''}"
-    say(f"{files.title}: downloading {count}, {size}, to {folder}")
+    license = f", license {files.license}" if files.license else ""
+    say(f"{files.title}: downloading {count}, {size}{license}, to {folder}", is_quiet=is_quiet)
     try:
         huggingface_hub.snapshot_download(
             files.hub_id.name,
@@ -140,6 +140,17 @@ def fetch(files: RemoteFiles, names: Collection[str], *, is_quiet: bool = False)
     # Without this, the name of the branch would be unknown once there is no network.
     hub_cache.record_revision(files.hub_id, files.commit)
     return folder
+
+
+def snapshot_of(files: RemoteFiles) -> Path:
+    """Returns the folder in the cache that is or will be that of the commit."""
+    return hub_cache.snapshot_path(files.hub_id, files.commit)
+
+
+def say(text: str, *, is_quiet: bool = False) -> None:
+    """Prints a line on stderr, once per process."""
+    if not is_quiet:
+        _say_once(text)
 
 
 def _cached_files(hub_id: HubId, reason: str) -> RemoteFiles | None:

@@ -33,6 +33,7 @@ from alignvlm_jax.evaluation.benchmarks.layout import Found, Layout, split_names
 from alignvlm_jax.evaluation.benchmarks.question import Question
 
 IMAGE_MARK = "<|image|>"
+IMAGES_FOLDER = "imgs"
 ONE_REFERENCE = "one reference per question: the folder meta/ is missing"
 """Remark in `Question.extra` if only one of the accepted answers is known."""
 
@@ -69,7 +70,7 @@ def layout(dataset: str) -> Layout:
         "DocDownstream-1.0 (mPLUG/DocDownstream-1.0)",
         expected.replace("{dataset}", dataset),
         functools.partial(_read, dataset),
-        images=("imgs",),
+        images=(IMAGES_FOLDER,),
     )
 
 

@@ -225,6 +225,11 @@ def parquet_rows(file: pathlib.Path, image_columns: Sequence[str]) -> Iterator[t
         raise UserError(_unreadable(file, "Parquet", str(error).splitlines()[0])) from error
 
 
+def check_parquet() -> None:
+    """Raises a `UserError` if the package that reads Parquet is missing."""
+    _parquet()
+
+
 def image_bytes(source: ImageSource) -> bytes:
     """Returns the encoded bytes of an image.
 

@@ -17,7 +17,7 @@ import jax
 from alignvlm_jax.checkpoints.provenance import versions
 from alignvlm_jax.data.images import open_image
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.evaluation.benchmarks import files, summary
+from alignvlm_jax.evaluation.benchmarks import files, sources, summary
 from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
 from alignvlm_jax.evaluation.benchmarks.paper import AVERAGED, FOUR
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
@@ -44,7 +44,7 @@ def evaluate_benchmarks(
     checkpoint: str | os.PathLike,
     names: Sequence[str],
     *,
-    data: str | os.PathLike,
+    data: str | os.PathLike | None = None,
     split: str | None = None,
     limit: int | None = None,
     allow_partial: bool = False,
@@ -59,7 +59,8 @@ def evaluate_benchmarks(
     Args:
       checkpoint: checkpoint as for `inference.reader.load`.
       names: names in the table of benchmarks.
-      data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it.
+      data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it. None downloads
+        the files from their known source (`sources.py`).
       split: split to score instead of each benchmark's default.
       limit: maximum number of questions per benchmark.
       allow_partial: whether to score a benchmark with a missing part. The score is marked.
@@ -84,16 +85,17 @@ def evaluate_benchmarks(
     # packages of a metric.
     for row in benchmarks:
         row.metric((), {})
-    question_sets = {
-        row.name: read_questions(row, pathlib.Path(data), split or row.split, allow_partial=allow_partial)
-        for row in benchmarks
-    }
     predictions_file = predictions_file or default_predictions_file(checkpoint, json_file)
     if is_stream(predictions_file):
         raise UserError(f"--predictions {predictions_file}: expected a file, from which the next run resumes")
     if json_file:
         check_writable(json_file)
     check_distinct(json=json_file, predictions=predictions_file)
+    fetched = {} if data is not None else sources.fetch({row.name: split or row.split for row in benchmarks})
+    question_sets = {}
+    for row in benchmarks:
+        folder = fetched[row.name].folder if fetched else pathlib.Path(data)
+        question_sets[row.name] = read_questions(row, folder, split or row.split, allow_partial=allow_partial)
 
     loaded: list[Reader] = []
 
@@ -117,7 +119,8 @@ def evaluate_benchmarks(
             warn_untrained(model.training)
         _write_submissions(outcomes, pathlib.Path(predictions_file))
         if json_file:
-            figures = {**identity, "data": str(data), "predictions": str(predictions_file), "versions": versions()}
+            origin = {name: found.name for name, found in fetched.items()} or str(data)
+            figures = {**identity, "data": origin, "predictions": str(predictions_file), "versions": versions()}
             figures["average_of_nine"] = summary.average_of(AVERAGED, outcomes)
             figures["average_of_four"] = summary.average_of(FOUR, outcomes)
             figures["partial"] = [outcome.benchmark.name for outcome in outcomes if outcome.missing]
