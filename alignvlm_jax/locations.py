@@ -103,6 +103,12 @@ def model_location(text: str | os.PathLike[str]) -> str:
     return text if text.startswith(_HUB_PAGES) else local_path(text)
 
 
+def data_location(text: str | os.PathLike[str]) -> str:
+    """Returns a location as `location` does, or a data set on the Hugging Face Hub (`hf://datasets/...`)."""
+    text = os.fspath(text)
+    return text if text.startswith("hf://") else location(text)
+
+
 def parse_location(text: str | os.PathLike[str]) -> str:
     """Returns the same as `location`, also without the package that reaches the bucket."""
     return _parse(os.fspath(text), tuple(BUCKETS))

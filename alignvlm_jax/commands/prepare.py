@@ -6,7 +6,7 @@ import sys
 
 from alignvlm_jax.commands.arguments import Commands, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import data_location, location
 
 DESCRIPTION = """\
 Convert conversations about images to a training data set. OUT becomes a TFDS data set in
@@ -17,6 +17,7 @@ reason. If the command is interrupted or killed, run it again to resume.
 EPILOG = """\
 examples:
   alignvlm prepare --format llava --input llava_v1_5_mix665k.json --images playground/data --out data/llava
+  alignvlm prepare --format messages --input hf://datasets/ORG/NAME --out data/messages
   alignvlm prepare --format webdataset --input 'gs://bucket/cc12m/*.tar' --out gs://bucket/data/cc12m \\
       --runner DataflowRunner --project ... --region ... --temp_location gs://bucket/tmp
 
@@ -44,15 +45,15 @@ def add(commands: Commands) -> None:
         "--input",
         required=True,
         nargs="+",
-        type=location,
+        type=data_location,
         metavar="FILE",
-        help="files, folders of files, or quoted patterns with *",
+        help="files, folders of files, or quoted patterns with *; hf://datasets/ORG/NAME[@REVISION][/PATH] on the Hub",
     )
     command.add_argument(
         "--images",
-        type=location,
+        type=data_location,
         metavar="DIR",
-        help="folder that image paths start from (default: folder of the input file)",
+        help="folder that image paths start from (default: folder of the input file); also hf://datasets/...",
     )
     command.add_argument("--out", required=True, type=location, metavar="DIR", help="folder of the data set")
     command.add_argument("--split", default="train", metavar="NAME", help="name of the split (default: train)")

@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alignvlm_jax.data import nearby, repeated_files, shard_names, split_files, store
+from alignvlm_jax.data import hub_inputs, nearby, repeated_files, shard_names, split_files, store
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
@@ -43,10 +43,12 @@ from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_bina
 from alignvlm_jax.data.prepare_notes import Notes, Summary
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
+from alignvlm_jax.downloads import hub_cache
+from alignvlm_jax.downloads.hub_ids import SCHEME, parse_dataset
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.leases.one_writer import one_writer
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import data_location, location
 from alignvlm_jax.progress import progress_bar
 
 NAME = "conversations"
@@ -55,9 +57,6 @@ DEFAULT_MAX_REJECTS = 0.01
 
 # The share of refused records is checked only after this number of records; before that it is too noisy.
 _MIN_RECORDS_TO_JUDGE = 1000
-
-# Files without records that `datasets` and LLaMA-Factory keep next to the data.
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 FEATURES = {
     "id": tfds.features.Text(),
@@ -74,7 +73,7 @@ class Recipe:
 
     Attributes:
       format: one of `formats.FORMATS`.
-      inputs: files, folders of files, or patterns with `*`.
+      inputs: files, folders of files, or patterns with `*`; on the Hub as `hf://datasets/ORGANIZATION/NAME`.
       split: name of the split to write.
       options: settings of the format.
       limits: settings of the checks; image paths are relative to `limits.image_root`.
@@ -134,8 +133,9 @@ def prepare(
         refused.
     """
     recipe = _with_locations(recipe)
-    job = Job(recipe, location(out))
     _check(recipe, max_rejects)
+    recipe = _fetch_from_hub(recipe, Job(recipe, location(out)))
+    job = Job(recipe, location(out))
     files, remarks = _input_files(recipe, allow_partial)
     fingerprint = _fingerprint(recipe, files)
     # A finished data set may be on storage that can only be read. Then no lease is needed, and none is possible.
@@ -306,20 +306,59 @@ def _fingerprint(recipe: Recipe, files: Sequence[str]) -> str:
     states = []
     for file in [*files, *FORMATS[recipe.format].referenced_files(files)]:
         file_status = status(file)
-        states.append((file, file_status.size, file_status.changed))
+        # A file of a commit does not change, and its copy may be elsewhere in the next run.
+        on_hub = hub_cache.hub_name(file)
+        states.append((on_hub or file, file_status.size, None if on_hub else file_status.changed))
     return hashlib.sha256(json.dumps([_to_json(recipe), states]).encode()).hexdigest()[:16]
 
 
 def _to_json(recipe: Recipe) -> Mapping[str, Any]:
-    """Returns the recipe as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """Returns the recipe as JSON values. Copies in the cache of the Hub have the names of the originals."""
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    values["inputs"] = [hub_cache.hub_name(place) or place for place in values["inputs"]]
+    root = values["limits"]["image_root"]
+    values["limits"]["image_root"] = root and (hub_cache.hub_name(root) or root)
+    return values
 
 
 def _with_locations(recipe: Recipe) -> Recipe:
     """Returns the recipe with `~` expanded in its locations. Those that cannot be used are refused."""
     root = recipe.limits.image_root
-    limits = dataclasses.replace(recipe.limits, image_root=None if root is None else location(root))
-    return dataclasses.replace(recipe, inputs=tuple(map(location, recipe.inputs)), limits=limits)
+    limits = dataclasses.replace(recipe.limits, image_root=None if root is None else data_location(root))
+    return dataclasses.replace(recipe, inputs=tuple(map(data_location, recipe.inputs)), limits=limits)
+
+
+def _fetch_from_hub(recipe: Recipe, job: Job) -> Recipe:
+    """Returns the recipe with inputs on the Hub replaced by their copies in its cache."""
+    root = recipe.limits.image_root
+    places = [place for place in (*recipe.inputs, root or "") if place.startswith(SCHEME)]
+    if not places:
+        return recipe
+    commits = hub_cache.commits_of(_earlier_files(job))
+
+    def commit(place: str) -> str | None:
+        return commits.get(parse_dataset(place).name)
+
+    endings = FORMATS[recipe.format].suffixes
+    inputs = (
+        hub_inputs.fetch_input(place, endings, recipe.split, with_images=root is None, commit=commit(place))
+        if place in places
+        else place
+        for place in recipe.inputs
+    )
+    recipe = dataclasses.replace(recipe, inputs=tuple(inputs))
+    if root in places:
+        root = hub_inputs.fetch_images(root, commit=commit(root))
+    return dataclasses.replace(recipe, limits=dataclasses.replace(recipe.limits, image_root=root))
+
+
+def _earlier_files(job: Job) -> list[str]:
+    """Returns inputs of the conversion that was started or finished in the folder."""
+    if (epath.Path(job.out) / INFO_FILE).exists():
+        earlier = store.read_metadata(job.out).get("recipe", {})
+        return [*earlier.get("inputs", ()), (earlier.get("limits") or {}).get("image_root") or ""]
+    plan = job.notes.read_plan()
+    return [] if plan is None else sorted({piece.file for piece in plan[1]})
 
 
 def _check(recipe: Recipe, max_rejects: float) -> None:
@@ -333,7 +372,7 @@ def _check(recipe: Recipe, max_rejects: float) -> None:
     if not recipe.split.isidentifier() or recipe.split == "all":
         raise UserError(f"the split cannot be called {recipe.split!r}: expected an identifier other than 'all'")
     root = recipe.limits.image_root
-    if root is not None and not epath.Path(root).is_dir():
+    if root is not None and not root.startswith(SCHEME) and not epath.Path(root).is_dir():
         raise UserError(f"the image root {root} is not a folder{_what_it_is(root)}")
 
 
@@ -344,7 +383,7 @@ def _input_files(recipe: Recipe, allow_partial: bool) -> tuple[list[str], list[s
     for entry in recipe.inputs:
         matches = find_files(entry, suffixes)
         if epath.Path(entry).is_dir():
-            matches = [file for file in matches if not _describes_data(epath.Path(file).name)]
+            matches = [file for file in matches if not split_files.describes_data(epath.Path(file).name)]
             matches, sentence = split_files.select(matches, entry, recipe.split)
             unread += [sentence] * bool(sentence)
             unfinished += repeated_files.unfinished(entry)
@@ -378,11 +417,6 @@ def _shard_exists(file: str) -> bool:
     path = epath.Path(file)
     beginning = re.match(r".*-of-\d+", path.name, re.DOTALL)[0]
     return any(True for _ in path.parent.glob(f"{glob.escape(beginning)}*"))
-
-
-def _describes_data(name: str) -> bool:
-    """Returns whether a file in a folder of data is known to hold no records: it is hidden, or describes the others."""
-    return name.startswith(".") or name in _DESCRIPTIONS
 
 
 def _what_it_is(path: str) -> str:

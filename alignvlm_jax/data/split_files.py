@@ -12,11 +12,18 @@ from collections.abc import Sequence
 
 from alignvlm_jax.errors import UserError
 
+# Files without records that `datasets` and LLaMA-Factory keep next to the data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing", "heldout"), "test"),
 }
+
+
+def describes_data(name: str) -> bool:
+    """Returns whether a file in a folder of data is known to hold no records: it is hidden, or describes the others."""
+    return name.startswith(".") or name in _DESCRIPTIONS
 
 
 def select(files: Sequence[str], folder: str, split: str) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ Without a network, with HF_HUB_OFFLINE=1, or if the Hub refuses, the cache is us
 """
 
 import dataclasses
+import fnmatch
 import functools
 import sys
 from collections.abc import Collection, Mapping
@@ -145,6 +146,11 @@ def fetch(files: RemoteFiles, names: Collection[str], *, is_quiet: bool = False)
 def snapshot_of(files: RemoteFiles) -> Path:
     """Returns the folder in the cache that is or will be that of the commit."""
     return hub_cache.snapshot_path(files.hub_id, files.commit)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Returns whether a path matches a pattern whose `*` does not match a slash."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
 def say(text: str, *, is_quiet: bool = False) -> None:

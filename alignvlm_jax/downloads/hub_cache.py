@@ -10,15 +10,19 @@ Users copy the path of any of these folders. Only `snapshots/REVISION` holds the
 
 import contextlib
 import os
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from alignvlm_jax.downloads.hub_ids import HubId, parse_model
+from alignvlm_jax.downloads.hub_ids import SCHEME, HubId, parse_dataset, parse_model
 from alignvlm_jax.errors import UserError
 
 _SNAPSHOTS = "snapshots"
 _MODEL_PREFIX = "models--"
+_DATASET_SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/datasets--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<path>.+))?"
+)
 
 
 def snapshot_folder(folder: str | os.PathLike) -> Path:
@@ -99,6 +103,38 @@ def listed_names(hub_id: HubId) -> Mapping[str, int] | None:
         return {file.path: file.size for file in read(hub_id.name, repo_type=hub_id.kind, revision=hub_id.revision)}
     except CachedRepoTreeNotFoundError:
         return None
+
+
+def cache_of(path: str | os.PathLike) -> Path | None:
+    """Returns the cache of the Hub that a file or folder of a data set is in; None if it is elsewhere."""
+    found = _snapshot_of(os.fspath(path))
+    return None if found is None else found[0]
+
+
+def hub_name(path: str | os.PathLike) -> str | None:
+    """Returns the name on the Hub of a data set's file or folder in the cache; None if it is elsewhere."""
+    found = _snapshot_of(os.fspath(path))
+    return None if found is None else str(found[1])
+
+
+def commits_of(places: Iterable[str]) -> dict[str, str]:
+    """Returns the commits of data sets, by name, whose files are among the places: in the cache, or named by hf://."""
+    found = {}
+    for place in places:
+        snapshot = _snapshot_of(place)
+        hub_id = snapshot[1] if snapshot else parse_dataset(place) if place.startswith(SCHEME) else None
+        if hub_id is not None and hub_id.is_pinned:
+            found[hub_id.name] = hub_id.revision
+    return found
+
+
+def _snapshot_of(path: str) -> tuple[Path, HubId] | None:
+    """Returns the cache that a path of a data set is in, and its name on the Hub."""
+    match = _DATASET_SNAPSHOT.fullmatch(Path(path).as_posix())
+    if match is None:
+        return None
+    name = match["name"].replace("--", "/", 1)
+    return Path(match["cache"]), HubId(name, match["commit"], "dataset", match["path"] or "")
 
 
 def record_revision(hub_id: HubId, commit: str) -> None:

@@ -7,7 +7,6 @@ Repositories often hold the weights several times: pickled, in GGUF, in ONNX, in
 safetensors in the layout of transformers are fetched, in the order in which `interop/weight_files.py` chooses.
 """
 
-import fnmatch
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -49,8 +48,8 @@ def small_files(names: Collection[str]) -> list[str]:
     return [
         name
         for name in names
-        if any(_matches(name, pattern) for pattern in _SMALL_FILES)
-        and (name == INDEX_FILE or not any(_matches(name, pattern) for pattern in _NOT_READ))
+        if any(hub.matches(name, pattern) for pattern in _SMALL_FILES)
+        and (name == INDEX_FILE or not any(hub.matches(name, pattern) for pattern in _NOT_READ))
     ]
 
 
@@ -70,12 +69,7 @@ def weight_files(names: Collection[str], folder: Path) -> list[str]:
     if isinstance(weight_map, dict):
         # A shard that the repository lacks is reported by the reader, which knows more about the folder.
         return sorted(name for name in set(map(str, weight_map.values())) if name in names)
-    return sorted(name for name in names if _matches(name, "model-*-of-*.safetensors"))
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Returns whether a path matches a pattern whose `*` does not match a slash."""
-    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+    return sorted(name for name in names if hub.matches(name, "model-*-of-*.safetensors"))
 
 
 def _describe_without_weights(files: hub.RemoteFiles) -> str:

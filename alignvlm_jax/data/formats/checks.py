@@ -21,6 +21,7 @@ from etils import epath
 from alignvlm_jax.data.formats.conversation import IMAGE, IMAGE_MARK, Conversation, Message, Refusal
 from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import status
+from alignvlm_jax.downloads import hub_cache
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import is_local
 
@@ -217,7 +218,8 @@ def _find_image(name: str, image_root: str, follow_links: bool) -> epath.Path:
         raise Refusal("image path", f"{name}: outside the image root {image_root} (--images)")
     path = epath.Path(image_root) / relative
     if is_local(path) and not follow_links:
-        real, root = os.path.realpath(path), os.path.realpath(image_root)
+        # In the cache of the Hub, all files are links to their contents in another folder of the cache.
+        real, root = os.path.realpath(path), os.path.realpath(hub_cache.cache_of(image_root) or image_root)
         if os.path.commonpath([real, root]) != root:
             if not os.path.exists(real):
                 raise Refusal("missing image", f"{name}: {_describe_missing(path, image_root)}")
