@@ -15,6 +15,7 @@ from alignvlm_jax.downloads.contents import describe_adapter
 from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_bucket, open_location
 
 _NANO = Path(__file__).parent / "nano"
 NANO_MODEL = _NANO / "model"
@@ -71,6 +72,8 @@ def trained_model(checkpoint: str | os.PathLike) -> Path:
     "nano" is the model in the package, unless a file or folder has that name. An exported model may also be named by
     any of its folders in the cache of the Hub, or by its name on the Hub.
     """
+    if is_bucket(checkpoint):
+        return open_location(checkpoint)
     text = os.fspath(checkpoint)
     if text == "nano" and not os.path.exists("nano"):
         return NANO_MODEL

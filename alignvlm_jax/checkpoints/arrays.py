@@ -26,6 +26,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import absolute, is_bucket
+from alignvlm_jax.storage.errors import translate
 
 _CHUNK_BYTES = 128 * 2**20
 # Errors of the disk and its folders: a save that fails with one may succeed later, or elsewhere.
@@ -84,13 +86,13 @@ class StepStore:
 
 
 def unfinished_folders(checkpoints: Path) -> list[Path]:
-    """Returns the folders of steps that Orbax did not finish writing."""
-    return list(checkpoints.glob("*.orbax-checkpoint-tmp*"))
+    """Returns the folders of steps that Orbax did not finish writing. In a bucket they have no name of their own."""
+    return [] if is_bucket(checkpoints) else list(checkpoints.glob("*.orbax-checkpoint-tmp*"))
 
 
 def unfinished_folder(step: Path) -> Path:
     """Returns the name that the folder of a step has while Orbax writes it."""
-    return Path(f"{step}.orbax-checkpoint-tmp")
+    return step.with_name(f"{step.name}.orbax-checkpoint-tmp")
 
 
 def restore_tree(folder: Path, abstract: Any) -> Any:
@@ -99,7 +101,7 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
     Raises:
       UserError: if it cannot be read.
     """
-    folder = folder.absolute()
+    folder = absolute(folder)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
@@ -116,7 +118,7 @@ class StoredTree:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder.absolute()
+        self._folder = absolute(folder)
         try:
             # Calls the handler directly: a `Checkpointer` would look for metadata of the whole step, and warn.
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
@@ -145,18 +147,28 @@ class StoredTree:
 
     def _open(self, path: str) -> tensorstore.TensorStore:
         # Orbax's layout: an OCDBT store whose folders are zarr arrays, named by the array's path with dots.
-        base = {"driver": "file", "path": f"{self._folder}/"}
-        store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".")}
+        store = {"driver": "ocdbt", "base": _base_store(self._folder), "path": path.replace("/", ".")}
         return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
 
 
 def storage_error_message(error: Exception) -> str | None:
-    """Returns the operating system's message if the disk caused the error, or None for a bug, which must be raised."""
+    """Returns a message if the disk or the bucket caused the error, or None for a bug, which must be raised."""
+    if of_bucket := translate(error):
+        return str(of_bucket)
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     # tensorstore raises a ValueError that contains the system's message.
     message = next((text for number in _STORAGE_ERRORS if (text := os.strerror(number)) in str(error)), None)
     return str(error) if message is None and isinstance(error, OSError) else message
+
+
+def _base_store(folder: Path) -> dict[str, Any]:
+    """Returns TensorStore's description of a folder."""
+    if not is_bucket(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    scheme, _, name = str(folder).partition("://")
+    bucket, _, key = name.partition("/")
+    return {"driver": {"gs": "gcs"}[scheme], "bucket": bucket, "path": f"{key}/"}
 
 
 def _make_orbax() -> ocp.AsyncCheckpointer:

@@ -4,6 +4,7 @@ A save has three steps: write the files, write their digests (`integrity.py`), a
 (`retention.py`). Reading damaged files raises no error, so the digests are verified before anything is restored.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -26,10 +27,12 @@ from alignvlm_jax.checkpoints.workdir import (
 )
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_dict
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TemporaryError, UserError
 from alignvlm_jax.leases.lease import Lease, LeaseLostError, NoLease
+from alignvlm_jax.locations import absolute, is_bucket
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.storage.errors import translate
 
 _MAX_FAILURES = 3  # failed saves in a row
 
@@ -56,7 +59,7 @@ class Checkpointer:
         """
         self._config = config
         self._lease = lease or NoLease()
-        self._folder = (workdir / CHECKPOINTS_FOLDER).absolute()
+        self._folder = absolute(workdir / CHECKPOINTS_FOLDER)
         self._store = arrays.StepStore()
         self._completing: threading.Thread | None = None  # runs `_complete` for the save in progress
         # The thread changes these attributes. The caller's thread uses them only after `_join`, so no lock is needed.
@@ -213,9 +216,11 @@ class Checkpointer:
         try:
             if distributed.is_primary():
                 self._delete_old(int(step.name))
-        except OSError as error:
+        except (OSError, UserError) as error:
             # The new checkpoint is complete; failing to delete an old one must not end the run.
-            reason = f"{error.filename or self._folder}: {error.strerror or error}"
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{error.filename or self._folder}: {error.strerror or error}"
             distributed.log(f"warning: older checkpoints could not be deleted: {reason}", file=sys.stderr)
 
     def _fail(self, step: Path, error: Exception) -> None:
@@ -227,8 +232,9 @@ class Checkpointer:
             self._store.reset()
             # With several processes, others may still be writing here. The next session removes the remains.
             if jax.process_count() == 1:
-                integrity.remove(step)
-                shutil.rmtree(arrays.unfinished_folder(step), ignore_errors=True)
+                with contextlib.suppress(OSError, UserError):
+                    integrity.remove(step)
+                    _remove_unfinished(arrays.unfinished_folder(step))
             distributed.log(f"warning: {self._describe(step, error)}", file=sys.stderr)
 
     def _join(self, failures_allowed: int | None = None) -> None:
@@ -244,18 +250,22 @@ class Checkpointer:
         if failures_allowed is None:
             failures_allowed = _MAX_FAILURES - 1 if jax.process_count() == 1 else 0
         if self._num_failures > failures_allowed:
-            raise UserError(self._describe(step, error)) from error
+            is_temporary = isinstance(translate(error), TemporaryError)
+            raise (TemporaryError if is_temporary else UserError)(self._describe(step, error)) from error
 
     def _describe(self, step: Path, error: Exception) -> str:
-        others = [complete for complete in complete_steps(self._folder) if complete != int(step.name)]
-        newest = f"the newest checkpoint is {self._folder / str(others[-1])}" if others else "there is no other"
+        try:
+            others = [complete for complete in complete_steps(self._folder) if complete != int(step.name)]
+            newest = f"the newest checkpoint is {self._folder / str(others[-1])}" if others else "there is no other"
+        except UserError:  # the bucket cannot be reached
+            newest = "earlier checkpoints are untouched"
         return f"step {step.name} could not be saved in {step}: {arrays.storage_error_message(error)}; {newest}"
 
     def _clean_up(self) -> None:
         """Removes, once, the unfinished saves of earlier sessions that were killed."""
         if not self._is_cleaned_up:
             for path in arrays.unfinished_folders(self._folder):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove_unfinished(path)
             self._is_cleaned_up = True
 
     def _delete_old(self, newest: int) -> None:
@@ -271,9 +281,15 @@ class Checkpointer:
     def _metrics(self, step: int) -> dict[str, float]:
         try:
             return read_meta(self._folder / str(step)).get("metrics") or {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             # This old step was damaged after it was saved. That must not make the save of the new one fail.
             return {}
+
+
+def _remove_unfinished(folder: Path) -> None:
+    # In a bucket, an unfinished step has no folder of its own, and is removed like any other.
+    if not is_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _meta(config: ExperimentConfig, progress: Progress) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from alignvlm_jax.locations import open_location
+
 
 def is_alignvlm_folder(folder: str | Path) -> bool:
     """Returns whether `folder` is an exported folder (read with `read_alignvlm`) and not the workdir of a run."""
@@ -12,6 +14,6 @@ def is_alignvlm_folder(folder: str | Path) -> bool:
 def model_type(folder: str | Path) -> str | None:
     """Returns the type of the model in a Hugging Face folder; None if `config.json` names none."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
+        return json.loads((open_location(folder) / "config.json").read_bytes().decode("utf-8-sig")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None

@@ -1,12 +1,13 @@
-"""Detects incomplete and damaged checkpoints by the sizes and SHA-256 digests of their files.
+"""Detects incomplete and damaged checkpoints by the sizes and digests of their files.
 
     checkpoints/120/params/...               written by Orbax
-    checkpoints/120/digests.0-of-2.json      process 0: size and SHA-256 of each file it wrote, and of this list
+    checkpoints/120/digests.0-of-2.json      process 0: size and digest of each file it wrote, and of this list
     checkpoints/120/digests.1-of-2.json      process 1: the same for its files
 
 A step is *complete* if the digests of all processes exist and every file has the recorded size (`incompleteness`, which
-is cheap and reads no arrays). It is *undamaged* if every file also has the recorded digest (`damage`, which reads all
-files). Nothing relies on atomic renames, so missing files are detected on object stores as well as on disks.
+is cheap and reads no arrays). It is *undamaged* if every file also has the recorded digest (`damage`). On a disk this
+reads all files; a bucket lists the checksums of its objects (`step_files.py`). Nothing relies on renames, so missing
+files are detected in buckets as well as on disks.
 
 Digests are computed seconds after the files are written. They detect any later change to the files, but not values that
 faulty memory corrupted before the files were written.
@@ -18,14 +19,18 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from alignvlm_jax.checkpoints.step_files import Record, StepFiles, remove_folder, step_files
+from alignvlm_jax.locations import is_bucket
+
 _DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.json")
 _PROCESS = re.compile(r"process_(\d+)")
+_LISTS = "digests.*.json"
 _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
+_POLL_SECONDS, _POLL_SECONDS_OF_BUCKETS = 0.05, 1.0  # in a bucket, looking costs a request
 
 
 def seal(step: Path, process: int = 0, num_processes: int = 1, *, check: Callable[[], None] = lambda: None) -> None:
@@ -37,28 +42,14 @@ def seal(step: Path, process: int = 0, num_processes: int = 1, *, check: Callabl
       num_processes: number of processes of the run.
       check: called when the digests are known, before they are written. It raises an error to prevent that.
     """
-    files = sorted(
-        path.relative_to(step)
-        for path in step.rglob("*")
-        if path.is_file() and not _DIGESTS.fullmatch(path.name) and _writer(path.relative_to(step)) == process
-    )
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(lambda file: _digest(step / file, sync=True), files)
-        entries = {
-            str(file): {"bytes": (step / file).stat().st_size, "sha256": digest}
-            for file, digest in zip(files, digests, strict=True)
-        }
-    text = json.dumps({"files": entries, "sha256": _digest_of_list(entries)}, indent=1)
-    # Syncing a file does not sync its name, which is an entry of its folder.
-    for folder in {step.parent, *(step / folder for file in files for folder in file.parents)}:
-        _sync(folder)
+    files = step_files(step)
+    own = sorted(name for name in files.names() if not _is_list(name) and _writer(name) == process)
+    records = files.record(own)
+    text = json.dumps({"files": records, "sha256": _digest_of_list(records)}, indent=1)
     check()
     # Write the digests last, once the files themselves would survive a power failure: older steps are deleted as soon
     # as this one is sealed.
-    digests_file = step / f"digests.{process}-of-{num_processes}.json"
-    digests_file.write_text(text, encoding="utf-8")
-    _sync(digests_file)
-    _sync(step)
+    files.write_last(f"digests.{process}-of-{num_processes}.json", text)
 
 
 def is_sealed(step: Path) -> bool:
@@ -66,12 +57,13 @@ def is_sealed(step: Path) -> bool:
 
     An unsealed step was never complete, or its deletion was interrupted.
     """
-    matches = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
+    files = step_files(step)
+    matches = _lists(files)
     if not matches or len(matches) < int(matches[0][2]):
         return False
     try:
         # A list that does not end with a brace is truncated.
-        return all((step / match[0]).read_bytes().endswith(b"}") for match in matches)
+        return all(files.read(match[0]).endswith(b"}") for match in matches)
     except OSError:
         return True  # the digests exist, so a read error does not make the step unsealed
 
@@ -79,15 +71,10 @@ def is_sealed(step: Path) -> bool:
 def incompleteness(step: Path) -> str | None:
     """Returns why a step is not complete, or None if it is. Checks only the sizes of its files."""
     try:
-        for file, entry in _read_digests(step).items():
-            path = step / file
-            if not path.is_file():
-                return f"{file} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{file}: expected {entry['bytes']:,} bytes, got {path.stat().st_size:,}"
+        files = step_files(step)
+        return _incompleteness(files, _read_digests(files))
     except (OSError, ValueError) as error:
         return _reason(error)
-    return None
 
 
 def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0, 1)) -> str | None:
@@ -98,21 +85,31 @@ def damage(step: Path, parts: Sequence[str] = ("",), share: tuple[int, int] = (0
       parts: folders of the step to check; the complete step by default.
       share: (i, n) checks every n-th file, starting with the i-th, so that n processes can check a step together.
     """
-    if reason := incompleteness(step):
-        return reason
-    entries = _read_digests(step)
-    files = sorted(file for file in entries if any(Path(file).is_relative_to(part) for part in parts))
-    files = files[share[0] :: share[1]]
+    try:
+        files = step_files(step)
+        records = _read_digests(files)
+        if reason := _incompleteness(files, records):
+            return reason
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    names = sorted(name for name in records if any(Path(name).is_relative_to(part) for part in parts))
+    names = names[share[0] :: share[1]]
 
-    def check(file: str) -> str | None:
+    def check(name: str) -> str | None:
         try:
-            is_same = _digest(step / file) == entries[file]["sha256"]
+            is_same = files.is_unchanged(name, records[name])
         except OSError as error:
-            return f"{file} cannot be read ({_reason(error)})"
-        return None if is_same else f"{file} does not match its digest"
+            return f"{name} cannot be read ({_reason(error)})"
+        return None if is_same else f"{name} does not match its digest"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return next(filter(None, pool.map(check, files)), None)
+        return next(filter(None, pool.map(check, names)), None)
+
+
+def seal_identity(step: Path) -> str:
+    """Returns a text that changes if another run seals a step of the same name."""
+    files = step_files(step)
+    return " ".join(files.identity(match[0]) for match in _lists(files))
 
 
 def wait_for_seals(step: Path, seconds: float = 600) -> None:
@@ -127,12 +124,12 @@ def wait_for_seals(step: Path, seconds: float = 600) -> None:
     # On shared storage, a file may become visible before its content, so an unreadable list is read again.
     while True:
         try:
-            _read_digests(step)
+            _read_digests(step_files(step))
             break
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise OSError(errno.ESTALE, f"another process has not written its digests ({error})") from error
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS_OF_BUCKETS if is_bucket(step) else _POLL_SECONDS)
     if reason := incompleteness(step):
         raise OSError(errno.EIO, reason)
 
@@ -140,19 +137,31 @@ def wait_for_seals(step: Path, seconds: float = 600) -> None:
 def remove(step: Path) -> None:
     """Deletes a step."""
     # Delete the digests first, so that after an interrupted deletion the step does not count as complete.
-    for path in step.glob("digests.*.json"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(step, ignore_errors=True)
+    remove_folder(step, first=_LISTS)
 
 
-def _read_digests(step: Path) -> dict[str, dict]:
+def _incompleteness(files: StepFiles, records: dict[str, Record]) -> str | None:
+    for name, record in records.items():
+        size = files.size(name)
+        if size is None:
+            return f"{name} is missing"
+        if size != record["bytes"]:
+            return f"{name}: expected {record['bytes']:,} bytes, got {size:,}"
+    return None
+
+
+def _lists(files: StepFiles) -> list[re.Match[str]]:
+    return [match for name in sorted(files.matching(_LISTS)) if (match := _DIGESTS.fullmatch(name))]
+
+
+def _read_digests(files: StepFiles) -> dict[str, Record]:
     """Returns the recorded size and digest of each file, from the lists of all processes.
 
     Raises:
       OSError: if a list of digests cannot be read.
       ValueError: if one is missing or damaged.
     """
-    matches = [match for path in step.glob("digests.*.json") if (match := _DIGESTS.fullmatch(path.name))]
+    matches = _lists(files)
     if not matches:
         raise ValueError("its digests are missing: saving or deleting it was interrupted")
     if missing := set(range(int(matches[0][2]))) - {int(match[1]) for match in matches}:
@@ -160,7 +169,7 @@ def _read_digests(step: Path) -> dict[str, dict]:
     entries = {}
     for match in matches:
         try:
-            written = json.loads((step / match[0]).read_text(encoding="utf-8"))
+            written = json.loads(files.read(match[0]))
             is_intact = written["sha256"] == _digest_of_list(written["files"])
         except (ValueError, KeyError, TypeError):
             is_intact = False
@@ -170,30 +179,15 @@ def _read_digests(step: Path) -> dict[str, dict]:
     return entries
 
 
-def _writer(file: Path) -> int:
+def _is_list(name: str) -> bool:
+    return _DIGESTS.fullmatch(name) is not None
+
+
+def _writer(name: str) -> int:
     """Returns the index of the process that wrote a file."""
     # Orbax writes one folder per process; process 0 writes all other files.
-    processes = [match for part in file.parts if (match := _PROCESS.search(part))]
+    processes = [match for part in name.split("/") if (match := _PROCESS.search(part))]
     return int(processes[0][1]) if processes else 0
-
-
-def _digest(path: Path, sync: bool = False) -> str:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are physically on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _digest_of_list(entries: dict) -> str:

@@ -32,7 +32,10 @@ from alignvlm_jax.downloads.contents import describe_adapter
 from alignvlm_jax.downloads.hub_ids import parse_model
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_bucket, open_location
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.storage.errors import translated_errors
+from alignvlm_jax.storage.objects import list_names
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -64,7 +67,8 @@ class Progress:
 
 def read_meta(step: Path) -> dict[str, Any]:
     """Reads the metadata of a step: progress, state of the data, metrics, config and versions."""
-    return json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
+    with translated_errors(str(step)):
+        return json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
@@ -74,7 +78,8 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 def numbered_steps(checkpoints: Path) -> list[int]:
     """Returns all steps in a folder of checkpoints, complete or not, oldest first."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    names = list_names(checkpoints) if is_bucket(checkpoints) else [path.name for path in checkpoints.glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
@@ -86,9 +91,11 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
     Raises:
       UserError: if it is neither, or if the step is not complete.
     """
-    folder = Path(folder)
+    folder = open_location(folder)
+    if is_bucket(folder) and not list_names(folder):
+        raise UserError(f"{folder}: the bucket has no such folder; a checkpoint is the workdir of a training run")
     # A name that is not a folder.
-    if not folder.is_dir():
+    if not is_bucket(folder) and not folder.is_dir():
         if str(folder) == "nano":
             raise UserError(_exported_message(folder, trained_model(folder)))
         what = "a file, not a folder" if folder.exists() else "no such folder"
@@ -106,21 +113,26 @@ def find_checkpoint(folder: str | Path) -> tuple[Path, int]:
         workdir = folder.parent if folder.name == CHECKPOINTS_FOLDER else folder
         steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
     if not (workdir / CONFIG_FILE).is_file():
-        reason = describe_adapter(workdir) or f"{workdir} holds no {CONFIG_FILE} of a training run"
+        reason = (
+            None if is_bucket(workdir) else describe_adapter(workdir)
+        ) or f"{workdir} holds no {CONFIG_FILE} of a training run"
         raise UserError(f"{folder} is not a checkpoint: {reason}")
     # If no step is complete, tell apart an exported folder, an incomplete step and a run that ended early.
     if not steps:
         if is_alignvlm_folder(workdir):
             raise UserError(_exported_message(folder, workdir))
-        if reason := describe_stub(workdir / CONFIG_FILE):
+        if not is_bucket(workdir) and (reason := describe_stub(workdir / CONFIG_FILE)):
             raise UserError(f"{workdir / CONFIG_FILE} {reason}")
         if (kind := model_type(workdir)) is not None:
             raise UserError(
                 f"{folder} is not a checkpoint: its {CONFIG_FILE} describes a model of type {kind!r}. "
                 "`alignvlm import` joins a SigLIP and a Llama folder into a checkpoint, which then has to be trained"
             )
-        names = (path.parent.name for path in (workdir / CHECKPOINTS_FOLDER).glob("*/params"))
-        incomplete = [int(name) for name in names if name.isdigit()]
+        incomplete = [
+            step
+            for step in numbered_steps(workdir / CHECKPOINTS_FOLDER)
+            if (workdir / CHECKPOINTS_FOLDER / str(step) / "params").is_dir()
+        ]
         if incomplete:
             reason = integrity.incompleteness(workdir / CHECKPOINTS_FOLDER / str(max(incomplete)))
             raise UserError(f"{folder}: none of its checkpoints is complete; step {max(incomplete)}: {reason}")
@@ -151,10 +163,10 @@ def find_undamaged(folder: str | Path) -> tuple[Path, int]:
     """
     workdir, newest = find_checkpoint(folder)
     checkpoints, reasons = workdir / CHECKPOINTS_FOLDER, []
-    candidates = [newest] if Path(folder).name.isdigit() else reversed(complete_steps(checkpoints))
+    candidates = [newest] if open_location(folder).name.isdigit() else reversed(complete_steps(checkpoints))
     for step in candidates:
-        seal_time = max(path.stat().st_mtime_ns for path in (checkpoints / str(step)).glob("digests.*.json"))
-        if not (reason := _damage_of_weights(checkpoints / str(step), seal_time)):
+        seal = integrity.seal_identity(checkpoints / str(step))
+        if not (reason := _damage_of_weights(checkpoints / str(step), seal)):
             return workdir, step
         reasons.append(f"{checkpoints / str(step)}: {reason}")
         warn_skipped(checkpoints / str(step), reason)
@@ -167,15 +179,15 @@ def warn_skipped(step: Path, reason: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _damage_of_weights(step: Path, seal_time: int) -> str | None:
+def _damage_of_weights(step: Path, seal: str) -> str | None:
     """Returns what is wrong with the weights of a step, or None if nothing is.
 
     Args:
       step: folder of the step.
-      seal_time: time at which the step was sealed. It is only part of the cache's key, because another run may write a
-        step into a folder of the same name.
+      seal: identity of its seal. It is only part of the cache's key, because another run may write a step into a folder
+        of the same name.
     """
-    del seal_time
+    del seal
     share = (jax.process_index(), jax.process_count())
     reasons = distributed.gather_json(integrity.damage(step, ("params", "meta"), share=share))
     return next(filter(None, reasons), None)

@@ -1,10 +1,9 @@
 """`alignvlm train`: trains a model through the stages of a config file."""
 
 import argparse
-import pathlib
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run, name_list
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import local_path, location
 
 DESCRIPTION = """\
 Train a model through the stages of a config file. A stage sets the trainable parts, the
@@ -44,7 +43,7 @@ def add(commands: Commands) -> None:
         "--config", required=True, type=local_path, metavar="FILE", help="config file, such as configs/nano.py"
     )
     command.add_argument(
-        "--workdir", required=True, type=local_path, metavar="DIR", help="folder of the run; resumed if it exists"
+        "--workdir", required=True, type=location, metavar="DIR", help="folder of the run; resumed if it exists"
     )
     command.add_argument(
         "--allow-config-change",
@@ -55,7 +54,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument(
         "--init-from",
-        type=local_path,
+        type=location,
         metavar="CHECKPOINT",
         help="start from the weights and the tokenizer of this checkpoint instead of the backbones (same as "
         "--config.init_from)",
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         distributed.gather_json("drawn")
         progress = loop.train(
             experiment,
-            pathlib.Path(args.workdir),
+            args.workdir,
             score=during_training(experiment),
             answer=answers_during_training(experiment),
             log_to=log_to,

@@ -12,6 +12,7 @@ from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.paths import with_local_paths
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage.errors import translated_errors
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> ExperimentConfig:
@@ -37,7 +38,8 @@ def config_to_json(config: ExperimentConfig) -> str:
 def read_config_json(path: Path) -> dict[str, Any]:
     """Reads what `config_to_json` returned, as nested dicts and lists for `config_from_dict`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with translated_errors(str(path)):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not the config of a run ({error})") from error
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from alignvlm_jax.data.packing import Refused
 from alignvlm_jax.data.shortening import shorten
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage.text_files import append_text, read_text_if_exists
 
 _MAX_REASON = 480
 
@@ -18,7 +20,7 @@ class RefusalLog:
 
     def __init__(self, path: Path):
         self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_text_if_exists(path).splitlines()
         self._logged = {(entry["source"], entry["id"]) for entry in map(_parse, lines) if entry}
 
     def add(self, refused: Iterable[Refused]) -> None:
@@ -30,9 +32,9 @@ class RefusalLog:
         entries = ({"id": e.id, "source": e.source, "reason": shorten(e.reason, _MAX_REASON)} for e in new.values())
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError:  # A full disk must not end a run. The examples are added when they are refused again.
+            append_text(self._path, "".join(lines))
+        except (OSError, UserError):
+            # A full disk must not end a run. The examples are added when they are refused again.
             return
         self._logged |= new.keys()
 

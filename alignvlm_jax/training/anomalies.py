@@ -24,6 +24,8 @@ from typing import Any
 import jax
 
 from alignvlm_jax.config.run import AnomalyConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage.text_files import append_text
 
 ANOMALIES_FILE = "anomalies.jsonl"
 _HISTORY = 100  # number of past losses that a loss is compared with
@@ -52,6 +54,7 @@ class AnomalyWatch:
         self._config, self._path, self._log = config, path, log
         self._pending: collections.deque = collections.deque()
         self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
+        self._unwritten: list[str] = []  # lines of the file
         self.num_skipped_in_a_row = 0
         self.skipped_batches: list[dict[str, int]] = []
 
@@ -130,8 +133,9 @@ class AnomalyWatch:
         if self._path is None:
             return
         entry = {"step": step, "what": kind, "loss": loss if math.isfinite(loss) else str(loss), "examples": examples}
+        self._unwritten.append(json.dumps(entry, ensure_ascii=False) + "\n")
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        except OSError as error:
-            self._log(f"warning: {self._path} cannot be written ({error.strerror})")
+            append_text(self._path, "".join(self._unwritten))
+            self._unwritten.clear()
+        except (OSError, UserError) as error:  # written with the next report
+            self._log(f"warning: {self._path} cannot be written ({getattr(error, 'strerror', None) or error})")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import StageConfig
+from alignvlm_jax.locations import is_bucket
 from alignvlm_jax.training.train_step import abstract_state
 
 
@@ -32,12 +33,14 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
     states = [(stage, abstract_state(config.model, stage, mesh)) for stage in stages]
     checkpoint = max(_bytes((state.params, state.opt_state)) for _, state in states)
     number, remark = max_checkpoints_on_disk(config, sum(stage.steps for stage in stages))
-    free = shutil.disk_usage(_existing(workdir)).free
-    held = sum(path.stat().st_size for path in workdir.glob("checkpoints/**/*") if path.is_file())
-    lines = [
-        f"checkpoints: at most {_size(checkpoint)} each, {number} at a time{remark}: {_size(number * checkpoint)}; "
-        f"{workdir} has {_size(free)} free" + (f", and holds {_size(held)} of them already" if held else "")
-    ]
+    lines = [f"checkpoints: at most {_size(checkpoint)} each, {number} at a time{remark}: {_size(number * checkpoint)}"]
+    free, held = math.inf, 0
+    if not is_bucket(workdir):
+        free = shutil.disk_usage(_existing(workdir)).free
+        held = sum(path.stat().st_size for path in workdir.glob("checkpoints/**/*") if path.is_file())
+        lines[0] += f"; {workdir} has {_size(free)} free" + (
+            f", and holds {_size(held)} of them already" if held else ""
+        )
     if number * checkpoint > free + held:
         lines.append(
             "warning: the disk has less free space than that; use a smaller config.checkpoint.keep or another workdir "

@@ -27,6 +27,7 @@ from alignvlm_jax.config.serialization import config_to_dict
 from alignvlm_jax.data.refusals import RefusalLog
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.leases.lease import Lease
+from alignvlm_jax.locations import open_location
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.parallel import distributed, sharding
 from alignvlm_jax.parallel.mesh import make_mesh
@@ -103,7 +104,7 @@ def train(
       LeaseLostError: if another run took over while this one was cut off from `workdir`.
       distributed.MismatchError: if the processes differ in their config, libraries or devices.
     """
-    workdir = Path(workdir)
+    workdir = open_location(workdir)
     # Check this first, because processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
     config = pin_sources(config, workdir)

@@ -9,6 +9,7 @@ import jax
 
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage.errors import translated_errors
 
 MEMORY_PROFILE = "out_of_memory.prof"
 """File in the workdir with a profile of the device memory, in pprof's format."""
@@ -35,9 +36,10 @@ def explain_errors(config: ExperimentConfig, workdir: Path) -> Iterator[None]:
         profile = workdir / MEMORY_PROFILE
         # A failure to save the profile must not hide the out-of-memory error.
         try:
-            jax.profiler.save_device_memory_profile(str(profile))
+            with translated_errors(str(profile)):
+                profile.write_bytes(jax.profiler.device_memory_profile())
             profile_note = f"a memory profile is in {profile} (pprof -top {profile})"
-        except (OSError, RuntimeError) as problem:
+        except (OSError, RuntimeError, UserError) as problem:
             profile_note = f"no memory profile ({problem})"
         raise UserError(f"out of memory: {needed_memory(str(error))}; {profile_note}; {remedies(config)}") from error
 

@@ -15,6 +15,7 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_json, read_config_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.storage.text_files import replace_text
 from alignvlm_jax.training import config_changes
 from alignvlm_jax.training.experiment_data import TrainingData
 
@@ -62,10 +63,7 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
                 write_history(workdir, history_of_run(config.init_from))
             if not is_resumed:
                 write_page_scale(workdir, _page_scale(config, data))
-            # Write under another name and rename, so that a kill cannot leave half a config.
-            new = path.with_name(f".{path.name}.new")
-            new.write_text(text, encoding="utf-8")
-            new.replace(path)
+            replace_text(path, text)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from error
     # Barrier: process 0 has written. A host that does not see the file now does not share its storage.
