@@ -3,7 +3,7 @@
 import argparse
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run, name_list
-from alignvlm_jax.locations import local_path, location
+from alignvlm_jax.locations import local_path, location, open_location
 
 DESCRIPTION = """\
 Train a model through the stages of a config file. A stage sets the trainable parts, the
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     with distributed_run(args):
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
-        experiment = pin_sources(experiment, pathlib.Path(args.workdir))
+        experiment = pin_sources(experiment, open_location(args.workdir))
         # Barrier: the other processes wait until the primary one has generated the corpus, which all of them read.
         distributed.gather_json("drawn")
         progress = loop.train(
