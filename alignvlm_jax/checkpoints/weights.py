@@ -34,7 +34,7 @@ from alignvlm_jax.config.serialization import config_to_json, read_config_json
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models.alignvlm import Params, random_parameters, stored_dtypes
+from alignvlm_jax.models.alignvlm import Params, parameter_shapes, stored_dtypes
 from alignvlm_jax.parallel import sharding
 
 
@@ -104,7 +104,7 @@ def history_of_run(folder: str | Path) -> list[dict[str, Any]]:
 @ordinary_modes()
 def restore_params(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32") -> Params:
     """Returns a checkpoint's weights in `dtype`, placed on a mesh or, without one, all on the first device."""
-    boxed = jax.eval_shape(lambda: random_parameters(read_run_config(folder).model, jax.random.key(0)))
+    boxed = parameter_shapes(read_run_config(folder).model)
     shapes = nn.unbox(boxed)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)

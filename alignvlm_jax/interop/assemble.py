@@ -25,6 +25,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import (
     AlignVLMConfig,
     Params,
+    parameter_shapes,
     random_parameters,
     seed_connector,
     stored_dtypes,
@@ -98,7 +99,7 @@ def assemble(
 @ordinary_modes()
 def abstract_parameters(config: AlignVLMConfig, *, mesh: Mesh | None = None, dtype: str = "float32") -> Params:
     """Returns shapes, dtypes and shardings of the weights; without a mesh all of them are on the first device."""
-    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    boxed = parameter_shapes(config)
     shapes = nn.unbox(boxed)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)

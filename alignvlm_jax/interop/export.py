@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -44,7 +43,7 @@ from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tensor_writer import DTYPES, MAX_SHARD_BYTES, write_parameters
 from alignvlm_jax.interop.tokenizer import export_tokenizer
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, stored_dtypes, token_grid, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, parameter_shapes, stored_dtypes, token_grid, tokens_per_tile
 from alignvlm_jax.models.connectors import connector_spec
 from alignvlm_jax.models.weight_table import Row
 
@@ -225,9 +224,8 @@ class _Source:
         Raises:
           UserError: if they differ; lists all problems.
         """
-        # eval_shape computes the shapes of a model with this config without allocating it.
-        boxed = jax.eval_shape(lambda: random_parameters(self.model, jax.random.key(0)))
-        expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
+        shapes = flatten_dict(nn.unbox(parameter_shapes(self.model)))
+        expected = {"/".join(path): leaf.shape for path, leaf in shapes.items()}
         actual = self.reader.shapes
         problems = [f"{path} is missing" for path in expected if path not in actual]
         problems += [f"{path} is not part of this model" for path in actual if path not in expected]

@@ -16,6 +16,7 @@ vector that ends a row. The batch then holds the mixtures as `visual_sources` an
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -340,6 +341,16 @@ def random_parameters(config: AlignVLMConfig, rng: PRNGKeyArray) -> Params:
     """Returns random float32 parameters, wrapped in `nn.LogicallyPartitioned`; ALIGN's W2 is a copy of the LM head."""
     params = AlignVLM(config).init(rng, example_batch(config))["params"]
     return seed_connector(config, params)
+
+
+@functools.lru_cache(maxsize=16)
+@ordinary_modes()
+def parameter_shapes(config: AlignVLMConfig) -> Params:
+    """Returns shapes and dtypes of the random parameters, in the same boxes with the logical names of their axes.
+
+    The model is traced once per config. Do not change the returned tree.
+    """
+    return jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
 
 
 @ordinary_modes()

@@ -130,4 +130,6 @@ def scan_layers(
         length=num_layers,
         unroll=num_layers if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        # The check would trace the layer a second time.
+        check_constancy_invariants=False,
     )

@@ -71,6 +71,9 @@ def _attend(
     return _attend_forward(causal, queries, keys, values, segments)[0]
 
 
+# With `jit`, JAX traces the loops once per shape, and not in every layer and every program. They are inlined, so the
+# programs do not change.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 @ordinary_modes()
 def _attend_forward(causal, queries, keys, values, segments):
     first, last = _range(_needed_pairs(segments, causal))
@@ -101,6 +104,7 @@ def _attend_forward(causal, queries, keys, values, segments):
     return out, (queries, keys, values, segments, out, normalizers)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 @ordinary_modes()
 def _attend_backward(causal, residuals, cotangent):
     queries, keys, values, segments, out, normalizers = residuals

@@ -29,7 +29,7 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import hardware
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, parameter_shapes, tokens_per_tile
 from alignvlm_jax.models.language import empty_cache
 from alignvlm_jax.ops import attention_splash
 from alignvlm_jax.parallel import hlo_collectives, hlo_schedule, hlo_work, sharding
@@ -198,7 +198,7 @@ def compile_decoding(
     mesh = make_mesh(experiment.mesh, devices)
     model, packing = resolve(experiment.model, devices[0]), experiment.data.packing
     rows = rows_per_device * num_batch_shards(mesh)
-    boxed = jax.eval_shape(lambda: random_parameters(model, jax.random.key(0)))
+    boxed = parameter_shapes(model)
     params = jax.tree.map(
         lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=placement),
         nn.unbox(boxed),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, AlignVLMLoss, Batch, Params, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, AlignVLMLoss, Batch, Params, parameter_shapes
 from alignvlm_jax.ops.gradient_dtype import exchange_gradients_in
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.training.optimizer import make_optimizer
@@ -92,7 +92,7 @@ def peak_learning_rates(
 def abstract_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, for restoring a checkpoint or compiling the step."""
     # The boxes hold the logical axis names of the weights, from which their shardings follow.
-    boxed = jax.eval_shape(lambda: random_parameters(model_config, jax.random.key(0)))
+    boxed = parameter_shapes(model_config)
     shapes = jax.eval_shape(lambda params: create_state(stage, params), nn.unbox(boxed))
     params = sharding.parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -12,7 +12,7 @@ from alignvlm_jax.config import load_config
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.data.resampling import max_visual_tokens
 from alignvlm_jax.interop.huggingface_config import llama_config, siglip_config
-from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, random_parameters, token_grid
+from alignvlm_jax.models.alignvlm import AlignVLM, example_batch, parameter_shapes, token_grid
 
 # Parameter counts of the language models, from their model cards. A tied LM head is counted once.
 PUBLISHED = {
@@ -38,7 +38,7 @@ def count(tree) -> int:
 def shipped(request):
     """Name, config, and shapes of the weights."""
     config = load_config(f"configs/{request.param}.py")
-    return request.param, config, nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
+    return request.param, config, nn.unbox(parameter_shapes(config.model))
 
 
 def test_parameter_counts_match_hugging_face(shipped):
@@ -104,7 +104,7 @@ def test_every_row_of_the_low_resource_table_has_a_config(connector):
     config = load_config("configs/low_resource_3b.py", [f"model.connector={connector}", *changes])
     tiles = config.data.tiling.max_tiles_per_image
     length = max_visual_tokens(config.data.tiling, token_grid(config.model)) + 8
-    params = nn.unbox(jax.eval_shape(lambda: random_parameters(config.model, jax.random.key(0))))
+    params = nn.unbox(parameter_shapes(config.model))
     batch = example_batch(config.model, rows=1, tiles=tiles, length=length)
     output = jax.eval_shape(lambda params: AlignVLM(config.model).apply({"params": params}, batch), params)
     assert output.logits.shape == (1, length, config.model.language.vocab_size)

@@ -11,7 +11,7 @@ import pytest
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.vocabulary import WORD_PARAMETERS, cache_vocabulary, prune_vocabulary, vocabulary_usage
-from alignvlm_jax.models.alignvlm import AlignVLM, random_parameters, stored_dtypes
+from alignvlm_jax.models.alignvlm import AlignVLM, parameter_shapes, random_parameters, stored_dtypes
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig
 from alignvlm_jax.models.connectors.align import EXACT
 from alignvlm_jax.parallel import sharding
@@ -121,7 +121,7 @@ def test_kept_statistics_are_those_of_a_model_without_the_other_words(page, prun
 
 def test_a_pruned_model_has_the_parameters_of_its_config(pruned):
     config, pruned_params = pruned[1]["full"]
-    expected = nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
+    expected = nn.unbox(parameter_shapes(config))
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), pruned_params)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), expected)
     assert {name: shapes["connector"][name][1] for name in EXACT} == EXACT
@@ -154,7 +154,7 @@ def test_a_pruned_model_is_the_same_on_a_mesh(pruned):
     expected, _ = encode({"params": pruned_params}, batch["tiles"][0], batch["tile_valid_hw"][0], config)
     for sizes in (dict(fsdp=2, tensor=4), dict(tensor=8)):
         mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes}))
-        boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+        boxed = parameter_shapes(config)
         placed = jax.device_put(pruned_params, sharding.parameter_shardings(boxed, mesh))
         with jax.set_mesh(mesh), sharding.logical_rules():
             rows = sharding.shard_rows({name: batch[name][0] for name in ("tiles", "tile_valid_hw")}, mesh)

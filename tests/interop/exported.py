@@ -14,7 +14,7 @@ from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
 from alignvlm_jax.data.chat import ChatTokenizer
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, parameter_shapes
 from alignvlm_jax.parallel import sharding
 
 CONNECTORS = {
@@ -57,7 +57,7 @@ def tiny_config(connector: str = "align", *, tied: bool = True) -> ExperimentCon
 
 def random_params(config: AlignVLMConfig, *, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
     """Returns random weights, also for norms and biases, whose initial ones and zeros would hide mistakes."""
-    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    boxed = parameter_shapes(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (leaf.ndim == 1)).astype(dtype), nn.unbox(boxed)

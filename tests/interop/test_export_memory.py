@@ -11,7 +11,6 @@ import zlib
 from pathlib import Path
 
 import flax.linen as nn
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from alignvlm_jax.config import load_config
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_json
 from alignvlm_jax.interop.tensor_writer import MAX_SHARD_BYTES
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, parameter_shapes
 from tests.interop.exported import make_checkpoint
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +99,7 @@ def _write_random_checkpoint(workdir: Path, config: ExperimentConfig) -> dict[st
 
 
 def _shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
-    boxed = jax.eval_shape(lambda: random_parameters(config, jax.random.key(0)))
+    boxed = parameter_shapes(config)
     return {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items()}
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from alignvlm_jax.models import connectors, language, vision
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, tokens_per_tile
 from alignvlm_jax.ops.dense_align import dense_vocabulary_attention
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary
 from alignvlm_jax.training import train_step
@@ -117,7 +117,7 @@ def packed_shapes():
 
 
 def parameter_shapes(config):
-    return nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
+    return nn.unbox(parameter_shapes(config))
 
 
 def forward_flops(config, method, *arguments):

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from alignvlm_jax.config.optimizer import OptimizerConfig
 from alignvlm_jax.config.stages import LearningRates
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, random_parameters
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, parameter_shapes, random_parameters
 from alignvlm_jax.models.connectors import MLPConfig
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -207,7 +207,7 @@ def test_the_head_takes_a_product_for_the_loss_and_one_for_each_gradient(trainab
     # No other array has an axis of 711.
     language = dataclasses.replace(MODEL.language, vocab_size=711, num_layers=1, tie_word_embeddings=False)
     model = AlignVLMConfig(dataclasses.replace(MODEL.vision, num_layers=1), MLPConfig(), language)
-    params = nn.unbox(jax.eval_shape(lambda: random_parameters(model, KEY)))
+    params = nn.unbox(parameter_shapes(model))
     batch = random_batch(0, model=model)
     if trainable:
         config = stage(trainable=trainable)

@@ -19,7 +19,7 @@ from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.interop import export, tables
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tokenizer import export_tokenizer
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, parameter_shapes, tokens_per_tile
 from alignvlm_jax.models.connectors import (
     AlignConfig,
     CAbstractorConfig,
@@ -61,7 +61,7 @@ def make_config(connector: str = "align", tied: bool = True) -> AlignVLMConfig:
 
 def make_params(config: AlignVLMConfig) -> dict:
     """Returns random values for every leaf; ALIGN's P is peaked, because a flat P would hide mistakes."""
-    params = nn.unbox(jax.eval_shape(lambda: random_parameters(config, jax.random.key(0))))
+    params = nn.unbox(parameter_shapes(config))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
