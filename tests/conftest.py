@@ -1,8 +1,8 @@
 """Runs every test on the CPU with eight simulated devices, so that meshes are real; offers buckets on loopback."""
 
 import contextlib
-import itertools
 import gc
+import itertools
 import os
 import tempfile
 from importlib.metadata import version

@@ -140,8 +140,14 @@ class LanguageModel(nn.Module):
             self.head = layers.param(self, "lm_head", nn.initializers.normal(0.02), ("vocab", "embed"), table)
         resolved = hardware.resolve(config)
         unroll = hardware.unrolls_layers(resolved)
-        axes = nn.broadcast, 0
-        stack = layers.scan_layers(DecoderLayer, config.num_layers, config.remat, in_axes=axes, unroll=unroll)
+        stack = layers.scan_layers(
+            DecoderLayer,
+            config.num_layers,
+            config.remat,
+            in_axes=(nn.broadcast, 0),
+            is_initializing=self.is_initializing(),
+            unroll=unroll,
+        )
         self.layers = stack(resolved)
         self.final_norm = layers.RMSNorm(config.rms_norm_eps)
 

@@ -105,7 +105,7 @@ class Parameters(nn.Module):
 
 
 def scan_layers(
-    layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple, *, unroll: bool = False
+    layer: type[nn.Module], num_layers: int, remat: str, in_axes: tuple, *, is_initializing: bool, unroll: bool = False
 ) -> type[nn.Module]:
     """Stacks `layer` `num_layers` times under one `nn.scan`, so that compile time does not grow with depth.
 
@@ -114,6 +114,7 @@ def scan_layers(
       num_layers: depth; parameters get a leading axis "layers" of this size.
       remat: values that the backward pass keeps, see `rematerialization.py`.
       in_axes: for each input after the carry, 0 (one slice per layer) or `nn.broadcast`.
+      is_initializing: `is_initializing()` of the module that holds the layers.
       unroll: whether to compile each layer instead of a loop. The parameters stay stacked.
 
     Returns:
@@ -130,6 +131,6 @@ def scan_layers(
         length=num_layers,
         unroll=num_layers if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
-        # The check would trace the layer a second time.
-        check_constancy_invariants=False,
+        # The check traces the layer a second time. The random numbers of the initial weights depend on that.
+        check_constancy_invariants=is_initializing,
     )

@@ -125,7 +125,14 @@ class VisionEncoder(nn.Module):
         # Add in float32, so that the gradient of the positions is summed over the batch in float32.
         hidden = layers.constrain((embed(patches) + positions).astype(config.dtype), "batch", None, None)
         unroll = hardware.unrolls_layers(config)
-        stack = layers.scan_layers(VisionLayer, config.num_layers, config.remat, in_axes=(nn.broadcast,), unroll=unroll)
+        stack = layers.scan_layers(
+            VisionLayer,
+            config.num_layers,
+            config.remat,
+            in_axes=(nn.broadcast,),
+            is_initializing=self.is_initializing(),
+            unroll=unroll,
+        )
         hidden, _ = stack(config, name="layers")(hidden, segment_ids)
         return layers.LayerNorm(config.layer_norm_eps, name="final_norm")(hidden)
 

@@ -9,7 +9,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.interop import tables
-from alignvlm_jax.models.alignvlm import AlignVLMConfig
+from alignvlm_jax.models.alignvlm import AlignVLMConfig, parameter_shapes
 from alignvlm_jax.models.connectors import (
     AlignConfig,
     CAbstractorConfig,
@@ -39,7 +39,7 @@ def tiny_config(connector, *, tied: bool = True) -> AlignVLMConfig:
     return AlignVLMConfig(vision, connector, language)
 
 
-def parameter_shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
+def unboxed_shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
     boxed = parameter_shapes(config)
     return {"/".join(path): leaf.shape for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
 
@@ -49,7 +49,7 @@ def parameter_shapes(config: AlignVLMConfig) -> dict[str, tuple[int, ...]]:
 def test_every_parameter_has_one_row_with_a_unique_key(name, tied):
     config = tiny_config(CONNECTORS[name], tied=tied)
     rows = tables.alignvlm(config)
-    assert sorted(row.path for row in rows) == sorted(parameter_shapes(config))
+    assert sorted(row.path for row in rows) == sorted(unboxed_shapes(config))
     keys = [row.key for row in rows]
     assert len(set(keys)) == len(keys)
     assert all(key.startswith("model.") or key == "lm_head.weight" for key in keys)
@@ -74,7 +74,7 @@ def test_documented_keys_do_not_change():
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_transforms_are_inverse_and_predict_the_tensors_shape(name):
     config = tiny_config(CONNECTORS[name])
-    shapes = parameter_shapes(config)
+    shapes = unboxed_shapes(config)
     for row in tables.alignvlm(config):
         shape = shapes[row.path][1 if "{layer}" in row.key else 0 :]
         array = np.random.default_rng(zlib.crc32(row.path.encode())).normal(size=shape)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from alignvlm_jax.models import connectors, language, vision
-from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, tokens_per_tile
+from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, example_batch, parameter_shapes, tokens_per_tile
 from alignvlm_jax.ops.dense_align import dense_vocabulary_attention
 from alignvlm_jax.ops.vocabulary_attention import VocabularySummary
 from alignvlm_jax.training import train_step
@@ -116,13 +116,13 @@ def packed_shapes():
     return jax.eval_shape(lambda: example_batch(model_config(), rows=ROWS, tiles=TILES, length=LENGTH))
 
 
-def parameter_shapes(config):
+def unboxed_shapes(config):
     return nn.unbox(parameter_shapes(config))
 
 
 def forward_flops(config, method, *arguments):
     """Returns XLA's count of one part of the model."""
-    params = parameter_shapes(config)
+    params = unboxed_shapes(config)
     return xla_flops(lambda p, *a: AlignVLM(config).apply({"params": p}, *a, method=method), params, *arguments)
 
 
@@ -207,7 +207,7 @@ ALL = ("vision", "connector", "language")
 def test_train_step_flops_match_xla(name, trainable):
     """Counts the complete shipped step, optimizer included."""
     config, stage_config = model_config(name), stage(trainable=trainable)
-    state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), parameter_shapes(config))
+    state = jax.eval_shape(functools.partial(train_step.create_state, stage_config), unboxed_shapes(config))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), packed_shapes())
     assert tokens_per_tile(config) * TILES < LENGTH, "the text must have a place for every visual token"
     inputs = {name: batch[name] for name in train_step.FIELDS}
