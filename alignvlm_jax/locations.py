@@ -95,12 +95,12 @@ def location(text: str | os.PathLike[str]) -> str:
 
 
 def model_location(text: str | os.PathLike[str]) -> str:
-    """Returns a path as `local_path` does, or the name of a model on the Hugging Face Hub (`hf://`).
+    """Returns a location as `parse_location` does, or the name of a model on the Hugging Face Hub (`hf://`).
 
     `downloads/sources.py` decides whether ORGANIZATION/NAME without a scheme is a folder or on the Hub.
     """
     text = os.fspath(text)
-    return text if text.startswith(_HUB_PAGES) else local_path(text)
+    return text if text.startswith(_HUB_PAGES) else parse_location(text)
 
 
 def data_location(text: str | os.PathLike[str]) -> str:
@@ -126,6 +126,11 @@ def open_location(text: str | os.PathLike[str]) -> epath.Path:
     from etils import epath  # takes 0.4 s, which only buckets need
 
     return epath.Path(parsed)
+
+
+def join(root: str | os.PathLike[str], name: str) -> epath.Path:
+    """Returns the path of a location that is relative to a folder, or in another place: `root / name` of a path."""
+    return open_location(name) if is_bucket(name) else open_location(root) / name
 
 
 def absolute(path: epath.Path | pathlib.Path) -> epath.Path:

@@ -1,6 +1,7 @@
-"""Files that commands write: they are checked before the work, and appear when they are complete."""
+"""Files that commands write, on a disk or in a bucket: they are checked before the work, and appear when complete."""
 
 import contextlib
+import io
 import os
 import stat
 import sys
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from alignvlm_jax import locations
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.storage import access
+from alignvlm_jax.storage.errors import translated_errors
 
 
 def check_writable(file: str | os.PathLike[str]) -> None:
@@ -18,6 +22,10 @@ def check_writable(file: str | os.PathLike[str]) -> None:
     Raises:
       UserError: if it cannot be written.
     """
+    if not locations.is_local(file):
+        _check_name(file)
+        access.check_writable(os.fspath(locations.open_location(file).parent))
+        return
     if os.path.isdir(file):
         raise UserError(f"{file}: this is a folder: name a file in it")
     if is_stream(file):
@@ -41,7 +49,7 @@ def check_distinct(**files: str | os.PathLike[str] | None) -> None:
         if file is None or is_stream(file):
             continue
         option = "IMAGE" if name == "image" else f"--{name}"
-        other = seen.setdefault(os.path.realpath(file), option)
+        other = seen.setdefault(_real(file), option)
         if other != option:
             raise UserError(
                 f"{file}: {other} and {option} are the same file, which would be overwritten: name two files"
@@ -54,7 +62,16 @@ def check_writable_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
       UserError: if they cannot.
     """
-    _check(folder, Path(folder).absolute())
+    if locations.is_local(folder):
+        _check(folder, Path(folder).absolute())
+    else:
+        access.check_writable(os.fspath(folder))
+
+
+def _check_name(file: str | os.PathLike[str]) -> None:
+    """Checks that a location in a bucket can be that of a file."""
+    if os.fspath(file).count("/") < 3:  # gs://bucket
+        raise UserError(f"{file}: this is a bucket: name a file in it")
 
 
 def _check(output: str | os.PathLike[str], folder: Path) -> None:
@@ -80,14 +97,43 @@ def open_atomically(file: str | os.PathLike[str]) -> Iterator[TextIO]:
     if is_stream(file):
         with _open_stream(file) as stream:
             yield stream
+    elif locations.is_local(file):
+        with _open_scratch(file) as scratch, open(scratch, "w", encoding="utf-8") as stream:
+            yield stream
+    else:
+        content = io.StringIO()
+        yield content
+        write_atomically(file, content.getvalue().encode())
+
+
+def write_atomically(file: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file, which replaces an existing one only when it is complete.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    if locations.is_local(file):
+        with _open_scratch(file) as scratch:
+            Path(scratch).write_bytes(content)
         return
+    try:
+        # An object appears when its upload is complete.
+        with translated_errors(os.fspath(file)):
+            locations.open_location(file).write_bytes(content)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: cannot be written (there is no such bucket)") from error
+
+
+@contextlib.contextmanager
+def _open_scratch(file: str | os.PathLike[str]) -> Iterator[str]:
+    """Yields the name of an empty file, which replaces `file` if the block succeeds."""
     file, scratch = Path(os.path.realpath(file)), None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own keeps two commands that write the same file apart.
         handle, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            yield stream
+        os.close(handle)
+        yield scratch
         # mkstemp creates files that only their owner may read.
         os.chmod(scratch, 0o644)
         os.replace(scratch, file)
@@ -127,3 +173,8 @@ def _open_stream(file: str | os.PathLike[str]) -> Iterator[TextIO]:
                 yield stream
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+def _real(file: str | os.PathLike[str]) -> str:
+    """Returns the path of a file without links. A file in a bucket has only one name."""
+    return os.path.realpath(file) if locations.is_local(file) else os.fspath(file)

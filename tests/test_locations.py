@@ -9,13 +9,15 @@ import re
 import pytest
 
 from alignvlm_jax import cli
-from alignvlm_jax.commands.arguments import name_and_path
 from alignvlm_jax.config import load_config
+from alignvlm_jax.config.building import build
+from alignvlm_jax.config.experiment import ExperimentConfig
+from alignvlm_jax.config.loading import read_raw_config
+from alignvlm_jax.config.paths import with_locations
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import (
     LocationError,
     absolute,
-    as_path,
     is_bucket,
     is_local,
     local_path,
@@ -107,45 +109,47 @@ def test_a_bucket_without_its_package(url, package, extra, monkeypatch):
     assert parse_location(url) == url  # of a stored config
 
 
-CHECKPOINT = ("--checkpoint", "nano")
-COMMANDS = {
-    "train": ("train", "--config", "configs/nano.py", "--workdir", "w"),
-    "eval": ("eval", *CHECKPOINT, "--data", "d", "--json", "j", "--predictions", "p"),
-    "ask": ("ask", "page.png", *CHECKPOINT, "--question", "?"),
-    "inspect": ("inspect", "page.png", *CHECKPOINT, "--out", "o"),
-    "analyze": ("analyze", "vocabulary", *CHECKPOINT, "--data", "d", "--out", "o", "--prune", "9", "--save", "s"),
-    "demo": ("demo", "--out", "o", "--config", "c"),
-    "reproduce": ("reproduce", "--out", "o", "--data", "d", "--config", "c", "--vision", "patches=v"),
+# Options that need a disk: configs are Python files, and these outputs are changed and linked. All others take buckets.
+ON_DISK = {
+    "train": ["--config"],
+    "import": ["--config"],
+    "compile": ["--config", "--search-dir"],
+    "demo": ["--config", "--out"],
+    "reproduce": ["--config", "--data", "--out"],
 }
-PLACES = [
-    (command, place)
-    for command, words in COMMANDS.items()
-    for place in range(1, len(words))
-    if not words[place].startswith("-") and words[place] not in ("vocabulary", "?", "9", "w")
-]
 
 
-@pytest.mark.parametrize(("command", "place"), PLACES)
-def test_every_command_refuses_a_bucket_and_writes_nothing(command, place, home, capsys):
-    """young-geng/EasyLM#25: a bucket was given, and part of the output was not there."""
-    words = list(COMMANDS[command])
-    words[place] = words[place].replace(words[place].rpartition("=")[2], "gs://bucket/a")
-    with pytest.raises(SystemExit) as end:
-        cli.main(words)
-    assert end.value.code == 2 and "gs://bucket/a is in a bucket" in capsys.readouterr().err
+def _options(parser, command):
+    """Yields command and action of every argument that is a location."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _options(child, command)
+        elif action.metavar in ("DIR", "FILE", "PATH", "IMAGE", "CHECKPOINT", "ENCODER=DIR"):
+            yield command, action
+
+
+OPTIONS = [option for name, parser in cli._parsers()[1].items() for option in _options(parser, name)]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize(
+    ("command", "action"), OPTIONS, ids=[f"{name}{''.join(action.option_strings)}" for name, action in OPTIONS]
+)
+def test_every_option_takes_a_bucket_or_says_what_to_do(command, action, scheme, home):
+    """tensorpack/tensorpack#1317, young-geng/EasyLM#25: a bucket became the local folder gs:."""
+    url, prefix = f"{scheme}://bucket/a", "a=" if action.metavar == "ENCODER=DIR" else ""
+    if {*action.option_strings} & {*ON_DISK.get(command, ())}:
+        with pytest.raises(LocationError, match=f"{url} is in a bucket.*(mount the bucket|copy)"):
+            action.type(url)
+    else:
+        assert action.type(prefix + url) in (url, ("a", url))
+    with pytest.raises((LocationError, argparse.ArgumentTypeError)):
+        action.type(f"{prefix}{scheme}:/bucket/a")
     assert not list(home.iterdir())
 
 
-def test_every_option_that_is_a_path_is_parsed_as_one():
-    """Options of commands by their placeholders, and of tools by their names."""
-    paths = {"DIR", "FILE", "PATH", "IMAGE", "CHECKPOINT", "ENCODER=DIR"}
-    parsers = list(cli._parsers()[1].values())
-    while parsers:
-        for action in parsers.pop()._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-            elif action.metavar in paths:
-                assert action.type in (as_path, local_path, location, name_and_path), action
+def test_every_option_of_a_tool_that_is_a_path_is_parsed_as_one():
     names = "config|out|json|checkpoint|folder|vision|language|chat-template|workdir|images|input|plot|data"
     tools = pathlib.Path(__file__).parents[1] / "tools"
     options = [
@@ -166,9 +170,16 @@ PATHS = ("data.root", "init_from", "tokenizer", "backbones.vision", "backbones.l
 def test_paths_in_configs(key, home):
     """google/orbax#1652 and bash: a config's paths reach pathlib as they are written."""
     file = pathlib.Path(__file__).parents[1] / "configs" / "nano.py"
-    value = load_config(file, [f"{key}=~/x"])
+    assert _get(load_config(file, [f"{key}=~/x"]), key) == f"{home}/x"
+    with pytest.raises(UserError, match=f"config.{key}: gs://B/x: 'B' cannot be the name of a bucket"):
+        load_config(file, [f"{key}=gs://B/x"])
+    # Nothing is read from the bucket here.
+    raw = read_raw_config(file, [f"{key}=gs://bucket/x"])
+    raw = {name: raw[name] for name in raw if name == key.partition(".")[0]}
+    assert _get(with_locations(build(ExperimentConfig, raw, "config", None)), key) == "gs://bucket/x"
+
+
+def _get(value, key):
     for name in key.split("."):
         value = value[int(name)] if name.isdigit() else getattr(value, name)
-    assert value == f"{home}/x"
-    with pytest.raises(UserError, match=f"config.{key}: s3://b/x is in a bucket"):
-        load_config(file, [f"{key}=s3://b/x"])
+    return value

@@ -6,7 +6,14 @@ import stat
 import pytest
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.output_files import check_distinct, check_writable, check_writable_folder, open_atomically
+from alignvlm_jax.locations import open_location
+from alignvlm_jax.output_files import (
+    check_distinct,
+    check_writable,
+    check_writable_folder,
+    open_atomically,
+    write_atomically,
+)
 
 
 def _read_only(monkeypatch):
@@ -95,3 +102,31 @@ def test_a_folder_and_a_second_option_are_refused(tmp_path):
         check_distinct(json=tmp_path / "a", predictions=tmp_path / "link")
     with pytest.raises(UserError, match="IMAGE and --out are the same file"):
         check_distinct(image=tmp_path / "a", out=tmp_path / "a")
+
+
+@pytest.mark.parametrize("store", ["gcs_bucket", "s3_bucket"])
+def test_files_in_a_bucket(store, request, tmp_path, monkeypatch):
+    """young-geng/EasyLM#25: a bucket was given, and part of the output was not there."""
+    monkeypatch.chdir(tmp_path)
+    bucket = request.getfixturevalue(store)
+    file = f"{bucket}/new/a.json"
+    check_writable(file)
+    check_writable_folder(f"{bucket}/new")
+    assert not open_location(file).parent.exists()  # a check leaves nothing
+    with open_atomically(file) as out:
+        out.write("é")
+        assert not open_location(file).exists()
+    assert open_location(file).read_bytes() == "é".encode()
+    with pytest.raises(ZeroDivisionError), open_atomically(file) as out:
+        out.write("second")
+        raise ZeroDivisionError
+    assert open_location(file).read_bytes() == "é".encode()
+    with pytest.raises(UserError, match="--json and --predictions are the same file"):
+        check_distinct(json=file, predictions=file)
+    with pytest.raises(UserError, match="this is a bucket: name a file in it"):
+        check_writable(bucket)
+    with pytest.raises(UserError, match="there is no bucket"):
+        check_writable(f"{bucket}-other/a.json")
+    with pytest.raises(UserError, match=r"cannot be written \(there is no such bucket\)"):
+        write_atomically(f"{bucket}-other/a.json", b"")
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ def load_readers(checkpoints: Sequence[str | os.PathLike], *, batch_size: int = 
 
 def open_records(data: str | os.PathLike, split: str) -> Sequence[Record]:
     """Returns the records of a split of a data set."""
-    return store.open_dataset(Path(data), split)
+    return store.open_dataset(data, split)
 
 
 def page_images(record: Record) -> list[bytes]:

@@ -5,6 +5,7 @@
 Plots stay readable in grayscale: every line has its own marker and dash pattern, and every axis names its unit.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import matplotlib.figure
 from matplotlib.axes import Axes
 
-from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.report import Tally
+from alignvlm_jax.locations import open_location
+from alignvlm_jax.output_files import write_atomically
 
 # From dark to light, so that a grayscale print keeps the order of the lines.
 _COLORS = ("#000000", "#0b5394", "#c55a11", "#6aa84f", "#a679c0", "#b7a100")
@@ -75,21 +77,12 @@ def write(
     Raises:
       UserError: if the folder is not writable.
     """
-    out = Path(out)
-    # Every file is written under a temporary name and then renamed, so that no reader sees half a file.
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for key, plot in plots.items():
-            temporary = out / f".{key}.png"
-            plot.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-            temporary.rename(out / f"{key}.png")
-        for file, content in (
-            (f"{name}.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"),
-            (f"{name}.md", text),
-        ):
-            (out / f".{file}").write_text(content, encoding="utf-8")
-            (out / f".{file}").rename(out / file)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    folder = open_location(out)
+    for key, plot in plots.items():
+        image = io.BytesIO()
+        plot.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
+        write_atomically(folder / f"{key}.png", image.getvalue())
+    write_atomically(folder / f"{name}.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / f"{name}.md", text.encode())
     print(text)
     print(f"written: {out}/{name}.json, {name}.md, {', '.join(f'{key}.png' for key in plots)}")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from alignvlm_jax.locations import open_location
+from alignvlm_jax.storage.errors import translated_errors
 
 
 def is_alignvlm_folder(folder: str | Path) -> bool:
@@ -14,6 +15,8 @@ def is_alignvlm_folder(folder: str | Path) -> bool:
 def model_type(folder: str | Path) -> str | None:
     """Returns the type of the model in a Hugging Face folder; None if `config.json` names none."""
     try:
-        return json.loads((open_location(folder) / "config.json").read_bytes().decode("utf-8-sig")).get("model_type")
+        with translated_errors(str(folder)):
+            content = (open_location(folder) / "config.json").read_bytes().decode("utf-8-sig")
+        return json.loads(content).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from alignvlm_jax.commands.arguments import Commands, add_views, non_negative, number_list, positive, size_list
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import location
 
 DESCRIPTION = """\
 Analyze a checkpoint on the pages of a data set. Each analysis writes its numbers as
@@ -102,15 +102,15 @@ def add(commands: Commands) -> None:
         command.add_argument(
             "--checkpoint",
             required=True,
-            type=local_path,
+            type=location,
             action="append",
             metavar="DIR",
             help='folder of a training run, exported folder, or "nano"; repeat it to compare several',
         )
-        command.add_argument("--data", required=True, type=local_path, metavar="DIR", help="folder of the data set")
+        command.add_argument("--data", required=True, type=location, metavar="DIR", help="folder of the data set")
         command.add_argument("--split", default="heldout", metavar="NAME", help="split to use (default: heldout)")
         command.add_argument(
-            "--out", required=True, type=local_path, metavar="DIR", help="output folder for numbers, plots and text"
+            "--out", required=True, type=location, metavar="DIR", help="output folder for numbers, plots and text"
         )
         command.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions")
         command.add_argument(
@@ -153,7 +153,7 @@ def add(commands: Commands) -> None:
         "--prune", type=positive, metavar="K", help="write a checkpoint pruned to K words (with --save)"
     )
     vocabulary.add_argument(
-        "--save", type=local_path, metavar="DIR", help="folder of the pruned checkpoint (with --prune)"
+        "--save", type=location, metavar="DIR", help="folder of the pruned checkpoint (with --prune)"
     )
     vocabulary.add_argument(
         "--statistics",

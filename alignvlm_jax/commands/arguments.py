@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import LocationError, is_bucket, local_path, location, parse_location
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -150,12 +150,22 @@ def name_list(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def disk_folder(text: str) -> str:
+    """Parses an output folder that must be on a disk, because its files are changed and linked."""
+    if is_bucket(parse_location(text)):
+        tool = "gcloud storage cp -r" if text.lower().startswith("gs:") else "aws s3 cp --recursive"
+        raise LocationError(
+            f"{text} is in a bucket. Name a folder on a disk, and copy it afterwards: {tool} DIR {text}"
+        )
+    return local_path(text)
+
+
 def name_and_path(text: str) -> tuple[str, str]:
     """Parses NAME=PATH."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
-    return name, local_path(path)
+    return name, location(path)
 
 
 def number_list(text: str) -> list[float]:

@@ -5,7 +5,7 @@ import sys
 
 import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import location
 
 DESCRIPTION = """\
 Answer a question about an image with a trained model. A line on stderr warns of an answer
@@ -28,11 +28,11 @@ In Python:
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = commands.add("ask", run, "answer a question about an image", DESCRIPTION, EPILOG)
-    command.add_argument("image", type=local_path, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
+    command.add_argument("image", type=location, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=local_path,
+        type=location,
         metavar="DIR",
         help='folder of a training run, exported folder, or "nano" for the trained model in the package',
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from alignvlm_jax.commands.arguments import Commands, non_negative, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import as_path, local_path
+from alignvlm_jax.locations import as_path, local_path, location
+from alignvlm_jax.output_files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,10 +99,10 @@ def add(commands: Commands) -> None:
         help="effort of the compiler; O0 takes a fifth of the time but gives a worse schedule (default: the "
         "compiler's own level, as in a run)",
     )
-    command.add_argument("--json", type=local_path, metavar="FILE", help="write the report to this file")
+    command.add_argument("--json", type=location, metavar="FILE", help="write the report to this file")
     command.add_argument(
         "--text",
-        type=local_path,
+        type=location,
         metavar="FILE",
         help="write the compiled program, as the compiler prints it, to a file",
     )
@@ -198,6 +199,8 @@ def _compile(
     from alignvlm_jax.training import ahead_of_time
     from alignvlm_jax.training.compile_report import describe
 
+    for file in filter(None, (args.json, args.text)):
+        check_writable(file)
     print(f"compiling for {len(devices)} devices of {args.topology}, which takes minutes", file=sys.stderr, flush=True)
     texts = []
     options = dict(rows_per_device=args.rows_per_device, write_text=texts.append)
@@ -212,11 +215,11 @@ def _compile(
     for entry in reports:
         print(describe(entry))
     if args.text:
-        Path(args.text).write_text("\n".join(texts), encoding="utf-8")
+        write_atomically(args.text, "\n".join(texts).encode())
     if args.json:
         request = {"config": args.config, "topology": args.topology, "slices": args.slices, "overrides": overrides}
         request["optimization_level"] = args.optimization_level
-        Path(args.json).write_text(json.dumps({**request, **report}, indent=2) + "\n", encoding="utf-8")
+        write_atomically(args.json, (json.dumps({**request, **report}, indent=2) + "\n").encode())
     if not all(entry["fits"] for entry in reports):
         return DOES_NOT_FIT
     return FELL_BACK if any("xla" in entry["attention"].values() for entry in reports) else 0

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from alignvlm_jax.commands.arguments import Commands
+from alignvlm_jax.commands.arguments import Commands, disk_folder
 from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     summary = "generate documents, train a small model and score it"
     command = commands.add("demo", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
     command.add_argument(
-        "--out", type=local_path, default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)"
+        "--out", type=disk_folder, default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)"
     )
     command.add_argument(
         "--config",

@@ -4,7 +4,7 @@ import argparse
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, name_list, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import location
 
 DESCRIPTION = """\
 Score a checkpoint on a data set: the demo's held-out documents, or one of your own from
@@ -53,13 +53,13 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=local_path,
+        type=location,
         metavar="DIR",
         help='folder of a training run, exported folder, or "nano" for the trained model in the package',
     )
     command.add_argument(
         "--data",
-        type=local_path,
+        type=location,
         metavar="DIR",
         help="folder of the data set (default: the data set of the run; required for exported folders)",
     )
@@ -106,10 +106,10 @@ def add(commands: Commands) -> None:
         "--batch-size", type=positive, default=32, metavar="N", help="questions decoded at once (default: 32)"
     )
     add_views(command)
-    command.add_argument("--json", type=local_path, metavar="FILE", help="write the scores to this file")
+    command.add_argument("--json", type=location, metavar="FILE", help="write the scores to this file")
     command.add_argument(
         "--predictions",
-        type=local_path,
+        type=location,
         metavar="FILE",
         help="write the answers to this file, one JSON line per question; benchmarks resume from it",
     )

@@ -7,7 +7,7 @@ import sys
 
 from alignvlm_jax.commands.arguments import Commands
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import as_path, local_path
+from alignvlm_jax.locations import location
 
 DESCRIPTION = """\
 Export a checkpoint as a folder for PyTorch (transformers 5). The export needs no torch, no
@@ -39,13 +39,17 @@ def add(commands: Commands) -> None:
     command = commands.add("export", run, summary, DESCRIPTION, EPILOG)
     command.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=location,
         required=True,
         metavar="DIR",
         help="folder of a training run, or one of its step folders",
     )
     command.add_argument(
-        "--out", type=as_path, required=True, metavar="DIR", help="the folder to create; must be empty or not exist yet"
+        "--out",
+        type=location,
+        required=True,
+        metavar="DIR",
+        help="the folder to create; must be empty or not exist yet",
     )
     command.add_argument(
         "--dtype",
@@ -61,7 +65,10 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--verify", action="store_true", help="compare the folder with the checkpoint on one page")
     command.add_argument(
-        "--verify-image", type=as_path, metavar="FILE", help="the page for --verify (default: a drawn page of the demo)"
+        "--verify-image",
+        type=location,
+        metavar="FILE",
+        help="the page for --verify (default: a drawn page of the demo)",
     )
     part = command.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # has an effect only before JAX is imported
     from alignvlm_jax.inference import verification
     from alignvlm_jax.interop import export
+    from alignvlm_jax.storage.transfer import folder_size
 
     write = export.export_alignvlm
     if args.language_only:
@@ -87,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         verification.check_packages()
         verification.read_page(args.verify_image)
     write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
-    print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:,.1f} MB")
+    print(f"{args.out}: {folder_size(args.out) / 1e6:,.1f} MB")
     if not verifies:
         return 0
     comparison = verification.verify_export(

@@ -2,11 +2,11 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from alignvlm_jax.commands.arguments import Commands, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import as_path, local_path
+from alignvlm_jax.locations import local_path, location, model_location, open_location
+from alignvlm_jax.storage.errors import translated_errors
 
 DESCRIPTION = """\
 Make a checkpoint for training, of two backbones or of an AlignVLM folder. Neither torch
@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     summary = "make a checkpoint of two backbones, or of an exported folder"
     command = commands.add("import", run, summary, DESCRIPTION, EPILOG)
     command.add_argument(
-        "--out", required=True, type=as_path, metavar="DIR", help="the checkpoint to create, a new folder"
+        "--out", required=True, type=location, metavar="DIR", help="the checkpoint to create, a new folder"
     )
     command.add_argument(
         "--dtype",
@@ -71,10 +71,10 @@ def add(commands: Commands) -> None:
     )
     backbones = command.add_argument_group("two backbones")
     backbones.add_argument(
-        "--vision", type=local_path, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one'
+        "--vision", type=model_location, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one'
     )
     backbones.add_argument(
-        "--language", type=local_path, metavar="DIR", help='a Llama folder, or "nano" for the shipped one'
+        "--language", type=model_location, metavar="DIR", help='a Llama folder, or "nano" for the shipped one'
     )
     backbones.add_argument(
         "--connector",
@@ -87,7 +87,7 @@ def add(commands: Commands) -> None:
         help="token that stands for an image in the text (default: found in the vocabulary or added)",
     )
     backbones.add_argument(
-        "--chat-template", type=as_path, metavar="FILE", help="a Jinja file that replaces the folder's chat template"
+        "--chat-template", type=location, metavar="FILE", help="a Jinja file that replaces the folder's chat template"
     )
     backbones.add_argument(
         "--max-tiles",
@@ -97,7 +97,10 @@ def add(commands: Commands) -> None:
     )
     folder = command.add_argument_group("an AlignVLM folder")
     folder.add_argument(
-        "--folder", type=local_path, metavar="DIR", help='the folder, or "nano" for the trained model in the package'
+        "--folder",
+        type=model_location,
+        metavar="DIR",
+        help='the folder, or "nano" for the trained model in the package',
     )
 
 
@@ -164,8 +167,9 @@ def _import_folder(args: argparse.Namespace) -> None:
     print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with translated_errors(path):
+            return open_location(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from alignvlm_jax.commands.arguments import Commands, positive
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import location
 
 DESCRIPTION = """\
 Write an HTML page that shows what a model reads in an image. Point at a patch to see the
@@ -26,11 +26,11 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     summary = "write an HTML page that shows the words of each patch"
     command = commands.add("inspect", run, summary, DESCRIPTION, EPILOG)
-    command.add_argument("image", type=local_path, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
+    command.add_argument("image", type=location, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=local_path,
+        type=location,
         metavar="DIR",
         help="checkpoint as for `alignvlm ask`; its connector must be ALIGN",
     )
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
         help="question to answer and to attribute to patches; may be repeated",
     )
     command.add_argument(
-        "--out", type=local_path, default="page.html", metavar="FILE", help="output file (default: page.html)"
+        "--out", type=location, default="page.html", metavar="FILE", help="output file (default: page.html)"
     )
     command.add_argument(
         "--words", type=positive, default=32, metavar="K", help="number of most likely words per patch (default: 32)"

@@ -7,6 +7,7 @@ import sys
 from alignvlm_jax.commands.arguments import Commands, positive
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import data_location, location
+from alignvlm_jax.storage.errors import translate
 
 DESCRIPTION = """\
 Convert conversations about images to a training data set. OUT becomes a TFDS data set in
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             recipe, args.out, max_rejects=args.max_rejects, allow_partial=args.allow_partial, convert=convert
         )
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise translate(error) or UserError(str(error)) from error
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

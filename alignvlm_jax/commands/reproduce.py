@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from alignvlm_jax.commands.arguments import Commands, name_and_path, name_list, positive
+from alignvlm_jax.commands.arguments import Commands, disk_folder, name_and_path, name_list, positive
 from alignvlm_jax.locations import local_path
 
 DESCRIPTION = """\
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
     summary = "compare the paper's connectors under one recipe"
     command = commands.add("reproduce", run, summary, DESCRIPTION, EPILOG, takes_overrides=True)
     command.add_argument(
-        "--out", required=True, type=local_path, metavar="DIR", help="output folder; resumed if it exists"
+        "--out", required=True, type=disk_folder, metavar="DIR", help="output folder; resumed if it exists"
     )
     command.add_argument(
         "--seeds", type=positive, default=3, metavar="N", help="number of seeds of each run (default: 3)"

@@ -16,7 +16,7 @@ from alignvlm_jax.config.building import build, join_names
 from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.geometry import SIZES, check_fits_checkpoint, check_same_model
-from alignvlm_jax.config.paths import with_local_paths
+from alignvlm_jax.config.paths import with_locations
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
 from alignvlm_jax.models.connectors import AlignConfig
@@ -49,7 +49,7 @@ def complete_config(raw: Mapping[str, Any], start: Start) -> ExperimentConfig:
     Raises:
       UserError: if the config is not valid, contradicts the weights, or lacks a size that they do not tell.
     """
-    config = with_local_paths(build(ExperimentConfig, raw, "config", start.defaults))
+    config = with_locations(build(ExperimentConfig, raw, "config", start.defaults))
     for part, reason in start.unknown.items():
         missing = [name for name in SIZES[part] if not is_stated(raw, f"model.{part}.{name}")]
         if len(missing) == len(SIZES[part]):

@@ -1,4 +1,4 @@
-"""The paths in an experiment: all of them are on a disk, and `~` is expanded."""
+"""The locations in an experiment: paths on a disk, in which `~` is expanded, and folders in a bucket."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,14 +6,16 @@ from typing import Any
 
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import local_path, model_location
+from alignvlm_jax.locations import model_location, parse_location
 
 
-def with_local_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns the experiment with `~` expanded in its paths.
+def with_locations(config: ExperimentConfig) -> ExperimentConfig:
+    """Returns the experiment with its locations parsed.
+
+    The packages that reach buckets may be missing, because a config may be that of a run on another machine.
 
     Raises:
-      UserError: if a path is a URL. The message names its key.
+      UserError: if a location is malformed. The message names its key.
     """
     stages = tuple(
         dataclasses.replace(
@@ -34,13 +36,13 @@ def with_local_paths(config: ExperimentConfig) -> ExperimentConfig:
     )
 
 
-def _replace(owner: Any, path: str, *names: str, parse: Callable[[str], str] = local_path) -> Any:
-    """Returns a part of the experiment with the paths in these fields parsed."""
-    paths = {}
+def _replace(owner: Any, path: str, *names: str, parse: Callable[[str], str] = parse_location) -> Any:
+    """Returns a part of the experiment with the locations in these fields parsed."""
+    parsed = {}
     for name in names:
         if (value := getattr(owner, name)) is not None:
             try:
-                paths[name] = parse(value)
+                parsed[name] = parse(value)
             except UserError as error:
                 raise UserError(f"{path}.{name}: {error}") from error
-    return dataclasses.replace(owner, **paths)
+    return dataclasses.replace(owner, **parsed)

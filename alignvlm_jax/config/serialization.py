@@ -10,14 +10,14 @@ from typing import Any
 from alignvlm_jax.config.building import build, connector_name
 from alignvlm_jax.config.checks import check
 from alignvlm_jax.config.experiment import ExperimentConfig
-from alignvlm_jax.config.paths import with_local_paths
+from alignvlm_jax.config.paths import with_locations
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.storage.errors import translated_errors
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> ExperimentConfig:
     """Returns a checked config from nested dicts and lists, as from a config file or `config_to_dict`."""
-    config = with_local_paths(build(ExperimentConfig, raw, "config", None))
+    config = with_locations(build(ExperimentConfig, raw, "config", None))
     check(config)
     return config
 

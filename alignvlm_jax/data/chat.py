@@ -42,6 +42,8 @@ from jaxtyping import Float32, Int32
 
 from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import open_location
+from alignvlm_jax.storage.errors import translated_errors
 
 Message = Mapping[str, Any]
 
@@ -108,7 +110,7 @@ class ChatTokenizer:
         Raises:
           UserError: if the folder does not hold the tokenizer of a chat model.
         """
-        folder = pathlib.Path(folder)
+        folder = open_location(folder)
         config_text = _read(folder / CONFIG_FILE)
         try:
             config = json.loads(config_text)
@@ -126,7 +128,7 @@ class ChatTokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the three files, so that a checkpoint can be read without the original folder."""
-        folder = pathlib.Path(folder)
+        folder = open_location(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer_json, config, chat_template = self._files
         (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
@@ -441,7 +443,8 @@ def _read(path: pathlib.Path) -> str:
     if reason := describe_stub(path):
         raise UserError(f"{path} {reason}")
     try:
-        return path.read_text(encoding="utf-8")
+        with translated_errors(str(path)):
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; a tokenizer folder holds {TOKENIZER_FILE}, {CONFIG_FILE} and {TEMPLATE_FILE}"

@@ -179,7 +179,7 @@ def identify_path(path: str) -> tuple[str, str] | None:
     start = path[:200].lstrip().lower()
     if start.startswith("data:"):
         return "a data URL, not a file", "Decode the base64 text after its comma, and pass the bytes."
-    if "://" in start[:12] and not start.startswith("file:"):
+    if "://" in start[:12] and not start.startswith(("file:", "gs:", "s3:")):
         return "a link, not a file", "Download it, and give the path of the copy."
     if path.encode("utf-8", "replace").startswith(_BASE64) and len(path) > 100:
         return "the base64 text of an image, not a path", "Decode it, and pass the bytes."

@@ -19,7 +19,8 @@ import PIL.TiffImagePlugin
 from alignvlm_jax.data.file_kinds import UnreadableImageError, identify_path, identify_undecodable, is_avif, is_heif
 from alignvlm_jax.data.rgb import open_encoded, to_rgb
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import open_location
+from alignvlm_jax.storage.errors import translated_errors
 
 # An A4 page at 600 dots per inch has 35 million pixels. The limit is a quarter of a gigabyte when decoded to RGB.
 DEFAULT_MAX_PIXELS = 80_000_000
@@ -155,9 +156,10 @@ def _read(path: str | os.PathLike, name: str) -> bytes:
         shortened = name if len(name) <= 80 else f"{name[:60]}..."
         raise UserError(f"{shortened}: {'. '.join(kind)}")
     # Outside of a shell, nobody has expanded `~`.
-    path = path if os.path.exists(path) else local_path(path)
+    path = pathlib.Path(path) if os.path.exists(path) else open_location(path)
     try:
-        return pathlib.Path(path).read_bytes()
+        with translated_errors(str(path)):
+            return path.read_bytes()
     except FileNotFoundError as error:
         if os.path.islink(path):
             raise UserError(

@@ -25,6 +25,8 @@ def describe_no_dataset(folder: str | os.PathLike) -> str:
     why = "it holds no dataset_info.json" if path.exists() else "there is no such folder"
     if (path / _PLAN).exists():
         return f"{folder} is not a data set yet: run the same `alignvlm prepare` command again to finish it"
+    if not is_local(folder):
+        return f"{folder} is not a data set: {why}"  # a bucket takes long to search
     beneath = _datasets_beneath(path)
     if not beneath and path.is_dir():
         endings = count_endings(folder)

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import io
 import os
-import shutil
 import stat
 import tempfile
 import uuid
@@ -14,7 +14,9 @@ from typing import BinaryIO
 from etils import epath
 
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import is_local
+from alignvlm_jax.locations import is_local, open_location
+from alignvlm_jax.storage.errors import translated_errors
+from alignvlm_jax.storage.transfer import upload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,52 @@ def status(path: str | os.PathLike) -> Status:
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Opens a file for reading."""
+    """Opens a file for reading.
+
+    Raises:
+      TemporaryError: if the bucket does not answer, also while the file is read.
+      UserError: if the file cannot be opened.
+    """
+    if is_local(path):
+        try:
+            with open(path, "rb") as file:
+                yield file
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        return
     try:
-        with epath.Path(path).open("rb") as file:
-            yield file
+        with translated_errors(path):
+            stream = open_location(path).open("rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    with stream, io.BufferedReader(_BucketStream(stream, path), 2**20) as file:
+        yield file
+
+
+class _BucketStream(io.RawIOBase):
+    """Reads an object. Readers take an OSError for damage of the file, so one of the network must be another error."""
+
+    def __init__(self, stream: BinaryIO, path: str):
+        self._stream, self._path = stream, path
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a position."""
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads some bytes."""
+        with translated_errors(self._path):
+            data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @contextlib.contextmanager
@@ -77,9 +119,7 @@ def move_into_place(source: Path, path: epath.Path) -> None:
             os.fsync(file.fileno())
             os.replace(source, path)
         else:
-            # A bucket shows a file only when it is closed.
-            with path.open("wb") as copy:
-                shutil.copyfileobj(file, copy, 2**20)
+            upload(source, path)
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:

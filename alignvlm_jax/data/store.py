@@ -12,6 +12,7 @@ A text is returned as `str`, a sequence of texts as a list, and an image as the 
 
 import contextlib
 import itertools
+import os
 import posixpath
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from etils import epath
 from alignvlm_jax.data import shard_names
 from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.open_files import ArrayRecordFiles
-from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import location
+from alignvlm_jax.errors import TemporaryError, UserError
+from alignvlm_jax.locations import is_local, open_location
+from alignvlm_jax.storage.errors import translate
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
@@ -65,24 +67,27 @@ class RecordSource:
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, OSError) as error:  # array_record detects damage by checksums
-            raise UserError(self._describe_damage(index, error)) from error
+            shard = self._shard_of(index)
+            if not is_local(shard.file) and isinstance(outage := translate(error, shard.file), TemporaryError):
+                raise outage from error
+            raise UserError(
+                f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy"
+                + _without([shard])
+            ) from error
         for key in self._texts:
             record[key] = record[key].decode()
         for key in self._text_sequences:
             record[key] = [text.decode() for text in record[key]]
         return record
 
-    def _describe_damage(self, index: int, error: Exception) -> str:
-        """Returns a message that names the damaged file and the split without it."""
-        # Find the file: the parts are in the order of the records.
+    def _shard_of(self, index: int) -> _ShardPart:
+        """Returns the file that holds a record."""
+        # The parts are in the order of the records.
         for shard in self._shard_parts:
             if index < shard.num_records:
                 break
             index -= shard.num_records
-        return (
-            f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy"
-            + _without([shard])
-        )
+        return shard
 
 
 def open_dataset(folder: str | Path, split: str) -> RecordSource:
@@ -91,7 +96,12 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     Raises:
       UserError: if the folder is not a data set, it has no such split, or a shard of the split is missing.
     """
-    folder = location(folder)
+    folder = os.fspath(open_location(folder))
+    if folder.startswith("s3://"):
+        raise UserError(
+            f"{folder}: data sets are read from a disk or gs://. Mount the bucket with Mountpoint for Amazon S3: "
+            f"mount-s3 {folder.split('/')[2]} /mnt/data"
+        )
     builder = _open_builder(folder)
     splits = builder.info.splits
     # Check the names separately, for a message that lists the existing splits.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data.synthetic.corpus import build_corpus
 from alignvlm_jax.demo.output import show
+from alignvlm_jax.locations import is_local
 
 CORPUS = "documents"
 """Name of the demo's data set in the mixtures of a config."""
@@ -23,7 +24,9 @@ def draw_corpus(folder: pathlib.Path, sizes: Mapping[str, int] = SIZES) -> None:
 
 
 def draw_missing_corpus(config: ExperimentConfig) -> None:
-    """Draws the demo's documents if a config uses them and they do not exist."""
+    """Draws the demo's documents if a config uses them and they do not exist. None are drawn into a bucket."""
+    if not is_local(config.data.root):
+        return
     folder = pathlib.Path(config.data.root) / CORPUS
     datasets = {part.dataset for stage in config.stages for part in stage.mixture}
     if CORPUS in datasets and not folder.exists():

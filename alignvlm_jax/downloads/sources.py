@@ -1,17 +1,19 @@
-"""Turns the name of a model into a local folder. The name is a folder, or that of a model on the Hugging Face Hub.
+"""Turns the name of a model into a local folder. The name is a folder, also in a bucket, or a model on the Hub.
 
 model_source("siglip-base")                      siglip-base, a folder
 model_source("google/siglip-base-patch16-224")   the folder of this name, or else a copy in the cache of the Hub
+model_source("gs://bucket/siglip-base")          a copy in the user's cache folder
 pinned("google/siglip-base-patch16-224")         "google/siglip-base-patch16-224@COMMIT"
 """
 
 import os
 from pathlib import Path
 
-from alignvlm_jax.downloads import hub, hub_models
+from alignvlm_jax.downloads import bucket_copy, hub, hub_models
 from alignvlm_jax.downloads.hub_cache import snapshot_folder
 from alignvlm_jax.downloads.hub_ids import SCHEME, HubId, describe_web_address, parse_model
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import is_bucket, location
 
 
 def hub_id_of(name: str | os.PathLike) -> HubId | None:
@@ -35,17 +37,19 @@ def hub_id_of(name: str | os.PathLike) -> HubId | None:
 
 
 def model_source(name: str | os.PathLike, *, with_weights: bool = True, is_quiet: bool = False) -> Path:
-    """Returns the local folder of a model, after downloading it if it is on the Hub.
+    """Returns the local folder of a model, after downloading it if it is on the Hub or in a bucket.
 
     Args:
-      name: a folder, any folder of a model in the Hub's cache, or a name on the Hub. If there is neither a folder nor
-        a name of this form, it is returned as it is.
+      name: a folder, also in a bucket; any folder of a model in the Hub's cache; or a name on the Hub. If there is
+        neither a folder nor a name of this form, it is returned as it is.
       with_weights: whether the weights are needed.
       is_quiet: whether to print nothing about downloads.
 
     Raises:
-      UserError: if the model on the Hub cannot be read.
+      UserError: if the model on the Hub or in a bucket cannot be read.
     """
+    if is_bucket(name):
+        return bucket_copy.model_folder(location(name), with_weights=with_weights)
     if (hub_id := hub_id_of(name)) is None:
         return snapshot_folder(name)
     return hub_models.model_folder(hub_id, with_weights=with_weights, is_quiet=is_quiet)

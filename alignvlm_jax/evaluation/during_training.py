@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +14,7 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.data import images, store
 from alignvlm_jax.evaluation import runner
 from alignvlm_jax.inference.reader import Reader
+from alignvlm_jax.locations import join
 from alignvlm_jax.models.alignvlm import Params
 from alignvlm_jax.training.initial import load_tokenizer
 from alignvlm_jax.training.tracking.tracker import ShownAnswer
@@ -83,7 +83,7 @@ def answers_during_training(config: ExperimentConfig) -> Callable[[Params, Mesh]
 
 def _open_records(config: ExperimentConfig) -> Sequence[runner.Record]:
     settings = config.evaluation
-    folder = Path(config.data.root) / settings.dataset if settings.dataset else runner.dataset_folder(config)
+    folder = join(config.data.root, settings.dataset) if settings.dataset else runner.dataset_folder(config)
     return store.open_dataset(folder, settings.split)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
 from alignvlm_jax.checkpoints.workdir import CHECKPOINTS_FOLDER, find_checkpoint, read_run_config
+from alignvlm_jax.downloads.sources import model_source
 from alignvlm_jax.interop.import_pytorch import read_alignvlm_config
+from alignvlm_jax.locations import is_bucket
 
 
 def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
@@ -26,8 +28,10 @@ def locate(checkpoint: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
 def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """Returns the folder and step of a checkpoint, and a digest that changes with its weights."""
     folder, step = locate(checkpoint)
+    name = str(folder if is_bucket(folder) else folder.resolve())
     digest = hashlib.sha256()
     if step is None:
+        folder = model_source(folder)
         for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             # Weights may be gigabytes large. Their first and last MiB are enough to tell them apart.
@@ -35,11 +39,11 @@ def identify(checkpoint: str | os.PathLike) -> dict[str, Any]:
                 digest.update(content.read(2**20))
                 content.seek(max(0, file.stat().st_size - 2**20))
                 digest.update(content.read(2**20))
-        return {"checkpoint": str(folder.resolve()), "weights": digest.hexdigest()[:16]}
+        return {"checkpoint": name, "weights": digest.hexdigest()[:16]}
     # A run's checkpoint already has digests of all its files.
     for file in sorted((folder / CHECKPOINTS_FOLDER / str(step)).glob("digests.*.json")):
         digest.update(file.read_bytes())
-    return {"checkpoint": str(folder.resolve()), "step": step, "weights": digest.hexdigest()[:16]}
+    return {"checkpoint": name, "step": step, "weights": digest.hexdigest()[:16]}
 
 
 def is_pruned(checkpoint: str | os.PathLike) -> bool:

@@ -39,6 +39,7 @@ from alignvlm_jax.inference.answers import format_counts
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
+from alignvlm_jax.locations import join, open_location
 from alignvlm_jax.output_files import check_distinct, check_writable, is_stream, open_atomically
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -175,7 +176,7 @@ def evaluate_checkpoint(
     model, step = locate(checkpoint)
     if step is None and not data:
         raise UserError(f"{checkpoint}: an exported folder has no data set; name one with --data")
-    folder = pathlib.Path(data) if data else dataset_folder(read_run_config(checkpoint))
+    folder = open_location(data) if data else dataset_folder(read_run_config(checkpoint))
     if not data and not folder.exists():
         raise UserError(
             f"{folder}: the data set that {checkpoint} was trained on is missing; name one with --data. "
@@ -219,7 +220,7 @@ def evaluate_checkpoint(
 
 def dataset_folder(config: ExperimentConfig) -> pathlib.Path:
     """Returns the folder of the data set that the run's last stage is trained on."""
-    return pathlib.Path(config.data.root) / config.stages[-1].mixture[0].dataset
+    return join(config.data.root, config.stages[-1].mixture[0].dataset)
 
 
 def derangement(families: Sequence[str], seed: int) -> list[int]:

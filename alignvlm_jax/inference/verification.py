@@ -28,10 +28,12 @@ from alignvlm_jax.checkpoints.weights import ParameterReader, restore_params
 from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.synthetic.records import draw_records
+from alignvlm_jax.downloads.bucket_copy import local_copy
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.generate import Prompt, pad_prompts
 from alignvlm_jax.inference.reader import Reader
 from alignvlm_jax.inference.vocabulary import Variables
+from alignvlm_jax.locations import is_bucket, open_location
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch
 
 TOLERANCE = 1e-3
@@ -130,7 +132,7 @@ def read_page(file: str | Path | None) -> tuple[bytes, str]:
         (record,) = draw_records(0, "heldout", 0, 1)
         return record["image"], record["questions"][0]
     images.open_image(file)  # refuses what is not an image
-    return Path(file).read_bytes(), QUESTION
+    return open_location(file).read_bytes(), QUESTION
 
 
 def verify_export(
@@ -164,7 +166,9 @@ def verify_export(
     gc.collect()
     on_side("PyTorch")
     start = time.monotonic()
-    in_pytorch = answer_in_pytorch(*_load_in_pytorch(folder), page, question, in_jax.answer_ids)
+    in_pytorch = answer_in_pytorch(
+        *_load_in_pytorch(local_copy(folder) if is_bucket(folder) else folder), page, question, in_jax.answer_ids
+    )
     return Comparison(question, in_jax, dataclasses.replace(in_pytorch, seconds=time.monotonic() - start))
 
 

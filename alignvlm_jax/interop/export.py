@@ -73,11 +73,11 @@ def export_alignvlm(
         export_tokenizer(source.reader.tokenizer_folder, folder)
         for name in REMOTE_CODE_FILES:
             (folder / name).write_text(remote_code(name), encoding="utf-8")
-        _write_json(folder / "config.json", source.config_json())
         _write_json(folder / PROCESSOR_FILE, processor_config(source.model, source.tiling, source.image_token))
         _write_json(folder / "generation_config.json", source.special_ids)
         _write_json(folder / TRAINING_FILE, source.training_json())
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype), encoding="utf-8")
+        _write_json(folder / "config.json", source.config_json())  # last, because it makes the folder a model
 
 
 @ordinary_modes()
@@ -91,9 +91,9 @@ def export_language(
         rows = tables.llama(language.tie_word_embeddings)
         source.write_weights(folder, rows, "language/", max_shard_bytes)
         export_tokenizer(source.reader.tokenizer_folder, folder, language_only=True)
-        _write_json(folder / "config.json", {**llama_config(language, source.dtype), **source.special_ids})
         _write_json(folder / "generation_config.json", source.special_ids)
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype, part="language"), "utf-8")
+        _write_json(folder / "config.json", {**llama_config(language, source.dtype), **source.special_ids})
 
 
 @ordinary_modes()
@@ -105,9 +105,9 @@ def export_vision(
     vision = source.model.vision
     with new_folder(out) as folder:
         source.write_weights(folder, tables.SIGLIP, "vision/", max_shard_bytes)
-        _write_json(folder / "config.json", siglip_config(vision, source.dtype))
         _write_json(folder / "preprocessor_config.json", _siglip_preprocessor(vision.image_size))
         (folder / "README.md").write_text(model_card(source.reader, dtype=source.dtype, part="vision"), "utf-8")
+        _write_json(folder / "config.json", siglip_config(vision, source.dtype))
 
 
 def alignvlm_config(

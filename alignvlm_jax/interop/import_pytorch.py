@@ -120,7 +120,7 @@ def read_alignvlm(
 
 def read_alignvlm_config(folder: str | Path) -> ExperimentConfig:
     """Returns the config that `read_alignvlm` would return, without reading weights."""
-    folder = Path(folder)
+    folder = model_source(folder, with_weights=False)
     return _read_run(folder, _read_json(folder / "config.json"), None)[0]
 
 

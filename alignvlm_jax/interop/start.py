@@ -17,9 +17,9 @@ from alignvlm_jax.config.completion import Start, complete_config
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.config.geometry import SIZES, without_run_settings
 from alignvlm_jax.config.loading import read_raw_config
-from alignvlm_jax.config.paths import with_local_paths
+from alignvlm_jax.config.paths import with_locations
 from alignvlm_jax.data.pipeline import DataConfig
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import TemporaryError, UserError
 from alignvlm_jax.interop import published
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
 from alignvlm_jax.models.alignvlm import AlignVLMConfig
@@ -50,7 +50,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 def find_start(raw: Mapping[str, Any]) -> Start:
     """Returns what a run with this config starts from."""
     keys = {key: raw[key] for key in ("init_from", "backbones") if key in raw}
-    names = with_local_paths(build(ExperimentConfig, keys, "config", None))
+    names = with_locations(build(ExperimentConfig, keys, "config", None))
     if names.init_from is not None:
         return checkpoint_start(names.init_from)
     return backbones_start(names.backbones)
@@ -60,6 +60,8 @@ def checkpoint_start(checkpoint: str) -> Start:
     """Returns the start from a checkpoint: its model, and how it cuts pages and fills bins."""
     try:
         source = read_run_config(checkpoint)
+    except TemporaryError:
+        raise
     except UserError as error:
         return Start(unknown=dict.fromkeys(SIZES, f"config.init_from: {error}"))
     model = without_run_settings(source.model)
@@ -74,6 +76,8 @@ def backbones_start(backbones: BackbonesConfig) -> Start:
         name = getattr(backbones, part)
         try:
             model[part], folder = backbone_geometry(part, name)
+        except TemporaryError:
+            raise
         except UserError as error:
             unknown[part] = f"config.backbones.{part}: {error}"
             continue

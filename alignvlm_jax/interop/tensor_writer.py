@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import safetensors.numpy
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop import convert
+from alignvlm_jax.locations import is_local
 from alignvlm_jax.models.weight_table import Row
 from alignvlm_jax.progress import progress_bar
+from alignvlm_jax.storage.transfer import local_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Maximum size of a file: the former default of transformers and the Hub."""
@@ -104,12 +107,19 @@ def write_tensors(
       UserError: if there is not enough free disk space, a file cannot be written, or values exceed the range of
         float16.
     """
-    # `folder` is usually a scratch folder (`new_folder`), so messages name its parent, which the user knows.
     total = sum(spec.num_bytes for spec in specs)
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise UserError(f"{folder.parent}: the tensors need {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     shards = split_into_shards(specs, max_shard_bytes)
+    if is_local(folder):
+        # `folder` is usually a scratch folder (`new_folder`), so messages name its parent, which the user knows.
+        named, disk, needed = folder.parent, folder, total
+    else:
+        # Each file is written to a disk before it is uploaded.
+        named, disk = folder, Path(tempfile.gettempdir())
+        needed = max(sum(spec.num_bytes for spec in shard) for shard in shards)
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        where = "" if is_local(folder) else f" in {disk} (TMPDIR names another disk)"
+        raise UserError(f"{named}: the tensors need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free{where}")
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -119,11 +129,12 @@ def write_tensors(
             for spec in shard:
                 tensors[spec.key] = _contiguous(spec, produce(spec))
                 bar.update(spec.num_bytes)
-            try:
-                safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
-            except safetensors.SafetensorError as error:
-                raise UserError(f"{folder.parent}: {name} cannot be written: {error}") from error
-            (folder / name).chmod(0o644)  # The library creates files that only their owner may read.
+            with local_file(folder / name) as file:
+                try:
+                    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+                except safetensors.SafetensorError as error:
+                    raise UserError(f"{named}: {name} cannot be written: {error}") from error
+                file.chmod(0o644)  # The library creates files that only their owner may read.
     # The index comes last, when all the files that it names exist.
     if len(shards) > 1:
         files = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}

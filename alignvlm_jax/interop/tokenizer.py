@@ -29,6 +29,7 @@ from alignvlm_jax.downloads.stubs import describe_stub
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.interop.chat_template import adapt_to_images
 from alignvlm_jax.interop.typed_text import mark_typed_text, unmark_typed_text
+from alignvlm_jax.locations import open_location
 
 DEFAULT_TEMPLATE = pathlib.Path(__file__).with_name("default_chat_template.jinja")
 
@@ -106,7 +107,7 @@ def export_tokenizer(
         adds the begin-of-text token to plain text is then kept as it was in the imported folder, and typed text is not
         marked.
     """
-    tokenizer_folder, out_folder = pathlib.Path(tokenizer_folder), pathlib.Path(out_folder)
+    tokenizer_folder = open_location(tokenizer_folder)
     chat = ChatTokenizer.from_folder(tokenizer_folder)  # Also validates the folder.
     vocabulary = _read_json(tokenizer_folder / TOKENIZER_FILE)
     config = _read_json(tokenizer_folder / CONFIG_FILE)

@@ -11,6 +11,7 @@ from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
 from alignvlm_jax.data.page_scale import sample_scale
 from alignvlm_jax.data.planning import StagePlan, plan_stage
+from alignvlm_jax.locations import join
 from alignvlm_jax.models.alignvlm import token_grid
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.training.initial import load_tokenizer
@@ -50,9 +51,9 @@ class ExperimentData:
         self._chat = load_tokenizer(config)
         parts = [part for stage in config.stages for part in stage.mixture]
         # Open the data sets of all stages now, so that a missing one fails before training and not days into it.
-        root = Path(config.data.root)
         self._sources = {
-            pipeline.source_name(part): store.open_dataset(root / part.dataset, part.split) for part in parts
+            pipeline.source_name(part): store.open_dataset(join(config.data.root, part.dataset), part.split)
+            for part in parts
         }
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:

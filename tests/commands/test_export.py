@@ -1,6 +1,7 @@
 """`alignvlm export`, and `alignvlm import` of what it wrote."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -58,7 +59,7 @@ def test_the_exit_code_tells_whether_the_folder_was_verified(answer, code, monke
     result = verification.Result(np.arange(3), np.arange(1), "12.50", np.ones((2, 4), np.float32))
     comparison = verification.Comparison("a?", result, dataclasses.replace(result, answer=answer))
     monkeypatch.setattr(verification, "verify_export", lambda *args, **kwargs: comparison)
-    monkeypatch.setattr(export, "export_alignvlm", lambda checkpoint, out, **kwargs: out.mkdir())
+    monkeypatch.setattr(export, "export_alignvlm", lambda checkpoint, out, **kwargs: pathlib.Path(out).mkdir())
     arguments = ["--checkpoint", "checkpoint", "--out", str(tmp_path / "out"), "--verify"]
     assert cli.main(["export", *arguments]) == code
     assert ("verified: the same" if code == 0 else "the answers differ") in capsys.readouterr().out

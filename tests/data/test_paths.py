@@ -6,19 +6,14 @@ from etils import epath
 from alignvlm_jax.data.paths import atomic_file, find_files, open_binary, status
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import is_local
-from tests.data.bucket import bucket_in
 
 
-@pytest.fixture(params=["here", "bucket"])
-def folder(request, tmp_path):
-    if request.param == "here":
-        yield epath.Path(tmp_path)
-    else:
-        with bucket_in(tmp_path) as bucket:
-            yield epath.Path(bucket)
+@pytest.fixture(params=["tmp_path", "gcs_bucket"])
+def folder(request):
+    return epath.Path(request.getfixturevalue(request.param))
 
 
-def test_file_appears_complete_or_not_at_all(folder, tmp_path):
+def test_file_appears_complete_or_not_at_all(folder):
     scratch = folder / "scratch"
     scratch.mkdir()
     with atomic_file(folder / "a.txt", scratch) as partial:
@@ -30,7 +25,7 @@ def test_file_appears_complete_or_not_at_all(folder, tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert (folder / "a.txt").read_text() == "whole"
-    assert list(scratch.iterdir()) == []
+    assert list(scratch.glob("*")) == []
 
 
 def test_files_are_found(folder):

@@ -23,7 +23,7 @@ from alignvlm_jax.data.store import open_dataset, read_metadata
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import InUseError
 from alignvlm_jax.leases.one_writer import one_writer
-from tests.data.bucket import bucket_in
+from alignvlm_jax.storage.transfer import open_store
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
 
@@ -190,24 +190,30 @@ def test_killed_and_restarted_conversion_writes_the_same_files(tmp_path):
     assert contents(killed) == contents(tmp_path / "whole")
 
 
-def test_bucket_to_bucket_writes_the_same_files(tmp_path):
-    local = tmp_path / "local"
-    with bucket_in(tmp_path / "cloud") as bucket:
-        for name in FORMATS:
-            (tmp_path / "cloud" / "test" / name).mkdir()
-            write_input(name, tmp_path / "cloud" / "test" / name, 5)
-            limits = Limits(image_root=f"{bucket}/{name}/images")
-            recipe = Recipe(name, (f"{bucket}/{name}/data.*",), options=FormatOptions(2), limits=limits)
-            prepare(recipe, f"{bucket}/out/{name}", convert=IN_PROCESS, progress=False)
-            prepare(recipe, local / name, convert=IN_PROCESS, progress=False)
-            assert contents(tmp_path / "cloud" / "test" / "out" / name) == contents(local / name)
-            assert prepare(recipe, f"{bucket}/out/{name}", convert=IN_PROCESS, progress=False).accepted == 5
-            assert len(open_dataset(local / name, "train")) == 5
-        lost = [llava_record(0, image="../../test/llava/images/0.png"), llava_record(1, image="/etc/hostname")]
-        write_json(tmp_path / "cloud" / "test" / "lost.json", [*lost, llava_record(0), llava_record(9)])
-        recipe = Recipe("llava", (f"{bucket}/lost.json",), limits=Limits(image_root=f"{bucket}/llava/images"))
-        summary = prepare(recipe, local / "lost", max_rejects=1, convert=IN_PROCESS, progress=False)
-        assert summary.accepted == 1 and summary.rejected == {"image path": 2, "missing image": 1}
+def test_bucket_to_bucket_writes_the_same_files(tmp_path, gcs_bucket):
+    """Data sets in a bucket are read by ArrayRecord's own client, and written by fsspec's."""
+    store, bucket = open_store(gcs_bucket)
+    here, formats = tmp_path / "input", ("llava", "bigdocs", "webdataset")  # JSON and images, Parquet, archives
+    for name in formats:
+        (here / name).mkdir(parents=True)
+        write_input(name, here / name, 5)
+    lost = [llava_record(0, image="../../test/llava/images/0.png"), llava_record(1, image="/etc/hostname")]
+    write_json(here / "lost.json", [*lost, llava_record(0), llava_record(9)])
+    store.put(f"{here}/", f"{bucket}/", recursive=True)
+    for name in formats:
+        limits = Limits(image_root=f"{gcs_bucket}/{name}/images")
+        recipe = Recipe(name, (f"{gcs_bucket}/{name}/data.*",), options=FormatOptions(2), limits=limits)
+        out, local = f"{gcs_bucket}/out/{name}", tmp_path / "local" / name
+        prepare(recipe, out, convert=IN_PROCESS, progress=False)
+        prepare(recipe, local, convert=IN_PROCESS, progress=False)
+        assert prepare(recipe, out, convert=IN_PROCESS, progress=False).accepted == 5
+        assert list(open_dataset(out, "train")) == list(open_dataset(local, "train"))
+    store.get(f"{bucket}/out/", f"{tmp_path}/out/", recursive=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    recipe = Recipe("llava", (f"{gcs_bucket}/lost.json",), limits=Limits(image_root=f"{gcs_bucket}/llava/images"))
+    summary = prepare(recipe, tmp_path / "lost", max_rejects=1, convert=IN_PROCESS, progress=False)
+    assert summary.accepted == 1 and summary.rejected == {"image path": 2, "missing image": 1}
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_conversion_killed_during_cleanup_is_finished(pages, tmp_path):

@@ -24,6 +24,7 @@ from alignvlm_jax.data.paths import status
 from alignvlm_jax.downloads import hub_cache
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import is_local
+from alignvlm_jax.storage.errors import translated_errors
 
 Record = dict[str, Any]
 
@@ -141,13 +142,15 @@ def _read_image(name: str, image_root: str, limits: Limits, max_bytes: int) -> b
     """Returns the bytes of an image file under the root."""
     try:
         path = _find_image(name, image_root, limits.follow_links)
-        file_status = status(path)
+        with translated_errors(str(path)):
+            file_status = status(path)
         if path.is_dir():
             raise Refusal("image path", f"{name or '(empty path)'}: a folder, expected an image file")
         if not file_status.is_regular:
             raise Refusal("image path", f"{name}: a pipe or a device, expected an image file")
         _spend_bytes(max_bytes, file_status.size)  # before reading, which a huge file would make expensive
-        return path.read_bytes()
+        with translated_errors(str(path)):
+            return path.read_bytes()
     except FileNotFoundError as error:
         why = _describe_missing(path, image_root) + _spelling(name, image_root)
         raise Refusal("missing image", f"{name}: {why}") from error

@@ -6,17 +6,22 @@
 
 The first line of each benchmark records the model, the prompt and the questions that the answers belong to. A run with
 other settings is refused. Only lines that end in a newline count: a partial last line, left by a crash, is dropped.
+
+A file in a bucket cannot be appended to. It is written again, as a whole, with each group of answers.
 """
 
 import contextlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.one_writer import one_writer
+from alignvlm_jax.locations import is_local, open_location
+from alignvlm_jax.output_files import check_writable, write_atomically
+from alignvlm_jax.storage.errors import translated_errors
 
 
 class Predictions:
@@ -30,17 +35,14 @@ class Predictions:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+        self.path = open_location(path)
         self.settings: dict[str, Mapping[str, Any]] = {}
         self.answers: dict[str, dict[str, str]] = {}
         self.warnings: dict[str, dict[str, list[str]]] = {}
         with contextlib.ExitStack() as stack:
             self._lease = stack.enter_context(one_writer(self.path, beside=True))
-            try:
-                self._file = stack.enter_context(open(self.path, "r+b" if self.path.exists() else "x+b"))
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot write predictions to this file ({error.strerror})") from error
-            self._read()
+            self._file: _File = stack.enter_context(_LocalFile(self.path) if is_local(path) else _Object(self.path))
+            self._parse(self._file.content)
             # Everything worked, so the file and the lease are kept until the end of the context.
             self._stack = stack.pop_all()
 
@@ -75,7 +77,7 @@ class Predictions:
         return self.answers.setdefault(benchmark, {})
 
     def add(self, benchmark: str, answers: Mapping[str, str]) -> None:
-        """Appends answers. They are on disk when this returns."""
+        """Appends answers. They are on the disk, or in the bucket, when this returns."""
         records = []
         for id, answer in answers.items():
             warnings = list(getattr(answer, "warnings", ()))
@@ -88,20 +90,10 @@ class Predictions:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         self._lease.check()
-        try:
-            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}). Run the same command again to resume"
-            ) from error
+        self._file.append("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
-    def _read(self) -> None:
-        content = self._file.read()
-        # A line that a crash cut off has no newline at its end.
-        complete_size = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:complete_size].splitlines(), start=1):
+    def _parse(self, content: bytes) -> None:
+        for number, line in enumerate(content.splitlines(), start=1):
             try:
                 record = json.loads(line)
                 name = record["benchmark"]
@@ -116,6 +108,68 @@ class Predictions:
                     f"{self.path}: line {number} was not written by `alignvlm eval --benchmark` ({error}). Name "
                     "another --predictions file, or remove this one"
                 ) from error
-        # Drop a partial last line, so that new records are appended to the last complete one.
-        self._file.seek(complete_size)
-        self._file.truncate()
+
+
+class _File(Protocol):
+    """A file that grows.
+
+    Attributes:
+      content: the complete lines that it had when it was opened.
+    """
+
+    content: bytes
+
+    def append(self, lines: bytes) -> None:
+        """Adds complete lines."""
+
+
+class _LocalFile:
+    """A file on a disk."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._stream = open(path, "r+b" if path.exists() else "x+b")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write predictions to this file ({error.strerror})") from error
+        self.content = _complete_lines(self._stream.read())
+        self._stream.seek(len(self.content))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stream.close()
+
+    def append(self, lines: bytes) -> None:
+        """Adds lines, and waits until they are on the disk."""
+        try:
+            self._stream.truncate()  # drops a partial last line, once
+            self._stream.write(lines)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}). Run the same command again to resume"
+            ) from error
+
+
+class _Object(contextlib.nullcontext):
+    """A file in a bucket."""
+
+    def __init__(self, path: Path):
+        super().__init__(self)
+        self._path, self.content = path, b""
+        check_writable(path)
+        with contextlib.suppress(FileNotFoundError), translated_errors(str(path)):
+            self.content = _complete_lines(path.read_bytes())
+
+    def append(self, lines: bytes) -> None:
+        """Replaces the object by one with further lines."""
+        write_atomically(self._path, self.content + lines)
+        self.content += lines
+
+
+def _complete_lines(content: bytes) -> bytes:
+    # A line that a crash cut off has no newline at its end.
+    return content[: content.rfind(b"\n") + 1]

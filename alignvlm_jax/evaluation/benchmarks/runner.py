@@ -16,6 +16,7 @@ import jax
 
 from alignvlm_jax.checkpoints.provenance import versions
 from alignvlm_jax.data.images import open_image
+from alignvlm_jax.downloads.bucket_copy import local_copy
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation.benchmarks import files, sources, summary
 from alignvlm_jax.evaluation.benchmarks.outcome import Outcome
@@ -29,6 +30,7 @@ from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.answers import AnswerText, count_warnings
 from alignvlm_jax.inference.reader import CutImage, Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
+from alignvlm_jax.locations import absolute, is_bucket, location, open_location
 from alignvlm_jax.output_files import check_distinct, check_writable, is_stream
 from alignvlm_jax.parallel import distributed
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -59,8 +61,8 @@ def evaluate_benchmarks(
     Args:
       checkpoint: checkpoint as for `inference.reader.load`.
       names: names in the table of benchmarks.
-      data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it. None downloads
-        the files from their known source (`sources.py`).
+      data: folder with the benchmark's files, or with a subfolder for each benchmark, named after it. A folder in a
+        bucket is copied to the disk. None downloads the files from their known source (`sources.py`).
       split: split to score instead of each benchmark's default.
       limit: maximum number of questions per benchmark.
       allow_partial: whether to score a benchmark with a missing part. The score is marked.
@@ -92,9 +94,11 @@ def evaluate_benchmarks(
         check_writable(json_file)
     check_distinct(json=json_file, predictions=predictions_file)
     fetched = {} if data is not None else sources.fetch({row.name: split or row.split for row in benchmarks})
+    if data is not None:
+        given = local_copy(location(data)) if is_bucket(data) else pathlib.Path(data)
     question_sets = {}
     for row in benchmarks:
-        folder = fetched[row.name].folder if fetched else pathlib.Path(data)
+        folder = fetched[row.name].folder if fetched else given
         question_sets[row.name] = read_questions(row, folder, split or row.split, allow_partial=allow_partial)
 
     loaded: list[Reader] = []
@@ -117,7 +121,7 @@ def evaluate_benchmarks(
         print(summary.format_notes(outcomes))
         for model in loaded:
             warn_untrained(model.training)
-        _write_submissions(outcomes, pathlib.Path(predictions_file))
+        _write_submissions(outcomes, open_location(predictions_file))
         if json_file:
             origin = {name: found.name for name, found in fetched.items()} or str(data)
             figures = {**identity, "data": origin, "predictions": str(predictions_file), "versions": versions()}
@@ -251,10 +255,10 @@ def fingerprint(questions: Sequence[Question]) -> str:
 def default_predictions_file(checkpoint: str | os.PathLike, json_file: str | None) -> str:
     """Returns a path next to the JSON file, or else runs/benchmarks/NAME.jsonl in the current folder."""
     if json_file and not is_stream(json_file):
-        return str(pathlib.Path(json_file).with_suffix(".predictions.jsonl"))
+        return str(open_location(json_file).with_suffix(".predictions.jsonl"))
     # The last two parts of the path, such as demo-checkpoint, tell most checkpoints apart. If they do not,
     # `Predictions` refuses the file.
-    path = pathlib.Path(checkpoint).absolute()
+    path = absolute(open_location(checkpoint))
     return str(pathlib.Path("runs", "benchmarks", "-".join(path.parts[-2:]) + ".jsonl"))
 
 
