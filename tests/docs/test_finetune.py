@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import alignvlm_jax
 from alignvlm_jax.config import load_config
 from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.training.experiment_data import ExperimentData
@@ -104,6 +105,7 @@ def test_the_wheel_answers_without_being_installed(tmp_path):
     _, wheel = build_package(tmp_path / "dist")
     (record,) = draw_records(0, "heldout", 0, 1)
     (tmp_path / "page.png").write_bytes(record["image"])
-    uvx = pathlib.Path(sys.executable).parent / "uvx"
-    command = f"{uvx} --python {sys.executable} --from {wheel.parent}/*.whl alignvlm ask --checkpoint nano page.png"
-    assert shell(f'{command} --question "{record["questions"][0]}"', tmp_path) == f"{record['answers'][0]}\n"
+    question, programs = record["questions"][0], pathlib.Path(sys.executable).parent
+    command = f"uvx --python {sys.executable} --from {wheel.parent}/*.whl alignvlm ask --checkpoint nano page.png"
+    printed = shell(f'{command} --question "{question}"', tmp_path, programs)
+    assert printed == f"{alignvlm_jax.load('nano').ask(tmp_path / 'page.png', question)}\n"
