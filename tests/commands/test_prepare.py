@@ -31,6 +31,15 @@ def test_a_summary_is_printed(tmp_path, capsys):
     assert output.splitlines() == [f"{tmp_path / 'out'}: 8 of 9 records, 1 refused", "         1  missing image"]
 
 
+def test_a_bucket_that_does_not_answer_is_tried_again_later(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise TimeoutError("gs://bucket/a: timed out")
+
+    monkeypatch.setattr(prepare, "prepare", fail)
+    assert cli.main(REQUIRED) == 75
+    assert "the bucket cannot be reached now" in capsys.readouterr().err
+
+
 def test_unknown_options_are_for_beam_only(capsys):
     beam = ["--temp_location", "x", "--config.x=1"]
     assert cli.parse([*REQUIRED, "--runner", "DirectRunner", *beam]).passed_on == beam
