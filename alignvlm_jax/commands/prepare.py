@@ -118,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     from alignvlm_jax.data.formats.checks import Limits
     from alignvlm_jax.data.formats.conversation import FormatOptions
     from alignvlm_jax.data.prepare_beam import in_beam
-    from alignvlm_jax.storage.errors import translate
 
     recipe = prepare.Recipe(
         args.format,
