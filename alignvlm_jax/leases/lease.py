@@ -7,6 +7,7 @@ from typing import Protocol
 
 from alignvlm_jax.errors import TemporaryError
 from alignvlm_jax.leases.holder import Holder
+from alignvlm_jax.locations import is_bucket, open_location
 
 PREFIX = ".writer"
 """Beginning of the names of the files in a folder that belong to its lease."""
@@ -78,14 +79,16 @@ class Place:
     @classmethod
     def inside(cls, folder: str | os.PathLike) -> "Place":
         """Returns the place of a folder that is written in place, such as a workdir."""
-        return cls(str(folder), Path(folder), PREFIX)
+        return cls(str(folder), open_location(folder), PREFIX)
 
     @classmethod
     def beside(cls, path: str | os.PathLike) -> "Place":
         """Returns the place of a file, or of a folder that appears only when it is complete."""
-        # Two names of one file, through links, must have one lease.
-        path_on_disk = Path(path).resolve()
-        return cls(str(path), path_on_disk.parent, f".{path_on_disk.name}{PREFIX}")
+        place = open_location(path)
+        if not is_bucket(place):
+            # Two names of one file, through links, must have one lease.
+            place = place.resolve()
+        return cls(str(path), place.parent, f".{place.name}{PREFIX}")
 
     def file(self, suffix: str) -> Path:
         """Returns the path of a file of the lease."""

@@ -26,10 +26,8 @@ which is before anybody else may take it.
 
 import contextlib
 import errno
-import itertools
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -37,21 +35,27 @@ from pathlib import Path
 
 from alignvlm_jax.leases.holder import Holder
 from alignvlm_jax.leases.lease import InUseError, LeaseLostError, Place
+from alignvlm_jax.leases.renewed import (
+    COUNT_DIGITS,
+    EXPIRE_SECONDS,
+    RenewedLease,
+    content_of,
+    describe_loss,
+    describe_wait,
+    has_mark,
+    holder_of,
+    is_free,
+    looks_alive,
+)
 
-RENEW_SECONDS = 15.0
-EXPIRE_SECONDS = 60.0
-DOUBT_SECONDS = EXPIRE_SECONDS - RENEW_SECONDS
 _POLL_SECONDS = 1.0
-_TOLERANCE_SECONDS = 5.0  # lateness of a renewal that is normal on a busy machine
-
-_COUNT_DIGITS = 12
 _MAX_BYTES = 2**16  # of a lease
 # Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
 _GONE = (errno.ENOENT, errno.ESTALE)
 
 
-class LeaseFile:
+class LeaseFile(RenewedLease):
     """A lease that this process holds."""
 
     def __init__(
@@ -76,74 +80,32 @@ class LeaseFile:
           InUseError: if its holder lives, or if another process is faster.
           OSError: if the folder cannot be written.
         """
-        self._place, self._clock = place, clock
-        self._holder = holder or Holder.this_process()
-        self._loss: LeaseLostError | None = None
-        self._mark = _mark(self._holder)
-        self._renewals = itertools.count(1)
-        self._mutex = threading.Lock()  # `check` and the thread both renew
-        self._renewed = clock()
+        super().__init__(place, holder, clock)
         self._number = _take(place, self._holder, self._mark, clock, sleep)
         self._path = _path(place, self._number)
-        self._stopped = threading.Event()
         if renews_itself:
-            threading.Thread(target=self._keep_renewing, name="lease", daemon=True).start()
-
-    def check(self) -> None:
-        """Renews the lease; see `Lease.check`.
-
-        Raises:
-          LeaseLostError: if another process has taken it, or could have.
-        """
-        try:
-            self.renew()
-        except OSError as error:
-            # Nobody else can have taken it yet if it was renewed a short time ago.
-            if self._clock() - self._renewed > DOUBT_SECONDS:
-                self._loss = self._place.loss(
-                    f"{self._path} could not be renewed for {DOUBT_SECONDS:g} s ({os.strerror(error.errno or 0)})"
-                )
-        self.raise_if_lost()
-
-    def raise_if_lost(self) -> None:
-        """Raises the error if `check` or the thread has found that the lease is lost; see `Lease.raise_if_lost`."""
-        if self._loss is not None:
-            raise self._loss
-
-    def renew(self) -> None:
-        """Shows all others that the holder lives, and finds out whether the lease is lost.
-
-        Raises:
-          OSError: if the storage cannot be reached.
-        """
-        with self._mutex:
-            if self._loss is not None:
-                return
-            # The time before the first access: from then on at the latest, others count from here.
-            start = self._clock()
-            is_renewed = _renew(self._path, self._mark, next(self._renewals))
-            if is_renewed and _newest(self._place) == self._number:
-                self._renewed = start
-            else:
-                self._loss = _loss(self._place)
-
-    def release(self) -> None:
-        """Removes the lease, for the next writer."""
-        self._stopped.set()
-        with self._mutex, contextlib.suppress(OSError):
-            if self._loss is None and _has_mark(_read(self._path), self._mark):
-                self._path.unlink(missing_ok=True)
+            self.start_renewing()
 
     def ticket(self) -> str | None:
         """Returns the number and the mark of the lease; see `SeenLease`."""
         return f"{self._number} {self._mark}"
 
-    def _keep_renewing(self) -> None:
-        while not self._stopped.wait(RENEW_SECONDS):
-            with contextlib.suppress(OSError):  # the next renewal may succeed
-                self.renew()
-            if self._loss is not None:
-                return
+    def name(self) -> str:
+        """Returns the path of the lease."""
+        return str(self._path)
+
+    def write_renewal(self, count: int) -> bool:
+        """Writes a count to the lease; returns False if it is no longer held."""
+        return _renew(self._path, self._mark, count) and _newest(self._place) == self._number
+
+    def loss(self) -> LeaseLostError:
+        """Returns the error of a lease that is no longer held."""
+        return _loss(self._place)
+
+    def delete(self) -> None:
+        """Deletes the lease, if it is still held."""
+        if has_mark(_read(self._path), self._mark):
+            self._path.unlink(missing_ok=True)
 
 
 class SeenLease:
@@ -157,7 +119,7 @@ class SeenLease:
         """Checks that no other run has taken the lease; see `Lease.check`."""
         try:
             is_newest = _newest(self._place) == self._number
-            is_held = is_newest and _has_mark(_read(_path(self._place, self._number)), self._mark)
+            is_held = is_newest and has_mark(_read(_path(self._place, self._number)), self._mark)
         except OSError:
             return  # whether it is lost is for the holder to decide, whose end also ends this process
         if not is_held:
@@ -216,21 +178,16 @@ def _wait_until_free(
       InUseError: if its holder lives, or if another process has taken it over.
     """
     path, start = _path(place, number), clock()
-    theirs = _holder(content)
-    if theirs and (is_free := _is_free(theirs, holder)) is not None:
-        if is_free:
+    theirs = holder_of(content)
+    if theirs and (may_take := is_free(theirs, holder)) is not None:
+        if may_take:
             return True
         raise place.refusal(theirs)
     with contextlib.suppress(OSError):
         age = _time_of_new_file(place) - path.stat().st_mtime
-        if -_TOLERANCE_SECONDS <= age <= RENEW_SECONDS + _TOLERANCE_SECONDS:
+        if looks_alive(age):
             raise place.refusal(theirs)
-    who = f" ({theirs.describe()})" if theirs else ""
-    print(
-        f"{place.output}: waiting up to {EXPIRE_SECONDS:g} s to see whether another run{who} still writes to it",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(describe_wait(place, theirs), file=sys.stderr, flush=True)
     while clock() - start < EXPIRE_SECONDS:
         sleep(_POLL_SECONDS)
         now = _read(path)
@@ -243,22 +200,10 @@ def _wait_until_free(
     return True
 
 
-def _is_free(theirs: Holder, mine: Holder) -> bool | None:
-    """Returns whether the lease of `theirs` may be taken over now, or None if only watching it can tell."""
-    is_same_job = theirs.job is not None and mine.job is not None and theirs.job.name == mine.job.name
-    if is_same_job and mine.job.attempt > theirs.job.attempt:
-        return True
-    is_running = theirs.is_running()
-    if is_running is not None:
-        return not is_running
-    # On another machine, or in another container, the same job was ended before it was started again.
-    return True if is_same_job and mine.job.attempt == theirs.job.attempt else None
-
-
 def _create(place: Place, number: int, holder: Holder, mark: str) -> bool:
     """Creates the lease with a number, complete with its content; returns False if it exists."""
     target, scratch = _path(place, number), _scratch(place)
-    content = f"{0:0{_COUNT_DIGITS}d}\n{holder.to_json()}\n{mark}\n".encode()
+    content = content_of(0, holder, mark)
     try:
         _write_new(scratch, content)
         os.link(scratch, target)
@@ -297,9 +242,9 @@ def _renew(path: Path, mark: str, count: int) -> bool:
             raise
         return False
     try:
-        if not _has_mark(os.pread(handle, _MAX_BYTES, 0), mark):
+        if not has_mark(os.pread(handle, _MAX_BYTES, 0), mark):
             return False
-        os.pwrite(handle, f"{count:0{_COUNT_DIGITS}d}".encode(), 0)
+        os.pwrite(handle, f"{count:0{COUNT_DIGITS}d}".encode(), 0)
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _GONE:
@@ -308,15 +253,6 @@ def _renew(path: Path, mark: str, count: int) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def _mark(holder: Holder) -> str:
-    """Returns a word by which a lease is recognized, even if a folder was removed and its numbers start again."""
-    return f"{holder.pid}-{uuid.uuid4().hex}"
-
-
-def _has_mark(content: bytes | None, mark: str) -> bool:
-    return content is not None and content.decode(errors="replace").splitlines()[-1:] == [mark]
 
 
 def _newest(place: Place) -> int:
@@ -370,21 +306,15 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _holder(content: bytes) -> Holder | None:
-    lines = content.decode(errors="replace").splitlines()
-    return Holder.from_json(lines[1]) if len(lines) > 1 else None
-
-
 def _refusal(place: Place, number: int) -> InUseError:
-    return place.refusal(_holder(_read(_path(place, number)) or b""))
+    return place.refusal(holder_of(_read(_path(place, number)) or b""))
 
 
 def _loss(place: Place) -> LeaseLostError:
     """Returns the error of a holder whose lease is deleted or no longer the newest."""
     try:
         newest = _newest(place)
-        other = _holder(_read(_path(place, newest)) or b"")
+        other = holder_of(_read(_path(place, newest)) or b"")
     except OSError:
         other = None  # the folder is gone
-    taken = "its lease was deleted" if other is None else f"another run took over its lease: {other.describe()}"
-    return place.loss(taken)
+    return describe_loss(place, other)

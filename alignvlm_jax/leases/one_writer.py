@@ -18,6 +18,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases import file_systems
 from alignvlm_jax.leases.lease import Lease, NoLease, Place
 from alignvlm_jax.leases.lease_file import LeaseFile, SeenLease
+from alignvlm_jax.leases.lease_object import LeaseObject, SeenLeaseObject
 from alignvlm_jax.leases.local_lock import NO_LOCKS, LocalLock
 
 KIND_VARIABLE = "ALIGNVLM_LEASE"
@@ -46,10 +47,9 @@ def one_writer(output: str | os.PathLike, *, beside: bool = False) -> Iterator[L
 
 def take(output: str | os.PathLike, *, beside: bool = False) -> Lease:
     """Takes the lease of an output; see `one_writer`. The caller must release it."""
-    if not locations.is_local(output):
-        # Buckets are written without a lease. One by generation preconditions belongs here.
-        return NoLease()
     place = _place(output, beside)
+    if locations.is_bucket(output):
+        return _take_in_bucket(place)
     kind = os.environ.get(KIND_VARIABLE) or None
     if kind not in (None, *_KINDS):
         raise UserError(f"{KIND_VARIABLE}={kind}: expected {' or '.join(_KINDS)}")
@@ -72,6 +72,13 @@ def take(output: str | os.PathLike, *, beside: bool = False) -> Lease:
         raise UserError(f"{where}: cannot be written ({error.strerror or error})") from error
 
 
+def _take_in_bucket(place: Place) -> Lease:
+    try:
+        return LeaseObject(place)
+    except FileNotFoundError as error:
+        raise UserError(f"{place.output}: there is no such bucket, or this account may not see it") from error
+
+
 def with_ticket(output: str | os.PathLike, ticket: str | None, *, beside: bool = False) -> Lease:
     """Returns the lease of another process of the same run, for checking it.
 
@@ -80,7 +87,10 @@ def with_ticket(output: str | os.PathLike, ticket: str | None, *, beside: bool =
       ticket: ticket of the holder's lease.
       beside: as given to `take`.
     """
-    return NoLease() if ticket is None else SeenLease(_place(output, beside), ticket)
+    if ticket is None:
+        return NoLease()
+    kind = SeenLeaseObject if locations.is_bucket(output) else SeenLease
+    return kind(_place(output, beside), ticket)
 
 
 def _place(output: str | os.PathLike, beside: bool) -> Place:

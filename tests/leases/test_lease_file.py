@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from alignvlm_jax.leases import lease_file
+from alignvlm_jax.leases import lease_file, renewed
 from alignvlm_jax.leases.holder import Holder, Job, job_of
 from alignvlm_jax.leases.lease import InUseError, LeaseLostError, Place
 from alignvlm_jax.leases.lease_file import EXPIRE_SECONDS, LeaseFile, SeenLease
@@ -230,7 +230,7 @@ def test_a_holder_that_cannot_renew_gives_up_before_others_may_take_over(place, 
 
 
 def test_a_thread_renews_the_lease_until_it_is_released(place, monkeypatch):
-    monkeypatch.setattr(lease_file, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(renewed, "RENEW_SECONDS", 0.01)
     lease = LeaseFile(place)
     path = place.folder / ".writer.lease.1"
     first = path.read_bytes()
