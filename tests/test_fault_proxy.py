@@ -69,7 +69,7 @@ def test_faults_that_pass_are_retried_by_the_client(gcs_proxy):
     faults = {"a": Fault(status=503), "b": Fault(status=429), "c": CUT}
     gcs_proxy.fault = lambda request: faults.pop(request.name, None)
     store = tensorstore.KvStore.open(gcs_proxy.bucket + "/").result()
-    for write in [store.write(name, name) for name in faults]:
+    for write in [store.write(name, name) for name in "abc"]:
         write.result()
     assert [store[name] for name in "abc"] == [b"a", b"b", b"c"]
     assert gcs_proxy.failed == {"upload": 3} and gcs_proxy.requests["upload"] == 6
