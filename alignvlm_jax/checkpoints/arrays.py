@@ -147,7 +147,7 @@ class StoredTree:
 
     def _open(self, path: str) -> tensorstore.TensorStore:
         # Orbax's layout: an OCDBT store whose folders are zarr arrays, named by the array's path with dots.
-        store = {"driver": "ocdbt", "base": _base_store(self._folder), "path": path.replace("/", ".")}
+        store = {"driver": "ocdbt", "base": base_store(self._folder), "path": path.replace("/", ".")}
         return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
 
 
@@ -162,7 +162,7 @@ def storage_error_message(error: Exception) -> str | None:
     return str(error) if message is None and isinstance(error, OSError) else message
 
 
-def _base_store(folder: Path) -> dict[str, Any]:
+def base_store(folder: Path) -> dict[str, Any]:
     """Returns TensorStore's description of a folder."""
     if not is_bucket(folder):
         return {"driver": "file", "path": f"{folder}/"}

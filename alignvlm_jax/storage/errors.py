@@ -3,7 +3,7 @@
 gcsfs, google-cloud-storage, s3fs, botocore and TensorStore each have exceptions of their own. All of them have retried
 a request that may succeed later before they raise one.
 
-    429, 408, 5xx, no connection, a timeout              TemporaryError: exit code 75, so that a launcher tries again
+    429, 408, 416, 5xx, no connection, a timeout         TemporaryError: exit code 75, so that a launcher tries again
     403 because of a rate limit                          TemporaryError
     403, 401 in a bucket that this process has used      TemporaryError: an expired token, a change of permissions
     403, 401 otherwise; no credentials; no such bucket   UserError: exit code 2
@@ -21,13 +21,15 @@ from alignvlm_jax.errors import TemporaryError, UserError
 
 _STATUS = re.compile(r"(?:HTTP (?:response )?(?:status )?code:? ?|HTTP/\S+ |[Ee]rror code: |status: )(\d{3})\b")
 _RATE_LIMITS = re.compile(r"rate ?limit|quota|slow ?down|too many requests|reduce your request rate|throttl", re.I)
-# Words of TensorStore's messages for errors without an HTTP status.
+# Words of TensorStore's messages for errors without an HTTP status. The last two: an object that was just written is
+# shorter than it should be.
 _TEMPORARY = re.compile(
-    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b|timed out|[Cc]ould ?n[o']t connect"
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|OUT_OF_RANGE|DATA_LOSS)\b|timed out|"
+    r"[Cc]ould ?n[o']t connect"
 )
 _NETWORK_MODULES = ("aiohttp", "requests", "urllib3", "botocore.exceptions", "aiobotocore")
 _LIBRARIES = (*_NETWORK_MODULES, "gcsfs", "s3fs", "botocore", "google.api_core", "google.auth", "google.cloud")
-_TEMPORARY_STATUS = {408, 429, *range(500, 600)}
+_TEMPORARY_STATUS = {408, 416, 429, *range(500, 600)}
 _used_buckets: set[str] = set()
 
 
