@@ -264,7 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}"
         if key in self.hub.repositories:
             return self._json({"error": "You already created this model repo", "url": url}, status=409)
-        self.hub.repositories[key] = Repository(private=bool(request.get("private")))
+        # Version 2 of the library says "visibility", version 1 says "private".
+        is_private = request.get("private") or request.get("visibility") == "private"
+        self.hub.repositories[key] = Repository(private=bool(is_private))
         self.hub.repositories[key].commit({".gitattributes": b""})
         self._json({"url": url, "name": name})
 

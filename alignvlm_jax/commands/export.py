@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import pathlib
 import re
 import sys
 
 from alignvlm_jax.commands.arguments import Commands
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import is_bucket, location
 
 DESCRIPTION = """\
 Export a checkpoint as a folder for PyTorch (transformers 5). The export needs no torch, no
@@ -21,6 +22,7 @@ examples:
   alignvlm export --checkpoint runs/demo/checkpoint --out alignvlm-nano --dtype bfloat16 --verify
   alignvlm export --checkpoint runs/demo/checkpoint --out llama-nano --language-only
   alignvlm export --checkpoint runs/demo/checkpoint --out siglip-nano --vision-only
+  alignvlm export --checkpoint runs/1b --out alignvlm-1b --dtype bfloat16 --push-to-hub ORG/NAME
 
 --verify answers a question about one page with the checkpoint in JAX and with the exported
 folder in PyTorch, both in float32 on the CPU, and prints both answers and the largest
@@ -73,6 +75,12 @@ def add(commands: Commands) -> None:
     part = command.add_mutually_exclusive_group()
     part.add_argument("--language-only", action="store_true", help="write only the decoder, as a plain Llama folder")
     part.add_argument("--vision-only", action="store_true", help="write only the encoder, as a plain SigLIP folder")
+    command.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload the folder with its model card to the Hugging Face Hub, as a private repository",
+    )
+    command.add_argument("--public", action="store_true", help="with --push-to-hub, make a new repository public")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
     verifies = args.verify or args.verify_image is not None
     if verifies and (args.language_only or args.vision_only):
         raise UserError("--verify compares the complete model: omit --language-only and --vision-only")
+    if args.public and not args.push_to_hub:
+        raise UserError("--public is for --push-to-hub")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # has an effect only before JAX is imported
+    from alignvlm_jax.checkpoints.workdir import find_checkpoint
+    from alignvlm_jax.downloads import hub_upload
     from alignvlm_jax.inference import verification
     from alignvlm_jax.interop import export
     from alignvlm_jax.storage.transfer import folder_size
@@ -94,19 +106,30 @@ def run(args: argparse.Namespace) -> int:
         # Before the export, which may take minutes.
         verification.check_packages()
         verification.read_page(args.verify_image)
+    repository = None
+    if args.push_to_hub:
+        # The token, too, is checked before the export. Nothing is created for a checkpoint that does not exist.
+        find_checkpoint(args.checkpoint)
+        if is_bucket(args.out):
+            raise UserError(f"--push-to-hub uploads a folder on a disk, but --out is {args.out}")
+        repository = hub_upload.prepare_upload(args.push_to_hub, is_public=args.public)
     write(args.checkpoint, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     print(f"{args.out}: {folder_size(args.out) / 1e6:,.1f} MB")
-    if not verifies:
-        return 0
-    comparison = verification.verify_export(
-        args.checkpoint,
-        args.out,
-        dtype=args.dtype,
-        image=args.verify_image,
-        on_side=lambda side: print(f"verifying: {side} ...", file=sys.stderr, flush=True),
-    )
-    print(comparison.describe())
-    return _DIFFERS if comparison.problems else 0
+    if verifies:
+        comparison = verification.verify_export(
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            image=args.verify_image,
+            on_side=lambda side: print(f"verifying: {side} ...", file=sys.stderr, flush=True),
+        )
+        print(comparison.describe())
+        if comparison.problems:
+            return _DIFFERS
+    if repository is not None:
+        print(hub_upload.upload(repository, pathlib.Path(args.out)))
+        print(f"Ask it with:\n  alignvlm ask --checkpoint {repository.name} page.png --question '...'")
+    return 0
 
 
 def _size(text: str) -> int:
