@@ -12,8 +12,10 @@ verified before anything is read here.
 """
 
 import errno
+import json
 import os
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from alignvlm_jax.checkpoints import staging
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import absolute, is_bucket
-from alignvlm_jax.storage.errors import translate
+from alignvlm_jax.storage.errors import translate, translated_errors
 
 _CHUNK_BYTES = 128 * 2**20
 # Errors of the disk and its folders: a save that fails with one may succeed later, or elsewhere.
@@ -54,16 +57,24 @@ class StepStore:
 
     def __init__(self):
         self._orbax = _make_orbax()
+        self._staged: Path | None = None  # the step that is still to be uploaded
 
     def save(self, step: Path, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to write each tree, and `meta` as JSON, into its own folder in `step`."""
         # Orbax returns once the arrays are copied to the host, so the caller may donate them to the next step.
         args = {name: _save_in_chunks(tree) for name, tree in trees.items()}
+        if staging.is_staged(step):
+            if jax.process_index() == 0:
+                staging.clear(step)
+            self._staged, step = step, staging.staging_folder(step)
         self._orbax.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(dict(meta))))
 
     def wait(self) -> None:
         """Waits until everything is written; raises the error of a write that failed."""
         self._orbax.wait_until_finished()
+        if self._staged is not None:
+            step, self._staged = self._staged, None
+            staging.upload(step)
 
     def restore(self, step: Path, **abstract: Any) -> Any:
         """Returns the trees of a step as attributes of one object.
@@ -72,6 +83,8 @@ class StepStore:
           step: folder of the step.
           **abstract: shapes, dtypes and shardings of each tree to restore, by its name.
         """
+        if staging.is_staged(step):
+            return types.SimpleNamespace(**{name: _read_tree(step / name, tree) for name, tree in abstract.items()})
         args = ocp.args.Composite(**{name: _restore_into(tree) for name, tree in abstract.items()})
         return self._orbax.restore(step, args=args)
 
@@ -102,6 +115,8 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
       UserError: if it cannot be read.
     """
     folder = absolute(folder)
+    if staging.is_staged(folder):
+        return _read_tree(folder, abstract)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
@@ -118,7 +133,12 @@ class StoredTree:
     """
 
     def __init__(self, folder: Path):
-        self._folder = absolute(folder)
+        self._folder, self._context = absolute(folder), _make_context()
+        if staging.is_staged(folder):
+            arrays = {name: self._open(name) for name in _stored_names(folder)}
+            self.shapes = {name: array.shape for name, array in arrays.items()}
+            self.dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
+            return
         try:
             # Calls the handler directly: a `Checkpointer` would look for metadata of the whole step, and warn.
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
@@ -146,9 +166,7 @@ class StoredTree:
         return tuple(self._open(path).chunk_layout.read_chunk.shape)
 
     def _open(self, path: str) -> tensorstore.TensorStore:
-        # Orbax's layout: an OCDBT store whose folders are zarr arrays, named by the array's path with dots.
-        store = {"driver": "ocdbt", "base": base_store(self._folder), "path": path.replace("/", ".")}
-        return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
+        return _open_array(self._folder, path, self._context).result()
 
 
 def storage_error_message(error: Exception) -> str | None:
@@ -168,7 +186,73 @@ def base_store(folder: Path) -> dict[str, Any]:
         return {"driver": "file", "path": f"{folder}/"}
     scheme, _, name = str(folder).partition("://")
     bucket, _, key = name.partition("/")
-    return {"driver": {"gs": "gcs"}[scheme], "bucket": bucket, "path": f"{key}/"}
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
+    store = {"driver": "s3", "bucket": bucket, "path": f"{key}/"}
+    # TensorStore finds credentials like other clients, but reads neither of these from the environment.
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        store |= {"endpoint": endpoint, "aws_region": region}
+    return store
+
+
+def _make_context() -> tensorstore.Context:
+    # Not for longer than a tree is read, because another run may write a step of the same name.
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})
+
+
+def _open_array(folder: Path, path: str, context: tensorstore.Context) -> tensorstore.Future:
+    # Orbax's layout: an OCDBT store whose folders are zarr arrays, named by the array's path with dots.
+    store = {"driver": "ocdbt", "base": base_store(folder), "path": path.replace("/", ".")}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True, open=True, context=context)
+
+
+def _stored_names(folder: Path) -> list[str]:
+    """Returns the paths of the arrays in a tree, as Orbax recorded them."""
+    with translated_errors(str(folder)):
+        recorded = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"].values()
+    return ["/".join(key["key"] for key in entry["key_metadata"]) for entry in recorded]
+
+
+def _read_tree(folder: Path, abstract: Any) -> Any:
+    """Returns a tree in a bucket that Orbax cannot read. Each process reads the parts that its devices hold.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    context = _make_context()
+    try:
+        arrays = [_open_array(folder, "/".join(map(_key_name, path)), context) for path, _ in leaves]
+        # All reads are in progress at once, but TensorStore limits how many requests it makes at the same time.
+        restored = [
+            _read_array(array.result(), leaf, leaf.sharding) for array, (_, leaf) in zip(arrays, leaves, strict=True)
+        ]
+    except ValueError as error:
+        raise translate(error, str(folder)) or UserError(
+            f"{folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    return jax.tree.unflatten(structure, [make() for make in restored])
+
+
+def _read_array(stored: tensorstore.TensorStore, leaf: Any, sharding: jax.sharding.Sharding) -> Callable[[], jax.Array]:
+    """Starts to read the parts of an array that this process holds; returns a function that waits for them."""
+    if tuple(stored.shape) != tuple(leaf.shape):
+        raise ValueError(f"expected an array of shape {tuple(leaf.shape)}, got {tuple(stored.shape)}")
+    indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+    parts = {str(index): stored[index].read() for index in indices}
+
+    def make() -> jax.Array:
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: np.asarray(parts[str(index)].result()).astype(leaf.dtype)
+        )
+
+    return make
+
+
+def _key_name(key: Any) -> str:
+    """Returns Orbax's name of a key in the path of a leaf."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
 def _make_orbax() -> ocp.AsyncCheckpointer:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from alignvlm_jax.checkpoints import arrays, integrity, provenance, uploads
+from alignvlm_jax.checkpoints import arrays, integrity, provenance, staging, uploads
 from alignvlm_jax.checkpoints.retention import kept_steps
 from alignvlm_jax.checkpoints.workdir import (
     CHECKPOINTS_FOLDER,
@@ -205,7 +205,9 @@ class Checkpointer:
         """Runs in the background: waits for Orbax, seals the step and deletes the steps that are not kept."""
         try:
             self._store.wait()
-            if distributed.is_primary() and is_bucket(step):
+            # On S3, other processes may still be uploading, and S3 compares the checksum of each upload itself.
+            is_uploaded = not staging.is_staged(step) or jax.process_count() == 1
+            if distributed.is_primary() and is_bucket(step) and is_uploaded:
                 uploads.check(step)
             integrity.seal(step, jax.process_index(), jax.process_count(), check=self._lease.check)
             # Only process 0 deletes older steps, so only it must know that the new one is complete everywhere.

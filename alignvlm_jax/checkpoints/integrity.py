@@ -23,11 +23,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignvlm_jax.checkpoints.step_files import Record, StepFiles, remove_folder, step_files
+from alignvlm_jax.checkpoints.step_files import Record, StepFiles, remove_folder, step_files, writer_of
 from alignvlm_jax.locations import is_bucket
 
 _DIGESTS = re.compile(r"digests\.(\d+)-of-(\d+)\.json")
-_PROCESS = re.compile(r"process_(\d+)")
 _LISTS = "digests.*.json"
 _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
 _POLL_SECONDS, _POLL_SECONDS_OF_BUCKETS = 0.05, 1.0  # in a bucket, looking costs a request
@@ -43,7 +42,7 @@ def seal(step: Path, process: int = 0, num_processes: int = 1, *, check: Callabl
       check: called when the digests are known, before they are written. It raises an error to prevent that.
     """
     files = step_files(step)
-    own = sorted(name for name in files.names() if not _is_list(name) and _writer(name) == process)
+    own = sorted(name for name in files.names() if not _is_list(name) and writer_of(name) == process)
     records = files.record(own)
     text = json.dumps({"files": records, "sha256": _digest_of_list(records)}, indent=1)
     check()
@@ -181,13 +180,6 @@ def _read_digests(files: StepFiles) -> dict[str, Record]:
 
 def _is_list(name: str) -> bool:
     return _DIGESTS.fullmatch(name) is not None
-
-
-def _writer(name: str) -> int:
-    """Returns the index of the process that wrote a file."""
-    # Orbax writes one folder per process; process 0 writes all other files.
-    processes = [match for part in name.split("/") if (match := _PROCESS.search(part))]
-    return int(processes[0][1]) if processes else 0
 
 
 def _digest_of_list(entries: dict) -> str:

@@ -17,6 +17,7 @@ import errno
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from alignvlm_jax.storage.errors import translated_errors
 from alignvlm_jax.storage.objects import StoredObject, delete_folder, list_objects
 
 _THREADS = 4  # hashlib releases the GIL, so each thread keeps one core busy
+
+_PROCESS = re.compile(r"process_(\d+)")
 
 Record = dict[str, Any]
 """Size, checksum and version of a file."""
@@ -64,6 +67,13 @@ class StepFiles(Protocol):
 def step_files(step: Path) -> StepFiles:
     """Returns the files of a step."""
     return _BucketFiles(step) if is_bucket(step) else _DiskFiles(step)
+
+
+def writer_of(name: str) -> int:
+    """Returns the index of the process that wrote a file."""
+    # Orbax writes one folder per process; process 0 writes all other files.
+    processes = [match for part in name.split("/") if (match := _PROCESS.search(part))]
+    return int(processes[0][1]) if processes else 0
 
 
 def remove_folder(folder: Path, *, first: str) -> None:

@@ -20,6 +20,8 @@ from alignvlm_jax.leases.lease import Lease, NoLease, Place
 from alignvlm_jax.leases.lease_file import LeaseFile, SeenLease
 from alignvlm_jax.leases.lease_object import LeaseObject, SeenLeaseObject
 from alignvlm_jax.leases.local_lock import NO_LOCKS, LocalLock
+from alignvlm_jax.storage.access import check_writable
+from alignvlm_jax.storage.errors import mark_as_used
 
 KIND_VARIABLE = "ALIGNVLM_LEASE"
 _KINDS = ("local", "shared")
@@ -73,10 +75,9 @@ def take(output: str | os.PathLike, *, beside: bool = False) -> Lease:
 
 
 def _take_in_bucket(place: Place) -> Lease:
-    try:
-        return LeaseObject(place)
-    except FileNotFoundError as error:
-        raise UserError(f"{place.output}: there is no such bucket, or this account may not see it") from error
+    # Also waits for permissions that arrive late, which the lease would not.
+    check_writable(str(place.folder))
+    return LeaseObject(place)
 
 
 def with_ticket(output: str | os.PathLike, ticket: str | None, *, beside: bool = False) -> Lease:
@@ -89,6 +90,8 @@ def with_ticket(output: str | os.PathLike, ticket: str | None, *, beside: bool =
     """
     if ticket is None:
         return NoLease()
+    if locations.is_bucket(output):
+        mark_as_used(str(output))  # by the holder
     kind = SeenLeaseObject if locations.is_bucket(output) else SeenLease
     return kind(_place(output, beside), ticket)
 

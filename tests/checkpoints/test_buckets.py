@@ -1,15 +1,17 @@
 """Checkpoints in a bucket keep the guarantees of those on a disk."""
 
+import numpy as np
 import pytest
 
 from alignvlm_jax.checkpoints import integrity
+from alignvlm_jax.checkpoints.arrays import StoredTree
 from alignvlm_jax.checkpoints.workdir import complete_steps, find_undamaged, numbered_steps
 from alignvlm_jax.locations import open_location
 from alignvlm_jax.storage.objects import list_objects
 from tests.checkpoints.test_integrity import restored_step, write_steps
 
 
-@pytest.fixture(params=["gcs"])
+@pytest.fixture(params=["gcs", "s3"])
 def workdir(request):
     """An empty folder in a bucket."""
     return open_location(request.getfixturevalue(f"{request.param}_bucket")) / "runs" / "a"
@@ -21,6 +23,9 @@ def test_steps_are_kept_skipped_and_replaced(workdir, capsys):
     write_steps(workdir, 10, 20, 30, keep=2)
     assert complete_steps(checkpoints) == numbered_steps(checkpoints) == [20, 30]
     assert restored_step(workdir) == 30
+    tree = StoredTree(checkpoints / "30" / "params")
+    assert tree.shapes == {"language/embedding": (64,)} and tree.dtypes == {"language/embedding": np.float32}
+    assert np.array_equal(tree.read("language/embedding", (slice(3, 5),)), [30, 30])
 
     # Deleted, truncated and changed objects: each is named, and the step before is used.
     step = checkpoints / "30"
