@@ -91,15 +91,16 @@ def fakes(tmp_path):
 # A queued resource of Cloud TPU
 
 
-TRAIN = ["train", "--config", "configs/nano.py", "--workdir", "/share/runs/a b", "--config.stages.0.trainable=x,y"]
+TRAIN = ["train", "--config", "configs/nano.py", "--workdir", "gs://mine/a b", "--config.stages.0.trainable=x,y"]
 POD = {
     "--name": "eight",
     "--project": "mine",
     "--zone": "us-west4-a",
     "--accelerator-type": "v5litepod-256",
     "--image": "registry.example/images/alignvlm:1",
-    "--share": "10.0.0.2:/share",
+    "--logs": "gs://mine/logs/",
 }
+SHARE = "10.0.0.2:/share"
 
 
 def tpu_pod(fakes, *options, command=TRAIN, **changes):
@@ -165,8 +166,17 @@ def test_a_pod_is_requested_monitored_and_released(fakes):
     expected += " --accelerator-type v5litepod-256 --runtime-version v2-alpha-tpuv5-lite --node-id eight --spot"
     assert create[1 : 1 + len(expected.split())] == expected.split()
     assert metadata["startup-script"] == (LAUNCH / "tpu_worker.sh").read_text()
-    assert metadata["alignvlm-image"] == POD["--image"] and metadata["alignvlm-share"] == POD["--share"]
+    assert metadata["alignvlm-image"] == POD["--image"] and metadata["alignvlm-logs"] == "gs://mine/logs"
+    assert "alignvlm-share" not in metadata
     assert shlex.split(metadata["alignvlm-command"]) == TRAIN
+
+
+def test_the_workers_of_a_pod_without_a_bucket_get_the_share(fakes):
+    fake_gcloud(fakes, describe=[MISSING, "0|ACTIVE"], ssh=["0|failed: alignvlm: error: no such file"])
+    process = tpu_pod(fakes, **{"--logs": None, "--share": SHARE})
+    assert process.returncode == 2 and f"(log: {SHARE}, logs/eight)" in process.stdout
+    (create,) = [call for call in fakes.calls("gcloud") if "create" in call]
+    assert create[-1]["alignvlm-share"] == SHARE and "alignvlm-logs" not in create[-1]
 
 
 def test_after_a_preemption_the_chips_are_requested_again(fakes):
@@ -213,6 +223,8 @@ def test_a_request_that_cannot_be_served_is_not_repeated(fakes, describe, create
     ("changes", "message"),
     [
         ({"--name": None}, "usage: tpu_pod.sh"),
+        ({"--logs": None}, "pass --logs gs://BUCKET/PATH or --share HOST:/PATH"),
+        ({"--logs": "s3://bucket/logs"}, "expected gs://BUCKET/PATH, got s3://bucket/logs"),
         ({"--share": "bucket"}, "expected HOST:/PATH of an NFS export, got bucket"),
         ({"--num-slices": "0"}, "expected a positive integer, got 0"),
         ({"--accelerator-type": "v9-16"}, "no default --runtime-version for v9-16"),
@@ -229,14 +241,20 @@ def test_a_wrong_call_requests_nothing(fakes, changes, message):
 # The startup script of a worker
 
 
-def tpu_worker(fakes, *, docker):
+CURL = """#!{python}
+import json, sys
+metadata = json.loads({metadata!r})
+key = sys.argv[-1].rpartition("/alignvlm-")[2]
+if key not in metadata:
+    raise SystemExit(22)  # as after "404 Not Found", with --fail
+print(metadata[key], end="")
+"""
+
+
+def tpu_worker(fakes, *, docker, **place):
     """Runs the startup script of a worker; returns its process and its last status."""
-    fakes.write(
-        "curl",
-        f"#!/bin/sh\nfor word; do :; done\ncase $word in\n*-image) printf '%s' {POD['--image']};;\n"
-        f"*-share) printf '%s' {POD['--share']};;\n*-name) printf eight;;\n"
-        f"*-command) printf '%s' {shlex.quote(shlex.join(TRAIN))};;\nesac\n",
-    )
+    metadata = {"image": POD["--image"], "name": "eight", "command": shlex.join(TRAIN), **place}
+    fakes.write("curl", CURL.format(python=sys.executable, metadata=json.dumps(metadata)))
     for name in ("mount", "mount.nfs", "gcloud"):
         fakes.add(name)
     fakes.add("mountpoint", "1|")
@@ -251,30 +269,60 @@ def tpu_worker(fakes, *, docker):
     return process, (fakes.folder / "status" / "status").read_text().strip()
 
 
-def test_a_worker_mounts_the_share_and_runs_the_command(fakes):
-    process, status = tpu_worker(fakes, docker=["0|", "0|step 1"])
+def docker_run(fakes):
+    """Returns the options of `docker run`, and the words after the image."""
+    (run,) = [call for call in fakes.calls("docker") if call[1] == "run"]
+    image = run.index(POD["--image"])
+    return run[2:image], run[image + 1 :]
+
+
+def test_a_worker_runs_the_command_and_copies_its_log_to_the_bucket(fakes):
+    process, status = tpu_worker(fakes, docker=["0|", "0|step 1"], logs="gs://mine/logs")
+    assert process.returncode == 0 and status == "done", process.stderr
+    assert [call[1] for call in fakes.calls("docker")] == ["pull", "run"] and not fakes.calls("mount")
+    options, words = docker_run(fakes)
+    assert words == TRAIN
+    assert {"--privileged", "--net=host"} <= set(options) and "--volume" not in options
+    # The name by which a restarted command knows that its workdir was last written by itself.
+    assert options[options.index("--env") + 1] == "ALIGNVLM_JOB=queued resource eight"
+    (copy,) = [call for call in fakes.calls("gcloud") if "storage" in call]
+    assert copy[1:4] == ["storage", "cp", "--quiet"] and copy[-1] == "gs://mine/logs/eight/"
+    log = pathlib.Path(copy[-2])
+    assert re.fullmatch(r"worker-3-\d{8}-\d{6}\.log", log.name) and log.read_text() == "step 1\n"
+
+
+def test_a_failing_copy_of_the_log_does_not_end_the_run(fakes):
+    fakes.add("gcloud", "1|no permission")
+    process, status = tpu_worker(fakes, docker=["0|", "0|step 1"], logs="gs://mine/logs")
+    assert process.returncode == 0 and status == "done", process.stderr
+
+
+def test_a_worker_mounts_the_share_and_keeps_its_log_there(fakes):
+    process, status = tpu_worker(fakes, docker=["0|", "0|step 1"], share=SHARE)
     assert process.returncode == 0 and status == "done", process.stderr
     (mount,) = fakes.calls("mount")
-    assert mount[1:3] == ["-t", "nfs"] and mount[-2:] == [POD["--share"], str(fakes.folder / "share")]
-    pull, run = fakes.calls("docker")
-    assert pull[1] == "pull" and run[1] == "run"
-    image = run.index(POD["--image"])
-    assert run[image + 1 :] == TRAIN
-    assert {"--privileged", "--net=host", f"{fakes.folder / 'share'}:/share"} <= set(run[:image])
-    # The name by which a restarted command knows that its workdir was last written by itself.
-    assert run[run.index("--env") + 1] == "ALIGNVLM_JOB=queued resource eight"
+    assert mount[1:3] == ["-t", "nfs"] and mount[-2:] == [SHARE, str(fakes.folder / "share")]
+    options, words = docker_run(fakes)
+    assert words == TRAIN and options[options.index("--volume") + 1] == f"{fakes.folder / 'share'}:/share"
     assert (fakes.folder / "share" / "logs" / "eight" / "worker-3.log").read_text() == "step 1\n"
+    assert not [call for call in fakes.calls("gcloud") if "storage" in call]
+
+
+def test_a_worker_without_a_place_for_its_logs_runs_nothing(fakes):
+    process, status = tpu_worker(fakes, docker=["0|"])
+    assert process.returncode == 1 and status == "failed: the metadata names no place for the logs"
+    assert not fakes.calls("docker")
 
 
 @pytest.mark.parametrize("answer", ["1|a host is gone", "75|another run is writing to it"])
 def test_a_worker_whose_peers_died_or_that_has_to_wait_runs_the_command_again(fakes, answer):
-    _, status = tpu_worker(fakes, docker=["0|", answer, "0|", "0|step 2"])
+    _, status = tpu_worker(fakes, docker=["0|", answer, "0|", "0|step 2"], share=SHARE)
     assert status == "done"
     assert [call[1] for call in fakes.calls("docker")] == ["pull", "run", "rm", "run"]
 
 
 def test_a_command_with_a_user_error_is_not_run_again(fakes):
-    _, status = tpu_worker(fakes, docker=["0|", "2|alignvlm: error: no such file"])
+    _, status = tpu_worker(fakes, docker=["0|", "2|alignvlm: error: no such file"], logs="gs://mine/logs")
     assert status == "failed: alignvlm: error: no such file"
     assert [call[1] for call in fakes.calls("docker")] == ["pull", "run"]
 
@@ -282,9 +330,10 @@ def test_a_command_with_a_user_error_is_not_run_again(fakes):
 # GKE
 
 
-@pytest.fixture(scope="module")
-def manifests():
-    return list(yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text()))
+@pytest.fixture(scope="module", params=["bucket", "share"])
+def manifests(request):
+    text = (LAUNCH / "jobset.yaml").read_text()
+    return list(yaml.safe_load_all(text.replace("#SHARE ", "") if request.param == "share" else text))
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +349,7 @@ def job_of(jobset):
 
 
 def test_the_jobset_is_valid(manifests, validator):
-    validator.validate(manifests[1])
+    validator.validate(manifests[-1])
 
 
 def misspelled_field(jobset):
@@ -332,13 +381,13 @@ def number_in_a_label(jobset):
     [misspelled_field, misplaced_field, number_as_text, rule_without_name, always_restarted, number_in_a_label],
 )
 def test_the_schema_refuses_what_kubernetes_refuses(manifests, validator, change):
-    jobset = copy.deepcopy(manifests[1])
+    jobset = copy.deepcopy(manifests[-1])
     change(jobset)
     assert not validator.is_valid(jobset)
 
 
 def test_the_jobset_fills_its_slices(manifests):
-    claim, jobset = manifests
+    *claims, jobset = manifests
     job = job_of(jobset)
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
@@ -358,12 +407,16 @@ def test_the_jobset_fills_its_slices(manifests):
     paths = [variable["valueFrom"]["fieldRef"]["fieldPath"] for variable in container["env"] if "valueFrom" in variable]
     label = "metadata.labels['jobset.sigs.k8s.io/{}']".format
     assert paths == ["metadata.namespace", label("jobset-name"), label("restart-attempt")]
-    assert volumes["share"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert [volumes["share"]["persistentVolumeClaim"]["claimName"] for _ in claims] == [
+        claim["metadata"]["name"] for claim in claims
+    ]
+    assert [(claim["kind"], claim["spec"]["accessModes"]) for claim in claims] == [
+        ("PersistentVolumeClaim", ["ReadWriteMany"]) for _ in claims
+    ]
 
 
 def test_the_command_of_the_jobset_is_valid(manifests):
-    (container,) = job_of(manifests[1])["template"]["spec"]["containers"]
+    (container,) = job_of(manifests[-1])["template"]["spec"]["containers"]
     assert_trains(container["args"])
 
 
@@ -472,16 +525,42 @@ def commands_in(text):
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_the_commands_in_the_documentation_are_valid():
+# The options of xpk 1.16.0 that the page uses.
+XPK_OPTIONS = {
+    "cluster create": {"cluster", "project", "zone", "tpu-type", "num-slices", "spot"},
+    "workload create": {
+        *("workload", "cluster", "project", "zone", "tpu-type", "num-slices", "docker-image", "max-restarts"),
+        *("restart-on-exit-codes", "termination-grace-period-seconds", "env", "command"),
+    },
+}
+
+
+def test_the_commands_in_the_documentation_are_valid(manifests):
     page = (ROOT / "docs" / "launch.md").read_text()
     commands = commands_in(page)
-    train_arguments = [command.partition(" train ")[2] for command in commands if " train " in command]
-    assert len(train_arguments) == 4
+    train_arguments = [
+        command.partition(" train ")[2] for command in commands if " train " in command and "xpk" not in command
+    ]
+    assert len(train_arguments) == 5
     for arguments in train_arguments:
         assert_trains(["train", *shlex.split(arguments)])
     for path in re.findall(r"(?:tools|configs|docs|tests|alignvlm_jax)/[\w/.]+\w", page):
         assert (ROOT / path).exists(), path
-    (pod,) = [command for command in commands if "tpu_pod.sh" in command]
+    pods = [command for command in commands if "tpu_pod.sh" in command]
+    assert len(pods) == 2
     usage = subprocess.run([LAUNCH / "tpu_pod.sh", "--help"], capture_output=True, text=True).stderr
-    for option in re.findall(r" (--[a-z-]+)", pod.partition(" -- ")[0]):
+    for option in re.findall(r" (--[a-z-]+)", " ".join(pod.partition(" -- ")[0] for pod in pods)):
         assert option in usage
+    xpk = [shlex.split(command) for command in commands if command.startswith("xpk ")]
+    for words, (verb, options) in zip(xpk, XPK_OPTIONS.items(), strict=True):
+        assert words[:3] == ["xpk", *verb.split()]
+        assert {word[2:] for word in words if word.startswith("--")} == options
+    # The run that xpk starts is the one of the JobSet.
+    assert xpk[1][xpk[1].index("--restart-on-exit-codes") + 1] == "1,4,75"
+    words = shlex.split(xpk[1][xpk[1].index("--command") + 1])
+    assert words[:2] == ["exec", "alignvlm"]
+    assert_trains(words[2:])
+    (container,) = job_of(manifests[-1])["template"]["spec"]["containers"]
+    assert " ".join(words[2:]) == " ".join(container["args"]).replace("--config=", "--config ").replace(
+        "--workdir=", "--workdir "
+    )

@@ -2,8 +2,8 @@
 # Runs one alignvlm command on all workers of one or several TPU pod slices, as a queued resource of Cloud TPU.
 #
 #   tools/launch/tpu_pod.sh --name eight --project my-project --zone us-west4-a --accelerator-type v5litepod-256 \
-#       --image IMAGE --share 10.0.0.2:/share --spot -- \
-#       train --config configs/alignvlm_8b.py --workdir /share/runs/eight --config.data.root=/share/data
+#       --image IMAGE --logs gs://my-bucket/logs --spot -- \
+#       train --config configs/alignvlm_8b.py --workdir gs://my-bucket/runs/eight --config.data.root=gs://my-bucket/data
 #
 # It requests the chips, waits for them, and monitors the command. Each worker starts the command at boot
 # (tpu_worker.sh). Only the restart after a preemption depends on this terminal: the queued resource is then deleted and
@@ -15,19 +15,21 @@ set -euo pipefail
 
 usage() {
   cat >&2 << 'END'
-usage: tpu_pod.sh --name NAME --project PROJECT --zone ZONE --accelerator-type TYPE --image IMAGE --share HOST:/PATH
-                  [--runtime-version VERSION] [--num-slices N] [--spot | --reserved] [--service-account ACCOUNT] [--keep]
-                  -- ALIGNVLM-COMMAND...
+usage: tpu_pod.sh --name NAME --project PROJECT --zone ZONE --accelerator-type TYPE --image IMAGE
+                  [--logs gs://BUCKET/PATH] [--share HOST:/PATH] [--runtime-version VERSION] [--num-slices N]
+                  [--spot | --reserved] [--service-account ACCOUNT] [--keep] -- ALIGNVLM-COMMAND...
 
   --name             name of the queued resource and of its nodes
   --accelerator-type accelerator type, such as v5litepod-256 (v5e), v5p-128 or v6e-64
   --image            container image with alignvlm (Dockerfile)
-  --share            NFS export that the workers mount as /share, for checkpoints and data
+  --logs             folder in a bucket, to which the workers copy their logs every minute
+  --share            NFS export that the workers mount as /share, for runs and data that are not in a bucket; without
+                     --logs, the logs are in its folder logs/NAME
   --runtime-version  runtime version of the TPU VM (default: Google's recommendation for the type)
   --num-slices       number of slices of this type, connected by the data center network (default: 1)
   --spot             use spot chips, which are cheaper but may be preempted; they are then requested again
   --reserved         use reserved chips
-  --service-account  service account of the workers
+  --service-account  service account of the workers, which reads and writes the bucket
   --keep             keep the chips, and their costs, after the command has ended
 END
   exit 2
@@ -36,10 +38,10 @@ END
 log() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
 fail() { printf 'tpu_pod.sh: error: %s\n' "$*" >&2; exit 2; }
 
-name='' project='' zone='' type='' image='' share='' runtime='' slices=1 keep='' service_account='' tier=()
+name='' project='' zone='' type='' image='' logs='' share='' runtime='' slices=1 keep='' service_account='' tier=()
 while (($#)); do
   case $1 in
-    --name | --project | --zone | --accelerator-type | --image | --share | --runtime-version | --num-slices | --service-account)
+    --name | --project | --zone | --accelerator-type | --image | --logs | --share | --runtime-version | --num-slices | --service-account)
       (($# > 1)) || fail "$1 needs a value"
       case $1 in
         --name) name=$2 ;;
@@ -47,6 +49,7 @@ while (($#)); do
         --zone) zone=$2 ;;
         --accelerator-type) type=$2 ;;
         --image) image=$2 ;;
+        --logs) logs=${2%/} ;;
         --share) share=$2 ;;
         --runtime-version) runtime=$2 ;;
         --num-slices) slices=$2 ;;
@@ -61,8 +64,10 @@ while (($#)); do
     *) fail "unknown option $1 (the alignvlm command comes after --)" ;;
   esac
 done
-[[ $name && $project && $zone && $type && $image && $share && $# -gt 0 ]] || usage
-[[ $share == *:/* ]] || fail "--share: expected HOST:/PATH of an NFS export, got $share"
+[[ $name && $project && $zone && $type && $image && $# -gt 0 ]] || usage
+[[ $logs || $share ]] || fail "pass --logs gs://BUCKET/PATH or --share HOST:/PATH; the disks of the workers are deleted with the chips"
+[[ ! $logs || $logs == gs://?* ]] || fail "--logs: expected gs://BUCKET/PATH, got $logs"
+[[ ! $share || $share == *:/* ]] || fail "--share: expected HOST:/PATH of an NFS export, got $share"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--num-slices: expected a positive integer, got $slices"
 if [[ ! $runtime ]]; then
   case $type in
@@ -81,9 +86,17 @@ poll=${ALIGNVLM_POLL_SECONDS:-60}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 printf '%s' "$image" > "$scratch/image"
-printf '%s' "$share" > "$scratch/share"
 printf '%s' "$name" > "$scratch/name"
 printf '%q ' "$@" > "$scratch/command" # Quoted for the shell of the workers.
+metadata="startup-script=$here/tpu_worker.sh,alignvlm-image=$scratch/image,alignvlm-name=$scratch/name,alignvlm-command=$scratch/command"
+if [[ $logs ]]; then
+  printf '%s' "$logs" > "$scratch/logs"
+  metadata+=",alignvlm-logs=$scratch/logs"
+fi
+if [[ $share ]]; then
+  printf '%s' "$share" > "$scratch/share"
+  metadata+=",alignvlm-share=$scratch/share"
+fi
 if ((slices == 1)); then
   nodes=(--node-id "$name") first_node=$name
 else
@@ -107,7 +120,7 @@ create() {
   gcloud compute tpus queued-resources create "$name" "${place[@]}" \
     --accelerator-type "$type" --runtime-version "$runtime" "${nodes[@]}" \
     ${tier[@]+"${tier[@]}"} ${service_account:+--service-account "$service_account"} \
-    --metadata-from-file "startup-script=$here/tpu_worker.sh,alignvlm-image=$scratch/image,alignvlm-share=$scratch/share,alignvlm-name=$scratch/name,alignvlm-command=$scratch/command"
+    --metadata-from-file "$metadata"
 }
 
 delete() { gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force; }
@@ -151,7 +164,7 @@ while true; do
       status=$(progress)
       case $status in
         done*) log "the command succeeded"; finish 0 ;;
-        failed*) log "the command failed: $status (log: $share, logs/$name)"; finish 2 ;;
+        failed*) log "the command failed: $status (log: ${logs:-$share, logs}/$name)"; finish 2 ;;
       esac
       ;;
   esac
