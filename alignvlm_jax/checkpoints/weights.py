@@ -51,7 +51,7 @@ def write_checkpoint(
 ) -> None:
     """Writes weights from another source as a workdir, for inference, further training and export.
 
-    Everything is written into a scratch folder that is renamed at the end, so no half-written checkpoint can remain.
+    No half-written checkpoint can remain; see `new_folder`.
 
     Args:
       workdir: folder to write. It must not exist, or must be empty.
@@ -62,13 +62,28 @@ def write_checkpoint(
       progress: steps that the weights were already trained for.
       page_scale: scale of the pages that the weights were trained on; see `data/page_scale.py`. None if unknown.
     """
-    with new_folder(workdir) as scratch:
-        (scratch / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
-        write_history(scratch, history)
-        write_page_scale(scratch, page_scale)
-        tokenizer.save(scratch / TOKENIZER_FOLDER)
-        with Checkpointer(scratch, config) as checkpointer:
-            checkpointer.save_params(progress or Progress(), params)
+    with new_folder(workdir) as folder:
+        fill_workdir(folder, config, params, tokenizer, history=history, progress=progress, page_scale=page_scale)
+
+
+@ordinary_modes()
+def fill_workdir(
+    workdir: Path,
+    config: ExperimentConfig,
+    params: Params,
+    tokenizer: ChatTokenizer,
+    *,
+    history: Sequence[dict[str, Any]],
+    progress: Progress | None = None,
+    page_scale: float | None = None,
+) -> None:
+    """Writes the files of `write_checkpoint` into a folder that `new_folder` yields."""
+    (workdir / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
+    write_history(workdir, history)
+    write_page_scale(workdir, page_scale)
+    tokenizer.save(workdir / TOKENIZER_FOLDER)
+    with Checkpointer(workdir, config) as checkpointer:
+        checkpointer.save_params(progress or Progress(), params)
 
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints.new_folder import new_folder
-from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.checkpoints.weights import fill_workdir
 from alignvlm_jax.config.completion import Start, complete_config
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.config.geometry import check_same_model
@@ -121,7 +121,7 @@ def import_huggingface(
         devices = None if mesh is None else make_mesh(mesh)
         params = assemble(model, vision, language, mesh=devices, dtype=dtype, seed=config.seed, log=log)
         history = {"what": "imported", **names, "connector": f"fresh, seed {config.seed}", "dtype": dtype}
-        write_checkpoint(folder, config, params, tokenizer.chat, history=[history])
+        fill_workdir(folder, config, params, tokenizer.chat, history=[history])
     return config
 
 

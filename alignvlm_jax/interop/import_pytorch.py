@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from alignvlm_jax.checkpoints.new_folder import new_folder
-from alignvlm_jax.checkpoints.weights import write_checkpoint
+from alignvlm_jax.checkpoints.weights import fill_workdir
 from alignvlm_jax.checkpoints.workdir import Progress
 from alignvlm_jax.config.experiment import BackbonesConfig, ExperimentConfig
 from alignvlm_jax.config.serialization import config_from_dict, config_to_dict
@@ -75,7 +75,7 @@ def import_alignvlm(
         content = read_alignvlm(folder, dtype=dtype, mesh=mesh, base=base)
         for note in content.notes:
             log(note)
-        write_checkpoint(
+        fill_workdir(
             scratch,
             content.config,
             content.params,
