@@ -5,16 +5,20 @@ the result into frozen dataclasses, and checks everything before anything is bui
 value (`checks.py`) raises a `UserError` that names the key's full path, what was expected and, for a key, the closest
 valid one.
 
+`get_config` may have parameters: `get_config(dataset: str, steps: int = 300)` takes `--config.dataset=data/tags`.
+
 Keys that a file omits have the values of what the run starts from (`completion.py`), or else the defaults of their
 dataclasses, which are defined in the packages they configure.
 """
 
 import contextlib
+import dataclasses
+import inspect
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +26,8 @@ from typing import Any
 import ml_collections
 
 import alignvlm_jax
-from alignvlm_jax.config.building import describe_value, to_plain
+from alignvlm_jax.config.building import UnparsedText, build, describe_value, join_names, suggestion, to_plain
+from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.overrides import apply_override
 from alignvlm_jax.errors import UserError
 
@@ -40,9 +45,12 @@ def read_raw_config(file: str | Path, overrides: Sequence[str] = ()) -> dict[str
     Raises:
       UserError: if the file cannot be read.
     """
-    raw = to_plain(read_config_file(file))
+    # Overrides of parameters decide what the config is; the others change it.
+    given = dict(override.removeprefix("--config.").partition("=")[::2] for override in overrides)
+    raw = to_plain(_evaluate(file, lambda path, signature: _parse_parameters(path, signature, given)))
     for override in overrides:
-        apply_override(raw, override)
+        if override.removeprefix("--config.").partition("=")[0] in given:
+            apply_override(raw, override)
     return raw
 
 
@@ -97,21 +105,31 @@ def _is_in(module: ModuleType, folder: Path) -> bool:
     return (file.parent.parent if file.name == "__init__.py" else file.parent) == folder
 
 
-def read_config_file(file: str | Path) -> Any:
+def read_config_file(file: str | Path, **parameters: Any) -> Any:
     """Returns the unchecked config that the file's `get_config` returns, for config files that modify another one.
 
     A config file may import modules from its own folder and from the current one.
 
+    Args:
+      file: the config file, or the name of one shipped with the package.
+      **parameters: values of the parameters of its `get_config`.
+
     Raises:
       UserError: if the file fails. The message names the file and the line.
     """
+    return _evaluate(file, lambda path, signature: parameters)
+
+
+def _evaluate(file: str | Path, choose: Callable[[Path, inspect.Signature], Mapping[str, Any]]) -> Any:
+    """Returns what the file's `get_config` returns for the arguments that `choose` returns for its signature."""
     path = find_config(file)
     try:
         with _importable_neighbors(path.resolve().parent):
             namespace = runpy.run_path(str(path))
-            if not callable(namespace.get("get_config")):
+            get_config = namespace.get("get_config")
+            if not callable(get_config):
                 raise UserError(f"{path}: a config file must define get_config() and return the config from it")
-            config = namespace["get_config"]()
+            config = get_config(**choose(path, inspect.signature(get_config, eval_str=True)))
     except UserError:
         raise
     except SyntaxError as error:
@@ -124,3 +142,23 @@ def read_config_file(file: str | Path) -> Any:
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{path}: get_config() must return a ConfigDict, got {describe_value(config)}")
     return config
+
+
+def _parse_parameters(path: Path, signature: inspect.Signature, overrides: dict[str, str]) -> dict[str, Any]:
+    """Removes the overrides of the parameters of `get_config` from `overrides`, and returns their values."""
+    values, parameters = {}, signature.parameters
+    for name, parameter in parameters.items():
+        key = f"config.{name}"
+        if name in overrides:
+            kind = str if parameter.annotation is parameter.empty else parameter.annotation
+            values[name] = build(kind, UnparsedText(overrides.pop(name)), key, None)
+        elif parameter.default is parameter.empty:
+            raise UserError(f"{key}: {path} needs a value: --{key}=VALUE")
+    keys = [field.name for field in dataclasses.fields(ExperimentConfig)]
+    for name in overrides:
+        if parameters and name.partition(".")[0] not in keys:
+            raise UserError(
+                f"config.{name}: no such key{suggestion(name, [*parameters, *keys])}; {path} has "
+                f"{join_names(parameters)}, and config has {join_names(keys)}"
+            )
+    return values

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from alignvlm_jax.config import load_config
+from alignvlm_jax.config import load_config, read_config_file
 from alignvlm_jax.config.serialization import config_from_dict, config_hash, config_to_dict, config_to_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models.connectors import AlignConfig, MLPConfig, PerceiverConfig, connector_named, connector_names
@@ -238,3 +238,32 @@ def test_a_connector_without_token_positions_cannot_join_tiles():
     assert "have no positions in their tile" in error_message(overrides)
     # The same rule is accepted with the default connector. It needs newlines, which the config need not say.
     assert load_config(NANO, overrides[:1]).model.newline
+
+
+PARAMETERS = """
+from alignvlm_jax.config import read_config_file
+
+
+def get_config(name: str, count: int = 2, rates: tuple[float, ...] = (1e-4,)):
+    config = read_config_file("nano.py")
+    config.data.root = name
+    config.seed = count
+    config.stages[0].learning_rates.vision = rates[0]
+    return config
+"""
+
+
+def test_a_config_file_may_have_parameters(tmp_path):
+    file = write_config(tmp_path, PARAMETERS)
+    config = load_config(file, ["name=pages", "--config.count=3", "rates=(0.5,)", "log_every_steps=7"])
+    assert (config.data.root, config.seed, config.stages[0].learning_rates.vision) == ("pages", 3, 0.5)
+    assert config.log_every_steps == 7 and load_config(file, ["name=1"]).data.root == "1"
+    assert read_config_file(file, name="pages").seed == 2
+    for overrides, message in (
+        ([], f"config.name: {file} needs a value: --config.name=VALUE"),
+        (["name=pages", "count=many"], "config.count: expected a whole number, got the string 'many'"),
+        (["name=pages", "cuont=3"], f"config.cuont: no such key: did you mean 'count'?; {file} has name, count, rates"),
+        (["name=pages", "stage.0.steps=1"], "config.stage.0.steps: no such key: did you mean 'stages'?"),
+        (["name=pages", "stages.0.stesp=1"], "config.stages.0.stesp: no such key: did you mean 'steps'?"),
+    ):
+        assert error_message(overrides, file).startswith(message)
