@@ -28,7 +28,7 @@ def get_config(
       dataset: folder of the data set.
       split: split of the data set.
       steps: number of optimizer steps.
-      batch: number of examples per step.
+      batch: number of examples per step, rounded to whole microbatches of 8 bins.
       learning_rate: peak rate. The paper has 5e-5 for 1B and 3B and 1e-5 for 8B in its last stage; a small model takes
         a larger one.
       held_out: percentage of the split that is kept out of the training. The run scores questions from it five times.

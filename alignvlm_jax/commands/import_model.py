@@ -164,7 +164,8 @@ def _import_folder(args: argparse.Namespace) -> None:
     base = load_config(args.config) if args.config else None
     import_alignvlm(trained_model(args.folder), args.out, dtype=args.dtype, mesh=mesh, base=base)
     print(f"{args.out}: ask, evaluate, export or train it:")
-    print(f"  alignvlm train --config FILE --workdir NEW --init-from {args.out}")
+    command = f"alignvlm train --config configs/finetune.py --workdir NEW --init-from {args.out}"
+    print(f"  {command} --config.dataset=DATA")
 
 
 def _read(path: str) -> str:

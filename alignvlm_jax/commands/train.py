@@ -20,6 +20,7 @@ examples:
   alignvlm train --config configs/nano.py --workdir runs/seed1 --config.seed=1
   alignvlm train --config configs/nano.py --workdir runs/mlp --config.model.connector=mlp
   alignvlm train --config configs/nano.py --workdir runs/more --init-from runs/first
+  alignvlm train --config configs/finetune.py --workdir runs/tags --init-from start --config.dataset=data/tags
   alignvlm train --config configs/nano.py --workdir runs/scored --config.evaluation.every_steps=100
 
 --config.path.to.key=value sets any field of the config. An unknown name is an error that

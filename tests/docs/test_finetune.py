@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import alignvlm_jax
+from alignvlm_jax import cli
 from alignvlm_jax.config import load_config
 from alignvlm_jax.data.synthetic.records import draw_records
 from alignvlm_jax.training.experiment_data import ExperimentData
