@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.checkpoints.weights import write_checkpoint
@@ -158,3 +159,17 @@ def test_a_run_of_an_earlier_version_resumes_with_a_partial_config(partial):
     assert config_changes.compare(old, config) == []
     old["model"]["language"]["head_dim"] = 16
     assert [change.key for change in config_changes.compare(old, config)] == ["model.language.head_dim"]
+
+
+def test_a_start_in_a_bucket(partial, checkpoint, gcs_bucket):
+    """The weights of a backbone are not needed for its geometry."""
+    folder, source = checkpoint
+    bucket = epath.Path(gcs_bucket)
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        (bucket / "start" / file.relative_to(folder)).write_bytes(file.read_bytes())
+    config = load_config(partial(), [f"init_from={gcs_bucket}/start"])
+    assert config.model.connector == source.model.connector and config.data.packing == source.data.packing
+    language = json.loads((backbone_folder("language", "nano") / "config.json").read_text())
+    (bucket / "language" / "config.json").write_text(json.dumps({**language, "num_hidden_layers": 7}))
+    config = load_config(partial(), [f"backbones.language={gcs_bucket}/language"])
+    assert config.model.language.num_layers == 7
