@@ -144,7 +144,6 @@ setup(
     package_dir={"alignvlm_jax": "alignvlm_jax", "alignvlm_jax.configs": "configs"},
     # The nano backbones (weights, tokenizer, card), chat templates and the inspector's page are part of the package.
     package_data={
-        "alignvlm_jax": ["py.typed"],
         "alignvlm_jax.backbones": ["*.json", "*.md", "nano/*", "nano/*/*"],
         "alignvlm_jax.inspector": ["web/*"],
         "alignvlm_jax.interop": ["*.jinja"],
