@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import posixpath
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,10 +28,11 @@ from alignvlm_jax.data.nearby import describe_no_dataset
 from alignvlm_jax.data.open_files import ArrayRecordFiles
 from alignvlm_jax.errors import TemporaryError, UserError
 from alignvlm_jax.locations import is_local, open_location
-from alignvlm_jax.storage.errors import translate
 
 _VERSION = "1.0.0"
 _RECORDS_PER_SHARD = 20_000
+# Words of ArrayRecord's client for a file that is out of reach, not damaged.
+_NOT_READ = re.compile(r"Permanent error|Retry policy exhausted|with a last message")
 _RECORDS_PER_WRITE = 512  # the writer updates its metadata after every write, so records are written in chunks
 
 
@@ -68,8 +70,11 @@ class RecordSource:
             record = self._source[index]
         except (RuntimeError, ValueError, OSError) as error:  # array_record detects damage by checksums
             shard = self._shard_of(index)
-            if not is_local(shard.file) and isinstance(outage := translate(error, shard.file), TemporaryError):
-                raise outage from error
+            # ArrayRecord has tried again for 15 minutes before it raises this, except for a lost permission.
+            if not is_local(shard.file) and _NOT_READ.search(str(error)) and not re.search(r'"code": ?404', str(error)):
+                raise TemporaryError(
+                    f"{shard.file}: the bucket cannot be read now ({error}). Run the same command again later"
+                ) from error
             raise UserError(
                 f"{shard.file}: a record cannot be read, it may be damaged ({error}). Restore the file from a copy"
                 + _without([shard])

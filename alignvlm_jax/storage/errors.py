@@ -105,7 +105,8 @@ def _status(error: BaseException) -> int | None:
     for link in _chain(error):
         if not _is_from(link, _LIBRARIES) and not isinstance(link, (OSError, ValueError)):
             continue
-        if response := getattr(link, "response", None):
+        # A response of `requests` is false if its status is an error.
+        if (response := getattr(link, "response", None)) is not None:
             metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
             status = metadata.get("HTTPStatusCode") or getattr(response, "status_code", None)
         else:
