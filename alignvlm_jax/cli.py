@@ -13,6 +13,7 @@ Exit codes:
 """
 
 import argparse
+import gc
 import glob
 import importlib.util
 import logging
@@ -69,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     # With arguments, another program calls this function, and its process is left as it is.
     is_alone = argv is None and getattr(args, "process_id", None) is None and not getattr(args, "coordinator", None)
-    if is_alone and not _has_accelerator():
+    if is_alone and args.command == "ask":
+        # An answer of a small model takes less time than a restart, or than a search of JAX's objects for garbage.
+        gc.disable()
+    elif is_alone and not _has_accelerator():
         restart_with_huge_pages()
     _quiet_logs(args.debug)
     return run_program("alignvlm", lambda: _run(args, use_cache=is_alone), debug=args.debug)
@@ -79,7 +83,7 @@ def _run(args: argparse.Namespace, *, use_cache: bool) -> int | None:
     """Runs a parsed command and returns its exit code, if it has one of its own."""
     # `compile` shows what the compiler does.
     if use_cache and args.command != "compile":
-        compilation_cache.turn_on(os.environ)
+        args.cache = compilation_cache.turn_on(os.environ)
     with ordinary_modes():
         return args.run(args)
 

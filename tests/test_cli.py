@@ -10,7 +10,7 @@ import pytest
 
 import alignvlm_jax
 from alignvlm_jax import cli
-from alignvlm_jax.inference import reader
+from alignvlm_jax.inference.prompts import check_question
 
 GROUPS = {
     "use a model": ("ask", "inspect"),
@@ -139,7 +139,7 @@ def test_a_question_that_is_no_text_is_refused(capsys, page):
     assert "is not valid UTF-8" in error_line(capsys, "ask", "--checkpoint", "x", page, "--question", "a \ud83d b?")
     # The bytes of an argument where Python's locale is ASCII (PEP 383).
     question = "Größe?".encode().decode("ascii", "surrogateescape")
-    assert reader.check_question(question) == "Größe?"
+    assert check_question(question) == "Größe?"
 
 
 @pytest.mark.parametrize("command", ["ask", "eval"])

@@ -12,13 +12,14 @@ Usage:
     tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
     tools/benchmark.py train --json train.json            training on a CPU, compared with eager PyTorch
     tools/benchmark.py decode --json decode.json          prefill and decoding on a CPU, compared with transformers
+    tools/benchmark.py startup --json startup.json        start-up of `alignvlm ask`, compared with that of JAX
 """
 
 import argparse
 import json
 import sys
 
-from benchmarks import decode, images, packing, train, vocabulary, vocabulary_tpu
+from benchmarks import decode, images, packing, startup, train, vocabulary, vocabulary_tpu
 
 from alignvlm_jax.locations import as_path
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "packing": packing,
     "train": train,
     "decode": decode,
+    "startup": startup,
 }
 
 

@@ -1,7 +1,11 @@
 """`alignvlm ask`: answers a question about an image."""
 
 import argparse
+import contextlib
+import os
+import pathlib
 import sys
+from typing import Any
 
 import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
@@ -46,15 +50,39 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the answer."""
     from alignvlm_jax.data import images
-    from alignvlm_jax.inference import reader
     from alignvlm_jax.inference.answers import warn_about
+    from alignvlm_jax.inference.prompts import check_question
 
     # Errors in the question or the image are reported before the model is loaded, which takes long.
-    question = reader.check_question(args.question)
-    image = images.open_image(args.image)
-    model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
-    for note in model.notes:
+    question = check_question(args.question)
+    answer, notes = _answer(args, images.open_image(args.image), question)
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    answer = model.ask(image, question, max_new_tokens=args.max_new_tokens)
     print(answer, flush=True)
     warn_about(answer)
+
+
+def _answer(args: argparse.Namespace, image: Any, question: str) -> tuple[Any, tuple[str, ...]]:
+    """Returns the answer to a question about an open image, and notes about the checkpoint."""
+    from alignvlm_jax.inference import prepared
+
+    options = dict(max_new_tokens=args.max_new_tokens)
+    entry, folder = _find_entry(args)
+    if entry is not None:
+        # There is no entry, or it has no program for a page of this size, or it is damaged.
+        with contextlib.suppress(OSError, ValueError):
+            model = prepared.PreparedModel(entry, folder).with_views(args.views)
+            return model.ask(image, question, **options), model.facts.notes
+    model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
+    return model.ask_once(image, question, entry=entry, **options), model.notes
+
+
+def _find_entry(args: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Path]:
+    """Returns where the programs and weights of an earlier command may be, and the folder of the model."""
+    from alignvlm_jax.backbones import trained_model
+    from alignvlm_jax.inference import prepared
+
+    cache, folder = getattr(args, "cache", None), trained_model(args.checkpoint)
+    if cache is None or not prepared.is_usable():
+        return None, folder
+    return prepared.entry_of(cache.parent / f"ask-{cache.name}", pathlib.Path(folder), os.environ), folder

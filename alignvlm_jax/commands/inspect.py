@@ -66,11 +66,11 @@ def run(args: argparse.Namespace) -> None:
     """Writes the HTML page."""
     from alignvlm_jax import inspector
     from alignvlm_jax.data import images
-    from alignvlm_jax.inference import reader
+    from alignvlm_jax.inference.prompts import check_question
     from alignvlm_jax.output_files import check_distinct
 
     check_distinct(image=args.image, out=args.out)
-    questions = [reader.check_question(question) for question in args.question]
+    questions = [check_question(question) for question in args.question]
     inspector.inspect_to_file(
         args.checkpoint,
         images.open_image(args.image),

@@ -29,52 +29,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from alignvlm_jax.data.resampling import Resampling, at_positions
+from alignvlm_jax.inference.prompts import Prompt, first_answer, pad_prompts, power_of_two
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
 from alignvlm_jax.models.language import empty_cache
+from alignvlm_jax.models.rematerialization import FULL, NONE
 from alignvlm_jax.models.unstacking import unstack_layers, with_layers
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import num_batch_shards
-
-_LENGTH_STEP = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A conversation up to the model's next turn.
-
-    Attributes:
-      tokens: token ids, with placeholders at the positions of visual tokens.
-      visual_index: index of the visual token at each position; -1 for text.
-      tiles: pixels of the tiles of all images, in the first view. There may be none.
-      tile_valid_hw: height and width of the image's part of each tile.
-      resampling: sources and weights of each visual token, for the tiling rule anyres_max_9.
-      other_views: pixels of the tiles in all views but the first; None for a single view.
-      page_scale: smallest scale at which the tiles show an image (`data/page_scale.py`); 1 without images.
-    """
-
-    tokens: Int[np.ndarray, " L"]
-    visual_index: Int[np.ndarray, " L"]
-    tiles: UInt8[np.ndarray, "M S S 3"]
-    tile_valid_hw: Int[np.ndarray, "M 2"]
-    resampling: Resampling | None = None
-    other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
-    page_scale: float = 1.0
-
-    @property
-    def num_views(self) -> int:
-        """Number of views K."""
-        return 1 if self.other_views is None else 1 + len(self.other_views)
-
-    def views(self) -> "list[Prompt]":
-        """Returns one prompt per view, each with a single view of the images."""
-        others = () if self.other_views is None else self.other_views
-        return [dataclasses.replace(self, tiles=tiles, other_views=None) for tiles in (self.tiles, *others)]
 
 
 class Generator:
@@ -103,6 +69,7 @@ class Generator:
             device of `params`. With several processes, each has to pass the same prompts, and gets all answers.
         """
         self.config = config
+        self._model = AlignVLM(_in_loops(config))
         self.mesh = mesh
         # The weights do not change from here on, so ALIGN's statistics of W2 are computed only once.
         with self._on_mesh():
@@ -140,10 +107,9 @@ class Generator:
                 pad_id=self.pad_id,
             )
             decoded = self._decode(batch, max_new_tokens, views)
-            # Rows beyond the prompts are padding. An answer ends before its first end token.
+            # Rows beyond the prompts are padding.
             for i, row in zip(indices, decoded[: len(indices)], strict=True):
-                ends = np.flatnonzero(np.isin(row, self.end_ids))
-                answers[i] = row[: ends[0]] if len(ends) else row
+                answers[i] = first_answer(row, self.end_ids)
             if on_batch is not None:
                 on_batch(len(indices))
         return answers
@@ -161,7 +127,7 @@ class Generator:
 
     def _num_rows(self, prompts: int, views: int) -> int:
         """Returns B, the number of prompts of a batch including padding."""
-        rows = min(self._max_prompts(views), _power_of_two(prompts))
+        rows = min(self._max_prompts(views), power_of_two(prompts))
         # All views of a prompt are on one device, so B itself must be divisible by the number of shards.
         shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
         return -(-rows // shards) * shards  # rounded up
@@ -172,11 +138,33 @@ class Generator:
             if self.mesh is None:
                 # Views cost no memory, so they need not be kept.
                 layers = unstack_layers(self.variables)
-                return np.asarray(greedy_decode(AlignVLM(self.config), self.variables, batch, layers, **options))
+                return np.asarray(greedy_decode(self._model, self.variables, batch, layers, **options))
             batch = sharding.shard_rows(batch, self.mesh)
-            answers = greedy_decode(AlignVLM(self.config), self.variables, batch, **options)
+            answers = greedy_decode(self._model, self.variables, batch, **options)
             # Replicated, so that every process gets all answers.
             return np.asarray(jax.device_put(answers, NamedSharding(self.mesh, PartitionSpec())))
+
+    @ordinary_modes()
+    def compile_program(self, batch: Batch, max_new_tokens: int, views: int) -> tuple[jax.stages.Compiled, list[Array]]:
+        """Compiles a program that answers a batch, without a mesh.
+
+        Args:
+          batch: a batch from `pad_prompts`; only its shapes matter.
+          max_new_tokens: maximum length A of an answer.
+          views: number of views K.
+
+        Returns:
+          The program, which takes a list of arrays and a batch and returns answers [B, A]; and the list: the weights.
+        """
+        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
+        arrays, structure = jax.tree.flatten(self.variables)
+
+        # Stacked layers, unlike in `_decode`: their program compiles faster, which matters more for a single prompt.
+        @jax.jit
+        def answer(arrays, batch):
+            return greedy_decode(self._model, jax.tree.unflatten(structure, arrays), batch, **options)
+
+        return answer.lower(arrays, batch).compile(), arrays
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
@@ -186,42 +174,6 @@ class Generator:
         else:
             with jax.set_mesh(self.mesh), sharding.logical_rules():
                 yield
-
-
-def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:
-    """Returns a batch with one prompt per row. Rows beyond the prompts are padding.
-
-    before: tokens of lengths 5 and 7, rows=4
-    after:  tokens [4, 64], segment_ids 1 at the first 5 and 7 positions of rows 0 and 1, else 0
-    """
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    # At least one tile, because gathering visual tokens from an empty array fails.
-    num_tiles = _power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
-    batch = {
-        "tokens": np.full((rows, length), pad_id, np.int32),
-        "segment_ids": np.zeros((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "visual_index": np.full((rows, length), -1, np.int32),
-        "tiles": np.zeros((rows, num_tiles, tile_size, tile_size, 3), np.uint8),
-        "tile_valid_hw": np.zeros((rows, num_tiles, 2), np.int32),
-    }
-    # Copy each prompt to the start of its row.
-    for row, prompt in enumerate(prompts):
-        batch["tokens"][row, : len(prompt.tokens)] = prompt.tokens
-        batch["segment_ids"][row, : len(prompt.tokens)] = 1
-        batch["visual_index"][row, : len(prompt.tokens)] = prompt.visual_index
-        batch["tiles"][row, : len(prompt.tiles)] = prompt.tiles
-        batch["tile_valid_hw"][row, : len(prompt.tiles)] = prompt.tile_valid_hw
-    # With joined tiles (anyres_max_9), each visual token is a weighted sum of up to four tokens of the tiles.
-    if prompts[0].resampling is not None:
-        batch["visual_sources"] = np.zeros((rows, length, 4), np.int32)
-        batch["visual_weights"] = np.zeros((rows, length, 4), np.float32)
-        for row, prompt in enumerate(prompts):
-            sources, weights = at_positions(prompt.visual_index, prompt.resampling)
-            batch["visual_sources"][row, : len(sources)] = sources
-            batch["visual_weights"][row, : len(weights)] = weights
-    return batch
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id", "views"))
@@ -277,6 +229,19 @@ def greedy_decode(
     return jax.lax.while_loop(unfinished, decode, start)[3][::views]
 
 
+def _in_loops(config: AlignVLMConfig) -> AlignVLMConfig:
+    """Returns the config with a loop over the layers, also in a small model on a CPU (`hardware.unrolls_layers`).
+
+    Unrolled layers are faster only in training. A loop compiles in less time, and its program is smaller. Nothing is
+    recomputed without gradients.
+    """
+
+    def in_loop(part):
+        return dataclasses.replace(part, remat=FULL) if part.remat == NONE else part
+
+    return dataclasses.replace(config, vision=in_loop(config.vision), language=in_loop(config.language))
+
+
 def _next_tokens(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
     """Returns the most likely token of each row, by the mean log-probability over the views of its prompt."""
     if views == 1:
@@ -284,7 +249,3 @@ def _next_tokens(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
     # [R, V] -> [B, K, V] -> mean over views -> [B], repeated for the K rows of each prompt.
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.repeat(jnp.argmax(log_p.reshape(-1, views, log_p.shape[-1]).mean(axis=1), axis=-1), views)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()

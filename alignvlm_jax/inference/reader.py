@@ -1,10 +1,8 @@
 """A trained model that answers questions about images.
 
-    import alignvlm_jax
-    reader = alignvlm_jax.load("runs/demo/checkpoint")
-    print(reader.ask("page.png", "What is the total?"))
-
-Axes: M tiles, S tile side, K views.
+import alignvlm_jax
+reader = alignvlm_jax.load("runs/demo/checkpoint")
+print(reader.ask("page.png", "What is the total?"))
 """
 
 import copy
@@ -12,76 +10,45 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL.Image
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
 
 from alignvlm_jax.backbones import trained_model
 from alignvlm_jax.checkpoints.connector_training import is_connector_trained
 from alignvlm_jax.checkpoints.exported import is_alignvlm_folder
 from alignvlm_jax.checkpoints.weights import ParameterReader, read_page_scale, restore_params
 from alignvlm_jax.config.serialization import config_to_dict
-from alignvlm_jax.data import images
-from alignvlm_jax.data.chat import ChatTokenizer, Message
-from alignvlm_jax.data.page_scale import page_scale
-from alignvlm_jax.data.resampling import num_visual_tokens, resample_images
-from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
+from alignvlm_jax.data.chat import ChatTokenizer
+from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import views
-from alignvlm_jax.inference.answers import AnswerText, describe_scale, describe_text
-from alignvlm_jax.inference.generate import Generator, Prompt
+from alignvlm_jax.inference import prepared
+from alignvlm_jax.inference.answers import AnswerText
+from alignvlm_jax.inference.generate import Generator
+from alignvlm_jax.inference.prompts import (
+    UNTRAINED,
+    Geometry,
+    ImageSource,
+    Prompt,
+    PromptMaker,
+    TrainingRecord,
+    first_answer,
+)
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.locations import location
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 
-_UNTRAINED = "the connector was never trained, so its answers have nothing to do with the page"
 
-ImageSource = str | os.PathLike | bytes | PIL.Image.Image
-
-
-class CutImage(NamedTuple):
-    """An image cut into tiles.
-
-    Attributes:
-      plan: sizes and places of the tiles.
-      tiles: pixels of the tiles, in the first view.
-      valid_hw: height and width of the image's part of each tile.
-      other_views: pixels of the tiles in all views but the first; None for a single view.
-    """
-
-    plan: TilePlan
-    tiles: UInt8[np.ndarray, "M S S 3"]
-    valid_hw: Int[np.ndarray, "M 2"]
-    other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
-
-
-class TrainingRecord(NamedTuple):
-    """Facts about the training of a model's weights.
-
-    Attributes:
-      is_connector_trained: False if the connector still has its random initial weights.
-      page_scale: scale of the training pages (`data/page_scale.py`); None if unknown.
-    """
-
-    is_connector_trained: bool = True
-    page_scale: float | None = None
-
-
-class Reader:
+class Reader(PromptMaker):
     """A model with its tokenizer and its tiling.
 
     Attributes:
       config: configuration of the model.
-      tokenizer: tokenizer of conversations.
-      tiling: settings of the tiles.
-      num_views: number of views of each image.
       generator: decoder of prompts, with the model's parameters.
-      training: what is known about the training of the weights, for warnings about answers.
       notes: sentences for the user about files of the checkpoint that were not read.
     """
 
@@ -97,12 +64,10 @@ class Reader:
         training: TrainingRecord | None = None,
         notes: tuple[str, ...] = (),
     ):
+        geometry = Geometry(config.vision.patch_size, token_grid(config), config.language.max_position_embeddings)
+        super().__init__(geometry, tokenizer, tiling, training)
         self.config = config
-        self.training = training or TrainingRecord()
         self.notes = notes
-        self.tokenizer = tokenizer
-        self.tiling = tiling
-        self.num_views = 1
         self.generator = Generator(
             config, params, end_ids=tokenizer.end_ids, pad_id=tokenizer.pad_id, batch_size=batch_size, mesh=mesh
         )
@@ -118,20 +83,6 @@ class Reader:
         noisy.generator = self.generator.with_feature_noise(sigma, seed)
         return noisy
 
-    def with_views(self, number: int) -> "Reader":
-        """Returns a reader with the same weights that sees every image `number` times, shifted by parts of a patch.
-
-        It reads text more accurately, at `number` times the work (see `inference/views.py`).
-
-        Raises:
-          UserError: if `number` is less than 1.
-        """
-        if number < 1:
-            raise UserError(f"the number of views must be at least 1, got {number}")
-        other = copy.copy(self)
-        other.num_views = number
-        return other
-
     def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> AnswerText:
         """Answers a question about an image by greedy decoding.
 
@@ -145,6 +96,29 @@ class Reader:
           (`inference/answers.py`).
         """
         return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
+
+    @ordinary_modes()
+    def ask_once(
+        self, image: ImageSource, question: str, *, max_new_tokens: int, entry: Path | None = None
+    ) -> AnswerText:
+        """Answers the only question of a command: sooner than `ask` answers its first one.
+
+        Args:
+          image: image as for `ask`.
+          question: question about the image.
+          max_new_tokens: maximum length of the answer.
+          entry: folder in which the program and the weights are stored for later commands (`inference/prepared.py`);
+            None stores nothing.
+        """
+        prompt = self.prompts(image, [question])[0]
+        batch = prepared.batch_of(prompt, self.tiling.tile_size, self.tokenizer.pad_id)
+        program, arrays = self.generator.compile_program(batch, max_new_tokens, prompt.num_views)
+        answer = first_answer(np.asarray(program(arrays, batch))[0], self.tokenizer.end_ids)
+        if entry is not None:
+            arrays = [np.asarray(array) for array in arrays]
+            facts = prepared.Facts(self.geometry, self.tiling, self.training, self.notes, arrays)
+            prepared.store(entry, facts, program, batch, max_new_tokens)
+        return self.answer_text(prompt, answer, max_new_tokens)
 
     def ask_batch(
         self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
@@ -167,68 +141,6 @@ class Reader:
         prompts = [self.prompts(image, [question])[0] for image, question in zip(images, questions, strict=True)]
         return self.answer(prompts, max_new_tokens=max_new_tokens)
 
-    def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
-        """Returns a prompt for each question about one image. The image is cut into tiles only once."""
-        questions = [check_question(question) for question in questions]
-        cut_images = [self.cut(image)]
-        prompts = []
-        for question in questions:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompts.append(self.chat_prompt([{"role": "user", "content": content}], cut_images))
-        return prompts
-
-    def cut(self, image: ImageSource) -> CutImage:
-        """Cuts an image into tiles, for use in any number of prompts."""
-        image = _open(image)
-        plan = plan_tiles(*image.size, self.tiling)
-        if self.num_views == 1:
-            return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
-        offsets = views.offsets(self.num_views, plan, self.config.vision.patch_size).tolist()
-        tiles_per_view = [cut_tiles(views.shift(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
-        # Only the content is shifted, not the frame, so the valid parts are the same in all views.
-        (tiles, valid_hw), *others = tiles_per_view
-        return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]))
-
-    def chat_prompt(self, messages: Sequence[Message], cut_images: Sequence[CutImage]) -> Prompt:
-        """Returns the prompt for the model's next turn in a conversation, with any number of images.
-
-        Args:
-          messages: messages as for `chat.ChatTokenizer`; the i-th {"type": "image"} stands for `cut_images[i]`.
-          cut_images: images from `cut`.
-
-        Raises:
-          UserError: if the conversation is too long for the model.
-        """
-        # Encode the text, with a placeholder for each visual token.
-        plans, grid = [image.plan for image in cut_images], token_grid(self.config)
-        tokens_per_image = [num_visual_tokens(plan, self.tiling, grid) for plan in plans]
-        chat = self.tokenizer.encode_prompt(messages, tokens_per_image)
-        limit = self.config.language.max_position_embeddings
-        if len(chat.tokens) >= limit:
-            images = "image" if len(cut_images) == 1 else f"{len(cut_images)} images"
-            raise UserError(
-                f"{images} and question take {len(chat.tokens)} tokens ({sum(tokens_per_image)} of them visual), but "
-                f"the model has room for {limit}. Shorten the question"
-            )
-        tiles, valid_hw, other_views = self._concatenate(cut_images)
-        resampling = resample_images(plans, self.tiling, grid)
-        scale = min(map(page_scale, plans), default=1.0)
-        return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling, other_views, scale)
-
-    def _concatenate(
-        self, cut_images: Sequence[CutImage]
-    ) -> tuple[UInt8[np.ndarray, "M S S 3"], Int[np.ndarray, "M 2"], UInt8[np.ndarray, "K-1 M S S 3"] | None]:
-        """Returns the tiles of all images, their valid parts and their other views."""
-        # A single image is not copied: all prompts about it share its tiles.
-        if len(cut_images) == 1:
-            return cut_images[0].tiles, cut_images[0].valid_hw, cut_images[0].other_views
-        # The empty arrays make this work without any images.
-        side = self.tiling.tile_size
-        tiles = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(image.tiles for image in cut_images)])
-        valid_hw = np.concatenate([np.zeros((0, 2), np.int32), *(image.valid_hw for image in cut_images)])
-        other_views = [image.other_views for image in cut_images if image.other_views is not None]
-        return tiles, valid_hw, np.concatenate(other_views, axis=1) if other_views else None
-
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None
     ) -> list[AnswerText]:
@@ -246,13 +158,6 @@ class Reader:
         return [
             self.answer_text(prompt, answer, max_new_tokens) for prompt, answer in zip(prompts, answers, strict=True)
         ]
-
-    def answer_text(self, prompt: Prompt, answer: Int[np.ndarray, " A"], max_new_tokens: int) -> AnswerText:
-        """Returns the text of generated tokens, with warnings about it."""
-        text = self.tokenizer.decode(answer).strip()
-        warnings = {} if self.training.is_connector_trained else dict(untrained=_UNTRAINED)
-        warnings |= describe_scale(prompt.page_scale, self.training.page_scale)
-        return AnswerText(text, warnings | describe_text(text, num_tokens=len(answer), max_new_tokens=max_new_tokens))
 
 
 @ordinary_modes()
@@ -302,27 +207,4 @@ def load(
 def warn_untrained(training: TrainingRecord) -> None:
     """Prints a line on stderr if the connector was never trained."""
     if not training.is_connector_trained:
-        print(f"warning: {_UNTRAINED}", file=sys.stderr)
-
-
-def _open(image: ImageSource) -> PIL.Image.Image:
-    """Returns an image in RGB or gray."""
-    if isinstance(image, PIL.Image.Image):
-        return images.to_rgb(image, keep_gray=True)
-    return images.open_image(image, keep_gray=True)
-
-
-def check_question(question: str) -> str:
-    """Returns the question without spaces at its ends.
-
-    Raises:
-      UserError: if the question is empty or not UTF-8.
-    """
-    # Where Python's locale is ASCII (`LC_ALL=C`), arguments hold the bytes of other characters as half surrogate pairs.
-    try:
-        question = question.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
-        raise UserError(f"the question is not valid UTF-8: {question[:40]!r}. Type it in a UTF-8 terminal") from error
-    if not question.strip():
-        raise UserError("the question is empty; ask something about the image")
-    return question.strip()
+        print(f"warning: {UNTRAINED}", file=sys.stderr)

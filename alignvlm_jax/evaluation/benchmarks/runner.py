@@ -28,7 +28,8 @@ from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.answers import AnswerText, count_warnings
-from alignvlm_jax.inference.reader import CutImage, Reader, load, warn_untrained
+from alignvlm_jax.inference.prompts import CutImage
+from alignvlm_jax.inference.reader import Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.locations import absolute, is_bucket, location, open_location
 from alignvlm_jax.output_files import check_distinct, check_writable, is_stream
