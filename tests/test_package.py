@@ -109,6 +109,17 @@ import alignvlm_jax.training.train_step, alignvlm_jax.inference.vocabulary
     run_installed(installed, "-c", program)
 
 
+def test_a_stored_answer_needs_neither_the_model_nor_its_packages(installed):
+    """The start of a second `alignvlm ask` is little longer than that of JAX."""
+    program = """
+import sys
+for name in ["flax", "optax", "orbax", "grain", "etils", "tensorflow_datasets", "ml_collections", "matplotlib"]:
+    sys.modules[name] = None
+import alignvlm_jax.inference.prepared, alignvlm_jax.backbones, alignvlm_jax.commands.ask, alignvlm_jax.data.images
+"""
+    run_installed(installed, "-c", program)
+
+
 def test_help_does_not_import_jax(installed):
     program = """
 import sys

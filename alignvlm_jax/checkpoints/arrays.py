@@ -22,9 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 from flax.traverse_util import flatten_dict
 
 from alignvlm_jax.checkpoints import staging
@@ -49,6 +47,13 @@ _STORAGE_ERRORS = (
 )
 
 
+def _orbax() -> Any:
+    """Imports Orbax, which takes half a second, where it is used: not for exported models."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 class StepStore:
     """Writes steps in the background, and restores them onto any mesh.
 
@@ -67,7 +72,7 @@ class StepStore:
             if jax.process_index() == 0:
                 staging.clear(step)
             self._staged, step = step, staging.staging_folder(step)
-        self._orbax.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(dict(meta))))
+        self._orbax.save(step, args=_orbax().args.Composite(**args, meta=_orbax().args.JsonSave(dict(meta))))
 
     def wait(self) -> None:
         """Waits until everything is written; raises the error of a write that failed."""
@@ -85,7 +90,7 @@ class StepStore:
         """
         if staging.is_staged(step):
             return types.SimpleNamespace(**{name: _read_tree(step / name, tree) for name, tree in abstract.items()})
-        args = ocp.args.Composite(**{name: _restore_into(tree) for name, tree in abstract.items()})
+        args = _orbax().args.Composite(**{name: _restore_into(tree) for name, tree in abstract.items()})
         return self._orbax.restore(step, args=args)
 
     def reset(self) -> None:
@@ -118,8 +123,8 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
     if staging.is_staged(folder):
         return _read_tree(folder, abstract)
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
+        with _orbax().Checkpointer(_orbax().StandardCheckpointHandler()) as reader:
+            return reader.restore(folder, args=_orbax().args.StandardRestore(abstract))
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -141,7 +146,9 @@ class StoredTree:
             return
         try:
             # Calls the handler directly: a `Checkpointer` would look for metadata of the whole step, and warn.
-            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
+            from etils import epath
+
+            tree = _orbax().PyTreeCheckpointHandler().metadata(epath.Path(self._folder)).tree
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{self._folder} cannot be read: {str(error).splitlines()[0]}") from error
         leaves = {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
@@ -255,24 +262,26 @@ def _key_name(key: Any) -> str:
     return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
-def _make_orbax() -> ocp.AsyncCheckpointer:
+def _make_orbax() -> Any:
     # With folders created in the background, Orbax's threads would wait forever for one that cannot be created.
-    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+    options = _orbax().options.AsyncOptions(create_directories_asynchronously=False)
+    return _orbax().AsyncCheckpointer(_orbax().CompositeCheckpointHandler(), async_options=options)
 
 
-def _save_in_chunks(tree: Any) -> ocp.args.PyTreeSave:
+def _save_in_chunks(tree: Any) -> Any:
     def arguments(path, leaf):
         del leaf
         # Axis 0 of stacked layers is the layer: chunks are split along it first, so that one layer can be read alone.
         is_stacked = any(getattr(key, "key", None) == "layers" for key in path)
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if is_stacked else ())
+        return _orbax().SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if is_stacked else ())
 
     save_args = jax.tree_util.tree_map_with_path(arguments, tree)
     # Data stay in memory until a file is full, and a file holds 2 GB by default: smaller files need less memory.
-    return ocp.args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=2 * _CHUNK_BYTES)
+    return _orbax().args.PyTreeSave(tree, save_args=save_args, ocdbt_target_data_file_size=2 * _CHUNK_BYTES)
 
 
-def _restore_into(abstract: Any) -> ocp.args.PyTreeRestore:
+def _restore_into(abstract: Any) -> Any:
     # StandardRestore does the same, but a checkpointer that has used it saves only with StandardSave from then on.
-    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    return _orbax().args.PyTreeRestore(
+        abstract, restore_args=_orbax().checkpoint_utils.construct_restore_args(abstract)
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import is_local, location
 
 DESCRIPTION = """\
 Answer a question about an image with a trained model. A line on stderr warns of an answer
@@ -83,6 +83,6 @@ def _find_entry(args: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.
     from alignvlm_jax.inference import prepared
 
     cache, folder = getattr(args, "cache", None), trained_model(args.checkpoint)
-    if cache is None or not prepared.is_usable():
+    if cache is None or not is_local(folder) or not prepared.is_usable():
         return None, folder
     return prepared.entry_of(cache.parent / f"ask-{cache.name}", pathlib.Path(folder), os.environ), folder

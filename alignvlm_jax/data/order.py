@@ -17,7 +17,6 @@ import functools
 import math
 from fractions import Fraction
 
-import grain
 import numpy as np
 
 _BLOCK = 1024
@@ -76,6 +75,8 @@ def _shuffled(place: int, size: int, seed: tuple[int, ...]) -> int:
     """Returns the image of `place` under a random permutation of 0 ... size - 1."""
     if size <= _MAX_STORED_SIZE:
         return int(_permutation(size, _hash(seed))[place])
+    import grain  # slow to import, and not needed to answer questions
+
     return grain.experimental.index_shuffle(place, max_index=size - 1, seed=_hash(seed), rounds=_ROUNDS)
 
 

@@ -8,7 +8,7 @@ therefore stores, in the user's cache folder, what it made for its first answer:
 
 The next question about a page of similar size needs only JAX, the tokenizer and these files, and the same program gives
 the same answer. KEY is a hash of everything that they depend on: all files of the model's folder, the code of this
-package, the versions of JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind of CPU.
+package, the versions of Python, JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind of CPU.
 An entry that is missing or damaged means only that the model is loaded.
 
 Only models in exported folders of at most 64 MB are stored, and only on a CPU.
@@ -20,6 +20,7 @@ import importlib.metadata
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -88,7 +89,7 @@ def entry_of(folder: Path, model: Path, environ: Mapping[str, str]) -> Path | No
     package = Path(alignvlm_jax.__file__).parent
     for path, status in _python_files(package):
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    versions = [jax.__version__, jax.lib.__version__, importlib.metadata.version("flax")]
+    versions = [sys.version, jax.__version__, jax.lib.__version__, importlib.metadata.version("flax")]
     variables = sorted((name, value) for name, value in environ.items() if name.startswith(_PREFIXES))
     digest.update(repr((versions, variables)).encode())
     return folder / digest.hexdigest()[:32]

@@ -8,29 +8,36 @@ key-value heads are repeated. That takes L x H x h values each for keys and valu
 8B model and 9,728 positions).
 """
 
+import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-# JAX 0.11 deprecates the kernel, and 0.12 still has it. A program that imports the library can do nothing about that,
-# and would end if it runs with `-W error`.
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu import attention as kernels
-except ImportError:
-    kernels = None
 
 _BLOCK = 128
 _NO_SEGMENT = -1
 _WIDEST_HEAD = 256
 
 
+@functools.cache
+def _kernels() -> Any:
+    """Imports the kernel, which takes a tenth of a second; returns None if this version of JAX has none."""
+    # JAX 0.11 deprecates the kernel, and 0.12 still has it. A program that imports the library can do nothing about
+    # that, and would end if it runs with `-W error`.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from jax.experimental.pallas.ops.gpu import attention
+    except ImportError:
+        return None
+    return attention
+
+
 def unavailable() -> str | None:
     """Returns why the kernel cannot be used in this environment, or None."""
-    return None if kernels else f"JAX {jax.__version__} has no jax.experimental.pallas.ops.gpu.attention"
+    return None if _kernels() else f"JAX {jax.__version__} has no jax.experimental.pallas.ops.gpu.attention"
 
 
 def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
@@ -70,7 +77,7 @@ def attend(
 
     # Small blocks for wide heads: two blocks must fit into a multiprocessor's shared memory, about 100 KB on consumer
     # cards.
-    blocks = kernels.BlockSizes(
+    blocks = _kernels().BlockSizes(
         block_q=_BLOCK,
         block_k=_BLOCK if width <= 64 else _BLOCK // 2,
         block_q_dkv=32,
@@ -78,7 +85,7 @@ def attend(
         block_q_dq=32,
         block_kv_dq=32,
     )
-    attended = kernels.mha(
+    attended = _kernels().mha(
         prepare(query),
         prepare(key),
         prepare(value),

@@ -14,12 +14,10 @@ own blocks. (Tables for each row of a batch, with `jax.vmap`, become a loop over
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.errors import UserError
@@ -31,6 +29,13 @@ _LANES = 128
 _NO_SEGMENT = -1
 _ONE_BLOCK = 1024  # a row of up to this length is one block
 _BLOCK = 512  # block size of longer rows
+
+
+def _kernels() -> Any:
+    """Imports JAX's kernel, which takes a tenth of a second, where it is used: not on a CPU."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel
 
 
 def unsupported(query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
@@ -77,7 +82,7 @@ def attend(
     # The kernel does not scale the scores. With a batch axis of one, XLA reads one lane of the 128 equal ones of the
     # softmax statistics; without it, XLA transposes all of them.
     attended = jax.vmap(kernel)(
-        prepare(query * width**-0.5), prepare(key), prepare(value), splash.SegmentIds(joined_ids, joined_ids)
+        prepare(query * width**-0.5), prepare(key), prepare(value), _kernels().SegmentIds(joined_ids, joined_ids)
     )
     # A block of queries that runs with no keys is 0 / 0. These are blocks of padding.
     attended = attended.reshape(num_heads, -1, block, width)
@@ -123,6 +128,9 @@ def _padded_length(length: int) -> tuple[int, int]:
 def _make_kernel(num_heads: int, length: int, block: int, causal: bool, interpret: bool):
     """Builds the kernel for one row of the given padded length, which runs all blocks between segments."""
     shape = (length, length)
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    splash = _kernels()
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * num_heads)
     sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
@@ -130,12 +138,12 @@ def _make_kernel(num_heads: int, length: int, block: int, causal: bool, interpre
     return make(mask, block_sizes=splash.BlockSizes(**sizes), residual_checkpoint_name=ATTENTION_OUT)
 
 
-def _skip_blocks(kernel: splash.SplashAttentionKernel, needed: Bool[Array, "B n n"], block: int):
+def _skip_blocks(kernel: Any, needed: Bool[Array, "B n n"], block: int):
     """Returns the kernel of one row changed to run the needed blocks of B joined rows."""
     rows, num_blocks, _ = needed.shape
     tables = _block_tables(needed)
 
-    def replace(info: MaskInfo, name: str) -> MaskInfo:
+    def replace(info: Any, name: str) -> Any:
         # Masks in memory are indexed by block, and smaller tables have other indices. JAX makes neither for our masks.
         in_memory = (info.mask_next, info.partial_mask_blocks)
         if info.block_mask.shape != (1, num_blocks, num_blocks) or any(array is not None for array in in_memory):
@@ -149,7 +157,7 @@ def _skip_blocks(kernel: splash.SplashAttentionKernel, needed: Bool[Array, "B n 
         return info._replace(block_mask=block_mask, data_next=data_next, q_sequence=positions)
 
     infos = {name: replace(getattr(kernel, f"{name}_mask_info"), name) for name in tables}
-    return splash.SplashAttentionKernel(*infos.values(), **kernel.kwargs)
+    return _kernels().SplashAttentionKernel(*infos.values(), **kernel.kwargs)
 
 
 def _block_tables(needed: Bool[Array, "B n n"]) -> dict[str, tuple[Array, Array]]:

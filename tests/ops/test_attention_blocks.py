@@ -74,7 +74,7 @@ def _without_skipping(query, key, value, segment_ids, *, causal):
         return jnp.pad(heads, ((0, 0), (0, padded - LENGTH), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     ids = jnp.pad(segment_ids, ((0, 0), (0, padded - LENGTH)), constant_values=-1)
-    ids = attention_splash.splash.SegmentIds(ids, ids)
+    ids = attention_splash._kernels().SegmentIds(ids, ids)
     attended = jax.vmap(kernel)(prepare(query * query.shape[-1] ** -0.5), prepare(key), prepare(value), ids)
     return attended.transpose(0, 2, 1, 3)[:, :LENGTH]
 

@@ -204,7 +204,7 @@ def test_a_missing_kernel_leaves_the_next_one_and_the_log_says_why(monkeypatch, 
     attention._log_once.cache_clear()
     monkeypatch.setattr(attention_tokamax.importlib.metadata, "version", lambda name: "0.0.1")
     assert attention.default_kernel(hopper) == "flash"
-    monkeypatch.setattr(attention_flash, "kernels", None)
+    monkeypatch.setattr(attention_flash, "_kernels", lambda: None)
     for _ in range(2):
         resolved = hardware.resolve(LanguageConfig(), hopper)
         assert (resolved.attention, resolved.dtype) == ("xla", "bfloat16")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tools.benchmarks import decode
+from tools.benchmarks import decode, startup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,12 @@ def test_training(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["quick"]
     assert figures["pages"] == 8 and figures["tokens_per_second"]["ours"] > 0
+
+
+@pytest.mark.large
+def test_startup():
+    figures = startup.run(argparse.Namespace(rounds=1, jax_platforms="cpu"))
+    assert figures["second"]["processor"] < figures["first"]["processor"]
 
 
 @pytest.mark.large
