@@ -8,8 +8,8 @@ therefore stores, in the user's cache folder, what it made for its first answer:
 
 The next question about a page of similar size needs only JAX, the tokenizer and these files, and the same program gives
 the same answer. KEY is a hash of everything that they depend on: all files of the model's folder, the code of this
-package, the versions of Python, JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind of CPU.
-An entry that is missing or damaged means only that the model is loaded.
+package, the versions of Python, JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind
+of CPU. An entry that is missing or damaged means only that the model is loaded.
 
 Only models in exported folders of at most 64 MB are stored, and only on a CPU.
 """
