@@ -74,7 +74,9 @@ def _answer(args: argparse.Namespace, image: Any, question: str) -> tuple[Any, t
             model = prepared.PreparedModel(entry, folder).with_views(args.views)
             return model.ask(image, question, **options), model.facts.notes
     model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
-    return model.ask_once(image, question, entry=entry, **options), model.notes
+    if entry is None:
+        return model.ask(image, question, **options), model.notes
+    return model.ask_and_store(image, question, entry=entry, **options), model.notes
 
 
 def _find_entry(args: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Path]:

@@ -98,26 +98,22 @@ class Reader(PromptMaker):
         return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
 
     @ordinary_modes()
-    def ask_once(
-        self, image: ImageSource, question: str, *, max_new_tokens: int, entry: Path | None = None
-    ) -> AnswerText:
-        """Answers the only question of a command: sooner than `ask` answers its first one.
+    def ask_and_store(self, image: ImageSource, question: str, *, max_new_tokens: int, entry: Path) -> AnswerText:
+        """Answers as `ask` does, and stores the program and the weights for later commands (`inference/prepared.py`).
 
         Args:
           image: image as for `ask`.
           question: question about the image.
           max_new_tokens: maximum length of the answer.
-          entry: folder in which the program and the weights are stored for later commands (`inference/prepared.py`);
-            None stores nothing.
+          entry: folder for the program and the weights of this small model.
         """
         prompt = self.prompts(image, [question])[0]
         batch = prepared.batch_of(prompt, self.tiling.tile_size, self.tokenizer.pad_id)
         program, arrays = self.generator.compile_program(batch, max_new_tokens, prompt.num_views)
         answer = first_answer(np.asarray(program(arrays, batch))[0], self.tokenizer.end_ids)
-        if entry is not None:
-            arrays = [np.asarray(array) for array in arrays]
-            facts = prepared.Facts(self.geometry, self.tiling, self.training, self.notes, arrays)
-            prepared.store(entry, facts, program, batch, max_new_tokens)
+        arrays = [np.asarray(array) for array in arrays]
+        facts = prepared.Facts(self.geometry, self.tiling, self.training, self.notes, arrays)
+        prepared.store(entry, facts, program, batch, max_new_tokens)
         return self.answer_text(prompt, answer, max_new_tokens)
 
     def ask_batch(

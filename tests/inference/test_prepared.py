@@ -33,7 +33,7 @@ def entry(tmp_path_factory, page):
     entry = tmp_path_factory.mktemp("entries") / "entry"
     return (
         entry,
-        model.ask_once(page, QUESTION, max_new_tokens=8, entry=entry),
+        model.ask_and_store(page, QUESTION, max_new_tokens=8, entry=entry),
         model.ask(page, QUESTION, max_new_tokens=8),
     )
 
@@ -82,7 +82,7 @@ class LoadedModel:
     def with_views(self, number):
         return self
 
-    def ask_once(self, image, question, *, max_new_tokens, entry):
+    def ask_and_store(self, image, question, *, max_new_tokens, entry):
         return AnswerText(f"loaded for {entry.name}")
 
 
