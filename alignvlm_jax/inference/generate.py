@@ -159,7 +159,7 @@ class Generator:
         options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
         arrays, structure = jax.tree.flatten(self.variables)
 
-        # Stacked layers, unlike in `_decode`: their program compiles faster, which matters more for one prompt of a small model.
+        # Stacked layers, unlike in `_decode`: for one prompt of a small model, the time to compile matters most.
         @jax.jit
         def answer(arrays, batch):
             return greedy_decode(self._model, jax.tree.unflatten(structure, arrays), batch, **options)
