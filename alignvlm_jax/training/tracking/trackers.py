@@ -114,19 +114,23 @@ def open_trackers(names: Sequence[str], workdir: Path, config: Mapping[str, Any]
     if ids != known:
         try:
             (workdir / IDS_FILE).write_text(json.dumps(ids) + "\n", encoding="utf-8")
-        except OSError as error:
-            distributed.log(f"warning: {workdir / IDS_FILE}: {error.strerror or error}", file=sys.stderr)
+        except Exception as error:  # of a disk or a bucket
+            distributed.log(f"warning: {workdir / IDS_FILE}: {_reason(error)}", file=sys.stderr)
     return Trackers(trackers)
 
 
 def _read_ids(workdir: Path) -> dict[str, str]:
-    # A missing or damaged file means new runs in the trackers.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    # A file that is missing, damaged or out of reach means new runs in the trackers.
+    with contextlib.suppress(Exception):
         ids = json.loads((workdir / IDS_FILE).read_text(encoding="utf-8"))
         return {str(name): str(value) for name, value in ids.items()}
     return {}
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = " ".join(f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}".split()).rstrip(".")
-    distributed.log(f"warning: {KINDS[name].title}: {reason}. The run continues without it", file=sys.stderr)
+    distributed.log(f"warning: {KINDS[name].title}: {_reason(error)}. The run continues without it", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the message of an error as one line, without a period."""
+    return " ".join(f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}".split()).rstrip(".")
