@@ -94,17 +94,17 @@ class Trackers:
 
 
 def open_trackers(names: Sequence[str], workdir: Path, config: Mapping[str, Any], *, first_step: int) -> Trackers:
-    """Starts or resumes the run in each tracker. Only process 0 calls it.
+    """Starts or resumes the run in each tracker.
 
     Args:
-      names: names in `KINDS`.
+      names: names in `KINDS`. Only process 0 passes some.
       workdir: folder of the run.
       config: the experiment, as nested dictionaries.
       first_step: number of steps that are already done.
     """
     known = _read_ids(workdir)
     ids = known | {name: secrets.token_hex(4) for name in names if name not in known}
-    commit, trackers = git_revision(), {}
+    commit, trackers = git_revision() if names else None, {}
     for name in names:
         run = RunInfo(workdir, config, commit, first_step, id=ids[name], is_resumed=name in known)
         try:
