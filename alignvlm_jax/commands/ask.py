@@ -87,4 +87,4 @@ def _find_entry(args: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.
     cache, folder = getattr(args, "cache", None), trained_model(args.checkpoint)
     if cache is None or not is_local(folder) or not prepared.is_usable():
         return None, folder
-    return prepared.entry_of(cache.parent / f"ask-{cache.name}", pathlib.Path(folder), os.environ), folder
+    return prepared.entry_of(cache / "ask", pathlib.Path(folder), os.environ), folder

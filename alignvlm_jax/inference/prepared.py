@@ -1,7 +1,8 @@
 """Answers to single questions from compiled programs and weights that an earlier command has stored.
 
 Loading a small model, tracing its program and importing what both need takes much longer than an answer. `alignvlm ask`
-therefore stores, in the user's cache folder, what it made for its first answer:
+therefore stores what it made for its first answer, in the user's cache folder (`commands/compilation_cache.py`), which
+nobody else can write:
 
     FOLDER/KEY/model       sizes of the model, its tiling, and its weights as the program takes them
     FOLDER/KEY/8a0f...     a compiled program for one shape of prompts, as JAX serializes it
@@ -9,7 +10,7 @@ therefore stores, in the user's cache folder, what it made for its first answer:
 The next question about a page of similar size needs only JAX, the tokenizer and these files, and the same program gives
 the same answer. KEY is a hash of everything that they depend on: all files of the model's folder, the code of this
 package, the versions of Python, JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind
-of CPU. An entry that is missing or damaged means only that the model is loaded.
+of CPU and one user. An entry that is missing or damaged means only that the model is loaded.
 
 Only models in exported folders of at most 64 MB are stored, and only on a CPU.
 """
