@@ -12,7 +12,7 @@ the same answer. KEY is a hash of everything that they depend on: all files of t
 package, the versions of Python, JAX and Flax, and the variables that JAX and XLA read. The FOLDER belongs to one kind
 of CPU and one user. An entry that is missing or damaged means only that the model is loaded.
 
-Only models in exported folders of at most 64 MB are stored, and only on a CPU.
+Only models in exported folders of at most 32 MB are stored, and only on a CPU.
 """
 
 import contextlib
@@ -47,8 +47,9 @@ from alignvlm_jax.inference.prompts import (
 )
 from alignvlm_jax.interop.tokenizer import read_exported_tokenizer
 
-MAX_BYTES = 64_000_000
-_MAX_MODELS = 8
+# Weights in bfloat16 take twice as many bytes here, in float32: four models and their programs are at most 0.4 GB.
+MAX_BYTES = 32_000_000
+_MAX_MODELS = 4
 _MAX_PROGRAMS = 16
 _PREFIXES = ("JAX_", "XLA_", "TF_XLA_", "NPROC")
 _MODEL_FILE = "model"
