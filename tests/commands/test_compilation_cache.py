@@ -176,7 +176,7 @@ def test_a_broken_entry_is_replaced(tmp_path, capsys):
         content = entry.read_bytes()
         entry.write_bytes(content[: len(content) // 2])
         jax.clear_caches()
-        # Compiled again, and written. An entry also holds the time of its compilation, so its size varies by a few bytes.
+        # Compiled again, and written. An entry holds the time that it took, so its size varies by a few bytes.
         assert float(jax.jit(double)(3.0)) == 6.0
         assert len(entry.read_bytes()) > len(content) * 0.9
     assert capsys.readouterr().err == ""
