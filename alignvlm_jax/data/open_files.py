@@ -47,7 +47,12 @@ class ArrayRecordFiles:
     def __getitem__(self, index: int) -> bytes:
         file = bisect.bisect_right(self._ends, index)
         # A file that another thread still reads from is closed when the last reference to it is gone.
-        return self._open_file(file)[index - self._ends[file] + self._files[file].take]
+        try:
+            return self._open_file(file)[index - self._ends[file] + self._files[file].take]
+        except Exception:
+            with self._lock:
+                self._open.pop(file, None)  # a reader that has failed fails forever
+            raise
 
     def __getitems__(self, indices: Sequence[int]) -> list[bytes]:
         """Returns several records, in the given order."""
