@@ -1,6 +1,7 @@
 """Trains a tiny experiment, the same in every process, and records its losses and the examples it used."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -44,7 +45,13 @@ def config(mesh, seed=0, model=MODEL) -> ExperimentConfig:
 
 
 def make_params(experiment):
-    make = jax.jit(lambda: random_parameters(experiment.model, jax.random.key(experiment.seed)))
+    params = _random_params(experiment.model, experiment.seed)
+    return jax.tree.map(lambda leaf: leaf, params)  # copies the dicts, which a test may change
+
+
+@functools.cache
+def _random_params(model, seed):
+    make = jax.jit(lambda: random_parameters(model, jax.random.key(seed)))
     return jax.device_get(nn.unbox(make()))
 
 
