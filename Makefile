@@ -34,10 +34,12 @@ CUDA_STAMP := $(CUDA_COMPILER)/.installed
 
 install: $(STAMP)
 
-# A stamp is newer than setup.py only if .venv holds what setup.py asks for.
+# A stamp is newer than setup.py only if .venv holds what setup.py asks for. compileall compiles on all cores, pip on
+# one. Some packages hold templates that are not Python, at which compileall fails and pip does not.
 $(STAMP): setup.py
 	$(MAKE_VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >$(VENV)/compileall.log 2>&1
 	touch $(STAMP)
 
 $(DOCS_STAMP): setup.py

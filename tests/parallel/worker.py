@@ -11,6 +11,9 @@ import socket
 import sys
 import time
 
+# TensorBoard's writer imports torch if it is installed, which takes longer than a task.
+sys.modules["torch"] = None
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
