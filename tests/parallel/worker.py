@@ -11,15 +11,15 @@ import socket
 import sys
 import time
 
-# TensorBoard's writer imports torch if it is installed, which takes longer than a task.
-sys.modules["torch"] = None
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
+
+# TensorBoard's writer imports torch if it is installed, which takes longer than a task.
+sys.modules["torch"] = None
 
 
 def count(host, config=None, fail_at=None):
