@@ -1,10 +1,10 @@
-r"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN and Llama-3.2-1B, trained in the paper's three stages.
+"""The paper's 1B model: SigLIP So400m/14 at 384 px, ALIGN and Llama-3.2-1B, trained in the paper's three stages.
 
-    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b \
-        --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-1B-Instruct
+    alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b
 
-The backbones are folders in the Hugging Face format. `alignvlm import` converts them to a checkpoint of the
-untrained model. The data sets (captions of CC-12M, BigDocs-7.5M, DocDownstream) are folders under `data.root`.
+The backbones are downloaded from the Hugging Face Hub, where Llama's terms have to be accepted first. For folders, set
+`config.backbones.vision` and `config.backbones.language`. The data sets (captions of CC-12M, BigDocs-7.5M,
+DocDownstream) are folders under `data.root`.
 
 Source: arXiv 2502.01341. Stages, trained parts, global batches, learning rates, text lengths and epochs are the
 paper's. The paper does not state the optimizer, the schedule or the warm-up. This config uses choices that are common
@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     """Returns the config of the experiment."""
     config = ConfigDict()
     config.seed = 0
-    config.backbones = ConfigDict(dict(vision="siglip-so400m-patch14-384", language="Llama-3.2-1B-Instruct"))
+    config.backbones = ConfigDict(
+        dict(vision="google/siglip-so400m-patch14-384", language="meta-llama/Llama-3.2-1B-Instruct")
+    )
     # The shapes of encoder and decoder are those of the backbones.
     config.model = ConfigDict(
         dict(vision=dict(remat="full"), connector=dict(name="align"), language=dict(remat="full"))

@@ -5,7 +5,7 @@ r"""Test of training on one 16 GB GPU: SigLIP-base/16 at 224 px and SmolLM2-135M
 Weights are random, and the tokenizer comes from the nano backbone, so nothing needs to be downloaded. The run shows
 that training works and how fast it is; the model learns nothing useful. With real backbones:
 
-    alignvlm import --vision siglip-base-patch16-224 --language SmolLM2-135M-Instruct \
+    alignvlm import --vision google/siglip-base-patch16-224 --language HuggingFaceTB/SmolLM2-135M-Instruct \
         --config configs/debug_gpu.py --out runs/smol
     alignvlm train --config configs/debug_gpu.py --workdir runs/debug --init-from runs/smol
 """

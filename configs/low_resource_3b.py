@@ -1,7 +1,6 @@
-r"""The paper's low-resource comparison: the 3B model with any connector, trained on LLaVA's data in two stages.
+"""The paper's low-resource comparison: the 3B model with any connector, trained on LLaVA's data in two stages.
 
-    alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align \
-        --config.backbones.vision=siglip-so400m-patch14-384 --config.backbones.language=Llama-3.2-3B-Instruct
+    alignvlm train --config configs/low_resource_3b.py --workdir runs/low_align
     ... --config.model.connector=mlp | ovis | h_reducer | c_abstractor     # the other rows of the table
     ... --config.model.connector=perceiver --config.data.tiling.rule=ovis
 

@@ -12,11 +12,11 @@ DESCRIPTION = """\
 Make a checkpoint for training, of two backbones or of an AlignVLM folder. Neither torch
 nor transformers is needed. The import needs as much memory as the converted weights.
 
---vision and --language join a SigLIP and a Llama folder in Hugging Face layout by a fresh
-connector. Weights must be safetensors, in one file or in shards with an index. The vision
-folder may contain a complete SigLIP or SigLIP 2 of fixed resolution, or only its vision
-model. The language folder must contain a Llama 2 or 3, SmolLM2 or TinyLlama with its
-tokenizer.
+--vision and --language join a SigLIP and a Llama by a fresh connector. Each is a folder in
+Hugging Face layout, or a name on the Hub: ORG/NAME or ORG/NAME@REVISION. Weights must be
+safetensors, in one file or in shards with an index. The vision folder may contain a
+complete SigLIP or SigLIP 2 of fixed resolution, or only its vision model. The language
+folder must contain a Llama 2 or 3, SmolLM2 or TinyLlama with its tokenizer.
 
 --folder reads an AlignVLM folder. For one that `alignvlm export` wrote, this restores the
 checkpoint: bit-identical weights, config, progress and history. A folder saved after
@@ -26,7 +26,8 @@ also read; its stages come from --config.
 
 EPILOG = """\
 examples:
-  alignvlm import --vision siglip-so400m-patch14-384 --language Llama-3.2-1B-Instruct --out runs/1b_start
+  alignvlm import --vision google/siglip-so400m-patch14-384 \\
+      --language meta-llama/Llama-3.2-1B-Instruct --out runs/1b_start
   alignvlm train --config configs/alignvlm_1b.py --workdir runs/1b --init-from runs/1b_start
   alignvlm import --folder alignvlm-nano --out runs/back
   alignvlm import --folder nano --out start    # the trained model in the package
@@ -71,10 +72,16 @@ def add(commands: Commands) -> None:
     )
     backbones = command.add_argument_group("two backbones")
     backbones.add_argument(
-        "--vision", type=model_location, metavar="DIR", help='a SigLIP folder, or "nano" for the shipped one'
+        "--vision",
+        type=model_location,
+        metavar="DIR",
+        help='a SigLIP folder, its name on the Hub, or "nano" for the shipped one',
     )
     backbones.add_argument(
-        "--language", type=model_location, metavar="DIR", help='a Llama folder, or "nano" for the shipped one'
+        "--language",
+        type=model_location,
+        metavar="DIR",
+        help='a Llama folder, its name on the Hub, or "nano" for the shipped one',
     )
     backbones.add_argument(
         "--connector",
@@ -100,7 +107,7 @@ def add(commands: Commands) -> None:
         "--folder",
         type=model_location,
         metavar="DIR",
-        help='the folder, or "nano" for the trained model in the package',
+        help='the folder, its name on the Hub, or "nano" for the trained model in the package',
     )
 
 

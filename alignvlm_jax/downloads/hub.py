@@ -209,3 +209,7 @@ class _ByteLines(LineBar):
 
     def set_description(self, *args: Any, **options: Any) -> None:
         """Keeps the description; the library's are about its storage."""
+
+    def __del__(self):
+        # The library does not close its bars. tqdm would print a last line when they are collected.
+        pass

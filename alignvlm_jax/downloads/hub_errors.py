@@ -63,9 +63,9 @@ def explain(
         return UserError(f"{text}: unset HF_HUB_OFFLINE" if "OFFLINE" in (reason or "") else text)
     if isinstance(error, GatedRepoError):
         if not has_token:
-            return UserError(f"{hub_id} is gated: accept its terms at {page}, then {_LOGIN}")
+            return UserError(f"{hub_id.name} is gated: accept its terms at {page}, then {_LOGIN}")
         return UserError(
-            f"{hub_id} is gated, and your token has no access: accept its terms at {page} with the same account, and "
+            f"{hub_id.name} is gated, and your token has no access: accept its terms at {page} with the same account, and "
             "wait until access is granted. A fine-grained token also needs the permission to read gated repositories"
         )
     if isinstance(error, DisabledRepoError):

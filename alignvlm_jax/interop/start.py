@@ -19,6 +19,8 @@ from alignvlm_jax.config.geometry import SIZES, without_run_settings
 from alignvlm_jax.config.loading import read_raw_config
 from alignvlm_jax.config.paths import with_locations
 from alignvlm_jax.data.pipeline import DataConfig
+from alignvlm_jax.downloads.hub_ids import SCHEME
+from alignvlm_jax.downloads.sources import hub_id_of
 from alignvlm_jax.errors import TemporaryError, UserError
 from alignvlm_jax.interop import published
 from alignvlm_jax.interop.huggingface_config import read_language_config, read_vision_config
@@ -91,7 +93,8 @@ def backbone_geometry(part: str, name: str) -> tuple[VisionConfig | LanguageConf
 
     Args:
       part: "vision" or "language".
-      name: value of `config.backbones`.
+      name: value of `config.backbones`. A well-known model on the Hub has its published geometry, and its name in
+        place of a folder.
 
     Raises:
       UserError: if the geometry is not known.
@@ -104,10 +107,13 @@ def backbone_geometry(part: str, name: str) -> tuple[VisionConfig | LanguageConf
                 f"{join_names(published.names(part))}"
             )
         return backbone_geometry(part, like)[0], None
+    known = published.find(part, name)
+    if known is not None and hub_id_of(name) is not None:
+        return known, Path(name.removeprefix(SCHEME))  # No network is needed.
     try:
         folder = backbone_folder(part, name, with_weights=False, is_quiet=True)
     except UserError:
-        if (known := published.find(part, name)) is None:
+        if known is None:
             raise
         return known, None
     return (read_vision_config if part == "vision" else read_language_config)(folder), folder

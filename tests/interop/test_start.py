@@ -132,6 +132,20 @@ def test_published_geometry_stands_in_for_missing_folders(partial, tmp_path, mon
     assert load_config(partial(), ["backbones.language=Llama-3.1-8B"]).model.language.hidden_size == 128
 
 
+def test_the_shipped_configs_need_no_network(hub):
+    for size, width in (("1b", 2048), ("3b", 3072), ("8b", 4096)):
+        assert load_config(f"alignvlm_{size}.py").model.language.hidden_size == width
+    with pytest.raises(UserError, match="is not the model in meta-llama/Llama-3.2-1B-Instruct"):
+        load_config("alignvlm_1b.py", ["model.language.hidden_size=64"])
+    assert hub.requests == []
+
+
+def test_another_model_on_the_hub_tells_its_geometry(hub, partial):
+    hub.add("org/llama", {path.name: path.read_bytes() for path in backbone_folder("language", "nano").iterdir()})
+    language = load_config(partial(), ["backbones.language=org/llama"]).model.language
+    assert language.hidden_size == 128 and "model.safetensors" not in hub.downloads()
+
+
 def test_random_weights_take_a_shape_and_its_changes(partial):
     random = ["backbones.language=random:llama-3.2-1b", "model.language.num_layers=2"]
     language = load_config(partial(), random).model.language
