@@ -65,8 +65,8 @@ def explain(
         if not has_token:
             return UserError(f"{hub_id.name} is gated: accept its terms at {page}, then {_LOGIN}")
         return UserError(
-            f"{hub_id.name} is gated, and your token has no access: accept its terms at {page} with the same account, and "
-            "wait until access is granted. A fine-grained token also needs the permission to read gated repositories"
+            f"{hub_id.name} is gated, and your token has no access: accept its terms at {page} with the same account, "
+            "and wait until access is granted. A fine-grained token also needs permission to read gated repositories"
         )
     if isinstance(error, DisabledRepoError):
         return UserError(f"{hub_id} was disabled on the Hub; {page} may say why")
