@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from alignvlm_jax.checkpoints import staging
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.locations import is_bucket
@@ -41,6 +42,14 @@ def describe(config: ExperimentConfig, stages: Sequence[StageConfig], mesh: Mesh
         lines[0] += f"; {workdir} has {_size(free)} free" + (
             f", and holds {_size(held)} of them already" if held else ""
         )
+    elif staging.is_staged(workdir):
+        disk = staging.staging_root()
+        staged = shutil.disk_usage(_existing(disk)).free
+        lines[0] += f"; one at a time is staged in {disk}, which has {_size(staged)} free"
+        if checkpoint > staged:
+            lines.append(
+                f"warning: the disk has less free space than that; name a larger one with {staging.STAGING_VARIABLE}"
+            )
     if number * checkpoint > free + held:
         lines.append(
             "warning: the disk has less free space than that; use a smaller config.checkpoint.keep or another workdir "

@@ -1,4 +1,4 @@
-"""Requests and bytes of a save and of a restore in a bucket, counted by a proxy. docs/reliability.md has the figures."""
+"""Requests and bytes of a save and of a restore in a bucket, counted by a proxy. docs/reliability.md has them."""
 
 import time
 
