@@ -23,6 +23,7 @@ from alignvlm_jax.data.store import open_dataset, read_metadata
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import InUseError
 from alignvlm_jax.leases.one_writer import one_writer
+from alignvlm_jax.locations import open_location
 from alignvlm_jax.storage.transfer import open_store
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
@@ -328,9 +329,10 @@ def test_gaps_in_numbered_archives_are_stated(tmp_path, capsys):
     assert "note:" in (errors := capsys.readouterr().err) and "leave out 00002.tar" in errors
 
 
-def test_two_conversions_to_one_folder_are_refused(pages, tmp_path):
+@pytest.mark.parametrize("place", ["tmp_path", "gcs_bucket"])
+def test_two_conversions_to_one_folder_are_refused(place, pages, request):
     write_json(pages / "a.json", [llava_record(i) for i in range(8)])
-    out = tmp_path / "out"
+    out = open_location(request.getfixturevalue(place)) / "out"
     with one_writer(out), pytest.raises(InUseError, match="another run is writing to it"):
         prepare(recipe_for(pages), out, progress=False, convert=IN_PROCESS)
     written = prepare(recipe_for(pages), out, progress=False, convert=IN_PROCESS)
