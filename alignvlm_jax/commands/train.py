@@ -3,7 +3,7 @@
 import argparse
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, distributed_run, name_list
-from alignvlm_jax.locations import local_path, location, open_location
+from alignvlm_jax.locations import is_bucket, local_path, location, open_location
 
 DESCRIPTION = """\
 Train a model through the stages of a config file. A stage sets the trainable parts, the
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax.evaluation.during_training import answers_during_training, during_training
     from alignvlm_jax.interop.start import load_config
     from alignvlm_jax.parallel import distributed
+    from alignvlm_jax.parallel.writing import call_in_primary
+    from alignvlm_jax.storage.access import check_writable
     from alignvlm_jax.training import loop
     from alignvlm_jax.training.pinning import pin_sources
     from alignvlm_jax.training.tracking.trackers import check_trackers
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace) -> None:
         args.overrides.append(f"init_from={args.init_from}")
     experiment = load_config(args.config, args.overrides)
     with distributed_run(args):
+        if is_bucket(args.workdir):
+            # Now, because drawing a corpus takes minutes.
+            call_in_primary(lambda: check_writable(args.workdir))
         if distributed.is_primary():
             demo.draw_missing_corpus(experiment)
         experiment = pin_sources(experiment, open_location(args.workdir))
