@@ -103,10 +103,10 @@ def model_location(text: str | os.PathLike[str]) -> str:
     return text if text.startswith(_HUB_PAGES) else parse_location(text)
 
 
-def data_location(text: str | os.PathLike[str]) -> str:
-    """Returns a location as `location` does, or a data set on the Hugging Face Hub (`hf://datasets/...`)."""
+def source_location(text: str | os.PathLike[str]) -> str:
+    """Returns a location as `location` does, or a model or data set on the Hugging Face Hub (`hf://`)."""
     text = os.fspath(text)
-    return text if text.startswith("hf://") else location(text)
+    return text if text.startswith(_HUB_PAGES) else location(text)
 
 
 def parse_location(text: str | os.PathLike[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from alignvlm_jax.commands.arguments import Commands, add_views, non_negative, number_list, positive, size_list
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import location, source_location
 
 DESCRIPTION = """\
 Analyze a checkpoint on the pages of a data set. Each analysis writes its numbers as
@@ -102,7 +102,7 @@ def add(commands: Commands) -> None:
         command.add_argument(
             "--checkpoint",
             required=True,
-            type=location,
+            type=source_location,
             action="append",
             metavar="DIR",
             help='folder of a training run, exported folder, or "nano"; repeat it to compare several',

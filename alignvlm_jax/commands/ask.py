@@ -9,7 +9,7 @@ from typing import Any
 
 import alignvlm_jax
 from alignvlm_jax.commands.arguments import Commands, add_views, positive
-from alignvlm_jax.locations import is_local, location
+from alignvlm_jax.locations import is_local, location, source_location
 
 DESCRIPTION = """\
 Answer a question about an image with a trained model. A line on stderr warns of an answer
@@ -36,9 +36,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=location,
+        type=source_location,
         metavar="DIR",
-        help='folder of a training run, exported folder, or "nano" for the trained model in the package',
+        help='folder of a training run, exported folder or its name on the Hub, or "nano" for the model in the package',
     )
     command.add_argument("--question", required=True, metavar="TEXT", help="question about the image")
     command.add_argument(

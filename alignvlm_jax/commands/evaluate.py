@@ -4,7 +4,7 @@ import argparse
 
 from alignvlm_jax.commands.arguments import Commands, add_distributed, add_views, distributed_run, name_list, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import location, source_location
 
 DESCRIPTION = """\
 Score a checkpoint on a data set: the demo's held-out documents, or one of your own from
@@ -53,9 +53,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=location,
+        type=source_location,
         metavar="DIR",
-        help='folder of a training run, exported folder, or "nano" for the trained model in the package',
+        help='folder of a training run, exported folder or its name on the Hub, or "nano" for the model in the package',
     )
     command.add_argument(
         "--data",

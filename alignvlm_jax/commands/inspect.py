@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from alignvlm_jax.commands.arguments import Commands, positive
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import location, source_location
 
 DESCRIPTION = """\
 Write an HTML page that shows what a model reads in an image. Point at a patch to see the
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint",
         required=True,
-        type=location,
+        type=source_location,
         metavar="DIR",
         help="checkpoint as for `alignvlm ask`; its connector must be ALIGN",
     )

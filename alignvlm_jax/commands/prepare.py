@@ -6,7 +6,7 @@ import sys
 
 from alignvlm_jax.commands.arguments import Commands, positive
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.locations import data_location, location
+from alignvlm_jax.locations import location, source_location
 from alignvlm_jax.storage.errors import translate
 
 DESCRIPTION = """\
@@ -46,13 +46,13 @@ def add(commands: Commands) -> None:
         "--input",
         required=True,
         nargs="+",
-        type=data_location,
+        type=source_location,
         metavar="FILE",
         help="files, folders of files, or quoted patterns with *; hf://datasets/ORG/NAME[@REVISION][/PATH] on the Hub",
     )
     command.add_argument(
         "--images",
-        type=data_location,
+        type=source_location,
         metavar="DIR",
         help="folder that image paths start from (default: folder of the input file); also hf://datasets/...",
     )

@@ -48,7 +48,7 @@ from alignvlm_jax.downloads.hub_ids import SCHEME, parse_dataset
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import Lease
 from alignvlm_jax.leases.one_writer import one_writer
-from alignvlm_jax.locations import data_location, location
+from alignvlm_jax.locations import location, source_location
 from alignvlm_jax.progress import progress_bar
 
 NAME = "conversations"
@@ -324,8 +324,8 @@ def _to_json(recipe: Recipe) -> Mapping[str, Any]:
 def _with_locations(recipe: Recipe) -> Recipe:
     """Returns the recipe with `~` expanded in its locations. Those that cannot be used are refused."""
     root = recipe.limits.image_root
-    limits = dataclasses.replace(recipe.limits, image_root=None if root is None else data_location(root))
-    return dataclasses.replace(recipe, inputs=tuple(map(data_location, recipe.inputs)), limits=limits)
+    limits = dataclasses.replace(recipe.limits, image_root=None if root is None else source_location(root))
+    return dataclasses.replace(recipe, inputs=tuple(map(source_location, recipe.inputs)), limits=limits)
 
 
 def _fetch_from_hub(recipe: Recipe, job: Job) -> Recipe:

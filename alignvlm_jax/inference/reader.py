@@ -38,7 +38,7 @@ from alignvlm_jax.inference.prompts import (
 )
 from alignvlm_jax.interop.import_pytorch import read_alignvlm
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.locations import location
+from alignvlm_jax.locations import source_location
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, Params, token_grid
 
@@ -176,7 +176,7 @@ def load(
     Raises:
       UserError: if there is no usable checkpoint.
     """
-    folder = trained_model(location(checkpoint))
+    folder = trained_model(source_location(checkpoint))
     if is_alignvlm_folder(folder):
         exported = read_alignvlm(folder, dtype=dtype or "float32", mesh=mesh)
         config, params, tokenizer, notes = exported.config, exported.params, exported.tokenizer, exported.notes

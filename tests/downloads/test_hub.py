@@ -11,6 +11,7 @@ from alignvlm_jax.backbones import NANO_MODEL, backbone_folder, trained_model
 from alignvlm_jax.downloads.hub_ids import HubId, parse_dataset, parse_model
 from alignvlm_jax.downloads.sources import pinned
 from alignvlm_jax.errors import TemporaryError, UserError
+from alignvlm_jax.locations import source_location
 from tests.hub_server import READ_TOKEN, TOKEN, forget
 
 NAME = "org/llama"
@@ -219,7 +220,8 @@ def test_one_of_several_readers_downloads(hub):
 
 def test_a_checkpoint_is_read_from_the_hub_but_a_mistyped_run_is_not_looked_up(hub, tmp_path, monkeypatch):
     hub.add("lab/alignvlm", {path.name: path.read_bytes() for path in NANO_MODEL.iterdir()})
-    assert (trained_model("lab/alignvlm") / "alignvlm_training.json").is_file()
+    for name in ("lab/alignvlm", source_location("hf://lab/alignvlm")):
+        assert (trained_model(name) / "alignvlm_training.json").is_file()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     hub.requests.clear()
