@@ -136,13 +136,18 @@ def _remove_unfinished_entries(folder: Path) -> None:
 
 
 def _handle_errors(folder: Path) -> None:
-    """Replaces JAX's warnings about the cache: broken entries are removed, other errors turn the cache off."""
-    show = warnings.showwarning
+    """Replaces JAX's warnings about the cache: a broken entry is removed, other errors turn the cache off."""
+    show, has_removed = warnings.showwarning, False
 
     def handle(message, *arguments, **options) -> None:
+        nonlocal has_removed
         text = str(message)
-        if "reading persistent compilation cache entry for '" in text and _remove_entries(folder, text.split("'")[1]):
-            return
+        # A process that was killed leaves one broken entry. If XLA refuses more, as it does with its own programs on
+        # some CPUs (openxla/xla#44565), it will refuse all.
+        if "reading persistent compilation cache entry for '" in text and not has_removed:
+            has_removed = _remove_entries(folder, text.split("'")[1])
+            if has_removed:
+                return
         if "persistent compilation cache entry for '" in text:
             _turn_off()
             _warn(f"{folder} ({text.split(': ', 1)[-1]})")
