@@ -3,19 +3,19 @@
     local_copy("gs://bucket/siglip")     ~/.cache/alignvlm/buckets/siglip-5f1a0c6b
 
 Weights are read through memory-mapped files, tokenizers and benchmarks by libraries that open paths. Each host copies
-the files once: a copy of the same size and time as its object is used again, also by other processes. `XDG_CACHE_HOME`
-moves the copies to another disk. They can be removed at any time.
+the files once: `.versions.json` states which version of its object each file is, and the copy of the newest version is
+used again, also by other processes. `XDG_CACHE_HOME` moves the copies to another disk. They can be removed at any time.
 """
 
 import concurrent.futures
 import contextlib
-import datetime
 import functools
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import filelock
 
 from alignvlm_jax.downloads import hub_models
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.output_files import write_atomically
 from alignvlm_jax.progress import progress_bar
+from alignvlm_jax.storage.clients import file_system
 from alignvlm_jax.storage.errors import translated_errors
-from alignvlm_jax.storage.transfer import open_store
+from alignvlm_jax.storage.objects import StoredObject, list_objects
 
 _FILES_AT_ONCE = 8
-_LOCK = ".lock"
+_LOCK, _VERSIONS = ".lock", ".versions.json"
 _SHOW_FROM_BYTES = 2**27
 
 
@@ -46,14 +48,18 @@ def local_copy(url: str | os.PathLike[str], select: Callable[[Collection[str]], 
     url = os.fspath(url)
     # Copies of folders in each other are apart.
     folder = cache_folder() / f"{Path(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    with translated_errors(url):
-        objects = _list(url)
+    objects = _list(url)
     with _locked(folder, url):
         _remove_others(folder, objects)
+        versions = _read_versions(folder)
         selected = {name: objects[name] for name in select(sorted(objects))}
-        missing = {name: entry for name, entry in selected.items() if not _is_current(folder / name, entry)}
-        _check_space(folder, sum(entry["size"] for entry in missing.values()), url)
-        _copy_all(url, missing, folder)
+        missing = {
+            name: entry
+            for name, entry in selected.items()
+            if versions.get(name) != entry.version or not (folder / name).is_file()
+        }
+        _check_space(folder, sum(entry.size for entry in missing.values()), url)
+        _copy_all(url, missing, folder, versions)
     return folder
 
 
@@ -72,16 +78,12 @@ def cache_folder() -> Path:
     return (root if root.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "alignvlm" / "buckets"
 
 
-def _list(url: str) -> dict[str, dict[str, Any]]:
-    """Returns size and time of all objects beneath a folder, by their names relative to it."""
-    files, path = open_store(url)
+def _list(url: str) -> dict[str, StoredObject]:
+    """Returns all objects beneath a folder, by their names relative to it."""
     try:
-        found = files.find(path, detail=True)
+        objects = list_objects(url)
     except FileNotFoundError:
-        found = {}  # no such bucket
-    objects = {name.removeprefix(path).lstrip("/"): entry for name, entry in found.items()}
-    # Consoles mark folders by empty objects whose names end with a slash.
-    objects = {name: entry for name, entry in objects.items() if name and not name.endswith("/")}
+        objects = {}  # no such bucket
     if not objects:
         raise UserError(f"{url}: no such folder in the bucket, or it is empty")
     if outside := next((name for name in objects if not {"", ".", ".."}.isdisjoint(name.split("/"))), None):
@@ -89,21 +91,12 @@ def _list(url: str) -> dict[str, dict[str, Any]]:
     return objects
 
 
-def _time(entry: dict[str, Any]) -> float:
-    """Returns when an object was written, in seconds."""
-    time = entry.get("mtime") or entry.get("updated") or entry.get("LastModified")
-    if isinstance(time, str):
-        time = datetime.datetime.fromisoformat(time)
-    return time.timestamp() if isinstance(time, datetime.datetime) else float(time or 0)
-
-
-def _is_current(file: Path, entry: dict[str, Any]) -> bool:
-    """Returns whether a file is the copy of this version of an object."""
+def _read_versions(folder: Path) -> dict[str, str]:
+    """Returns the version of each copied object."""
     try:
-        status = file.stat()
-    except OSError:
-        return False
-    return status.st_size == entry["size"] and abs(status.st_mtime - _time(entry)) < 1e-3
+        return json.loads((folder / _VERSIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 @contextlib.contextmanager
@@ -126,7 +119,8 @@ def _locked(folder: Path, url: str) -> Iterator[None]:
 def _remove_others(folder: Path, objects: Collection[str]) -> None:
     """Removes copies of objects that no longer exist, and what a killed process left."""
     for file in list(folder.rglob("*")):
-        if file.is_file() and file.name != _LOCK and file.relative_to(folder).as_posix() not in objects:
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in (_LOCK, _VERSIONS) and name not in objects:
             file.unlink(missing_ok=True)
 
 
@@ -139,46 +133,54 @@ def _check_space(folder: Path, size: int, url: str) -> None:
         )
 
 
-def _copy_all(url: str, objects: dict[str, dict[str, Any]], folder: Path) -> None:
-    total = sum(entry["size"] for entry in objects.values())
+def _copy_all(url: str, objects: Mapping[str, StoredObject], folder: Path, versions: dict[str, str]) -> None:
+    """Copies objects, and adds their versions to those that are recorded."""
+    total = sum(entry.size for entry in objects.values())
+    show = total >= _SHOW_FROM_BYTES
     with (
-        progress_bar(
-            desc=f"copying {url}", total=total, unit="B", unit_scale=True, show=total >= _SHOW_FROM_BYTES
-        ) as bar,
+        progress_bar(desc=f"copying {url}", total=total, unit="B", unit_scale=True, show=show) as bar,
         concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
     ):
-        copy = functools.partial(_copy, on_bytes=bar.update)
-        copies = [pool.submit(copy, f"{url}/{name}", entry, folder / name) for name, entry in objects.items()]
+        copies = {
+            pool.submit(_copy, f"{url}/{name}", entry.size, folder / name, on_bytes=bar.update): name
+            for name, entry in objects.items()
+        }
         try:
             for done in concurrent.futures.as_completed(copies):
                 done.result()
+                name = copies[done]
+                versions[name] = objects[name].version
+                write_atomically(folder / _VERSIONS, json.dumps(versions).encode())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _copy(url: str, entry: dict[str, Any], file: Path, *, on_bytes: Callable[[int], Any]) -> None:
+def _copy(url: str, size: int, file: Path, *, on_bytes: Callable[[int], Any]) -> None:
     """Copies an object to a file, which appears when it is complete."""
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        files, path = open_store(url)
         with translated_errors(url):
-            files.get_file(path, str(partial), callback=_progress(on_bytes))
-        if partial.stat().st_size != entry["size"]:
+            file_system(url).get_file(url, str(partial), callback=_progress_class()(on_bytes))
+        if partial.stat().st_size != size:
             raise UserError(f"{url} changes while it is copied: wait until it is complete")
-        os.utime(partial, (_time(entry), _time(entry)))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _progress(on_bytes: Callable[[int], Any]) -> Any:
-    """Returns the object through which fsspec reports the bytes of a download."""
+@functools.cache
+def _progress_class() -> type:
+    """Returns the class through which fsspec reports the bytes of a download."""
     from fsspec import Callback
 
     class Progress(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            on_bytes(inc)
+        def __init__(self, on_bytes: Callable[[int], Any]):
+            super().__init__()
+            self._on_bytes = on_bytes
 
-    return Progress()
+        def relative_update(self, inc: int = 1) -> None:
+            self._on_bytes(inc)
+
+    return Progress

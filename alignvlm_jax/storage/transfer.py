@@ -5,17 +5,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from alignvlm_jax.locations import is_local, location
+from alignvlm_jax.locations import is_local
+from alignvlm_jax.storage.clients import file_system
 from alignvlm_jax.storage.errors import translated_errors
 
 
 def upload(file: Path, target: str | os.PathLike[str]) -> None:
     """Copies a file into a bucket, where it appears when it is complete."""
     with translated_errors(os.fspath(target)):
-        store, path = open_store(target)
-        store.put_file(os.fspath(file), path)
+        file_system(target).put_file(os.fspath(file), os.fspath(target))
 
 
 def folder_size(folder: str | os.PathLike[str]) -> int:
@@ -23,16 +22,7 @@ def folder_size(folder: str | os.PathLike[str]) -> int:
     if is_local(folder):
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     with translated_errors(os.fspath(folder)):
-        store, path = open_store(folder)
-        return store.du(path)
-
-
-def open_store(url: str | os.PathLike[str]) -> tuple[Any, str]:
-    """Returns fsspec's file system of a bucket, and the path of a location in it."""
-    parsed = location(url)
-    from fsspec.core import url_to_fs  # takes 0.5 s, which only buckets need
-
-    return url_to_fs(parsed)
+        return file_system(folder).du(os.fspath(folder))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.leases.lease import InUseError
 from alignvlm_jax.leases.one_writer import one_writer
 from alignvlm_jax.locations import open_location
-from alignvlm_jax.storage.transfer import open_store
+from alignvlm_jax.storage.clients import file_system
 from tests.data.formats.samples import image_bytes, llava_record, write_images, write_input, write_json, write_tar
 from tests.data.nano_tokenizer import write_chat_folder
 
@@ -193,14 +193,14 @@ def test_killed_and_restarted_conversion_writes_the_same_files(tmp_path):
 
 def test_bucket_to_bucket_writes_the_same_files(tmp_path, gcs_bucket):
     """Data sets in a bucket are read by ArrayRecord's own client, and written by fsspec's."""
-    store, bucket = open_store(gcs_bucket)
+    store = file_system(gcs_bucket)
     here, formats = tmp_path / "input", ("llava", "bigdocs", "webdataset")  # JSON and images, Parquet, archives
     for name in formats:
         (here / name).mkdir(parents=True)
         write_input(name, here / name, 5)
     lost = [llava_record(0, image="../../test/llava/images/0.png"), llava_record(1, image="/etc/hostname")]
     write_json(here / "lost.json", [*lost, llava_record(0), llava_record(9)])
-    store.put(f"{here}/", f"{bucket}/", recursive=True)
+    store.put(f"{here}/", f"{gcs_bucket}/", recursive=True)
     for name in formats:
         limits = Limits(image_root=f"{gcs_bucket}/{name}/images")
         recipe = Recipe(name, (f"{gcs_bucket}/{name}/data.*",), options=FormatOptions(2), limits=limits)
@@ -209,7 +209,7 @@ def test_bucket_to_bucket_writes_the_same_files(tmp_path, gcs_bucket):
         prepare(recipe, local, convert=IN_PROCESS, progress=False)
         assert prepare(recipe, out, convert=IN_PROCESS, progress=False).accepted == 5
         assert list(open_dataset(out, "train")) == list(open_dataset(local, "train"))
-    store.get(f"{bucket}/out/", f"{tmp_path}/out/", recursive=True)
+    store.get(f"{gcs_bucket}/out/", f"{tmp_path}/out/", recursive=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
     recipe = Recipe("llava", (f"{gcs_bucket}/lost.json",), limits=Limits(image_root=f"{gcs_bucket}/llava/images"))
     summary = prepare(recipe, tmp_path / "lost", max_rejects=1, convert=IN_PROCESS, progress=False)

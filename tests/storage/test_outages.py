@@ -15,8 +15,8 @@ from alignvlm_jax.errors import TemporaryError
 from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.locations import open_location
 from alignvlm_jax.output_files import open_atomically
+from alignvlm_jax.storage.clients import file_system
 from alignvlm_jax.storage.errors import mark_as_used
-from alignvlm_jax.storage.transfer import open_store
 from tests import fault_proxy
 
 
@@ -61,8 +61,7 @@ def test_files(fault, bucket, gcs_proxy):
 def test_records(bucket, gcs_proxy, tmp_path):
     """The client tries again for 15 minutes, except after a 403."""
     build_corpus(tmp_path / "docs", seed=1, sizes={"train": 3}, progress=False)
-    store, path = open_store(bucket)
-    store.put(f"{tmp_path}/docs/", f"{path}/docs/", recursive=True)
+    file_system(bucket).put(f"{tmp_path}/docs/", f"{bucket}/docs/", recursive=True)
     source = open_dataset(f"{bucket}/docs", "train")
     gcs_proxy.fault = fault_proxy.forbidden
     with pytest.raises(TemporaryError, match="the bucket cannot be read now"):
