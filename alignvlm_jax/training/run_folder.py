@@ -52,6 +52,9 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
         distributed.log(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
         is_up_to_date = has_config and path.read_text(encoding="utf-8") == text
+    # All processes verify a share of the checkpoint's files, so all of them read its history.
+    is_started = config.init_from is not None and not is_resumed
+    history = history_of_run(config.init_from) if is_started else None
     # Barrier: every process must have read the folder before process 0 writes to it.
     distributed.gather_json("read")
     try:
@@ -59,8 +62,8 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
         if distributed.is_primary() and not is_up_to_date:
             workdir.mkdir(parents=True, exist_ok=True)
             data.save_tokenizer(workdir / TOKENIZER_FOLDER)
-            if config.init_from is not None and not is_resumed:
-                write_history(workdir, history_of_run(config.init_from))
+            if history is not None:
+                write_history(workdir, history)
             if not is_resumed:
                 write_page_scale(workdir, _page_scale(config, data))
             replace_text(path, text)
