@@ -140,6 +140,7 @@ def fetch(files: RemoteFiles, names: Collection[str], *, is_quiet: bool = False)
         raise explain(error, files.hub_id, missing=missing) from error
     # Without this, the name of the branch would be unknown once there is no network.
     hub_cache.record_revision(files.hub_id, files.commit)
+    hub_cache.remove_leftovers(files.hub_id)
     return folder
 
 

@@ -149,6 +149,14 @@ def record_revision(hub_id: HubId, commit: str) -> None:
         partial.replace(path)
 
 
+def remove_leftovers(hub_id: HubId) -> None:
+    """Deletes what killed processes left of files that have been downloaded since."""
+    for path in (_storage(hub_id) / "blobs").glob("*.incomplete"):
+        if path.with_name(path.name.partition(".")[0]).exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def _storage(hub_id: HubId) -> Path:
     """Returns the folder of a repository in the cache."""
     from huggingface_hub import constants

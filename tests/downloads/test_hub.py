@@ -1,5 +1,6 @@
 """Models come from the Hub: only the files that are read, once per host, and from the cache without a network."""
 
+import hashlib
 import json
 import socket
 import threading
@@ -202,8 +203,13 @@ def test_a_broken_connection_is_resumed_and_finished_files_are_kept(hub, monkeyp
     hub.fail = lambda method, path: None
     hub.requests.clear()
     forget()
+    # A process that is killed leaves a part of a file.
+    blobs = backbone_folder("language", "org/other", with_weights=False).parents[1] / "blobs"
+    for blob in (hashlib.sha256(FILES["model.safetensors"]).hexdigest(), "other"):
+        (blobs / f"{blob}.0a1b2c3d.incomplete").write_bytes(b"part")
     backbone_folder("language", "org/other")
     assert hub.downloads() == ["model.safetensors"]
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["other.0a1b2c3d.incomplete"]
 
 
 def test_one_of_several_readers_downloads(hub):
