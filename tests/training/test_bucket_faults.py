@@ -1,4 +1,4 @@
-"""Runs in a bucket whose store fails: errors that pass, an outage, lost permission, damaged and truncated objects."""
+"""Runs in a bucket whose store fails: errors that pass, a long outage, lost and missing permission."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.config.run import CheckpointConfig
 from alignvlm_jax.locations import open_location
 from tests import fault_proxy
-from tests.fault_proxy import CUT, HALF, Fault
+from tests.fault_proxy import Fault
 from tests.parallel import tiny
 
 STEPS = 6
@@ -45,16 +45,15 @@ def steps_of(workdir):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_errors_that_pass_are_retried(gcs_proxy, undisturbed, rate):
-    errors, slow = fault_proxy.errors(rate), fault_proxy.slow(0.02)
+def test_errors_that_pass_are_retried(gcs_proxy, undisturbed):
+    errors, slow = fault_proxy.errors(0.1), fault_proxy.slow(0.02)
     gcs_proxy.fault = lambda request: errors(request) or slow(request)
     losses = {}
     assert train(f"{gcs_proxy.bucket}/run", losses) == 0
     assert losses == undisturbed and sum(gcs_proxy.failed.values()) > 10
     gcs_proxy.fault = fault_proxy.no_fault
     assert steps_of(f"{gcs_proxy.bucket}/run") == ([STEPS - 1, STEPS],) * 2
-    print(f"rate {rate}: failed {dict(gcs_proxy.failed)} of {dict(gcs_proxy.requests)}")
+    print(f"failed {dict(gcs_proxy.failed)} of {dict(gcs_proxy.requests)}")
 
 
 def end_and_resume(proxy, undisturbed, fault, capsys, code):
@@ -96,58 +95,3 @@ def test_without_permission_a_run_ends_before_it_trains(gcs_proxy, capsys):
     losses = {}
     assert train(f"{gcs_proxy.bucket}/run", losses) == 2
     assert not losses and "Grant this account the right" in capsys.readouterr().err
-
-
-@pytest.mark.large
-@pytest.mark.parametrize("fault", [CUT, HALF], ids=["cut", "half"])
-def test_a_truncated_upload_never_counts_as_a_complete_step(gcs_proxy, undisturbed, fault):
-    """Each upload of step 4 in turn is cut off, or arrives in half, and the run ends there."""
-    workdir = f"{gcs_proxy.bucket}/run"
-    names = []
-    gcs_proxy.fault = lambda request: names.append(request.name) if request.kind == "upload" else None
-    assert train(workdir, {}, steps=4) == 0
-    names = [name for name in names if "/checkpoints/4/" in name]
-    assert len(names) > 5
-    for index in range(len(names)):
-        seen, workdir = [], f"{gcs_proxy.bucket}/run{index}"
-
-        def truncate(request, seen=seen, index=index):
-            if request.kind != "upload" or "/checkpoints/4/" not in request.name:
-                return None
-            seen.append(request.name)
-            return fault if len(seen) == index + 1 else None
-
-        gcs_proxy.fault = truncate
-        code, losses = train(workdir, {}, steps=4), {}
-        assert code in (0, 75), names[index]
-        gcs_proxy.fault = fault_proxy.no_fault
-        complete, _ = steps_of(workdir)
-        # Either the upload was repeated, or the step does not count.
-        assert train(workdir, losses) == 0, seen[index]
-        assert losses == {step: undisturbed[step] for step in losses}
-        print(f"{seen[index : index + 1]}: exit code {code}, complete {complete}, resumed from {min(losses) - 1}")
-
-
-@pytest.mark.large
-@pytest.mark.parametrize("damage", ["overwritten", "truncated", "deleted"])
-def test_every_damaged_object_is_noticed_and_the_step_before_is_used(gcs_bucket, undisturbed, damage, capsys):
-    import tensorstore
-
-    workdir = f"{gcs_bucket}/run"
-    assert train(workdir, {}, steps=4) == 0
-    store = tensorstore.KvStore.open(f"{workdir}/checkpoints/4/").result()
-    for index in range(len(store.list().result())):
-        name = sorted(store.list().result())[index]
-        content = store[name]
-        if damage == "deleted":
-            del store[name]
-        elif damage == "truncated":
-            store[name] = content[: len(content) // 2]
-        else:
-            store[name] = bytes([content[0] ^ 1]) + content[1:]
-        losses = {}
-        assert train(workdir, losses, steps=4) == 0
-        assert losses == {4: undisturbed[4]}, name
-        error = capsys.readouterr().err
-        assert f"{workdir}/checkpoints/4 is skipped: " in error, error
-        print(error.strip())
