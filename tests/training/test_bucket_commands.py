@@ -1,0 +1,70 @@
+"""The commands train, eval, ask and export, with the data set, the run and all outputs in a bucket."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from etils import epath
+
+from alignvlm_jax import cli
+from tests.data.pages import pages
+from tests.parallel import processes
+from tests.training import test_preemption
+
+
+def copy_folder(source, target) -> None:
+    """Copies a folder from a disk to a bucket, or back."""
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.large
+def test_a_run_in_a_bucket_is_trained_scored_asked_and_exported_there(tmp_path, gcs_bucket, monkeypatch, capsys):
+    monkeypatch.setattr(test_preemption, "STEPS", 3)
+    config = test_preemption.write_config(tmp_path)
+    copy_folder(tmp_path / "documents", epath.Path(gcs_bucket) / "data" / "documents")
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "PYTHONPATH": str(processes.ROOT),
+    }
+    train = ["train", "--config", config, "--workdir", f"{gcs_bucket}/run", f"--config.data.root={gcs_bucket}/data"]
+    command = [sys.executable, "-m", "alignvlm_jax", *map(str, train)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"config.py", "documents", "tokenizer"}, "nothing else on disk"
+
+    # The same commands on a copy of the run on a disk give the same results.
+    copy_folder(epath.Path(gcs_bucket) / "run", tmp_path / "run")
+    (tmp_path / "page.png").write_bytes(pages(1)[0]["image"])
+    answers, scores = [], []
+    for checkpoint, data, output in (
+        (f"{gcs_bucket}/run", f"{gcs_bucket}/data/documents", epath.Path(gcs_bucket) / "out"),
+        (str(tmp_path / "run"), str(tmp_path / "documents"), tmp_path / "out"),
+    ):
+        question = ["--question", "What is the total?", "--max-new-tokens", "5"]
+        assert cli.main(["ask", "--checkpoint", checkpoint, str(tmp_path / "page.png"), *question]) == 0
+        answers.append(capsys.readouterr().out.splitlines()[-1])
+        files = ["--json", str(output / "scores.json"), "--predictions", str(output / "answers.jsonl")]
+        options = ["--split", "train", "--limit", "4", "--max-new-tokens", "5", *files]
+        assert cli.main(["eval", "--checkpoint", checkpoint, "--data", data, *options]) == 0
+        scores.append(((output / "answers.jsonl").read_text(), json.loads((output / "scores.json").read_text())))
+        assert cli.main(["export", "--checkpoint", checkpoint, "--out", str(output / "exported")]) == 0
+    assert answers[0] == answers[1]
+    assert scores[0][0] == scores[1][0] and len(scores[0][0].splitlines()) == 4
+    copy_folder(epath.Path(gcs_bucket) / "out" / "exported", tmp_path / "exported")
+    exported = contents(tmp_path / "exported")
+    assert "model.safetensors" in exported and exported == contents(tmp_path / "out" / "exported")
