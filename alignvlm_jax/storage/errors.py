@@ -19,7 +19,9 @@ from collections.abc import Iterator
 
 from alignvlm_jax.errors import TemporaryError, UserError
 
-_STATUS = re.compile(r"(?:HTTP (?:response )?(?:status )?code:? ?|HTTP/\S+ |[Ee]rror code: |status: )(\d{3})\b")
+_STATUS = re.compile(
+    r"(?:HTTP (?:response )?(?:status )?code:? ?|HTTP/\S+ |[Ee]rror code: |status: |http_response_code=')(\d{3})\b"
+)
 _RATE_LIMITS = re.compile(r"rate ?limit|quota|slow ?down|too many requests|reduce your request rate|throttl", re.I)
 # Words of TensorStore's messages for errors without an HTTP status. The last two: an object that was just written is
 # shorter than it should be.
@@ -30,6 +32,7 @@ _TEMPORARY = re.compile(
 _NETWORK_MODULES = ("aiohttp", "requests", "urllib3", "botocore.exceptions", "aiobotocore")
 _LIBRARIES = (*_NETWORK_MODULES, "gcsfs", "s3fs", "botocore", "google.api_core", "google.auth", "google.cloud")
 _TEMPORARY_STATUS = {408, 416, 429, *range(500, 600)}
+_GRANT = "grant this account the right to list, read, write and delete objects there"
 _used_buckets: set[str] = set()
 
 
@@ -70,13 +73,12 @@ def translate(error: BaseException, location: str = "") -> UserError | None:
     status, text = _status(error), _text(error)
     where = f"{location}: " if location else ""
     if status in (401, 403):
-        if _RATE_LIMITS.search(text) or (location and _bucket(location) in _used_buckets):
+        if _RATE_LIMITS.search(text) or _bucket(location or _named_bucket(error)) in _used_buckets:
             return TemporaryError(
-                f"{where}the bucket refuses access for now ({text}). Run the same command again later"
+                f"{where}the bucket refuses access for now ({text}). Run the same command again later; if that does not "
+                f"help, {_GRANT}"
             )
-        return UserError(
-            f"{where}no permission ({text}). Grant this account the right to list, read, write and delete objects there"
-        )
+        return UserError(f"{where}no permission ({text}). {_GRANT.capitalize()}")
     if status in _TEMPORARY_STATUS or (status is None and _is_temporary(error, text)):
         return TemporaryError(f"{where}the bucket cannot be reached now ({text}). Run the same command again later")
     if _has_no_credentials(error):
@@ -94,6 +96,12 @@ def _is_of_a_bucket(error: BaseException) -> bool:
     frames = (frame for link in _chain(error) for frame, _ in traceback.walk_tb(link.__traceback__))
     names = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames}
     return bool(names & {"gcsfs", "s3fs"}) or re.search(r"\b(gs|s3)://", str(error)) is not None
+
+
+def _named_bucket(error: BaseException) -> str:
+    """Returns the URL in an error's message, or "" if it has none."""
+    match = re.search(r"\b(gs|s3)://[^/\s]+", str(error))
+    return match[0] if match else ""
 
 
 def _bucket(location: str) -> str:

@@ -35,13 +35,14 @@ TEMPORARY = [
     aiohttp.ServerDisconnectedError(),
     EndpointConnectionError(endpoint_url="http://127.0.0.1"),
     TimeoutError(),
-    ValueError('UNAVAILABLE: Error writing "gs://bucket/x": HTTP response code: 503 with body: ...'),
+    ValueError("UNAVAILABLE: Error writing gs://bucket/x: backend error [http_response_code='503']"),
+    ValueError("OUT_OF_RANGE: Error reading Byte range [9, 11) of gs://bucket/x [http_response_code='416']"),
 ]
 PERMANENT = [
     forbidden(),
     HttpError({"code": 401, "message": "Invalid Credentials"}),
     s3_error("AccessDenied", 403),
-    ValueError('PERMISSION_DENIED: Error reading "gs://bucket/x": HTTP response code: 403 with body: ...'),
+    ValueError("PERMISSION_DENIED: Error reading gs://bucket-b/x: no access [http_response_code='403']"),
     NoCredentialsError(),
     DefaultCredentialsError("none"),
 ]
@@ -64,6 +65,10 @@ def test_a_permission_that_was_lost_during_a_run_may_come_back():
     mark_as_used("s3://bucket-c/run")
     for error in PERMANENT[:4]:
         assert isinstance(translate(error, "s3://bucket-c/run/checkpoints"), TemporaryError)
+    # TensorStore's errors name the bucket.
+    assert type(translate(PERMANENT[3])) is UserError
+    mark_as_used("gs://bucket-b/run")
+    assert isinstance(translate(PERMANENT[3]), TemporaryError)
 
 
 def test_other_errors_stay_as_they_are():

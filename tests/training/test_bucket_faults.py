@@ -87,6 +87,7 @@ def test_a_run_ends_with_75_after_a_long_outage_and_resumes(gcs_proxy, undisturb
 def test_lost_permission_ends_with_one_line_and_the_run_resumes_once_it_is_granted(gcs_proxy, undisturbed, capsys):
     line = end_and_resume(gcs_proxy, undisturbed, fault_proxy.forbidden, capsys, code=(2, 75))
     assert line.startswith("alignvlm: error: ") and "no access to the object" in line
+    assert "grant this account the right" in line
 
 
 @pytest.mark.large
