@@ -159,6 +159,7 @@ def _quiet_logs(debug: bool) -> None:
         os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
     for name in ("absl", "jax", "orbax", "grain", "etils", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # gcsfs logs every error that it raises, with its traceback.
-    for name in ("gcsfs", "fsspec", "s3fs", "aiobotocore", "botocore"):
+    # These log every error that they raise, with its traceback. asyncio logs those of each array that Orbax writes.
+    for name in ("gcsfs", "fsspec", "s3fs", "aiobotocore", "botocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)

@@ -75,8 +75,8 @@ def translate(error: BaseException, location: str = "") -> UserError | None:
     if status in (401, 403):
         if _RATE_LIMITS.search(text) or _bucket(location or _named_bucket(error)) in _used_buckets:
             return TemporaryError(
-                f"{where}the bucket refuses access for now ({text}). Run the same command again later; if that does not "
-                f"help, {_GRANT}"
+                f"{where}the bucket refuses access for now ({text}). Run the same command again later; if that does "
+                f"not help, {_GRANT}"
             )
         return UserError(f"{where}no permission ({text}). {_GRANT.capitalize()}")
     if status in _TEMPORARY_STATUS or (status is None and _is_temporary(error, text)):

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from alignvlm_jax import cli
+from tests import fault_proxy
 from tests.data.pages import pages
 from tests.parallel import processes
 from tests.training import test_preemption
@@ -30,20 +31,25 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.large
-def test_a_run_in_a_bucket_is_trained_scored_asked_and_exported_there(tmp_path, gcs_bucket, monkeypatch, capsys):
-    monkeypatch.setattr(test_preemption, "STEPS", 3)
-    config = test_preemption.write_config(tmp_path)
-    copy_folder(tmp_path / "documents", epath.Path(gcs_bucket) / "data" / "documents")
+def train(config: pathlib.Path, bucket: str, *options: str) -> subprocess.CompletedProcess:
+    """Runs `alignvlm train` in the folder of the config."""
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "PYTHONPATH": str(processes.ROOT),
     }
-    train = ["train", "--config", config, "--workdir", f"{gcs_bucket}/run", f"--config.data.root={gcs_bucket}/data"]
-    command = [sys.executable, "-m", "alignvlm_jax", *map(str, train)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    arguments = ["train", "--config", str(config), "--workdir", f"{bucket}/run", *options]
+    command = [sys.executable, "-m", "alignvlm_jax", *arguments]
+    return subprocess.run(command, env=environment, cwd=config.parent, capture_output=True, text=True)
+
+
+@pytest.mark.large
+def test_a_run_in_a_bucket_is_trained_scored_asked_and_exported_there(tmp_path, gcs_bucket, monkeypatch, capsys):
+    monkeypatch.setattr(test_preemption, "STEPS", 3)
+    config = test_preemption.write_config(tmp_path)
+    copy_folder(tmp_path / "documents", epath.Path(gcs_bucket) / "data" / "documents")
+    run = train(config, gcs_bucket, f"--config.data.root={gcs_bucket}/data")
     assert run.returncode == 0, run.stdout + run.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"config.py", "documents", "tokenizer"}, "nothing else on disk"
 
@@ -68,3 +74,26 @@ def test_a_run_in_a_bucket_is_trained_scored_asked_and_exported_there(tmp_path, 
     copy_folder(epath.Path(gcs_bucket) / "out" / "exported", tmp_path / "exported")
     exported = contents(tmp_path / "exported")
     assert "model.safetensors" in exported and exported == contents(tmp_path / "out" / "exported")
+
+
+@pytest.mark.large
+def test_a_permission_that_is_lost_in_a_save_is_one_line(tmp_path, gcs_proxy, monkeypatch):
+    monkeypatch.setattr(test_preemption, "STEPS", 6)
+    config = test_preemption.write_config(tmp_path)
+
+    def lose_permission(request):
+        if request.kind == "upload" and "/checkpoints/2/" in request.name:
+            gcs_proxy.fault = fault_proxy.forbidden
+        return None
+
+    gcs_proxy.fault = lose_permission
+    run = train(config, gcs_proxy.bucket, "--config.checkpoint.every_steps=1")
+    lines = [line for line in run.stderr.splitlines() if "google_auth_provider" not in line]
+    print("\n".join(lines))
+    assert run.returncode == 75 and "Traceback" not in run.stderr
+    assert lines[-1].startswith("alignvlm: error: ") and "grant this account the right" in lines[-1]
+    assert all(line.startswith(("alignvlm: error: ", "warning: ")) for line in lines)
+
+    gcs_proxy.fault = fault_proxy.no_fault
+    run = train(config, gcs_proxy.bucket, "--config.checkpoint.every_steps=1")
+    assert run.returncode == 0 and "trained 6 steps" in run.stdout
