@@ -10,8 +10,9 @@ start a server for the first test that needs it, make a bucket for each test, an
     google-cloud-storage             STORAGE_EMULATOR_HOST              yes     yes
     ArrayRecord                      CLOUD_STORAGE_EMULATOR_ENDPOINT    yes     no: it cannot write to gs:// at all
     s3fs, epath for s3://, boto3     AWS_ENDPOINT_URL                   yes     yes
-    s3fs, set before fsspec's import FSSPEC_S3_ENDPOINT_URL             yes     yes
     TensorStore, driver "s3"         none: "endpoint" of its spec       yes     yes
+
+fsspec reads FSSPEC_S3_ENDPOINT_URL only once, when it is imported, so the fixtures do not set it.
 
 fake-gcs-server honours `ifGenerationMatch` in multipart uploads, which are those of google-cloud-storage and of gcsfs's
 `pipe`. Unlike Google's servers, it ignores it in media uploads (TensorStore's), resumable uploads, deletions, copies
@@ -91,7 +92,6 @@ def s3_environment(url: str) -> dict[str, str]:
     """Returns the variables by which clients of S3 find the server, with credentials that it accepts."""
     return {
         "AWS_ENDPOINT_URL": url,
-        "FSSPEC_S3_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
