@@ -13,12 +13,14 @@ Exit codes:
 """
 
 import argparse
+import contextlib
 import gc
 import glob
 import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 import alignvlm_jax
@@ -76,7 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif is_alone and not _has_accelerator():
         restart_with_huge_pages()
     _quiet_logs(args.debug)
-    return run_program("alignvlm", lambda: _run(args, use_cache=is_alone), debug=args.debug)
+    code = run_program("alignvlm", lambda: _run(args, use_cache=is_alone), debug=args.debug)
+    if is_alone and code:
+        _exit_without_threads(code)
+    return code
+
+
+def _exit_without_threads(code: int) -> None:
+    """Ends the process if threads remain that Python would wait for."""
+    # After a save that failed, Orbax's threads wait for 10 minutes for signals that never come.
+    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def _run(args: argparse.Namespace, *, use_cache: bool) -> int | None:
@@ -162,4 +177,5 @@ def _quiet_logs(debug: bool) -> None:
     # These log every error that they raise, with its traceback. asyncio logs those of each array that Orbax writes.
     for name in ("gcsfs", "fsspec", "s3fs", "aiobotocore", "botocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    # All messages of Orbax start like this.
+    logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("[process="))

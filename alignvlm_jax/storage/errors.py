@@ -73,7 +73,7 @@ def translate(error: BaseException, location: str = "") -> UserError | None:
     status, text = _status(error), _text(error)
     where = f"{location}: " if location else ""
     if status in (401, 403):
-        if _RATE_LIMITS.search(text) or _bucket(location or _named_bucket(error)) in _used_buckets:
+        if _RATE_LIMITS.search(text) or (_bucket(location) or _named_bucket(error)) in _used_buckets:
             return TemporaryError(
                 f"{where}the bucket refuses access for now ({text}). Run the same command again later; if that does "
                 f"not help, {_GRANT}"
@@ -99,9 +99,10 @@ def _is_of_a_bucket(error: BaseException) -> bool:
 
 
 def _named_bucket(error: BaseException) -> str:
-    """Returns the URL in an error's message, or "" if it has none."""
-    match = re.search(r"\b(gs|s3)://[^/\s]+", str(error))
-    return match[0] if match else ""
+    """Returns the bucket that an error's message names, or "" if it names none."""
+    # gcsfs: "Forbidden: b/BUCKET/o/OBJECT".
+    match = re.search(r"(?:\b(?:gs|s3)://|: b/)([^/\s]+)", str(error))
+    return match[1] if match else ""
 
 
 def _bucket(location: str) -> str:

@@ -10,6 +10,7 @@ from s3fs.errors import translate_boto_error
 
 from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.errors import TemporaryError, UserError
+from alignvlm_jax.storage import errors
 from alignvlm_jax.storage.errors import mark_as_used, translate, translated_errors
 
 
@@ -65,10 +66,12 @@ def test_a_permission_that_was_lost_during_a_run_may_come_back():
     mark_as_used("s3://bucket-c/run")
     for error in PERMANENT[:4]:
         assert isinstance(translate(error, "s3://bucket-c/run/checkpoints"), TemporaryError)
-    # TensorStore's errors name the bucket.
-    assert type(translate(PERMANENT[3])) is UserError
+    # The errors of TensorStore and gcsfs name the bucket.
+    named = [PERMANENT[3], OSError("Forbidden: b/bucket-b/o/x\nno access")]
+    assert [type(translate(error, "gs://bucket-d")) for error in named] == [UserError] * 2
     mark_as_used("gs://bucket-b/run")
-    assert isinstance(translate(PERMANENT[3]), TemporaryError)
+    assert isinstance(translate(named[0]), TemporaryError)
+    assert errors._named_bucket(named[1]) == "bucket-b"
 
 
 def test_other_errors_stay_as_they_are():
