@@ -18,6 +18,8 @@ from alignvlm_jax.evaluation.benchmarks.predictions import Predictions
 from alignvlm_jax.evaluation.benchmarks.question import Question
 from alignvlm_jax.evaluation.benchmarks.reading import read_questions
 from alignvlm_jax.evaluation.benchmarks.table import BENCHMARKS, find_benchmarks
+from alignvlm_jax.locations import open_location
+from alignvlm_jax.storage.clients import file_system
 from tests.evaluation.benchmarks import slow_run
 from tests.evaluation.benchmarks.drawn import write_docdownstream
 from tests.evaluation.benchmarks.stub import StubReader, evaluate, write_image, write_json
@@ -153,7 +155,7 @@ def test_every_row_of_the_table_can_be_asked(tmp_path):
             evaluate(benchmark.name, tmp_path, lambda text: "")
 
 
-def test_the_shipped_model_reads_generated_pages(tmp_path, capsys):
+def test_the_shipped_model_reads_generated_pages(tmp_path, capsys, gcs_bucket, monkeypatch):
     write_docdownstream(tmp_path / "data", tmp_path, pages=8)
     command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa,chartqa", "--data", str(tmp_path / "data")]
     assert cli.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
@@ -174,6 +176,19 @@ def test_the_shipped_model_reads_generated_pages(tmp_path, capsys):
     assert cli.main([*two_views, "--json", str(tmp_path / "views.json")]) == 0
     figures = json.loads((tmp_path / "views.json").read_text())
     assert figures["views"] == 2 and figures["benchmarks"][0]["score"] > 30
+
+    # The same in a bucket, where the second run finds all answers.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file_system(gcs_bucket).put(f"{tmp_path}/data/", f"{gcs_bucket}/data/", recursive=True)
+    command = ["eval", "--checkpoint", "nano", "--benchmark", "docvqa", "--data", f"{gcs_bucket}/data", "--limit", "2"]
+    answers = open_location(gcs_bucket) / "scores.predictions.jsonl"
+    assert cli.main([*command, "--json", f"{gcs_bucket}/scores.json"]) == 0
+    assert answers.read_bytes().splitlines()[1:] == [line.encode() for line in lines[1:3]]
+    monkeypatch.setattr("alignvlm_jax.evaluation.benchmarks.runner.load", None)
+    assert cli.main([*command, "--json", f"{gcs_bucket}/scores.json"]) == 0
+    assert json.loads((open_location(gcs_bucket) / "scores.json").read_bytes())["predictions"] == str(answers)
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_the_docs_name_every_benchmark():
