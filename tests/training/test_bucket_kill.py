@@ -104,3 +104,9 @@ def test_a_run_on_s3_killed_in_the_middle_of_requests_ends_with_the_same_weights
 @pytest.mark.large
 def test_two_processes_on_gcs_killed_in_the_middle_of_requests_end_with_the_same_weights(tmp_path, gcs_proxy):
     kill_in_bucket(tmp_path, gcs_proxy, kills=4, num_processes=2)
+
+
+@pytest.mark.large
+def test_two_processes_on_s3_that_are_killed_share_the_disk_that_steps_are_staged_on(tmp_path, s3_proxy, monkeypatch):
+    monkeypatch.setenv("ALIGNVLM_STAGING", str(tmp_path / "staging"))
+    kill_in_bucket(tmp_path, s3_proxy, kills=2, num_processes=2)
