@@ -95,7 +95,8 @@ def _is_of_a_bucket(error: BaseException) -> bool:
     """Returns whether a library that reaches buckets raised an error, as its traceback or its message tells."""
     frames = (frame for link in _chain(error) for frame, _ in traceback.walk_tb(link.__traceback__))
     names = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames}
-    return bool(names & {"gcsfs", "s3fs"}) or re.search(r"\b(gs|s3)://", str(error)) is not None
+    is_from_google = any(_is_from(link, ("google.api_core", "google.cloud.storage")) for link in _chain(error))
+    return is_from_google or bool(names & {"gcsfs", "s3fs"}) or re.search(r"\b(gs|s3)://", str(error)) is not None
 
 
 def _named_bucket(error: BaseException) -> str:

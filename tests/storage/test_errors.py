@@ -83,6 +83,12 @@ def test_other_errors_stay_as_they_are():
         raise FileNotFoundError("gs://bucket/x")
 
 
+def test_an_outage_that_outlasts_the_retries_of_google_cloud_storage_passes():
+    error = google.api_core.exceptions.RetryError("Timeout of 30.0s exceeded", cause=None)
+    error.__cause__ = google.api_core.exceptions.ServiceUnavailable("backend error")
+    assert isinstance(translate(error), TemporaryError)
+
+
 def test_a_command_ends_with_one_line(capsys):
     """An error that no code expected, where the command ends."""
 
