@@ -1,10 +1,12 @@
 """A run in a bucket resumes, keeps the configured steps, and falls back past a damaged one."""
 
+import pytest
 from etils import epath
 
 from tests.training.test_bucket_faults import steps_of, train
 
 
+@pytest.mark.large
 def test_a_run_in_a_bucket_resumes_past_a_damaged_object(gcs_bucket, capsys):
     workdir, losses, resumed = f"{gcs_bucket}/run", {}, {}
     assert train(workdir, losses, steps=3) == 0
