@@ -30,16 +30,18 @@ VLLM_STAMP := $(VLLM)/.installed-$(VLLM_VERSION)
 CUDA_COMPILER := build/cuda-compiler
 CUDA_STAMP := $(CUDA_COMPILER)/.installed
 
+# Python must keep the modules that it has compiled: the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install test test-large test-vllm test-cuda test-tpu demo backbones dist docs lint clean
 
 install: $(STAMP)
 
-# A stamp is newer than setup.py only if .venv holds what setup.py asks for. compileall compiles on all cores, pip on
-# one. Some packages hold templates that are not Python, at which compileall fails and pip does not.
+# A stamp is newer than setup.py only if .venv holds what setup.py asks for. Python compiles the modules that are imported,
+# which is a small part of what pip would compile.
 $(STAMP): setup.py
 	$(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >$(VENV)/compileall.log 2>&1
 	touch $(STAMP)
 
 $(DOCS_STAMP): setup.py
