@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from alignvlm_jax.data.examples import ExampleReader, locate_example
 from alignvlm_jax.data.packing import Batch, Example, Refused, empty_batch, write_bin
 from alignvlm_jax.data.window import MeasuredExample, Window
-from alignvlm_jax.data.workers import SignalBlockingContext, can_start_workers, exit_with_parent
+from alignvlm_jax.data.workers import SignalBlockingContext, can_start_workers, exit_with_parent, watch_workers
 from alignvlm_jax.errors import UserError
 
 RowStates = Mapping[str, Any]
@@ -78,9 +78,11 @@ class Pool:
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 workers, SignalBlockingContext(), initializer=_init_worker, initargs=(reader,)
             )
+            self._stop_watching = watch_workers(self._executor)
             self._submit = self._executor.submit
         else:
             self._executor = concurrent.futures.ThreadPoolExecutor(threads, "read")
+            self._stop_watching = lambda: None
             self._submit = lambda function, items: self._executor.submit(function, items, reader)
 
     def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[MeasuredExample | Refused]]":
@@ -93,6 +95,7 @@ class Pool:
 
     def close(self) -> None:
         """Stops the threads or processes; tasks that have not started are dropped."""
+        self._stop_watching()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 

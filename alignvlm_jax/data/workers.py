@@ -41,6 +41,7 @@ def run_tasks(
     # "spawn", because a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=exit_with_parent)
+    stop_watching = watch_workers(pool)
     remaining, running = iter(tasks), {}
     try:
         # Keep two tasks per process submitted, so that no process waits while results are consumed.
@@ -57,7 +58,46 @@ def run_tasks(
     except concurrent.futures.process.BrokenProcessPool as error:
         raise WorkerDied(list(running.values())) from error
     finally:
+        stop_watching()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_POLL_SECONDS, _GRACE_SECONDS = 1.0, 2.0
+
+
+def watch_workers(executor: concurrent.futures.ProcessPoolExecutor) -> Callable[[], None]:
+    """Breaks an executor if one of its processes was killed while it sent a result.
+
+    Python notices every other death by itself. But it waits forever for the rest of a result, because other processes
+    keep the pipe open.
+
+    Args:
+      executor: the executor, of any state.
+
+    Returns:
+      A function that ends the watch. Call it before the executor is shut down.
+    """
+    stopped = threading.Event()
+
+    def watch():
+        while not stopped.wait(_POLL_SECONDS):
+            processes = list((executor._processes or {}).values())
+            if any(process.exitcode is not None for process in processes) and not stopped.wait(_GRACE_SECONDS):
+                if not executor._broken:
+                    # The end of the pipe ends the wait: no process may have it open for writing.
+                    for process in processes:
+                        process.kill()
+                    executor._result_queue._writer.close()
+                return
+
+    thread = threading.Thread(target=watch, name="watch workers", daemon=True)
+    thread.start()
+
+    def stop():
+        stopped.set()
+        thread.join()
+
+    return stop
 
 
 def can_start_workers(alternative: str) -> bool:

@@ -1,10 +1,14 @@
 """Tasks in processes: each is done once, and errors and killed processes are reported."""
 
 import functools
+import os
 import signal
+import struct
+import sys
 
 import pytest
 
+from alignvlm_jax.data import workers
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
 
 
@@ -25,6 +29,22 @@ def test_killed_process_ends_the_run_and_names_its_tasks():
     with pytest.raises(WorkerDied) as error:
         list(run_tasks(signal.raise_signal, [signal.SIGKILL] * 9, 2))
     assert 1 <= len(error.value.tasks) <= 4
+
+
+def die_while_sending(_):
+    """Sends the length of a result, and dies."""
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        frame = frame.f_back
+    os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_while_it_sends_a_result_ends_the_run(monkeypatch):
+    monkeypatch.setattr(workers, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "_GRACE_SECONDS", 0.1)
+    with pytest.raises(WorkerDied):
+        list(run_tasks(die_while_sending, range(9), 2))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), PermissionError(13, "denied")])
