@@ -23,6 +23,9 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="libtpu is only avail
 
 FAST = ("--optimization-level", "O0")
 TWO_LAYERS = (
+    # Random weights may have other sizes than those of the named model.
+    "--config.backbones.vision=random:siglip-so400m-patch14-384",
+    "--config.backbones.language=random:llama-3.1-8b",
     "--config.model.language.num_layers=2",
     "--config.model.vision.num_layers=2",
     "--config.data.packing.tokens_per_bin=1024",
