@@ -35,7 +35,6 @@ class RemoteFiles:
       commit: the commit that the revision stands for.
       sizes: size of each file in bytes, by its path; 0 if only the cache is known.
       license: its license by its card; None if unknown.
-      is_gated: whether its terms have to be accepted.
       reason: why the Hub is not used; None if it answered.
     """
 
@@ -43,7 +42,6 @@ class RemoteFiles:
     commit: str
     sizes: Mapping[str, int]
     license: str | None = None
-    is_gated: bool = False
     reason: str | None = None
 
     @property
@@ -93,7 +91,6 @@ def list_files(hub_id: HubId) -> RemoteFiles:
         info.sha,
         {file.rfilename: file.size or 0 for file in info.siblings},
         _license(info.card_data),
-        bool(info.gated),
     )
 
 

@@ -29,30 +29,30 @@ class AnswerMetric:
 
     Attributes:
       title: title of its column.
-      of_answer: score from 0 to 1 of one answer, given the predicted and the expected text.
-      of_answers: score of many answers.
+      score_one: score from 0 to 1 of one answer, given the predicted and the expected text.
+      score_many: score of many answers.
     """
 
     title: str
-    of_answer: Callable[[str, str], float]
-    of_answers: Callable[[str, Sequence[Answer]], Score]
+    score_one: Callable[[str, str], float]
+    score_many: Callable[[str, Sequence[Answer]], Score]
 
     def score_of(self, answer: Answer) -> float:
         """Returns the score of one answer."""
-        return self.of_answer(answer.predicted.strip(), answer.expected.strip())
+        return self.score_one(answer.predicted.strip(), answer.expected.strip())
 
     def score(self, answers: Sequence[Answer]) -> Score:
         """Returns the score of many answers."""
-        return self.of_answers(self.title, answers)
+        return self.score_many(self.title, answers)
 
 
-def _mean_of(title: str, of_answer: Callable[[str, str], float]) -> AnswerMetric:
+def _mean_of(title: str, score_one: Callable[[str, str], float]) -> AnswerMetric:
     """Returns a metric whose score is the mean over the answers."""
 
-    def of_answers(name: str, answers: Sequence[Answer]) -> Score:
-        return mean(name, [of_answer(answer.predicted.strip(), answer.expected.strip()) for answer in answers])
+    def score_many(name: str, answers: Sequence[Answer]) -> Score:
+        return mean(name, [score_one(answer.predicted.strip(), answer.expected.strip()) for answer in answers])
 
-    return AnswerMetric(title, of_answer, of_answers)
+    return AnswerMetric(title, score_one, score_many)
 
 
 def _exact(predicted: str, expected: str) -> float:

@@ -3,6 +3,7 @@
 The two kinds of storage have different ways to write a lease: `lease_file.py` and `lease_object.py`.
 """
 
+import abc
 import contextlib
 import itertools
 import os
@@ -22,7 +23,7 @@ TOLERANCE_SECONDS = 5.0
 COUNT_DIGITS = 12
 
 
-class RenewedLease:
+class RenewedLease(abc.ABC):
     """A lease that this process holds and renews. A subclass takes it, and writes it."""
 
     def __init__(self, place: Place, holder: Holder | None, clock: Callable[[], float]):
@@ -83,21 +84,21 @@ class RenewedLease:
         """Renews the lease from a thread, until it is released or lost."""
         threading.Thread(target=self._keep_renewing, name="lease", daemon=True).start()
 
+    @abc.abstractmethod
     def name(self) -> str:
         """Returns the name of the lease for messages."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write_renewal(self, count: int) -> bool:
         """Writes a count to the lease; returns False if it is no longer held."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self) -> LeaseLostError:
         """Returns the error of a lease that is no longer held."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delete(self) -> None:
         """Deletes the lease, if it is still held."""
-        raise NotImplementedError
 
     def _keep_renewing(self) -> None:
         while not self._stopped.wait(RENEW_SECONDS):

@@ -59,11 +59,11 @@ def test_a_dead_holder_refuses_for_at_most_60_seconds(any_place, capsys):
     with pytest.raises(LeaseLostError, match="another run took over its lease: host b, pid 7"):
         dead.check()
     lease.check()
-    # The end of the dead one, if it was only asleep, does not free the any_place.
+    # The end of the dead one, if it was only asleep, does not free the place.
     dead.release()
     with pytest.raises(InUseError, match="host b"):
         take(any_place, "c")
-    # A any_place that is released while somebody waits is free.
+    # A place that is released while somebody waits is free.
     clock = Clock(lambda now: lease.release())
     take(any_place, "c", clock, is_old=True).release()
     assert clock.now == 1005 and not list_objects(any_place.folder)

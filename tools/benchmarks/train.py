@@ -34,11 +34,10 @@ from alignvlm_jax.config import load_config
 from alignvlm_jax.config.optimizer import OptimizerConfig
 from alignvlm_jax.config.stages import LearningRates, StageConfig
 from alignvlm_jax.data.packing import Batch, Example, PackingConfig, empty_batch, write_bin
-from alignvlm_jax.interop import export, tables
+from alignvlm_jax.interop import export, published, tables
 from alignvlm_jax.interop.pytorch import REMOTE_CODE_FILES, remote_code
 from alignvlm_jax.interop.tensor_writer import write_parameters
 from alignvlm_jax.models.alignvlm import PARTS, AlignVLMConfig, random_parameters, tokens_per_tile
-from alignvlm_jax.models.language import LanguageConfig
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import train_step
@@ -55,16 +54,7 @@ _Turn = tuple[float, float, float]
 """Loss of the last step, seconds of all steps, and seconds of the processors."""
 
 # The decoder of SmolLM2-135M. Its encoder is nano's.
-SMOLLM2 = LanguageConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    rope_theta=100000.0,
-    max_position_embeddings=8192,
-)
+SMOLLM2 = published.find("language", "smollm2-135m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ _VALIDATION_AND_TEST = {"val": "validation", "test": "test"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a benchmark is published.
+    """The place where a benchmark is published.
 
     Attributes:
       repository: name of the data set on the Hub.

@@ -65,7 +65,7 @@ class BucketEvents:
 
 
 class _Factory:
-    """What tensorboardX calls for the files of a scheme."""
+    """The functions that tensorboardX calls for the files of a URL scheme."""
 
     @staticmethod
     def directory_check(path: str) -> None:

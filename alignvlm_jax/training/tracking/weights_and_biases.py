@@ -12,7 +12,7 @@ from alignvlm_jax.locations import is_local
 from alignvlm_jax.training.tracking.tracker import RunInfo, ShownAnswer, Tracker
 
 _SECONDS = 60
-"""How long to wait for the network at the start and at the end of a run, and for a person to log in."""
+"""Longest wait for the network, at the start and at the end of a run, and for a login."""
 
 
 class WeightsAndBiases(Tracker):
