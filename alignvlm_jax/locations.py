@@ -30,6 +30,7 @@ import pathlib
 import re
 import typing
 import urllib.parse
+from collections.abc import Mapping
 
 from alignvlm_jax.errors import UserError
 
@@ -131,6 +132,13 @@ def open_location(text: str | os.PathLike[str]) -> epath.Path:
 def join(root: str | os.PathLike[str], name: str) -> epath.Path:
     """Returns the path of a location that is relative to a folder, or in another place: `root / name` of a path."""
     return open_location(name) if is_bucket(name) else open_location(root) / name
+
+
+def user_cache_folder(environ: Mapping[str, str] = os.environ) -> pathlib.Path:
+    """Returns the folder of this package in the user's cache, after the XDG base directory specification."""
+    root = pathlib.Path(environ.get("XDG_CACHE_HOME") or "")
+    # The specification says to ignore relative paths.
+    return (root if root.is_absolute() else pathlib.Path(os.path.expanduser("~/.cache"))) / "alignvlm"
 
 
 def absolute(path: epath.Path | pathlib.Path) -> epath.Path:

@@ -38,7 +38,7 @@ def get_config(
     config = ConfigDict(dict(init_from=init_from, log_every_steps=10))
     # The least recomputation that fits in memory.
     config.model = ConfigDict(dict(vision=dict(remat="auto"), language=dict(remat="auto")))
-    # Bins are dealt out to the devices, so 8 of them suit 1, 2, 4 and 8 devices.
+    # Bins are divided among the devices, so 8 of them suit 1, 2, 4 and 8 devices.
     config.data = ConfigDict(dict(root=root or slash or ".", packing=dict(bins_per_microbatch=8)))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.checkpoint = ConfigDict(dict(every_steps=max(1, steps // 5), keep=2))

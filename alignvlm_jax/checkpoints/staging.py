@@ -1,4 +1,4 @@
-"""Writes a step to S3 by way of a local disk, because Orbax writes to disks and to GCS only.
+"""Writes a step to S3 through a local disk, because Orbax writes to disks and to GCS only.
 
 Orbax writes the step to a folder on the disk. Every process then uploads the files that it wrote, several at a time,
 and deletes them. The disk must hold one checkpoint. The digests that make a step count are written after all uploads.
@@ -28,7 +28,7 @@ _ONE_PART = 2**30  # a file of this size or less is one part, whose ETag is its 
 
 
 def is_staged(step: Path) -> bool:
-    """Returns whether a step is written by way of a local disk."""
+    """Returns whether a step is written through a local disk."""
     return str(step).startswith("s3://")
 
 

@@ -1,7 +1,7 @@
 """Checks that the objects of a step arrived in their bucket as a whole, before the step is sealed.
 
-The store's checksums describe what arrived. An object that was cut short on its way is recorded as it is, and noticed
-only when it is read: by TensorStore, or as JSON that ends too early. Therefore the index of each tree is read: a
+The store's checksums describe what arrived. An object that was truncated during the upload is recorded with its wrong
+size, and noticed only when TensorStore or a JSON parser reads it. Therefore the index of each tree is read: a
 manifest and the nodes of a B-tree. They name the file, the offset and the length of every chunk. No file may be shorter
 than the index says. Arrays are not read.
 """

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from alignvlm_jax.inference.answers import warn_about
     from alignvlm_jax.inference.prompts import check_question
 
-    # Errors in the question or the image are reported before the model is loaded, which takes long.
+    # Errors in the question or the image are reported before the model is loaded, which is slow.
     question = check_question(args.question)
     answer, notes = _answer(args, images.open_image(args.image), question)
     for note in notes:

@@ -15,7 +15,7 @@ Only the `alignvlm` command turns the cache on, never code that imports the libr
 - the kind of CPU is not known (no /proc/cpuinfo).
 
 A folder that cannot be written, or that other users can write, turns the cache off with one line, before or during the
-work. Whoever can write the folder can run code in this process.
+work. Anyone who can write to the folder can run code in this process.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from alignvlm_jax.locations import local_path
+from alignvlm_jax.locations import local_path, user_cache_folder
 from alignvlm_jax.parallel.launchers import is_multi_host, unjoined_rank
 
 SWITCH = "ALIGNVLM_CACHE"
@@ -83,7 +83,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path | None:
     kind = kind_of_cpu(environ)
     if kind is None:
         return None
-    return (Path(local_path(switch)) if switch else _user_cache(environ) / "alignvlm").absolute() / f"jax-{kind}"
+    return (Path(local_path(switch)) if switch else user_cache_folder(environ)).absolute() / f"jax-{kind}"
 
 
 def kind_of_cpu(environ: Mapping[str, str]) -> str | None:
@@ -98,13 +98,6 @@ def kind_of_cpu(environ: Mapping[str, str]) -> str | None:
     # XLA divides work by the number of threads, for which NPROC stands.
     facts |= {"machine": platform.machine(), "threads": environ.get("NPROC") or len(os.sched_getaffinity(0))}
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
-
-
-def _user_cache(environ: Mapping[str, str]) -> Path:
-    """Returns the user's cache folder, after the XDG base directory specification."""
-    folder = Path(environ.get("XDG_CACHE_HOME") or "")
-    # The specification says to ignore relative paths.
-    return folder if folder.is_absolute() else Path(os.path.expanduser("~/.cache"))
 
 
 def _check_owner(folder: Path) -> None:

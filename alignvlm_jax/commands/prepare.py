@@ -72,7 +72,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--allow-partial",
         action="store_true",
-        help="convert input of which shards (-of-00002) are missing or there twice; the data set's metadata say so",
+        help="convert input with missing or repeated shards (-of-00002); the data set's metadata says so",
     )
     command.add_argument(
         "--max-pixels",

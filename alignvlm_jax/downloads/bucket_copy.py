@@ -23,6 +23,7 @@ import filelock
 
 from alignvlm_jax.downloads import hub_models
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.locations import user_cache_folder
 from alignvlm_jax.output_files import write_atomically
 from alignvlm_jax.progress import progress_bar
 from alignvlm_jax.storage.clients import file_system
@@ -46,7 +47,7 @@ def local_copy(url: str | os.PathLike[str], select: Callable[[Collection[str]], 
       UserError: if there is no such folder, it cannot be read, or the disk has too little space.
     """
     url = os.fspath(url)
-    # Copies of folders in each other are apart.
+    # The hash separates folders of the same name, and a folder from one inside it.
     folder = cache_folder() / f"{Path(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
     objects = _list(url)
     with _locked(folder, url):
@@ -73,9 +74,7 @@ def model_folder(url: str | os.PathLike[str], *, with_weights: bool = True) -> P
 
 def cache_folder() -> Path:
     """Returns the folder of all copies."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    # The specification of this variable says to ignore relative paths.
-    return (root if root.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "alignvlm" / "buckets"
+    return user_cache_folder() / "buckets"
 
 
 def _list(url: str) -> dict[str, StoredObject]:
