@@ -1,7 +1,7 @@
 """Writes a folder that is either complete or does not appear at all.
 
 On a disk, a scratch folder is renamed at the end. A bucket cannot rename: there the files are written in place, and an
-object `.unfinished` is with them until all are there. A run that is killed leaves it, and the next one starts anew.
+object `.unfinished` is with them until all are there. A run that is killed leaves it, and the next one starts over.
 """
 
 import contextlib

@@ -17,7 +17,7 @@ from alignvlm_jax.locations import is_bucket, location
 
 
 def hub_id_of(name: str | os.PathLike) -> HubId | None:
-    """Returns the model on the Hub that a name stands for; None if it stands for a folder, which goes first.
+    """Returns the model on the Hub that a name stands for; None if it stands for a folder, which takes precedence.
 
     `hf://ORGANIZATION/NAME` always stands for the Hub.
 
