@@ -25,10 +25,22 @@ import yaml
 
 from alignvlm_jax import cli
 from alignvlm_jax.config import load_config
+from alignvlm_jax.downloads import bucket_copy
+from alignvlm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch"
 SCRIPTS = ["tpu_pod.sh", "tpu_worker.sh", "gpu_cluster.sbatch"]
+
+
+@pytest.fixture(autouse=True)
+def no_bucket(monkeypatch):
+    """The buckets of the examples do not exist, and looking for them takes a minute."""
+
+    def fail(*args):
+        raise UserError("no such bucket")
+
+    monkeypatch.setattr(bucket_copy, "local_copy", fail)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
