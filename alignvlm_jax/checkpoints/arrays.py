@@ -11,9 +11,11 @@ Orbax restores damaged files as wrong numbers, without an error. The digests of 
 verified before anything is read here.
 """
 
+import contextlib
 import errno
 import json
 import os
+import threading
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ from alignvlm_jax.locations import absolute, is_bucket
 from alignvlm_jax.storage.errors import translate, translated_errors
 
 _CHUNK_BYTES = 128 * 2**20
+_THREAD_TIMEOUT = 60  # seconds; the threads of a failed write need much less to fail as well
 # Errors of the disk and its folders: a save that fails with one may succeed later, or elsewhere.
 _STORAGE_ERRORS = (
     errno.ENOSPC,
@@ -94,7 +97,13 @@ class StepStore:
         return self._orbax.restore(step, args=args)
 
     def reset(self) -> None:
-        """Makes the store usable again after a failed write."""
+        """Makes the store usable again after a failed write, once nothing of that write is still running."""
+        # Orbax reports the first error while its other threads still write, for instance into a folder that the caller
+        # is about to delete.
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax."):
+                with contextlib.suppress(Exception):  # its `join` raises the error of the thread
+                    thread.join(_THREAD_TIMEOUT)
         # Orbax keeps the errors of its threads, and would raise them again at the next save.
         self._orbax = _make_orbax()
 
