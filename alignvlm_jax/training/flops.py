@@ -16,6 +16,9 @@ Forward:
                 per segment   layers · 4 Hh n(n+1)/2                 causal: of n² pairs only those that see each other
     loss        per answer    2DV                                    only where a token is to be predicted
 
+The branches of a tree (`docs/trees.md`) share the tokens of their page. A branch of b tokens after a page of n sees the
+keys of the page and its own: b n + b(b+1)/2 pairs. The sum over all tokens of position + 1 counts both kinds of pairs.
+
 In the backward pass, a product costs its forward FLOPs once more for each factor that needs a gradient
 (`models/flop_counts.py`). In total, a trained part costs three times its forward pass, a frozen encoder once, and a
 frozen decoder after a trained connector twice (its attention three times).
@@ -62,7 +65,8 @@ def train_flops(
       tiles: number of real tiles, without padding.
       tokens: number of real positions, of text and of visual tokens.
       answer_tokens: number of positions with a loss.
-      squared_lengths: sum over segments (examples) of the square of their length.
+      squared_lengths: sum of 2 * position + 1 over the tokens. For a segment without branches, this is the square of
+        its length.
     """
     trained = TrainedParts("vision" in trainable, "connector" in trainable, "language" in trainable)
     count_connector = connector_spec(config.connector).flops
@@ -71,7 +75,7 @@ def train_flops(
     return ModelFlops(
         encoder=tiles * _encoder(config.vision, trained),
         connector=tiles * count_connector(config.connector, connector_shape(config), trained),
-        # A causal segment of length n has n (n + 1) / 2 = (n² + n) / 2 pairs of a query and a key that it attends to.
+        # A token at position p attends to p + 1 keys: half of (2 p + 1) + 1.
         decoder=_decoder(config.language, trained, tokens, pairs=(squared_lengths + tokens) / 2),
         loss=answer_tokens * product_flops(head, weights=trained.language, inputs=trained.any),
     )

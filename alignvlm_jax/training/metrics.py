@@ -24,8 +24,8 @@ from alignvlm_jax.training.train_step import Metrics
 
 # Treatment of a metric in a summary of several steps. Metrics that are not listed are averaged.
 _SUMMED = ("refused", "cut", "skipped")
-_NOT_SHOWN = ("weight", "answers", "squared_lengths", "data_seconds")  # only inputs of other metrics
-_PER_SECOND = ("tokens", "tiles", "examples")  # shown as speeds
+_NOT_SHOWN = ("weight", "answer_tokens", "squared_lengths", "data_seconds")  # only inputs of other metrics
+_PER_SECOND = ("tokens", "tiles", "examples", "answers")  # shown as speeds
 _PER_CHIP = ("tokens", "tiles")  # shown as speeds per chip, too
 _MIN_SHOWN_WAIT = 0.03  # shares of time spent waiting below this are not printed
 
@@ -58,7 +58,7 @@ def step_flops(model: AlignVLMConfig, stage: StageConfig) -> Callable[[Mapping[s
             stage.trainable,
             tiles=float(step["tiles"]),
             tokens=float(step["tokens"]),
-            answer_tokens=float(step["answers"]),
+            answer_tokens=float(step["answer_tokens"]),
             squared_lengths=float(step["squared_lengths"]),
         ).total
 
@@ -150,7 +150,7 @@ def speeds(
     machine: Machine,
     flops: Callable[[Mapping[str, float]], float] | None = None,
 ) -> dict[str, float]:
-    """Returns steps, tokens, tiles, examples and FLOPs per second (NaN if no step was timed), and `data_wait`.
+    """Returns steps, tokens, tiles, examples, answers and FLOPs per second (NaN if no step was timed), and `data_wait`.
 
     `data_wait` is the share of the time that the loop waited for a batch.
     """
@@ -173,8 +173,8 @@ def speeds(
 def format_line(step: int, stage: str, summary: dict[str, float], steps_left: int = 0) -> str:
     """Formats the summary as one line for the terminal (here in two).
 
-        step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 5.21 tiles/s a chip | 83.1 TFLOP/s a chip,
-        MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04 | 1:02:10 left
+        step 120 captions | loss 0.4120 | grad norm 0.83 | 41,680 tokens/s | 42.5 answers/s | 5.21 tiles/s a chip |
+        83.1 TFLOP/s a chip, MFU 42.2 % | bins 84 % full | words per patch 3.1 | lr 9.1e-04 | 1:02:10 left
 
     On a chip without a known peak there is no MFU. The time left assumes that the remaining steps of all stages take as
     long as those of the summary.
@@ -184,6 +184,8 @@ def format_line(step: int, stage: str, summary: dict[str, float], steps_left: in
     pieces = [f"step {step} {stage}", f"loss {summary['loss']:.4f}", f"grad norm {summary['grad_norm']:.2f}"]
     if not math.isnan(summary["tokens_per_second"]):
         pieces.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+        if "answers_per_second" in summary:
+            pieces.append(f"{summary['answers_per_second']:,.3g} answers/s")
         if "tiles_per_second_per_chip" in summary:
             pieces.append(f"{summary['tiles_per_second_per_chip']:.3g} tiles/s a chip")
         if "tflops_per_second_per_chip" in summary:

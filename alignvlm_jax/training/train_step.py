@@ -188,7 +188,7 @@ def make_train_step(
         metrics = {
             "loss": sums["loss"] / weight,
             "weight": sums["weight"],
-            "answers": sums["answers"],
+            "answer_tokens": sums["answer_tokens"],
             "grad_norm": grad_norm,
             "skipped": 1.0 - is_finite.astype(jnp.float32),
             "tokens": sums["tokens"],
@@ -215,7 +215,7 @@ def _microbatch_sums(output: AlignVLMLoss, microbatch: Batch) -> Metrics:
     sums = {
         "loss": output.loss,
         "weight": output.weight,
-        "answers": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
+        "answer_tokens": jnp.sum(microbatch["loss_weights"] > 0).astype(jnp.float32),
         "tokens": jnp.sum(is_real).astype(jnp.float32),
         "squared_lengths": jnp.sum(squares),
         "positions": jnp.float32(microbatch["segment_ids"].size),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 from tqdm import tqdm
 
 from alignvlm_jax.checkpoints.checkpointer import Checkpointer
@@ -400,9 +400,17 @@ class Trainer:
 
 
 def _batch_counts(batch: Batch, rows: Bool[np.ndarray, " b"]) -> dict[str, float]:
-    """Returns the numbers of examples that the data pipeline packed, truncated and refused in these rows."""
+    """Returns the number of answers in these rows, and of examples that were packed, truncated and refused."""
     names = {"examples": "num_examples", "cut": "num_cut", "refused": "num_refused"}
-    return {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
+    counts = {name: float(batch[field][:, rows].sum()) for name, field in names.items() if field in batch}
+    return counts | {"answers": float(_count_answers(batch["loss_weights"][:, rows]))}
+
+
+def _count_answers(loss_weights: Float32[np.ndarray, "K b L"]) -> int:
+    """Returns the number of answers: of runs of targets with weight. The end of an answer is followed by none."""
+    is_learned = loss_weights > 0
+    is_first = is_learned[..., 1:] & ~is_learned[..., :-1]
+    return np.count_nonzero(is_first) + np.count_nonzero(is_learned[..., 0])
 
 
 def _example_names(batch: Batch, batches: BatchIterator) -> list[str]:

@@ -52,6 +52,14 @@ def test_speeds_are_sums_over_time():
     assert math.isnan(metrics.speeds([], 2.0, CPU)["tokens_per_second"])
 
 
+def test_answers_are_shown_as_a_speed():
+    steps = [{**step, "answers": 6.0} for step in STEPS]
+    summary = metrics.averages(steps) | metrics.speeds(steps, 8.0, CPU)
+    assert summary["answers_per_second"] == 1.5 and "answers" not in summary
+    line = metrics.format_line(7, "a", {**summary, "token_fraction": 0.5})
+    assert "50 tokens/s | 1.5 answers/s | 0.25 tiles/s a chip" in line
+
+
 def test_mfu_is_the_models_flops_relative_to_the_peak():
     pod = metrics.Machine(num_chips=4, chip=TPU_V5E)
     summary = metrics.speeds(STEPS, 2.0, pod, lambda step: 1e15 * step["tiles"])
@@ -64,7 +72,7 @@ def test_mfu_is_the_models_flops_relative_to_the_peak():
 
 def test_the_flops_of_a_step_come_from_its_metrics():
     stage_3 = stage(trainable=("connector", "language"))
-    step = {"tiles": 3.0, "tokens": 60.0, "answers": 7.0, "squared_lengths": 1300.0}
+    step = {"tiles": 3.0, "tokens": 60.0, "answer_tokens": 7.0, "squared_lengths": 1300.0}
     expected = train_flops(MODEL, stage_3.trainable, tiles=3, tokens=60, answer_tokens=7, squared_lengths=1300)
     assert metrics.step_flops(MODEL, stage_3)(step) == expected.total > 0
 

@@ -83,7 +83,7 @@ def test_the_step_counts_its_inputs(params):
     assert len(set(lengths)) > 3
     assert metrics["squared_lengths"] == sum(int(length) ** 2 for length in lengths)
     assert metrics["tokens"] == sum(lengths)
-    assert metrics["answers"] == np.count_nonzero(batch["loss_weights"])
+    assert metrics["answer_tokens"] == np.count_nonzero(batch["loss_weights"])
     assert metrics["tiles"] == np.count_nonzero(batch["tile_valid_hw"][..., 0])
 
 
