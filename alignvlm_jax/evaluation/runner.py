@@ -12,6 +12,8 @@ answer, and its prompt contains the preceding turns as they are in the data. The
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -35,7 +37,7 @@ from alignvlm_jax.evaluation import wrong_answers
 from alignvlm_jax.evaluation.answer_metrics import answer_scores, check_metrics, format_scores, scores_to_json
 from alignvlm_jax.evaluation.identity import locate
 from alignvlm_jax.evaluation.report import Answer, Report
-from alignvlm_jax.inference.answers import format_counts
+from alignvlm_jax.inference.answers import AnswerText, format_counts
 from alignvlm_jax.inference.generate import Prompt
 from alignvlm_jax.inference.reader import Reader, load, warn_untrained
 from alignvlm_jax.jax_modes import ordinary_modes
@@ -101,25 +103,23 @@ def evaluate(
         documents = _first_questions(all_documents, limit)
     else:
         documents = image_documents = _first_questions(_documents(records), limit)
-    # Images are decoded and cut group by group, because all of them may not fit in memory.
-    answers = []
+    # Images are decoded and cut group by group, because all of them may not fit in memory. The prompts about one page
+    # are in one group, also if they come from several records, so that the model encodes the page once.
+    answers: dict[int, list[Answer]] = {}
     total = sum(len(document.questions) for document in documents)
     show = distributed.is_primary()
     with progress_bar(desc=title, total=total, unit="question", leave=None, show=show) as progress:
-        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-            group = range(start, min(start + _DOCUMENTS_AT_ONCE, len(documents)))
-            prompts = []
-            for i in group:
-                prompts += _prompts(reader, records, documents[i], image_documents[i], blank=control == "blank")
+        for group in _groups_of_pages(image_documents[: len(documents)]):
+            prompts = _prompts(reader, records, [(documents[i], image_documents[i]) for i in group], control == "blank")
             # Answers come in the order of the prompts.
             predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
-            for document in documents[group.start : group.stop]:
-                for question, expected in zip(document.questions, document.answers, strict=True):
-                    predicted = next(predictions)
-                    where = document.id, document.family, document.font
-                    texts = question, expected, str(predicted)
-                    answers.append(Answer(*where, *texts, tuple(predicted.warnings), document.index))
-    return Report(answers, unseen_fonts, control, time.monotonic() - start_time)
+            for i in group:
+                answers[i] = [
+                    _answer(documents[i], *texts, next(predictions))
+                    for texts in zip(documents[i].questions, documents[i].answers, strict=True)
+                ]
+    in_order = [answer for i in range(len(documents)) for answer in answers[i]]
+    return Report(in_order, unseen_fonts, control, time.monotonic() - start_time)
 
 
 @ordinary_modes()
@@ -272,6 +272,7 @@ class _Document:
       font: font of the document.
       questions: questions about the document.
       answers: expected answers.
+      page: digest of the encoded images; empty without images.
       turns: messages up to and including each question, for a conversation; None for a document.
     """
 
@@ -281,6 +282,7 @@ class _Document:
     font: str
     questions: list[str]
     answers: list[str]
+    page: bytes
     turns: list[list[Message]] | None = None
 
 
@@ -296,9 +298,8 @@ def _documents(records: Sequence[Record]) -> Iterator[_Document]:
                 "image, questions, answers) or records of `alignvlm prepare` (id, source, conversation, images)"
             )
         elif record["questions"]:
-            yield _Document(
-                index, record["id"], record["source"], record["font"], record["questions"], record["answers"]
-            )
+            names, texts = ("id", "source", "font"), (record["questions"], record["answers"])
+            yield _Document(index, *(record[name] for name in names), *texts, _digest([record["image"]]))
 
 
 def _conversation(index: int, record: Record) -> _Document:
@@ -312,6 +313,7 @@ def _conversation(index: int, record: Record) -> _Document:
         font="",
         questions=[_text(messages[i - 1]) for i in answer_indices],
         answers=[_text(messages[i]) for i in answer_indices],
+        page=_digest(record["images"]),
         turns=[messages[:i] for i in answer_indices],
     )
 
@@ -338,19 +340,75 @@ def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[
     return selected
 
 
+def _digest(encoded_images: Sequence[bytes]) -> bytes:
+    """Returns a digest of encoded images and their order."""
+    return b"".join(hashlib.blake2b(data, digest_size=16).digest() for data in encoded_images)
+
+
+def _groups_of_pages(documents: Sequence[_Document]) -> Iterator[list[int]]:
+    """Yields groups of indices: about as many documents as fit in memory, and all documents that show the same page.
+
+    before: pages a b a c, two documents at once
+    after:  [0, 2], [1, 3]
+    """
+    by_page: dict[bytes | int, list[int]] = {}
+    for index, document in enumerate(documents):
+        by_page.setdefault(document.page or index, []).append(index)
+    group: list[int] = []
+    for indices in by_page.values():
+        group += indices
+        if len(group) >= _DOCUMENTS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def _prompts(
-    reader: Reader, records: Sequence[Record], document: _Document, image_document: _Document, *, blank: bool
+    reader: Reader, records: Sequence[Record], pairs: Sequence[tuple[_Document, _Document]], blank: bool
 ) -> list[Prompt]:
-    """Returns prompts for the questions about `document`, with the images of `image_document`."""
-    record = records[image_document.index]
-    if document.turns is None:
-        return reader.prompts(_open_image(record["image"], image_document.id, blank), document.questions)
-    try:
-        cut_images = [reader.cut(_open_image(data, "image", blank)) for data in record["images"]]
-        # The prompt of a turn has only the images shown up to that turn.
-        return [reader.chat_prompt(turns, cut_images[: _count_images(turns)]) for turns in document.turns]
-    except UserError as error:
-        raise UserError(f"{document.id}: {error}") from error
+    """Returns prompts for the questions about documents.
+
+    Args:
+      reader: the model.
+      records: all records.
+      pairs: each document with the one whose images are shown. Documents with the same images are adjacent.
+      blank: whether white pages are shown.
+    """
+    prompts = []
+    for (_, is_conversation), same_page in itertools.groupby(
+        pairs, key=lambda pair: (pair[1].page, pair[0].turns is not None)
+    ):
+        documents, image_documents = zip(*same_page, strict=True)
+        record = records[image_documents[0].index]
+        if not is_conversation:
+            # One call cuts the page once, also for several records.
+            page = _open_image(record["image"], image_documents[0].id, blank)
+            prompts += reader.prompts(page, [question for document in documents for question in document.questions])
+        else:
+            prompts += _conversation_prompts(reader, record, documents, blank)
+    return prompts
+
+
+def _conversation_prompts(
+    reader: Reader, record: Record, documents: Sequence[_Document], blank: bool
+) -> Iterator[Prompt]:
+    """Yields the prompts of conversations that show the images of a record."""
+    cut_images = None
+    for document in documents:
+        try:
+            if cut_images is None:
+                cut_images = [reader.cut(_open_image(data, "image", blank)) for data in record["images"]]
+            # The prompt of a turn has only the images shown up to that turn.
+            yield from (reader.chat_prompt(turns, cut_images[: _count_images(turns)]) for turns in document.turns)
+        except UserError as error:
+            raise UserError(f"{document.id}: {error}") from error
+
+
+def _answer(document: _Document, question: str, expected: str, predicted: AnswerText) -> Answer:
+    """Returns an answer to a question about a document, next to the expected one."""
+    where = document.id, document.family, document.font
+    return Answer(*where, question, expected, str(predicted), tuple(predicted.warnings), document.index)
 
 
 def _open_image(data: bytes, name: str, blank: bool) -> PIL.Image.Image:

@@ -8,7 +8,7 @@ Axes: M tiles, S tile side, K views, L positions, A positions of the answer.
 import copy
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -141,15 +141,29 @@ class PromptMaker:
         other.num_views = number
         return other
 
-    def prompts(self, image: ImageSource, questions: Sequence[str]) -> list[Prompt]:
-        """Returns a prompt for each question about one image. The image is cut into tiles only once."""
+    def prompts(self, image: ImageSource | Sequence[ImageSource], questions: Sequence[str]) -> list[Prompt]:
+        """Returns a prompt for each question about one image, or about several. Each image is cut into tiles once."""
+        # All questions are checked before the first image is decoded.
         questions = [check_question(question) for question in questions]
-        cut_images = [self.cut(image)]
+        sources = image if isinstance(image, list | tuple) else [image]
+        cut_images = [self.cut(source) for source in sources]
+        return [self._question_prompt(question, cut_images) for question in questions]
+
+    def prompts_of_pairs(self, images: Sequence[ImageSource], questions: Sequence[str]) -> list[Prompt]:
+        """Returns a prompt for each pair of an image and a question. An image that occurs again is cut only once."""
+        cut_images: dict[Hashable, CutImage] = {}
         prompts = []
-        for question in questions:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompts.append(self.chat_prompt([{"role": "user", "content": content}], cut_images))
+        for image, question in zip(images, questions, strict=True):
+            question, key = check_question(question), _identity(image)
+            if key not in cut_images:
+                cut_images[key] = self.cut(image)
+            prompts.append(self._question_prompt(question, [cut_images[key]]))
         return prompts
+
+    def _question_prompt(self, question: str, cut_images: Sequence[CutImage]) -> Prompt:
+        """Returns the prompt of a question that follows its images."""
+        content = [*[{"type": "image"}] * len(cut_images), {"type": "text", "text": question}]
+        return self.chat_prompt([{"role": "user", "content": content}], cut_images)
 
     def cut(self, image: ImageSource) -> CutImage:
         """Cuts an image into tiles, for use in any number of prompts."""
@@ -267,6 +281,11 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id:
             batch["visual_sources"][row, : len(sources)] = sources
             batch["visual_weights"][row, : len(weights)] = weights
     return batch
+
+
+def _identity(image: ImageSource) -> Hashable:
+    """Returns a value that is equal for the same path, the same bytes and the same image object."""
+    return os.fspath(image) if isinstance(image, str | bytes | os.PathLike) else id(image)
 
 
 def _open(image: ImageSource) -> PIL.Image.Image:

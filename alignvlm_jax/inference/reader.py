@@ -116,12 +116,31 @@ class Reader(PromptMaker):
         prepared.store(entry, facts, program, batch, max_new_tokens)
         return self.answer_text(prompt, answer, max_new_tokens)
 
+    def ask_many(
+        self, image: ImageSource | Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
+    ) -> list[AnswerText]:
+        """Answers many questions about one page.
+
+        Gives the same answers as single calls of `ask`, but much faster: the image is encoded once, and the questions
+        share the decoder's cache of it.
+
+        Args:
+          image: image as for `ask`; or a list of images, all of which every question is about.
+          questions: questions about the image.
+          max_new_tokens: maximum length of each answer.
+
+        Returns:
+          The answers, in the order of the questions.
+        """
+        return self.answer(self.prompts(image, questions), max_new_tokens=max_new_tokens)
+
     def ask_batch(
         self, images: Sequence[ImageSource], questions: Sequence[str], *, max_new_tokens: int = 128
     ) -> list[AnswerText]:
         """Answers many questions, each about one image.
 
-        Gives the same answers as single calls of `ask`, but faster.
+        Gives the same answers as single calls of `ask`, but faster. An image that occurs several times (the same path,
+        bytes or object) is read and cut once, and the model encodes equal images once.
 
         Args:
           images: one image per question, as for `ask`.
@@ -134,7 +153,7 @@ class Reader(PromptMaker):
         if len(images) != len(questions):
             raise UserError(f"expected one image per question, got {len(images)} images and {len(questions)} questions")
         # Build all prompts first, so that batches can have prompts of similar length.
-        prompts = [self.prompts(image, [question])[0] for image, question in zip(images, questions, strict=True)]
+        prompts = self.prompts_of_pairs(images, questions)
         return self.answer(prompts, max_new_tokens=max_new_tokens)
 
     def answer(

@@ -46,11 +46,11 @@ document.image.resize([4 * side for side in document.image.size])
 reader.ask(document.image, "How much is the total?")
 
 # %% [markdown]
-# `ask_batch` answers many questions at once. The model is small and makes mistakes, so compare its answers with the
-# page.
+# `ask_many` answers many questions about one page, which the model encodes only once. `ask_batch` answers questions
+# about different pages. The model is small and makes mistakes, so compare its answers with the page.
 
 # %%
-answers = reader.ask_batch([document.image] * len(document.questions), document.questions)
+answers = reader.ask_many(document.image, document.questions)
 for question, answer, expected in zip(document.questions, answers, document.answers):
     verdict = "right" if answer == expected else f"wrong: the page says {expected}"
     print(f"{question:28}{answer:12}{verdict}")

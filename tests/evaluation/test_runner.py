@@ -176,6 +176,44 @@ def test_prepared_conversations_are_scored_turn_by_turn():
         evaluate(ChattingReader(), [{"id": "1", "caption": "?"}])
 
 
+def test_records_that_show_the_same_page_are_asked_together(monkeypatch):
+    monkeypatch.setattr(runner, "_DOCUMENTS_AT_ONCE", 2)
+    one_question = [
+        {**record(number), "id": f"{number}, {i}", "questions": [question], "answers": [answer]}
+        for i in range(2)
+        for number in range(3)
+        for question, answer in [list(zip(record(number)["questions"], record(number)["answers"], strict=True))[i]]
+    ]
+    reader, calls = FakeReader(), []
+    monkeypatch.setattr(
+        reader,
+        "answer",
+        lambda prompts, **options: calls.append(prompts) or FakeReader.answer(reader, prompts, **options),
+    )
+    report = evaluate(reader, one_question)
+    questions = record(0)["questions"]
+    assert calls == [[(0, question) for question in questions], [(1, question) for question in questions]] + [
+        [(2, question) for question in questions]
+    ]
+    assert reader.sizes == [(20, 30), (20, 31), (20, 32)], "each page is decoded and cut once"
+    assert [answer.document for answer in report.answers] == [one["id"] for one in one_question]
+    assert report.overall.right == 6
+
+
+def test_conversations_about_the_same_image_are_asked_together(monkeypatch):
+    cut, num_cut = ChattingReader.cut, []
+    monkeypatch.setattr(ChattingReader, "cut", lambda self, image: num_cut.append(1) or cut(self, image))
+    records = [
+        conversation(10, (1, "A?", "10 0")),
+        conversation(20, (1, "B?", "20 0")),
+        conversation(10, (1, "C?", "")),
+    ]
+    report = evaluate(ChattingReader(), records)
+    assert [answer.predicted for answer in report.answers] == ["10 0", "20 0", "10 0"]
+    assert [answer.question for answer in report.answers] == ["A?", "B?", "C?"]
+    assert len(num_cut) == 2
+
+
 @pytest.mark.parametrize("checkpoint", ["nano", str(NANO_MODEL)])
 def test_an_exported_folder_is_scored_on_the_given_data(monkeypatch, tmp_path, capsys, checkpoint):
     monkeypatch.setattr(runner.store, "open_dataset", lambda folder, split: RECORDS)

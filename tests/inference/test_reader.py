@@ -65,6 +65,32 @@ def test_batched_answers_equal_single_ones(reader):
     assert reader.ask_batch(images, questions, max_new_tokens=MAX_NEW) == one_by_one
 
 
+def test_many_questions_about_one_page(reader):
+    questions = [QUESTION, "Read the page.", "Date?", "Name?", "Due?"]
+    many = reader.ask_many(page(1), questions, max_new_tokens=MAX_NEW)
+    assert many == [reader.ask(page(1), question, max_new_tokens=MAX_NEW) for question in questions]
+    assert reader.ask_many(page(1), [], max_new_tokens=MAX_NEW) == []
+
+    pages = [page(1, 16, 16), page(2, 16, 16)]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
+    both = reader.chat_prompt([{"role": "user", "content": content}], [reader.cut(image) for image in pages])
+    expected = reader.answer([both], max_new_tokens=MAX_NEW)
+    assert reader.ask_many(pages, [QUESTION, "Date?"], max_new_tokens=MAX_NEW)[:1] == expected
+
+
+def test_an_image_that_occurs_several_times_is_cut_once(reader, tmp_path, monkeypatch):
+    first, second, encoded = page(1), page(2), io.BytesIO()
+    first.save(encoded, "PNG")
+    second.save(tmp_path / "page.png")
+    copies = [encoded.getvalue(), bytes(bytearray(encoded.getvalue()))]
+    images = [first, str(tmp_path / "page.png"), copies[0], first, tmp_path / "page.png", copies[1]]
+    cut, num_cut = type(reader).cut, []
+    monkeypatch.setattr(type(reader), "cut", lambda self, image: num_cut.append(image) or cut(self, image))
+    answers = reader.ask_batch(images, [QUESTION, QUESTION, "Date?"] * 2, max_new_tokens=MAX_NEW)
+    assert num_cut == images[:3]
+    assert answers[:3] == answers[3:]
+
+
 def test_a_prompt_has_the_tiles_and_visual_tokens_of_its_image(reader):
     first, second = reader.prompts(page(0), [QUESTION, "Date?"])
     assert first.tiles.shape == (2, 16, 16, 3)

@@ -4,12 +4,13 @@ Answers are appended to a file of predictions as they arrive, and a later run do
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -175,9 +176,9 @@ def run(
         show=distributed.is_primary(),
     ) as progress:
         # Answers are stored after each group, so a stopped run loses one group at most.
-        step = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if pending else 1
-        for start in range(0, len(pending), step):
-            new_answers, new_problems = _ask(reader(), benchmark, pending[start : start + step], progress.update)
+        at_once = max(_QUESTIONS_AT_ONCE, 2 * reader().generator.batch_size) if pending else 1
+        for group in groups_of_pages(pending, at_once):
+            new_answers, new_problems = _ask(reader(), benchmark, group, progress.update)
             problems |= new_problems
             answers |= new_answers
             if predictions is not None:
@@ -208,15 +209,12 @@ def _ask(
 ) -> tuple[dict[str, AnswerText], dict[str, str]]:
     """Returns answers by question id, and problems by question id for questions that cannot be asked."""
     prompts, problems = {}, {}
-    last_images: tuple[tuple[ImageSource, ...], list[CutImage]] = ((), [])
+    cut_images: dict[ImageSource, CutImage] = {}
     for question in questions:
         try:
-            # Questions about the same page usually follow each other, so the tiles of the last page are kept.
-            if question.images != last_images[0]:
-                last_images = ((), [])  # If the next line fails, the images of another question must not remain.
-                last_images = question.images, [_cut(reader, image) for image in question.images]
+            shown = [_cut(reader, image, cut_images) for image in question.images]
             messages = [{"role": "user", "content": content(benchmark.ask(question), len(question.images))}]
-            prompts[question.id] = reader.chat_prompt(messages, last_images[1])
+            prompts[question.id] = reader.chat_prompt(messages, shown)
         except UserError as error:
             problems[question.id] = str(error)
             on_batch(1)
@@ -224,8 +222,47 @@ def _ask(
     return dict(zip(prompts, texts, strict=True)), problems
 
 
-def _cut(reader: Reader, image: ImageSource) -> CutImage:
-    return reader.cut(open_image(files.image_bytes(image), name=str(image), keep_gray=True))
+def _cut(reader: Reader, image: ImageSource, cut_images: dict[ImageSource, CutImage]) -> CutImage:
+    """Returns an image cut into tiles: from `cut_images`, or else newly cut and added to them."""
+    if image not in cut_images:
+        cut_images[image] = reader.cut(open_image(files.image_bytes(image), name=str(image), keep_gray=True))
+    return cut_images[image]
+
+
+def groups_of_pages(questions: Sequence[Question], at_once: int) -> Iterator[list[Question]]:
+    """Yields groups of at least `at_once` questions, except for the last one, each with all questions about its pages.
+
+    before: questions about the pages a b a c b, at_once=2
+    after:  [a, a], [b, b], [c]
+
+    Questions about the same page get the same image sources, even if each has its own copy of the image.
+    """
+    by_page: dict[Hashable, list[Question]] = {}
+    for index, question in enumerate(questions):
+        # Each question without images is alone.
+        same_page = by_page.setdefault(tuple(map(_page_key, question.images)) or index, [])
+        same_page.append(dataclasses.replace(question, images=same_page[0].images) if same_page else question)
+    group: list[Question] = []
+    for same_page in by_page.values():
+        group += same_page
+        if len(group) >= at_once:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _page_key(image: ImageSource) -> bytes | ImageSource:
+    """Returns a value that is equal for equal images.
+
+    Questions about one image name the same file, but each row of a Parquet file has its own copy of the image.
+    """
+    try:
+        if isinstance(image, pathlib.Path):
+            return image
+        return hashlib.blake2b(files.image_bytes(image), digest_size=16).digest()
+    except UserError:
+        return image  # Reported when the question is asked.
 
 
 def content(text: str, num_images: int) -> list[dict[str, str]]:

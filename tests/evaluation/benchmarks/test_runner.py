@@ -22,7 +22,7 @@ from alignvlm_jax.locations import open_location
 from alignvlm_jax.storage.clients import file_system
 from tests.evaluation.benchmarks import slow_run
 from tests.evaluation.benchmarks.drawn import write_docdownstream
-from tests.evaluation.benchmarks.stub import StubReader, evaluate, write_image, write_json
+from tests.evaluation.benchmarks.stub import StubReader, cell, evaluate, write_image, write_json, write_parquet
 
 CHARTQA = BENCHMARKS["chartqa"]
 NUMBER = 200
@@ -85,6 +85,27 @@ def test_a_higher_limit_asks_only_the_new_questions(charts, tmp_path):
     assert outcome.scores.primary.count == len(stub.seen) == 30
     outcome, stub = run_or_resume(charts, tmp_path / "p.jsonl")
     assert outcome.scores.primary.count == NUMBER and len(stub.seen) == NUMBER - 30
+
+
+def test_questions_about_one_page_are_asked_together(tmp_path, monkeypatch):
+    """Also if they do not follow each other, and if each row of a Parquet file has its own copy of the page."""
+    pages = [1, 2, 1, 3, 2, 1]
+    rows = [
+        {"questionId": str(i), "question": f"{i}?", "image": cell(page), "answers": ["x"]}
+        for i, page in enumerate(pages)
+    ]
+    write_parquet(tmp_path / "DocVQA" / "validation-00000-of-00001.parquet", rows)
+    cut, num_cut = StubReader.cut, []
+    monkeypatch.setattr(StubReader, "cut", lambda self, image: num_cut.append(1) or cut(self, image))
+    outcome, stub = evaluate("docvqa", tmp_path, lambda text: text)
+    assert stub.seen == ["[1]0?", "[1]2?", "[1]5?", "[2]1?", "[2]4?", "[3]3?"]
+    assert list(outcome.answers.items()) == [(str(i), f"[{page}]{i}?") for i, page in enumerate(pages)]
+    assert len(num_cut) == 3
+
+    path, other = pathlib.Path("a.png"), pathlib.Path("b.png")
+    questions = [Question(str(i), "", images=images) for i, images in enumerate([(path,), (other,), (path,), (), ()])]
+    groups = [[question.id for question in group] for group in runner.groups_of_pages(questions, 1)]
+    assert groups == [["0", "2"], ["1"], ["3"], ["4"]]
 
 
 def test_answers_made_with_other_settings_are_refused(charts, tmp_path):
