@@ -23,7 +23,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from alignvlm_jax.inference.prompts import Prompt, first_answer, pad_prompts, power_of_two
+from alignvlm_jax.inference.pages import Group, PageBatch, group_prompts, pad_branches, pad_pages, plan_batches
+from alignvlm_jax.inference.prompts import Prompt, first_answer, pad_prompts
 from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
-from alignvlm_jax.models.language import empty_cache
+from alignvlm_jax.models.language import KVCache, empty_cache
 from alignvlm_jax.models.rematerialization import FULL, NONE
 from alignvlm_jax.models.unstacking import unstack_layers, with_layers
 from alignvlm_jax.parallel import sharding
@@ -87,7 +88,12 @@ class Generator:
 
     @ordinary_modes()
     def generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, on_batch: Callable[[int], Any] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        on_batch: Callable[[int], Any] | None = None,
+        share_pages: bool = True,
     ) -> list[Int[np.ndarray, " A"]]:
         """Returns the token ids of the answers, in the order of the prompts, without the end token.
 
@@ -95,54 +101,71 @@ class Generator:
           prompts: any number of prompts.
           max_new_tokens: maximum length A of an answer.
           on_batch: function called after each batch with the number of prompts it answered, for progress bars.
+          share_pages: whether prompts about the same images share one pass over them. The answers are the same.
         """
+        groups = group_prompts(prompts) if share_pages else [Group((i,), len(p.tokens)) for i, p in enumerate(prompts)]
+        shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
+        # Views of the weights cost no memory, so they need not be kept.
+        layers = unstack_layers(self.variables) if self.mesh is None else None
         answers: list = [None] * len(prompts)
-        for indices in self._batches(prompts):
-            # A prompt with K views takes K adjacent rows.
-            views = prompts[indices[0]].num_views
-            batch = pad_prompts(
-                [view for i in indices for view in prompts[i].views()],
-                rows=views * self._num_rows(len(indices), views),
-                tile_size=self.config.vision.image_size,
+        for batch in plan_batches(prompts, groups, batch_size=self.batch_size, shards=shards):
+            options = DecodingOptions(
+                max_new_tokens=max_new_tokens,
+                end_ids=self.end_ids,
                 pad_id=self.pad_id,
+                views=prompts[batch.groups[0].prompts[0]].num_views,
             )
-            decoded = self._decode(batch, max_new_tokens, views)
-            # Rows beyond the prompts are padding.
-            for i, row in zip(indices, decoded[: len(indices)], strict=True):
-                answers[i] = first_answer(row, self.end_ids)
-            if on_batch is not None:
-                on_batch(len(indices))
+            answer = self._answer_branches if batch.num_branches else self._answer_alone
+            for indices, rows in answer(prompts, batch, layers, options):
+                for i, row in zip(indices, rows, strict=True):
+                    answers[i] = first_answer(row, self.end_ids)
+                if on_batch is not None:
+                    on_batch(len(indices))
         return answers
 
-    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Yields the indices of the prompts of each batch."""
-        # Prompts of similar size share a batch, which keeps padding small. All prompts of a batch have the same K.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tiles), len(prompts[i].tokens)))
-        for views in sorted({prompt.num_views for prompt in prompts}):
-            indices, size = [i for i in order if prompts[i].num_views == views], self._max_prompts(views)
-            yield from (indices[start : start + size] for start in range(0, len(indices), size))
-
-    def _max_prompts(self, views: int) -> int:
-        return max(1, self.batch_size // views)
-
-    def _num_rows(self, prompts: int, views: int) -> int:
-        """Returns B, the number of prompts of a batch including padding."""
-        rows = min(self._max_prompts(views), power_of_two(prompts))
-        # All views of a prompt are on one device, so B itself must be divisible by the number of shards.
-        shards = 1 if self.mesh is None else num_batch_shards(self.mesh)
-        return -(-rows // shards) * shards  # rounded up
-
-    def _decode(self, batch: Batch, max_new_tokens: int, views: int) -> Int[np.ndarray, "B A"]:
-        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
+    def _answer_alone(self, prompts, batch: PageBatch, layers, options):
+        """Yields the indices of single prompts and their answers."""
+        indices = [group.prompts[0] for group in batch.groups]
+        # A prompt with K views takes K adjacent rows.
+        rows = pad_prompts(
+            [view for i in indices for view in prompts[i].views()],
+            rows=options.views * batch.num_pages,
+            tile_size=self.config.vision.image_size,
+            pad_id=self.pad_id,
+        )
         with self._on_mesh():
-            if self.mesh is None:
-                # Views cost no memory, so they need not be kept.
-                layers = unstack_layers(self.variables)
-                return np.asarray(greedy_decode(self._model, self.variables, batch, layers, **options))
-            batch = sharding.shard_rows(batch, self.mesh)
-            answers = greedy_decode(self._model, self.variables, batch, **options)
+            decoded = self._fetch(greedy_decode(self._model, self.variables, self._place(rows), layers, options))
+        # Rows beyond the prompts are padding.
+        yield indices, decoded[: len(indices)]
+
+    def _answer_branches(self, prompts, batch: PageBatch, layers, options):
+        """Yields for each round the indices of the prompts and their answers. The pages are read only once."""
+        rows = pad_pages(prompts, batch, tile_size=self.config.vision.image_size, pad_id=self.pad_id)
+        with self._on_mesh():
+            page = read_pages(self._model, self.variables, self._place(rows), unstack=layers is not None)
+        for indices_of_pages in batch.rounds():
+            rows = pad_branches(prompts, batch, indices_of_pages, pad_id=self.pad_id)
+            with self._on_mesh():
+                decoded = self._fetch(
+                    decode_branches(self._model, self.variables, page, self._place(rows), layers, options)
+                )
+            # Rows [P, Q], of which every page uses the first ones.
+            first_rows = range(0, len(decoded), batch.num_branches)
+            used = [
+                (i, decoded[first + branch])
+                for first, indices in zip(first_rows, indices_of_pages, strict=False)
+                for branch, i in enumerate(indices)
+            ]
+            yield tuple(zip(*used, strict=True))
+
+    def _place(self, batch: Batch) -> Batch:
+        return batch if self.mesh is None else sharding.shard_rows(batch, self.mesh)
+
+    def _fetch(self, answers: Int[Array, "B A"]) -> Int[np.ndarray, "B A"]:
+        if self.mesh is not None:
             # Replicated, so that every process gets all answers.
-            return np.asarray(jax.device_put(answers, NamedSharding(self.mesh, PartitionSpec())))
+            answers = jax.device_put(answers, NamedSharding(self.mesh, PartitionSpec()))
+        return np.asarray(answers)
 
     @ordinary_modes()
     def compile_program(self, batch: Batch, max_new_tokens: int, views: int) -> tuple[jax.stages.Compiled, list[Array]]:
@@ -156,13 +179,13 @@ class Generator:
         Returns:
           The program, which takes a list of arrays and a batch and returns answers [B, A]; and the list: the weights.
         """
-        options = dict(max_new_tokens=max_new_tokens, end_ids=self.end_ids, pad_id=self.pad_id, views=views)
+        options = DecodingOptions(max_new_tokens, self.end_ids, self.pad_id, views)
         arrays, structure = jax.tree.flatten(self.variables)
 
         # Stacked layers, unlike in `_decode`: for one prompt of a small model, the time to compile matters most.
         @jax.jit
         def answer(arrays, batch):
-            return greedy_decode(self._model, jax.tree.unflatten(structure, arrays), batch, **options)
+            return greedy_decode(self._model, jax.tree.unflatten(structure, arrays), batch, None, options)
 
         return answer.lower(arrays, batch).compile(), arrays
 
@@ -176,57 +199,132 @@ class Generator:
                 yield
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "pad_id", "views"))
+class DecodingOptions(NamedTuple):
+    """Settings of the decoding loop.
+
+    Attributes:
+      max_new_tokens: length A of the answers.
+      end_ids: tokens that end an answer.
+      pad_id: token that fills an answer after its end.
+      views: number of views K of each prompt.
+    """
+
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    views: int = 1
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"))
 @ordinary_modes()
 def greedy_decode(
     model: AlignVLM,
     variables: Variables,
     batch: Batch,
-    layers: tuple[Params, ...] | None = None,
-    *,
-    max_new_tokens: int,
-    end_ids: tuple[int, ...],
-    pad_id: int,
-    views: int = 1,
+    layers: tuple[Params, ...] | None,
+    options: DecodingOptions,
 ) -> Int[Array, "B A"]:
-    """Decodes answers of A = `max_new_tokens` ids: up to and including the end token, then `pad_id`.
+    """Decodes answers of A ids to prompts that share nothing: up to and including the end token, then padding.
 
     Args:
       model: the model.
       variables: variables of the model.
-      batch: batch of prompts with R rows.
+      batch: batch of prompts with R rows; every K adjacent rows are the views of one prompt.
       layers: the decoder's weights from `unstack_layers`, with which a CPU decodes faster; None without them.
-      max_new_tokens: length A of the answers.
-      end_ids: tokens that end an answer.
-      pad_id: token that fills an answer after its end.
-      views: number of views K; every K adjacent rows are the views of one prompt.
+      options: settings of the loop.
     """
     # Prefill: the cache gets the whole prompt, and `logits` are those of each row's last position.
     rows, length = batch["tokens"].shape
-    cache = empty_cache(model.config.language, rows, length + max_new_tokens)
+    cache = empty_cache(model.config.language, rows, length + options.max_new_tokens)
     logits, cache = model.apply(variables, batch, cache, method="prefill")
     prompt_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
     if layers is not None:
         variables, cache = with_layers(variables, layers), cache.unstack()
+    answers = _decode(model, variables, logits, cache, prompt_lengths, prompt_lengths == 0, options)
+    # All views of a prompt have the same answer, so every K-th row is enough.
+    return answers[:: options.views]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "unstack"))
+@ordinary_modes()
+def read_pages(model: AlignVLM, variables: Variables, batch: Batch, *, unstack: bool) -> KVCache:
+    """Returns the keys and values of pages.
+
+    Args:
+      model: the model.
+      variables: variables of the model.
+      batch: batch of pages, one per row; K adjacent rows are the views of one page.
+      unstack: whether to return one array per layer.
+    """
+    cache = empty_cache(model.config.language, *batch["tokens"].shape)
+    _, cache = model.apply(variables, batch, cache, method="prefill")
+    return cache.unstack() if unstack else cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"))
+@ordinary_modes()
+def decode_branches(
+    model: AlignVLM,
+    variables: Variables,
+    page: KVCache,
+    batch: Batch,
+    layers: tuple[Params, ...] | None,
+    options: DecodingOptions,
+) -> Int[Array, "B A"]:
+    """Decodes answers of A ids to prompts that share pages, as `greedy_decode` does.
+
+    Args:
+      model: the model.
+      variables: variables of the model.
+      page: keys and values of P pages with K views each, from `read_pages`.
+      batch: branches [P, K, Q] as rows: the branches of all views of a page are adjacent.
+      layers: as for `greedy_decode`.
+      options: settings of the loop.
+    """
+    rows, length = batch["tokens"].shape
+    cache = empty_cache(model.config.language, rows, length + options.max_new_tokens)
+    if layers is not None:
+        variables, cache = with_layers(variables, layers), cache.unstack()
+    logits, cache = model.apply(variables, batch, cache.replace(page=page), method="prefill_branches")
+    branch_lengths = jnp.sum(batch["segment_ids"] > 0, axis=1)
+    positions = batch["positions"][:, 0] + branch_lengths
+    answers = _decode(model, variables, logits, cache, positions, branch_lengths == 0, options)
+    # All views of a page give the same answers: [P K Q, A] -> [P Q, A].
+    per_page = answers.reshape(-1, options.views, rows // page.filled.shape[0], options.max_new_tokens)
+    return per_page[:, 0].reshape(-1, options.max_new_tokens)
+
+
+def _decode(model, variables, logits, cache: KVCache, positions, is_padding, options: DecodingOptions):
+    """Returns the answers [R, A] that continue the rows of a cache.
+
+    Args:
+      model: the model.
+      variables: variables of the model.
+      logits: scores [R, V] of the first token of each answer.
+      cache: keys and values of everything before.
+      positions: positions [R] of the first tokens.
+      is_padding: rows [R] without a prompt. They have ended from the start, so that they do not keep the loop running.
+      options: settings of the loop.
+    """
+    rows = len(positions)
+    branches = 1 if cache.page is None else rows // cache.page.filled.shape[0]
 
     def unfinished(state):
         step, _, ended, _, _ = state
-        return (step < max_new_tokens) & ~jnp.all(ended)
+        return (step < options.max_new_tokens) & ~jnp.all(ended)
 
     def decode(state):
         step, token, ended, answers, cache = state
         # The end token itself is written; rows that have already ended get padding.
-        answers = answers.at[:, step].set(jnp.where(ended, pad_id, token))
-        ended |= jnp.isin(token, jnp.array(end_ids))
+        answers = answers.at[:, step].set(jnp.where(ended, options.pad_id, token))
+        ended |= jnp.isin(token, jnp.array(options.end_ids))
         # Positions continue from each row's own prompt, while the slot of the cache is the same for all rows.
-        logits, cache = model.apply(variables, token, prompt_lengths + step, cache, method="decode_step")
-        return step + 1, _next_tokens(logits, views), ended, answers, cache
+        logits, cache = model.apply(variables, token, positions + step, cache, method="decode_step")
+        return step + 1, _next_tokens(logits, options.views, branches), ended, answers, cache
 
-    answers = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
-    # Rows without a prompt have ended from the start, so that they do not keep the loop running.
-    start = (0, _next_tokens(logits, views), prompt_lengths == 0, answers, cache)
-    # All views of a prompt have the same answer, so every K-th row is enough.
-    return jax.lax.while_loop(unfinished, decode, start)[3][::views]
+    answers = jnp.full((rows, options.max_new_tokens), options.pad_id, jnp.int32)
+    start = (0, _next_tokens(logits, options.views, branches), is_padding, answers, cache)
+    return jax.lax.while_loop(unfinished, decode, start)[3]
 
 
 def _in_loops(config: AlignVLMConfig) -> AlignVLMConfig:
@@ -242,10 +340,11 @@ def _in_loops(config: AlignVLMConfig) -> AlignVLMConfig:
     return dataclasses.replace(config, vision=in_loop(config.vision), language=in_loop(config.language))
 
 
-def _next_tokens(logits: Float[Array, "R V"], views: int) -> Int[Array, " R"]:
+def _next_tokens(logits: Float[Array, "R V"], views: int, branches: int) -> Int[Array, " R"]:
     """Returns the most likely token of each row, by the mean log-probability over the views of its prompt."""
     if views == 1:
         return jnp.argmax(logits, axis=-1)
-    # [R, V] -> [B, K, V] -> mean over views -> [B], repeated for the K rows of each prompt.
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.repeat(jnp.argmax(log_p.reshape(-1, views, log_p.shape[-1]).mean(axis=1), axis=-1), views)
+    # [B, K, Q, V] -> mean over views -> [B, Q], repeated for the K views.
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1).reshape(-1, views, branches, logits.shape[-1])
+    tokens = jnp.argmax(log_p.mean(axis=1), axis=-1)
+    return jnp.broadcast_to(tokens[:, None], log_p.shape[:3]).reshape(-1)

@@ -247,14 +247,24 @@ def first_answer(ids: Int[np.ndarray, " A"], end_ids: Sequence[int]) -> Int[np.n
     return ids[: ends[0]] if len(ends) else ids
 
 
-def pad_prompts(prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int) -> Batch:
+def pad_prompts(
+    prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int, length: int | None = None
+) -> Batch:
     """Returns a batch with one prompt per row. Rows beyond the prompts are padding.
 
     before: tokens of lengths 5 and 7, rows=4
     after:  tokens [4, 64], segment_ids 1 at the first 5 and 7 positions of rows 0 and 1, else 0
+
+    Args:
+      prompts: the prompts.
+      rows: number of rows.
+      tile_size: tile side S.
+      pad_id: token that pads a row.
+      length: length of a row; by default, the longest prompt's length, rounded up.
     """
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    if length is None:
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
     # At least one tile, because gathering visual tokens from an empty array fails.
     num_tiles = power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
     batch = {

@@ -244,10 +244,34 @@ class AlignVLM(nn.Module):
             cache=cache,
             cache_is_empty=True,
         )
-        # Prompts differ in length: score only the last real position of each row.
-        last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)
+        return self._last_logits(hidden, batch["segment_ids"]), cache
+
+    @ordinary_modes()
+    def prefill_branches(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+        """Reads the text that follows pages into an empty cache: one branch per row, padded on the right.
+
+        Args:
+          batch: `tokens`, `segment_ids` and `positions` [B, L]; the positions continue from the row's page.
+          cache: from `empty_cache`, with the `page` that `prefill` filled.
+
+        Returns:
+          Scores of the token that follows each branch, and the filled cache.
+        """
+        inputs = layers.constrain(self.language.embed(batch["tokens"]), "batch", "sequence", None)
+        hidden, cache = self.language(
+            inputs,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            cache=cache,
+            cache_is_empty=True,
+        )
+        return self._last_logits(hidden, batch["segment_ids"]), cache
+
+    def _last_logits(self, hidden: Float[Array, "B L D"], segment_ids: Int[Array, "B L"]) -> Float[Array, "B V"]:
+        # Rows differ in length: score only the last real position of each.
+        last = jnp.maximum(jnp.sum(segment_ids > 0, axis=1) - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self.language.logits(hidden), cache
+        return self.language.logits(hidden)
 
     @ordinary_modes()
     def decode_step(

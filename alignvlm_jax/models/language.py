@@ -1,6 +1,7 @@
 """Llama decoder, for packed training rows and for cached decoding.
 
-Axes: B rows, L positions, K cache slots, D model width, V vocabulary, H query heads, G key-value heads, h head width.
+Axes: B rows, L positions, K cache slots, D model width, V vocabulary, H query heads, G key-value heads, h head width,
+P pages, N slots of a page.
 
 It follows transformers' `LlamaForCausalLM`: RMSNorm before attention and MLP, rotary positions in the "rotate half"
 layout, grouped-query attention, SwiGLU, and a language-model head that may share the embedding table.
@@ -8,6 +9,7 @@ layout, grouped-query attention, SwiGLU, and a language-model head that may shar
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -20,6 +22,7 @@ from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models import hardware, layers, rematerialization
 from alignvlm_jax.models.unstacking import is_unstacked
 from alignvlm_jax.ops.attention import cached_attention, packed_attention
+from alignvlm_jax.ops.attention_page import page_attention
 from alignvlm_jax.ops.checkpoint_names import MLP_IN, QKV
 from alignvlm_jax.ops.embedding_lookup import embedding_lookup
 from alignvlm_jax.ops.linear_cross_entropy import linear_cross_entropy
@@ -91,7 +94,7 @@ class KVCache:
     """Keys and values of the positions decoded so far.
 
     All rows write to the same slots, so that one update serves the batch. `filled` marks the slots that count for a
-    row.
+    row. Rows that begin with the same positions may share them: `page` then holds those once for Q adjacent rows.
 
     The axes are in the order of attention's products, queries [.., h] times keys [h, K] and weights [.., K] times
     values [K, h]: a decoding step writes one slot in place and reads the others where they are.
@@ -101,17 +104,21 @@ class KVCache:
       values: values, in the same form.
       filled: whether a slot holds a real position of its row; False for padding and for free slots.
       index: the next slot to write.
+      page: the positions before the slots, which are not written to; row r reads row r // Q of it. None if there are
+        none.
     """
 
     keys: Float[Array, "layers B G h K"] | tuple[Float[Array, "B G h K"], ...]
     values: Float[Array, "layers B G K h"] | tuple[Float[Array, "B G K h"], ...]
     filled: Bool[Array, "B K"]
     index: Int[Array, ""]
+    page: "KVCache | None" = None
 
     @ordinary_modes()
     def unstack(self) -> "KVCache":
         """Returns the cache with one array per layer."""
-        return self.replace(keys=tuple(self.keys), values=tuple(self.values))
+        page = None if self.page is None else self.page.unstack()
+        return self.replace(keys=tuple(self.keys), values=tuple(self.values), page=page)
 
 
 @ordinary_modes()
@@ -191,13 +198,18 @@ class LanguageModel(nn.Module):
         length, num_slots = inputs.shape[1], cache.filled.shape[1]
         filled = jax.lax.dynamic_update_slice(cache.filled, segment_ids > 0, (0, cache.index))
         context = context.replace(index=cache.index)
-        if not cache_is_empty:
-            # A query attends to the filled slots of its row, up to its own slot.
-            query_slots = cache.index + jnp.arange(length)
-            causal = jnp.arange(num_slots)[None, :] <= query_slots[:, None]
-            context = context.replace(visible=filled[:, None, :] & causal[None])
+        if cache.page is not None:
+            page = cache.page
+            context = context.replace(page=(page.keys, page.values), page_visible=page.filled)
+        if not cache_is_empty or cache.page is not None:
+            # A query attends to the filled slots of its row, up to its own slot. If the cache is empty, only the first
+            # slots can be filled.
+            first, num_seen = (0, length) if cache_is_empty else (cache.index, num_slots)
+            query_slots = first + jnp.arange(length)
+            causal = jnp.arange(num_seen)[None, :] <= query_slots[:, None]
+            context = context.replace(visible=filled[:, None, :num_seen] & causal[None])
         hidden, (keys, values) = self._run_layers(inputs, context, (cache.keys, cache.values))
-        return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length)
+        return self.final_norm(hidden), KVCache(keys, values, filled, cache.index + length, cache.page)
 
     def _run_layers(self, hidden: Float[Array, "B L D"], context: "_Context", cache):
         """Returns the hidden states and the (keys, values) of the cache after all layers; the cache may be None."""
@@ -208,8 +220,10 @@ class LanguageModel(nn.Module):
             return hidden, cache
         layer = DecoderLayer(hardware.resolve(self.config), parent=None)
         caches = [None] * len(weights) if cache is None else list(zip(*cache, strict=True))
+        pages = [None] * len(weights) if context.page is None else list(zip(*context.page, strict=True))
         for index, params in enumerate(weights):
-            (hidden, caches[index]), _ = layer.apply({"params": params}, (hidden, caches[index]), context, None)
+            own_context = context.replace(page=pages[index])
+            (hidden, caches[index]), _ = layer.apply({"params": params}, (hidden, caches[index]), own_context, None)
         return hidden, None if cache is None else tuple(zip(*caches, strict=True))
 
     @ordinary_modes()
@@ -239,8 +253,11 @@ class _Context:
       cosines: cosines of the rotary angles.
       sines: sines of the rotary angles.
       segment_ids: segment of each position; 0 is padding.
-      visible: cache slots that each query attends to; None if the queries attend only to each other.
+      visible: cache slots that each query attends to, K of them or only the first; None if the queries attend only to
+        each other.
       index: first cache slot to write; None without a cache.
+      page: keys and values of the pages that rows share, of all layers or of one; None without.
+      page_visible: slots of a page that its rows attend to.
     """
 
     cosines: Float[Array, "B L 1 h"]
@@ -248,6 +265,8 @@ class _Context:
     segment_ids: Int[Array, "B L"]
     visible: Bool[Array, "B L K"] | None = None
     index: Int[Array, ""] | None = None
+    page: tuple[Any, Any] | None = None
+    page_visible: Bool[Array, "P N"] | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -301,9 +320,8 @@ class DecoderAttention(nn.Module):
             cache = (key_slots, value_slots)
         # With earlier positions in the cache, attend to its slots; otherwise (training, prefill) only to the inputs.
         if context.visible is not None:
-            if layer is not None:
-                key_slots, value_slots = (array[layer] for array in cache)
-            attended = cached_attention(query, key_slots, value_slots, visible=context.visible)
+            own, page = (cache, context.page) if layer is None else _layer_of((cache, context.page), layer)
+            attended = _attend_to_cache(query, own, page, context)
         else:
             attended = packed_attention(
                 query,
@@ -317,6 +335,20 @@ class DecoderAttention(nn.Module):
         attended = attended.reshape(*hidden.shape[:2], config.num_heads * config.head_width)
         out = layers.Dense(config.hidden_size, ("heads", "embed"), use_bias=False, dtype=config.dtype, name="out")
         return out(attended), cache
+
+
+def _layer_of(caches, layer: Int[Array, ""]):
+    return jax.tree.map(lambda array: array[layer], caches)
+
+
+def _attend_to_cache(query: Float[Array, "B L H h"], own, page, context: _Context) -> Float[Array, "B L H h"]:
+    """Attends to the (keys, values) of a row's slots, and to those of its page if there is one."""
+    if page is None:
+        return cached_attention(query, *own, visible=context.visible)
+    # The slots after those that anything attends to are free.
+    num_seen = context.visible.shape[-1]
+    own = (own[0][..., :num_seen], own[1][..., :num_seen, :])
+    return page_attention(query, page, own, page_visible=context.page_visible, visible=context.visible)
 
 
 def _write(cache: Array, new: Array, layer: Int[Array, ""] | None, *, slot_axis: int, index: Int[Array, ""]) -> Array:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignvlm_jax.inference.generate import Generator, Prompt, greedy_decode, pad_prompts
+from alignvlm_jax.inference.generate import DecodingOptions, Generator, Prompt, greedy_decode, pad_prompts
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, random_parameters, tokens_per_tile
 from alignvlm_jax.models.connectors import AlignConfig
 from tests.tiny_models import tiny_language, tiny_vision
@@ -139,7 +139,7 @@ def test_answers_stop_before_the_end_token(params):
 def test_rows_without_a_prompt_do_not_keep_the_loop_running(params):
     batch = pad_prompts(PROMPTS[:1], rows=2, tile_size=16, pad_id=PAD)
     variables, every_id = generator(params).variables, tuple(range(48))
-    answers = greedy_decode(AlignVLM(CONFIG), variables, batch, max_new_tokens=MAX_NEW, end_ids=every_id, pad_id=PAD)
+    answers = greedy_decode(AlignVLM(CONFIG), variables, batch, None, DecodingOptions(MAX_NEW, every_id, PAD))
     assert np.asarray(answers)[1].tolist() == [PAD] * MAX_NEW
     assert np.asarray(answers)[0, 1:].tolist() == [PAD] * (MAX_NEW - 1)
 
