@@ -155,7 +155,11 @@ def _kept_bytes(jaxpr: Any) -> int:
     for equation in jaxpr.eqns:
         stacked = []
         if equation.primitive.name == "scan":
-            stacked = equation.outvars[equation.params["num_carry"] :]
+            # Its results are the carry, as the body returns it, and then the stacked values, which have one axis more.
+            # This holds in all versions of JAX; the parameter that counts the carry does not exist in all of them.
+            returned = equation.params["jaxpr"].jaxpr.outvars
+            pairs = zip(equation.outvars, returned, strict=True)
+            stacked = [result for result, one in pairs if result.aval.ndim > one.aval.ndim]
             if equation.params["reverse"]:
                 continue  # a loop of the backward pass
         if stacked:
