@@ -145,43 +145,59 @@ class AlignVLM(nn.Module):
             nn.share_scope(self.newline, self.connector)
 
     @ordinary_modes()
-    def __call__(self, batch: Batch) -> AlignVLMOutput:
+    def __call__(self, batch: Batch, branch_tokens: int | None = None) -> AlignVLMOutput:
         """Scores every position of packed rows.
 
         Args:
           batch: `tokens`, `segment_ids`, `positions`, `visual_index` [B, L], `tiles` [B, M, S, S, 3] and
-            `tile_valid_hw` [B, M, 2]; with newlines also `visual_sources` and `visual_weights` [B, L, 4]. Other
-            fields are ignored.
+            `tile_valid_hw` [B, M, 2]; with newlines also `visual_sources` and `visual_weights` [B, L, 4]; with trees
+            also `branch_ids` [B, L]. Other fields are ignored.
+          branch_tokens: largest number of positions with a branch in a row; None means L.
         """
-        hidden, effective_tokens = self.read(batch)
+        hidden, effective_tokens = self.read(batch, branch_tokens)
         return AlignVLMOutput(self.language.logits(hidden), effective_tokens)
 
     @ordinary_modes()
-    def loss(self, batch: Batch) -> AlignVLMLoss:
+    def loss(self, batch: Batch, branch_tokens: int | None = None) -> AlignVLMLoss:
         """Returns the loss of packed rows, without materializing the [B, L, V] logits.
 
         Args:
           batch: as for `__call__`, with `targets` and `loss_weights` [B, L].
+          branch_tokens: as for `__call__`.
         """
-        hidden, effective_tokens = self.read(batch)
+        hidden, effective_tokens = self.read(batch, branch_tokens)
         loss, weight = self.language.loss(hidden, batch["targets"], batch["loss_weights"])
         return AlignVLMLoss(loss, weight, effective_tokens)
 
     @ordinary_modes()
-    def text_loss(self, batch: Batch) -> AlignVLMLoss:
+    def text_loss(self, batch: Batch, branch_tokens: int | None = None) -> AlignVLMLoss:
         """Returns the loss of packed rows of text. It needs neither images nor the weights of the other parts."""
         inputs = layers.constrain(self.language.embed(batch["tokens"]), "batch", "sequence", None)
-        hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
+        hidden = self._decode_rows(batch, inputs, branch_tokens)
         loss, weight = self.language.loss(hidden, batch["targets"], batch["loss_weights"])
         return AlignVLMLoss(loss, weight, None)
 
     @ordinary_modes()
-    def read(self, batch: Batch) -> tuple[Float[Array, "B L D"], Float[Array, ""] | None]:
+    def read(
+        self, batch: Batch, branch_tokens: int | None = None
+    ) -> tuple[Float[Array, "B L D"], Float[Array, ""] | None]:
         """Returns the hidden states of packed rows, and the effective tokens of `AlignVLMOutput`."""
         visual, entropy = self.encode_images(batch["tiles"], batch["tile_valid_hw"])
         inputs = self.merge(batch, visual)
-        hidden, _ = self.language(inputs, positions=batch["positions"], segment_ids=batch["segment_ids"])
+        hidden = self._decode_rows(batch, inputs, branch_tokens)
         return hidden, _effective_tokens(entropy, batch["tile_valid_hw"])
+
+    def _decode_rows(
+        self, batch: Batch, inputs: Float[Array, "B L D"], branch_tokens: int | None
+    ) -> Float[Array, "B L D"]:
+        hidden, _ = self.language(
+            inputs,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            branch_ids=batch.get("branch_ids"),
+            branch_tokens=branch_tokens,
+        )
+        return hidden
 
     @ordinary_modes()
     def encode_images(

@@ -171,6 +171,8 @@ class LanguageModel(nn.Module):
         *,
         positions: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"],
+        branch_ids: Int[Array, "B L"] | None = None,
+        branch_tokens: int | None = None,
         cache: KVCache | None = None,
         cache_is_empty: bool = False,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
@@ -180,6 +182,8 @@ class LanguageModel(nn.Module):
           inputs: embeddings of text and visual tokens.
           positions: rotary positions; they restart with each example of a packed row.
           segment_ids: 0 is padding; attention stays within a segment. With a cache: 0 or 1, one example per row.
+          branch_ids: branches of the trees of packed rows, as in `ops.attention.packed_attention`; not with a cache.
+          branch_tokens: largest number of positions with a branch in a row; None means L.
           cache: if given, the L new positions are appended to it and attend to its complete content.
           cache_is_empty: whether the cache is known to be empty. The new positions then attend only to each other, with
             the faster kernel of packed rows.
@@ -188,7 +192,7 @@ class LanguageModel(nn.Module):
           Hidden states, and the extended cache (None if none was given).
         """
         cosines, sines = rotary_table(self.config, positions)
-        context = _Context(cosines, sines, segment_ids)
+        context = _Context(cosines, sines, segment_ids, branch_ids, branch_tokens)
         # Training: packed rows without a cache.
         if cache is None:
             hidden, _ = self._run_layers(inputs, context, None)
@@ -253,6 +257,8 @@ class _Context:
       cosines: cosines of the rotary angles.
       sines: sines of the rotary angles.
       segment_ids: segment of each position; 0 is padding.
+      branch_ids: branch of each position in its segment; None without trees.
+      branch_tokens: largest number of positions with a branch in a row.
       visible: cache slots that each query attends to, K of them or only the first; None if the queries attend only to
         each other.
       index: first cache slot to write; None without a cache.
@@ -263,6 +269,8 @@ class _Context:
     cosines: Float[Array, "B L 1 h"]
     sines: Float[Array, "B L 1 h"]
     segment_ids: Int[Array, "B L"]
+    branch_ids: Int[Array, "B L"] | None = None
+    branch_tokens: int | None = flax.struct.field(pytree_node=False, default=None)
     visible: Bool[Array, "B L K"] | None = None
     index: Int[Array, ""] | None = None
     page: tuple[Any, Any] | None = None
@@ -328,6 +336,8 @@ class DecoderAttention(nn.Module):
                 key,
                 value,
                 segment_ids=context.segment_ids,
+                branch_ids=context.branch_ids,
+                branch_tokens=context.branch_tokens,
                 causal=True,
                 kernel=config.attention,
                 mesh_axes=layers.attention_mesh(),

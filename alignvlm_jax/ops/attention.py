@@ -32,7 +32,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from alignvlm_jax.jax_modes import ordinary_modes
-from alignvlm_jax.ops import attention_cpu, attention_flash, attention_splash, attention_tokamax
+from alignvlm_jax.ops import (
+    attention_branches,
+    attention_cpu,
+    attention_flash,
+    attention_splash,
+    attention_tokamax,
+)
 from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
 KERNELS = ("splash", "tokamax", "flash", "cpu", "xla")
@@ -100,6 +106,8 @@ def packed_attention(
     value: Float[Array, "B L G h"],
     *,
     segment_ids: Int[Array, "B L"] | None = None,
+    branch_ids: Int[Array, "B L"] | None = None,
+    branch_tokens: int | None = None,
     causal: bool,
     kernel: str = "xla",
     mesh_axes: AttentionMesh = AttentionMesh(),
@@ -116,11 +124,25 @@ def packed_attention(
         query 3       . . x x .
         query 4       . . . . x
 
+    A segment may be a tree: a page and its branches, one after the other. A branch sees the page and itself:
+
+        segment_ids   1 1 1 1 1
+        branch_ids    0 1 1 2 2
+        query 0       x . . . .
+        query 1       x x . . .
+        query 2       x x x . .
+        query 3       x . . x .
+        query 4       x . . x x
+
     Args:
       query: queries. H may be a multiple of G (grouped-query attention): head i reads key-value head i // (H // G).
       key: keys.
       value: values.
       segment_ids: segment of each position, 0 for padding; None means that every row is one segment.
+      branch_ids: branch of each position within its segment, 0 for pages and for padding; None means that there are no
+        trees. It needs `segment_ids` and `causal`.
+      branch_tokens: largest number of positions with a branch in a row; None means L. Pallas kernels gather that many
+        (`attention_branches.py`), and the branches of a row with more of them become NaN.
       causal: whether a position attends only to itself and earlier positions.
       kernel: one of `KERNELS`.
       mesh_axes: axes of the current mesh that split rows and heads; "xla" does not need them.
@@ -130,17 +152,26 @@ def packed_attention(
       finite and depend on the kernel.
 
     Raises:
-      ValueError: if the kernel is unknown.
+      ValueError: if the kernel is unknown, or branches are given without segments or without `causal`.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    if branch_ids is not None and (segment_ids is None or not causal):
+        raise ValueError("branch_ids: branches need segment_ids, and causal attention")
+    if segment_ids is None and kernel != "xla":
+        # The kernels always take segments, because these also mask the padding that they add.
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    ids = (segment_ids,) if branch_ids is None else (segment_ids, branch_ids)
     if kernel == "cpu":
-        return _on_each_device(attention_cpu.attend, query, key, value, segment_ids, causal, mesh_axes)
+        return _on_each_device(attention_cpu.attend, query, key, value, ids, causal, mesh_axes)
     # A Pallas kernel, if one supports the shapes.
     for name in _CANDIDATES[kernel]:
         obstacle = _obstacle(name, query, key)
         if obstacle is None:
-            return _on_each_device(_MODULES[name].attend, query, key, value, segment_ids, causal, mesh_axes)
+            attend = _MODULES[name].attend
+            if branch_ids is not None:
+                attend = functools.partial(attention_branches.attend, attend, branch_tokens or query.shape[1])
+            return _on_each_device(attend, query, key, value, ids, causal, mesh_axes)
         _warn_once(f"attention: {obstacle}; falling back to a slower kernel")
 
     # Otherwise XLA, with a mask for each block of queries.
@@ -151,6 +182,8 @@ def packed_attention(
         if segment_ids is not None:
             # [B, l, k]: query and key are in the same segment. Padding is segment 0 and attends to padding.
             allowed = segment_ids[:, queries, None] == segment_ids[:, None, keys]
+        if branch_ids is not None:
+            allowed &= attention_branches.can_see(branch_ids[:, queries, None], branch_ids[:, None, keys])
         if causal:
             is_earlier = jnp.arange(length)[queries, None] >= jnp.arange(length)[None, keys]
             allowed = is_earlier[None] if allowed is None else allowed & is_earlier
@@ -185,8 +218,10 @@ def cached_attention(
     return _attend_in_blocks(query, key, value, lambda queries, keys: visible[:, queries, keys], causal=False)
 
 
-def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bool, mesh_axes: AttentionMesh):
-    """Calls a kernel on the rows and heads of each device of the current mesh."""
+def _on_each_device(
+    attend: Callable, query, key, value, ids: tuple[Array, ...], causal: bool, mesh_axes: AttentionMesh
+):
+    """Calls a kernel on the rows and heads of each device of the current mesh; `ids` are segments, and branches."""
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def keep(axes, size):
@@ -195,12 +230,9 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
 
     # Drop axes that do not divide the size: every device then computes all of these rows or heads.
     rows, heads = keep(mesh_axes.rows, query.shape[0]), keep(mesh_axes.heads, query.shape[2])
-    if segment_ids is None:
-        # The kernels always take segments, because these also mask the padding that they add.
-        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     attend = functools.partial(attend, causal=causal)
     if not rows and not heads:
-        return attend(query, key, value, segment_ids)
+        return attend(query, key, value, *ids)
     num_shards = math.prod(sizes[axis] for axis in heads)
     if key.shape[2] % num_shards:
         # The key-value heads cannot be split evenly, for instance because there are fewer heads than devices. Repeat
@@ -209,9 +241,8 @@ def _on_each_device(attend: Callable, query, key, value, segment_ids, causal: bo
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
     head_spec, row_spec = P(rows or None, None, heads or None), P(rows or None)
     # No check of replication, because Pallas calls have no rule for it.
-    return jax.shard_map(
-        attend, in_specs=(head_spec, head_spec, head_spec, row_spec), out_specs=head_spec, check_vma=False
-    )(query, key, value, segment_ids)
+    in_specs = (head_spec,) * 3 + (row_spec,) * len(ids)
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=head_spec, check_vma=False)(query, key, value, *ids)
 
 
 def _obstacle(kernel: str, query, key) -> str | None:

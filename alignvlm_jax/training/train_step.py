@@ -43,13 +43,16 @@ FIELDS = (
 RESAMPLING_FIELDS = ("visual_sources", "visual_weights")
 """Additional fields that the step of a model with newlines reads."""
 
+TREE_FIELDS = ("branch_ids",)
+"""Additional fields that the step reads if examples are packed as trees."""
+
 TEXT_FIELDS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
 """Fields that the step of the decoder alone reads."""
 
 
-def batch_fields(model: AlignVLMConfig) -> tuple[str, ...]:
-    """Returns the fields of the packed batch that the step of a model reads."""
-    return FIELDS + (RESAMPLING_FIELDS if model.newline else ())
+def batch_fields(model: AlignVLMConfig, is_tree: bool = False) -> tuple[str, ...]:
+    """Returns the fields of the packed batch that the step of a model reads, with or without trees."""
+    return FIELDS + (RESAMPLING_FIELDS if model.newline else ()) + (TREE_FIELDS if is_tree else ())
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -126,7 +129,12 @@ def place_state(model_config: AlignVLMConfig, stage: StageConfig, mesh: Mesh, pa
 
 
 def make_train_step(
-    model_config: AlignVLMConfig, stage: StageConfig, *, gradient_dtype: str = "float32", is_text_only: bool = False
+    model_config: AlignVLMConfig,
+    stage: StageConfig,
+    *,
+    gradient_dtype: str = "float32",
+    is_text_only: bool = False,
+    branch_tokens: int | None = None,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and not yet jitted.
 
@@ -139,12 +147,13 @@ def make_train_step(
       stage: the stage.
       gradient_dtype: dtype in which devices exchange gradients of weights (`ops/gradient_dtype.py`).
       is_text_only: whether the batch has no images and the state no other part than the decoder (`without_images`).
+      branch_tokens: largest number of positions with a branch in a row, if the batch has `branch_ids`; None means L.
     """
     model = AlignVLM(model_config)
 
     def summed_loss(trainable: Params, frozen: Params, microbatch: Batch):
         method = "text_loss" if is_text_only else "loss"
-        output = model.apply({"params": {**frozen, **trainable}}, microbatch, method=method)
+        output = model.apply({"params": {**frozen, **trainable}}, microbatch, branch_tokens, method=method)
         return output.loss, _microbatch_sums(output, microbatch)
 
     @ordinary_modes()
@@ -210,7 +219,8 @@ def _microbatch_sums(output: AlignVLMLoss, microbatch: Batch) -> Metrics:
     if "tile_valid_hw" in microbatch:  # not in rows of text
         tiles = jnp.sum(microbatch["tile_valid_hw"][..., 0] > 0, dtype=jnp.float32)
     is_real = microbatch["segment_ids"] > 0  # not padding
-    # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n².
+    # The positions p of a segment of length n are 0 .. n - 1, and the sum of 2 p + 1 over them is n². A branch counts
+    # what it attends to, because its positions continue those of the page.
     squares = jnp.where(is_real, 2.0 * microbatch["positions"] + 1.0, 0.0)
     sums = {
         "loss": output.loss,
@@ -239,12 +249,14 @@ def jit_train_step(
     *,
     gradient_dtype: str = "float32",
     is_text_only: bool = False,
+    branch_tokens: int | None = None,
 ) -> TrainStep:
     """Returns the step jitted for a mesh. The state keeps its shardings and is donated; the bins are sharded."""
+    options = dict(gradient_dtype=gradient_dtype, is_text_only=is_text_only, branch_tokens=branch_tokens)
     shardings = state_shardings(model_config, stage, mesh)
     shardings = without_images(shardings) if is_text_only else shardings
     return jax.jit(
-        make_train_step(model_config, stage, gradient_dtype=gradient_dtype, is_text_only=is_text_only),
+        make_train_step(model_config, stage, **options),
         in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
