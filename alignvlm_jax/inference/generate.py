@@ -37,6 +37,7 @@ from alignvlm_jax.inference.vocabulary import Variables, cache_vocabulary
 from alignvlm_jax.jax_modes import ordinary_modes
 from alignvlm_jax.models.alignvlm import AlignVLM, AlignVLMConfig, Batch, Params
 from alignvlm_jax.models.feature_noise import FeatureNoise
+from alignvlm_jax.models.hardware import MAX_UNROLLED_LAYERS
 from alignvlm_jax.models.language import KVCache, empty_cache
 from alignvlm_jax.models.rematerialization import FULL, NONE
 from alignvlm_jax.models.unstacking import unstack_layers, with_layers
@@ -142,7 +143,7 @@ class Generator:
         """Yields for each round the indices of the prompts and their answers. The pages are read only once."""
         rows = pad_pages(prompts, batch, tile_size=self.config.vision.image_size, pad_id=self.pad_id)
         with self._on_mesh():
-            page = read_pages(self._model, self.variables, self._place(rows), unstack=layers is not None)
+            page = read_pages(self._model, self.variables, self._place(rows), layers)
         for indices_of_pages in batch.rounds():
             rows = pad_branches(prompts, batch, indices_of_pages, pad_id=self.pad_id)
             with self._on_mesh():
@@ -245,20 +246,24 @@ def greedy_decode(
     return answers[:: options.views]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "unstack"))
+@functools.partial(jax.jit, static_argnames="model")
 @ordinary_modes()
-def read_pages(model: AlignVLM, variables: Variables, batch: Batch, *, unstack: bool) -> KVCache:
+def read_pages(model: AlignVLM, variables: Variables, batch: Batch, layers: tuple[Params, ...] | None) -> KVCache:
     """Returns the keys and values of pages.
 
     Args:
       model: the model.
       variables: variables of the model.
       batch: batch of pages, one per row; K adjacent rows are the views of one page.
-      unstack: whether to return one array per layer.
+      layers: as for `greedy_decode`. The cache is unstacked like them.
     """
     cache = empty_cache(model.config.language, *batch["tokens"].shape)
+    # Nothing reads the output of the last layer, and XLA leaves it out, but not from a loop.
+    is_unrolled = layers is not None and len(layers) <= MAX_UNROLLED_LAYERS
+    if is_unrolled:
+        variables, cache = with_layers(variables, layers), cache.unstack()
     _, cache = model.apply(variables, batch, cache, method="prefill")
-    return cache.unstack() if unstack else cache
+    return cache if layers is None or is_unrolled else cache.unstack()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))

@@ -25,6 +25,8 @@ import numpy as np
 
 from alignvlm_jax.inference.prompts import Batch, Prompt, pad_prompts, power_of_two
 
+_MIN_BRANCH = 8  # Shorter branches are padded to the same shape.
+
 
 class Group(NamedTuple):
     """Prompts that share a page.
@@ -174,7 +176,9 @@ def pad_pages(prompts: Sequence[Prompt], batch: PageBatch, *, tile_size: int, pa
         page = dataclasses.replace(prompt, tokens=prompt.tokens[:end], visual_index=prompt.visual_index[:end])
         pages += page.views()
     rows = batch.num_pages * len(pages) // len(batch.groups)
-    length = rounded_length(max(len(page.tokens) for page in pages))
+    # The length of most pages is that of their images, so there are few different ones.
+    longest = max(len(page.tokens) for page in pages)
+    length = _round_up(longest, min(64, max(16, power_of_two(longest) // 16)))
     return pad_prompts(pages, rows=rows, tile_size=tile_size, pad_id=pad_id, length=length)
 
 
@@ -195,7 +199,7 @@ def pad_branches(
         for page, of_page in enumerate(indices)
         for branch, i in enumerate(of_page)
     }
-    length = rounded_length(max(map(len, branches.values())))
+    length = rounded_count(max(_MIN_BRANCH, *map(len, branches.values())))
     shape = (batch.num_pages, batch.num_branches, length)
     tokens, segment_ids = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     for place, branch in branches.items():
@@ -206,12 +210,6 @@ def pad_branches(
     positions = page_lengths[:, None, None] + np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     fields = dict(tokens=tokens, segment_ids=segment_ids, positions=positions)
     return {name: np.repeat(field, views, axis=0).reshape(-1, length) for name, field in fields.items()}
-
-
-def rounded_length(number: int) -> int:
-    """Returns the length to which a page or a branch is padded: at most a sixteenth longer, or 15 or 63 positions."""
-    step = min(64, max(16, power_of_two(number) // 16))
-    return _round_up(number, step)
 
 
 class _Digests:

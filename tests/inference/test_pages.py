@@ -178,7 +178,7 @@ def branch_logits(config, variables, prompts, layers=None):
     batch = PageBatch((group,), 2, 8)  # with a page and rows of padding
     options = dict(pad_id=PAD)
     page_rows = pages.pad_pages(prompts, batch, tile_size=16, **options)
-    page = read_pages(AlignVLM(config), variables, page_rows, unstack=layers is not None)
+    page = read_pages(AlignVLM(config), variables, page_rows, layers)
     rows = pages.pad_branches(prompts, batch, [group.prompts], **options)
     cache = empty_cache(config.language, len(rows["tokens"]), rows["tokens"].shape[1] + 2)
     if layers is not None:
@@ -218,9 +218,8 @@ def test_the_page_is_stored_once_and_never_copied_for_its_branches(params):
     prompts = page_prompts(6, 8, texts(6, *[4] * 8))
     (group,) = group_prompts(prompts)
     batch = PageBatch((group,), 1, 8)
-    page = read_pages(
-        AlignVLM(CONFIG), variables, pages.pad_pages(prompts, batch, tile_size=16, pad_id=PAD), unstack=False
-    )
+    page_rows = pages.pad_pages(prompts, batch, tile_size=16, pad_id=PAD)
+    page = read_pages(AlignVLM(CONFIG), variables, page_rows, None)
     layers, groups, width, slots = 2, CONFIG.language.num_kv_heads, CONFIG.language.head_width, 48
     assert page.keys.shape == (layers, 1, groups, width, slots) and page.values.shape == (
         layers,
