@@ -12,6 +12,8 @@ Usage:
     tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
     tools/benchmark.py train --json train.json            training on a CPU, compared with eager PyTorch
     tools/benchmark.py decode --json decode.json          prefill and decoding on a CPU, compared with transformers
+    tools/benchmark.py answers --json answers.json        questions about one page together, compared with one by one
+    tools/benchmark.py answers-tpu --json answers.json    FLOPs per question at 1B on v5e (needs libtpu, but no TPU)
     tools/benchmark.py startup --json startup.json        start-up of `alignvlm ask`, compared with that of JAX
 """
 
@@ -19,7 +21,7 @@ import argparse
 import json
 import sys
 
-from benchmarks import decode, images, packing, startup, train, vocabulary, vocabulary_tpu
+from benchmarks import answers, answers_tpu, decode, images, packing, startup, train, vocabulary, vocabulary_tpu
 
 from alignvlm_jax.locations import as_path
 
@@ -30,6 +32,8 @@ COMMANDS = {
     "packing": packing,
     "train": train,
     "decode": decode,
+    "answers": answers,
+    "answers-tpu": answers_tpu,
     "startup": startup,
 }
 

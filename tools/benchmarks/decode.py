@@ -15,17 +15,21 @@ rows of 256 tokens, the length of a question about a page.
 
 import argparse
 import functools
+import json
+import pathlib
 import platform
 import tempfile
 import time
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignvlm_jax.backbones import backbone_folder
 from alignvlm_jax.interop.huggingface import load_language_folder
+from alignvlm_jax.interop.huggingface_config import read_language_config
 from alignvlm_jax.locations import as_path
 from alignvlm_jax.models.language import LanguageConfig, LanguageModel, empty_cache
 from alignvlm_jax.models.unstacking import unstack_layers
@@ -44,6 +48,7 @@ SMOLLM2 = dict(
     rms_norm_eps=1e-5,
     tie_word_embeddings=True,
 )
+HEAD_DIM = 64
 QUICK = dict(SMOLLM2, vocab_size=128, hidden_size=36, intermediate_size=64, num_hidden_layers=2)
 PREFILL_TOKENS, QUICK_PREFILL_TOKENS = 533, 70
 DECODE_PROMPT, DECODE_ROWS, DECODE_TOKENS = 64, (1, 8), 32
@@ -75,7 +80,10 @@ def run(args: argparse.Namespace) -> dict | None:
             torch.set_num_threads(THREADS)
             figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
             peer = make_peer(QUICK if args.quick else SMOLLM2, args.model, folder)
-        config, params = load_language(args.model or folder)
+        if args.model or peer:
+            config, params = load_language(args.model or folder)
+        else:
+            config, params = random_language(QUICK if args.quick else SMOLLM2, folder)
     rng = np.random.default_rng(0)
     rounds = 1 if args.quick else args.rounds
     length = QUICK_PREFILL_TOKENS if args.quick else PREFILL_TOKENS
@@ -131,6 +139,17 @@ def compare(what: str, contenders: dict[str, Callable[[], np.ndarray]], num_toke
 
 
 # Ours.
+
+
+def random_language(shapes: dict, scratch: str):
+    """Returns the config and random parameters of a decoder with the shapes of a Llama config."""
+    raw = {"model_type": "llama", **shapes, "head_dim": HEAD_DIM}
+    pathlib.Path(scratch, "config.json").write_text(json.dumps(raw))
+    config = read_language_config(scratch)
+    model, ids = LanguageModel(config), jnp.zeros((1, 1), jnp.int32)
+    inputs = jnp.zeros((1, 1, config.hidden_size))
+    variables = jax.jit(lambda key: model.init(key, inputs, positions=ids, segment_ids=ids))(jax.random.key(0))
+    return config, nn.unbox(variables["params"])
 
 
 def load_language(folder):
@@ -220,7 +239,7 @@ def make_peer(shapes: dict, folder, scratch):
     if folder:
         return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes, head_dim=64)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes, head_dim=HEAD_DIM)).eval()
     model.save_pretrained(scratch)
     return model
 
