@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tools.benchmarks import decode, startup
+from tools.benchmarks import answers, decode, startup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -64,6 +64,20 @@ def test_images_into_tiles(tmp_path):
         rates = figures[model]["tiles_per_second_and_core"]
         assert {"theirs, PIL", "ours", "ours + float32"} <= set(rates)
         assert all(rate["from_files"] > 0 for rate in rates.values())
+
+
+def test_answers_are_the_same_alone_and_with_shared_pages():
+    options = dict(checkpoint="nano", pages=1, batch_size=4, max_new_tokens=1, rounds=1)
+    figures = answers.run(argparse.Namespace(quick=True, **options))["own"]
+    assert figures["questions"] == 3 and figures["different_answers"] == 0
+    for contender in ("alone", "shared"):
+        assert figures[contender]["questions_per_second"] > 0
+        assert sum(figures[contender]["shares"].values()) == pytest.approx(1)
+
+
+def test_decoding_without_a_peer_or_a_model():
+    figures = decode.run(argparse.Namespace(quick=True, rounds=1, peer="none", model=None, prompt=20))
+    assert all(figures[what]["ours"]["tokens_per_second"] > 0 for what in ("prefill", "decode batch 2"))
 
 
 def test_decoding_gives_the_tokens_of_transformers():
