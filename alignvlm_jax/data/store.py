@@ -116,6 +116,10 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     try:
+        if not splits[split].num_examples:
+            names = sorted({part.partition("[")[0].strip() for part in split.split("+")})
+            sizes = " and ".join(f"{name!r} has {splits[name].num_examples}" for name in names)
+            raise UserError(f"{folder}: {split!r} contains no records ({sizes}). Choose a larger part")
         source, shards = builder.as_data_source(split, decoders=decoders), tuple(_shard_parts(splits, split))
         # TFDS would keep the files of all shards open.
         source.data_source = ArrayRecordFiles(splits[split].file_instructions)

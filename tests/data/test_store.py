@@ -195,6 +195,8 @@ def test_parts_of_splits(four_shards):
     with pytest.raises(UserError, match=r"00003\S*: .*split='train\[:30\]'"):
         parts[3]
     assert parts[2]["name"] == "7"
+    with pytest.raises(UserError, match=r"'train\[99%:\]' contains no records \('train' has 40\)"):
+        open_dataset(four_shards, "train[99%:]")
     with pytest.raises(UserError, match=r"no such part of a split: 'train\[a:\]'"):
         open_dataset(four_shards, "train[a:]")
     with pytest.raises(UserError, match=r"no split 'train\[:5\]\+test"):
