@@ -5,9 +5,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import tensorboardX
-
 from alignvlm_jax.training.tracking import bucket_events
+from alignvlm_jax.training.tracking.tensorboardx import SummaryWriter
 from alignvlm_jax.training.tracking.tracker import RunInfo, ShownAnswer, Tracker
 
 FOLDER = "tensorboard"
@@ -55,11 +54,9 @@ class TensorBoard(Tracker):
             raise OSError(f"{self._folder} cannot be written")
 
 
-def open_writer(folder: Path, first_step: int) -> tensorboardX.SummaryWriter:
+def open_writer(folder: Path, first_step: int) -> SummaryWriter:
     """Opens a new event file. Readers drop the points of earlier files after `first_step`."""
     # Readers sort the files by their names, which hold the time in seconds. A run that goes back may do so at once.
     suffix = f".{time.time_ns()}"
     bucket_events.register()
-    return tensorboardX.SummaryWriter(
-        str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000, filename_suffix=suffix
-    )
+    return SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10, max_queue=1000, filename_suffix=suffix)

@@ -44,15 +44,20 @@ def test_an_upload_that_fails_is_repeated_by_the_next_flush(gcs_bucket, monkeypa
     file = bucket_events.BucketEvents(path)
     header = struct.pack("Q", 0) + bytes(8)
     file.write(header)
+    attempts = []
     with monkeypatch.context() as patch:
 
         def refuse(*_, **__):
+            attempts.append(1)
             raise ConnectionError("no route to host")
 
         patch.setattr("etils.epath.gpath._GPath.write_bytes", refuse)
         file.flush()
+        file.flush()
+        assert len(attempts) == 1, "the same events are not uploaded again at once"
         file.write(b"a")
         file.flush()
+    assert len(attempts) == 2
     assert capsys.readouterr().err.count(f"warning: TensorBoard's file is not up to date: {path}") == 1
     assert not open_location(path).exists()
     file.write(b"b")
