@@ -177,5 +177,12 @@ def _quiet_logs(debug: bool) -> None:
     # These log every error that they raise, with its traceback. asyncio logs those of each array that Orbax writes.
     for name in ("gcsfs", "fsspec", "s3fs", "aiobotocore", "botocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # All messages of Orbax start like this.
-    logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("[process="))
+    logging.getLogger("absl").addFilter(lambda record: not _is_from_orbax(record))
+
+
+def _is_from_orbax(record: logging.LogRecord) -> bool:
+    """Returns whether Orbax logged this. It also raises every error that it logs."""
+    # Most of its messages start like this. Others have the traceback of an error that it has caught.
+    traceback = record.exc_info and record.exc_info[2]
+    caught_by = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return str(record.msg).startswith("[process=") or caught_by.startswith("orbax.")

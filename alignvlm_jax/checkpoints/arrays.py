@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import threading
+import time
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from alignvlm_jax.locations import absolute, is_bucket
 from alignvlm_jax.storage.errors import translate, translated_errors
 
 _CHUNK_BYTES = 128 * 2**20
-_THREAD_TIMEOUT = 60  # seconds; the threads of a failed write need much less to fail as well
+_THREADS_TIMEOUT = 20  # seconds, for all threads of a failed write together; most need much less to end
 # Errors of the disk and its folders: a save that fails with one may succeed later, or elsewhere.
 _STORAGE_ERRORS = (
     errno.ENOSPC,
@@ -99,11 +100,16 @@ class StepStore:
     def reset(self) -> None:
         """Makes the store usable again after a failed write, once nothing of that write is still running."""
         # Orbax reports the first error while its other threads still write, for instance into a folder that the caller
-        # is about to delete.
-        for thread in threading.enumerate():
-            if type(thread).__module__.startswith("orbax."):
-                with contextlib.suppress(Exception):  # its `join` raises the error of the thread
-                    thread.join(_THREAD_TIMEOUT)
+        # is about to delete. A thread that is cancelled before it begins writes nothing, but may wait for ten minutes
+        # for one that has failed.
+        threads = [each for each in threading.enumerate() if type(each).__module__.startswith("orbax.")]
+        for thread in threads:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                thread.cancel()
+        deadline = time.monotonic() + _THREADS_TIMEOUT
+        for thread in threads:
+            with contextlib.suppress(Exception):  # its `join` raises the error of the thread
+                thread.join(max(deadline - time.monotonic(), 0.0))
         # Orbax keeps the errors of its threads, and would raise them again at the next save.
         self._orbax = _make_orbax()
 

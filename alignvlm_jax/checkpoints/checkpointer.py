@@ -259,11 +259,14 @@ class Checkpointer:
 
     def _describe(self, step: Path, error: Exception) -> str:
         try:
-            others = [complete for complete in complete_steps(self._folder) if complete != int(step.name)]
+            # A bucket that cannot be reached is only asked if it is not known yet, because that takes half a minute.
+            others = [self._newest] if self._newest is not None else complete_steps(self._folder)
+            others = [complete for complete in others if complete != int(step.name)]
             newest = f"the newest checkpoint is {self._folder / str(others[-1])}" if others else "there is no other"
-        except UserError:  # the bucket cannot be reached
+        except UserError:
             newest = "earlier checkpoints are untouched"
-        return f"step {step.name} could not be saved in {step}: {arrays.storage_error_message(error)}; {newest}"
+        reason = str(arrays.storage_error_message(error)).removeprefix(f"{step}: ")
+        return f"step {step.name} could not be saved in {step}: {reason}; {newest}"
 
     def _clean_up(self) -> None:
         """Removes, once, the unfinished saves of earlier sessions that were killed."""

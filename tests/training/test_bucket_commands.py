@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -78,24 +79,36 @@ def test_a_run_in_a_bucket_is_trained_scored_asked_and_exported_there(tmp_path, 
 
 
 @pytest.mark.large
-def test_a_permission_that_is_lost_in_a_save_is_one_line(tmp_path, gcs_proxy, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [(fault_proxy.forbidden, "grant this account the right"), (fault_proxy.outage, "Run the same command again later")],
+    ids=["forbidden", "outage"],
+)
+def test_a_store_that_is_lost_in_a_save_is_one_line_and_the_run_resumes(
+    tmp_path, gcs_proxy, monkeypatch, fault, advice
+):
+    """From the first upload of step 2 until the command ends, the store refuses everything."""
     monkeypatch.setattr(test_preemption, "STEPS", 6)
     config = test_preemption.write_config(tmp_path)
 
-    def lose_permission(request):
+    def lose_store(request):
         if request.kind == "upload" and "/checkpoints/2/" in request.name:
-            gcs_proxy.fault = fault_proxy.forbidden
-        return None
+            gcs_proxy.fault = fault
+            return fault(request)
 
-    gcs_proxy.fault = lose_permission
+    gcs_proxy.fault = lose_store
+    start = time.monotonic()
     run = train(config, gcs_proxy.bucket, "--config.checkpoint.every_steps=1")
+    seconds = time.monotonic() - start
     # Without an emulator, there are credentials.
     lines = [line for line in run.stderr.splitlines() if not re.match(r".*google[._]auth", line)]
-    print("\n".join(lines))
+    print(f"{seconds:.0f} s, failed {dict(gcs_proxy.failed)}", *lines, sep="\n")
     assert run.returncode == 75 and "Traceback" not in run.stderr
-    assert lines[-1].startswith("alignvlm: error: ") and "grant this account the right" in lines[-1]
+    assert lines[-1].startswith("alignvlm: error: ") and advice in lines[-1]
     assert all(line.startswith(("alignvlm: error: ", "warning: ")) for line in lines)
+    assert seconds < 300
 
     gcs_proxy.fault = fault_proxy.no_fault
     run = train(config, gcs_proxy.bucket, "--config.checkpoint.every_steps=1")
     assert run.returncode == 0 and "trained 6 steps" in run.stdout
+    assert "step 1 " not in run.stdout, "it starts over"
