@@ -23,7 +23,9 @@ import sys
 
 from benchmarks import answers, answers_tpu, decode, images, packing, startup, train, vocabulary, vocabulary_tpu
 
-from alignvlm_jax.locations import as_path
+from alignvlm_jax.commands.program import run_program
+from alignvlm_jax.locations import location
+from alignvlm_jax.output_files import check_writable, write_atomically
 
 COMMANDS = {
     "vocab": vocabulary,
@@ -45,17 +47,19 @@ def main() -> int:
         help_line = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=help_line, description=module.__doc__)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.add_argument("--json", type=as_path, help="write the results to this file")
+        command.add_argument("--json", type=location, help="write the results to this file")
         module.add_arguments(command)
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
     figures = COMMANDS[args.command].run(args)
     if figures is None:
         return 1
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_atomically(args.json, (json.dumps(figures, indent=2) + "\n").encode())
         print(f"wrote the results to {args.json}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmark.py", main))
