@@ -202,6 +202,7 @@ def test_a_failed_stage_whose_start_was_not_saved_ends_the_run(tmp_path, monkeyp
     assert result.progress.step == 6
 
 
+@pytest.mark.skipif(jax.__version__ == "0.11.2", reason="its compiler crashes on a loop inside shard_map without jit")
 def test_the_operation_that_produced_a_nan_is_named(tmp_path, monkeypatch):
     # The search executes every operation on every device, so few devices take less time.
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
