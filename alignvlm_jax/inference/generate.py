@@ -1,10 +1,11 @@
 """Greedy decoding in batches of static shapes.
 
 Axes: B prompts, R = K B rows, K views, L positions of the padded prompt, A positions of the answer, M tiles per row, S
-tile side, V vocabulary.
+tile side, V vocabulary, P pages, Q branches of a page.
 
-Prompts are padded on the right and processed at once (prefill). One compiled loop then decodes all answers, and stops
-when every row has ended. All rows write to the same slots of the cache, and padding slots of a row are masked:
+A prompt that shares its images with no other is answered alone, in one program (`greedy_decode`). Prompts are padded on
+the right and processed at once (prefill). One compiled loop then decodes all answers, and stops when every row has
+ended. All rows write to the same slots of the cache, and padding slots of a row are masked:
 
     slots      | prompt of 5, padded to L = 8 | answer
     row 0      | p p p p p . . .              | a a <end>
@@ -13,6 +14,16 @@ when every row has ended. All rows write to the same slots of the cache, and pad
 
 An answer therefore does not depend on the other prompts in the batch. B, L and M are rounded up, so that only a few
 shapes are compiled.
+
+Prompts about the same images share a page (`inference/pages.py`), in two programs. `read_pages` encodes the images of P
+pages and reads what the prompts of each have in common. `decode_branches` reads the rest of Q prompts per page, and
+decodes their answers. The keys and values of a page stay where they are for all of its rows:
+
+    cache.page        | page of 6           |     row 0 = page 0, branch 0
+    page 0            | p p p p p p . .     |     row 1 = page 0, branch 1
+    cache             | branch      | answer      |
+    row 0             | b b b .     | a a <end>   |     positions 6 7 8, then 9 10 11
+    row 1             | b b . .     | a a a <end> |     positions 6 7, then 8 9 10 11
 
 The images of a prompt may come in K views (`inference/views.py`). K adjacent rows then form one prompt, and the next
 token of all of them is the one with the highest mean log-probability.
@@ -124,7 +135,7 @@ class Generator:
                     on_batch(len(indices))
         return answers
 
-    def _answer_alone(self, prompts, batch: PageBatch, layers, options):
+    def _answer_alone(self, prompts: Sequence[Prompt], batch: PageBatch, layers, options: "DecodingOptions"):
         """Yields the indices of single prompts and their answers."""
         indices = [group.prompts[0] for group in batch.groups]
         # A prompt with K views takes K adjacent rows.
@@ -139,7 +150,7 @@ class Generator:
         # Rows beyond the prompts are padding.
         yield indices, decoded[: len(indices)]
 
-    def _answer_branches(self, prompts, batch: PageBatch, layers, options):
+    def _answer_branches(self, prompts: Sequence[Prompt], batch: PageBatch, layers, options: "DecodingOptions"):
         """Yields for each round the indices of the prompts and their answers. The pages are read only once."""
         rows = pad_pages(prompts, batch, tile_size=self.config.vision.image_size, pad_id=self.pad_id)
         with self._on_mesh():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from alignvlm_jax.jax_modes import ordinary_modes
 
 _MASKED = -1e30  # finite: if every key of a query is masked, -inf would give NaN
-_SCORE_BYTES = 128 << 20  # Scores that are held at a time.
+_SCORE_BYTES = 256 << 20  # Scores that are held at a time.
 _MAX_BLOCKS = 16  # The blocks are unrolled, and more of them would take long to compile.
 
 
