@@ -121,7 +121,7 @@ def _with_branches(prompts: Sequence[Prompt], groups: list[Group], capacity: int
 
     def size(group: Group):
         longest = len(prompts[group.prompts[-1]].tokens) - group.page_length
-        tiles = power_of_two(len(prompts[group.prompts[0]].tiles))
+        tiles = rounded_count(len(prompts[group.prompts[0]].tiles))
         return tiles, _branches(len(group.prompts), limit), group.page_length, longest
 
     groups = sorted(groups, key=size, reverse=True)
@@ -179,7 +179,8 @@ def pad_pages(prompts: Sequence[Prompt], batch: PageBatch, *, tile_size: int, pa
     # The length of most pages is that of their images, so there are few different ones.
     longest = max(len(page.tokens) for page in pages)
     length = _round_up(longest, min(64, max(16, power_of_two(longest) // 16)))
-    return pad_prompts(pages, rows=rows, tile_size=tile_size, pad_id=pad_id, length=length)
+    num_tiles = rounded_count(max(1, *(len(page.tiles) for page in pages)))
+    return pad_prompts(pages, rows=rows, tile_size=tile_size, pad_id=pad_id, length=length, num_tiles=num_tiles)
 
 
 def pad_branches(

@@ -248,7 +248,13 @@ def first_answer(ids: Int[np.ndarray, " A"], end_ids: Sequence[int]) -> Int[np.n
 
 
 def pad_prompts(
-    prompts: Sequence[Prompt], *, rows: int, tile_size: int, pad_id: int, length: int | None = None
+    prompts: Sequence[Prompt],
+    *,
+    rows: int,
+    tile_size: int,
+    pad_id: int,
+    length: int | None = None,
+    num_tiles: int | None = None,
 ) -> Batch:
     """Returns a batch with one prompt per row. Rows beyond the prompts are padding.
 
@@ -261,12 +267,14 @@ def pad_prompts(
       tile_size: tile side S.
       pad_id: token that pads a row.
       length: length of a row; by default, the longest prompt's length, rounded up.
+      num_tiles: tiles of a row, at least one; by default, a power of two.
     """
     if length is None:
         longest = max(len(prompt.tokens) for prompt in prompts)
         length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    # At least one tile, because gathering visual tokens from an empty array fails.
-    num_tiles = power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
+    if num_tiles is None:
+        # At least one tile, because gathering visual tokens from an empty array fails.
+        num_tiles = power_of_two(max(1, *(len(prompt.tiles) for prompt in prompts)))
     batch = {
         "tokens": np.full((rows, length), pad_id, np.int32),
         "segment_ids": np.zeros((rows, length), np.int32),
