@@ -120,11 +120,10 @@ class Counter:
             program = generate.greedy_decode.lower(self._model, self._variables, self._place(rows), None, options)
             return _with_loop_apart("page", self._program(program), self._answer_tokens)
         page_rows = self._place(pages.pad_pages(prompts, batch, tile_size=self._side, pad_id=PAD_ID))
-        options_of_page = dict(unstack=False)
-        page_program = generate.read_pages.lower(self._model, self._variables, page_rows, **options_of_page)
+        page_program = generate.read_pages.lower(self._model, self._variables, page_rows, None)
         cache = self._place(
             jax.eval_shape(
-                lambda variables, rows: generate.read_pages(self._model, variables, rows, **options_of_page),
+                lambda variables, rows: generate.read_pages(self._model, variables, rows, None),
                 self._variables,
                 page_rows,
             )
