@@ -63,21 +63,52 @@ def make_conversation(
         if max_turns is None and shown != len(images):
             raise UserError(f"the conversation has {shown} image marks for {len(images)} images")
         return Conversation(messages, images[:shown])
-    # The other tasks build a conversation from the fields of a page.
+    return _about_page(record, _draw_turns(record, task, rng)[:max_turns])
+
+
+def make_branches(
+    record: Record, task: Task, rng: np.random.Generator, max_turns: int | None = None
+) -> list[Conversation]:
+    """Returns the conversations of a record that become branches: each question of a page, or all turns together.
+
+    Args:
+      record: see `make_conversation`.
+      task: see `make_conversation`.
+      rng: see `make_conversation`.
+      max_turns: see `make_conversation`. A question of a page is a branch of its own, so there is no limit on them.
+
+    Raises:
+      UserError: as `make_conversation`.
+    """
+    if task == "conversation":
+        return [make_conversation(record, task, rng, max_turns)]
+    return [_about_page(record, [turn]) for turn in _draw_turns(record, task, rng)]
+
+
+def encoded_images(record: Record) -> Sequence[bytes]:
+    """Returns the encoded images of a record of any task."""
+    return record["images"] if "images" in record else [record["image"]] if "image" in record else []
+
+
+def _draw_turns(record: Record, task: Task, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Returns the questions of a page with their answers, in random order, for a task other than "conversation"."""
     if task == "mixed":
         task = "transcribe" if rng.random() < 0.5 else "qa"
     if task == "transcribe":
-        turns = [(TRANSCRIBE_INSTRUCTION, _field(record, "transcription"))]
-    elif task == "qa":
-        questions, answers = _field(record, "questions"), _field(record, "answers")
-        if len(questions) != len(answers) or not len(questions):
-            raise UserError(
-                f"expected as many answers as questions and at least one, got {len(questions)} questions and "
-                f"{len(answers)} answers"
-            )
-        turns = [(questions[i], answers[i]) for i in rng.permutation(len(questions))[:max_turns]]
-    else:
+        return [(TRANSCRIBE_INSTRUCTION, _field(record, "transcription"))]
+    if task != "qa":
         raise ValueError(f"task: expected one of {', '.join(FIELDS)}, got {task!r}")
+    questions, answers = _field(record, "questions"), _field(record, "answers")
+    if len(questions) != len(answers) or not len(questions):
+        raise UserError(
+            f"expected as many answers as questions and at least one, got {len(questions)} questions and "
+            f"{len(answers)} answers"
+        )
+    return [(questions[i], answers[i]) for i in rng.permutation(len(questions))]
+
+
+def _about_page(record: Record, turns: Sequence[tuple[str, str]]) -> Conversation:
+    """Returns the conversation of these questions and answers about a record's page."""
     messages = []
     for question, answer in turns:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})

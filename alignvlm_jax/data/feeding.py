@@ -85,11 +85,13 @@ class Pool:
             self._stop_watching = lambda: None
             self._submit = lambda function, items: self._executor.submit(function, items, reader)
 
-    def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[MeasuredExample | Refused]]":
-        """Starts measuring the examples at these positions."""
+    def measure(self, positions: Sequence[int]) -> "concurrent.futures.Future[list[list[MeasuredExample | Refused]]]":
+        """Starts measuring the examples at each of these positions."""
         return self._submit(_measure, positions)
 
-    def make(self, examples: Sequence[MeasuredExample]) -> "concurrent.futures.Future[list[Example | Refused]]":
+    def make(
+        self, examples: Sequence[MeasuredExample]
+    ) -> "concurrent.futures.Future[list[Example | tuple[Refused, ...]]]":
         """Starts making the tokens and tiles of the examples."""
         return self._submit(_make, examples)
 
@@ -107,7 +109,7 @@ class Feed:
       rows: rows of a microbatch to build, in the order they have in the batch.
       microbatches: K.
       state: state of these rows to resume from (other rows are ignored); None starts at the beginning.
-      num_examples: number of examples after which the order ends and bins are empty; None means an endless order.
+      num_positions: number of positions after which the order ends and bins are empty; None means an endless order.
       workers: number of processes that make examples; 0 uses `threads` threads of this process.
       threads: number of threads that make examples if there are no worker processes.
       prefetch: number of batches kept ready or in progress.
@@ -122,7 +124,7 @@ class Feed:
         microbatches: int,
         state: RowStates | None = None,
         *,
-        num_examples: int | None = None,
+        num_positions: int | None = None,
         workers: int = 0,
         threads: int = 2,
         prefetch: int = 2,
@@ -133,7 +135,7 @@ class Feed:
         windows = [_make_window(reader, row, state) for row in rows]
         self._pool = Pool(reader, workers=workers, threads=threads)
         stride = reader.packing.bins_per_microbatch
-        self._sources = [_Row(self._pool, window, stride, num_examples, self._check_refusals) for window in windows]
+        self._sources = [_Row(self._pool, window, stride, num_positions, self._check_refusals) for window in windows]
         self._reasons: collections.Counter[str] = collections.Counter()
         self._state = self._row_states()
         self._refused: list[Refused] = []
@@ -225,11 +227,12 @@ class Feed:
             tile_size=reader.tiling.tile_size,
             pad_id=reader.chat.pad_id,
             resampled=reader.tiling.rule == "anyres_max_9",
+            is_tree=reader.grouping == "tree",
         )
         for place, future, refused in bins:
             results = future.result() if future else []
             # Some damage shows only when an image is decoded, after the example was measured and given a bin.
-            unreadable = [example for example in results if isinstance(example, Refused)]
+            unreadable = [refused for result in results if not isinstance(result, Example) for refused in result]
             for example in unreadable:
                 self._check_refusals(example)
             examples = [example for example in results if isinstance(example, Example)]
@@ -264,7 +267,7 @@ class _Row:
         pool: Pool,
         window: Window,
         stride: int,
-        num_examples: int | None,
+        num_positions: int | None,
         on_refused: Callable[[Refused], None],
     ):
         self.window, self.num_seen = window, 0
@@ -272,11 +275,11 @@ class _Row:
         # The row's positions in the order, from the first one that has not entered the window.
         self._positions = (
             itertools.count(window.next_position, stride)
-            if num_examples is None
-            else iter(range(window.next_position, num_examples, stride))
+            if num_positions is None
+            else iter(range(window.next_position, num_positions, stride))
         )
         self._measuring: collections.deque = collections.deque()
-        self._measured: Iterator[MeasuredExample | Refused] = iter(())
+        self._measured: Iterator[list[MeasuredExample | Refused]] = iter(())
         # Measure one window ahead: that is the largest number of examples that one bin can make room for.
         self._chunks_ahead = max(1, window.config.window // _POSITIONS_PER_TASK)
         self._look_ahead()
@@ -285,24 +288,26 @@ class _Row:
         """Returns the examples of the row's next bin, and the examples refused since the previous bin."""
         refused = []
         # A refused example takes no place in the window, but it advances the position.
-        while self.window.has_room and (example := self._next()) is not None:
+        while self.window.has_room and (examples := self._next()) is not None:
             self.window.next_position += self._stride
-            self.num_seen += 1
-            if isinstance(example, Refused):
-                refused.append(example)
-                self._on_refused(example)
-            else:
-                self.window.waiting.append(example)
+            for example in examples:
+                if isinstance(example, Refused):
+                    self.num_seen += 1
+                    refused.append(example)
+                    self._on_refused(example)
+                else:
+                    self.num_seen += example.questions
+                    self.window.waiting.append(example)
         return self.window.pop_bin(), refused
 
-    def _next(self) -> MeasuredExample | Refused | None:
-        """Returns the next example of the row's part of the order, or None at its end."""
-        while (example := next(self._measured, None)) is None:
+    def _next(self) -> list[MeasuredExample | Refused] | None:
+        """Returns the examples at the next position of the row's part of the order, or None at its end."""
+        while (examples := next(self._measured, None)) is None:
             if not self._measuring:
                 return None
             self._measured = iter(self._measuring.popleft().result())
             self._look_ahead()
-        return example
+        return examples
 
     def _look_ahead(self) -> None:
         """Keeps the next chunks of positions in the pool's queue."""
@@ -336,11 +341,13 @@ def _init_worker(reader: ExampleReader) -> None:
     exit_with_parent()
 
 
-def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[MeasuredExample | Refused]:
-    """Measures the examples at these positions. A worker process uses its own reader."""
+def _measure(positions: Sequence[int], reader: ExampleReader | None = None) -> list[list[MeasuredExample | Refused]]:
+    """Measures the examples at each of these positions. A worker process uses its own reader."""
     return [(reader or _worker_reader).measure(position) for position in positions]
 
 
-def _make(examples: Sequence[MeasuredExample], reader: ExampleReader | None = None) -> list[Example | Refused]:
+def _make(
+    examples: Sequence[MeasuredExample], reader: ExampleReader | None = None
+) -> list[Example | tuple[Refused, ...]]:
     """Builds measured examples. A worker process uses its own reader."""
     return [(reader or _worker_reader).make(example) for example in examples]

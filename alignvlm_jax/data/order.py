@@ -1,8 +1,9 @@
 """The endless order of examples of a stage, a pure function of the seed.
 
-Each position of the order is a record of one part of the mixture. A part goes through its records in a new random order
-every epoch. Parts are interleaved by weight: exactly over every `_BLOCK` positions, at random within such a block. (The
-rows of a batch take examples at a fixed stride, which would interfere with a regular pattern.)
+Each position of the order is a record of one part of the mixture, or a group of records that show the same images
+(`groups.py`). A part goes through its records in a new random order every epoch. Parts are interleaved by weight:
+exactly over every `_BLOCK` positions, at random within such a block. (The rows of a batch take examples at a fixed
+stride, which would interfere with a regular pattern.)
 
     parts "a" (3 records, weight 2) and "b" (5 records, weight 1)
     position    0    1    2    3    4    5    6    7    8
@@ -31,17 +32,17 @@ class ExampleOrder:
     """The order of a stage's examples.
 
     Attributes:
-      lengths: number of records of each part.
-      weights: share of each part, relative to the others.
+      lengths: number of records of each part, or of its groups.
+      weights: share of each part in the positions, relative to the others. Floats and fractions are exact.
       seed: seed of all random choices; use a different one for every stage.
     """
 
     lengths: tuple[int, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float | Fraction, ...]
     seed: int
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """Returns the part of the example at this position and the index of its record in the part."""
+        """Returns a part and the index in it of the record, or group, at this position."""
         part, count = self._part(position)
         epoch, place = divmod(count, self.lengths[part])
         return part, _shuffled(place, self.lengths[part], (self.seed, part, epoch))

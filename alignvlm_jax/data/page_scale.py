@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from alignvlm_jax.data import images
+from alignvlm_jax.data.conversations import encoded_images
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, plan_tiles
 from alignvlm_jax.errors import UserError
 
@@ -49,12 +50,9 @@ def sample_scale(sources: Sequence[Sequence[Mapping[str, Any]]], tiling: TilingC
     for records in sources:
         for index in np.unique(np.linspace(0, len(records) - 1, min(_SAMPLE_SIZE, len(records)), dtype=int)):
             try:
-                scales += [page_scale(plan_tiles(*images.image_size(data), tiling)) for data in _images(records[index])]
+                scales += [
+                    page_scale(plan_tiles(*images.image_size(data), tiling)) for data in encoded_images(records[index])
+                ]
             except UserError:
                 continue
     return float(np.percentile(scales, _PERCENTILE)) if scales else None
-
-
-def _images(record: Mapping[str, Any]) -> Sequence[bytes]:
-    """Returns the encoded images of a document or of a conversation."""
-    return record["images"] if "images" in record else [record["image"]] if "image" in record else []

@@ -8,7 +8,7 @@ training. The plan holds for the whole stage and is saved in its checkpoints.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import Pool
@@ -19,8 +19,8 @@ from alignvlm_jax.progress import progress_bar
 
 # Positions measured per task.
 _POSITIONS_PER_TASK = 16
-# Number of examples to measure. The first estimates the examples per bin to a few percent, the second the bins per
-# epoch to about one percent.
+# Number of positions to measure, each an example or a group of them. The first estimates the examples per bin to a few
+# percent, the second the bins per epoch to about one percent.
 _SAMPLE_SIZE = 512
 _EPOCH_SAMPLE_SIZE = 8192
 
@@ -33,13 +33,14 @@ class StagePlan:
       steps: number of steps.
       microbatches: K of every step.
       examples_per_bin: measured average.
-      num_examples: number of examples after which the order ends; None for an endless order.
+      num_positions: number of positions of the order after which it ends, each an example or a group of examples
+        (`examples.py`); None for an endless order.
     """
 
     steps: int
     microbatches: int
     examples_per_bin: float
-    num_examples: int | None = None
+    num_positions: int | None = None
 
 
 def plan_stage(
@@ -71,32 +72,38 @@ def plan_stage(
       UserError: if none of the measured examples can be used.
     """
     rows = reader.packing.bins_per_microbatch
-    total = None if epochs is None else max(1, round(epochs * reader.num_records))
+    total = None if epochs is None else max(1, round(epochs * reader.num_groups))
     number = _SAMPLE_SIZE if total is None else min(total, _EPOCH_SAMPLE_SIZE)
     measured = _measure(reader, number, threads, progress)
-    usable = [example for example in measured if isinstance(example, MeasuredExample)]
+    usable = _usable(measured)
     if not usable:
-        first = measured[0]
+        first = measured[0][0]
         raise UserError(
-            f"none of the {number} examples measured can be used. The first is {first.id} of {first.source}: "
-            f"{first.reason}"
+            f"none of the {sum(map(len, measured))} examples measured can be used. The first is {first.id} of "
+            f"{first.source}: {first.reason}"
         )
     # Pack all usable examples as one row, to estimate how many share a bin.
     bins = _count_bins(reader, iter(usable))
-    microbatches = bins_per_step // rows if bins_per_step else max(1, round(global_batch * bins / len(usable) / rows))
+    # A tree counts as the number of its questions.
+    examples_per_bin = sum(example.questions for example in usable) / bins
+    microbatches = bins_per_step // rows if bins_per_step else max(1, round(global_batch / examples_per_bin / rows))
     if number == total:
         # All examples are known: pack each row exactly as training will, and let the longest row set the steps.
-        row_examples = ([e for e in measured[row::rows] if isinstance(e, MeasuredExample)] for row in range(rows))
-        most_bins = max(_count_bins(reader, iter(examples)) for examples in row_examples)
-        return StagePlan(math.ceil(most_bins / microbatches), microbatches, len(usable) / bins, total)
+        most_bins = max(_count_bins(reader, iter(_usable(measured[row::rows]))) for row in range(rows))
+        return StagePlan(math.ceil(most_bins / microbatches), microbatches, examples_per_bin, total)
     # Otherwise extrapolate from the sample, refused examples included.
     if total is not None:
         steps = math.ceil(total * bins / len(measured) / (microbatches * rows))
-    return StagePlan(steps, microbatches, len(usable) / bins)
+    return StagePlan(steps, microbatches, examples_per_bin)
 
 
-def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -> list[MeasuredExample | Refused]:
-    """Measures the first `number` examples of the order."""
+def _usable(measured: Sequence[list[MeasuredExample | Refused]]) -> list[MeasuredExample]:
+    """Returns the examples that can be used."""
+    return [example for examples in measured for example in examples if isinstance(example, MeasuredExample)]
+
+
+def _measure(reader: ExampleReader, number: int, threads: int, progress: bool) -> list[list[MeasuredExample | Refused]]:
+    """Measures the examples at each of the first `number` positions of the order."""
     pool = Pool(reader, threads=threads)
     try:
         starts = range(0, number, _POSITIONS_PER_TASK)

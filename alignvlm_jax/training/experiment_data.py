@@ -79,7 +79,7 @@ class ExperimentData:
             rows,
             plan.microbatches,
             state,
-            num_examples=plan.num_examples,
+            num_positions=plan.num_positions,
             workers=data.workers,
             threads=data.read_threads,
             prefetch=data.prefetch_batches,

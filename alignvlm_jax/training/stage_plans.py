@@ -1,6 +1,7 @@
 """Plans the stages of a run: the number of steps, and the number of microbatches per step."""
 
 import dataclasses
+from typing import Any
 
 from alignvlm_jax.checkpoints.checkpointer import Checkpointer
 from alignvlm_jax.config.experiment import ExperimentConfig
@@ -20,11 +21,16 @@ def plan_stages(config: ExperimentConfig, data: TrainingData, checkpointer: Chec
         # if the run was killed before it could save a checkpoint with new plans.
         changes = config_changes.compare(checkpointer.config(progress), config)
         if not any(change.affects_results and change.key.startswith(("stages", "data")) for change in changes):
-            return [StagePlan(**plan) for plan in stored["plans"]]
+            return [_restore(plan) for plan in stored["plans"]]
     plans = [data.plan(index, stage) for index, stage in enumerate(config.stages)]
     # Processes make the same plans only if they all read the same data sets.
     distributed.require_equal({"the data, as measured,": [dataclasses.asdict(plan) for plan in plans]})
     return plans
+
+
+def _restore(plan: dict[str, Any]) -> StagePlan:
+    """Returns a plan from a checkpoint. Before records were grouped, a position of the order was an example."""
+    return StagePlan(**{"num_positions" if name == "num_examples" else name: value for name, value in plan.items()})
 
 
 def planned_stage(config: ExperimentConfig, stage: StageConfig, plan: StagePlan) -> StageConfig:

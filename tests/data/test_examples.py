@@ -23,9 +23,21 @@ def _mixed(count=24):
 
 def _all(reader):
     """Returns the examples of an epoch, by number."""
-    measured = [reader.measure(position) for position in range(reader.num_records)]
+    measured = [_measure(reader, position) for position in range(reader.num_groups)]
     made = [reader.make(example) for example in measured]
-    return {example.number: example for example in made}, measured, made
+    return {example.numbers[0]: example for example in made}, measured, made
+
+
+def _measure(reader, position):
+    """Returns the only example at a position, or why it is refused."""
+    (measured,) = reader.measure(position)
+    return measured
+
+
+def _make(reader, measured):
+    """Returns the example that was measured, or why it is refused."""
+    made = reader.make(measured)
+    return made[0] if isinstance(made, tuple) else made
 
 
 def test_measured_size_is_the_size_of_the_example(chat):
@@ -39,8 +51,8 @@ def test_an_example_is_a_function_of_seed_and_position(chat):
     one, two = (reader(pages(20), chat) for _ in range(2))
     again = pickle.loads(pickle.dumps(two))  # the way it reaches a worker process
     for position in (33, 5, 0):
-        made = one.make(one.measure(position))
-        other = again.make(again.measure(position))
+        made = one.make(_measure(one, position))
+        other = again.make(_measure(again, position))
         for field in dataclasses.fields(made):
             np.testing.assert_array_equal(getattr(made, field.name), getattr(other, field.name))
 
@@ -65,12 +77,12 @@ def test_text_is_cut_between_turns_together_with_images(chat):
     sizes = ((30, 30), (60, 60), (30, 30), (30, 30))
     records = [Part("long/train", [prepared(0, *turns, sizes=sizes)], "conversation")]
     whole = reader(records, chat, max_text_tokens=1000, packing=dataclasses.replace(PACKING, tokens_per_bin=1000))
-    full = whole.make(whole.measure(0))
-    assert len(full.tiles) == 1 + 4 + 1 + 1 and not full.was_cut
+    full = whole.make(_measure(whole, 0))
+    assert len(full.tiles) == 1 + 4 + 1 + 1 and not full.num_cut
     text_tokens = np.sum(full.visual_index < 0)
     cut = dataclasses.replace(whole, max_text_tokens=int(text_tokens * 0.6))
-    example = cut.make(cut.measure(0))
-    assert example.was_cut and len(example.tiles) == 5 and (example.tiles == full.tiles[:5]).all()
+    example = cut.make(_measure(cut, 0))
+    assert example.num_cut and len(example.tiles) == 5 and (example.tiles == full.tiles[:5]).all()
     np.testing.assert_array_equal(example.tokens, full.tokens[: len(example.tokens)])
     assert example.loss_weights[-2] == 1 and example.loss_weights[-1] == 0, "it ends with an answer"
 
@@ -78,7 +90,7 @@ def test_text_is_cut_between_turns_together_with_images(chat):
 def test_question_order_changes_between_epochs(chat):
     record = {**page(0, np.random.default_rng(0)), "questions": list("abcdefgh"), "answers": list("12345678")}
     examples = reader([record], chat)
-    assert len({examples.make(examples.measure(position)).tokens.tobytes() for position in range(6)}) > 3
+    assert len({examples.make(_measure(examples, position)).tokens.tobytes() for position in range(6)}) > 3
 
 
 def test_bad_records_are_refused_by_name(chat):
@@ -99,9 +111,9 @@ def test_bad_records_are_refused_by_name(chat):
     examples = reader(records, chat, packing=dataclasses.replace(PACKING, tiles_per_bin=3))
     refused = {}
     for position in range(12):
-        found = examples.measure(position)
+        found = _measure(examples, position)
         if isinstance(found, MeasuredExample):
-            found = examples.make(found)  # where damage of an image shows
+            found = _make(examples, found)  # where damage of an image shows
         if isinstance(found, Refused):
             refused[found.id] = found
     for i, reason in enumerate(reasons):
@@ -112,10 +124,10 @@ def test_bad_records_are_refused_by_name(chat):
 
 def test_image_whose_size_differs_from_its_header(chat, monkeypatch):
     examples = reader(pages(1), chat)
-    measured = examples.measure(0)
+    measured = _measure(examples, 0)
     other = PIL.Image.open(io.BytesIO(png_image(0, (21, 99)))).convert("RGB")
     monkeypatch.setattr("alignvlm_jax.data.examples.open_image", lambda *_, **__: other)
-    assert "the decoded image has (21, 99) pixels" in examples.make(measured).reason
+    assert "the decoded image has (21, 99) pixels" in _make(examples, measured).reason
 
 
 def test_numbers_of_records(chat):
@@ -144,7 +156,7 @@ def test_wrong_mixtures(chat):
 def test_anyres_examples_have_the_sources_of_their_visual_tokens(chat):
     tiling = TilingConfig(rule="anyres_max_9", tile_size=32, max_tiles=2, grid_side=3)
     examples = reader(_mixed(), chat, tiling=tiling, packing=dataclasses.replace(PACKING, tiles_per_bin=20))
-    for measured in map(examples.measure, range(24)):
+    for measured in (_measure(examples, position) for position in range(24)):
         example = examples.make(measured)
         visual = int(np.sum(example.visual_index >= 0))
         assert len(example.resampling.sources) == visual
@@ -181,9 +193,9 @@ def test_two_thousand_damaged_records_end_in_an_example_or_a_refusal(chat):
     examples = reader([Part("fuzz/train", records, "conversation")], chat)
     used = refused = 0
     for position in range(len(records)):
-        found = examples.measure(position)
+        found = _measure(examples, position)
         if isinstance(found, MeasuredExample):
-            measured, found = found, examples.make(found)
+            measured, found = found, _make(examples, found)
         if isinstance(found, Refused):
             refused += 1
             assert found.reason and found.id.startswith("record-")

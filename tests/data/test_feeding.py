@@ -125,7 +125,7 @@ def test_another_seed_is_another_order(examples, reference):
 
 def test_an_order_that_ends_holds_every_example_once_an_epoch(chat):
     examples = reader(pages(30), chat)
-    batches, _ = read_batches(Feed(examples, ROWS, MICROBATCHES, num_examples=60), 8)
+    batches, _ = read_batches(Feed(examples, ROWS, MICROBATCHES, num_positions=60), 8)
     numbers = np.concatenate([batch["example_ids"].ravel() for batch in batches])
     np.testing.assert_array_equal(np.bincount(numbers[numbers >= 0], minlength=30), 2)
     assert not batches[-1]["segment_ids"].any() and (batches[-1]["tokens"] == chat.pad_id).all()
@@ -148,7 +148,7 @@ def test_refused_examples_are_counted_and_named(examples):
 def test_image_damaged_after_its_header_leaves_a_gap(chat):
     records = [page(i, np.random.default_rng(i), size=(40, 40)) for i in range(12)]
     records[3]["image"] = records[3]["image"][:-20]
-    feed = Feed(reader(records, chat), ROWS, 1, num_examples=12)
+    feed = Feed(reader(records, chat), ROWS, 1, num_positions=12)
     batches = [next(feed) for _ in range(3)]
     numbers = np.concatenate([batch["example_ids"].ravel() for batch in batches])
     assert sorted(numbers[numbers >= 0]) == [0, 1, 2, *range(4, 12)]

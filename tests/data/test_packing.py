@@ -36,7 +36,7 @@ def _tiles(count, value=1):
 
 
 def _example(number, layout, per_tile=2):
-    return Example(number, *_chat(layout), *_tiles(layout.count("i") // per_tile, number))
+    return Example((number,), *_chat(layout), *_tiles(layout.count("i") // per_tile, number))
 
 
 def _pack(bins, config, per_tile=2):
@@ -113,7 +113,7 @@ def test_properties_of_random_batches():
             examples_per_bin=int(rng.integers(2, 8)),
         )
         examples = [_example(i, _random_layout(rng, per_tile), per_tile) for i in range(1, rng.integers(2, 40))]
-        waiting = [MeasuredExample(e.number, len(e.tokens), len(e.tiles)) for e in examples]
+        waiting = [MeasuredExample(e.numbers[0], len(e.tokens), len(e.tiles)) for e in examples]
         packed = []
         while waiting:
             chosen = choose_bin(waiting, config)
@@ -174,7 +174,7 @@ def test_text_is_cut_after_the_last_answer_that_fits():
 
 
 def test_truncated_examples_are_counted():
-    examples = [dataclasses.replace(_example(i, "uiiqAB"), was_cut=i < 2) for i in range(3)]
+    examples = [dataclasses.replace(_example(i, "uiiqAB"), num_cut=i < 2) for i in range(3)]
     batch = _pack([examples], PackingConfig(tokens_per_bin=20, bins_per_microbatch=1))
     assert batch["num_cut"].tolist() == [[2]] and batch["num_examples"].tolist() == [[3]]
 
@@ -188,7 +188,7 @@ def test_example_is_immutable():
     example = _example(1, "buiiqsXE")
     assert isinstance(example, Example)
     with pytest.raises(AttributeError):
-        example.number = 2
+        example.numbers = (2,)
 
 
 def test_anyres_sources_are_features_of_the_bin():
@@ -198,7 +198,7 @@ def test_anyres_sources_are_features_of_the_bin():
         sources = np.tile(np.arange(tokens, dtype=np.int32)[:, None], (1, 4))
         sources[-1, 0] = -1  # a newline
         resampling = Resampling(sources, np.full((tokens, 4), 0.25, np.float32))
-        examples.append(Example(number, *_chat(layout), *_tiles(2, number), resampling=resampling))
+        examples.append(Example((number,), *_chat(layout), *_tiles(2, number), resampling=resampling))
     config = PackingConfig(tokens_per_bin=12, tiles_per_bin=4, bins_per_microbatch=1)
     batch = empty_batch(1, 1, config, tile_size=SIDE, pad_id=PAD, resampled=True)
     write_bin(batch, (0, 0), examples, 2)

@@ -18,7 +18,7 @@ def _plan(examples, **options):
 
 def _numbers(examples, plan):
     """Returns the records in the batches of the complete stage."""
-    feed = Feed(examples, range(PACKING.bins_per_microbatch), plan.microbatches, num_examples=plan.num_examples)
+    feed = Feed(examples, range(PACKING.bins_per_microbatch), plan.microbatches, num_positions=plan.num_positions)
     batches = [next(feed) for _ in range(plan.steps)]
     feed.close()
     numbers = np.concatenate([batch["example_ids"].ravel() for batch in batches])
@@ -29,19 +29,19 @@ def _numbers(examples, plan):
 def test_epochs_use_every_example_equally_often_without_empty_steps(chat, epochs):
     examples = reader(pages(61), chat)
     plan = _plan(examples, epochs=epochs)
-    assert plan.num_examples == round(61 * epochs)
+    assert plan.num_positions == round(61 * epochs)
     numbers = _numbers(examples, plan)
-    assert len(numbers) == plan.num_examples
+    assert len(numbers) == plan.num_positions
     seen = np.bincount(numbers, minlength=61)
     assert seen.min() >= int(epochs) and seen.max() <= -(-epochs // 1)
-    assert len(_numbers(examples, dataclasses.replace(plan, steps=plan.steps - 1))) < plan.num_examples
+    assert len(_numbers(examples, dataclasses.replace(plan, steps=plan.steps - 1))) < plan.num_positions
 
 
 def test_long_epochs_are_planned_from_the_mean(chat, monkeypatch):
     monkeypatch.setattr(planning, "_EPOCH_SAMPLE_SIZE", 200)
     examples = reader(pages(400), chat)
     plan = _plan(examples, epochs=2.0)
-    assert plan.num_examples is None
+    assert plan.num_positions is None
     assert len(_numbers(examples, plan)) == pytest.approx(800, rel=0.05)
 
 
@@ -50,7 +50,7 @@ def test_a_step_has_the_microbatches_nearest_to_the_batch(chat):
     plans = [_plan(examples, steps=20, global_batch=batch) for batch in (1, 16, 64)]
     bins = PACKING.bins_per_microbatch * plans[0].examples_per_bin
     assert [plan.microbatches for plan in plans] == [1, max(1, round(16 / bins)), round(64 / bins)]
-    assert all(plan.steps == 20 and plan.num_examples is None for plan in plans)
+    assert all(plan.steps == 20 and plan.num_positions is None for plan in plans)
     assert len(_numbers(examples, plans[2])) == pytest.approx(20 * 64, rel=0.2)
     assert _plan(examples, steps=20, bins_per_step=12).microbatches == 3
 

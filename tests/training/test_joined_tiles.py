@@ -59,7 +59,7 @@ def _params(config):
 
 def test_packing_does_not_change_the_loss(config, examples, tokenizer):
     """Eight examples, with pages of several sizes and without a page, are packed into two bins and into eight."""
-    selected = [examples.make(examples.measure(position)) for position in range(8)]
+    selected = [examples.make(*examples.measure(position)) for position in range(8)]
     params, loss = (
         _params(config),
         jax.jit(lambda params, rows: AlignVLM(config.model).apply(params, rows, method="loss")),
