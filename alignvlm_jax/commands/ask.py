@@ -32,7 +32,12 @@ In Python:
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = commands.add("ask", run, "answer a question about an image", DESCRIPTION, EPILOG)
-    command.add_argument("image", type=location, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
+    command.add_argument(
+        "image",
+        type=location,
+        metavar="IMAGE",
+        help="image of a page (PNG, JPEG, ...), a PDF, or one of its pages (FILE.pdf#page=3)",
+    )
     command.add_argument(
         "--checkpoint",
         required=True,
@@ -55,15 +60,15 @@ def run(args: argparse.Namespace) -> None:
 
     # Errors in the question or the image are reported before the model is loaded, which is slow.
     question = check_question(args.question)
-    answer, notes = _answer(args, images.open_image(args.image), question)
+    answer, notes = _answer(args, images.open_pages(args.image), question)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(answer, flush=True)
     warn_about(answer)
 
 
-def _answer(args: argparse.Namespace, image: Any, question: str) -> tuple[Any, tuple[str, ...]]:
-    """Returns the answer to a question about an open image, and notes about the checkpoint."""
+def _answer(args: argparse.Namespace, pages: Any, question: str) -> tuple[Any, tuple[str, ...]]:
+    """Returns the answer to a question about open images, and notes about the checkpoint."""
     from alignvlm_jax.inference import prepared
 
     options = dict(max_new_tokens=args.max_new_tokens)
@@ -72,11 +77,11 @@ def _answer(args: argparse.Namespace, image: Any, question: str) -> tuple[Any, t
         # There is no entry, or it has no program for a page of this size, or it is damaged.
         with contextlib.suppress(OSError, ValueError):
             model = prepared.PreparedModel(entry, folder).with_views(args.views)
-            return model.ask(image, question, **options), model.facts.notes
+            return model.ask(pages, question, **options), model.facts.notes
     model = alignvlm_jax.load(args.checkpoint).with_views(args.views)
     if entry is None:
-        return model.ask(image, question, **options), model.notes
-    return model.ask_and_store(image, question, entry=entry, **options), model.notes
+        return model.ask(pages, question, **options), model.notes
+    return model.ask_and_store(pages, question, entry=entry, **options), model.notes
 
 
 def _find_entry(args: argparse.Namespace) -> tuple[pathlib.Path | None, pathlib.Path]:

@@ -26,7 +26,12 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     summary = "write an HTML page that shows the words of each patch"
     command = commands.add("inspect", run, summary, DESCRIPTION, EPILOG)
-    command.add_argument("image", type=location, metavar="IMAGE", help="image of a page (PNG, JPEG, ...)")
+    command.add_argument(
+        "image",
+        type=location,
+        metavar="IMAGE",
+        help="image of a page (PNG, JPEG, ...), or a page of a PDF (FILE.pdf#page=3)",
+    )
     command.add_argument(
         "--checkpoint",
         required=True,

@@ -1,9 +1,9 @@
 """Opens the image files of real documents as plain RGB.
 
 Handles EXIF rotation, palettes, transparency (on white, like paper), grayscale of any number of bits, CMYK and floating
-point; see `rgb.py`. Only the first page of a multi-page TIFF and the first frame of an animation are read, with a
-warning in the log. A file that cannot be read raises a `UserError` that says what the file is, so callers can skip one
-bad file.
+point; see `rgb.py`. Renders the pages of a PDF; see `pdf.py`. Only the first page of a multi-page TIFF and the first
+frame of an animation are read, with a warning in the log. A file that cannot be read raises a `UserError` that says
+what the file is, so callers can skip one bad file.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import PIL.Image
 import PIL.TiffImagePlugin
 
+from alignvlm_jax.data import pdf
 from alignvlm_jax.data.file_kinds import UnreadableImageError, identify_path, identify_undecodable, is_avif, is_heif
 from alignvlm_jax.data.rgb import open_encoded, to_rgb
 from alignvlm_jax.errors import UserError
@@ -24,10 +25,11 @@ from alignvlm_jax.storage.errors import translated_errors
 
 # An A4 page at 600 dots per inch has 35 million pixels. The limit is a quarter of a gigabyte when decoded to RGB.
 DEFAULT_MAX_PIXELS = 80_000_000
+DEFAULT_MAX_PAGES = 16
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_MAX_PIXELS", "image_size", "open_image", "to_rgb"]
+__all__ = ["DEFAULT_MAX_PAGES", "DEFAULT_MAX_PIXELS", "image_size", "open_image", "open_pages", "to_rgb"]
 
 # Formats whose header states the final size of the image, with the byte sequences that mark exceptions: a PNG may have
 # EXIF or XMP data after its pixels, where only decoding finds them.
@@ -46,7 +48,8 @@ def open_image(
     """Reads an image file, or the bytes of one, as an upright RGB image.
 
     Args:
-      source: path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...).
+      source: path, or the encoded bytes (PNG, JPEG, TIFF, GIF, WebP, ...). A PDF must have one page, or the path must
+        name one (`FILE#page=3`).
       name: name of the image in error messages; by default the path.
       max_pixels: larger images are refused before they are decoded (a small file can claim a billion pixels).
       keep_gray: see `to_rgb`.
@@ -54,15 +57,46 @@ def open_image(
     Raises:
       UserError: if the image cannot be read or is too large.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), name or "image"
-    else:
-        name = name or os.fspath(source)
-        data = _read(source, name)
+    data, page, name = _load(source, name)
+    if pdf.is_pdf(data):
+        return pdf.render_page(data, page, name=name, max_pixels=max_pixels)
     with _open_checked(data, name, max_pixels) as image:
         _warn_about_more_pages(image, name)
         image.load()
         return to_rgb(image, keep_gray=keep_gray)
+
+
+def open_pages(
+    source: str | os.PathLike | bytes,
+    *,
+    name: str | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_pages: int = DEFAULT_MAX_PAGES,
+    keep_gray: bool = False,
+) -> list[PIL.Image.Image]:
+    """Reads an image file as `open_image` does, or all pages of a PDF.
+
+    Args:
+      source: see `open_image`; a PDF may have several pages.
+      name: see `open_image`.
+      max_pixels: see `open_image`.
+      max_pages: largest number of pages; a line in the log says so if there are more.
+      keep_gray: see `open_image`.
+    """
+    data, page, name = _load(source, name)
+    if page is not None or not pdf.is_pdf(data):
+        return [open_image(source, name=name, max_pixels=max_pixels, keep_gray=keep_gray)]
+    pages, count = pdf.render_pages(data, name=name, max_pixels=max_pixels, max_pages=max_pages)
+    if count > len(pages):
+        _log.warning(
+            "%s has %d pages: only the first %d are read. Name another one with %s#page=%d",
+            name,
+            count,
+            max_pages,
+            name,
+            max_pages + 1,
+        )
+    return pages
 
 
 def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -75,6 +109,8 @@ def image_size(data: bytes, *, name: str = "image", max_pixels: int = DEFAULT_MA
       name: see `open_image`.
       max_pixels: see `open_image`.
     """
+    if pdf.is_pdf(data):
+        return open_image(data, name=name, max_pixels=max_pixels).size
     with _open_checked(data, name, max_pixels) as image:
         if image.format in _SIZED_BY_HEADER and not any(mark in data for mark in _SIZED_BY_HEADER[image.format]):
             width, height = image.size
@@ -147,6 +183,17 @@ def _orientation(image: PIL.Image.Image) -> int | None:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # an intact image with damaged EXIF data, as in `to_rgb`
         return None
+
+
+def _load(source: str | os.PathLike | bytes, name: str | None) -> tuple[bytes, int | None, str]:
+    """Returns the bytes of an image, the page that its path names, and its name in error messages."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), None, name or "image"
+    path, page = pdf.split_page(source)
+    data = _read(path, name or path)
+    if page is not None and not pdf.is_pdf(data):
+        raise UserError(f"{name or path}: not a PDF, so it has no page {page}. Leave out #page={page}")
+    return data, page, name or path
 
 
 def _read(path: str | os.PathLike, name: str) -> bytes:

@@ -23,7 +23,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +116,7 @@ class PreparedModel(PromptMaker):
         self.facts: Facts = _read(entry / _MODEL_FILE)
         super().__init__(self.facts.geometry, read_exported_tokenizer(model), self.facts.tiling, self.facts.training)
 
-    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int) -> AnswerText:
+    def ask(self, image: ImageSource | Sequence[ImageSource], question: str, *, max_new_tokens: int) -> AnswerText:
         """Answers a question as `Reader.ask` does.
 
         Raises:

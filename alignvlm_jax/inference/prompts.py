@@ -12,12 +12,12 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Int, UInt8
 
-from alignvlm_jax.data import images
 from alignvlm_jax.data.chat import ChatTokenizer, Message
+from alignvlm_jax.data.image_sources import ImageSource, open_images, open_single_image
 from alignvlm_jax.data.page_scale import page_scale
+from alignvlm_jax.data.pdf import pixels_per_point
 from alignvlm_jax.data.resampling import Resampling, at_positions, num_visual_tokens, resample_images
 from alignvlm_jax.data.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 from alignvlm_jax.errors import UserError
@@ -29,7 +29,6 @@ _LENGTH_STEP = 64
 
 
 Batch = dict[str, np.ndarray]
-ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
 
 class CutImage(NamedTuple):
@@ -40,12 +39,14 @@ class CutImage(NamedTuple):
       tiles: pixels of the tiles, in the first view.
       valid_hw: height and width of the image's part of each tile.
       other_views: pixels of the tiles in all views but the first; None for a single view.
+      scale: scale at which the tiles show the image (`data/page_scale.py`).
     """
 
     plan: TilePlan
     tiles: UInt8[np.ndarray, "M S S 3"]
     valid_hw: Int[np.ndarray, "M 2"]
     other_views: UInt8[np.ndarray, "K-1 M S S 3"] | None = None
+    scale: float = 1.0
 
 
 class TrainingRecord(NamedTuple):
@@ -146,18 +147,18 @@ class PromptMaker:
         # All questions are checked before the first image is decoded.
         questions = [check_question(question) for question in questions]
         sources = image if isinstance(image, list | tuple) else [image]
-        cut_images = [self.cut(source) for source in sources]
+        cut_images = [image for source in sources for image in self.cut_all(source)]
         return [self._question_prompt(question, cut_images) for question in questions]
 
     def prompts_of_pairs(self, images: Sequence[ImageSource], questions: Sequence[str]) -> list[Prompt]:
         """Returns a prompt for each pair of an image and a question. An image that occurs again is cut only once."""
-        cut_images: dict[Hashable, CutImage] = {}
+        cut_images: dict[Hashable, list[CutImage]] = {}
         prompts = []
         for image, question in zip(images, questions, strict=True):
             question, key = check_question(question), _identity(image)
             if key not in cut_images:
-                cut_images[key] = self.cut(image)
-            prompts.append(self._question_prompt(question, [cut_images[key]]))
+                cut_images[key] = self.cut_all(image)
+            prompts.append(self._question_prompt(question, cut_images[key]))
         return prompts
 
     def _question_prompt(self, question: str, cut_images: Sequence[CutImage]) -> Prompt:
@@ -165,17 +166,27 @@ class PromptMaker:
         content = [*[{"type": "image"}] * len(cut_images), {"type": "text", "text": question}]
         return self.chat_prompt([{"role": "user", "content": content}], cut_images)
 
+    def cut_all(self, source: ImageSource) -> list[CutImage]:
+        """Cuts an image, or each page of a PDF (`data/image_sources.py`), as `cut` does."""
+        return [self.cut(image) for image in open_images(source, keep_gray=True)]
+
     def cut(self, image: ImageSource) -> CutImage:
-        """Cuts an image into tiles, for use in any number of prompts."""
-        image = _open(image)
+        """Cuts an image into tiles, for use in any number of prompts.
+
+        Raises:
+          UserError: if the image cannot be read, or is a PDF of several pages.
+        """
+        image = open_single_image(image, keep_gray=True)
         plan = plan_tiles(*image.size, self.tiling)
+        # A page of a PDF has no pixels of its own. It counts as one of 72 dots per inch.
+        scale = min(1.0, page_scale(plan) * pixels_per_point(image))
         if self.num_views == 1:
-            return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size))
+            return CutImage(plan, *cut_tiles(image, plan, self.tiling.tile_size), scale=scale)
         offsets = views.offsets(self.num_views, plan, self.geometry.patch_size).tolist()
         tiles_per_view = [cut_tiles(views.shift(image, *offset), plan, self.tiling.tile_size) for offset in offsets]
         # Only the content is shifted, not the frame, so the valid parts are the same in all views.
         (tiles, valid_hw), *others = tiles_per_view
-        return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]))
+        return CutImage(plan, tiles, valid_hw, np.stack([other for other, _ in others]), scale)
 
     def chat_prompt(self, messages: Sequence[Message], cut_images: Sequence[CutImage]) -> Prompt:
         """Returns the prompt for the model's next turn in a conversation, with any number of images.
@@ -200,7 +211,7 @@ class PromptMaker:
             )
         tiles, valid_hw, other_views = self._concatenate(cut_images)
         resampling = resample_images(plans, self.tiling, grid)
-        scale = min(map(page_scale, plans), default=1.0)
+        scale = min((image.scale for image in cut_images), default=1.0)
         return Prompt(chat.tokens, chat.visual_index, tiles, valid_hw, resampling, other_views, scale)
 
     def _concatenate(
@@ -304,13 +315,6 @@ def pad_prompts(
 def _identity(image: ImageSource) -> Hashable:
     """Returns a value that is equal for the same path, the same bytes and the same image object."""
     return os.fspath(image) if isinstance(image, str | bytes | os.PathLike) else id(image)
-
-
-def _open(image: ImageSource) -> PIL.Image.Image:
-    """Returns an image in RGB or gray."""
-    if isinstance(image, PIL.Image.Image):
-        return images.to_rgb(image, keep_gray=True)
-    return images.open_image(image, keep_gray=True)
 
 
 def power_of_two(number: int) -> int:

@@ -83,11 +83,14 @@ class Reader(PromptMaker):
         noisy.generator = self.generator.with_feature_noise(sigma, seed)
         return noisy
 
-    def ask(self, image: ImageSource, question: str, *, max_new_tokens: int = 128) -> AnswerText:
+    def ask(
+        self, image: ImageSource | Sequence[ImageSource], question: str, *, max_new_tokens: int = 128
+    ) -> AnswerText:
         """Answers a question about an image by greedy decoding.
 
         Args:
-          image: path or bytes of an image file, or a PIL image.
+          image: path or bytes of an image file or PDF, a PIL image, a numpy array or a data URL; or a list of them
+            (`data/image_sources.py`).
           question: question about the image.
           max_new_tokens: maximum length of the answer.
 
@@ -95,10 +98,12 @@ class Reader(PromptMaker):
           The answer, without whitespace at its ends. It is a string whose `warnings` say why it may be wrong, by kind
           (`inference/answers.py`).
         """
-        return self.ask_batch([image], [question], max_new_tokens=max_new_tokens)[0]
+        return self.ask_many(image, [question], max_new_tokens=max_new_tokens)[0]
 
     @ordinary_modes()
-    def ask_and_store(self, image: ImageSource, question: str, *, max_new_tokens: int, entry: Path) -> AnswerText:
+    def ask_and_store(
+        self, image: ImageSource | Sequence[ImageSource], question: str, *, max_new_tokens: int, entry: Path
+    ) -> AnswerText:
         """Answers as `ask` does, and stores the program and the weights for later commands (`inference/prepared.py`).
 
         Args:

@@ -20,6 +20,7 @@ from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
 from alignvlm_jax.models.connectors import AlignConfig
+from tests.data import pdf_files
 from tests.data.nano_tokenizer import write_chat_folder
 from tests.tiny_models import tiny_language, tiny_vision
 from tests.training.batches import stage
@@ -54,6 +55,20 @@ def test_path_bytes_and_image_give_the_same_answer(reader, tmp_path):
     sources = [image, image.convert("RGBA"), encoded.getvalue(), tmp_path / "page.png", str(tmp_path / "page.png")]
     answers = {reader.ask(source, QUESTION, max_new_tokens=MAX_NEW) for source in sources}
     assert len(answers) == 1 and isinstance(answers.pop(), str)
+
+
+def test_a_pdf_is_read_page_by_page(reader, tmp_path):
+    two = tmp_path / "two.pdf"
+    two.write_bytes(pdf_files.of_images(page(0, 16, 16), page(1, 16, 16)))
+    pages = [f"{two}#page=1", f"{two}#page=2"]
+    prompt, *singles = (reader.prompts(source, [QUESTION])[0] for source in (two, *pages))
+    # Each page fills the four tiles that an image may have.
+    assert len(prompt.tiles) == 8 and (prompt.tiles[4:] == singles[1].tiles).all()
+    for other in (reader.prompts(pages, [QUESTION])[0], reader.prompts_of_pairs([two], [QUESTION])[0]):
+        assert (other.tokens == prompt.tokens).all() and (other.tiles == prompt.tiles).all()
+    assert isinstance(reader.ask(two, QUESTION, max_new_tokens=1), str)
+    # A page is rendered with many pixels, but is no larger than on paper.
+    assert prompt.page_scale == 1.0
 
 
 def test_batched_answers_equal_single_ones(reader):

@@ -1,7 +1,7 @@
 """Checks of conversations before they are stored, the same for all formats, including opening every image.
 
 A problem is raised as a `Refusal`. A conversation without problems becomes the record to store; its images stay
-unchanged byte for byte.
+unchanged byte for byte, except that the pages of a PDF become PNG images.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from typing import Any
 
 from etils import epath
 
+from alignvlm_jax.data import pdf
 from alignvlm_jax.data.formats.conversation import IMAGE, IMAGE_MARK, Conversation, Message, Refusal
-from alignvlm_jax.data.images import DEFAULT_MAX_PIXELS, open_image
+from alignvlm_jax.data.images import DEFAULT_MAX_PAGES, DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import status
 from alignvlm_jax.downloads import hub_cache
 from alignvlm_jax.errors import UserError
@@ -59,7 +60,6 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
       Refusal: if the conversation cannot be used.
     """
     _check_turns(conversation.messages)
-    text = json.dumps([_stored_message(message) for message in conversation.messages], ensure_ascii=False)
     _check_text([conversation.id, conversation.source, *_texts(conversation.messages)])
     # One mark per image, in order.
     marks = sum(part == IMAGE for message in conversation.messages for part in message["content"])
@@ -70,14 +70,69 @@ def check(conversation: Conversation, image_root: str, limits: Limits) -> Record
             f"(<image>) where each image goes{_other_marks(conversation.messages)}",
         )
     # Encoding cannot fail here, because `_check_text` has refused half surrogate pairs.
-    budget = _spend_bytes(limits.max_record_bytes, len(text.encode()))
-    images = []
+    budget = _spend_bytes(limits.max_record_bytes, len(_to_json(conversation.messages).encode()))
+    images, pages_per_image = [], []
     for i, image in enumerate(conversation.images, 1):
-        data = image if isinstance(image, bytes) else _read_image(image, image_root, limits, budget)
-        budget = _spend_bytes(budget, len(data))
-        _check_image(data, f"image {i}" if isinstance(image, bytes) else image, limits.max_pixels)
-        images.append(data)
+        pages = _read_pages(image, f"image {i}", image_root, limits, budget)
+        for data in pages:
+            budget = _spend_bytes(budget, len(data))
+        images += pages
+        pages_per_image.append(len(pages))
+    text = _to_json(_repeat_marks(conversation.messages, pages_per_image))
     return {"id": conversation.id, "source": conversation.source, "conversation": text, "images": images}
+
+
+def _to_json(messages: Sequence[Message]) -> str:
+    return json.dumps([_stored_message(message) for message in messages], ensure_ascii=False)
+
+
+def _repeat_marks(messages: Sequence[Message], pages_per_image: Sequence[int]) -> list[Message]:
+    """Returns the messages with one mark for each page of a PDF."""
+    numbers = iter(pages_per_image)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                copy for part in message["content"] for copy in [part] * (next(numbers) if part == IMAGE else 1)
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _read_pages(image: bytes | str, number: str, image_root: str, limits: Limits, max_bytes: int) -> list[bytes]:
+    """Returns the bytes of an image that can be opened, or the pages of a PDF as PNG.
+
+    Args:
+      image: bytes of the file, or its path, which may name a page (`FILE.pdf#page=3`).
+      number: name of an image without a path.
+      image_root: folder that paths start from.
+      limits: limits of a record.
+      max_bytes: number of bytes that the record may still have.
+    """
+    name = number if isinstance(image, bytes) else image
+    try:
+        path, page = (image, None) if isinstance(image, bytes) else pdf.split_page(image)
+        data = path if isinstance(path, bytes) else _read_image(path, image_root, limits, max_bytes)
+        if not pdf.is_pdf(data):
+            if page is not None:
+                raise Refusal("unreadable image", f"{name}: not a PDF, so it has no page {page}")
+            _check_image(data, name, limits.max_pixels)
+            return [data]
+        if page is not None:
+            return [pdf.to_png(pdf.render_page(data, page, name=str(path), max_pixels=limits.max_pixels))]
+        pages, count = pdf.render_pages(data, name=name, max_pixels=limits.max_pixels, max_pages=DEFAULT_MAX_PAGES)
+    except Refusal:
+        raise
+    except UserError as error:
+        raise Refusal("unreadable image", str(error)) from error
+    if count > len(pages):
+        raise Refusal(
+            "too large",
+            f"{name}: a PDF of {count} pages, more than the limit of {DEFAULT_MAX_PAGES}; name each page that the "
+            "record needs (FILE.pdf#page=3), with a mark of its own",
+        )
+    return [pdf.to_png(page) for page in pages]
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

@@ -140,6 +140,24 @@ def other_media(kind: str, place: str, value: Any) -> Refusal:
     )
 
 
+def decode_data_url(text: str) -> bytes:
+    """Returns the content of a data URL.
+
+    Raises:
+      Refusal: if it cannot be decoded, or is not of an image.
+    """
+    header = _DATA_URL.match(text)
+    if header is None:
+        raise Refusal("image path", f"the image is a data URL without a comma before its content: {text[:60]!r}")
+    media_type = header[1].lower()
+    if media_type.startswith(("video/", "audio/")):
+        raise other_media("a video" if media_type.startswith("video/") else "audio", "as a data URL", media_type)
+    content = text[header.end() :]
+    if ";base64" not in header[2].lower():
+        return urllib.parse.unquote_to_bytes(content)
+    return _decode(urllib.parse.unquote(content), f"a data URL ({media_type or 'no type'})")
+
+
 def _rows(value: dict[str, Any], what: str) -> list[dict[str, Any]]:
     """Returns the rows of a struct of lists."""
     columns = {name: column for name, column in value.items() if column is not None}
@@ -153,7 +171,7 @@ def _rows(value: dict[str, Any], what: str) -> list[dict[str, Any]]:
 def _reference(text: str) -> bytes | str:
     """Returns the bytes of an image given as text, or the path of one."""
     if text[:5].lower() == "data:":
-        return _data_url(text)
+        return decode_data_url(text)
     if scheme := _URL.match(text):
         if scheme[1].lower() == "file":
             return urllib.parse.unquote(urllib.parse.urlsplit(text).path)
@@ -167,20 +185,6 @@ def _reference(text: str) -> bytes | str:
     if len(text) >= _MIN_BASE64_CHARACTERS and _BASE64_IMAGE.match(text):
         return _decode(text, "base64 text")
     return text
-
-
-def _data_url(text: str) -> bytes:
-    """Returns the content of a data URL."""
-    header = _DATA_URL.match(text)
-    if header is None:
-        raise Refusal("image path", f"the image is a data URL without a comma before its content: {text[:60]!r}")
-    media_type = header[1].lower()
-    if media_type.startswith(("video/", "audio/")):
-        raise other_media("a video" if media_type.startswith("video/") else "audio", "as a data URL", media_type)
-    content = text[header.end() :]
-    if ";base64" not in header[2].lower():
-        return urllib.parse.unquote_to_bytes(content)
-    return _decode(urllib.parse.unquote(content), f"a data URL ({media_type or 'no type'})")
 
 
 def _decode(text: str, what: str) -> bytes:

@@ -12,6 +12,7 @@ import pytest
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.formats.checks import Limits, check
 from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Refusal, text_part
+from tests.data import pdf_files
 from tests.data.formats.samples import image_bytes, write_images
 from tests.data.nano_tokenizer import write_chat_folder
 
@@ -44,6 +45,30 @@ def test_record_keeps_its_image_byte_for_byte(tmp_path):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "This."},
     ]
+
+
+def test_the_pages_of_a_pdf_become_images(tmp_path):
+    red, gray = PIL.Image.new("RGB", (30, 40), "red"), PIL.Image.new("L", (30, 40), 128)
+    (tmp_path / "a.pdf").write_bytes(pdf_files.of_images(red, gray))
+    turn = [IMAGE, text_part("Then"), IMAGE, text_part("What?")]
+    record = check(conversation(turn, "This.", images=["a.pdf", "a.pdf#page=2"]), str(tmp_path), Limits())
+    # The first mark stands for both pages.
+    types = [part["type"] for part in json.loads(record["conversation"])[0]["content"]]
+    assert types == ["image", "image", "text", "image", "text"]
+    pages = [PIL.Image.open(io.BytesIO(data)) for data in record["images"]]
+    assert [(page.format, page.mode) for page in pages] == [("PNG", "RGB"), ("PNG", "L"), ("PNG", "L")]
+    assert record["images"][1] == record["images"][2] != record["images"][0]
+
+    for name, why in [
+        ("a.pdf#page=3", "has 2 pages, so there is no page 3"),
+        ("b.pdf", "17 pages, more than the limit"),
+    ]:
+        (tmp_path / "b.pdf").write_bytes(pdf_files.of_pages([(9, 9)] * 17))
+        assert why in refusal(about(name), tmp_path)[1]
+    assert refusal(about(pdf_files.encrypted()), tmp_path) == (
+        "unreadable image",
+        "image 1: a PDF with a password. Remove it with `qpdf --decrypt --password=PASSWORD FILE page.pdf`",
+    )
 
 
 def test_text_typed_by_a_user_stays_text(tmp_path):
