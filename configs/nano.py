@@ -44,6 +44,10 @@ def get_config() -> ConfigDict:
         dict(tokens_per_bin=576, tiles_per_bin=4, bins_per_microbatch=4, examples_per_bin=4)
     )
 
+    # The questions of a page are one record and become turns of one conversation, so each page is read once without
+    # trees too. `nano_trees.py` makes a branch of each, which answers no more questions right (docs/trees.md).
+    config.data.group_questions = "off"
+
     # Stage 1 trains the connector fast and the other parts slowly, because an untrained connector feeds noise to the
     # decoder. The number of steps matters, not the number of pages (the loss is 0.9 after 100 steps both with 16 and
     # with 32 pages per step), so batches are small.

@@ -11,6 +11,7 @@ Usage:
     tools/benchmark.py data --json data.json              cutting images into tiles, compared with transformers
     tools/benchmark.py packing --json packing.json        fill of bins, compared with padding and bucketing
     tools/benchmark.py train --json train.json            training on a CPU, compared with eager PyTorch
+    tools/benchmark.py trees --json trees.json            training with the questions of a page as a tree, on a CPU
     tools/benchmark.py decode --json decode.json          prefill and decoding on a CPU, compared with transformers
     tools/benchmark.py answers --json answers.json        questions about one page together, compared with one by one
     tools/benchmark.py answers-tpu --json answers.json    FLOPs per question at 1B on v5e (needs libtpu, but no TPU)
@@ -21,7 +22,7 @@ import argparse
 import json
 import sys
 
-from benchmarks import answers, answers_tpu, decode, images, packing, startup, train, vocabulary, vocabulary_tpu
+from benchmarks import answers, answers_tpu, decode, images, packing, startup, train, trees, vocabulary, vocabulary_tpu
 
 from alignvlm_jax.commands.program import run_program
 from alignvlm_jax.locations import location
@@ -33,6 +34,7 @@ COMMANDS = {
     "data": images,
     "packing": packing,
     "train": train,
+    "trees": trees,
     "decode": decode,
     "answers": answers,
     "answers-tpu": answers_tpu,

@@ -40,6 +40,8 @@ examples:
   alignvlm compile --config configs/alignvlm_1b.py --topology v5e:2x4 --decode
   alignvlm compile --config configs/alignvlm_8b.py --topology v5e:16x16 --text-only --length 8192
   alignvlm compile --config configs/alignvlm_8b.py --topology v5e:16x16 --stage 3 --search
+  alignvlm compile --config configs/alignvlm_1b.py --topology v5e:2x4 --stage 3 \\
+      --config.data.group_questions=tree --questions 4
 
 --config.path.to.key=value sets any field of the config.
 
@@ -93,6 +95,12 @@ def add(commands: Commands) -> None:
         "position of rows of --length tokens",
     )
     command.add_argument("--length", type=positive, metavar="L", help="tokens in a row of --text-only")
+    command.add_argument(
+        "--questions",
+        type=positive,
+        metavar="N",
+        help="questions about each page, as branches of its tree: needs config.data.group_questions=tree (default: 1)",
+    )
     command.add_argument(
         "--optimization-level",
         choices=("O0", "O1", "O2", "O3"),
@@ -167,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
     experiment = load_config(args.config, overrides)
     if not 1 <= args.stage <= len(experiment.stages):
         raise UserError(f"--stage {args.stage}: {args.config} has stages 1 to {len(experiment.stages)}")
+    if args.questions is not None and experiment.data.group_questions != "tree":
+        raise UserError("--questions: needs trees, --config.data.group_questions=tree")
     devices = topology_devices(args.topology, slices=args.slices)
     if args.search:
         return _search(args, experiment, devices)
@@ -179,12 +189,14 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that do not belong together."""
     if args.text_only != (args.length is not None) or (args.text_only and args.decode):
         raise UserError("--text-only: needs --length and excludes --decode; --length: needs --text-only")
-    if args.search and (
-        args.decode or args.text_only or args.json or args.optimization_level or args.rows_per_device != 1
-    ):
+    excluded = args.decode or args.text_only or args.json or args.optimization_level or args.questions
+    if args.search and (excluded or args.rows_per_device != 1):
         raise UserError(
-            "--search: takes no --decode, --text-only, --json, --optimization-level or --rows-per-device (use --rows)"
+            "--search: takes no --decode, --text-only, --json, --optimization-level, --questions or --rows-per-device "
+            "(use --rows)"
         )
+    if args.questions is not None and (args.decode or args.text_only):
+        raise UserError("--questions: excludes --decode and --text-only")
     if args.mesh and len(args.mesh) > 1 and not args.search:
         raise UserError("--mesh: expected one mesh, or --search")
 
@@ -209,7 +221,13 @@ def _compile(
         reports = list(report.values())
     else:
         report = ahead_of_time.compile_train_step(
-            experiment, devices, stage_index=args.stage - 1, slices=args.slices, text_length=args.length, **options
+            experiment,
+            devices,
+            stage_index=args.stage - 1,
+            slices=args.slices,
+            text_length=args.length,
+            questions=args.questions or 1,
+            **options,
         )
         reports = [report]
     for entry in reports:

@@ -6,9 +6,10 @@ Axis letters: K microbatches, B bins (rows), M tiles per bin, L positions per bi
     report["fits"], report["per_chip_bytes"], report["capacity_bytes"]
 
 Every bin is assumed to be full of pages of the largest size: as many pages as fit in M tiles, each with up to
-`TEXT_TOKENS` tokens of text, if L leaves room for them. Each page is an example. A step has the bins that
-`global_batch` examples need, rounded up to whole microbatches. (A real run needs fewer bins, because several smaller
-pages share a bin. It measures how many do.)
+`TEXT_TOKENS` tokens of text, if L leaves room for them. Each page is an example. With trees, the text is in the
+branches of the pages, and each branch is an example. A step has the bins that `global_batch` examples need, rounded up
+to whole microbatches. (A real run needs fewer bins, because several smaller pages share a bin. It measures how many
+do.)
 """
 
 import dataclasses
@@ -58,6 +59,7 @@ def compile_train_step(
     slices: int = 1,
     rows_per_device: int = 1,
     text_length: int | None = None,
+    questions: int = 1,
     write_text: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Lowers and compiles a stage's training step.
@@ -70,6 +72,7 @@ def compile_train_step(
       rows_per_device: bins in a microbatch per position along `data` x `fsdp`.
       text_length: if given, the step trains the decoder alone, with one microbatch of rows that are one text of this
         length each. Every position has a target. This is the step of a language model.
+      questions: branches of each page, if the config groups questions as trees.
       write_text: receives the text of the compiled program.
 
     Returns:
@@ -88,12 +91,15 @@ def compile_train_step(
     packing = experiment.data.packing
     if is_text_only:
         stage = dataclasses.replace(stage, trainable=("language",))
-        length, tiles, pages, microbatches, fields = text_length, 1, 1, 1, TEXT_FIELDS
+        length, tiles, pages, microbatches, fields, branch_tokens = text_length, 1, 1, 1, TEXT_FIELDS, None
     else:
-        length, tiles, fields = packing.tokens_per_bin, packing.tiles_per_bin, batch_fields(model)
+        branch_tokens = experiment.data.branch_tokens
+        length, tiles = packing.tokens_per_bin, packing.tiles_per_bin
+        fields = batch_fields(model, is_tree=branch_tokens is not None)
         pages = max(1, tiles // experiment.data.tiling.max_tiles_per_image)
-        microbatches = max(1, math.ceil(stage.global_batch / (bins * pages)))
+        microbatches = max(1, math.ceil(stage.global_batch / (bins * pages * questions)))
     shapes = jax.eval_shape(lambda: example_batch(model, rows=bins, tiles=tiles, length=length))
+    shapes["branch_ids"] = shapes["segment_ids"]
     batch_sharding = NamedSharding(mesh, sharding.BATCH_SPEC)
     batch = {
         name: jax.ShapeDtypeStruct((microbatches, *leaf.shape), leaf.dtype, sharding=batch_sharding)
@@ -105,7 +111,9 @@ def compile_train_step(
     with jax.set_mesh(mesh):
         state = abstract_state(model, stage, mesh)
         state = without_images(state) if is_text_only else state
-        options = dict(gradient_dtype=experiment.mesh.gradient_dtype, is_text_only=is_text_only)
+        options = dict(
+            gradient_dtype=experiment.mesh.gradient_dtype, is_text_only=is_text_only, branch_tokens=branch_tokens
+        )
         make_step = functools.partial(jit_train_step, stage=stage, mesh=mesh, **options)
         model, choice, program = _compile_least_recomputation(
             make_step, model, (state, batch), mesh, capacity_bytes(chip)
@@ -114,7 +122,12 @@ def compile_train_step(
     write_text(text)
 
     # FLOPs that the model needs for the full bins.
-    contents = text_contents(length) if is_text_only else _contents(model, tiles, length, pages)
+    if is_text_only:
+        contents = text_contents(length)
+    elif branch_tokens is not None:
+        contents = _tree_contents(model, tiles, length, pages, questions, branch_tokens)
+    else:
+        contents = _contents(model, tiles, length, pages)
     total_bins = bins * microbatches
     needed = train_flops(model, stage.trainable, **{name: total_bins * count for name, count in contents.items()})
     # The loss loops over the chunks that contain answer tokens: over those whose numbers it keeps, and over the others.
@@ -131,7 +144,8 @@ def compile_train_step(
         "batch": bytes_per_device(batch),
     }
 
-    executed_blocks = full_bin_blocks(length, int(contents["tokens"]), pages)
+    in_branches = 0 if branch_tokens is None else int(contents["tokens"]) - tiles * tokens_per_tile(model)
+    executed_blocks = full_bin_blocks(length, int(contents["tokens"]), pages, in_branches)
     report = _report(program, compiled, failure, chip, mesh, memory, executed_blocks)
     flops = {part.name: getattr(needed, part.name) for part in dataclasses.fields(needed)}
     report |= {
@@ -146,7 +160,9 @@ def compile_train_step(
         "bins_per_microbatch": bins,
         "microbatches": microbatches,
         "bins": total_bins,
-        "examples": total_bins * pages,
+        "examples": total_bins * pages * questions,
+        "questions_per_page": questions,
+        "branch_tokens_per_bin": branch_tokens,
         "tokens": total_bins * contents["tokens"],
         "tiles": total_bins * contents["tiles"],
         "flops": needed.total,
@@ -161,6 +177,7 @@ def compile_train_step(
     }
     if compiled is not None:
         estimate, shortest = report["estimate"], needed.total / num_chips / chip.peak_flops
+        report["executed_flops_per_example"] = report["executed_flops_per_chip"] * num_chips / report["examples"]
         report["executed_over_needed"] = report["executed_flops_per_chip"] * num_chips / needed.total
         estimate["model_flops_utilization"] = shortest / estimate["step_seconds_if_all_overlaps"]
         if "step_seconds_by_schedule" in estimate:
@@ -332,21 +349,38 @@ def _contents(model: AlignVLMConfig, tiles: int, length: int, pages: int) -> dic
     }
 
 
+def _tree_contents(
+    model: AlignVLMConfig, tiles: int, length: int, pages: int, questions: int, branch_tokens: int
+) -> dict[str, float]:
+    """Returns the same numbers for a full bin of trees, whose text is spread evenly over the branches."""
+    contents = _contents(model, tiles, min(length, tiles * tokens_per_tile(model) + branch_tokens), pages)
+    page = tiles * tokens_per_tile(model) / pages
+    branch = (contents["tokens"] / pages - page) / questions
+    # Positions continue from the page in every branch: they are those of a segment of page and branch, without the
+    # page's own in all branches but one.
+    squares = page**2 + questions * ((page + branch) ** 2 - page**2)
+    return contents | {"squared_lengths": pages * squares}
+
+
 def text_contents(length: int) -> dict[str, float]:
     """Returns the same numbers for a row that is one text, in which every position has a target."""
     return {"tiles": 0, "tokens": length, "answer_tokens": length, "squared_lengths": float(length) ** 2}
 
 
-def full_bin_blocks(length: int, tokens: int, pages: int) -> ExecutedBlocks:
+def full_bin_blocks(length: int, tokens: int, pages: int, branch_tokens: int = 0) -> ExecutedBlocks:
     """Returns the blocks that the splash kernels run for pages of equal length, followed by padding.
 
     Args:
       length: L.
       tokens: number of positions that are not padding.
       pages: number of pages.
+      branch_tokens: number of these positions that are in branches, at the end of each page. They do not attend in
+        the kernel, for which they are padding.
     """
     segment_ids = np.zeros((1, length), np.int32)
-    segment_ids[0, :tokens] = 1 + np.arange(tokens) * pages // tokens
+    positions = np.arange(tokens)
+    page, place = positions * pages // tokens, positions * pages % tokens / pages
+    segment_ids[0, :tokens] = np.where(place < (tokens - branch_tokens) / pages, 1 + page, 0)
     in_decoder = attention_splash.executed_blocks(segment_ids, causal=True)
     # A tile of the encoder is one segment, and no tile of a full bin is padding.
     return lambda kernel, num_blocks, causal: in_decoder[kernel] if causal else all_blocks(kernel, num_blocks, causal)

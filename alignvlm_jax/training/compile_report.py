@@ -20,11 +20,15 @@ def describe(report: Report) -> str:
         lines += ["  compiler error: " + report["failure"].splitlines()[0][:300]]
     # The size of a training step. Decoding has no bins.
     if "bins" in report:
-        pages = (
-            f"bins ({report['microbatches']} x {report['bins_per_microbatch']}) of {report['examples']} full pages"
-            if report["tiles"]
-            else "rows of text"
-        )
+        pages = "rows of text"
+        if report["tiles"]:
+            shape, questions = (
+                f"{report['microbatches']} x {report['bins_per_microbatch']}",
+                report["questions_per_page"],
+            )
+            pages = f"bins ({shape}) of {report['examples'] // questions} full pages"
+        if report["branch_tokens_per_bin"] is not None:
+            pages += f" with {questions} question{'s' * (questions > 1)} each as branches"
         packing = f"  set --config.data.packing.bins_per_microbatch={report['bins_per_microbatch']}"
         parts = ", ".join(f"{part} {flops / 1e12:,.0f}" for part, flops in report["flops_by_part"].items())
         lines += [
@@ -37,6 +41,8 @@ def describe(report: Report) -> str:
         f", {report['executed_over_needed']:.2f} times its share of these" if "executed_over_needed" in report else ""
     )
     lines += [f"executed TFLOP per chip: {report['executed_flops_per_chip'] / 1e12:,.1f}{ratio}"]
+    if report.get("branch_tokens_per_bin") is not None and "executed_flops_per_example" in report:
+        lines += [f"executed TFLOP per answer: {report['executed_flops_per_example'] / 1e12:,.2f}"]
     if "remat" in report:
         lines += [f"remat: encoder {report['remat']['encoder']}; decoder {report['remat']['decoder']}"]
     for trial in report.get("remat_trials", ()):

@@ -3,20 +3,16 @@
 import jax
 from jax.sharding import Mesh
 
-from alignvlm_jax.config.stages import StageConfig
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.models.alignvlm import AlignVLMConfig, Batch
-from alignvlm_jax.training.train_step import TrainState, make_train_step
+from alignvlm_jax.models.alignvlm import Batch
+from alignvlm_jax.training.train_step import TrainState, TrainStep
 
 
-def explain_skipped(
-    model: AlignVLMConfig, stage: StageConfig, mesh: Mesh, state: TrainState, batch: Batch, step: int
-) -> None:
+def explain_skipped(train_step: TrainStep, mesh: Mesh, state: TrainState, batch: Batch, step: int) -> None:
     """Repeats a skipped step operation by operation, and raises an error at the first NaN.
 
     Args:
-      model: config of the model.
-      stage: the stage of the step.
+      train_step: the step, not jitted.
       mesh: devices of the step.
       state: state after the step. A skipped step leaves weights and optimizer as they were before.
       batch: batch of the step, on the mesh.
@@ -28,7 +24,7 @@ def explain_skipped(
     """
     with jax.set_mesh(mesh), jax.disable_jit(), jax.debug_nans(True):
         try:
-            make_train_step(model, stage)(state, batch)
+            train_step(state, batch)
         except FloatingPointError as error:
             place = _innermost_line(error)
             raise UserError(f"step {step}: {str(error).splitlines()[0].rstrip('.')}{place}") from error

@@ -41,7 +41,7 @@ from alignvlm_jax.training.interruption import Interruption
 from alignvlm_jax.training.pinning import pin_sources
 from alignvlm_jax.training.profile import Profiler
 from alignvlm_jax.training.resumption import Resumption
-from alignvlm_jax.training.run_folder import prepare_workdir
+from alignvlm_jax.training.run_folder import prepare_workdir, with_recorded_grouping
 from alignvlm_jax.training.stage_plans import describe_plan, plan_stages, planned_stage
 from alignvlm_jax.training.stages import stage_table
 from alignvlm_jax.training.tracking import tensorboard, trackers
@@ -107,7 +107,7 @@ def train(
     workdir = open_location(workdir)
     # Check this first, because processes with different configs would wait for each other forever.
     distributed.require_equal({"config": config_to_dict(config)})
-    config = pin_sources(config, workdir)
+    config = with_recorded_grouping(pin_sources(config, workdir), workdir)
     mesh = make_mesh(config.mesh)
     machine = metrics.Machine.from_devices(mesh.devices.flatten())
     rows = sharding.local_rows(mesh, config.data.packing.bins_per_microbatch)

@@ -1,7 +1,9 @@
 """Prepares the folder of a run: creates it, or checks that a resumed run has the same config."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignvlm_jax.checkpoints.weights import history_of_run, read_page_scale, write_history, write_page_scale
 from alignvlm_jax.checkpoints.workdir import (
@@ -15,9 +17,48 @@ from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.serialization import config_to_json, read_config_json
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed
+from alignvlm_jax.parallel.writing import call_in_primary
 from alignvlm_jax.storage.text_files import replace_text
 from alignvlm_jax.training import config_changes
 from alignvlm_jax.training.experiment_data import TrainingData
+
+
+def with_recorded_grouping(config: ExperimentConfig, workdir: Path) -> ExperimentConfig:
+    """Returns the experiment with the grouping of questions that the run in `workdir` began with.
+
+    The position of a run in its data counts groups, so another grouping would repeat some examples and leave out
+    others. All processes must call it with the same config.
+    """
+    recorded = distributed.gather_json(call_in_primary(lambda: _recorded_grouping(workdir)))[0]
+    data = config.data
+    if recorded is None or recorded["group_questions"] == data.group_questions:
+        return config
+    distributed.log(
+        f"warning: the run keeps config.data.group_questions={recorded['group_questions']}, which it began with, and "
+        f"ignores {data.group_questions!r}: start another run with --init-from to change it"
+    )
+    packing = dataclasses.replace(data.packing, branch_tokens_per_bin=recorded["branch_tokens_per_bin"])
+    data = dataclasses.replace(data, group_questions=recorded["group_questions"], packing=packing)
+    return dataclasses.replace(config, data=data)
+
+
+def _recorded_grouping(workdir: Path) -> dict[str, Any] | None:
+    """Returns the grouping of the run in a folder, or None if there is no run to resume."""
+    steps = complete_steps(workdir / CHECKPOINTS_FOLDER)
+    if not steps:
+        return None
+    data = _recorded_config(workdir, steps[-1]).get("data", {})
+    # Runs of earlier versions recorded neither, and grouped nothing.
+    return {
+        "group_questions": data.get("group_questions", "off"),
+        "branch_tokens_per_bin": data.get("packing", {}).get("branch_tokens_per_bin"),
+    }
+
+
+def _recorded_config(workdir: Path, step: int) -> dict[str, Any]:
+    """Returns the config of a run. Checkpoints also store it, in case config.json is missing."""
+    path = workdir / CONFIG_FILE
+    return read_config_json(path) if path.is_file() else read_meta(workdir / CHECKPOINTS_FOLDER / str(step))["config"]
 
 
 def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData, allowed: Sequence[str]) -> None:
@@ -41,17 +82,12 @@ def prepare_workdir(workdir: Path, config: ExperimentConfig, data: TrainingData,
     is_up_to_date = False
     text = config_to_json(config)
 
-    # Compare the config with that of the run. Checkpoints also store it, in case config.json is missing.
+    # Compare the config with that of the run.
     if is_resumed:
-        has_config = path.is_file()
-        if has_config:
-            old = read_config_json(path)
-        else:
-            old = read_meta(workdir / CHECKPOINTS_FOLDER / str(steps[-1]))["config"]
-        changes = config_changes.compare(old, config)
+        changes = config_changes.compare(_recorded_config(workdir, steps[-1]), config)
         distributed.log(config_changes.describe(changes))
         config_changes.check(changes, allowed, workdir)
-        is_up_to_date = has_config and path.read_text(encoding="utf-8") == text
+        is_up_to_date = path.is_file() and path.read_text(encoding="utf-8") == text
     # All processes verify a share of the checkpoint's files, so all of them read its history.
     is_started = config.init_from is not None and not is_resumed
     history = history_of_run(config.init_from) if is_started else None

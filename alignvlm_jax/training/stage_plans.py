@@ -40,9 +40,15 @@ def planned_stage(config: ExperimentConfig, stage: StageConfig, plan: StagePlan)
 
 def describe_plan(config: ExperimentConfig, plan: StagePlan) -> str:
     """Returns the line about the size of a step that is printed when a stage starts."""
+    grouping = {
+        "off": "",
+        "tree": f", the questions of a page as branches of a tree (at most {config.data.branch_tokens} tokens a bin)",
+        "conversation": ", the records of a page as one conversation",
+    }
     return (
         f"a step: {plan.microbatches} x {config.data.packing.bins_per_microbatch} bins, about "
         f"{plan.examples_per_bin * _bins_per_step(config, plan):.0f} examples ({plan.examples_per_bin:.2f} a bin)"
+        f"{grouping[config.data.group_questions]}"
     )
 
 

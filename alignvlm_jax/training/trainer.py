@@ -45,6 +45,7 @@ from alignvlm_jax.training.train_step import (
     TrainStep,
     batch_fields,
     jit_train_step,
+    make_train_step,
 )
 
 
@@ -237,8 +238,13 @@ class Trainer:
     def _make_step(self, stage: StageConfig, state: TrainState, device_batch: Mapping[str, jax.Array]) -> TrainStep:
         """Returns the jitted step of a stage, with the least recomputation that fits if the config says "auto"."""
         model = self.config.model
-        gradient_dtype = self.config.mesh.gradient_dtype
-        make_step = functools.partial(jit_train_step, stage=stage, mesh=self.mesh, gradient_dtype=gradient_dtype)
+        make_step = functools.partial(
+            jit_train_step,
+            stage=stage,
+            mesh=self.mesh,
+            gradient_dtype=self.config.mesh.gradient_dtype,
+            branch_tokens=self.config.data.branch_tokens,
+        )
         if not remat_choice.is_auto(model):
             return make_step(model)
         arguments = (state, dict(device_batch))
@@ -252,7 +258,8 @@ class Trainer:
         has_failed = self.anomalies.check(before=run.progress.step)
         # Reading "skipped" waits for the step, so checking for NaNs costs the overlap of host and devices.
         if self.config.debug.nans and float(run.measured["skipped"]):
-            debug.explain_skipped(self.config.model, run.stage, self.mesh, run.state, device_batch, run.progress.step)
+            train_step = make_train_step(self.config.model, run.stage, branch_tokens=self.config.data.branch_tokens)
+            debug.explain_skipped(train_step, self.mesh, run.state, device_batch, run.progress.step)
         return has_failed
 
     def _log_step(self, run: _StageRun, counts: Mapping[str, Any], data_seconds: float) -> None:
@@ -391,7 +398,7 @@ class Trainer:
     @functools.cached_property
     def _fields(self) -> tuple[str, ...]:
         """Fields of a batch that the training step reads."""
-        return batch_fields(self.config.model)
+        return batch_fields(self.config.model, is_tree=self.config.data.branch_tokens is not None)
 
     @functools.cached_property
     def _counted_rows(self) -> Bool[np.ndarray, " b"]:

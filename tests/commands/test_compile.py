@@ -106,8 +106,15 @@ def test_the_length_of_text_is_passed_on(monkeypatch):
     assert cli.main([*arguments, "--text-only", "--length", "512"]) == 2
     assert cli.main(arguments) == 2
     assert lengths == [512, None]
-    for incomplete in (["--text-only"], ["--length", "512"], ["--text-only", "--length", "512", "--decode"]):
-        assert cli.main([*arguments, *incomplete]) == 2
+    tree = "--config.data.group_questions=tree"
+    for wrong in (
+        ["--text-only"],
+        ["--length", "512"],
+        ["--text-only", "--length", "512", "--decode"],
+        ["--questions", "4"],
+        ["--questions", "4", tree, "--decode"],
+    ):
+        assert cli.main([*arguments, *wrong]) == 2
     assert len(lengths) == 2
 
 

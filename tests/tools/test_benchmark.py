@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tools.benchmarks import answers, decode, startup
+from tools.benchmarks import answers, decode, startup, trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,12 @@ def test_training(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["quick"]
     assert figures["pages"] == 8 and figures["tokens_per_second"]["ours"] > 0
+
+
+def test_training_with_trees():
+    figures = trees.run(argparse.Namespace(quick=True))["quick"]
+    assert figures["flops_per_answer"]["tree"] < figures["flops_per_answer"]["alone"] / 3
+    assert all(rate > 0 for rate in figures["answers_per_second"].values()) and figures["ceiling"] > 0
 
 
 @pytest.mark.large

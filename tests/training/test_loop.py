@@ -254,6 +254,18 @@ def test_a_lost_config_does_not_allow_changes(finished, tmp_path, capsys):
     assert "checkpoints: at most" in capsys.readouterr().out, "the budget is printed before the first step"
 
 
+def test_a_resumed_run_keeps_its_grouping_of_questions(finished, capsys):
+    """The position of the run in its data counts groups."""
+    packing = dataclasses.replace(CONFIG.data.packing, branch_tokens_per_bin=32)
+    data = dataclasses.replace(CONFIG.data, group_questions="tree", packing=packing)
+    changed = dataclasses.replace(CONFIG, data=data)
+    train(finished[0], changed, on_step=lambda step: pytest.fail("no step is left"))
+    assert read_run_config(finished[0]).data == CONFIG.data
+    assert "the run keeps config.data.group_questions=off, which it began with, and ignores 'tree'" in (
+        capsys.readouterr().out
+    )
+
+
 def test_weights_are_restored_on_one_device_and_on_any_mesh(finished):
     workdir, result, _ = finished
     expected = jax.device_get(result.params)

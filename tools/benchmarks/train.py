@@ -42,6 +42,7 @@ from alignvlm_jax.parallel import sharding
 from alignvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from alignvlm_jax.training import train_step
 
+CONFIG = Path(__file__).parents[2] / "configs" / "nano.py"
 BAR = 1.3  # required speed relative to PyTorch
 MODELS = ("nano", "smollm2")
 IMAGE_ID = 3
@@ -99,7 +100,7 @@ def _num_cores() -> int:
 
 def model_config(name: str) -> AlignVLMConfig:
     """Returns the model of configs/nano.py: as it is, with the decoder of SmolLM2, or with one layer in each part."""
-    nano = load_config(Path(__file__).parents[2] / "configs" / "nano.py").model
+    nano = load_config(CONFIG).model
     if name == "smollm2":
         return dataclasses.replace(nano, language=SMOLLM2)
     if name == "quick":
