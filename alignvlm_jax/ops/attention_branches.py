@@ -15,10 +15,10 @@ Page and branch are keys of one softmax, and the keys of siblings are masked. Th
 have no gradient, so two results could not be merged in training.
 
 The slots attend in blocks, one key-value head at a time. A block's scores are a few MiB, so a TPU can keep them in
-its vector memory. The backward pass computes them again.
+its vector memory. The backward pass computes them again. Blocks of empty slots are skipped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 from alignvlm_jax.ops.checkpoint_names import ATTENTION_OUT
 
 _MASKED = -1e30  # finite: an empty slot attends to no key, and -inf would give NaN
-_BLOCK_BYTES = 8 << 20  # memory of the scores of a block
-_ROWS = 8  # the number of slots in a block is a multiple of this, which keeps a TPU's tiles full
+_BLOCK_BYTES = 16 << 20  # memory of the scores of a block
+_TILE = 8  # the number of slots in a block is a multiple of this, which fills a TPU's registers
 
 
 def can_see(query_branches: Int[Array, "*q"], key_branches: Int[Array, "*k"]) -> Bool[Array, "..."]:
@@ -110,49 +110,94 @@ def _attend_slots(
     batch, num_slots, num_heads, width = query.shape
     length, groups = key.shape[1:3]
     repeats = num_heads // groups
-    # As many slots per block as fit, in blocks of equal size.
-    size = max(_BLOCK_BYTES // (4 * repeats * length), _ROWS)
+    # As many slots per block as fit, in full tiles.
+    size = min(_BLOCK_BYTES // (4 * batch * repeats * length), num_slots) // _TILE * _TILE or _TILE
     num_blocks = -(-num_slots // size)
-    size = -(-num_slots // (num_blocks * _ROWS)) * _ROWS
 
     def split(array, fill=0):
-        """Returns [B, n, s, ...]."""
+        """Returns [n, B, s, ...]."""
         padding = ((0, 0), (0, num_blocks * size - num_slots), *((0, 0),) * (array.ndim - 2))
         array = jnp.pad(array, padding, constant_values=fill)
-        return array.reshape(batch, num_blocks, size, *array.shape[2:])
+        return array.reshape(batch, num_blocks, size, *array.shape[2:]).swapaxes(0, 1)
 
-    # [B, n, s, H, h] -> [B, G, n, R, s, h]
-    blocks = split(query * width**-0.5).reshape(batch, num_blocks, size, groups, repeats, width)
-    blocks = blocks.transpose(0, 3, 1, 4, 2, 5)
-    slot_segments, slot_branches, slot_positions = (split(ids, -1) for ids in slot_ids)
+    # [n, B, s, H, h] -> [G, n, B, R, s, h] -> [G, n, B, R s, h]: the queries that share a key are rows of one product.
+    blocks = split(query * width**-0.5).reshape(num_blocks, batch, size, groups, repeats, width)
+    blocks = blocks.transpose(3, 0, 1, 4, 2, 5).reshape(groups, num_blocks, batch, repeats * size, width)
+    ids = [jnp.tile(split(array, -1), (1, 1, repeats))[..., None] for array in slot_ids]
+    key_ids = [array[:, None] for array in key_ids]
+    # Checkpoint, so that the inputs are kept once, and not for each block.
+    attend_block = jax.checkpoint(_attend_block, prevent_cse=False)
 
-    # Checkpoint, so that the backward pass recomputes the scores instead of storing them.
-    @jax.checkpoint
-    def attend_block(keys, values, ids, block):
-        queries, segments, branches, positions = block
-        key_segments, key_branches = ids
-        allowed = (segments[:, None] == key_segments) & can_see(branches[:, None], key_branches)
-        allowed &= positions[:, None] >= jnp.arange(length)
-        # The queries of all heads that share the keys are rows of one product.
-        scores = jnp.dot(queries.reshape(-1, width), keys.astype(query.dtype).T, preferred_element_type=jnp.float32)
-        scores = jnp.where(allowed, scores.reshape(repeats, size, length), _MASKED).reshape(-1, length)
+    def attend_head(head):
+        # The gradients of the keys are sums over blocks, in the dtype that the keys have here.
+        keys, values = (array.astype(jnp.float32) for array in head[:2])
+        return jax.lax.map(lambda block: attend_block(block[0], keys, values, block[1], key_ids), (head[2], ids))
+
+    out = jax.lax.map(attend_head, (jnp.moveaxis(key, 2, 0), jnp.moveaxis(value, 2, 0), blocks))
+    # [G, n, B, R, s, h] -> [B, n, s, G, R, h]
+    out = out.reshape(groups, num_blocks, batch, repeats, size, width).transpose(2, 1, 4, 0, 3, 5)
+    return out.reshape(batch, num_blocks * size, num_heads, width)[:, :num_slots]
+
+
+@jax.custom_vjp
+def _attend_block(
+    queries: Float[Array, "B m h"],
+    keys: Float[Array, "B L h"],
+    values: Float[Array, "B L h"],
+    slot_ids: Sequence[Int[Array, "B m 1"]],
+    key_ids: Sequence[Int[Array, "B 1 L"]],
+) -> Float[Array, "B m h"]:
+    """Attends from a block of slots; see `_attend_slots`.
+
+    Most rows have fewer branch tokens than the budget. Blocks whose slots are all empty are skipped, forward and
+    backward. (Automatic differentiation of `cond` would store the scores, also for blocks that are skipped.)
+    """
+
+    def skip(queries, keys, values):
+        return jnp.zeros_like(queries)
+
+    return jax.lax.cond(_is_needed(slot_ids), _block_function(slot_ids, key_ids), skip, queries, keys, values)
+
+
+def _attend_block_forward(*inputs):
+    return _attend_block(*inputs), inputs
+
+
+def _attend_block_backward(inputs, cotangent):
+    *arrays, slot_ids, key_ids = inputs
+
+    def differentiate(*arrays):
+        return jax.vjp(_block_function(slot_ids, key_ids), *arrays)[1](cotangent)
+
+    def skip(*arrays):
+        return tuple(jnp.zeros_like(array) for array in arrays)
+
+    return *jax.lax.cond(_is_needed(slot_ids), differentiate, skip, *arrays), None, None
+
+
+_attend_block.defvjp(_attend_block_forward, _attend_block_backward)
+
+
+def _is_needed(slot_ids: Sequence[Int[Array, "B m 1"]]) -> Bool[Array, ""]:
+    return jnp.any(slot_ids[0] > 0)
+
+
+def _block_function(slot_ids: Sequence[Int[Array, "B m 1"]], key_ids: Sequence[Int[Array, "B 1 L"]]) -> Callable:
+    """Returns the function from queries, keys and values of a block to its results."""
+
+    def attend(queries, keys, values):
+        segments, branches, positions = slot_ids
+        key_segments, key_branches = key_ids
+        dtype = queries.dtype
+        allowed = (segments == key_segments) & can_see(branches, key_branches)
+        allowed &= positions >= jnp.arange(keys.shape[1])
+        scores = jnp.einsum("bmh,bkh->bmk", queries, keys.astype(dtype), preferred_element_type=jnp.float32)
+        scores = jnp.where(allowed, scores, _MASKED)
         # The maximum cancels in the result, so it needs no gradient.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jnp.dot(weights.astype(value.dtype), values.astype(value.dtype), preferred_element_type=jnp.float32)
-        return (mixed / total).astype(value.dtype).reshape(repeats, size, width)
+        weights, values = weights.astype(dtype), values.astype(dtype)
+        mixed = jnp.einsum("bmk,bkh->bmh", weights, values, preferred_element_type=jnp.float32)
+        return (mixed / total).astype(dtype)
 
-    def attend_head(keys, values, queries, ids, slot_ids):
-        # The blocks' gradients of the keys are summed in the dtype of these arrays.
-        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-        return jax.lax.map(lambda block: attend_block(keys, values, ids, block), (queries, *slot_ids))
-
-    def attend_row(row):
-        keys, values, queries, ids, slot_ids = row
-        heads = keys.swapaxes(0, 1), values.swapaxes(0, 1), queries
-        return jax.lax.map(lambda head: attend_head(*head, ids, slot_ids), heads)
-
-    out = jax.lax.map(attend_row, (key, value, blocks, key_ids, (slot_segments, slot_branches, slot_positions)))
-    # [B, G, n, R, s, h] -> [B, n, s, G, R, h]
-    out = out.transpose(0, 2, 4, 1, 3, 5).reshape(batch, num_blocks * size, num_heads, width)
-    return out[:, :num_slots]
+    return attend
