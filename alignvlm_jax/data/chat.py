@@ -188,6 +188,16 @@ class ChatTokenizer:
         """Returns the id of a token in the tokenizer's file, or None if there is none."""
         return self._tokenizer.token_to_id(token)
 
+    def token_name(self, token_id: int) -> str | None:
+        """Returns a token as the tokenizer's file spells it, or None if no token has this id."""
+        return self._tokenizer.id_to_token(token_id)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
     def token_text(self, token_id: int) -> str:
         """Returns a token as it appears in a text, including a space before it.
 
