@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import prepared
 from alignvlm_jax.inference.answers import AnswerText
+from alignvlm_jax.inference.chat_prompts import conversation_prompt
 from alignvlm_jax.inference.generate import Generator
 from alignvlm_jax.inference.prompts import (
     UNTRAINED,
@@ -160,6 +161,29 @@ class Reader(PromptMaker):
         # Build all prompts first, so that batches can have prompts of similar length.
         prompts = self.prompts_of_pairs(images, questions)
         return self.answer(prompts, max_new_tokens=max_new_tokens)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] = (),
+        *,
+        max_new_tokens: int = 128,
+        allow_urls: bool = False,
+    ) -> AnswerText:
+        """Answers the last message of a conversation by greedy decoding.
+
+        Args:
+          messages: messages with any number of images, in the shape of OpenAI or of transformers
+            (`inference/chat_messages.py`).
+          images: images of the parts that are only {"type": "image"}, in order.
+          max_new_tokens: maximum length of the answer.
+          allow_urls: whether images are fetched from http(s) URLs.
+
+        Raises:
+          UserError: if a message is in no such shape, or an image cannot be read.
+        """
+        prompt = conversation_prompt(self, messages, images, allow_urls=allow_urls)
+        return self.answer([prompt], max_new_tokens=max_new_tokens)[0]
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, on_batch: Callable[[int], Any] | None = None

@@ -1,5 +1,6 @@
 """Tests of the reader: kinds of image sources, single and batched questions, several images, and refusals."""
 
+import base64
 import copy
 import dataclasses
 import io
@@ -16,6 +17,7 @@ from alignvlm_jax.data.pipeline import DataConfig
 from alignvlm_jax.data.tiling import TilingConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import views
+from alignvlm_jax.inference.chat_prompts import conversation_prompt
 from alignvlm_jax.inference.reader import Reader, load
 from alignvlm_jax.models import hardware
 from alignvlm_jax.models.alignvlm import AlignVLMConfig, random_parameters
@@ -69,6 +71,29 @@ def test_a_pdf_is_read_page_by_page(reader, tmp_path):
     assert isinstance(reader.ask(two, QUESTION, max_new_tokens=1), str)
     # A page is rendered with many pixels, but is no larger than on paper.
     assert prompt.page_scale == 1.0
+
+
+def test_chat_answers_the_last_message(reader, tmp_path):
+    first, second = page(0, 16, 16), page(1, 16, 16)
+    (tmp_path / "two.pdf").write_bytes(pdf_files.of_images(first, second))
+    encoded = io.BytesIO()
+    first.save(encoded, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    question = {"type": "text", "text": QUESTION}
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, question]}]
+    answer = reader.chat(messages, max_new_tokens=1)
+    assert answer == reader.ask(first, QUESTION, max_new_tokens=1)
+
+    turns = [*messages, {"role": "assistant", "content": "12.50"}]
+    parts = [{"type": "image"}, question, {"type": "image", "image": second}]
+    prompt = conversation_prompt(reader, [*turns, {"role": "user", "content": parts}], [tmp_path / "two.pdf"])
+    expected = [{"role": "user", "content": [{"type": "image"}, question]}, turns[1]]
+    expected.append({"role": "user", "content": [{"type": "image"}, {"type": "image"}, question, {"type": "image"}]})
+    cut_images = [reader.cut(first), *reader.cut_all(tmp_path / "two.pdf"), reader.cut(second)]
+    assert (prompt.tokens == reader.chat_prompt(expected, cut_images).tokens).all()
+    assert (prompt.tiles == np.concatenate([cut.tiles for cut in cut_images])).all()
+    with pytest.raises(UserError, match="a link, not a file"):
+        reader.chat([{"role": "user", "content": [{"type": "image", "url": "https://example.org/a.png"}]}])
 
 
 def test_batched_answers_equal_single_ones(reader):

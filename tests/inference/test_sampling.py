@@ -78,8 +78,8 @@ def test_seen_tokens_leave_out_padding():
 
 
 def test_draws_have_the_distribution_of_the_filtered_logits():
-    """Chi-square tests of 20,000 draws per set of options."""
-    number, vocab = 20_000, 24
+    """Chi-square tests of 10,000 draws per set of options."""
+    number, vocab = 10_000, 24
     logits = random_logits(1, 1.5, vocab)[0]
     for options in (
         SamplingOptions(temperature=1.0, seed=1),
