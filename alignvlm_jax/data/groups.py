@@ -111,7 +111,6 @@ def _scan_record(record: Record) -> tuple[bytes, int]:
     digest = hashlib.blake2b(digest_size=8)
     for image in images:
         digest.update(len(image).to_bytes(8, "little") + image)
-    # Of the tasks that read this field, the record of each has one page.
     questions = record.get("questions")
     return (
         digest.digest() if len(images) else bytes(8),

@@ -11,6 +11,8 @@ A text is returned as `str`, a sequence of texts as a list, and an image as the 
 """
 
 import contextlib
+import functools
+import hashlib
 import itertools
 import os
 import posixpath
@@ -48,10 +50,17 @@ class _ShardPart(NamedTuple):
 
 
 class RecordSource:
-    """Random access to the records of one split of a data set, or of parts of splits ("train[:90%]")."""
+    """Random access to the records of one split of a data set, or of parts of splits ("train[:90%]").
 
-    def __init__(self, source: Any, features: tfds.features.FeaturesDict, shards: Sequence[_ShardPart]):
-        self._source, self._shard_parts = source, tuple(shards)
+    Attributes:
+      folder: folder of the data set.
+      identity: hash that differs between data sets, and between selections of their records.
+    """
+
+    def __init__(
+        self, source: Any, features: tfds.features.FeaturesDict, shards: Sequence[_ShardPart], folder: str = ""
+    ):
+        self._source, self._shard_parts, self.folder = source, tuple(shards), folder
         self._texts = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.Text))
         self._text_sequences = tuple(
             key
@@ -84,6 +93,13 @@ class RecordSource:
         for key in self._text_sequences:
             record[key] = [text.decode() for text in record[key]]
         return record
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of the data set's metadata, which state the size of every shard, and of the selected records."""
+        parts = [(posixpath.basename(shard.file), shard.first, shard.num_records) for shard in self._shard_parts]
+        info = (epath.Path(self.folder) / "dataset_info.json").read_bytes()
+        return hashlib.sha256(info + repr(parts).encode()).hexdigest()
 
     def _shard_of(self, index: int) -> _ShardPart:
         """Returns the file that holds a record."""
@@ -126,7 +142,7 @@ def open_dataset(folder: str | Path, split: str) -> RecordSource:
     except ValueError as error:
         raise UserError(f"{folder}: no such part of a split: {split!r} ({error})") from error
     _check_complete(folder, shards)
-    return RecordSource(source, features, shards)
+    return RecordSource(source, features, shards, folder)
 
 
 def _check_complete(folder: str, shards: Sequence[_ShardPart]) -> None:

@@ -1,14 +1,21 @@
 """Provides the data of an experiment to the training loop: the plan and the packed batches of each stage."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import jax
+import numpy as np
+
 from alignvlm_jax.config.experiment import ExperimentConfig
 from alignvlm_jax.config.stages import StageConfig
-from alignvlm_jax.data import pipeline, store
+from alignvlm_jax.data import groups, pipeline, store
+from alignvlm_jax.data.conversations import Record
 from alignvlm_jax.data.examples import ExampleReader
 from alignvlm_jax.data.feeding import BatchIterator, Feed, RowStates
+from alignvlm_jax.data.groups import SameImages
 from alignvlm_jax.data.page_scale import sample_scale
 from alignvlm_jax.data.planning import StagePlan, plan_stage
 from alignvlm_jax.locations import join
@@ -55,6 +62,38 @@ class ExperimentData:
             pipeline.source_name(part): store.open_dataset(join(config.data.root, part.dataset), part.split)
             for part in parts
         }
+        self._same_images = None if config.data.group_questions == "off" else self._find_same_images()
+
+    def _find_same_images(self) -> dict[str, SameImages]:
+        """Returns which records of each data set show the same images. All processes must call it."""
+        found = {}
+        for name, records in self._sources.items():
+            same = groups.cached(records.folder, records.identity)
+            # Where one process lacks the stored result, all compute it together, each from a share of the records.
+            if not all(distributed.gather_json(same is not None)):
+                same = self._scan(name, records)
+                if distributed.is_primary():
+                    groups.store_cache(records.folder, records.identity, same)
+            found[name] = same
+        digests = {name: hashlib.sha256(same.first.tobytes()).hexdigest() for name, same in found.items()}
+        distributed.require_equal({"the groups of records that show the same images": digests})
+        return found
+
+    def _scan(self, name: str, records: Sequence[Record]) -> SameImages:
+        """Reads this process's share of the records and exchanges the digests with the other processes."""
+        index, number = jax.process_index(), jax.process_count()
+        share = range(len(records) * index // number, len(records) * (index + 1) // number)
+        threads = max(self._config.data.read_threads, self._config.data.workers)
+        scan = groups.scan(records, share, name=name, threads=threads, progress=distributed.is_primary())
+        encoded = [base64.b64encode(field.tobytes()).decode() for field in scan]
+        # The processes' shares are in the order of the records.
+        digests, questions = zip(*distributed.gather_json(encoded), strict=True)
+        return groups.match(
+            groups.Scan(
+                np.frombuffer(b"".join(map(base64.b64decode, digests)), np.uint32).reshape(-1, 2),
+                np.frombuffer(b"".join(map(base64.b64decode, questions)), np.int32),
+            )
+        )
 
     def plan(self, stage_index: int, stage: StageConfig) -> StagePlan:
         """Plans a stage by measuring a sample of its examples (`data/planning.py`)."""
@@ -95,6 +134,7 @@ class ExperimentData:
             seed=(self._config.seed, stage_index),
             token_grid=token_grid(self._config.model),
             max_text_tokens=stage.max_text_tokens,
+            same_images=self._same_images,
         )
 
     def page_scale(self) -> float | None:

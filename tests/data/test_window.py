@@ -55,6 +55,41 @@ def test_as_good_as_the_best_of_all_subsets(seed):
     assert tuple(chosen) in fitting and share(chosen) == pytest.approx(max(map(share, fitting)))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_as_good_as_the_best_of_all_subsets_with_a_limit_on_branches(seed):
+    rng = np.random.default_rng(seed)
+    config = PackingConfig(
+        tokens_per_bin=int(rng.integers(20, 60)),
+        tiles_per_bin=int(rng.integers(0, 8)),
+        branch_tokens_per_bin=int(rng.integers(5, 20)),
+    )
+    waiting = []
+    for i in range(rng.integers(1, 10)):
+        tokens = int(rng.integers(1, config.tokens_per_bin + 1))
+        branches = int(rng.integers(0, min(tokens, config.branch_tokens) + 1)) * int(rng.integers(0, 2))
+        waiting.append(MeasuredExample(i, tokens, int(rng.integers(0, config.tiles_per_bin + 1)), branches))
+    limits = np.array([config.tokens_per_bin, config.tiles_per_bin, config.branch_tokens])
+
+    def total(chosen):
+        return np.sum([waiting[i][1:4] for i in chosen], axis=0)
+
+    def share(chosen):
+        return total(chosen)[0] / limits[0] + total(chosen)[1] / max(limits[1], 1)
+
+    subsets = [
+        (0, *others) for n in range(len(waiting)) for others in itertools.combinations(range(1, len(waiting)), n)
+    ]
+    fitting = [chosen for chosen in subsets if (total(chosen) <= limits).all()]
+    chosen = choose_bin(waiting, config)
+    assert tuple(chosen) in fitting and share(chosen) == pytest.approx(max(map(share, fitting)))
+
+
+def test_branches_count_as_examples():
+    config = PackingConfig(tokens_per_bin=10, tiles_per_bin=0, examples_per_bin=4)
+    trees = [MeasuredExample(i, 2, 0, 1, questions) for i, questions in enumerate((2, 3, 1, 1, 1))]
+    assert choose_bin(trees, config) == [0, 2, 3]
+
+
 def test_nothing_is_dropped_and_nothing_waits_long():
     rng = np.random.default_rng(0)
     config = PackingConfig(tokens_per_bin=1000, tiles_per_bin=10, window=12)
@@ -78,6 +113,9 @@ def test_nothing_is_dropped_and_nothing_waits_long():
 def test_state_is_complete():
     config = PackingConfig(tokens_per_bin=1000, tiles_per_bin=10, window=5)
     window = Window(config, 17, _measured((700, 3), (400, 6), (200, 1), (300, 7)))
+    # A tree has more values; an ordinary example has those of earlier versions, which can be restored.
+    window.waiting[1] = MeasuredExample(1, 400, 6, 50, 3, 2)
+    assert window.state()["waiting"][:2] == [[0, 700, 3], [1, 400, 6, 50, 3, 2]]
     restored = Window.from_state(config, window.state())
     assert restored == window and restored.waiting[2] == MeasuredExample(2, 200, 1)
     assert restored.pop_bin() == window.pop_bin() and restored == window
