@@ -12,7 +12,6 @@ answer, and its prompt contains the preceding turns as they are in the data. The
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import pathlib
@@ -36,6 +35,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.evaluation import wrong_answers
 from alignvlm_jax.evaluation.answer_metrics import answer_scores, check_metrics, format_scores, scores_to_json
 from alignvlm_jax.evaluation.identity import locate
+from alignvlm_jax.evaluation.page_groups import digest_images, group_by_page
 from alignvlm_jax.evaluation.report import Answer, Report
 from alignvlm_jax.inference.answers import AnswerText, format_counts
 from alignvlm_jax.inference.generate import Prompt
@@ -106,10 +106,11 @@ def evaluate(
     # Images are decoded and cut group by group, because all of them may not fit in memory. The prompts about one page
     # are in one group, also if they come from several records, so that the model encodes the page once.
     answers: dict[int, list[Answer]] = {}
+    pages = [document.page for document in image_documents[: len(documents)]]
     total = sum(len(document.questions) for document in documents)
     show = distributed.is_primary()
     with progress_bar(desc=title, total=total, unit="question", leave=None, show=show) as progress:
-        for group in _groups_of_pages(image_documents[: len(documents)]):
+        for group in group_by_page(pages, _DOCUMENTS_AT_ONCE):
             prompts = _prompts(reader, records, [(documents[i], image_documents[i]) for i in group], control == "blank")
             # Answers come in the order of the prompts.
             predictions = iter(reader.answer(prompts, max_new_tokens=max_new_tokens, on_batch=progress.update))
@@ -299,7 +300,7 @@ def _documents(records: Sequence[Record]) -> Iterator[_Document]:
             )
         elif record["questions"]:
             names, texts = ("id", "source", "font"), (record["questions"], record["answers"])
-            yield _Document(index, *(record[name] for name in names), *texts, _digest([record["image"]]))
+            yield _Document(index, *(record[name] for name in names), *texts, digest_images([record["image"]]))
 
 
 def _conversation(index: int, record: Record) -> _Document:
@@ -313,7 +314,7 @@ def _conversation(index: int, record: Record) -> _Document:
         font="",
         questions=[_text(messages[i - 1]) for i in answer_indices],
         answers=[_text(messages[i]) for i in answer_indices],
-        page=_digest(record["images"]),
+        page=digest_images(record["images"]),
         turns=[messages[:i] for i in answer_indices],
     )
 
@@ -338,30 +339,6 @@ def _first_questions(documents: Iterable[_Document], limit: int | None) -> list[
     if not selected:
         raise UserError("no questions to ask: the split is empty, or its documents have no questions")
     return selected
-
-
-def _digest(encoded_images: Sequence[bytes]) -> bytes:
-    """Returns a digest of encoded images and their order."""
-    return b"".join(hashlib.blake2b(data, digest_size=16).digest() for data in encoded_images)
-
-
-def _groups_of_pages(documents: Sequence[_Document]) -> Iterator[list[int]]:
-    """Yields groups of indices: about as many documents as fit in memory, and all documents that show the same page.
-
-    before: pages a b a c, two documents at once
-    after:  [0, 2], [1, 3]
-    """
-    by_page: dict[bytes | int, list[int]] = {}
-    for index, document in enumerate(documents):
-        by_page.setdefault(document.page or index, []).append(index)
-    group: list[int] = []
-    for indices in by_page.values():
-        group += indices
-        if len(group) >= _DOCUMENTS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _prompts(

@@ -194,7 +194,7 @@ class Generator:
         options = DecodingOptions(max_new_tokens, self.end_ids, self.pad_id, views)
         arrays, structure = jax.tree.flatten(self.variables)
 
-        # Stacked layers, unlike in `_decode`: for one prompt of a small model, the time to compile matters most.
+        # Stacked layers, unlike in `generate`: for one prompt of a small model, the time to compile matters most.
         @jax.jit
         def answer(arrays, batch):
             return greedy_decode(self._model, jax.tree.unflatten(structure, arrays), batch, None, options)

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from alignvlm_jax.evaluation.benchmarks.question import IMAGE, ImageSource, Ques
 from alignvlm_jax.evaluation.benchmarks.reading import QuestionSet, read_questions, split_name
 from alignvlm_jax.evaluation.benchmarks.table import Benchmark, find_benchmarks
 from alignvlm_jax.evaluation.identity import identify, is_pruned
+from alignvlm_jax.evaluation.page_groups import digest_images, group_by_page
 from alignvlm_jax.evaluation.runner import write_json
 from alignvlm_jax.inference.answers import AnswerText, count_warnings
 from alignvlm_jax.inference.prompts import CutImage
@@ -237,19 +238,12 @@ def groups_of_pages(questions: Sequence[Question], at_once: int) -> Iterator[lis
 
     Questions about the same page get the same image sources, even if each has its own copy of the image.
     """
-    by_page: dict[Hashable, list[Question]] = {}
-    for index, question in enumerate(questions):
-        # Each question without images is alone.
-        same_page = by_page.setdefault(tuple(map(_page_key, question.images)) or index, [])
-        same_page.append(dataclasses.replace(question, images=same_page[0].images) if same_page else question)
-    group: list[Question] = []
-    for same_page in by_page.values():
-        group += same_page
-        if len(group) >= at_once:
-            yield group
-            group = []
-    if group:
-        yield group
+    pages = [tuple(map(_page_key, question.images)) for question in questions]
+    images = {}
+    for group in group_by_page(pages, at_once):
+        yield [
+            dataclasses.replace(questions[i], images=images.setdefault(pages[i], questions[i].images)) for i in group
+        ]
 
 
 def _page_key(image: ImageSource) -> bytes | ImageSource:
@@ -260,7 +254,7 @@ def _page_key(image: ImageSource) -> bytes | ImageSource:
     try:
         if isinstance(image, pathlib.Path):
             return image
-        return hashlib.blake2b(files.image_bytes(image), digest_size=16).digest()
+        return digest_images([files.image_bytes(image)])
     except UserError:
         return image  # Reported when the question is asked.
 
