@@ -16,7 +16,7 @@ import os
 import numpy as np
 import PIL.Image
 
-from alignvlm_jax.data.formats.fields import decode_data_url
+from alignvlm_jax.data.data_urls import decode_data_url
 from alignvlm_jax.data.images import DEFAULT_MAX_PAGES, DEFAULT_MAX_PIXELS, open_image, open_pages, to_rgb
 from alignvlm_jax.errors import TemporaryError, UserError
 

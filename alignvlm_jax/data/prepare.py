@@ -38,9 +38,10 @@ from alignvlm_jax.data import hub_inputs, nearby, repeated_files, shard_names, s
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
 from alignvlm_jax.data.formats import FORMATS
 from alignvlm_jax.data.formats.checks import Limits, check
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused, Slice
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refused, Slice
 from alignvlm_jax.data.paths import atomic_file, find_files, is_local, open_binary, status
 from alignvlm_jax.data.prepare_notes import Notes, Summary
+from alignvlm_jax.data.refusal import Refusal
 from alignvlm_jax.data.shards import INFO_FILE, ShardedDataset
 from alignvlm_jax.data.workers import WorkerDied, run_tasks
 from alignvlm_jax.downloads import hub_cache

@@ -13,6 +13,7 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
+from alignvlm_jax.data.file_kinds import identify
 from alignvlm_jax.data.images import image_size, open_image
 from alignvlm_jax.errors import UserError
 from tests.data.tiff_files import color_scene
@@ -57,8 +58,6 @@ _KINDS = [
     (b"\x1aE\xdf\xa3" + bytes(40), "a video .Matroska", "ffmpeg"),
     (b"RIFF\0\0\0\0AVI LIST" + bytes(40), "a video .AVI.", "ffmpeg"),
     (b"RIFF\0\0\0\0WAVEfmt " + bytes(40), "a sound file .WAV.", "Remove"),
-    (b"%PDF-1.7\n%\xe2\xe3", "a PDF", "pdftoppm -r 200 -png FILE"),
-    (b"\r\n%PDF-1.4\n", "a PDF", "pdftoppm"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript or EPS file", "gs "),
     (b"8BPS\0\1" + bytes(40), "a Photoshop file", "magick"),
     (b"\xff\x0a" + bytes(40), "a JPEG XL image", "djxl"),
@@ -102,6 +101,12 @@ def test_what_a_file_is(data, what, next_step):
         ) as error:
             read(data, name="photo.jpg")
         assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", [b"%PDF-1.7\n%\xe2\xe3", b"\r\n%PDF-1.4\n"])
+def test_a_pdf_is_identified_where_none_can_be_read(start):
+    kind, next_step = identify(start)
+    assert kind == "a PDF" and "pdftoppm -r 200 -png FILE" in next_step
 
 
 def test_readable_images_are_not_mistaken():

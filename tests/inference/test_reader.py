@@ -127,7 +127,7 @@ def test_an_image_that_occurs_several_times_is_cut_once(reader, tmp_path, monkey
     cut, num_cut = type(reader).cut, []
     monkeypatch.setattr(type(reader), "cut", lambda self, image: num_cut.append(image) or cut(self, image))
     answers = reader.ask_batch(images, [QUESTION, QUESTION, "Date?"] * 2, max_new_tokens=MAX_NEW)
-    assert num_cut == images[:3]
+    assert len(num_cut) == 3
     assert answers[:3] == answers[3:]
 
 

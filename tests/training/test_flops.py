@@ -81,7 +81,7 @@ def softmax_attention(query, key, value, mask=None):
     return jnp.einsum("bgrlk,bkgh->blgrh", weights, value).reshape(batch, length, heads, width)
 
 
-def segment_attention(query, key, value, *, segment_ids=None, causal, kernel="xla", mesh_axes=None):
+def segment_attention(query, key, value, *, causal, **options):
     """Computes attention within each of `SEGMENTS`, without the masked blocks."""
     if not causal:
         return softmax_attention(query, key, value)

@@ -39,6 +39,7 @@ from alignvlm_jax.data.synthetic import Document, draw_document
 from alignvlm_jax.inference import generate
 from alignvlm_jax.inference.prompts import Prompt
 from alignvlm_jax.inference.reader import Reader, load
+from alignvlm_jax.locations import location
 
 CONTENDERS = {"alone": False, "shared": True}
 _MANY = 16
@@ -47,7 +48,7 @@ _PROFILES = 2  # Rounds of which the faster one gives the shares.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this benchmark."""
-    parser.add_argument("--checkpoint", default="nano", help='as for `alignvlm eval` (default: "nano")')
+    parser.add_argument("--checkpoint", type=location, default="nano", help='as for `alignvlm eval` (default: "nano")')
     parser.add_argument("--pages", type=int, default=64, help="number of held-out pages (default: 64)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions decoded at once (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="maximum length of an answer (default: 32)")

@@ -124,7 +124,7 @@ def make_pages(name: str, config: AlignVLMConfig) -> list[Example]:
         weights[-num_text // 2 : -1] = 1.0
         tiles = rng.integers(0, 256, (TILES_PER_PAGE, side, side, 3), np.uint8)
         sizes = np.full((TILES_PER_PAGE, 2), side, np.int32)
-        pages.append(Example(number, tokens, weights, visual_index, tiles, sizes))
+        pages.append(Example((number,), tokens, weights, visual_index, tiles, sizes))
     return pages
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from etils import epath
 
 from alignvlm_jax.data import pdf
-from alignvlm_jax.data.formats.conversation import IMAGE, IMAGE_MARK, Conversation, Message, Refusal
+from alignvlm_jax.data.formats.conversation import IMAGE, IMAGE_MARK, Conversation, Message
 from alignvlm_jax.data.images import DEFAULT_MAX_PAGES, DEFAULT_MAX_PIXELS, open_image
 from alignvlm_jax.data.paths import status
+from alignvlm_jax.data.refusal import Refusal
 from alignvlm_jax.downloads import hub_cache
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.locations import is_local

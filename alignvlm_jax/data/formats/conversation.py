@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from alignvlm_jax.data.refusal import Refusal
 from alignvlm_jax.data.shortening import shorten
-from alignvlm_jax.errors import UserError
 
 Part = dict[str, str]
 Message = dict[str, Any]
@@ -40,14 +40,6 @@ ROLES = {
     "tool_call": "assistant",
 }
 TOOL_ROLES = ("observation", "tool", "tool_response", "function", "function_call", "tool_call")
-
-
-class Refusal(UserError):
-    """The reason why a record cannot be used; `kind` is a short category under which reasons are counted."""
-
-    def __init__(self, kind: str, why: str):
-        super().__init__(why)
-        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)

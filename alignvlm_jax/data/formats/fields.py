@@ -5,8 +5,6 @@ no value. A list of objects may be stored as a struct of lists, as `datasets` do
 as JSON text in a column. An image may be bytes, a path, both in one object, a data URL or base64 text.
 """
 
-import base64
-import binascii
 import json
 import math
 import re
@@ -14,7 +12,9 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignvlm_jax.data.formats.conversation import Refusal, expect_list, expect_object, expect_text
+from alignvlm_jax.data.data_urls import decode_base64, decode_data_url
+from alignvlm_jax.data.formats.conversation import expect_list, expect_object, expect_text
+from alignvlm_jax.data.refusal import Refusal
 
 # Fields that hold images, in the order in which they are tried.
 IMAGE_FIELDS = ("images", "image", "image_path", "img_path", "image_paths", "image_base64_str")
@@ -29,7 +29,6 @@ _MEDIA_ENDINGS = {
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKETS = ("gs", "s3")
-_DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 # How the base64 text of a JPEG, PNG, GIF, WebP, TIFF or BMP file begins. Paths that begin like this are much shorter.
 _BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk)[A-Za-z0-9+/_=\s-]+\Z")
 _MIN_BASE64_CHARACTERS = 80
@@ -140,24 +139,6 @@ def other_media(kind: str, place: str, value: Any) -> Refusal:
     )
 
 
-def decode_data_url(text: str) -> bytes:
-    """Returns the content of a data URL.
-
-    Raises:
-      Refusal: if it cannot be decoded, or is not of an image.
-    """
-    header = _DATA_URL.match(text)
-    if header is None:
-        raise Refusal("image path", f"the image is a data URL without a comma before its content: {text[:60]!r}")
-    media_type = header[1].lower()
-    if media_type.startswith(("video/", "audio/")):
-        raise other_media("a video" if media_type.startswith("video/") else "audio", "as a data URL", media_type)
-    content = text[header.end() :]
-    if ";base64" not in header[2].lower():
-        return urllib.parse.unquote_to_bytes(content)
-    return _decode(urllib.parse.unquote(content), f"a data URL ({media_type or 'no type'})")
-
-
 def _rows(value: dict[str, Any], what: str) -> list[dict[str, Any]]:
     """Returns the rows of a struct of lists."""
     columns = {name: column for name, column in value.items() if column is not None}
@@ -183,14 +164,5 @@ def _reference(text: str) -> bytes | str:
         if text[-8:].lower().endswith(endings):
             raise other_media(kind, "where an image belongs", text)
     if len(text) >= _MIN_BASE64_CHARACTERS and _BASE64_IMAGE.match(text):
-        return _decode(text, "base64 text")
+        return decode_base64(text, "base64 text")
     return text
-
-
-def _decode(text: str, what: str) -> bytes:
-    """Returns the bytes of base64 text of either alphabet, with or without padding and line breaks."""
-    text = re.sub(r"\s+", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Refusal("unreadable image", f"the image is {what} that cannot be decoded ({error})") from error

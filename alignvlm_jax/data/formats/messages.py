@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignvlm_jax.data.formats import layouts, llava, parquet_files
-from alignvlm_jax.data.formats.conversation import Conversation, FormatOptions, Refusal, Refused, Slice
+from alignvlm_jax.data.formats.conversation import Conversation, FormatOptions, Refused, Slice
+from alignvlm_jax.data.refusal import Refusal
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
 

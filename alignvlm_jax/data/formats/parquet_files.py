@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignvlm_jax.data.contents import HEAD_BYTES, describe_other_content
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Slice
+from alignvlm_jax.data.formats.conversation import FormatOptions, Slice
 from alignvlm_jax.data.paths import open_binary
+from alignvlm_jax.data.refusal import Refusal
 
 # Rows hold images, so only a few are read at a time.
 _ROWS_AT_A_TIME = 16

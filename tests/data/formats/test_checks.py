@@ -11,7 +11,8 @@ import pytest
 
 from alignvlm_jax.data.chat import ChatTokenizer
 from alignvlm_jax.data.formats.checks import Limits, check
-from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, Refusal, text_part
+from alignvlm_jax.data.formats.conversation import IMAGE, Conversation, text_part
+from alignvlm_jax.data.refusal import Refusal
 from tests.data import pdf_files
 from tests.data.formats.samples import image_bytes, write_images
 from tests.data.nano_tokenizer import write_chat_folder

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal
+from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.formats.json_files import count_records, plan_file, read_slice
+from alignvlm_jax.data.refusal import Refusal
 
 
 def read(path, records_per_shard=2, **options):

@@ -4,8 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal
+from alignvlm_jax.data.formats.conversation import FormatOptions
 from alignvlm_jax.data.formats.parquet_files import plan_files, read_slice
+from alignvlm_jax.data.refusal import Refusal
 from tests.data.formats.samples import bigdocs_row, write_parquet
 
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from alignvlm_jax.data.formats.checks import Limits, check
-from alignvlm_jax.data.formats.conversation import FormatOptions, Refusal, Refused
+from alignvlm_jax.data.formats.conversation import FormatOptions, Refused
 from alignvlm_jax.data.prepare import Recipe, in_processes, prepare
+from alignvlm_jax.data.refusal import Refusal
 from alignvlm_jax.errors import UserError
 from tests.data.formats.samples import image_bytes, read_all, write_images, write_json, write_lines
 from tests.data.formats.test_publishers import archive, messages, turns
