@@ -104,7 +104,7 @@ class StepStore:
         # for one that has failed.
         threads = [each for each in threading.enumerate() if type(each).__module__.startswith("orbax.")]
         for thread in threads:
-            with contextlib.suppress(RuntimeError):  # it has just ended
+            with contextlib.suppress(RuntimeError, AttributeError):  # it has just ended, or cannot be cancelled
                 thread.cancel()
         deadline = time.monotonic() + _THREADS_TIMEOUT
         for thread in threads:

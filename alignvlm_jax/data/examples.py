@@ -57,12 +57,12 @@ class Part:
 
     @property
     def num_groups(self) -> int:
-        """Number of groups, or of records where there are no groups."""
+        """Number of groups, or of records without grouping."""
         return len(self.records if self.groups is None else self.groups)
 
     @property
     def group_weight(self) -> Fraction:
-        """Share of the positions of the order. `weight` is a share of the examples, of which a group has several."""
+        """Share of the positions of the order. `weight` is a share of the examples, and a group has several of them."""
         questions = self.num_groups if self.groups is None else Fraction(self.groups.num_questions)
         return Fraction(self.weight) * self.num_groups / questions
 
@@ -117,7 +117,7 @@ class ExampleReader:
 
     @property
     def num_groups(self) -> int:
-        """Number of groups of all parts together (of records, where there are no groups): the positions of an epoch."""
+        """Number of groups of all parts, or of records without grouping: the positions of an epoch."""
         return sum(part.num_groups for part in self.parts)
 
     def check_fields(self) -> None:
@@ -175,7 +175,7 @@ class ExampleReader:
     def _read_group(self, part: Part, group: int, rng: np.random.Generator) -> "Iterator[_NamedConversation | Refused]":
         """Yields the conversations of a group of records, in random order, and its records that cannot be used."""
         indices = [group] if part.groups is None else part.groups[group]
-        # Without groups, nothing is drawn here, so the task makes the same choices as ever.
+        # Without groups, nothing is drawn here, so the task makes the same choices as in earlier versions.
         for index in indices if len(indices) == 1 else rng.permutation(indices).tolist():
             record = part.records[index]
             refused = Refused(str(record.get("id", index)), part.name, "")
@@ -221,7 +221,7 @@ class ExampleReader:
             yield dataclasses.replace(_together(members, chat), branch_ids=branch_ids)
 
     def _join(self, conversations: "Sequence[_EncodedConversation]") -> "Iterator[_PreparedExample]":
-        """Yields the conversations of a group joined into few, none of which is longer than the limits."""
+        """Yields the conversations of a group, joined into as few as the limits allow in this order."""
         alike: dict[object, list[_EncodedConversation]] = {}
         for i, conversation in enumerate(conversations):
             # One that was cut is as long as it may be.

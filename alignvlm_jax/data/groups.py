@@ -134,7 +134,7 @@ def make_groups(same: SameImages, task: Task, grouping: Grouping, max_questions:
       task: task of the examples.
       grouping: "tree" or "conversation".
       max_questions: largest number of questions in a group; a larger one is split. It bounds the records that are read
-        for one example, also if a thousand records show one blank image.
+        for one example, even if a thousand records show one blank image.
     """
     members = np.argsort(same.first, kind="stable").astype(np.int32)
     questions = np.ones(len(members)) if grouping == "conversation" else _num_branches(same.questions, task)

@@ -1,6 +1,6 @@
 """Groups of questions that are answered together.
 
-All questions about a page are in one group, also if they come from several records. The model then encodes the page
+All questions about a page are in one group, even if they come from several records. The model then encodes the page
 once (`inference/pages.py`).
 """
 

@@ -104,7 +104,7 @@ def evaluate(
     else:
         documents = image_documents = _first_questions(_documents(records), limit)
     # Images are decoded and cut group by group, because all of them may not fit in memory. The prompts about one page
-    # are in one group, also if they come from several records, so that the model encodes the page once.
+    # are in one group, even if they come from several records, so that the model encodes the page once.
     answers: dict[int, list[Answer]] = {}
     pages = [document.page for document in image_documents[: len(documents)]]
     total = sum(len(document.questions) for document in documents)

@@ -161,7 +161,7 @@ class Generator:
                 decoded = self._fetch(
                     decode_branches(self._model, self.variables, page, self._place(rows), layers, options)
                 )
-            # Rows [P, Q], of which every page uses the first ones.
+            # Rows [P, Q]. Each page uses only its first rows.
             first_rows = range(0, len(decoded), batch.num_branches)
             used = [
                 (i, decoded[first + branch])

@@ -32,7 +32,7 @@ from alignvlm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How the answer to one request is chosen.
+    """Settings for choosing the answer to one request.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
